@@ -1,0 +1,60 @@
+"""The plain TARDIS recipe (arXiv 2501.10054), for comparison.
+
+1. Of every neuron, the hot range is the narrowest interval that holds the same share of its estimates (section 5.1).
+2. Slope and intercept are least squares on the hot range; all neurons are folded and all are guarded.
+3. The fold is not regressed.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+
+from tardis_fx.calibration.ranges import Ranges, SiteRanges
+from tardis_fx.errors import CalibrationError
+from tardis_fx.passes.partial_linear import PartialLinear
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+
+class Paper(PartialLinear):
+    """The paper's recipe; see the module's docstring for its rules."""
+
+    name: ClassVar[str] = "paper"
+    regressed: ClassVar[bool] = False
+
+    def choose(self, sites: Sequence[SiteRanges], allowed: float) -> list[Ranges]:
+        """The same outlier rate at every neuron of the model."""
+        fixed = sum(site.costs.fold + site.costs.predictor * len(site.slope) for site in sites)
+        rate = (allowed - fixed) / sum(site.costs.row * len(site.slope) for site in sites)
+        if rate < 0:
+            raise CalibrationError(f"the budget allows {allowed:,.0f} bytes per token, fold and predictor alone read {fixed:,}: raise the budget")
+        return [_frequent(site, rate) for site in sites]
+
+
+def _frequent(site: SiteRanges, rate: float) -> Ranges:
+    """Narrowest hot ranges that leave out at most ``rate`` of each neuron's tokens."""
+    count = site.sums.count
+    start, stop = _narrowest(count, (1 - rate) * count.sum(0))
+    bins = torch.arange(len(count))[:, None]
+    hot = (bins >= start) & (bins < stop)
+    site.refit(hot)
+    every = torch.ones(count.shape[1], dtype=torch.bool)
+    cold = torch.where(hot, 0, count).sum().item() / count[:, 0].sum().item()
+    return Ranges(hot, every, ~every, site.costs.fold + site.costs.predictor * count.shape[1] + site.costs.row * cold)
+
+
+def _narrowest(count: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """Start and stop of the shortest run of bins of every column of [bins, h] that holds ``wanted``, [h]."""
+    prefix = torch.cat([torch.zeros_like(count[:1]), count.cumsum(0)]).T.contiguous()
+    best_start, best_stop = torch.zeros(len(prefix), dtype=torch.long), torch.full((len(prefix),), len(count))
+    for start in range(len(count)):
+        target = (prefix[:, start] + wanted - 0.5)[:, None]
+        stop = torch.searchsorted(prefix, target)[:, 0]
+        better = (stop <= len(count)) & (stop - start < best_stop - best_start)
+        best_start, best_stop = torch.where(better, start, best_start), torch.where(better, stop, best_stop)
+    return best_start, best_stop

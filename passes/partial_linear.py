@@ -1,0 +1,232 @@
+"""Partial linearity: an affine map for the hot range of every neuron, exact terms for predicted outliers.
+
+1. ``down(act(up(x)))`` becomes ``x C + B``: on its hot range a neuron's activation is ``slope z + intercept``, and two
+   matrices with only that between them are one (TARDIS, arXiv 2501.10054, section 4).
+2. The predictor, W1 in a few bits, tells which guarded neurons leave their hot range for this token; their exact terms
+   are added from W1 and W2 (sections 5.2 and 5.3).
+3. Beyond the paper: neurons that earn no predictor row are always folded or always exact; hot ranges, classes and the
+   split over layers minimise the error at a given number of bytes (:mod:`tardis_fx.calibration.ranges`); C and B are
+   regressed on what is still missing (:mod:`tardis_fx.calibration.regression`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
+
+from tardis_fx.calibration.budget import allocate
+from tardis_fx.calibration.predictor import Predictor, quantise
+from tardis_fx.calibration.profile import Histogram, Moments
+from tardis_fx.calibration.ranges import Costs, Ranges, SiteRanges
+from tardis_fx.calibration.regression import Residual
+from tardis_fx.graph.activations import ACTIVATIONS
+from tardis_fx.passes.base import Rewrite
+from tardis_fx.plan import SitePlan
+from tardis_fx.runtime import ops  # noqa: F401 - registers torch.ops.tardis
+from tardis_fx.runtime.packing import group_count, packed_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from tardis_fx.calibration.observe import ObservedSite, Observation
+    from tardis_fx.config import Config
+    from tardis_fx.graph.site import Site, SiteWeights
+
+#: Constants that hold one entry a listed neuron, and are padded to the hidden size.
+_PER_NEURON = ("neurons", "codes", "scale", "zero", "lower", "upper", "slope", "intercept")
+
+
+class PartialLinear(Rewrite):
+    """The main rewrite; see the module's docstring for its rules."""
+
+    name: ClassVar[str] = "partial_linear"
+    #: Whether the folded map is regressed on what fold and correction miss.
+    regressed: ClassVar[bool] = True
+
+    def refuse(self, site: Site) -> str | None:
+        """Gated sites and sites without an activation are refused."""
+        if site.kind == "gated":
+            return "gated FFN: not yet rewritten by partial_linear"
+        if site.activation == "identity":
+            return "no activation between its projections"
+        return None
+
+    def fit(self, observation: Observation, sites: Sequence[ObservedSite], config: Config) -> list[SitePlan]:
+        """Three runs over the batches: moments, histograms of the predictor's estimates, residuals."""
+        moments = observation.run(lambda s: Moments(s.weights.w1.shape[1]), sites, "input moments")
+        drafts = [Draft(s, moments[s.fingerprint], config.predictor_bits) for s in sites]
+        by_site = {draft.site.fingerprint: draft for draft in drafts}
+        histograms = observation.run(lambda s: by_site[s.fingerprint].histogram(), sites, "hot ranges")
+        surrogates = [SiteRanges(histograms[d.site.fingerprint], d.w2.norm(dim=0), d.costs) for d in drafts]
+        dense = sum(site.weights.bytes for site in sites)
+        chosen = self.choose(surrogates, config.budget * dense)
+        for draft, surrogate, ranges in zip(drafts, surrogates, chosen, strict=True):
+            draft.settle(surrogate, ranges, histograms[draft.site.fingerprint].edges)
+        if not config.sequential:
+            residuals = observation.run(lambda s: ResidualObserver(by_site[s.fingerprint]), sites, "residuals")
+            return [self._plan(draft, residuals[draft.site.fingerprint]) for draft in drafts]
+        plans = []
+        for draft in drafts:
+            site = draft.site
+            residual = observation.run(lambda _, draft=draft: ResidualObserver(draft), [site], f"residual of {site.site.name}")  # type: ignore[misc]
+            plan = self._plan(draft, residual[site.fingerprint])
+            constants = self.constants(plan, site.weights)
+            observation.replace(site, lambda x, plan=plan, constants=constants: self.forward(x, constants, plan))  # type: ignore[misc]
+            plans.append(plan)
+        return plans
+
+    def choose(self, sites: Sequence[SiteRanges], allowed: float) -> list[Ranges]:
+        """Ranges of all sites within ``allowed`` bytes per token; fits the surrogates to them."""
+        return allocate(sites, allowed)
+
+    def _plan(self, draft: Draft, observer: ResidualObserver) -> SitePlan:
+        weights, site = draft.site.weights, draft.site
+        fitted = observer.residual.solve()
+        folded_weight, folded_bias = draft.fold()
+        if self.regressed:
+            folded_weight, folded_bias = folded_weight + fitted.weight.T, folded_bias + fitted.bias
+        dtype = weights.w1.dtype
+        tensors = draft.tensors | {"folded_weight": folded_weight.to(dtype).contiguous(), "folded_bias": folded_bias.to(dtype)}
+        corrected = observer.outliers / max(1, observer.tokens)  # neurons a token, always exact ones included
+        plan = SitePlan(
+            fingerprint=site.fingerprint,
+            name=site.site.name,
+            kind=site.site.kind,
+            activation=site.site.activation,
+            dtype=str(dtype),
+            shapes=tuple(tuple(p.shape) for p in site.parameters),
+            dense_bytes=weights.bytes,
+            method=self.name,
+            touched_bytes=draft.costs.fold + draft.costs.predictor * len(tensors["lower"]) + draft.costs.row * corrected,
+            outlier_rate=corrected / weights.w1.shape[0],
+            error=fitted.error if self.regressed else fitted.error_without,
+            settings={"bits": draft.predictor.bits, "activation": site.site.activation},
+            tensors=tensors,
+        )
+        own = {p.data_ptr() for p in site.parameters}
+        extra = [c for c in self.constants(plan, weights).values() if c.data_ptr() not in own]
+        return SitePlan(**vars(plan) | {"stored_bytes": weights.bytes + sum(c.numel() * c.element_size() for c in extra)})
+
+    def constants(self, plan: SitePlan, weights: SiteWeights) -> dict[str, Tensor]:
+        """The plan's tensors padded to the hidden size, and the weights by neuron: a copy where stored otherwise."""
+        hidden, device = weights.w1.shape[0], weights.w1.device
+        listed, guarded = len(plan.tensors["neurons"]), len(plan.tensors["lower"])
+        constants = {"w1": weights.w1.contiguous(), "w2t": weights.w2.T.contiguous()}
+        if weights.b1 is not None:
+            constants["b1"] = weights.b1
+        constants["counts"] = torch.tensor([listed, guarded], device=device)
+        for name in _PER_NEURON:
+            tensor = plan.tensors[name]
+            padded = torch.zeros(hidden, *tensor.shape[1:], dtype=tensor.dtype, device=device)
+            padded[: len(tensor)] = tensor
+            constants[name] = padded
+        return constants | {name: plan.tensors[name].to(device) for name in ("folded_weight", "folded_bias")}
+
+    def forward(self, x: Tensor, constants: Mapping[str, Tensor], plan: SitePlan) -> Tensor:
+        """The folded map by whatever Inductor makes of a linear layer, then the corrections in one op."""
+        folded = F.linear(x, constants["folded_weight"], constants["folded_bias"])
+        corrected: Tensor = torch.ops.tardis.correct(
+            folded, x, constants["w1"], constants.get("b1"), constants["w2t"], constants["counts"],
+            *(constants[name] for name in _PER_NEURON), plan.settings["bits"], plan.settings["activation"],
+        )  # fmt: skip
+        return corrected
+
+
+@dataclass
+class Draft:
+    """A site's plan in the making, in float32 on the CPU."""
+
+    site: ObservedSite
+    moments: Moments
+    bits: int
+
+    def __post_init__(self) -> None:
+        weights = self.site.weights
+
+        def real(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.float().cpu()
+
+        self.w1, self.w2 = weights.w1.float().cpu(), weights.w2.float().cpu()
+        self.b1, self.b2 = real(weights.b1), real(weights.b2)
+        self.activation = ACTIVATIONS[str(self.site.site.activation)]
+        self.predictor: Predictor = quantise(self.w1, self.moments.gram, self.bits)
+
+    @property
+    def costs(self) -> Costs:
+        """Bytes read, in the model's own dtype; bounds, surrogates and indices of neurons counted."""
+        (h, d), d_out, size = self.w1.shape, self.w2.shape[0], self.site.weights.w1.element_size()
+        bias = 0 if self.b1 is None else size
+        predictor = packed_bytes(d, self.bits) + 3 * group_count(d) + 8
+        return Costs(fold=(d + 1) * d_out * size, predictor=predictor, row=(d + d_out) * size + bias + 12)
+
+    def histogram(self) -> Histogram:
+        """An empty histogram of the predictor's estimates."""
+        return Histogram(self.moments, self.w1, self.b1, self.predictor, self.activation)
+
+    def settle(self, surrogate: SiteRanges, ranges: Ranges, edges: Tensor) -> None:
+        """Fixes hot ranges, classes and surrogates.
+
+        Args:
+            surrogate: slopes and intercepts.
+            ranges: hot bins and classes.
+            edges: [bins + 1, h] of the bins.
+        """
+        self.slope, self.intercept = surrogate.slope.float(), surrogate.intercept.float()
+        self.guarded, self.exact = ranges.guarded, ranges.exact
+        some = ranges.hot.any(0)
+        start = ranges.hot.byte().argmax(0)
+        stop = start + ranges.hot.sum(0)
+        self.lower = torch.where(some, edges.gather(0, start[None])[0], torch.inf)
+        self.upper = torch.where(some, edges.gather(0, stop[None])[0], -torch.inf)
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The guard: guarded neurons first, then the exact ones."""
+        guarded, exact = self.guarded.nonzero()[:, 0], self.exact.nonzero()[:, 0]
+        neurons = torch.cat([guarded, exact])
+        return {
+            "neurons": neurons.int(),
+            "codes": self.predictor.codes[guarded],
+            "scale": self.predictor.scale[guarded],
+            "zero": self.predictor.zero[guarded],
+            "lower": self.lower[guarded],
+            "upper": self.upper[guarded],
+            "slope": self.slope[neurons],
+            "intercept": self.intercept[neurons],
+        }
+
+    def fold(self) -> tuple[Tensor, Tensor]:
+        """Folded weight [d_out, d] and bias [d_out], float64: every neuron by its surrogate."""
+        w1, w2, slope = self.w1.double(), self.w2.double(), self.slope.double()
+        shift = self.intercept.double() if self.b1 is None else self.intercept.double() + slope * self.b1.double()
+        bias = w2 @ shift
+        return (w2 * slope) @ w1, bias if self.b2 is None else bias + self.b2.double()
+
+
+class ResidualObserver:
+    """What the folded map misses where no correction is made, and how often one is."""
+
+    def __init__(self, draft: Draft) -> None:
+        """Starts at zero."""
+        self._draft = draft
+        self.residual = Residual(draft.w1.shape[1], draft.w2.shape[0])
+        self.outliers, self.tokens = 0, 0
+
+    def update(self, x: Tensor) -> None:
+        """Adds tokens, [tokens, d], float32."""
+        draft = self._draft
+        z = x @ draft.w1.T
+        if draft.b1 is not None:
+            z += draft.b1
+        z_hat = draft.predictor(x)
+        outlier = draft.exact | draft.guarded & ((z_hat < draft.lower) | (z_hat > draft.upper))
+        activated = draft.activation.eager(z)
+        missing = torch.where(outlier, 0, activated - draft.slope * z - draft.intercept)
+        output = activated @ draft.w2.T
+        self.residual.update(x, missing @ draft.w2.T, output if draft.b2 is None else output + draft.b2)
+        self.outliers += int(outlier.sum())
+        self.tokens += len(x)

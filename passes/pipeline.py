@@ -1,0 +1,154 @@
+"""Applies a plan to a graph: matches, rewrites every planned site, and says what became of each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, fx
+
+from tardis_fx.errors import PlanMismatchError
+from tardis_fx.fingerprint import fingerprint
+from tardis_fx.graph.matcher import find_sites
+from tardis_fx.graph.surgery import add_input, copy, replace
+from tardis_fx.passes.base import rewrite_named
+from tardis_fx.runtime.guard import SiteGuard
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from tardis_fx.config import Prefill
+    from tardis_fx.graph.site import Site
+    from tardis_fx.plan import Plan, SitePlan
+
+#: Steps of up to this many tokens take fold and correction under ``prefill="original"``.
+DECODE_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a site.
+
+    Attributes:
+        site: as matched.
+        plan: its entry in the plan, or None.
+        reason: why it cannot be rewritten, or None.
+    """
+
+    site: Site
+    plan: SitePlan | None
+    reason: str | None
+
+
+@dataclass(frozen=True)
+class Rewritten:
+    """The result of :func:`apply`.
+
+    Attributes:
+        gm: the rewritten graph, or the one given where nothing was rewritten.
+        outcomes: one a site, in the order of the graph.
+        guards: of the rewritten sites.
+        constants: of the example inputs' weights, to be passed behind the graph's other inputs.
+    """
+
+    gm: fx.GraphModule
+    outcomes: tuple[Outcome, ...]
+    guards: tuple[SiteGuard, ...]
+    constants: tuple[Tensor, ...]
+
+    @property
+    def modified(self) -> bool:
+        """Whether any site was rewritten."""
+        return bool(self.guards)
+
+
+def apply(gm: fx.GraphModule, example_inputs: Sequence[Tensor], plan: Plan, prefill: Prefill) -> Rewritten:
+    """Rewrites the sites of a copy of a graph.
+
+    Under ``prefill="original"`` a graph for steps of many tokens keeps its sites. Where the number of tokens is
+    symbolic, asking for it makes Dynamo compile the two cases apart.
+
+    Args:
+        gm: a Dynamo graph module.
+        example_inputs: what it is about to be called with.
+        plan: what to do.
+        prefill: which steps are rewritten.
+    """
+    original, gm = gm, copy(gm)
+    position = {node: i for i, node in enumerate(gm.graph.find_nodes(op="placeholder"))}
+    found = outcomes(gm, example_inputs, plan)
+    guards: list[SiteGuard] = []
+    constants: list[Tensor] = []
+    for outcome in found:
+        site, entry = outcome.site, outcome.plan
+        if entry is None or outcome.reason or (prefill == "original" and _tokens(site) > DECODE_TOKENS):
+            continue
+        rewrite = rewrite_named(str(entry.method))
+        guard = SiteGuard(site, [position[node] for node in site.parameters], entry, plan, rewrite)
+        own = guard.constants(example_inputs)
+        inputs = {name: add_input(gm.graph, f"tardis_{len(guards)}_{name}", value) for name, value in zip(guard.names, own, strict=True)}
+        replace(gm.graph, site, lambda x, c, entry=entry, rewrite=rewrite: rewrite.forward(x, c, entry), inputs)  # type: ignore[misc]
+        guards.append(guard)
+        constants += own
+    if guards:
+        gm.graph.lint()
+        gm.recompile()
+    return Rewritten(gm if guards else original, tuple(found), tuple(guards), tuple(constants))
+
+
+def outcomes(gm: fx.GraphModule, example_inputs: Sequence[Tensor], plan: Plan) -> list[Outcome]:
+    """All sites of a graph with their entries in a plan; changes nothing."""
+    values = dict(zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True))
+    sites = find_sites(gm.graph)
+    return [Outcome(site, *_entry(site, [values[p] for p in site.parameters if p in values], plan)) for site in sites]
+
+
+def _entry(site: Site, values: list[Tensor], plan: Plan) -> tuple[SitePlan | None, str | None]:
+    """The plan's entry of a site, and why it is not to be rewritten, if so."""
+    if site.reason is not None:
+        return None, site.reason
+    if any(value.is_inference() for value in values):
+        return None, "its weights are inference tensors, whose changes cannot be noticed"
+    entry = plan.find(fingerprint(values))
+    if entry is None:
+        return None, _mismatch(values, plan)
+    return entry, entry.reason
+
+
+def _mismatch(values: list[Tensor], plan: Plan) -> str:
+    """Why no entry of a plan has these weights."""
+    shapes = tuple(tuple(value.shape) for value in values)
+    alike = [entry for entry in plan.sites if entry.shapes == shapes]
+    dtypes = {entry.dtype for entry in alike}
+    if alike and str(values[0].dtype) not in dtypes:
+        return f"the plan was made for {' and '.join(sorted(dtypes))} weights, these are {values[0].dtype}"
+    return "its weights changed since calibration, or belong to another model" if alike else "the plan has no site of these shapes"
+
+
+def check(outcomes: Sequence[Outcome], *, strict: bool) -> list[Outcome]:
+    """The sites that should have been rewritten and were not.
+
+    Raises:
+        PlanMismatchError: the plan knows none of the graph's sites, or ``strict`` and a site was left out.
+    """
+    unplanned = [o for o in outcomes if o.plan is None and o.site.reason is None]
+    left = [o for o in outcomes if o.plan is None or o.plan.reason is not None]
+    if unplanned and not any(o.plan for o in outcomes):
+        raise PlanMismatchError(f"the plan fits none of the model's sites: {_listed(unplanned)}")
+    if strict and left:
+        raise PlanMismatchError(f"strict, and not every site is rewritten: {_listed(left)}")
+    return left
+
+
+def _listed(outcomes: Sequence[Outcome]) -> str:
+    shown = [f"{o.site.name}: {o.reason}" for o in outcomes[:4]]
+    return "; ".join(shown) + (f"; and {len(outcomes) - 4} more" if len(outcomes) > 4 else "")
+
+
+def _tokens(site: Site) -> torch.SymInt | int:
+    shape = site.input.meta["example_value"].shape
+    tokens: torch.SymInt | int = 1
+    for size in shape[:-1]:
+        tokens = tokens * size
+    return tokens

@@ -1,0 +1,33 @@
+"""A torch.compile backend that makes transformer feed-forward networks partially linear.
+
+``plan = tardis_fx.calibrate(model, batches)``, then ``torch.compile(model, backend="tardis", options={"plan": plan})``.
+"""
+
+from tardis_fx.calibrate import calibrate
+from tardis_fx.config import Config
+from tardis_fx.errors import (
+    CalibrationError,
+    ConfigError,
+    DemoError,
+    PlanFileError,
+    PlanMismatchError,
+    StaleWeightError,
+    TardisError,
+)
+from tardis_fx.explain import Report, explain
+from tardis_fx.plan import Plan
+
+__all__ = [
+    "CalibrationError",
+    "Config",
+    "ConfigError",
+    "DemoError",
+    "Plan",
+    "PlanFileError",
+    "PlanMismatchError",
+    "Report",
+    "StaleWeightError",
+    "TardisError",
+    "calibrate",
+    "explain",
+]

@@ -1,0 +1,92 @@
+"""The torch.compile backend ``"tardis"``."""
+
+from __future__ import annotations
+
+import logging
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch._dynamo.backends.registry import lookup_backend
+from torch._dynamo.exc import InvalidBackend, ShortenTraceback
+
+from tardis_fx.config import Options
+from tardis_fx.errors import ConfigError, TardisError
+from tardis_fx.passes import pipeline
+from tardis_fx.plan import Plan
+from tardis_fx.runtime.guard import GuardedGraph
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor, fx
+
+_log = logging.getLogger("tardis_fx")
+
+
+def tardis(
+    gm: fx.GraphModule, example_inputs: list[Tensor], *, options: dict[str, Any] | None = None, mode: str | None = None
+) -> Callable[..., Any]:
+    """Compiles a Dynamo graph: rewrites the FFNs that a plan covers and hands the rest to Inductor.
+
+    Used as ``torch.compile(model, backend="tardis", options={"plan": plan})``; see :class:`tardis_fx.config.Options`.
+
+    Args:
+        gm: the graph.
+        example_inputs: its inputs, parameters among them.
+        options: see above.
+        mode: passed on to the inner backend.
+
+    Raises:
+        ConfigError: an option is unknown or out of range, or there is no plan.
+        PlanFileError: the plan's file cannot be read.
+        PlanMismatchError: the plan knows none of the graph's sites, or ``strict`` and one was left out.
+    """
+    try:
+        parsed = Options.parse(options)
+        plan = load(parsed.plan)
+        inner = _inner(parsed.inner)
+        rewritten = pipeline.apply(gm, example_inputs, plan, parsed.prefill or plan.config.prefill)
+        left = pipeline.check(rewritten.outcomes, strict=parsed.strict)
+    except TardisError as error:
+        raise _surfaced(error) from error.__cause__
+    for outcome in left:
+        _log.warning("%s is not rewritten: %s", outcome.site.name or "an FFN", outcome.reason)
+    compiled = inner(rewritten.gm, [*example_inputs, *rewritten.constants], **({"mode": mode} if mode else {}))
+    return GuardedGraph(compiled, rewritten.guards) if rewritten.modified else compiled
+
+
+def load(plan: Any) -> Plan:
+    """A plan as it is, or read from the path of its file; a file is read again when it was written again.
+
+    Raises:
+        ConfigError: ``plan`` is neither.
+        PlanFileError: the file cannot be read.
+    """
+    if isinstance(plan, Plan):
+        return plan
+    if not isinstance(plan, (str, Path)):
+        raise ConfigError(f"plan must be a tardis_fx.Plan or the path of its file, not {type(plan).__name__}")
+    path = Path(plan).absolute()
+    return _load(path, path.stat().st_mtime_ns if path.exists() else 0)
+
+
+@lru_cache(maxsize=4)
+def _load(path: Path, _written: int) -> Plan:
+    return Plan.load(path)
+
+
+def _inner(name: str) -> Callable[..., Any]:
+    if name == "tardis":
+        raise ConfigError("inner must be another backend than 'tardis'")
+    try:
+        return lookup_backend(name)  # type: ignore[no-any-return]
+    except InvalidBackend as error:
+        raise ConfigError(f"inner must be the name of a torch.compile backend, not {name!r}") from error
+
+
+def _surfaced(error: TardisError) -> Exception:
+    """The same error in a form that Dynamo raises as it is, not wrapped in BackendCompilerFailed."""
+    kind = type(error)
+    surfaced = type(kind.__name__, (kind, ShortenTraceback), {"__module__": kind.__module__, "__str__": lambda self: str(error)})
+    return surfaced(str(error), first_useful_frame=None)  # type: ignore[no-any-return]

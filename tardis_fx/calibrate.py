@@ -1,0 +1,55 @@
+"""``tardis_fx.calibrate``: a model and some text in, a plan out."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from tardis_fx.calibration.observe import Batch, Observation, ObservedSite
+from tardis_fx.config import Config
+from tardis_fx.errors import ConfigError
+from tardis_fx.passes.base import rewrite_named
+from tardis_fx.plan import Plan, SitePlan
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from torch import nn
+
+
+def calibrate(model: nn.Module, batches: Iterable[Batch], *, config: Config | None = None) -> Plan:
+    """Runs a model on calibration batches and plans a rewrite for every FFN in it.
+
+    Memory beyond the model's: the batches, and for each site sums whose size does not depend on the text (docs/concepts).
+
+    Args:
+        model: in eval mode; it is neither changed nor compiled for later use.
+        batches: each a tensor, the model's first argument, or a dict of keyword arguments. 16,000 tokens or more.
+        config: what to aim at; the defaults when None.
+
+    Raises:
+        ConfigError: the config names no registered rewrite.
+        CalibrationError: the model is in training mode, there are no batches, an input is NaN, no FFN can be rewritten,
+            or the budget is smaller than the folded weights.
+    """
+    config = Config() if config is None else config
+    if not isinstance(config, Config):
+        raise ConfigError(f"config must be a tardis_fx.Config, not {type(config).__name__}")
+    rewrite = rewrite_named(config.method)
+    observation = Observation(model, batches, progress=config.progress)
+    reasons = {s.fingerprint: s.site.reason or rewrite.refuse(s.site) for s in observation.sites}
+    accepted = [s for s in observation.sites if reasons[s.fingerprint] is None]
+    fitted = {plan.fingerprint: plan for plan in (rewrite.fit(observation, accepted, config) if accepted else [])}
+    return Plan(tuple(fitted.get(s.fingerprint) or _refused(s, reasons[s.fingerprint]) for s in observation.sites), config)
+
+
+def _refused(site: ObservedSite, reason: str | None) -> SitePlan:
+    return SitePlan(
+        fingerprint=site.fingerprint,
+        name=site.site.name,
+        kind=site.site.kind,
+        activation=site.site.activation,
+        dtype=str(site.weights.w1.dtype),
+        shapes=tuple(tuple(p.shape) for p in site.parameters),
+        dense_bytes=site.weights.bytes,
+        reason=reason,
+    )

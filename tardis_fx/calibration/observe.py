@@ -1,0 +1,173 @@
+"""Runs the calibration batches through a model and shows every site's inputs to an observer."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor, fx, nn
+from tqdm import tqdm
+
+from tardis_fx.errors import CalibrationError
+from tardis_fx.fingerprint import fingerprint
+from tardis_fx.graph.capture import Capture
+from tardis_fx.graph.matcher import find_sites
+from tardis_fx.graph.site import Site, SiteWeights
+
+_log = logging.getLogger("tardis_fx")
+
+Batch = Tensor | Mapping[str, Any]
+
+
+class SiteObserver(Protocol):
+    """Accumulates what a rewrite wants to know of a site."""
+
+    def update(self, x: Tensor) -> None:
+        """Adds the site's inputs, [tokens, d], float32."""
+
+
+O = TypeVar("O", bound=SiteObserver)
+
+
+@dataclass(frozen=True)
+class ObservedSite:
+    """A site of the model with its weights.
+
+    Attributes:
+        site: as matched, with the reason where it is refused.
+        fingerprint: of its weights.
+        weights: as they are stored, in the model's dtype and on its device.
+        parameters: the same, in the order of ``site.parameters``.
+    """
+
+    site: Site
+    fingerprint: str
+    weights: SiteWeights
+    parameters: tuple[Tensor, ...]
+
+
+class Observation:
+    """A model, its calibration batches, and its sites in the order in which they run.
+
+    The sites are found by running the first batch. Batches are kept in a list, for they are run once for every
+    :meth:`run`; a site's inputs are never kept.
+    """
+
+    def __init__(self, model: nn.Module, batches: Iterable[Batch], *, progress: bool = True) -> None:
+        """Captures the model.
+
+        Raises:
+            CalibrationError: no batches, a model in training mode, or a model without any FFN.
+        """
+        training = next((name or type(module).__name__ for name, module in model.named_modules() if module.training), None)
+        if training is not None:
+            raise CalibrationError(f"{training} is in training mode: call model.eval() first")
+        if isinstance(batches, (Tensor, Mapping)):
+            raise CalibrationError("batches must be an iterable of batches: wrap a single one in a list")
+        self._batches, self._progress = list(batches), progress
+        if not self._batches:
+            raise CalibrationError("no calibration batches")
+        self._sites: dict[str, ObservedSite] = {}
+        self._known: dict[tuple[int, ...], str] = {}
+        self._observers: dict[str, SiteObserver] = {}
+        self._rewritten: dict[str, Callable[[Tensor], Tensor]] = {}
+        self._capture = Capture(model, self._instrument)
+        self._capture(self._batches[0])
+        if not self._sites:
+            raise CalibrationError("the model has no feed-forward network that tardis_fx recognises")
+
+    @property
+    def sites(self) -> list[ObservedSite]:
+        """All sites, refused ones included."""
+        return list(self._sites.values())
+
+    def run(self, make: Callable[[ObservedSite], O], sites: Iterable[ObservedSite], what: str) -> dict[str, O]:
+        """Runs all batches once and returns one observer a site, by the site's fingerprint.
+
+        Args:
+            make: makes the observer of a site.
+            sites: the sites to observe.
+            what: says what is being measured, for the progress bar.
+
+        Raises:
+            CalibrationError: a site's inputs are NaN or infinite, or it saw no token.
+        """
+        observers = {site.fingerprint: make(site) for site in sites}
+        self._observers = dict(observers)
+        try:
+            for batch in tqdm(self._batches, desc=what, unit="batch", disable=not self._progress, leave=False):
+                self._capture(batch)
+        finally:
+            self._observers = {}
+        return observers
+
+    def replace(self, site: ObservedSite, function: Callable[[Tensor], Tensor]) -> None:
+        """From now on the site's output is ``function`` of its input, [..., d] to [..., d_out]."""
+        self._rewritten[site.fingerprint] = function
+
+    def _instrument(self, gm: fx.GraphModule, example_inputs: list[Tensor]) -> Callable[..., Any]:
+        """Puts taps around every site; also the first batch's example inputs tell the sites' weights."""
+        values = dict(zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True))
+        for i, site in enumerate(find_sites(gm.graph)):
+            if site.reason is not None or any(not isinstance(values.get(p), Tensor) for p in site.parameters):
+                self._admit(site, [values[p] for p in site.parameters if isinstance(values.get(p), Tensor)])
+                continue
+            gm.add_submodule(f"tardis_enter_{i}", _Enter(self, site))
+            gm.add_submodule(f"tardis_leave_{i}", _Leave(self, site))
+            with gm.graph.inserting_before(site.up.node):
+                entered = gm.graph.call_module(f"tardis_enter_{i}", (site.input, *site.parameters))
+            with gm.graph.inserting_after(site.output):
+                left = gm.graph.call_module(f"tardis_leave_{i}", (site.output, entered, *site.parameters))
+            site.output.replace_all_uses_with(left, delete_user_cb=lambda user, left=left: user is not left)  # type: ignore[misc]
+        gm.recompile()
+        return gm.forward
+
+    def _admit(self, site: Site, parameters: list[Tensor]) -> str:
+        key = tuple(p.data_ptr() for p in parameters)
+        if key not in self._known:
+            identity = self._known[key] = fingerprint(parameters)
+            weights = SiteWeights.of(site, parameters) if len(parameters) == len(site.parameters) else None
+            if weights is not None and identity not in self._sites:
+                self._sites[identity] = ObservedSite(site, identity, weights, tuple(parameters))
+        return self._known[key]
+
+    def observe(self, site: Site, parameters: list[Tensor], x: Tensor) -> None:
+        """Called by a tap with the inputs of one call."""
+        observer = self._observers.get(self._admit(site, parameters))
+        if observer is None or x.numel() == 0:
+            return
+        tokens = x.detach().reshape(-1, x.shape[-1]).float().cpu()
+        if not torch.isfinite(tokens).all():
+            raise CalibrationError(f"the inputs of {site.name} hold NaN or infinity: look at the batch or at the layers before it")
+        observer.update(tokens)
+
+    def rewritten(self, site: Site, parameters: list[Tensor]) -> Callable[[Tensor], Tensor] | None:
+        """What replaces a site's output, or None."""
+        return self._rewritten.get(self._admit(site, parameters))
+
+
+class _Enter(nn.Module):
+    """Shows a site's inputs; a copy is kept only where the output is going to be replaced."""
+
+    def __init__(self, observation: Observation, site: Site) -> None:
+        super().__init__()
+        self._observation, self._site = observation, site
+
+    def forward(self, x: Tensor, *parameters: Tensor) -> Tensor | None:
+        self._observation.observe(self._site, list(parameters), x)
+        return x.clone() if self._observation.rewritten(self._site, list(parameters)) else None
+
+
+class _Leave(nn.Module):
+    """Passes a site's output, or what replaces it."""
+
+    def __init__(self, observation: Observation, site: Site) -> None:
+        super().__init__()
+        self._observation, self._site = observation, site
+
+    def forward(self, output: Tensor, x: Tensor | None, *parameters: Tensor) -> Tensor:
+        function = self._observation.rewritten(self._site, list(parameters))
+        return output if function is None or x is None else function(x).view_as(output)

@@ -1,0 +1,95 @@
+"""The predictor's weights: W1 in a few bits, by GPTQ."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tardis_fx.runtime.packing import GROUP, group_count, pack
+from tardis_fx.runtime.reference import estimate
+
+#: Share of the mean diagonal of the Hessian that is added to it (GPTQ, section 3.3).
+DAMPING = 0.01
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """A quantised W1.
+
+    Attributes:
+        codes: [h, packed bytes], uint8, as :mod:`tardis_fx.runtime.packing` lays them out.
+        scale: [h, groups], float16.
+        zero: [h, groups], uint8.
+        bits: bits a code.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor
+    bits: int
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Estimates of the pre-activations without bias, [tokens, h]."""
+        return estimate(x, self.codes, self.scale, self.zero, self.bits)
+
+
+def quantise(w1: Tensor, gram: Tensor, bits: int) -> Predictor:
+    """Quantises W1 so that the estimates, not the weights, change least: GPTQ (arXiv 2210.17323, algorithm 1).
+
+    Asymmetric codes in groups of 64 columns; each group's scale is the one of least squared error among ranges
+    clipped to 100% down to 50%, rounded to float16 before the codes are taken.
+
+    Args:
+        w1: [h, d].
+        gram: [d, d], sum of x xᵀ over the calibration tokens.
+        bits: 1 to 8.
+    """
+    h, d = w1.shape
+    w = w1.float().clone()
+    upper = _inverse_factor(gram.double()).float()
+    codes = torch.zeros(h, d, dtype=torch.uint8)
+    scales = torch.zeros(h, group_count(d), dtype=torch.float16)
+    zeros = torch.zeros(h, group_count(d), dtype=torch.uint8)
+    for group, start in enumerate(range(0, d, GROUP)):
+        stop = min(start + GROUP, d)
+        block, errors = w[:, start:stop].clone(), torch.zeros(h, stop - start)
+        scale, zero = _range(block, bits)
+        scales[:, group], zeros[:, group] = scale.half(), zero.to(torch.uint8)
+        for i in range(stop - start):
+            row = upper[start + i, start + i : stop]
+            code = (block[:, i] / scale + zero).round_().clamp_(0, 2**bits - 1)
+            code = torch.where(scale > 0, code, zero)
+            codes[:, start + i] = code.to(torch.uint8)
+            errors[:, i] = (block[:, i] - (code - zero) * scale) / row[0]
+            block[:, i:] -= errors[:, i : i + 1] * row
+        w[:, stop:] -= errors @ upper[start:stop, stop:]
+    return Predictor(pack(codes, bits), scales, zeros, bits)
+
+
+def _inverse_factor(gram: Tensor) -> Tensor:
+    """Upper Cholesky factor of the damped inverse Hessian."""
+    hessian = gram.clone()
+    dead = hessian.diagonal() == 0
+    hessian.diagonal()[dead] = 1
+    hessian.diagonal().add_(DAMPING * hessian.diagonal().mean())
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
+    return torch.linalg.cholesky(inverse, upper=True)
+
+
+def _range(block: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of each row of a group, of least squared error over clipped ranges: [h], [h]."""
+    levels = 2**bits - 1
+    low, high = block.amin(1).clamp(max=0), block.amax(1).clamp(min=0)
+    best = torch.full((len(block),), torch.inf)
+    best_scale, best_zero = torch.zeros(len(block)), torch.zeros(len(block))
+    for shrink in torch.linspace(1, 0.5, 11):
+        scale = ((high - low) * shrink / levels).half().float()
+        zero = torch.where(scale > 0, (-low * shrink / scale).round(), 0).clamp(0, levels)
+        code = torch.where(scale[:, None] > 0, (block / scale[:, None] + zero[:, None]).round().clamp(0, levels), zero[:, None])
+        loss = ((code - zero[:, None]) * scale[:, None] - block).square().sum(1)
+        better = loss < best
+        best = torch.where(better, loss, best)
+        best_scale, best_zero = torch.where(better, scale, best_scale), torch.where(better, zero, best_zero)
+    return best_scale, best_zero

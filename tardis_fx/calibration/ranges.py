@@ -1,0 +1,103 @@
+"""Which neurons are folded, guarded or always exact, and where a guarded neuron is hot.
+
+Everything follows from one price. With ``e`` the squared error that the surrogate leaves in a bin of a neuron's
+histogram (times ``‖W2[:, n]‖²``) and a price ``λ`` for a byte read, a neuron costs
+
+    folded    Σ e                                        no predictor row, never corrected
+    exact     λ · tokens · row                           no predictor row, always corrected
+    guarded   Σ_hot e + λ · (tokens · predictor + Σ_cold count · row)
+
+and takes the cheapest. Of a guarded neuron, the best hot range is the run of neighbouring bins with the least
+``Σ (e - λ · row · count)``: a minimum-subarray problem, solved for all neurons at once by running maxima of prefix sums.
+A bin is hot when its mean squared error is below ``λ · row``: within a layer one threshold on the error times the norm
+of the W2 column, as the paper has it (section 5.1), and between layers the threshold of least total error.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tardis_fx.calibration.profile import Histogram, Sums
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Bytes read for one token: by the fold, by a guarded neuron's predictor row, by one correction."""
+
+    fold: int
+    predictor: int
+    row: int
+
+
+@dataclass(frozen=True)
+class Ranges:
+    """The choice at one site.
+
+    Attributes:
+        hot: [bins, h], bool; all of a folded neuron's bins are hot, none of an exact one's.
+        guarded: [h], bool.
+        exact: [h], bool.
+        touched: expected bytes per token.
+    """
+
+    hot: Tensor
+    guarded: Tensor
+    exact: Tensor
+    touched: float
+
+
+class SiteRanges:
+    """One site's surrogates, and its ranges as a function of the price of a byte."""
+
+    def __init__(self, histogram: Histogram, w2_norm: Tensor, costs: Costs) -> None:
+        """Starts with the surrogates that fit all tokens.
+
+        Args:
+            histogram: of the site.
+            w2_norm: [h], norms of the columns of W2.
+            costs: bytes.
+        """
+        self.sums: Sums = histogram.sums
+        self.costs = costs
+        self._importance = w2_norm.double() ** 2 * site_weight(self.sums, w2_norm)
+        self._tokens = float(self.sums.count[:, 0].sum())
+        self.slope, self.intercept = self.sums.regress(torch.ones_like(self.sums.count, dtype=torch.bool))
+
+    def refit(self, hot: Tensor) -> None:
+        """Fits the surrogates to the hot bins; an exact neuron's is zero, which keeps it out of the fold."""
+        self.slope, self.intercept = self.sums.regress(hot)
+
+    def at(self, price: float) -> Ranges:
+        """The ranges of least cost at a price per byte read."""
+        error = self.sums.error(self.slope, self.intercept) * self._importance
+        row = price * self.costs.row
+        start, stop = _cheapest_run(error - row * self.sums.count)
+        bins = torch.arange(len(error))[:, None]
+        hot = (bins >= start) & (bins < stop)
+        folded_cost = error.sum(0)
+        exact_cost = torch.full_like(folded_cost, row * self._tokens)
+        guarded_cost = torch.where(hot, error, row * self.sums.count).sum(0) + price * self.costs.predictor * self._tokens
+        choice = torch.stack([folded_cost, exact_cost, guarded_cost]).argmin(0)
+        hot = (hot | (choice == 0)) & (choice != 1)
+        cold = torch.where(hot, 0, self.sums.count).sum().item() / self._tokens
+        touched = self.costs.fold + self.costs.predictor * int((choice == 2).sum()) + self.costs.row * cold
+        return Ranges(hot, choice == 2, choice == 1, touched)
+
+
+def _cheapest_run(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Start and stop of the run of least sum in every column of [bins, h]; the empty run where all sums are positive."""
+    prefix = torch.cat([torch.zeros_like(values[:1]), values.cumsum(0)])
+    highest, where = prefix.cummax(0)
+    stop = (prefix - highest).argmin(0)
+    return where.gather(0, stop[None])[0], stop
+
+
+def site_weight(sums: Sums, w2_norm: Tensor) -> float:
+    """EXPERIMENT."""
+    import os
+    mode = os.environ.get("OMEGA", "abs")
+    energy = float((sums.aa.sum(0) * w2_norm.double()**2).sum()) / float(sums.count[:, 0].sum())
+    return {"abs": 1.0, "rel": 1 / energy, "sqrt": energy ** -0.5}[mode]

@@ -1,0 +1,93 @@
+"""The regressed fold: an affine map fitted to what fold and correction still miss."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tardis_fx.calibration.profile import Moments
+
+#: Ridge, as a share of the mean variance of an input.
+RIDGE = 1e-3
+
+#: Of each batch, the last tokens that are not fitted on, and measure the error instead.
+HELD_BACK = 1 / 8
+
+
+class Residual:
+    """Sums of a residual against the inputs, apart for fitted and for held-back tokens.
+
+    Memory: 2 (d² + d d_out) float32.
+    """
+
+    def __init__(self, d: int, d_out: int) -> None:
+        """Starts at zero."""
+        self._fitted, self._held = _Half(d, d_out), _Half(d, d_out)
+
+    def update(self, x: Tensor, residual: Tensor, output: Tensor) -> None:
+        """Adds tokens.
+
+        Args:
+            x: [tokens, d].
+            residual: [tokens, d_out], the exact output less what is already there.
+            output: [tokens, d_out], the exact output.
+        """
+        cut = len(x) - int(len(x) * HELD_BACK)
+        self._fitted.update(x[:cut], residual[:cut], output[:cut])
+        self._held.update(x[cut:], residual[cut:], output[cut:])
+
+    def solve(self) -> AffineMap:
+        """Ridge regression of the residual on the inputs, and its error on the held-back tokens."""
+        fitted, held = self._fitted, self._held if self._held.inputs.tokens else self._fitted
+        count = fitted.inputs.tokens
+        covariance, mean = fitted.inputs.covariance, fitted.inputs.mean
+        covariance.diagonal().add_(RIDGE * covariance.diagonal().mean().clamp(min=1e-30))
+        cross = fitted.cross.double() / count - torch.outer(mean, fitted.total / count)
+        weight = torch.linalg.solve(covariance, cross, left=True) if covariance.any() else torch.zeros_like(cross)
+        bias = fitted.total / count - mean @ weight
+        return AffineMap(weight, bias, held.error(weight, bias), held.error(torch.zeros_like(weight), torch.zeros_like(bias)))
+
+
+class _Half:
+    """The sums over one part of the tokens."""
+
+    def __init__(self, d: int, d_out: int) -> None:
+        self.inputs = Moments(d)
+        self.cross = torch.zeros(d, d_out)
+        self.total = torch.zeros(d_out, dtype=torch.float64)
+        self.square = 0.0
+        self.output_square = 0.0
+
+    def update(self, x: Tensor, residual: Tensor, output: Tensor) -> None:
+        self.inputs.update(x)
+        self.cross += x.T @ residual
+        self.total += residual.sum(0, dtype=torch.float64)
+        self.square += residual.double().square().sum().item()
+        self.output_square += output.double().square().sum().item()
+
+    def error(self, weight: Tensor, bias: Tensor) -> float:
+        """Root of the mean square of residual - (x weight + bias), relative to the output's, from the sums."""
+        count, inputs = self.inputs.tokens, self.inputs.total
+        predicted = ((self.inputs.gram.double() @ weight) * weight).sum() + 2 * (inputs @ weight) @ bias + count * bias @ bias
+        crossed = (self.cross.double() * weight).sum() + self.total @ bias
+        left = max(0.0, self.square - 2 * crossed.item() + predicted.item())
+        return float((left / self.output_square) ** 0.5) if self.output_square else 0.0
+
+
+@dataclass(frozen=True)
+class AffineMap:
+    """A fitted map.
+
+    Attributes:
+        weight: [d, d_out], float64.
+        bias: [d_out], float64.
+        error: relative root-mean-square error that is left on held-back tokens.
+        error_without: the same if the map were zero.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    error: float
+    error_without: float

@@ -1,0 +1,65 @@
+"""The demo's text: the source of the running Python's standard library, split by module name.
+
+The split is a function of a module's name alone, so that a module held out when the model was trained is held
+out on every machine and with every Python version.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sysconfig
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from tardis_fx.errors import DemoError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+Split = Literal["train", "calibration", "test"]
+
+#: Tables and generated text, which no one would call source code.
+EXCLUDED = frozenset({"site-packages", "dist-packages", "encodings", "pydoc_data", "idlelib", "turtledemo", "lib2to3"})
+
+
+def split_of(path: Path) -> Split:
+    """The split of a module: 80% train, 10% calibration, 10% test, by a hash of its name.
+
+    A module and its unit test (``textwrap`` and ``test_textwrap``) fall into the same split, so that no test of a
+    held-out module is trained on.
+
+    Args:
+        path: path of the module, relative to the standard library.
+    """
+    name = path.parent.name if path.stem in ("__init__", "__main__") else path.stem
+    bucket = hashlib.sha256(name.removeprefix("test_").lstrip("_").encode()).digest()[0] / 256
+    return "test" if bucket < 0.1 else "calibration" if bucket < 0.2 else "train"
+
+
+def modules(split: Split, root: Path | None = None, *, unit_tests: bool = False) -> Iterator[tuple[Path, str]]:
+    """The modules of one split, as (path relative to ``root``, source), in the order of their paths.
+
+    Args:
+        split: which split.
+        root: folder of a standard library; the running Python's when None.
+        unit_tests: whether the library's own unit tests are included (used for training only).
+
+    Raises:
+        DemoError: ``root`` holds no source of this split (a Python installed without its sources).
+    """
+    root = Path(sysconfig.get_paths()["stdlib"]) if root is None else root
+    found = False
+    for path in sorted(root.rglob("*.py")):
+        relative = path.relative_to(root)
+        if EXCLUDED.intersection(relative.parts) or split_of(relative) != split:
+            continue
+        if not unit_tests and {"test", "tests"}.intersection(relative.parts):
+            continue
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:  # a test fixture in another encoding
+            continue
+        found = True
+        yield relative, text
+    if not found:
+        raise DemoError(f"no Python source for the {split} split under {root}: is the standard library installed as .py files?")

@@ -1,0 +1,29 @@
+"""Every error that a user of tardis_fx can cause."""
+
+
+class TardisError(Exception):
+    """Base of all errors raised for bad input, a bad file, or a model that a plan does not fit."""
+
+
+class ConfigError(TardisError, ValueError):
+    """An option is unknown, of the wrong type, or out of range."""
+
+
+class CalibrationError(TardisError, ValueError):
+    """The model or the calibration batches cannot be used: training mode, no batches, no site, NaN or infinity."""
+
+
+class PlanFileError(TardisError, ValueError):
+    """A plan file is missing, truncated, foreign, or written by a newer version."""
+
+
+class PlanMismatchError(TardisError, ValueError):
+    """A plan was made for other weights, another dtype or another device than the model's."""
+
+
+class StaleWeightError(PlanMismatchError):
+    """A weight changed after the plan was made or after the model was compiled."""
+
+
+class DemoError(TardisError, RuntimeError):
+    """The demo cannot run here: a library or the standard library's source is missing."""

@@ -1,0 +1,133 @@
+"""``tardis_fx.explain``: what a plan does to every FFN of a model, and why not."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from tardis_fx.backend import load
+from tardis_fx.graph.capture import Capture
+from tardis_fx.passes import pipeline
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Callable
+
+    from torch import Tensor, fx, nn
+
+    from tardis_fx.calibration.observe import Batch
+    from tardis_fx.plan import Plan
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiteReport:
+    """One FFN.
+
+    Attributes:
+        name: module path.
+        kind: plain or gated.
+        activation: name in the registry, or None when it is not recognised.
+        status: ``"rewritten"`` or ``"refused"``.
+        reason: why it is refused; empty otherwise.
+        method: the rewrite; empty for a refused site.
+        stored_bytes: weight bytes kept.
+        touched_bytes: weight bytes read per decoded token, expected corrections included.
+        dense_bytes: weight bytes of the original.
+        outlier_rate: share of (token, neuron) pairs corrected on the calibration text.
+        error: relative root-mean-square error of the output on held-back calibration tokens.
+    """
+
+    name: str
+    kind: str
+    activation: str | None
+    status: str
+    reason: str
+    method: str
+    stored_bytes: int
+    touched_bytes: float
+    dense_bytes: int
+    outlier_rate: float
+    error: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """Every FFN of a model.
+
+    Attributes:
+        sites: in the order in which they run.
+        missing: names of sites that the plan knows and the model does not have.
+    """
+
+    sites: tuple[SiteReport, ...]
+    missing: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain lists, strings and numbers."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        """The table."""
+        head = ["site", "kind", "activation", "status", "touched", "of dense", "stored", "outliers", "error", "method / reason"]
+        rows = [head, *(_row(site) for site in self.sites)]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        lines.insert(1, "  ".join("-" * width for width in widths))
+        touched, dense = sum(s.touched_bytes for s in self.sites), sum(s.dense_bytes for s in self.sites)
+        rewritten = sum(site.status == "rewritten" for site in self.sites)
+        lines.append(f"{rewritten} of {len(self.sites)} sites rewritten; {touched / max(1, dense):.1%} of the FFN weight bytes touched per token")
+        lines += [f"in the plan, not in the model: {name}" for name in self.missing]
+        return "\n".join(lines)
+
+
+def _row(site: SiteReport) -> list[str]:
+    numbers = [f"{site.touched_bytes / 1e6:.3g} MB", f"{site.touched_bytes / max(1, site.dense_bytes):.1%}", f"{site.stored_bytes / 1e6:.3g} MB"]
+    measured = [f"{site.outlier_rate:.1%}", f"{site.error:.3f}"] if site.status == "rewritten" else ["-", "-"]
+    return [site.name, site.kind, site.activation or "unknown", site.status, *numbers, *measured, site.method or site.reason]
+
+
+def explain(model: nn.Module, plan: Plan | str | os.PathLike[str], example: Batch) -> Report:
+    """Runs a model once through the capture that compilation uses and reports every FFN.
+
+    Args:
+        model: the model, as it would be compiled.
+        plan: a plan or the path of its file.
+        example: a tensor, the model's first argument, or a dict of keyword arguments.
+
+    Raises:
+        PlanFileError: the plan's file cannot be read.
+        CalibrationError: the example is neither tensor nor dict.
+    """
+    loaded = load(plan)
+    outcomes: list[pipeline.Outcome] = []
+    seen: dict[str, SiteReport] = {}
+
+    def observe(gm: fx.GraphModule, example_inputs: list[Tensor]) -> Callable[..., Any]:
+        forward = gm.forward
+        values = dict(zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True))
+        for outcome in pipeline.outcomes(gm, example_inputs, loaded):
+            outcomes.append(outcome)
+            dense = sum(v.numel() * v.element_size() for p in outcome.site.parameters if (v := values.get(p)) is not None)
+            seen.setdefault(outcome.site.name, _report(outcome, dense))
+        return forward
+
+    Capture(model, observe)(example)
+    found = {outcome.plan.fingerprint for outcome in outcomes if outcome.plan}
+    return Report(tuple(seen.values()), tuple(entry.name for entry in loaded.sites if entry.fingerprint not in found))
+
+
+def _report(outcome: pipeline.Outcome, dense: int) -> SiteReport:
+    entry = outcome.plan if outcome.reason is None else None
+    return SiteReport(
+        name=outcome.site.name,
+        kind=outcome.site.kind,
+        activation=outcome.site.activation,
+        status="refused" if entry is None else "rewritten",
+        reason=outcome.reason or "",
+        method=str(entry.method) if entry else "",
+        stored_bytes=entry.stored_bytes if entry else dense,
+        touched_bytes=entry.touched_bytes if entry else dense,
+        dense_bytes=dense,
+        outlier_rate=entry.outlier_rate if entry else 0.0,
+        error=entry.error if entry else 0.0,
+    )

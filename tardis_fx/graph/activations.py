@@ -1,0 +1,279 @@
+"""The registry of activations: each is one sympy expression; all else about it is derived from that expression."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import sympy  # type: ignore[import-untyped]
+import torch
+import torch.nn.functional as F
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+
+Array = NDArray[np.float64]
+
+Z = sympy.Symbol("Z", real=True)
+
+REACH = 40.0
+"""Kinks and inflections lie in [-REACH, REACH]; beyond, a derivative is constant to rounding or diverges."""
+
+ENDLESS = 1e100
+"""How far slope points are sought on a side where the derivative diverges."""
+
+
+@dataclass(frozen=True)
+class Activation:
+    """An elementwise activation.
+
+    Attributes:
+        name: its key in the registry.
+        expression: its formula in :data:`Z`, written so that nothing in it or in its derivatives overflows to NaN on
+            [-1e4, 1e4].
+        eager: its torch function, for any float dtype.
+    """
+
+    name: str
+    expression: sympy.Expr
+    eager: Callable[[Tensor], Tensor]
+
+    def value(self, z: ArrayLike) -> Array:
+        """The activation at ``z``, of any shape, in float64."""
+        return self._derivatives[0](z)
+
+    def derivative(self, z: ArrayLike) -> Array:
+        """The derivative at ``z``, of any shape, in float64; at a kink, that of the formula the expression takes."""
+        return self._derivatives[1](z)
+
+    def slope_points(self, slope: ArrayLike) -> Array:
+        """Every isolated point where the derivative has a given value.
+
+        Each monotone piece of the derivative whose end values enclose the slope holds exactly one, found by
+        bisection. A stretch of constant derivative holds no isolated point, and a kink is none.
+
+        Args:
+            slope: [n].
+
+        Returns:
+            [n, k], ascending and then NaN, with k the largest number of points that any slope has.
+        """
+        slope = np.asarray(slope, dtype=np.float64)[..., None]
+        pieces = self._pieces
+        points = _bisect(self.derivative, slope, pieces.start, pieces.end, rising=pieces.rising)
+        return np.sort(np.where(pieces.reach(slope), points, np.nan))[..., : pieces.most]
+
+    def max_error(self, slope: ArrayLike, intercept: ArrayLike, lower: ArrayLike, upper: ArrayLike) -> Array:
+        """The largest ``|activation(z) - slope z - intercept|`` on ``[lower, upper]``, exact up to rounding.
+
+        The extrema are at the bounds, the kinks and the slope points. At an infinite bound the error is its limit:
+        the distance to the asymptote where the slope is the asymptote's, infinity elsewhere.
+
+        Args:
+            slope: [n].
+            intercept: [n].
+            lower: [n], may be infinite.
+            upper: [n], may be infinite.
+
+        Returns:
+            [n].
+
+        Raises:
+            ValueError: a lower bound is above its upper bound, or one of them is NaN.
+        """
+        columns = (np.asarray(argument, dtype=np.float64) for argument in (slope, intercept, lower, upper))
+        slope, intercept, lower, upper = (column[..., None] for column in np.broadcast_arrays(*columns))
+        if not np.all(lower <= upper):
+            raise ValueError(f"max_error of {self.name}: every lower bound must be at most its upper bound")
+        kinks = np.broadcast_to(self._kinks, (*slope.shape[:-1], self._kinks.size))
+        inner = np.concatenate([kinks, self.slope_points(slope[..., 0])], axis=-1)
+        inner = np.where((lower < inner) & (inner < upper), inner, lower)
+        points = np.concatenate([lower, upper, inner], axis=-1)
+        with np.errstate(invalid="ignore"):
+            error = np.abs(self.value(points) - slope * points - intercept)
+        for end, (tail_slope, tail_intercept) in zip((-np.inf, np.inf), self._tails, strict=True):
+            limit = np.where(slope == tail_slope, np.abs(tail_intercept - intercept), np.inf)
+            error = np.where(points == end, limit, error)
+        return np.asarray(error.max(axis=-1))
+
+    @property
+    def cxx(self) -> str:
+        """The activation as a C++ expression of ``float z``, in single precision throughout."""
+        from sympy.codegen.ast import float32, real  # type: ignore[import-untyped]  # slow to import
+        from sympy.codegen.rewriting import create_expand_pow_optimization  # type: ignore[import-untyped]
+
+        in_z = self._piecewise.subs(Z, sympy.Symbol("z", real=True))
+        rounded = in_z.replace(lambda e: e.is_number and not e.is_Integer, lambda e: e.evalf(9))
+        products = create_expand_pow_optimization(4, base_req=lambda base: True)(rounded)
+        return " ".join(sympy.cxxcode(products, type_aliases={real: float32}).split())
+
+    @functools.cached_property
+    def _piecewise(self) -> sympy.Expr:
+        return self.expression.rewrite(sympy.Piecewise)
+
+    @functools.cached_property
+    def _derivatives(self) -> tuple[Callable[[ArrayLike], Array], ...]:
+        """The activation, its derivative and its second derivative."""
+        return tuple(_compile(self._piecewise.diff(Z, order)) for order in range(3))
+
+    @functools.cached_property
+    def _kinks(self) -> Array:
+        """[kinks], ascending: where the expression passes from one formula to the next."""
+        conditions = self._piecewise.atoms(sympy.core.relational.Relational)
+        kinks = np.unique([float(z) for c in conditions for z in sympy.solve(c.lhs - c.rhs, Z)])
+        assert np.all(np.abs(kinks) < REACH), f"{self.name}: a kink beyond {REACH}"
+        return kinks
+
+    @functools.cached_property
+    def _tails(self) -> tuple[tuple[float, float], ...]:
+        """Slope and intercept of the asymptotes at -inf and at inf; NaN where the derivative diverges."""
+        tails = []
+        for end in (-REACH, REACH):
+            slope = float(self.derivative(end))
+            beyond = self.derivative(np.geomspace(end, 250 * end, 1000))
+            constant = bool(np.all(np.abs(beyond - slope) <= 1e-12))
+            assert constant or abs(beyond[-1]) > 10 * abs(slope), f"{self.name}: no asymptote found"
+            tails.append((slope, float(self.value(end)) - slope * end) if constant else (np.nan, np.nan))
+        return tuple(tails)
+
+    @functools.cached_property
+    def _pieces(self) -> "_Pieces":
+        curvature = self._derivatives[2]
+        edges = np.array([-REACH, *self._kinks, REACH])
+        brackets = _sign_changes(curvature, edges, points=2000)
+        # Two inflections between neighbours of one grid would escape it, but not the other grid as well.
+        assert len(brackets) == len(_sign_changes(curvature, edges, points=9001)), f"{self.name}: inflections missed"
+        before, after = brackets.T
+        inflections = _bisect(curvature, np.zeros(1), before, after, rising=curvature(after) > curvature(before))
+        below, above = (ENDLESS if np.isnan(slope) else REACH for slope, _ in self._tails)
+        ends = np.unique([-below, *self._kinks, *inflections, above])
+        start, end = ends[:-1], ends[1:]
+        # Taken one step inwards, since the derivative may jump at a kink.
+        at_start, at_end = self.derivative(np.nextafter(start, end)), self.derivative(np.nextafter(end, start))
+        return _Pieces(start, end, at_start, at_end, closed=np.isin(start, inflections))
+
+
+_SIGMOID = (1 + sympy.tanh(Z / 2)) / 2
+_GELU_CUBIC = sympy.sqrt(2 / sympy.pi) * (Z + sympy.Rational("0.044715") * Z**3)
+
+# Piecewise rather than Max and Min: the C++ of those two does not keep a NaN.
+ACTIVATIONS: dict[str, Activation] = {
+    activation.name: activation
+    for activation in (
+        Activation("identity", Z, lambda z: z),
+        Activation("relu", sympy.Piecewise((0, Z < 0), (Z, True)), F.relu),
+        Activation("relu2", sympy.Piecewise((0, Z < 0), (Z**2, True)), lambda z: F.relu(z).square()),
+        Activation("leaky_relu", sympy.Piecewise((Z / 100, Z < 0), (Z, True)), F.leaky_relu),
+        Activation("gelu", Z * (1 + sympy.erf(Z / sympy.sqrt(2))) / 2, F.gelu),
+        Activation("gelu_tanh", Z * (1 + sympy.tanh(_GELU_CUBIC)) / 2, lambda z: F.gelu(z, approximate="tanh")),
+        Activation("gelu_quick", Z * _SIGMOID.subs(Z, sympy.Rational("1.702") * Z), lambda z: z * (1.702 * z).sigmoid()),
+        Activation("silu", Z * _SIGMOID, F.silu),
+        # With s the sigmoid, tanh(softplus(z)) is (1 - (1 - s)^2) / (1 + (1 - s)^2).
+        Activation("mish", Z * (2 / (1 + (1 - _SIGMOID) ** 2) - 1), F.mish),
+        Activation("hardswish", sympy.Piecewise((0, Z < -3), (Z, Z > 3), (Z * (Z + 3) / 6, True)), F.hardswish),
+        Activation("tanh", sympy.tanh(Z), torch.tanh),
+        Activation("sigmoid", _SIGMOID, torch.sigmoid),
+    )
+}
+
+
+def recognise(function: Callable[[Tensor], Tensor]) -> Activation | None:
+    """The registered activation that a function computes, whatever arithmetic spells it out.
+
+    Constants may be rounded: the values must agree within 1e-6, absolute plus relative, at about 2000 points in
+    [-12, 12] and at a few beyond, where a clipped activation would differ.
+
+    Args:
+        function: an elementwise function; called once, without gradients, on a float64 CPU tensor [points].
+
+    Returns:
+        The activation, or None if none agrees or the function raises, or returns anything but finite values of the
+        same shape.
+    """
+    grid, values = _grid()
+    try:
+        with torch.no_grad():
+            found = function(torch.tensor(grid, device="cpu")).to(torch.float64).numpy()
+    except Exception:  # a function of unknown origin may fail in any way
+        return None
+    if found.shape != grid.shape:
+        return None
+    for name, expected in values.items():
+        if np.all(np.abs(found - expected) <= 1e-6 * (1 + np.abs(expected))):
+            return ACTIVATIONS[name]
+    return None
+
+
+@functools.cache
+def _grid() -> tuple[Array, dict[str, Array]]:
+    """[points], and the values of every activation there."""
+    grid = np.concatenate([np.linspace(-12, 12, 2001), [-100, -50, -20, 20, 50, 100]])
+    return grid, {name: activation.value(grid) for name, activation in ACTIVATIONS.items()}
+
+
+@dataclass(frozen=True)
+class _Pieces:
+    """The intervals on which a derivative is monotone: their bounds and the derivative at these, each [pieces]."""
+
+    start: Array
+    end: Array
+    at_start: Array
+    at_end: Array
+    closed: NDArray[np.bool_]
+    """Whether the start belongs to the piece: an inflection does; a kink and the far end of a tail do not."""
+
+    @property
+    def rising(self) -> NDArray[np.bool_]:
+        """[pieces]."""
+        return self.at_start < self.at_end
+
+    @functools.cached_property
+    def most(self) -> int:
+        """The largest number of pieces that reach one slope."""
+        values = np.unique([self.at_start, self.at_end])
+        slopes = np.concatenate([values, (values[1:] + values[:-1]) / 2])
+        return int(self.reach(slopes[:, None]).sum(axis=-1).max())
+
+    def reach(self, slope: Array) -> NDArray[np.bool_]:
+        """[n, pieces]: whether the derivative takes the slope, [n, 1], on the piece."""
+        low, high = np.minimum(self.at_start, self.at_end), np.maximum(self.at_start, self.at_end)
+        return np.asarray((low < slope) & (slope < high) | self.closed & (slope == self.at_start))
+
+
+def _compile(expression: sympy.Expr) -> Callable[[ArrayLike], Array]:
+    """The expression as a float64 function of arrays; a constant is spread over their shape."""
+    function = sympy.lambdify(Z, expression, modules=["scipy", "numpy"], cse=True)
+
+    def evaluate(z: ArrayLike) -> Array:
+        z = np.asarray(z, dtype=np.float64)
+        with np.errstate(all="ignore"):
+            return np.full(z.shape, function(z), dtype=np.float64)
+
+    return evaluate
+
+
+def _sign_changes(function: Callable[[ArrayLike], Array], edges: Array, *, points: int) -> Array:
+    """[changes, 2]: brackets of the sign changes between neighbouring edges; below 1e-12 a sign is rounding noise."""
+    brackets: list[tuple[float, float]] = []
+    for start, end in zip(edges[:-1], edges[1:], strict=True):
+        grid = np.linspace(start, end, points)[1:-1]
+        grid = grid[np.abs(function(grid)) > 1e-12]
+        change = np.flatnonzero(np.diff(np.sign(function(grid))))
+        brackets += zip(grid[change], grid[change + 1], strict=True)
+    return np.array(brackets, dtype=np.float64).reshape(-1, 2)
+
+
+def _bisect(
+    function: Callable[[ArrayLike], Array], target: Array, start: Array, end: Array, *, rising: NDArray[np.bool_]
+) -> Array:
+    """Where a function, monotone between start and end, takes the target: elementwise, broadcast.
+
+    Halves asinh z, so that a piece of any length takes the same steps and a root of any size keeps its digits.
+    """
+    shape = np.broadcast_shapes(target.shape, start.shape)
+    low, high = (np.broadcast_to(np.arcsinh(bound), shape) for bound in (start, end))
+    for _ in range(64):
+        middle = (low + high) / 2
+        values = function(np.sinh(middle))
+        short = np.where(rising, values < target, values > target)
+        low, high = np.where(short, middle, low), np.where(short, high, middle)
+    return np.asarray(np.sinh(high))

@@ -1,0 +1,64 @@
+"""Runs a model through Dynamo and hands every graph to an observer: calibration and ``explain`` see what compilation sees."""
+
+from __future__ import annotations
+
+import types
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from tardis_fx.errors import CalibrationError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+#: What is called with every captured graph and its inputs, and returns what to run in its place.
+Observer = "Callable[[fx.GraphModule, list[Tensor]], Callable[..., Any]]"
+
+
+def _call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return model(*args, **kwargs)
+
+
+class Capture:
+    """A model whose graphs an observer replaces.
+
+    Dynamo keeps what it compiled at the code object of the outermost function. Each capture has one of its own, so
+    that it leaves nothing behind in the cache of the model's other compiled forms.
+    """
+
+    def __init__(self, model: nn.Module, observer: Callable[[fx.GraphModule, list[Tensor]], Callable[..., Any]]) -> None:
+        """Prepares the capture; nothing is traced before the first call."""
+        self._model = model
+        self._call = torch.compile(types.FunctionType(_call.__code__.replace(), globals()), backend=observer)
+
+    def __call__(self, batch: Tensor | Mapping[str, Any]) -> Any:
+        """Runs one batch, without gradients.
+
+        Args:
+            batch: the model's first argument, or all of them by keyword.
+
+        Raises:
+            CalibrationError: the batch is neither, or lies on another device than the model.
+        """
+        args, kwargs = _arguments(batch)
+        self._check_devices([v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)])
+        dynamo = torch._dynamo.config.patch(recompile_limit=256, accumulated_recompile_limit=1024, fail_on_recompile_limit_hit=True)
+        with dynamo, torch.no_grad():
+            return self._call(self._model, args, kwargs)
+
+    def _check_devices(self, tensors: list[Tensor]) -> None:
+        parameter = next(self._model.parameters(), None)
+        for tensor in tensors:
+            if parameter is not None and tensor.device != parameter.device:
+                raise CalibrationError(f"the batch is on {tensor.device}, the model on {parameter.device}: move one of them")
+
+
+def _arguments(batch: Tensor | Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(batch, Tensor):
+        return (batch,), {}
+    try:
+        return (), {str(key): value for key, value in dict(batch).items()}
+    except (TypeError, ValueError):
+        raise CalibrationError(f"a batch must be a tensor or a dict of keyword arguments, not {type(batch).__name__}") from None

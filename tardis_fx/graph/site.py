@@ -1,0 +1,127 @@
+"""A site: one feed-forward network found in a graph."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor, fx
+
+Kind = Literal["plain", "gated"]
+
+
+@dataclass(frozen=True)
+class Projection:
+    """One matrix multiplication by a weight, with its bias.
+
+    Attributes:
+        node: the node whose value is ``input @ weight (+ bias)``.
+        input: node of the activations, [..., columns in].
+        weight: node of the stored weight.
+        bias: node of the bias, [columns out], or None.
+        transposed: the weight is stored [in, out] (``addmm``, ``matmul``) and not [out, in] (``linear``).
+    """
+
+    node: fx.Node
+    input: fx.Node
+    weight: fx.Node
+    bias: fx.Node | None
+    transposed: bool
+
+    @property
+    def parameters(self) -> tuple[fx.Node, ...]:
+        """The nodes of weight and bias."""
+        return (self.weight,) if self.bias is None else (self.weight, self.bias)
+
+
+@dataclass(frozen=True)
+class Site:
+    """One FFN of a graph: ``down(activation(up(input)))``, or ``down(activation(gate(input)) * up(input))``.
+
+    Attributes:
+        name: module path shared by the weights, as in ``model.named_modules()`` where the graph knows it.
+        kind: plain or gated.
+        activation: name in the registry of activations, or None when it is not registered.
+        up: first projection; of a gated site, the one that the activation does not see.
+        down: last projection.
+        gate: of a gated site the projection that the activation sees; ``up`` itself when both are one fused matrix.
+        inner: all nodes strictly between input and output, ``up`` and ``gate`` included.
+        reason: why the site cannot be rewritten, or None.
+    """
+
+    name: str
+    kind: Kind
+    activation: str | None
+    up: Projection
+    down: Projection
+    gate: Projection | None
+    inner: frozenset[fx.Node]
+    reason: str | None = None
+
+    @property
+    def input(self) -> fx.Node:
+        """Node of the activations that enter the site, [..., d]."""
+        return self.up.input
+
+    @property
+    def output(self) -> fx.Node:
+        """Node of the site's result, [..., d_out]."""
+        return self.down.node
+
+    @property
+    def parameters(self) -> tuple[fx.Node, ...]:
+        """The nodes of all weights and biases of the site, in a fixed order."""
+        gate = () if self.gate is None or self.gate is self.up else self.gate.parameters
+        return (*gate, *self.up.parameters, *self.down.parameters)
+
+    def refused(self, reason: str) -> Site:
+        """This site with a reason, the first one given being kept."""
+        return self if self.reason else replace(self, reason=reason)
+
+
+@dataclass(frozen=True)
+class SiteWeights:
+    """The weights of a site, each matrix as [out, in] whatever way it is stored.
+
+    Attributes:
+        w1: [h, d], of the up projection.
+        b1: [h] or None.
+        w2: [d_out, h], of the down projection.
+        b2: [d_out] or None.
+        gate: [h, d] of a gated site with a gate of its own, or None.
+        gate_bias: [h] or None.
+    """
+
+    w1: Tensor
+    b1: Tensor | None
+    w2: Tensor
+    b2: Tensor | None
+    gate: Tensor | None = None
+    gate_bias: Tensor | None = None
+
+    @classmethod
+    def of(cls, site: Site, parameters: Sequence[Tensor]) -> SiteWeights:
+        """Sorts the values of ``site.parameters``; views, no copies."""
+        values = dict(zip(site.parameters, (p.detach() for p in parameters), strict=True))
+
+        def matrix(projection: Projection) -> Tensor:
+            weight = values[projection.weight]
+            return weight.T if projection.transposed else weight
+
+        def bias(projection: Projection) -> Tensor | None:
+            return None if projection.bias is None else values[projection.bias]
+
+        gate = site.gate if site.gate is not site.up else None
+        return cls(
+            matrix(site.up), bias(site.up), matrix(site.down), bias(site.down),
+            matrix(gate) if gate else None, bias(gate) if gate else None,
+        )  # fmt: skip
+
+    @property
+    def bytes(self) -> int:
+        """Size of all weights and biases."""
+        every = (self.w1, self.b1, self.w2, self.b2, self.gate, self.gate_bias)
+        return sum(w.numel() * w.element_size() for w in every if w is not None)

@@ -1,0 +1,75 @@
+"""Replaces a site in a graph by what a rewrite's ``forward`` traces to."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx
+
+from tardis_fx.graph.forms import shape_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from tardis_fx.graph.site import Site
+
+
+def copy(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy of a Dynamo graph module with what AOTAutograd reads off it; Dynamo goes on to use the original's inputs."""
+    graph, copies = fx.Graph(), {}
+    result = graph.graph_copy(gm.graph, copies)
+    graph.output(result)
+    for node in gm.graph.find_nodes(op="placeholder"):
+        if hasattr(node, "_dynamo_source"):
+            copies[node]._dynamo_source = node._dynamo_source  # type: ignore[attr-defined]
+    copied = fx.GraphModule(gm, graph)
+    copied.meta = dict(gm.meta)
+    if hasattr(gm, "_param_name_to_source"):
+        copied._param_name_to_source = gm._param_name_to_source
+    return copied
+
+
+def add_input(graph: fx.Graph, name: str, value: Tensor) -> fx.Node:
+    """Adds a graph input behind the last one, marked as a static input as Dynamo marks parameters.
+
+    Args:
+        graph: the graph.
+        name: of the input; made unique.
+        value: what will be passed at the first call.
+    """
+    last = next(reversed(graph.find_nodes(op="placeholder")))
+    with graph.inserting_after(last):
+        node = graph.placeholder(name)
+    node.meta = {"example_value": value, "tensor_dict": {"_dynamo_static_input_type": "unguarded"}}
+    node._dynamo_source = None  # type: ignore[attr-defined] - AOTAutograd asks every input of a Dynamo graph for it
+    return node
+
+
+def replace(graph: fx.Graph, site: Site, forward: Callable[[Any, Mapping[str, Any]], Any], constants: Mapping[str, fx.Node]) -> None:
+    """Puts ``forward(input, constants)`` in a site's place and removes the nodes that nothing reads any more.
+
+    The new nodes stand where the site's first projection stood, so that they read the input as it was there even if
+    it is written to later.
+
+    Args:
+        graph: the graph.
+        site: a site of it.
+        forward: plain PyTorch; traced.
+        constants: graph inputs by name.
+    """
+    tracer = fx.proxy.GraphAppendingTracer(graph)
+    with graph.inserting_before(site.up.node):
+        proxies = {name: fx.Proxy(node, tracer) for name, node in constants.items()}
+        result = forward(fx.Proxy(site.input, tracer), proxies).node
+        entering, leaving = shape_of(site.input), shape_of(site.output)
+        if entering is not None and leaving is not None and len(entering) != len(leaving):
+            shape = tuple(leaving) if len(leaving) > 2 else (-1, leaving[-1])
+            result = graph.call_function(torch.reshape, (result, shape))
+    site.output.replace_all_uses_with(result)
+    result.meta.setdefault("example_value", site.output.meta["example_value"])
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    for node in sorted({*site.inner, site.output}, key=lambda n: -order[n]):
+        if not node.users:
+            graph.erase_node(node)
+

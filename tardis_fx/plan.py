@@ -1,0 +1,159 @@
+"""The plan: what to do at every site, with its tensors. A safetensors file."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections import Counter
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from tardis_fx.config import Config
+from tardis_fx.errors import PlanFileError, TardisError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor
+
+_FORMAT = "tardis_fx.plan"
+#: Raised whenever a plan written now would be misread by older code.
+VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class SitePlan:
+    """What to do at one site.
+
+    Attributes:
+        fingerprint: of the site's weights.
+        name: module path, for people.
+        kind: plain or gated.
+        activation: name in the registry, or None.
+        dtype: of the weights, as in ``str(torch.float32)``.
+        shapes: of the weights, in the order of the fingerprint.
+        dense_bytes: weight bytes of the original site.
+        method: the rewrite, or None for a refused site.
+        reason: why the site is refused, or None.
+        stored_bytes: weight bytes that the rewritten site keeps, the original weights that corrections read included.
+        touched_bytes: weight bytes that it reads per decoded token, expected corrections included.
+        outlier_rate: share of (token, neuron) pairs corrected on the calibration text.
+        error: root-mean-square error of the site's output on held-back calibration tokens, relative to the output's.
+        settings: what the rewrite needs beside tensors.
+        tensors: what the rewrite needs, by name.
+    """
+
+    fingerprint: str
+    name: str
+    kind: str
+    activation: str | None
+    dtype: str
+    shapes: tuple[tuple[int, ...], ...]
+    dense_bytes: int
+    method: str | None = None
+    reason: str | None = None
+    stored_bytes: int = 0
+    touched_bytes: float = 0.0
+    outlier_rate: float = 0.0
+    error: float = 0.0
+    settings: dict[str, Any] = field(default_factory=dict)
+    tensors: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The product of calibration.
+
+    Attributes:
+        sites: one entry a site, refused ones included.
+        config: how it was fitted.
+    """
+
+    sites: tuple[SitePlan, ...]
+    config: Config
+
+    def find(self, fingerprint: str) -> SitePlan | None:
+        """The entry of the site with these weights, or None."""
+        return next((site for site in self.sites if site.fingerprint == fingerprint), None)
+
+    @property
+    def touched_fraction(self) -> float:
+        """Weight bytes read per decoded token over those of the original FFNs, refused sites counted in full."""
+        touched = sum(site.touched_bytes if site.method else site.dense_bytes for site in self.sites)
+        return touched / max(1, sum(site.dense_bytes for site in self.sites))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the plan; the file appears whole or not at all.
+
+        Args:
+            path: where to; an existing file is replaced.
+
+        Raises:
+            PlanFileError: the file cannot be written.
+        """
+        path = Path(path)
+        tensors = {f"{i}.{name}": t.contiguous() for i, site in enumerate(self.sites) for name, t in site.tensors.items()}
+        sites = [{f.name: getattr(site, f.name) for f in fields(site) if f.name != "tensors"} for site in self.sites]
+        header = {"format": _FORMAT, "version": str(VERSION), "plan": json.dumps({"config": asdict(self.config), "sites": sites})}
+        temporary: str | None = None
+        try:
+            handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
+            os.close(handle)
+            save_file(tensors, temporary, metadata=header)
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            temporary = None
+        except (OSError, SafetensorError) as error:
+            raise PlanFileError(f"cannot write plan {path}: {error}") from error
+        finally:
+            if temporary:
+                Path(temporary).unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Plan:
+        """Reads a plan.
+
+        Raises:
+            PlanFileError: the file is missing, truncated, no plan, or of a newer version.
+        """
+        path = Path(path)
+        try:
+            with safe_open(path, framework="pt") as file:
+                header = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+        except FileNotFoundError as error:
+            raise PlanFileError(f"no plan file {path}") from error
+        except (OSError, SafetensorError) as error:
+            raise PlanFileError(f"{path} is truncated or no safetensors file: {error}") from error
+        if header.get("format") != _FORMAT:
+            raise PlanFileError(f"{path} is a safetensors file but no tardis_fx plan")
+        try:
+            version = int(header["version"])
+            if version > VERSION:
+                raise PlanFileError(f"{path} is a plan of version {version}, this tardis_fx reads up to {VERSION}: upgrade tardis_fx")
+            content = json.loads(header["plan"])
+            per_site: list[dict[str, Tensor]] = [{} for _ in content["sites"]]
+            for name, tensor in tensors.items():
+                index, _, key = name.partition(".")
+                per_site[int(index)][key] = tensor
+            sites = [
+                SitePlan(**site | {"shapes": tuple(map(tuple, site["shapes"])), "tensors": own})
+                for site, own in zip(content["sites"], per_site, strict=True)
+            ]
+            return cls(tuple(sites), Config(**content["config"]))
+        except TardisError:
+            raise
+        except (KeyError, IndexError, ValueError, TypeError) as error:
+            raise PlanFileError(f"{path} is a damaged plan: {type(error).__name__}: {error}") from error
+
+    def __str__(self) -> str:
+        """One line."""
+        methods = Counter(site.method or "refused" for site in self.sites)
+        listed = ", ".join(f"{count} {method}" for method, count in methods.items())
+        return f"Plan({len(self.sites)} sites: {listed}; {self.touched_fraction:.1%} of the FFN weight bytes touched per token)"

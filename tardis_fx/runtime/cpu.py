@@ -1,0 +1,176 @@
+"""The correction op on a CPU: builds, caches and calls ``cpu_kernel.cpp``.
+
+The kernel is compiled on the first call, with ``$CXX``, ``g++`` or ``clang++``, into ``$TARDIS_FX_CACHE`` (else
+``$XDG_CACHE_HOME/tardis_fx``, else ``~/.cache/tardis_fx``). It shares PyTorch's OpenMP runtime, because PyTorch is
+loaded first and both ask for a library of the same name. Without a compiler the eager reference runs, after one warning.
+"""
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from tardis_fx.graph.activations import ACTIVATIONS
+from tardis_fx.runtime import reference
+
+logger = logging.getLogger("tardis_fx")
+
+#: More tokens than this are a prefill: matrix products of the reference beat the kernel's row by row work.
+DECODE_TOKENS = 16
+
+_SOURCE = Path(__file__).with_name("cpu_kernel.cpp")
+# No -ffast-math: NaN and infinity must compare as they should. The two that are safe let conversions be vectorised.
+_FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC")
+_ACTIVATIONS = {name: number for number, name in enumerate(ACTIVATIONS)}
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_POINTERS = 15
+_INTEGERS = 9
+
+
+def correct(
+    folded: Tensor,
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2t: Tensor,
+    counts: Tensor,
+    neurons: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    lower: Tensor,
+    upper: Tensor,
+    slope: Tensor,
+    intercept: Tensor,
+    bits: int,
+    activation: str,
+) -> Tensor:
+    """Adds the exact terms of the predicted outliers: :func:`tardis_fx.runtime.reference.correct`, fast.
+
+    The kernel takes up to ``DECODE_TOKENS`` tokens of float32, bfloat16 or float16; the reference does the rest. Sums
+    are taken in float32 and rounded once. Rows of ``w1`` and ``w2t`` should be contiguous: others are copied, whole, at
+    every call. Gradients do not flow through it.
+
+    Args:
+        folded: [..., d_out], ``x C + B``.
+        x: [..., d].
+        w1: [h, d].
+        b1: [h] or None.
+        w2t: [h, d_out].
+        counts: [2], int64: listed, guarded.
+        neurons: [capacity], int32.
+        codes: [capacity, packed bytes], uint8.
+        scale: [capacity, groups], float16.
+        zero: [capacity, groups], uint8.
+        lower: [capacity], float32.
+        upper: [capacity], float32.
+        slope: [capacity], float32.
+        intercept: [capacity], float32.
+        bits: bits of a code.
+        activation: name in the registry.
+
+    Returns:
+        [..., d_out], of the dtype of ``folded``.
+    """
+    dtype, tokens = x.dtype, x.shape[:-1].numel()
+    kernel = _kernel() if tokens <= DECODE_TOKENS and dtype in _DTYPES and activation in _ACTIVATIONS else None
+    if kernel is None or not (folded.dtype == w1.dtype == w2t.dtype == dtype and (b1 is None or b1.dtype == dtype)):
+        return reference.correct(
+            folded, x, w1, b1, w2t, counts, neurons, codes, scale, zero, lower, upper, slope, intercept, bits, activation
+        )
+    if w1.stride(1) != 1:
+        w1 = w1.contiguous()
+    if w2t.stride(1) != 1:
+        w2t = w2t.contiguous()
+    pointed = [folded, x, counts, neurons, codes, scale, zero, lower, upper, slope, intercept]
+    if b1 is not None:
+        pointed.append(b1)
+    pointed = [tensor.contiguous() for tensor in pointed]  # the list keeps copies alive during the call
+    pointers = [tensor.data_ptr() for tensor in pointed]
+    out = torch.empty_like(pointed[0])
+    kernel(
+        out.data_ptr(),
+        w1.data_ptr(),
+        w2t.data_ptr(),
+        *pointers[:11],
+        None if b1 is None else pointers[11],
+        tokens,
+        w1.shape[1],
+        w2t.shape[1],
+        w1.stride(0),
+        w2t.stride(0),
+        bits,
+        _ACTIVATIONS[activation],
+        _DTYPES[dtype],
+        torch.get_num_threads(),
+    )
+    return out
+
+
+@cache
+def _kernel() -> Callable[..., None] | None:
+    """The compiled function, or None (with one warning) where it cannot be had."""
+    try:
+        function = ctypes.CDLL(str(_build())).tardis_correct
+    except (OSError, subprocess.CalledProcessError) as error:
+        reason = error.stderr if isinstance(error, subprocess.CalledProcessError) else error
+        logger.warning("no CPU kernel, the (slow) eager implementation runs instead: %s", reason)
+        return None
+    function.argtypes = [ctypes.c_void_p] * _POINTERS + [ctypes.c_int64] * _INTEGERS
+    function.restype = None
+    return cast(Callable[..., None], function)
+
+
+def _build() -> Path:
+    """The path of the shared library, compiled now unless the cache has it."""
+    compiler = _compiler()
+    version = subprocess.run([*compiler, "--version"], check=True, capture_output=True, text=True).stdout
+    cases = "".join(f"case {_ACTIVATIONS[name]}: return {ACTIVATIONS[name].cxx};\n" for name in _ACTIVATIONS)
+    parts = [_SOURCE.read_text(), cases, *compiler, version, *_FLAGS, _processor()]
+    folder = _cache_folder()
+    library = folder / f"cpu_kernel-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}.so"
+    if not library.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            built = Path(scratch, library.name)
+            Path(scratch, "activations.inc").write_text(cases)
+            command = [*compiler, *_FLAGS, f"-I{scratch}", str(_SOURCE), "-o", str(built)]
+            subprocess.run(command, check=True, capture_output=True, text=True)
+            os.replace(built, library)  # atomic: of processes that build at the same time, each finds a whole file
+    return library
+
+
+def _compiler() -> list[str]:
+    """The command of the C++ compiler."""
+    if named := shlex.split(os.environ.get("CXX", "")):
+        return named
+    for name in ("g++", "clang++"):
+        if found := shutil.which(name):
+            return [found]
+    raise FileNotFoundError("no C++ compiler: neither g++ nor clang++ on PATH, and CXX is not set")
+
+
+def _processor() -> str:
+    """What -march=native depends on, so that machines may share a cache folder."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    kept = {line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))}
+    return "\n".join([platform.machine(), platform.processor(), *sorted(kept)])
+
+
+def _cache_folder() -> Path:
+    if named := os.environ.get("TARDIS_FX_CACHE"):
+        return Path(named)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tardis_fx"

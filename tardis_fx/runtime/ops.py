@@ -1,0 +1,22 @@
+"""The ``torch.library`` ops that rewritten graphs call: opaque to Dynamo and Inductor, with fake implementations."""
+
+import torch
+from torch import Tensor
+
+from tardis_fx.runtime import cpu, reference
+
+# Held for the life of the process: dropping a Library takes its ops away. Library.impl dispatches faster than custom_op.
+_LIBRARY = torch.library.Library("tardis", "DEF")
+_LIBRARY.define(
+    "correct(Tensor folded, Tensor x, Tensor w1, Tensor? b1, Tensor w2t, Tensor counts, Tensor neurons, Tensor codes, "
+    "Tensor scale, Tensor zero, Tensor lower, Tensor upper, Tensor slope, Tensor intercept, int bits, str activation) "
+    "-> Tensor",
+    tags=(torch.Tag.needs_fixed_stride_order,),
+)
+_LIBRARY.impl("correct", reference.correct, "CompositeExplicitAutograd")
+_LIBRARY.impl("correct", cpu.correct, "CPU")
+
+
+@torch.library.register_fake("tardis::correct", lib=_LIBRARY)
+def _correct_fake(folded: Tensor, *_: object) -> Tensor:
+    return torch.empty_like(folded, memory_format=torch.contiguous_format)

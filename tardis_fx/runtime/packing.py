@@ -1,0 +1,63 @@
+"""How low-bit codes lie in memory: 2-bit planes, high bits first, in groups of 64 columns.
+
+A group of 64 codes of ``bits`` bits is stored as ``bits // 2`` planes of 16 bytes, each holding two bits of every
+code, and, when ``bits`` is odd, one plane of 8 bytes with the lowest bit. Byte ``k`` of a 2-bit plane holds the codes
+of columns ``k, k + 16, k + 32, k + 48``, the first in its lowest bits: one 16-byte load, three shifts and a mask give
+64 codes in order. Byte ``k`` of a 1-bit plane holds the columns ``8k .. 8k + 7``, the first in its lowest bit.
+The first planes of a wide code are therefore a narrower code of the same number.
+"""
+
+import torch
+from torch import Tensor
+
+#: Columns that share a scale and a zero point.
+GROUP = 64
+
+
+def group_count(columns: int) -> int:
+    """Number of groups that ``columns`` columns take, the last one padded."""
+    return -(-columns // GROUP)
+
+
+def packed_bytes(columns: int, bits: int) -> int:
+    """Bytes of one packed row of ``columns`` codes: 8 per bit and group."""
+    return group_count(columns) * bits * GROUP // 8
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Packs rows of codes.
+
+    Args:
+        codes: [rows, columns], uint8, every value below ``2**bits``.
+        bits: 1 to 8.
+
+    Returns:
+        [rows, packed_bytes(columns, bits)], uint8.
+    """
+    rows, columns = codes.shape
+    groups = group_count(columns)
+    padded = torch.zeros(rows, groups * GROUP, dtype=torch.uint8, device=codes.device)
+    padded[:, :columns] = codes
+    padded = padded.view(rows, groups, GROUP)
+    planes = []
+    for shift in range(bits - 2, -1, -2):
+        quarters = (padded >> shift & 3).view(rows, groups, 4, 16)
+        planes.append(quarters[:, :, 0] | quarters[:, :, 1] << 2 | quarters[:, :, 2] << 4 | quarters[:, :, 3] << 6)
+    if bits % 2:
+        ones = (padded & 1).view(rows, groups, 8, 8)
+        planes.append((ones << torch.arange(8, dtype=torch.uint8, device=codes.device)).sum(-1).to(torch.uint8))
+    return torch.cat(planes, dim=-1).view(rows, -1)
+
+
+def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
+    """The inverse of :func:`pack`: [rows, packed bytes] to codes [rows, columns], uint8."""
+    rows, groups = len(packed), group_count(columns)
+    blocks = packed.view(rows, groups, bits * GROUP // 8)
+    codes = torch.zeros(rows, groups, GROUP, dtype=torch.uint8, device=packed.device)
+    for plane, shift in enumerate(range(bits - 2, -1, -2)):
+        quarters = blocks[:, :, 16 * plane : 16 * plane + 16]
+        codes |= torch.cat([quarters >> 2 * k & 3 for k in range(4)], dim=-1) << shift
+    if bits % 2:
+        ones = blocks[:, :, -8:, None] >> torch.arange(8, dtype=torch.uint8, device=packed.device) & 1
+        codes |= ones.view(rows, groups, GROUP)
+    return codes.view(rows, -1)[:, :columns]

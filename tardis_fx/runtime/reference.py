@@ -1,0 +1,93 @@
+"""The eager specification of the run-time ops. Every kernel is tested against it."""
+
+import torch
+from torch import Tensor
+
+from tardis_fx.graph.activations import ACTIVATIONS
+from tardis_fx.runtime.packing import GROUP, group_count, unpack
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that sums are taken in: float32 for half precision, the tensor's own otherwise."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+def estimate(x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
+    """The predictor's estimate of the pre-activations, without their bias (paper, section 5.2).
+
+    Args:
+        x: [tokens, d].
+        codes: [guarded, packed bytes of d columns], the packed codes of W1's rows.
+        scale: [guarded, groups], float16; a weight is ``scale * (code - zero)``.
+        zero: [guarded, groups], uint8.
+        bits: bits of a code.
+
+    Returns:
+        [tokens, guarded].
+    """
+    columns = x.shape[-1]
+    values = unpack(codes, bits, columns).to(x.dtype)
+    spread = torch.arange(group_count(columns), device=x.device).repeat_interleave(GROUP)[:columns]
+    return x @ ((values - zero.to(x.dtype)[:, spread]) * scale.to(x.dtype)[:, spread]).T
+
+
+def correct(
+    folded: Tensor,
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2t: Tensor,
+    counts: Tensor,
+    neurons: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    lower: Tensor,
+    upper: Tensor,
+    slope: Tensor,
+    intercept: Tensor,
+    bits: int,
+    activation: str,
+) -> Tensor:
+    """Adds the exact terms of the predicted outliers to the folded output (paper, section 5.3).
+
+    The first ``guarded`` neurons of the list are corrected where the estimate leaves their hot range, the rest of
+    the ``listed`` ones always. Correcting neuron ``n`` replaces ``slope z + intercept`` by ``activation(z)``, with
+    ``z`` computed from the original weights.
+
+    Args:
+        folded: [..., d_out], ``x C + B``.
+        x: [..., d], of the dtype of ``folded``, as are ``w1``, ``b1`` and ``w2t``.
+        w1: [h, d].
+        b1: [h] or None.
+        w2t: [h, d_out], the second matrix, one row a neuron.
+        counts: [2], int64: listed, guarded.
+        neurons: [capacity], int32: rows of ``w1``; like all that follow, only the first ``listed`` (or ``guarded``
+            for the predictor and the bounds) entries mean anything.
+        codes: [capacity, packed bytes]: see :func:`estimate`.
+        scale: [capacity, groups], float16.
+        zero: [capacity, groups], uint8.
+        lower: [capacity], float32: an estimate below it is an outlier.
+        upper: [capacity], float32: an estimate above it is an outlier.
+        slope: [capacity], float32.
+        intercept: [capacity], float32.
+        bits: bits of a code.
+        activation: name in the registry.
+
+    Returns:
+        [..., d_out], of the dtype of ``folded``.
+    """
+    dtype = compute_dtype(x.dtype)
+    tokens = x.reshape(-1, x.shape[-1]).to(dtype)
+    listed, guarded = counts.tolist()
+    rows = neurons[:listed].long()
+    outlier = torch.ones(len(tokens), listed, dtype=torch.bool, device=x.device)
+    z_hat = estimate(tokens, codes[:guarded], scale[:guarded], zero[:guarded], bits)
+    outlier[:, :guarded] = (z_hat < lower[:guarded]) | (z_hat > upper[:guarded])
+    z = tokens @ w1[rows].to(dtype).T
+    if b1 is not None:
+        z = z + b1[rows].to(dtype)
+    surrogate = slope[:listed].to(dtype) * z + intercept[:listed].to(dtype)
+    residual = torch.where(outlier, ACTIVATIONS[activation].eager(z) - surrogate, 0)
+    correction = residual @ w2t[rows].to(dtype)
+    return (folded.to(dtype) + correction.view(folded.shape)).to(folded.dtype)
