@@ -32,7 +32,9 @@ def train_tokenizer(texts: list[str]) -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=4096, special_tokens=[SEPARATOR], initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=4096, special_tokens=[SEPARATOR], initial_alphabet=alphabet, show_progress=False
+    )
     tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
 
@@ -60,10 +62,14 @@ def evaluate(model: GPT2LMHeadModel, ids: torch.Tensor, windows: int = 32) -> fl
 
 def save(folder: Path, model: GPT2LMHeadModel, tokenizer: Tokenizer, run: dict[str, float]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    state = {k: v.to(torch.bfloat16).contiguous() for k, v in model.state_dict().items() if k != "lm_head.weight"}  # tied
+    state = {
+        k: v.to(torch.bfloat16).contiguous() for k, v in model.state_dict().items() if k != "lm_head.weight"
+    }  # tied
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "config.json").write_text(json.dumps(model.config.to_diff_dict() | {"training": run}, indent=2, sort_keys=True) + "\n")
+    (folder / "config.json").write_text(
+        json.dumps(model.config.to_diff_dict() | {"training": run}, indent=2, sort_keys=True) + "\n"
+    )
 
 
 def main() -> None:
@@ -99,7 +105,11 @@ def main() -> None:
             started = time.perf_counter()
         elapsed = time.perf_counter() - started if started else 0.0
         fraction = elapsed / budget
-        rate = arguments.learning_rate * min(1.0, (steps + 1) / 100) * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * min(1.0, fraction))))
+        rate = (
+            arguments.learning_rate
+            * min(1.0, (steps + 1) / 100)
+            * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * min(1.0, fraction))))
+        )
         for group in optimizer.param_groups:
             group["lr"] = rate
         ids = batch(train, arguments.batch_tokens // CONTEXT, generator)
@@ -117,7 +127,13 @@ def main() -> None:
             bar.write(f"step {steps}: {tokens / 1e6:.1f}M tokens, held-out loss {evaluate(model, held_out):.3f}")
     bar.close()
 
-    run = {"steps": steps, "tokens": tokens, "minutes": arguments.minutes, "seed": 0, "held_out_loss": round(evaluate(model, held_out, 256), 4)}
+    run = {
+        "steps": steps,
+        "tokens": tokens,
+        "minutes": arguments.minutes,
+        "seed": 0,
+        "held_out_loss": round(evaluate(model, held_out, 256), 4),
+    }
     save(arguments.out, model, tokenizer, run)
     print(json.dumps(run))
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from tardis_fx.calibration.observe import ObservedSite, Observation
+    from tardis_fx.calibration.observe import Observation, ObservedSite
     from tardis_fx.config import Config
     from tardis_fx.graph.site import Site, SiteWeights
     from tardis_fx.plan import SitePlan

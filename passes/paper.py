@@ -10,10 +10,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
+from tardis_fx.passes.partial_linear import PartialLinear
 
 from tardis_fx.calibration.ranges import Ranges, SiteRanges
 from tardis_fx.errors import CalibrationError
-from tardis_fx.passes.partial_linear import PartialLinear
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -32,7 +32,9 @@ class Paper(PartialLinear):
         fixed = sum(site.costs.fold + site.costs.predictor * len(site.slope) for site in sites)
         rate = (allowed - fixed) / sum(site.costs.row * len(site.slope) for site in sites)
         if rate < 0:
-            raise CalibrationError(f"the budget allows {allowed:,.0f} bytes per token, fold and predictor alone read {fixed:,}: raise the budget")
+            raise CalibrationError(
+                f"the budget allows {allowed:,.0f} bytes per token, fold and predictor alone read {fixed:,}"
+            )
         return [_frequent(site, rate) for site in sites]
 
 

@@ -15,8 +15,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
+from tardis_fx.passes.base import Rewrite
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
+from tqdm import tqdm
 
 from tardis_fx.calibration.budget import allocate
 from tardis_fx.calibration.predictor import Predictor, quantise
@@ -24,7 +26,6 @@ from tardis_fx.calibration.profile import Histogram, Moments
 from tardis_fx.calibration.ranges import Costs, Ranges, SiteRanges
 from tardis_fx.calibration.regression import Residual
 from tardis_fx.graph.activations import ACTIVATIONS
-from tardis_fx.passes.base import Rewrite
 from tardis_fx.plan import SitePlan
 from tardis_fx.runtime import ops  # noqa: F401 - registers torch.ops.tardis
 from tardis_fx.runtime.packing import group_count, packed_bytes
@@ -32,7 +33,7 @@ from tardis_fx.runtime.packing import group_count, packed_bytes
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from tardis_fx.calibration.observe import ObservedSite, Observation
+    from tardis_fx.calibration.observe import Observation, ObservedSite
     from tardis_fx.config import Config
     from tardis_fx.graph.site import Site, SiteWeights
 
@@ -56,11 +57,15 @@ class PartialLinear(Rewrite):
         return None
 
     def fit(self, observation: Observation, sites: Sequence[ObservedSite], config: Config) -> list[SitePlan]:
-        """Three runs over the batches: moments, histograms of the predictor's estimates, residuals."""
-        moments = observation.run(lambda s: Moments(s.weights.w1.shape[1]), sites, "input moments")
-        drafts = [Draft(s, moments[s.fingerprint], config.predictor_bits) for s in sites]
+        """Three runs over the batches: moments, histograms of the predictor's estimates, residuals.
+
+        The first two do not depend on the budget, and are done once for one observation.
+        """
+        profile = f"partial_linear profile, {config.predictor_bits} bits"
+        if profile not in observation.memo:
+            observation.memo[profile] = self._profile(observation, sites, config)
+        drafts, histograms = observation.memo[profile]
         by_site = {draft.site.fingerprint: draft for draft in drafts}
-        histograms = observation.run(lambda s: by_site[s.fingerprint].histogram(), sites, "hot ranges")
         surrogates = [SiteRanges(histograms[d.site.fingerprint], d.w2.norm(dim=0), d.costs) for d in drafts]
         dense = sum(site.weights.bytes for site in sites)
         chosen = self.choose(surrogates, config.budget * dense)
@@ -72,12 +77,22 @@ class PartialLinear(Rewrite):
         plans = []
         for draft in drafts:
             site = draft.site
-            residual = observation.run(lambda _, draft=draft: ResidualObserver(draft), [site], f"residual of {site.site.name}")  # type: ignore[misc]
+            residual = observation.run(
+                lambda _, draft=draft: ResidualObserver(draft), [site], f"residual of {site.site.name}"
+            )  # type: ignore[misc]
             plan = self._plan(draft, residual[site.fingerprint])
             constants = self.constants(plan, site.weights)
             observation.replace(site, lambda x, plan=plan, constants=constants: self.forward(x, constants, plan))  # type: ignore[misc]
             plans.append(plan)
         return plans
+
+    def _profile(
+        self, observation: Observation, sites: Sequence[ObservedSite], config: Config
+    ) -> tuple[list[Draft], dict[str, Histogram]]:
+        moments = observation.run(lambda s: Moments(s.weights.w1.shape[1]), sites, "input moments")
+        bar = tqdm(sites, desc="predictors", unit="site", disable=not config.progress, leave=False)
+        drafts = {s.fingerprint: Draft(s, moments[s.fingerprint], config.predictor_bits) for s in bar}
+        return list(drafts.values()), observation.run(lambda s: drafts[s.fingerprint].histogram(), sites, "hot ranges")
 
     def choose(self, sites: Sequence[SiteRanges], allowed: float) -> list[Ranges]:
         """Ranges of all sites within ``allowed`` bytes per token; fits the surrogates to them."""
@@ -90,7 +105,10 @@ class PartialLinear(Rewrite):
         if self.regressed:
             folded_weight, folded_bias = folded_weight + fitted.weight.T, folded_bias + fitted.bias
         dtype = weights.w1.dtype
-        tensors = draft.tensors | {"folded_weight": folded_weight.to(dtype).contiguous(), "folded_bias": folded_bias.to(dtype)}
+        tensors = draft.tensors | {
+            "folded_weight": folded_weight.to(dtype).contiguous(),
+            "folded_bias": folded_bias.to(dtype),
+        }
         corrected = observer.outliers / max(1, observer.tokens)  # neurons a token, always exact ones included
         plan = SitePlan(
             fingerprint=site.fingerprint,
@@ -101,7 +119,9 @@ class PartialLinear(Rewrite):
             shapes=tuple(tuple(p.shape) for p in site.parameters),
             dense_bytes=weights.bytes,
             method=self.name,
-            touched_bytes=draft.costs.fold + draft.costs.predictor * len(tensors["lower"]) + draft.costs.row * corrected,
+            touched_bytes=draft.costs.fold
+            + draft.costs.predictor * len(tensors["lower"])
+            + draft.costs.row * corrected,
             outlier_rate=corrected / weights.w1.shape[0],
             error=fitted.error if self.regressed else fitted.error_without,
             settings={"bits": draft.predictor.bits, "activation": site.site.activation},
@@ -109,7 +129,9 @@ class PartialLinear(Rewrite):
         )
         own = {p.data_ptr() for p in site.parameters}
         extra = [c for c in self.constants(plan, weights).values() if c.data_ptr() not in own]
-        return SitePlan(**vars(plan) | {"stored_bytes": weights.bytes + sum(c.numel() * c.element_size() for c in extra)})
+        return SitePlan(
+            **vars(plan) | {"stored_bytes": weights.bytes + sum(c.numel() * c.element_size() for c in extra)}
+        )
 
     def constants(self, plan: SitePlan, weights: SiteWeights) -> dict[str, Tensor]:
         """The plan's tensors padded to the hidden size, and the weights by neuron: a copy where stored otherwise."""
@@ -158,7 +180,7 @@ class Draft:
     @property
     def costs(self) -> Costs:
         """Bytes read, in the model's own dtype; bounds, surrogates and indices of neurons counted."""
-        (h, d), d_out, size = self.w1.shape, self.w2.shape[0], self.site.weights.w1.element_size()
+        d, d_out, size = self.w1.shape[1], self.w2.shape[0], self.site.weights.w1.element_size()
         bias = 0 if self.b1 is None else size
         predictor = packed_bytes(d, self.bits) + 3 * group_count(d) + 8
         return Costs(fold=(d + 1) * d_out * size, predictor=predictor, row=(d + d_out) * size + bias + 12)

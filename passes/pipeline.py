@@ -5,18 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor, fx
+from tardis_fx.passes.base import rewrite_named
 
 from tardis_fx.errors import PlanMismatchError
 from tardis_fx.fingerprint import fingerprint
 from tardis_fx.graph.matcher import find_sites
 from tardis_fx.graph.surgery import add_input, copy, replace
-from tardis_fx.passes.base import rewrite_named
 from tardis_fx.runtime.guard import SiteGuard
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    import torch
+    from torch import Tensor, fx
 
     from tardis_fx.config import Prefill
     from tardis_fx.graph.site import Site
@@ -87,7 +88,10 @@ def apply(gm: fx.GraphModule, example_inputs: Sequence[Tensor], plan: Plan, pref
         rewrite = rewrite_named(str(entry.method))
         guard = SiteGuard(site, [position[node] for node in site.parameters], entry, plan, rewrite)
         own = guard.constants(example_inputs)
-        inputs = {name: add_input(gm.graph, f"tardis_{len(guards)}_{name}", value) for name, value in zip(guard.names, own, strict=True)}
+        inputs = {
+            name: add_input(gm.graph, f"tardis_{len(guards)}_{name}", value)
+            for name, value in zip(guard.names, own, strict=True)
+        }
         replace(gm.graph, site, lambda x, c, entry=entry, rewrite=rewrite: rewrite.forward(x, c, entry), inputs)  # type: ignore[misc]
         guards.append(guard)
         constants += own
@@ -123,7 +127,11 @@ def _mismatch(values: list[Tensor], plan: Plan) -> str:
     dtypes = {entry.dtype for entry in alike}
     if alike and str(values[0].dtype) not in dtypes:
         return f"the plan was made for {' and '.join(sorted(dtypes))} weights, these are {values[0].dtype}"
-    return "its weights changed since calibration, or belong to another model" if alike else "the plan has no site of these shapes"
+    return (
+        "its weights changed since calibration, or belong to another model"
+        if alike
+        else "the plan has no site of these shapes"
+    )
 
 
 def check(outcomes: Sequence[Outcome], *, strict: bool) -> list[Outcome]:

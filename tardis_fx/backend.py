@@ -88,5 +88,7 @@ def _inner(name: str) -> Callable[..., Any]:
 def _surfaced(error: TardisError) -> Exception:
     """The same error in a form that Dynamo raises as it is, not wrapped in BackendCompilerFailed."""
     kind = type(error)
-    surfaced = type(kind.__name__, (kind, ShortenTraceback), {"__module__": kind.__module__, "__str__": lambda self: str(error)})
+    surfaced = type(
+        kind.__name__, (kind, ShortenTraceback), {"__module__": kind.__module__, "__str__": lambda self: str(error)}
+    )
     return surfaced(str(error), first_useful_frame=None)  # type: ignore[no-any-return]

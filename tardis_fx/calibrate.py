@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def calibrate(model: nn.Module, batches: Iterable[Batch], *, config: Config | None = None) -> Plan:
     """Runs a model on calibration batches and plans a rewrite for every FFN in it.
 
-    Memory beyond the model's: the batches, and for each site sums whose size does not depend on the text (docs/concepts).
+    Memory beyond the model's: the batches, and for each site sums of a size that no text changes (see Concepts).
 
     Args:
         model: in eval mode; it is neither changed nor compiled for later use.
@@ -28,18 +28,30 @@ def calibrate(model: nn.Module, batches: Iterable[Batch], *, config: Config | No
 
     Raises:
         ConfigError: the config names no registered rewrite.
-        CalibrationError: the model is in training mode, there are no batches, an input is NaN, no FFN can be rewritten,
+        CalibrationError: the model is in training mode, there are no batches, an input is NaN, there is no FFN,
             or the budget is smaller than the folded weights.
     """
     config = Config() if config is None else config
     if not isinstance(config, Config):
         raise ConfigError(f"config must be a tardis_fx.Config, not {type(config).__name__}")
+    rewrite_named(config.method)  # before the model runs
+    return plan_for(Observation(model, batches, progress=config.progress), config)
+
+
+def plan_for(observation: Observation, config: Config) -> Plan:
+    """Plans from an observation; several plans of one observation share what does not depend on the config.
+
+    Raises:
+        ConfigError: as :func:`calibrate`.
+        CalibrationError: as :func:`calibrate`.
+    """
     rewrite = rewrite_named(config.method)
-    observation = Observation(model, batches, progress=config.progress)
     reasons = {s.fingerprint: s.site.reason or rewrite.refuse(s.site) for s in observation.sites}
     accepted = [s for s in observation.sites if reasons[s.fingerprint] is None]
     fitted = {plan.fingerprint: plan for plan in (rewrite.fit(observation, accepted, config) if accepted else [])}
-    return Plan(tuple(fitted.get(s.fingerprint) or _refused(s, reasons[s.fingerprint]) for s in observation.sites), config)
+    return Plan(
+        tuple(fitted.get(s.fingerprint) or _refused(s, reasons[s.fingerprint]) for s in observation.sites), config
+    )
 
 
 def _refused(site: ObservedSite, reason: str | None) -> SitePlan:

@@ -41,7 +41,9 @@ class Config:
         if isinstance(self.budget, bool) or not isinstance(self.budget, (int, float)) or not math.isfinite(self.budget):
             raise ConfigError(f"budget must be a number, not {self.budget!r}")
         if not 0 < self.budget <= 1:
-            raise ConfigError(f"budget must lie in (0, 1], the fraction of the FFN weight bytes touched, not {self.budget}")
+            raise ConfigError(
+                f"budget must lie in (0, 1], the fraction of the FFN weight bytes touched, not {self.budget}"
+            )
         if not isinstance(self.method, str) or not self.method:
             raise ConfigError(f"method must be the name of a rewrite, not {self.method!r}")
         _one_of("prefill", self.prefill, ("original", "rewritten"))
@@ -77,7 +79,9 @@ class Options:
         given = dict(options or {})
         known = [field.name for field in fields(cls)]
         if unknown := sorted(set(given) - set(known)):
-            raise ConfigError(f"unknown option {', '.join(map(repr, unknown))}: backend 'tardis' knows {', '.join(known)}")
+            raise ConfigError(
+                f"unknown option {', '.join(map(repr, unknown))}: backend 'tardis' knows {', '.join(known)}"
+            )
         if given.get("plan") is None:
             raise ConfigError("no plan: pass options={'plan': plan}, from tardis_fx.calibrate or the path of its file")
         if given.get("prefill") is not None:

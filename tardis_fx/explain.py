@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor, fx, nn
 
     from tardis_fx.calibration.observe import Batch
-    from tardis_fx.plan import Plan
+    from tardis_fx.plan import Plan, SitePlan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,28 +62,48 @@ class Report:
     sites: tuple[SiteReport, ...]
     missing: tuple[str, ...] = ()
 
+    @classmethod
+    def of(cls, plan: Plan) -> Report:
+        """What a plan says of its own sites, no model at hand."""
+        return cls(tuple(_planned(site) for site in plan.sites))
+
     def to_dict(self) -> dict[str, Any]:
         """Plain lists, strings and numbers."""
         return asdict(self)
 
     def __str__(self) -> str:
         """The table."""
-        head = ["site", "kind", "activation", "status", "touched", "of dense", "stored", "outliers", "error", "method / reason"]
+        head = ["site", "kind", "activation", "status", "touched", "of dense", "stored", "outliers", "error", "method"]
         rows = [head, *(_row(site) for site in self.sites)]
         widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         lines.insert(1, "  ".join("-" * width for width in widths))
         touched, dense = sum(s.touched_bytes for s in self.sites), sum(s.dense_bytes for s in self.sites)
         rewritten = sum(site.status == "rewritten" for site in self.sites)
-        lines.append(f"{rewritten} of {len(self.sites)} sites rewritten; {touched / max(1, dense):.1%} of the FFN weight bytes touched per token")
+        lines.append(
+            f"{rewritten} of {len(self.sites)} sites rewritten; "
+            f"{touched / max(1, dense):.1%} of the FFN weight bytes touched per token"
+        )
         lines += [f"in the plan, not in the model: {name}" for name in self.missing]
         return "\n".join(lines)
 
 
 def _row(site: SiteReport) -> list[str]:
-    numbers = [f"{site.touched_bytes / 1e6:.3g} MB", f"{site.touched_bytes / max(1, site.dense_bytes):.1%}", f"{site.stored_bytes / 1e6:.3g} MB"]
+    numbers = [
+        f"{site.touched_bytes / 1e6:.3g} MB",
+        f"{site.touched_bytes / max(1, site.dense_bytes):.1%}",
+        f"{site.stored_bytes / 1e6:.3g} MB",
+    ]
     measured = [f"{site.outlier_rate:.1%}", f"{site.error:.3f}"] if site.status == "rewritten" else ["-", "-"]
-    return [site.name, site.kind, site.activation or "unknown", site.status, *numbers, *measured, site.method or site.reason]
+    return [
+        site.name,
+        site.kind,
+        site.activation or "unknown",
+        site.status,
+        *numbers,
+        *measured,
+        site.method or site.reason,
+    ]
 
 
 def explain(model: nn.Module, plan: Plan | str | os.PathLike[str], example: Batch) -> Report:
@@ -107,8 +127,14 @@ def explain(model: nn.Module, plan: Plan | str | os.PathLike[str], example: Batc
         values = dict(zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True))
         for outcome in pipeline.outcomes(gm, example_inputs, loaded):
             outcomes.append(outcome)
-            dense = sum(v.numel() * v.element_size() for p in outcome.site.parameters if (v := values.get(p)) is not None)
-            seen.setdefault(outcome.site.name, _report(outcome, dense))
+            site, entry = outcome.site, outcome.plan
+            dense = sum(v.numel() * v.element_size() for p in site.parameters if (v := values.get(p)) is not None)
+            seen.setdefault(
+                site.name,
+                _refused(site.name, site.kind, site.activation, outcome.reason, dense)
+                if outcome.reason or not entry
+                else _planned(entry),
+            )
         return forward
 
     Capture(model, observe)(example)
@@ -116,18 +142,35 @@ def explain(model: nn.Module, plan: Plan | str | os.PathLike[str], example: Batc
     return Report(tuple(seen.values()), tuple(entry.name for entry in loaded.sites if entry.fingerprint not in found))
 
 
-def _report(outcome: pipeline.Outcome, dense: int) -> SiteReport:
-    entry = outcome.plan if outcome.reason is None else None
+def _planned(entry: SitePlan) -> SiteReport:
+    if entry.method is None:
+        return _refused(entry.name, entry.kind, entry.activation, entry.reason, entry.dense_bytes)
     return SiteReport(
-        name=outcome.site.name,
-        kind=outcome.site.kind,
-        activation=outcome.site.activation,
-        status="refused" if entry is None else "rewritten",
-        reason=outcome.reason or "",
-        method=str(entry.method) if entry else "",
-        stored_bytes=entry.stored_bytes if entry else dense,
-        touched_bytes=entry.touched_bytes if entry else dense,
+        name=entry.name,
+        kind=entry.kind,
+        activation=entry.activation,
+        status="rewritten",
+        reason="",
+        method=entry.method,
+        stored_bytes=entry.stored_bytes,
+        touched_bytes=entry.touched_bytes,
+        dense_bytes=entry.dense_bytes,
+        outlier_rate=entry.outlier_rate,
+        error=entry.error,
+    )
+
+
+def _refused(name: str, kind: str, activation: str | None, reason: str | None, dense: int) -> SiteReport:
+    return SiteReport(
+        name=name,
+        kind=kind,
+        activation=activation,
+        status="refused",
+        reason=reason or "",
+        method="",
+        stored_bytes=dense,
+        touched_bytes=dense,
         dense_bytes=dense,
-        outlier_rate=entry.outlier_rate if entry else 0.0,
-        error=entry.error if entry else 0.0,
+        outlier_rate=0.0,
+        error=0.0,
     )

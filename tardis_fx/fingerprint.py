@@ -23,5 +23,5 @@ def fingerprint(weights: Iterable[Tensor]) -> str:
     for weight in weights:
         digest.update(f"{weight.dtype}{tuple(weight.shape)}".encode())
         contents = weight.detach().cpu().contiguous()
-        digest.update(memoryview(contents.view(-1).view(torch.uint8).numpy()))
+        digest.update(contents.view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()[:32]

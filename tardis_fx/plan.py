@@ -97,9 +97,15 @@ class Plan:
             PlanFileError: the file cannot be written.
         """
         path = Path(path)
-        tensors = {f"{i}.{name}": t.contiguous() for i, site in enumerate(self.sites) for name, t in site.tensors.items()}
+        tensors = {
+            f"{i}.{name}": t.contiguous() for i, site in enumerate(self.sites) for name, t in site.tensors.items()
+        }
         sites = [{f.name: getattr(site, f.name) for f in fields(site) if f.name != "tensors"} for site in self.sites]
-        header = {"format": _FORMAT, "version": str(VERSION), "plan": json.dumps({"config": asdict(self.config), "sites": sites})}
+        header = {
+            "format": _FORMAT,
+            "version": str(VERSION),
+            "plan": json.dumps({"config": asdict(self.config), "sites": sites}),
+        }
         temporary: str | None = None
         try:
             handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
@@ -136,7 +142,9 @@ class Plan:
         try:
             version = int(header["version"])
             if version > VERSION:
-                raise PlanFileError(f"{path} is a plan of version {version}, this tardis_fx reads up to {VERSION}: upgrade tardis_fx")
+                raise PlanFileError(
+                    f"{path} is a plan of version {version}, this tardis_fx reads up to {VERSION}: upgrade tardis_fx"
+                )
             content = json.loads(header["plan"])
             per_site: list[dict[str, Tensor]] = [{} for _ in content["sites"]]
             for name, tensor in tensors.items():
@@ -156,4 +164,6 @@ class Plan:
         """One line."""
         methods = Counter(site.method or "refused" for site in self.sites)
         listed = ", ".join(f"{count} {method}" for method, count in methods.items())
-        return f"Plan({len(self.sites)} sites: {listed}; {self.touched_fraction:.1%} of the FFN weight bytes touched per token)"
+        return (
+            f"Plan({len(self.sites)} sites: {listed}; {self.touched_fraction:.1%} of the FFN bytes touched per token)"
+        )

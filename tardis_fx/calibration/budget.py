@@ -6,6 +6,7 @@ exact up to the size of a single bin).
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from tardis_fx.errors import CalibrationError
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
 
 #: Rounds of choosing ranges and refitting the surrogates to them.
 ROUNDS = 4
-_BISECTIONS = 50
 
 
 def allocate(sites: Sequence[SiteRanges], allowed: float) -> list[Ranges]:
@@ -28,24 +28,39 @@ def allocate(sites: Sequence[SiteRanges], allowed: float) -> list[Ranges]:
     """
     floor = sum(site.costs.fold for site in sites)
     if floor > allowed:
-        raise CalibrationError(f"the budget allows {allowed:,.0f} bytes per token, the folded weights alone read {floor:,}: raise the budget")
+        raise CalibrationError(
+            f"the budget allows {allowed:,.0f} bytes per token, the folded weights alone read {floor:,}"
+        )
+    price = 0.0
     for _ in range(ROUNDS):
-        chosen = _meet(sites, allowed)
+        price = _price(sites, allowed, price)
+        chosen = [site.at(price) for site in sites]
         for site, ranges in zip(sites, chosen, strict=True):
             site.refit(ranges.hot)
-    chosen = _meet(sites, allowed)
-    for site, ranges in zip(sites, chosen, strict=True):
-        site.refit(ranges.hot)
     return chosen
 
 
-def _meet(sites: Sequence[SiteRanges], allowed: float) -> list[Ranges]:
-    """The ranges at the lowest price that meets the budget, by bisection on the logarithm of the price."""
-    low, high = 1e-30, 1e30
-    for _ in range(_BISECTIONS):
-        price = (low * high) ** 0.5
-        if sum(site.at(price).touched for site in sites) > allowed:
-            low = price
-        else:
-            high = price
-    return [site.at(high) for site in sites]
+def _price(sites: Sequence[SiteRanges], allowed: float, near: float) -> float:
+    """The lowest price that meets the budget, to a thousandth, by bisection on its logarithm.
+
+    Args:
+        sites: the sites.
+        allowed: bytes per token.
+        near: where the price of the last round was, or 0.
+    """
+
+    def meets(price: float) -> bool:
+        return sum(site.at(price).touched for site in sites) <= allowed
+
+    low = high = math.log(near or 1.0)
+    step = 1.0 if near else 8.0
+    while meets(math.exp(low)):
+        low, high, step = low - step, low, 2 * step
+        if low < -300:  # everything corrected, and still within the budget
+            return 0.0
+    while not meets(math.exp(high)):
+        low, high, step = high, high + step, 2 * step
+    while high - low > 1e-3:
+        middle = (low + high) / 2
+        low, high = (low, middle) if meets(math.exp(middle)) else (middle, high)
+    return math.exp(high)

@@ -54,6 +54,9 @@ class Observation:
 
     The sites are found by running the first batch. Batches are kept in a list, for they are run once for every
     :meth:`run`; a site's inputs are never kept.
+
+    Attributes:
+        memo: where rewrites keep what they measured, for further plans from the same observation.
     """
 
     def __init__(self, model: nn.Module, batches: Iterable[Batch], *, progress: bool = True) -> None:
@@ -62,7 +65,9 @@ class Observation:
         Raises:
             CalibrationError: no batches, a model in training mode, or a model without any FFN.
         """
-        training = next((name or type(module).__name__ for name, module in model.named_modules() if module.training), None)
+        training = next(
+            (name or type(module).__name__ for name, module in model.named_modules() if module.training), None
+        )
         if training is not None:
             raise CalibrationError(f"{training} is in training mode: call model.eval() first")
         if isinstance(batches, (Tensor, Mapping)):
@@ -70,6 +75,7 @@ class Observation:
         self._batches, self._progress = list(batches), progress
         if not self._batches:
             raise CalibrationError("no calibration batches")
+        self.memo: dict[str, Any] = {}
         self._sites: dict[str, ObservedSite] = {}
         self._known: dict[tuple[int, ...], str] = {}
         self._observers: dict[str, SiteObserver] = {}
@@ -141,7 +147,9 @@ class Observation:
             return
         tokens = x.detach().reshape(-1, x.shape[-1]).float().cpu()
         if not torch.isfinite(tokens).all():
-            raise CalibrationError(f"the inputs of {site.name} hold NaN or infinity: look at the batch or at the layers before it")
+            raise CalibrationError(
+                f"the inputs of {site.name} hold NaN or infinity: look at the batch or at the layers before it"
+            )
         observer.update(tokens)
 
     def rewritten(self, site: Site, parameters: list[Tensor]) -> Callable[[Tensor], Tensor] | None:

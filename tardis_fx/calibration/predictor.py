@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ class Predictor:
         scale: [h, groups], float16.
         zero: [h, groups], uint8.
         bits: bits a code.
+        columns: d.
     """
 
     codes: Tensor
@@ -30,9 +32,16 @@ class Predictor:
     zero: Tensor
     bits: int
 
+    columns: int
+
+    @cached_property
+    def weight(self) -> Tensor:
+        """The quantised W1, [h, d], float32."""
+        return estimate(torch.eye(self.columns), self.codes, self.scale, self.zero, self.bits).T.contiguous()
+
     def __call__(self, x: Tensor) -> Tensor:
         """Estimates of the pre-activations without bias, [tokens, h]."""
-        return estimate(x, self.codes, self.scale, self.zero, self.bits)
+        return x @ self.weight.T
 
 
 def quantise(w1: Tensor, gram: Tensor, bits: int) -> Predictor:
@@ -65,7 +74,7 @@ def quantise(w1: Tensor, gram: Tensor, bits: int) -> Predictor:
             errors[:, i] = (block[:, i] - (code - zero) * scale) / row[0]
             block[:, i:] -= errors[:, i : i + 1] * row
         w[:, stop:] -= errors @ upper[start:stop, stop:]
-    return Predictor(pack(codes, bits), scales, zeros, bits)
+    return Predictor(pack(codes, bits), scales, zeros, bits, d)
 
 
 def _inverse_factor(gram: Tensor) -> Tensor:
@@ -87,7 +96,9 @@ def _range(block: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     for shrink in torch.linspace(1, 0.5, 11):
         scale = ((high - low) * shrink / levels).half().float()
         zero = torch.where(scale > 0, (-low * shrink / scale).round(), 0).clamp(0, levels)
-        code = torch.where(scale[:, None] > 0, (block / scale[:, None] + zero[:, None]).round().clamp(0, levels), zero[:, None])
+        code = torch.where(
+            scale[:, None] > 0, (block / scale[:, None] + zero[:, None]).round().clamp(0, levels), zero[:, None]
+        )
         loss = ((code - zero[:, None]) * scale[:, None] - block).square().sum(1)
         better = loss < best
         best = torch.where(better, loss, best)

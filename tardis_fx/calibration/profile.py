@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from tardis_fx.calibration.predictor import Predictor
-from tardis_fx.graph.activations import Activation
+if TYPE_CHECKING:
+    from tardis_fx.calibration.predictor import Predictor
+    from tardis_fx.graph.activations import Activation
 
 #: Bins of a neuron's histogram, over ``SPREAD`` standard deviations on both sides of the mean; the outer two are open.
 BINS = 96
@@ -76,7 +78,9 @@ class Histogram:
     The bins are laid over the estimate's distribution as the moments give it. Memory: 6 bins h float32.
     """
 
-    def __init__(self, moments: Moments, w1: Tensor, b1: Tensor | None, predictor: Predictor, activation: Activation) -> None:
+    def __init__(
+        self, moments: Moments, w1: Tensor, b1: Tensor | None, predictor: Predictor, activation: Activation
+    ) -> None:
         """Lays the bins.
 
         Args:
@@ -86,9 +90,9 @@ class Histogram:
             predictor: gives the estimates.
             activation: the site's.
         """
-        h, d = w1.shape
+        h = len(w1)
         self._w1, self._b1, self._predictor, self._activation = w1, b1, predictor, activation
-        effective = predictor(torch.eye(d)).T.double()
+        effective = predictor.weight.double()
         spread = SPREAD * (effective @ moments.covariance * effective).sum(1).clamp(min=1e-24).sqrt()
         self._low = (effective @ moments.mean - spread).float()
         self._width = (2 * spread / BINS).float()

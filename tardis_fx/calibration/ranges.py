@@ -8,7 +8,7 @@ histogram (times ``‖W2[:, n]‖²``) and a price ``λ`` for a byte read, a neu
     guarded   Σ_hot e + λ · (tokens · predictor + Σ_cold count · row)
 
 and takes the cheapest. Of a guarded neuron, the best hot range is the run of neighbouring bins with the least
-``Σ (e - λ · row · count)``: a minimum-subarray problem, solved for all neurons at once by running maxima of prefix sums.
+``Σ (e - λ · row · count)``: a minimum-subarray problem, solved for all neurons at once by prefix sums.
 A bin is hot when its mean squared error is below ``λ · row``: within a layer one threshold on the error times the norm
 of the W2 column, as the paper has it (section 5.1), and between layers the threshold of least total error.
 """
@@ -16,11 +16,13 @@ of the W2 column, as the paper has it (section 5.1), and between layers the thre
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from tardis_fx.calibration.profile import Histogram, Sums
+if TYPE_CHECKING:
+    from tardis_fx.calibration.profile import Histogram, Sums
 
 
 @dataclass(frozen=True)
@@ -64,22 +66,25 @@ class SiteRanges:
         self.costs = costs
         self._importance = w2_norm.double() ** 2 * site_weight(self.sums, w2_norm)
         self._tokens = float(self.sums.count[:, 0].sum())
-        self.slope, self.intercept = self.sums.regress(torch.ones_like(self.sums.count, dtype=torch.bool))
+        self.refit(torch.ones_like(self.sums.count, dtype=torch.bool))
 
     def refit(self, hot: Tensor) -> None:
         """Fits the surrogates to the hot bins; an exact neuron's is zero, which keeps it out of the fold."""
         self.slope, self.intercept = self.sums.regress(hot)
+        self._error = self.sums.error(self.slope, self.intercept) * self._importance
 
     def at(self, price: float) -> Ranges:
         """The ranges of least cost at a price per byte read."""
-        error = self.sums.error(self.slope, self.intercept) * self._importance
+        error = self._error
         row = price * self.costs.row
         start, stop = _cheapest_run(error - row * self.sums.count)
         bins = torch.arange(len(error))[:, None]
         hot = (bins >= start) & (bins < stop)
         folded_cost = error.sum(0)
         exact_cost = torch.full_like(folded_cost, row * self._tokens)
-        guarded_cost = torch.where(hot, error, row * self.sums.count).sum(0) + price * self.costs.predictor * self._tokens
+        guarded_cost = (
+            torch.where(hot, error, row * self.sums.count).sum(0) + price * self.costs.predictor * self._tokens
+        )
         choice = torch.stack([folded_cost, exact_cost, guarded_cost]).argmin(0)
         hot = (hot | (choice == 0)) & (choice != 1)
         cold = torch.where(hot, 0, self.sums.count).sum().item() / self._tokens
@@ -88,7 +93,7 @@ class SiteRanges:
 
 
 def _cheapest_run(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Start and stop of the run of least sum in every column of [bins, h]; the empty run where all sums are positive."""
+    """Start and stop of the run of least sum in every column of [bins, h]; an empty run where all sums are positive."""
     prefix = torch.cat([torch.zeros_like(values[:1]), values.cumsum(0)])
     highest, where = prefix.cummax(0)
     stop = (prefix - highest).argmin(0)
@@ -98,6 +103,7 @@ def _cheapest_run(values: Tensor) -> tuple[Tensor, Tensor]:
 def site_weight(sums: Sums, w2_norm: Tensor) -> float:
     """EXPERIMENT."""
     import os
+
     mode = os.environ.get("OMEGA", "abs")
-    energy = float((sums.aa.sum(0) * w2_norm.double()**2).sum()) / float(sums.count[:, 0].sum())
-    return {"abs": 1.0, "rel": 1 / energy, "sqrt": energy ** -0.5}[mode]
+    energy = float((sums.aa.sum(0) * w2_norm.double() ** 2).sum()) / float(sums.count[:, 0].sum())
+    return {"abs": 1.0, "rel": 1 / energy, "sqrt": energy**-0.5}[mode]

@@ -47,7 +47,9 @@ class Residual:
         cross = fitted.cross.double() / count - torch.outer(mean, fitted.total / count)
         weight = torch.linalg.solve(covariance, cross, left=True) if covariance.any() else torch.zeros_like(cross)
         bias = fitted.total / count - mean @ weight
-        return AffineMap(weight, bias, held.error(weight, bias), held.error(torch.zeros_like(weight), torch.zeros_like(bias)))
+        return AffineMap(
+            weight, bias, held.error(weight, bias), held.error(torch.zeros_like(weight), torch.zeros_like(bias))
+        )
 
 
 class _Half:
@@ -70,7 +72,9 @@ class _Half:
     def error(self, weight: Tensor, bias: Tensor) -> float:
         """Root of the mean square of residual - (x weight + bias), relative to the output's, from the sums."""
         count, inputs = self.inputs.tokens, self.inputs.total
-        predicted = ((self.inputs.gram.double() @ weight) * weight).sum() + 2 * (inputs @ weight) @ bias + count * bias @ bias
+        predicted = (
+            ((self.inputs.gram.double() @ weight) * weight).sum() + 2 * (inputs @ weight) @ bias + count * bias @ bias
+        )
         crossed = (self.cross.double() * weight).sum() + self.total @ bias
         left = max(0.0, self.square - 2 * crossed.item() + predicted.item())
         return float((left / self.output_square) ** 0.5) if self.output_square else 0.0

@@ -62,4 +62,6 @@ def modules(split: Split, root: Path | None = None, *, unit_tests: bool = False)
         found = True
         yield relative, text
     if not found:
-        raise DemoError(f"no Python source for the {split} split under {root}: is the standard library installed as .py files?")
+        raise DemoError(
+            f"no Python source for the {split} split under {root}: is the standard library installed as .py files?"
+        )

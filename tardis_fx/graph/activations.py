@@ -1,15 +1,16 @@
 """The registry of activations: each is one sympy expression; all else about it is derived from that expression."""
 
 import functools
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-import sympy  # type: ignore[import-untyped]
+import sympy
 import torch
-import torch.nn.functional as F
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
+from torch.nn import functional
 
 Array = NDArray[np.float64]
 
@@ -98,8 +99,8 @@ class Activation:
     @property
     def cxx(self) -> str:
         """The activation as a C++ expression of ``float z``, in single precision throughout."""
-        from sympy.codegen.ast import float32, real  # type: ignore[import-untyped]  # slow to import
-        from sympy.codegen.rewriting import create_expand_pow_optimization  # type: ignore[import-untyped]
+        from sympy.codegen.ast import float32, real  # slow to import, seldom needed
+        from sympy.codegen.rewriting import create_expand_pow_optimization
 
         in_z = self._piecewise.subs(Z, sympy.Symbol("z", real=True))
         rounded = in_z.replace(lambda e: e.is_number and not e.is_Integer, lambda e: e.evalf(9))
@@ -149,10 +150,13 @@ class Activation:
         start, end = ends[:-1], ends[1:]
         # Taken one step inwards, since the derivative may jump at a kink.
         at_start, at_end = self.derivative(np.nextafter(start, end)), self.derivative(np.nextafter(end, start))
-        return _Pieces(start, end, at_start, at_end, closed=np.isin(start, inflections))
+        closed = np.isin(start, inflections)
+        varies = at_start != at_end
+        return _Pieces(*(column[varies] for column in (start, end, at_start, at_end, closed)))
 
 
 _SIGMOID = (1 + sympy.tanh(Z / 2)) / 2
+_QUICK_SIGMOID = _SIGMOID.subs(Z, sympy.Rational("1.702") * Z)
 _GELU_CUBIC = sympy.sqrt(2 / sympy.pi) * (Z + sympy.Rational("0.044715") * Z**3)
 
 # Piecewise rather than Max and Min: the C++ of those two does not keep a NaN.
@@ -160,16 +164,20 @@ ACTIVATIONS: dict[str, Activation] = {
     activation.name: activation
     for activation in (
         Activation("identity", Z, lambda z: z),
-        Activation("relu", sympy.Piecewise((0, Z < 0), (Z, True)), F.relu),
-        Activation("relu2", sympy.Piecewise((0, Z < 0), (Z**2, True)), lambda z: F.relu(z).square()),
-        Activation("leaky_relu", sympy.Piecewise((Z / 100, Z < 0), (Z, True)), F.leaky_relu),
-        Activation("gelu", Z * (1 + sympy.erf(Z / sympy.sqrt(2))) / 2, F.gelu),
-        Activation("gelu_tanh", Z * (1 + sympy.tanh(_GELU_CUBIC)) / 2, lambda z: F.gelu(z, approximate="tanh")),
-        Activation("gelu_quick", Z * _SIGMOID.subs(Z, sympy.Rational("1.702") * Z), lambda z: z * (1.702 * z).sigmoid()),
-        Activation("silu", Z * _SIGMOID, F.silu),
+        Activation("relu", sympy.Piecewise((0, Z < 0), (Z, True)), functional.relu),
+        Activation("relu2", sympy.Piecewise((0, Z < 0), (Z**2, True)), lambda z: functional.relu(z).square()),
+        Activation("leaky_relu", sympy.Piecewise((Z / 100, Z < 0), (Z, True)), functional.leaky_relu),
+        Activation("gelu", Z * (1 + sympy.erf(Z / sympy.sqrt(2))) / 2, functional.gelu),
+        Activation(
+            "gelu_tanh", Z * (1 + sympy.tanh(_GELU_CUBIC)) / 2, lambda z: functional.gelu(z, approximate="tanh")
+        ),
+        Activation("gelu_quick", Z * _QUICK_SIGMOID, lambda z: z * (1.702 * z).sigmoid()),
+        Activation("silu", Z * _SIGMOID, functional.silu),
         # With s the sigmoid, tanh(softplus(z)) is (1 - (1 - s)^2) / (1 + (1 - s)^2).
-        Activation("mish", Z * (2 / (1 + (1 - _SIGMOID) ** 2) - 1), F.mish),
-        Activation("hardswish", sympy.Piecewise((0, Z < -3), (Z, Z > 3), (Z * (Z + 3) / 6, True)), F.hardswish),
+        Activation("mish", Z * (2 / (1 + (1 - _SIGMOID) ** 2) - 1), functional.mish),
+        Activation(
+            "hardswish", sympy.Piecewise((0, Z < -3), (Z, Z > 3), (Z * (Z + 3) / 6, True)), functional.hardswish
+        ),
         Activation("tanh", sympy.tanh(Z), torch.tanh),
         Activation("sigmoid", _SIGMOID, torch.sigmoid),
     )
@@ -212,7 +220,7 @@ def _grid() -> tuple[Array, dict[str, Array]]:
 
 @dataclass(frozen=True)
 class _Pieces:
-    """The intervals on which a derivative is monotone: their bounds and the derivative at these, each [pieces]."""
+    """The intervals on which a derivative rises or falls: their bounds and the derivative at these, each [pieces]."""
 
     start: Array
     end: Array
@@ -231,7 +239,7 @@ class _Pieces:
         """The largest number of pieces that reach one slope."""
         values = np.unique([self.at_start, self.at_end])
         slopes = np.concatenate([values, (values[1:] + values[:-1]) / 2])
-        return int(self.reach(slopes[:, None]).sum(axis=-1).max())
+        return int(self.reach(slopes[:, None]).sum(axis=-1).max(initial=0))
 
     def reach(self, slope: Array) -> NDArray[np.bool_]:
         """[n, pieces]: whether the derivative takes the slope, [n, 1], on the piece."""
@@ -254,7 +262,7 @@ def _compile(expression: sympy.Expr) -> Callable[[ArrayLike], Array]:
 def _sign_changes(function: Callable[[ArrayLike], Array], edges: Array, *, points: int) -> Array:
     """[changes, 2]: brackets of the sign changes between neighbouring edges; below 1e-12 a sign is rounding noise."""
     brackets: list[tuple[float, float]] = []
-    for start, end in zip(edges[:-1], edges[1:], strict=True):
+    for start, end in itertools.pairwise(edges):
         grid = np.linspace(start, end, points)[1:-1]
         grid = grid[np.abs(function(grid)) > 1e-12]
         change = np.flatnonzero(np.diff(np.sign(function(grid))))
@@ -267,7 +275,7 @@ def _bisect(
 ) -> Array:
     """Where a function, monotone between start and end, takes the target: elementwise, broadcast.
 
-    Halves asinh z, so that a piece of any length takes the same steps and a root of any size keeps its digits.
+    Halves asinh z, so that a piece of any length takes the same steps and a far root keeps its digits.
     """
     shape = np.broadcast_shapes(target.shape, start.shape)
     low, high = (np.broadcast_to(np.arcsinh(bound), shape) for bound in (start, end))

@@ -1,4 +1,4 @@
-"""Runs a model through Dynamo and hands every graph to an observer: calibration and ``explain`` see what compilation sees."""
+"""Runs a model through Dynamo and shows every graph to an observer, as compilation would see it."""
 
 from __future__ import annotations
 
@@ -13,9 +13,6 @@ from tardis_fx.errors import CalibrationError
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-#: What is called with every captured graph and its inputs, and returns what to run in its place.
-Observer = "Callable[[fx.GraphModule, list[Tensor]], Callable[..., Any]]"
-
 
 def _call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return model(*args, **kwargs)
@@ -28,8 +25,15 @@ class Capture:
     that it leaves nothing behind in the cache of the model's other compiled forms.
     """
 
-    def __init__(self, model: nn.Module, observer: Callable[[fx.GraphModule, list[Tensor]], Callable[..., Any]]) -> None:
-        """Prepares the capture; nothing is traced before the first call."""
+    def __init__(
+        self, model: nn.Module, observer: Callable[[fx.GraphModule, list[Tensor]], Callable[..., Any]]
+    ) -> None:
+        """Prepares the capture; nothing is traced before the first call.
+
+        Args:
+            model: the model.
+            observer: is called with every graph and its inputs, and returns what to run in its place.
+        """
         self._model = model
         self._call = torch.compile(types.FunctionType(_call.__code__.replace(), globals()), backend=observer)
 
@@ -44,7 +48,9 @@ class Capture:
         """
         args, kwargs = _arguments(batch)
         self._check_devices([v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)])
-        dynamo = torch._dynamo.config.patch(recompile_limit=256, accumulated_recompile_limit=1024, fail_on_recompile_limit_hit=True)
+        dynamo = torch._dynamo.config.patch(
+            recompile_limit=256, accumulated_recompile_limit=1024, fail_on_recompile_limit_hit=True
+        )
         with dynamo, torch.no_grad():
             return self._call(self._model, args, kwargs)
 
@@ -52,7 +58,9 @@ class Capture:
         parameter = next(self._model.parameters(), None)
         for tensor in tensors:
             if parameter is not None and tensor.device != parameter.device:
-                raise CalibrationError(f"the batch is on {tensor.device}, the model on {parameter.device}: move one of them")
+                raise CalibrationError(
+                    f"the batch is on {tensor.device}, the model on {parameter.device}: move one of them"
+                )
 
 
 def _arguments(batch: Tensor | Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -61,4 +69,6 @@ def _arguments(batch: Tensor | Mapping[str, Any]) -> tuple[tuple[Any, ...], dict
     try:
         return (), {str(key): value for key, value in dict(batch).items()}
     except (TypeError, ValueError):
-        raise CalibrationError(f"a batch must be a tensor or a dict of keyword arguments, not {type(batch).__name__}") from None
+        raise CalibrationError(
+            f"a batch must be a tensor or a dict of keyword arguments, not {type(batch).__name__}"
+        ) from None

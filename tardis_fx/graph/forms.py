@@ -15,15 +15,19 @@ from tardis_fx.graph.site import Projection
 
 #: Maps one value to one value, whatever its place in the tensor; further arguments are numbers or the like.
 ELEMENTWISE = frozenset(
-    "abs add celu clamp clamp_max clamp_min div elu erf exp expm1 floor gelu hardsigmoid hardswish hardtanh iadd imul "
-    "isub itruediv leaky_relu log log1p logsigmoid maximum minimum mish mul multiply neg pos pow reciprocal relu relu6 "
-    "rsub selu sigmoid sign silu sin softplus sqrt square sub tanh true_divide truediv where rsqrt cos".split()
-)  # fmt: skip
+    """
+    abs add celu clamp clamp_max clamp_min cos div elu erf exp expm1 floor gelu hardsigmoid hardswish hardtanh iadd imul
+    isub itruediv leaky_relu log log1p logsigmoid maximum minimum mish mul multiply neg pos pow reciprocal relu relu6
+    rsqrt rsub selu sigmoid sign silu sin softplus sqrt square sub tanh true_divide truediv where
+    """.split()
+)
 
 #: Changes neither the values nor, where its last axis stays as long as it was, which neuron they belong to.
 TRANSPARENT = frozenset(
-    "alias bfloat16 clone contiguous detach double expand_as flatten float half identity reshape squeeze "
-    "to type type_as unflatten unsqueeze view".split()
+    """
+    alias bfloat16 clone contiguous detach double expand_as flatten float half identity reshape squeeze to type type_as
+    unflatten unsqueeze view
+    """.split()
 )
 
 #: Drops values in training mode; ``F.dropout`` and ``torch.dropout`` name the arguments alike.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
-from os.path import commonprefix
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 import networkx as nx
@@ -79,13 +79,17 @@ def _site(down: Projection, projections: dict[fx.Node, Projection]) -> Site | No
     matched = _match(down, region, sources, projections)
     shape = shape_of(ups[0].node)
     entering = shape_of(ups[0].input)
-    if shape is None or entering is None or ups[0].weight is down.weight and matched == "linear":
+    if shape is None or entering is None or (ups[0].weight is down.weight and matched == "linear"):
         return None
     if matched is None:
         if len(ups) > 2:
             return None
         site = Site("", "plain", None, ups[0], down, None, frozenset({*region, ups[0].node}))
-        return site.refused("between its projections stands something that is no activation function") if _expands(site) else None
+        return (
+            site.refused("between its projections stands something that is no activation function")
+            if _expands(site)
+            else None
+        )
     kind = PATTERNS[matched][0]
     gate, activation = None, None
     if kind == "plain":
@@ -94,7 +98,9 @@ def _site(down: Projection, projections: dict[fx.Node, Projection]) -> Site | No
     else:
         gate, activation = _gate(region, down, ups, fused=matched == "gated, fused")
     up = next((p for p in ups if p is not gate), ups[0])
-    site = Site("", kind, activation.name if activation else None, up, down, gate, frozenset({*region, *(p.node for p in ups)}))
+    site = Site(
+        "", kind, activation.name if activation else None, up, down, gate, frozenset({*region, *(p.node for p in ups)})
+    )
     if not _expands(site):
         return None if matched == "linear" else site.refused("its hidden size does not exceed its input's: not an FFN")
     return _checked(site)
@@ -133,7 +139,9 @@ def _is_half(node: fx.Node) -> bool:
     return before is None or (after is not None and len(after) > 0 and bool(before[-1] != after[-1]))
 
 
-def _match(down: Projection, region: list[fx.Node], sources: list[fx.Node], projections: dict[fx.Node, Projection]) -> str | None:
+def _match(
+    down: Projection, region: list[fx.Node], sources: list[fx.Node], projections: dict[fx.Node, Projection]
+) -> str | None:
     """Name of the pattern that a cone looks like, or None."""
     labels: dict[Any, str] = {}
     alias: dict[fx.Node, Any] = {}
@@ -155,10 +163,14 @@ def _match(down: Projection, region: list[fx.Node], sources: list[fx.Node], proj
         cone.add_edges_from((head, tail) for i in inputs if (head := alias.get(i, i)) is not tail and head != tail)
     labels[down.node] = "projection"
     nx.set_node_attributes(cone, labels, "label")
-    return next((name for name, (_, p) in PATTERNS.items() if DiGraphMatcher(cone, p, _SAME_LABEL).is_isomorphic()), None)
+    return next(
+        (name for name, (_, p) in PATTERNS.items() if DiGraphMatcher(cone, p, _SAME_LABEL).is_isomorphic()), None
+    )
 
 
-def _function(region: list[fx.Node], down: Projection, ups: list[Projection], *halves: int) -> Callable[..., torch.Tensor]:
+def _function(
+    region: list[fx.Node], down: Projection, ups: list[Projection], *halves: int
+) -> Callable[..., torch.Tensor]:
     """The element-wise function between the projections, as a function of their outputs; shapes do not matter to it.
 
     Of a fused site the two halves are the arguments.
@@ -175,8 +187,14 @@ def _function(region: list[fx.Node], down: Projection, ups: list[Projection], *h
             elif _is_half(node):
                 values[node] = values[first][_half_index(node)]
             elif name in ELEMENTWISE:
-                args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: values[n] if n in values else _number(n))
-                values[node] = getattr(args[0], str(node.target))(*args[1:], **kwargs) if node.op == "call_method" else node.target(*args, **kwargs)  # type: ignore[operator]
+                args, kwargs = fx.node.map_arg(
+                    (node.args, dict(node.kwargs)), lambda n: values[n] if n in values else _number(n)
+                )
+                values[node] = (
+                    getattr(args[0], str(node.target))(*args[1:], **kwargs)
+                    if node.op == "call_method"
+                    else node.target(*args, **kwargs)
+                )  # type: ignore[operator]
             else:
                 values[node] = values[first]
         return values[down.input]  # type: ignore[no-any-return]
@@ -187,7 +205,9 @@ def _function(region: list[fx.Node], down: Projection, ups: list[Projection], *h
 def _number(node: fx.Node) -> Any:
     """The value of a number node; Dynamo writes constants as symbolic floats when sizes are dynamic."""
     value = node.meta["example_value"]
-    return float(value) if isinstance(value, torch.SymFloat) else int(value) if isinstance(value, torch.SymInt) else value
+    return (
+        float(value) if isinstance(value, torch.SymFloat) else int(value) if isinstance(value, torch.SymInt) else value
+    )
 
 
 def _half_index(node: fx.Node) -> int:
@@ -199,7 +219,9 @@ def _half_index(node: fx.Node) -> int:
     return 0 if isinstance(last, slice) and not last.start else 1
 
 
-def _gate(region: list[fx.Node], down: Projection, ups: list[Projection], *, fused: bool) -> tuple[Projection | None, Activation | None]:
+def _gate(
+    region: list[fx.Node], down: Projection, ups: list[Projection], *, fused: bool
+) -> tuple[Projection | None, Activation | None]:
     """Which projection of a gated site the activation sees, and the activation: act(gate) * up."""
     function = _function(region, down, ups, *((0, 1) if fused else ()))
     for first in (True, False):
@@ -209,7 +231,11 @@ def _gate(region: list[fx.Node], down: Projection, ups: list[Projection], *, fus
             return function(g, other) if first else function(other, g)
 
         activation = recognise(lambda g, gated=gated: gated(g, 1.0))  # type: ignore[misc]
-        if activation and activation.name != "identity" and recognise(lambda g, gated=gated: gated(g, -2.5) / -2.5) is activation:  # type: ignore[misc]
+        if (
+            activation
+            and activation.name != "identity"
+            and recognise(lambda g, gated=gated: gated(g, -2.5) / -2.5) is activation
+        ):  # type: ignore[misc]
             return (ups[0] if fused or first else ups[1]), activation
     return None, None
 
@@ -249,7 +275,12 @@ def _checked(site: Site) -> Site:
 
 
 def _writes(user: fx.Node, node: fx.Node) -> bool:
-    in_place = str(getattr(user.target, "__name__", user.target)).endswith("_") or call_name(user) in ("iadd", "imul", "isub", "itruediv")
+    in_place = str(getattr(user.target, "__name__", user.target)).endswith("_") or call_name(user) in (
+        "iadd",
+        "imul",
+        "isub",
+        "itruediv",
+    )
     return in_place and bool(user.args) and user.args[0] is node
 
 
@@ -271,6 +302,14 @@ def _named(sites: Iterable[Site]) -> list[Site]:
     """The sites with their names: the module path that the weights share; the first weight's own where two agree."""
     sites = list(sites)
     modules = [[parameter_name(p.weight).split(".")[:-1] for p in (site.up, site.down)] for site in sites]
-    shared = [".".join(commonprefix(paths)) for paths in modules]
-    unique = [name if name and shared.count(name) == 1 else ".".join(paths[0]) for name, paths in zip(shared, modules, strict=True)]
+    shared = [".".join(_common(*paths)) for paths in modules]
+    unique = [
+        name if name and shared.count(name) == 1 else ".".join(paths[0])
+        for name, paths in zip(shared, modules, strict=True)
+    ]
     return [replace(site, name=name) for site, name in zip(sites, unique, strict=True)]
+
+
+def _common(one: list[str], other: list[str]) -> list[str]:
+    """The parts that two module paths begin with."""
+    return [a for a, _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))]

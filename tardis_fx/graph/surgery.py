@@ -16,8 +16,9 @@ if TYPE_CHECKING:
 
 
 def copy(gm: fx.GraphModule) -> fx.GraphModule:
-    """A copy of a Dynamo graph module with what AOTAutograd reads off it; Dynamo goes on to use the original's inputs."""
-    graph, copies = fx.Graph(), {}
+    """A copy of a Dynamo graph module, with what AOTAutograd reads off it; Dynamo still needs the original."""
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
     result = graph.graph_copy(gm.graph, copies)
     graph.output(result)
     for node in gm.graph.find_nodes(op="placeholder"):
@@ -42,11 +43,13 @@ def add_input(graph: fx.Graph, name: str, value: Tensor) -> fx.Node:
     with graph.inserting_after(last):
         node = graph.placeholder(name)
     node.meta = {"example_value": value, "tensor_dict": {"_dynamo_static_input_type": "unguarded"}}
-    node._dynamo_source = None  # type: ignore[attr-defined] - AOTAutograd asks every input of a Dynamo graph for it
+    node._dynamo_source = None  # type: ignore[attr-defined]  # AOTAutograd asks every input for it
     return node
 
 
-def replace(graph: fx.Graph, site: Site, forward: Callable[[Any, Mapping[str, Any]], Any], constants: Mapping[str, fx.Node]) -> None:
+def replace(
+    graph: fx.Graph, site: Site, forward: Callable[[Any, Mapping[str, Any]], Any], constants: Mapping[str, fx.Node]
+) -> None:
     """Puts ``forward(input, constants)`` in a site's place and removes the nodes that nothing reads any more.
 
     The new nodes stand where the site's first projection stood, so that they read the input as it was there even if
@@ -72,4 +75,3 @@ def replace(graph: fx.Graph, site: Site, forward: Callable[[Any, Mapping[str, An
     for node in sorted({*site.inner, site.output}, key=lambda n: -order[n]):
         if not node.users:
             graph.erase_node(node)
-

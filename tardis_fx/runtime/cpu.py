@@ -2,7 +2,7 @@
 
 The kernel is compiled on the first call, with ``$CXX``, ``g++`` or ``clang++``, into ``$TARDIS_FX_CACHE`` (else
 ``$XDG_CACHE_HOME/tardis_fx``, else ``~/.cache/tardis_fx``). It shares PyTorch's OpenMP runtime, because PyTorch is
-loaded first and both ask for a library of the same name. Without a compiler the eager reference runs, after one warning.
+loaded first and both ask for a library of the same name. Without a compiler the eager reference runs, after a warning.
 """
 
 import ctypes
@@ -12,6 +12,7 @@ import os
 import platform
 import shlex
 import shutil
+import struct
 import subprocess
 import tempfile
 from collections.abc import Callable
@@ -27,7 +28,7 @@ from tardis_fx.runtime import reference
 
 logger = logging.getLogger("tardis_fx")
 
-#: More tokens than this are a prefill: matrix products of the reference beat the kernel's row by row work.
+#: More tokens than this are a prefill, for which the kernel's row by row work is not made; its arrays are this long.
 DECODE_TOKENS = 16
 
 _SOURCE = Path(__file__).with_name("cpu_kernel.cpp")
@@ -35,8 +36,7 @@ _SOURCE = Path(__file__).with_name("cpu_kernel.cpp")
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC")
 _ACTIVATIONS = {name: number for number, name in enumerate(ACTIVATIONS)}
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_POINTERS = 15
-_INTEGERS = 9
+_CALL = struct.Struct("24q")  # of the kernel: fifteen pointers and nine integers
 
 
 def correct(
@@ -84,28 +84,25 @@ def correct(
     Returns:
         [..., d_out], of the dtype of ``folded``.
     """
+    plan = (counts, neurons, codes, scale, zero, lower, upper, slope, intercept)
     dtype, tokens = x.dtype, x.shape[:-1].numel()
-    kernel = _kernel() if tokens <= DECODE_TOKENS and dtype in _DTYPES and activation in _ACTIVATIONS else None
-    if kernel is None or not (folded.dtype == w1.dtype == w2t.dtype == dtype and (b1 is None or b1.dtype == dtype)):
-        return reference.correct(
-            folded, x, w1, b1, w2t, counts, neurons, codes, scale, zero, lower, upper, slope, intercept, bits, activation
-        )
-    if w1.stride(1) != 1:
-        w1 = w1.contiguous()
-    if w2t.stride(1) != 1:
-        w2t = w2t.contiguous()
-    pointed = [folded, x, counts, neurons, codes, scale, zero, lower, upper, slope, intercept]
-    if b1 is not None:
-        pointed.append(b1)
-    pointed = [tensor.contiguous() for tensor in pointed]  # the list keeps copies alive during the call
-    pointers = [tensor.data_ptr() for tensor in pointed]
-    out = torch.empty_like(pointed[0])
-    kernel(
+    eligible = x.numel() > 0 and tokens <= DECODE_TOKENS and dtype in _DTYPES and activation in _ACTIVATIONS
+    alike = len({tensor.dtype for tensor in (folded, x, w1, w2t, b1) if tensor is not None}) == 1
+    kernel = _kernel() if eligible and alike else None
+    if kernel is None:
+        return reference.correct(folded, x, w1, b1, w2t, *plan, bits, activation)
+    w1, w2t = (weight if weight.stride(1) == 1 else weight.contiguous() for weight in (w1, w2t))
+    folded, x, b1 = folded.contiguous(), x.contiguous(), None if b1 is None else b1.contiguous()
+    whole = [tensor.contiguous() for tensor in plan]  # by name, since the copies must outlive the call
+    out = torch.empty_like(folded)
+    call = _CALL.pack(
         out.data_ptr(),
+        folded.data_ptr(),
+        x.data_ptr(),
         w1.data_ptr(),
+        0 if b1 is None else b1.data_ptr(),
         w2t.data_ptr(),
-        *pointers[:11],
-        None if b1 is None else pointers[11],
+        *[tensor.data_ptr() for tensor in whole],
         tokens,
         w1.shape[1],
         w2t.shape[1],
@@ -116,21 +113,22 @@ def correct(
         _DTYPES[dtype],
         torch.get_num_threads(),
     )
+    kernel(call)
     return out
 
 
 @cache
-def _kernel() -> Callable[..., None] | None:
+def _kernel() -> Callable[[bytes], None] | None:
     """The compiled function, or None (with one warning) where it cannot be had."""
     try:
         function = ctypes.CDLL(str(_build())).tardis_correct
     except (OSError, subprocess.CalledProcessError) as error:
-        reason = error.stderr if isinstance(error, subprocess.CalledProcessError) else error
-        logger.warning("no CPU kernel, the (slow) eager implementation runs instead: %s", reason)
+        said = error.stderr if isinstance(error, subprocess.CalledProcessError) else ""
+        logger.warning("no CPU kernel, the (slow) eager implementation runs instead: %s\n%s", error, said)
         return None
-    function.argtypes = [ctypes.c_void_p] * _POINTERS + [ctypes.c_int64] * _INTEGERS
+    function.argtypes = [ctypes.c_char_p]
     function.restype = None
-    return cast(Callable[..., None], function)
+    return cast("Callable[[bytes], None]", function)
 
 
 def _build() -> Path:
@@ -172,5 +170,5 @@ def _processor() -> str:
 
 def _cache_folder() -> Path:
     if named := os.environ.get("TARDIS_FX_CACHE"):
-        return Path(named)
+        return Path(named).absolute()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tardis_fx"

@@ -1,37 +1,41 @@
 // Adds the exact terms of the predicted outliers to the output of a folded FFN, for a few tokens, on a CPU.
 //
 // What is computed is specified by `correct` in reference.py; how the codes lie in memory, by packing.py. The time goes
-// into reading, once for all tokens, (a) the packed codes of every guarded neuron and (b) the rows of W1 and W2 of every
-// outlier. The build (cpu.py) writes activations.inc: one `case <id>: return <expression of z>;` for each activation.
+// into reading, once for all tokens, (a) the packed codes of every guarded neuron, (b) the rows of W1 and W2 of every
+// outlier. The build (cpu.py) writes activations.inc: one `case <number>: return <expression of z>;` an activation.
 // Not to be compiled with -ffast-math: a NaN estimate must compare false, and infinite bounds are ordinary.
 
+#include <omp.h>
+
+#include <algorithm>
+#include <cfloat>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <omp.h>
 #include <vector>
 
-#if defined(__AVX512F__) || defined(__AVX2__)
-#include <immintrin.h>
-#endif
-#if defined(__AVX512F__)
-constexpr int LANES = 16;
+#if defined(__AVX512BW__)
+#define WIDTH 64
 #elif defined(__AVX2__) && defined(__F16C__)
-constexpr int LANES = 8;
+#define WIDTH 32
 #else
-constexpr int LANES = 4;
+#define WIDTH 16
+#endif
+#if WIDTH > 16
+#include <immintrin.h>
 #endif
 
 namespace {
 
-typedef float Floats __attribute__((vector_size(4 * LANES)));
-typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
+constexpr int GROUP = 64;                // columns that share a scale and a zero point
+constexpr int64_t SERIAL_BYTES = 32768;  // of packed codes: below, waking other threads costs more than it saves
 
-constexpr int64_t GROUP = 64;          // columns that share a scale and a zero point
-constexpr int64_t SERIAL_BYTES = 32768; // packed codes below which waking other threads costs more than it saves
+// ---- Vectors.
 
-// ---- The element types: bits in memory, floats in registers.
-
+constexpr int LANES = WIDTH / 4;
+typedef float Floats __attribute__((vector_size(WIDTH)));
+typedef int32_t Ints __attribute__((vector_size(WIDTH)));
+typedef uint8_t Bytes __attribute__((vector_size(WIDTH)));
 struct Bfloat16 {
   uint16_t bits;
 };
@@ -39,92 +43,162 @@ struct Half {
   uint16_t bits;
 };
 
-template <class To, class From>
-To bit_cast(From from) {
-  static_assert(sizeof(To) == sizeof(From), "sizes differ");
+template <class To>
+To read(const void* from) {
   To to;
-  std::memcpy(&to, &from, sizeof to);
+  std::memcpy(&to, from, sizeof to);
   return to;
 }
+void put(Floats values, float* at) { std::memcpy(at, &values, sizeof values); }
 
 float to_float(float value) { return value; }
-float to_float(Bfloat16 value) { return bit_cast<float>(uint32_t(value.bits) << 16); }
-
+[[maybe_unused]] float to_float(uint8_t value) { return value; }
+float to_float(Bfloat16 value) {
+  const uint32_t bits = uint32_t(value.bits) << 16;
+  return read<float>(&bits);
+}
 void store(float value, float* at) { *at = value; }
 void store(float value, Bfloat16* at) {
-  const uint32_t bits = bit_cast<uint32_t>(value);
+  const uint32_t bits = read<uint32_t>(&value);
   at->bits = std::isnan(value) ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
-
-#if defined(__F16C__)
+#ifdef __F16C__
 float to_float(Half value) { return _cvtsh_ss(value.bits); }
 void store(float value, Half* at) { at->bits = _cvtss_sh(value, _MM_FROUND_TO_NEAREST_INT); }
 #else
-float to_float(Half value) { return bit_cast<_Float16>(value.bits); }
-void store(float value, Half* at) { at->bits = bit_cast<uint16_t>(_Float16(value)); }
+float to_float(Half value) { return read<_Float16>(&value); }
+void store(float value, Half* at) {
+  const _Float16 rounded = value;
+  at->bits = read<uint16_t>(&rounded);
+}
 #endif
 
-Floats load(const float* from) {
-  Floats values;
-  std::memcpy(&values, from, sizeof values);
-  return values;
+// load: LANES elements as floats. pairs, singles: codes of the columns from `part * WIDTH` on, of a plane of 2 bits (in
+// the lowest bits of each byte) or 1 bit. dot: adds to each sum four products of a code and an x of at most 64.
+Floats load(const float* from) { return read<Floats>(from); }
+#if WIDTH == 64
+Floats load(const Half* from) { return _mm512_cvtph_ps(read<__m256i>(from)); }
+Floats load(const Bfloat16* from) { return (Floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32(read<__m256i>(from)), 16); }
+Floats load(const uint8_t* from) { return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(read<__m128i>(from))); }
+Bytes pairs(const uint8_t* packed, int) {
+  const __m512i shifts = _mm512_set_epi64(6, 6, 4, 4, 2, 2, 0, 0);
+  return (Bytes)_mm512_srlv_epi64(_mm512_broadcast_i32x4(read<__m128i>(packed)), shifts);
 }
-
-void put(Floats values, float* at) { std::memcpy(at, &values, sizeof values); }
-
-#if defined(__AVX512F__)
-Floats load(const Half* from) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)from)); }
-Floats load(const Bfloat16* from) {
-  return (Floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from)), 16);
+Bytes singles(const uint8_t* packed, int) { return (Bytes)_mm512_maskz_set1_epi8(read<uint64_t>(packed), 1); }
+Ints dot(Ints sums, Bytes codes, const int8_t* x) {
+#ifdef __AVX512VNNI__
+  return (Ints)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)codes, read<__m512i>(x));
+#else
+  const __m512i products = _mm512_maddubs_epi16((__m512i)codes, read<__m512i>(x));
+  return sums + (Ints)_mm512_madd_epi16(products, _mm512_set1_epi16(1));
+#endif
 }
-Ints load(const uint8_t* from) { return (Ints)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)from)); }
-#elif defined(__AVX2__) && defined(__F16C__)
-Floats load(const Half* from) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)from)); }
-Floats load(const Bfloat16* from) {
-  return (Floats)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)from)), 16);
+#elif WIDTH == 32
+Floats load(const Half* from) { return _mm256_cvtph_ps(read<__m128i>(from)); }
+Floats load(const Bfloat16* from) { return (Floats)_mm256_slli_epi32(_mm256_cvtepu16_epi32(read<__m128i>(from)), 16); }
+Floats load(const uint8_t* from) {
+  return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(read<int64_t>(from))));
 }
-Ints load(const uint8_t* from) { return (Ints)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)from)); }
+Bytes pairs(const uint8_t* packed, int part) {
+  const __m256i shifts = _mm256_set_epi64x(4 * part + 2, 4 * part + 2, 4 * part, 4 * part);
+  return (Bytes)_mm256_srlv_epi64(_mm256_broadcastsi128_si256(read<__m128i>(packed)), shifts);
+}
+Bytes singles(const uint8_t* packed, int part) {
+  const __m256i each = _mm256_set1_epi64x(0x8040201008040201);
+  const __m256i byte = _mm256_set_epi64x(0x0303030303030303, 0x0202020202020202, 0x0101010101010101, 0);
+  const __m256i bits = _mm256_shuffle_epi8(_mm256_set1_epi32(read<int32_t>(packed + 4 * part)), byte) & each;
+  return (Bytes)_mm256_cmpeq_epi8(bits, each) & 1;
+}
+Ints dot(Ints sums, Bytes codes, const int8_t* x) {
+  const __m256i products = _mm256_maddubs_epi16((__m256i)codes, read<__m256i>(x));
+  return sums + (Ints)_mm256_madd_epi16(products, _mm256_set1_epi16(1));
+}
 #else
 template <class W>
 Floats load(const W* from) {
-  Floats values;
-  for (int i = 0; i < LANES; ++i) values[i] = to_float(from[i]);
-  return values;
+  return Floats{to_float(from[0]), to_float(from[1]), to_float(from[2]), to_float(from[3])};
 }
-Ints load(const uint8_t* from) {
-  Ints values;
-  for (int i = 0; i < LANES; ++i) values[i] = from[i];
-  return values;
+Bytes pairs(const uint8_t* packed, int part) { return read<Bytes>(packed) >> 2 * part; }
+Bytes singles(const uint8_t* packed, int part) {
+  const uint64_t ones = 0x0101010101010101, each[] = {0x8040201008040201, 0x8040201008040201};
+  const uint64_t bytes[] = {packed[2 * part] * ones, packed[2 * part + 1] * ones};
+  return (Bytes)((read<Bytes>(bytes) & read<Bytes>(each)) != 0) & 1;
+}
+Ints dot(Ints sums, Bytes codes, const int8_t* x) {
+  typedef int16_t Shorts __attribute__((vector_size(WIDTH)));
+  const Shorts both_codes = (Shorts)codes, both_x = read<Shorts>(x);
+  const Ints products = (Ints)((both_codes & 255) * (both_x << 8 >> 8) + (both_codes >> 8 & 255) * (both_x >> 8));
+  return sums + (products << 16 >> 16) + (products >> 16);
 }
 #endif
 
 float sum(Floats values) {
-  float lanes[LANES];
-  put(values, lanes);
-  for (int half = LANES / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-  return lanes[0];
+#if WIDTH == 64
+  return _mm512_reduce_add_ps(values);
+#else
+  float total = 0;
+  for (int i = 0; i < LANES; ++i) total += values[i];
+  return total;
+#endif
 }
 
+// Rows lie far apart and no hardware foresees the jump, so each pass over one asks for the next: into the second level
+// of the cache, since into the first is no faster than not asking.
+constexpr int SECOND_LEVEL = 2;
+
 template <class W>
-float dot(const W* row, const float* x, int64_t size) {
+float dot(const W* row, const float* x, int64_t size, const W* next) {
   Floats sums[4] = {};
   int64_t i = 0;
   for (; i + 4 * LANES <= size; i += 4 * LANES)
-    for (int k = 0; k < 4; ++k) sums[k] += load(row + i + k * LANES) * load(x + i + k * LANES);
-  for (; i + LANES <= size; i += LANES) sums[0] += load(row + i) * load(x + i);
+    for (int k = 0; k < 4; ++k) {
+      __builtin_prefetch(next + i + k * LANES, 0, SECOND_LEVEL);
+      sums[k] += load(row + i + k * LANES) * load(x + i + k * LANES);
+    }
   float total = sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
   for (; i < size; ++i) total += to_float(row[i]) * x[i];
   return total;
 }
 
 template <class W>
-void add_scaled(float* out, float factor, const W* row, int64_t size) {
+void add_scaled(float* out, float factor, const W* row, int64_t size, const W* next) {
   int64_t i = 0;
   for (; i + LANES <= size; i += LANES) {
+    __builtin_prefetch(next + i, 0, SECOND_LEVEL);
     put(load(out + i) + factor * load(row + i), out + i);
   }
   for (; i < size; ++i) out[i] += factor * to_float(row[i]);
+}
+
+// ---- The call.
+
+struct Call {  // cpu.py packs it: fifteen pointers and nine integers
+  void* out;
+  const void *folded, *x, *w1, *b1, *w2t;
+  const int64_t* counts;
+  const int32_t* neurons;
+  const uint8_t* codes;
+  const Half* scale;
+  const uint8_t* zero;
+  const float *lower, *upper, *slope, *intercept;
+  int64_t tokens, d, d_out, w1_stride, w2t_stride, bits, activation, dtype, threads;
+};
+
+struct Outlier {
+  int32_t position;  // in the list of neurons
+  uint32_t tokens;   // bit t: token t
+};
+
+struct alignas(64) Line {
+  char bytes[64];
+};
+
+// Scratch memory number N of the calling thread, kept from call to call so that its pages are mapped once.
+template <class T, int N>
+T* scratch(int64_t count) {
+  static thread_local std::vector<Line> lines;
+  lines.resize(std::max(lines.size(), (count * sizeof(T) + sizeof(Line) - 1) / sizeof(Line) + 1));
+  return reinterpret_cast<T*>(lines.data());
 }
 
 float activate(float z, int64_t activation) {
@@ -136,164 +210,163 @@ float activate(float z, int64_t activation) {
 
 // ---- The predictor.
 
-// The tokens as the predictor reads them, each of `groups * GROUP` columns, zeros after the last.
+// The tokens, as floats and in fixed point: x = unit * (128 high + low), which errs by less than 2^-13 of the largest
+// |x| of its group. That is far below the error of the codes, and integers take half the time of floats.
 struct Inputs {
-  int64_t groups;
-  std::vector<float> plain;     // for the correction and for planes of one bit
-  std::vector<float> quarters;  // columns 16 q .. 16 q + 15 of a group divided by 4^q: see `estimate`
-  std::vector<float> sums;      // of each group
+  int64_t groups, stride;
+  float* plain;        // [tokens, groups, GROUP], zeros after the last column
+  int8_t *high, *low;  // [tokens, groups, GROUP]
+  float* units;        // [tokens, groups]
+  float* sums;         // [tokens, stride], zeros after the last group
 
-  const float* token(const std::vector<float>& of, int64_t t) const { return of.data() + t * groups * GROUP; }
+  template <class W>
+  Inputs(const W* x, int64_t tokens, int64_t d)
+      : groups((d + GROUP - 1) / GROUP),
+        stride((groups + LANES - 1) / LANES * LANES),
+        plain(scratch<float, 0>(tokens * groups * GROUP)),
+        high(scratch<int8_t, 1>(tokens * groups * GROUP)),
+        low(scratch<int8_t, 2>(tokens * groups * GROUP)),
+        units(scratch<float, 3>(tokens * groups)),
+        sums(scratch<float, 4>(tokens * stride)) {
+    std::fill_n(plain, tokens * groups * GROUP, 0.0f);
+    std::fill_n(sums, tokens * stride, 0.0f);
+    for (int64_t t = 0; t < tokens; ++t)
+      for (int64_t i = 0; i < d; ++i) plain[t * groups * GROUP + i] = to_float(x[t * d + i]);
+    for (int64_t g = 0; g < tokens * groups; ++g) {
+      const float* const group = plain + g * GROUP;
+      int8_t *const highs = high + g * GROUP, *const lows = low + g * GROUP;
+      Floats total = {}, most = {};
+      for (int k = 0; k < GROUP; k += LANES) {
+        const Floats values = load(group + k), sizes = values < 0 ? -values : values;
+        total += values;
+        most = most < sizes ? sizes : most;
+      }
+      float largest = 0;
+      for (int i = 0; i < LANES; ++i) largest = std::max(largest, most[i]);
+      sums[g / groups * stride + g % groups] = sum(total);
+      units[g] = largest / (63 * 128);
+      const float factor = units[g] >= FLT_MIN ? 1 / units[g] : 0;
+#pragma omp simd
+      for (int k = 0; k < GROUP; ++k) {
+        const int32_t fixed = int32_t(std::rint(group[k] * factor));
+        highs[k] = (fixed + 64) >> 7;
+        lows[k] = ((fixed + 64) & 127) - 64;
+      }
+    }
+  }
 };
 
 // The estimates of one neuron for T tokens from `first` on.
-//
-// A byte of a 2-bit plane holds four codes. Masking the q-th in place gives 4^q times its value, which `quarters`
-// divides away: no shift is needed.
-template <int T>
-void estimate(const uint8_t* codes, const float* scale, const float* shift, int bits, const Inputs& x, int64_t first,
+template <int BITS, int T>
+void estimate(const uint8_t* packed, const float* scale, const float* shift, const Inputs& x, int64_t first,
               float* z_hat) {
   Floats total[T] = {};
-  Ints each;
-  for (int i = 0; i < LANES; ++i) each[i] = 1 << i;
-  for (int64_t g = 0; g < x.groups; ++g) {
-    for (int high = bits - 2; high >= 0; high -= 2, codes += 16) {
-      Floats plane[T] = {};
-      for (int k = 0; k < 16; k += LANES) {
-        const Ints packed = load(codes + k);
-        for (int q = 0; q < 4; ++q) {
-          const Floats code = __builtin_convertvector(packed & (3 << 2 * q), Floats);
-          for (int t = 0; t < T; ++t) plane[t] += code * load(x.token(x.quarters, first + t) + g * GROUP + 16 * q + k);
-        }
-      }
-      for (int t = 0; t < T; ++t) total[t] += plane[t] * (scale[g] * float(1 << high));
-    }
-    if (bits % 2) {
-      uint64_t ones;
-      std::memcpy(&ones, codes, sizeof ones);
-      for (int k = 0; k < GROUP; k += LANES) {
-        const Floats code = scale[g] * -__builtin_convertvector((int32_t(ones >> k) & each) != 0, Floats);
-        for (int t = 0; t < T; ++t) total[t] += code * load(x.token(x.plain, first + t) + g * GROUP + k);
-      }
-      codes += 8;
-    }
+#pragma GCC unroll 4
+  for (int t = 0; t < T; ++t) {
+    const float* const sums = x.sums + (first + t) * x.stride;
+    for (int64_t g = 0; g < x.stride; g += LANES) total[t] -= load(shift + g) * load(sums + g);
   }
-  for (int t = 0; t < T; ++t) z_hat[t] = sum(total[t]) - dot(shift, &x.sums[(first + t) * x.groups], x.groups);
+  for (int64_t g = 0; g < x.groups; ++g, packed += BITS * GROUP / 8) {
+    Ints dots[T] = {};
+    for (int part = 0; part < GROUP / WIDTH; ++part) {
+      Bytes codes = {};
+      for (int plane = 0; plane < BITS / 2; ++plane) codes = codes << 2 | (pairs(packed + 16 * plane, part) & 3);
+      if (BITS % 2) codes = codes << 1 | singles(packed + BITS / 2 * 16, part);
+#pragma GCC unroll 4
+      for (int t = 0; t < T; ++t) {
+        const int64_t at = ((first + t) * x.groups + g) * GROUP + part * WIDTH;
+        dots[t] += dot(dot(Ints{}, codes, x.high + at) << 7, codes, x.low + at);
+      }
+    }
+#pragma GCC unroll 4
+    for (int t = 0; t < T; ++t)
+      total[t] += __builtin_convertvector(dots[t], Floats) * x.units[(first + t) * x.groups + g] * scale[g];
+  }
+#pragma GCC unroll 4
+  for (int t = 0; t < T; ++t) z_hat[t] = sum(total[t]);
 }
+
+// Lists the outliers among the guarded neurons from `begin` to `end`, returns the end of the list.
+template <int BITS>
+Outlier* test(const Call& call, const Inputs& x, int64_t begin, int64_t end, Outlier* list) {
+  const int64_t together = 1 + (GROUP - 1) / x.groups;  // neurons whose scales are converted at once
+  std::vector<float> scales(together * x.groups), shifts(together * x.groups + LANES);
+  for (int64_t row = begin; row < end; ++row) {
+    const int64_t at = (row - begin) % together * x.groups;
+    if (at == 0) {
+      const Half* const scale = call.scale + row * x.groups;
+      const uint8_t* const zero = call.zero + row * x.groups;
+      const int64_t size = std::min(together, end - row) * x.groups;
+      int64_t i = 0;
+      for (; i + LANES <= size; i += LANES) {
+        put(load(scale + i), &scales[i]);
+        put(load(scale + i) * load(zero + i), &shifts[i]);
+      }
+      for (; i < size; ++i) shifts[i] = (scales[i] = to_float(scale[i])) * zero[i];
+    }
+    const uint8_t* const packed = call.codes + row * x.groups * (BITS * GROUP / 8);
+    float z_hat[16];
+    int64_t t = 0;
+    for (; t + 4 <= call.tokens; t += 4) estimate<BITS, 4>(packed, &scales[at], &shifts[at], x, t, z_hat + t);
+    for (; t < call.tokens; ++t) estimate<BITS, 1>(packed, &scales[at], &shifts[at], x, t, z_hat + t);
+    uint32_t tokens = 0;
+    for (t = 0; t < call.tokens; ++t) tokens |= uint32_t(z_hat[t] < call.lower[row] || z_hat[t] > call.upper[row]) << t;
+    if (tokens) *list++ = {int32_t(row), tokens};
+  }
+  return list;
+}
+
+constexpr decltype(test<1>)* TESTS[] = {test<1>, test<2>, test<3>, test<4>, test<5>, test<6>, test<7>, test<8>};
 
 // ---- The op.
 
-struct Outlier {
-  int32_t position;  // in the list of neurons
-  uint32_t tokens;   // bit t: token t
-};
-
-struct Call {
-  void* out;
-  const void *folded, *x, *w1, *b1, *w2t;
-  const int64_t* counts;
-  const int32_t* neurons;
-  const uint8_t* codes;
-  const Half* scale;
-  const uint8_t* zero;
-  const float *lower, *upper, *slope, *intercept;
-  int64_t tokens, d, d_out, w1_stride, w2t_stride, bits, activation, threads;
-};
-
-// The tokens for which guarded neuron `position` is an outlier.
-uint32_t test(const Call& call, const Inputs& x, int64_t position, float* scale, float* shift) {
-  const Half* const scales = call.scale + position * x.groups;
-  const uint8_t* const zeros = call.zero + position * x.groups;
-  int64_t g = 0;
-  for (; g + LANES <= x.groups; g += LANES) {
-    put(load(scales + g), scale + g);
-    put(load(scales + g) * __builtin_convertvector(load(zeros + g), Floats), shift + g);
-  }
-  for (; g < x.groups; ++g) {
-    scale[g] = to_float(scales[g]);
-    shift[g] = scale[g] * zeros[g];
-  }
-  const uint8_t* codes = call.codes + position * x.groups * call.bits * (GROUP / 8);
-  uint32_t outliers = 0;
-  for (int64_t t = 0; t < call.tokens;) {
-    const int together = call.tokens - t >= 4 ? 4 : 1;
-    float z_hat[4];
-    (together == 4 ? estimate<4> : estimate<1>)(codes, scale, shift, call.bits, x, t, z_hat);
-    for (int i = 0; i < together; ++i, ++t)
-      outliers |= uint32_t(z_hat[i] < call.lower[position] || z_hat[i] > call.upper[position]) << t;
-  }
-  return outliers;
-}
-
 template <class W>
 void correct(const Call& call) {
-  static thread_local Inputs x;  // kept from call to call, like all scratch: its pages are mapped once
-  static thread_local std::vector<float> partial, scales;
-  static thread_local std::vector<Outlier> outliers;
-  const int64_t listed = call.counts[0], guarded = call.counts[1], size = call.tokens * call.d_out;
-  const W *w1 = (const W*)call.w1, *b1 = (const W*)call.b1, *w2t = (const W*)call.w2t;
-
-  x.groups = (call.d + GROUP - 1) / GROUP;
-  x.plain.assign(call.tokens * x.groups * GROUP, 0);
-  x.quarters.assign(x.plain.size(), 0);
-  x.sums.assign(call.tokens * x.groups, 0);
-  for (int64_t t = 0; t < call.tokens; ++t)
-    for (int64_t i = 0; i < call.d; ++i) {
-      const float value = to_float(((const W*)call.x)[t * call.d + i]);
-      const int64_t at = t * x.groups * GROUP + i;
-      x.plain[at] = value;
-      x.quarters[at] = value / float(1 << i % GROUP / 16 * 2);
-      x.sums[at / GROUP] += value;
-    }
-
+  const int64_t tokens = call.tokens, d = call.d, d_out = call.d_out, size = tokens * d_out;
+  const int64_t listed = call.counts[0], guarded = call.counts[1], always = listed - guarded;
+  const W *folded = (const W*)call.folded, *w1 = (const W*)call.w1, *b1 = (const W*)call.b1, *w2t = (const W*)call.w2t;
+  const Inputs x((const W*)call.x, tokens, d);
   // One thread or all of them: a team of another size makes libgomp end threads that PyTorch then starts again.
   const int threads = listed * x.groups * call.bits * (GROUP / 8) < SERIAL_BYTES ? 1 : call.threads;
-  partial.resize(threads * size);
-  scales.resize(threads * 2 * x.groups);
-  outliers.resize(listed);
-  std::vector<int64_t> begins(threads + 1), ends(threads + 1);
-  // thread_local names mean another object in each thread of the team: pass the caller's.
-  float *const partials = partial.data(), *const scratch = scales.data();
-  Outlier* const list = outliers.data();
-  const Inputs& inputs = x;
+  float* const partial = scratch<float, 5>(threads * size);
+  Outlier* const list = scratch<Outlier, 6>(listed);
+  int64_t *const begins = scratch<int64_t, 7>(2 * threads), *const ends = begins + threads;
 
 #pragma omp parallel num_threads(threads)
   {
     const int64_t team = omp_get_num_threads(), me = omp_get_thread_num();
     const auto share = [team](int64_t of, int64_t thread) { return of * thread / team; };
 
-    float *scale = scratch + me * 2 * inputs.groups, *shift = scale + inputs.groups;
-    int64_t end = begins[me] = share(guarded, me) + share(listed - guarded, me);
-    for (int64_t i = share(guarded, me); i < share(guarded, me + 1); ++i)
-      if (const uint32_t tokens = test(call, inputs, i, scale, shift)) list[end++] = {int32_t(i), tokens};
-    for (int64_t i = guarded + share(listed - guarded, me); i < guarded + share(listed - guarded, me + 1); ++i)
-      list[end++] = {int32_t(i), (1u << call.tokens) - 1};
-    ends[me] = end;
-
-    float* const sums = partials + me * size;
-    std::memset(sums, 0, size * sizeof(float));
+    begins[me] = share(guarded, me) + share(always, me);
+    Outlier* end = TESTS[call.bits - 1](call, x, share(guarded, me), share(guarded, me + 1), list + begins[me]);
+    for (int64_t i = share(always, me); i < share(always, me + 1); ++i)
+      *end++ = {int32_t(guarded + i), (1u << tokens) - 1};
+    ends[me] = end - list;
+    float* const sums = partial + me * size;
+    std::fill_n(sums, size, 0.0f);
 #pragma omp barrier
-    // The joint list, cut evenly: outliers cluster, and a thread may have found most of them.
+    // The joint list, cut evenly: outliers cluster, and one thread may have found most of them.
     int64_t total = 0, before = 0;
     for (int64_t thread = 0; thread < team; ++thread) total += ends[thread] - begins[thread];
-    for (int64_t thread = 0; thread < team; ++thread) {
-      const int64_t found = ends[thread] - begins[thread];
-      for (int64_t k = std::max(share(total, me) - before, int64_t(0)); k < std::min(share(total, me + 1) - before, found); ++k) {
-        const Outlier outlier = list[begins[thread] + k];
-        const int64_t neuron = call.neurons[outlier.position];
-        for (int64_t t = 0; t < call.tokens; ++t) {
-          if (!(outlier.tokens >> t & 1)) continue;
-          const float z = dot(w1 + neuron * call.w1_stride, inputs.token(inputs.plain, t), call.d) + (b1 ? to_float(b1[neuron]) : 0);
-          const float surrogate = call.slope[outlier.position] * z + call.intercept[outlier.position];
-          add_scaled(sums + t * call.d_out, activate(z, call.activation) - surrogate, w2t + neuron * call.w2t_stride, call.d_out);
+    for (int64_t thread = 0; thread < team; before += ends[thread] - begins[thread], ++thread) {
+      const Outlier* outlier = list + begins[thread] + std::max<int64_t>(share(total, me) - before, 0);
+      const Outlier* const last = list + std::min(begins[thread] + share(total, me + 1) - before, ends[thread]);
+      for (; outlier < last; ++outlier) {
+        const int64_t position = outlier->position, neuron = call.neurons[position];
+        const int64_t next = outlier + 1 < last ? call.neurons[outlier[1].position] : neuron;
+        const W *const row = w1 + neuron * call.w1_stride, *const column = w2t + neuron * call.w2t_stride;
+        for (int64_t t = 0; t < tokens; ++t) {
+          if (!(outlier->tokens >> t & 1)) continue;
+          const float z = dot(row, x.plain + t * x.groups * GROUP, d, column) + (b1 ? to_float(b1[neuron]) : 0);
+          const float residual = activate(z, call.activation) - (call.slope[position] * z + call.intercept[position]);
+          add_scaled(sums + t * d_out, residual, column, d_out, w1 + next * call.w1_stride);
         }
       }
-      before += found;
     }
 #pragma omp barrier
     for (int64_t i = share(size, me); i < share(size, me + 1); ++i) {
-      float value = to_float(((const W*)call.folded)[i]);
-      for (int64_t thread = 0; thread < team; ++thread) value += partials[thread * size + i];
+      float value = to_float(folded[i]);
+      for (int64_t thread = 0; thread < team; ++thread) value += partial[thread * size + i];
       store(value, (W*)call.out + i);
     }
   }
@@ -301,12 +374,6 @@ void correct(const Call& call) {
 
 }  // namespace
 
-extern "C" void tardis_correct(void* out, const void* w1, const void* w2t, const void* folded, const void* x,
-                               const int64_t* counts, const int32_t* neurons, const uint8_t* codes,
-                               const uint16_t* scale, const uint8_t* zero, const float* lower, const float* upper,
-                               const float* slope, const float* intercept, const void* b1, int64_t tokens, int64_t d, int64_t d_out,
-                               int64_t w1_stride, int64_t w2t_stride, int64_t bits, int64_t activation, int64_t dtype,
-                               int64_t threads) {
-  const Call call = {out,  folded, x, w1, b1, w2t, counts, neurons, codes, (const Half*)scale, zero, lower, upper, slope, intercept, tokens, d, d_out, w1_stride, w2t_stride, bits, activation, threads};
-  (dtype == 0 ? correct<float> : dtype == 1 ? correct<Bfloat16> : correct<Half>)(call);
+extern "C" void tardis_correct(const Call* call) {
+  (call->dtype == 0 ? correct<float> : call->dtype == 1 ? correct<Bfloat16> : correct<Half>)(*call);
 }

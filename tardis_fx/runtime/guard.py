@@ -39,7 +39,9 @@ class SiteGuard:
         names: of the constants, in the order in which they are passed to the graph.
     """
 
-    def __init__(self, site: Site, positions: Sequence[int], compiled_for: SitePlan, plan: Plan, rewrite: Rewrite) -> None:
+    def __init__(
+        self, site: Site, positions: Sequence[int], compiled_for: SitePlan, plan: Plan, rewrite: Rewrite
+    ) -> None:
         """Prepares the guard; :meth:`constants` does the work.
 
         Args:
@@ -50,7 +52,13 @@ class SiteGuard:
             rewrite: makes the constants.
         """
         self.names: tuple[str, ...] = ()
-        self._site, self._positions, self._compiled_for, self._plan, self._rewrite = site, tuple(positions), compiled_for, plan, rewrite
+        self._site, self._positions, self._compiled_for, self._plan, self._rewrite = (
+            site,
+            tuple(positions),
+            compiled_for,
+            plan,
+            rewrite,
+        )
         self._entries: dict[tuple[int, ...], _Entry] = {}
 
     def constants(self, inputs: Sequence[Any]) -> tuple[Tensor, ...]:
@@ -77,7 +85,9 @@ class SiteGuard:
                 f"Restore it, or calibrate again and compile with the new plan"
             )
         if (found.method, found.settings) != (self._compiled_for.method, self._compiled_for.settings):
-            raise PlanMismatchError(f"{found.name} and {self._compiled_for.name} share one compiled graph, but the plan rewrites them differently")
+            raise PlanMismatchError(
+                f"{found.name} and {self._compiled_for.name} share a graph, but the plan rewrites them differently"
+            )
         constants = self._rewrite.constants(found, SiteWeights.of(self._site, weights))
         self.names = tuple(constants)
         entry = _Entry(versions, tuple(w.detach() for w in weights), tuple(constants.values()))

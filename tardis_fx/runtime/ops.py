@@ -5,7 +5,7 @@ from torch import Tensor
 
 from tardis_fx.runtime import cpu, reference
 
-# Held for the life of the process: dropping a Library takes its ops away. Library.impl dispatches faster than custom_op.
+# Held for the life of the process: dropping it takes its ops away. Library.impl dispatches faster than custom_op.
 _LIBRARY = torch.library.Library("tardis", "DEF")
 _LIBRARY.define(
     "correct(Tensor folded, Tensor x, Tensor w1, Tensor? b1, Tensor w2t, Tensor counts, Tensor neurons, Tensor codes, "
@@ -17,6 +17,8 @@ _LIBRARY.impl("correct", reference.correct, "CompositeExplicitAutograd")
 _LIBRARY.impl("correct", cpu.correct, "CPU")
 
 
-@torch.library.register_fake("tardis::correct", lib=_LIBRARY)
 def _correct_fake(folded: Tensor, *_: object) -> Tensor:
     return torch.empty_like(folded, memory_format=torch.contiguous_format)
+
+
+torch.library.register_fake("tardis::correct", _correct_fake, lib=_LIBRARY)

@@ -1,0 +1,6 @@
+"""``python -m tardis_fx`` is the command ``tardis``."""
+
+from tardis_fx.cli import main
+
+if __name__ == "__main__":
+    main()

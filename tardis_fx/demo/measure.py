@@ -1,0 +1,102 @@
+"""What the demo measures: quality on held-out text, and decoding speed."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn import functional as F  # noqa: N812
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from torch import Tensor
+
+    from tardis_fx.demo.model import DemoModel
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Quality of a model on a text.
+
+    Attributes:
+        perplexity: exponential of the mean loss per token.
+        agreement: share of positions whose likeliest next token is the dense model's.
+    """
+
+    perplexity: float
+    agreement: float
+
+
+@torch.no_grad()
+def logits(model: Callable[..., Any], windows: Tensor) -> Tensor:
+    """Logits of every position, [windows, context, vocabulary], eight windows at a time."""
+    return torch.cat([model(batch, use_cache=False).logits for batch in windows.split(8)])
+
+
+def quality(found: Tensor, dense: Tensor, windows: Tensor) -> Quality:
+    """Compares logits with the text and with the dense model's logits.
+
+    Args:
+        found: [windows, context, vocabulary].
+        dense: of the same shape.
+        windows: token ids, [windows, context].
+    """
+    loss = F.cross_entropy(found[:, :-1].flatten(0, 1), windows[:, 1:].flatten())
+    return Quality(float(loss.exp()), float((found.argmax(-1) == dense.argmax(-1)).double().mean()))
+
+
+class Decoder:
+    """Greedy decoding with a static cache: the prompt by the plain model, each step by a compiled one."""
+
+    def __init__(self, demo: DemoModel, step: Callable[..., Any]) -> None:
+        """Prepares a decoder.
+
+        Args:
+            demo: the plain model.
+            step: what runs a step: the model, compiled.
+        """
+        self._demo, self._step = demo, step
+
+    @torch.no_grad()
+    def __call__(self, prompt: Tensor, tokens: int) -> tuple[Tensor, float]:
+        """Continues a prompt.
+
+        Args:
+            prompt: token ids, [length].
+            tokens: how many to add.
+
+        Returns:
+            The new token ids, [tokens], and seconds per token, the prompt's time not counted.
+        """
+        from transformers import StaticCache
+
+        cache = StaticCache(config=self._demo.model.config, max_cache_len=self._demo.context)
+        position = torch.arange(len(prompt))[None]
+        token = self._demo.model(prompt[None], past_key_values=cache, position_ids=position).logits[:, -1:].argmax(-1)
+        found = [token]
+        started = time.perf_counter()
+        for i in range(len(prompt), len(prompt) + tokens - 1):
+            token = self._step(token, past_key_values=cache, position_ids=torch.tensor([[i]])).logits.argmax(-1)
+            found.append(token)
+        return torch.cat(found, 1)[0], (time.perf_counter() - started) / (tokens - 1)
+
+
+def side_by_side(decoders: Mapping[str, Decoder], prompt: Tensor, tokens: int, rounds: int) -> dict[str, list[float]]:
+    """Seconds per token of every decoder in every round, one after the other in turn, after one round to warm up."""
+    seconds: dict[str, list[float]] = {name: [] for name in decoders}
+    for turn in range(rounds + 1):
+        for name, decoder in decoders.items():
+            taken = decoder(prompt, tokens)[1]
+            if turn:
+                seconds[name].append(taken)
+    return seconds
+
+
+def ratio(base: list[float], other: list[float]) -> tuple[float, float, float]:
+    """Least, median and greatest of base over other, round by round."""
+    ratios = [b / o for b, o in zip(base, other, strict=True)]
+    return min(ratios), statistics.median(ratios), max(ratios)

@@ -1,0 +1,1 @@
+"""What the tests are run on: small networks, models, graphs and plans."""

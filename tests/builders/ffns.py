@@ -1,0 +1,223 @@
+"""Plain FFNs and plans for them, calibrated or made by hand."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tardis_fx import Config, Plan, calibrate
+from tardis_fx.fingerprint import fingerprint
+from tardis_fx.graph.site import SiteWeights
+from tardis_fx.passes.partial_linear import PartialLinear
+from tardis_fx.plan import SitePlan
+from tardis_fx.runtime.packing import group_count, pack
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+class Activation(nn.Module):
+    """An activation by its name in the registry."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Elementwise."""
+        if self.name == "relu2":
+            return F.relu(z).square()
+        if self.name == "gelu_tanh":
+            return F.gelu(z, approximate="tanh")
+        return getattr(F, self.name)(z)  # type: ignore[no-any-return]
+
+
+ACTIVATIONS = ("relu", "relu2", "gelu", "gelu_tanh", "silu")
+
+
+def ffn(d: int = 16, hidden: int = 64, activation: str = "gelu", *, bias: bool = True, seed: int = 0) -> nn.Sequential:
+    """An FFN with random weights; its pre-activations are about normal for normal inputs."""
+    torch.manual_seed(seed)
+    up, down = nn.Linear(d, hidden, bias=bias), nn.Linear(hidden, d, bias=bias)
+    with torch.no_grad():
+        for linear in (up, down):
+            linear.weight.normal_(0, linear.in_features**-0.5)
+            if bias:
+                linear.bias.normal_(0, 0.3)
+    return nn.Sequential(up, Activation(activation), down).eval()
+
+
+class Block(nn.Module):
+    """What a transformer's block is around its FFN: a norm before it and a residual sum after it."""
+
+    def __init__(self, inner: nn.Module, d: int = 16) -> None:
+        super().__init__()
+        self.norm, self.ffn = nn.LayerNorm(d), inner
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., d] to [..., d]."""
+        return x + self.ffn(self.norm(x))  # type: ignore[no-any-return]
+
+
+def inputs(*shape: int, seed: int = 1) -> Tensor:
+    """Normal inputs."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def batches(count: int = 4, tokens: int = 256, d: int = 16) -> list[Tensor]:
+    """Calibration batches."""
+    return [inputs(tokens, d, seed=100 + i) for i in range(count)]
+
+
+def config(**changed: Any) -> Config:
+    """A config for tests: silent, and every token on the rewritten path."""
+    return Config(**({"budget": 0.5, "prefill": "rewritten", "progress": False} | changed))
+
+
+def planned(model: nn.Module, d: int = 16, **changed: Any) -> Plan:
+    """The model's plan, calibrated on normal inputs."""
+    return calibrate(model, batches(d=d), config=config(**changed))
+
+
+@dataclass(frozen=True)
+class Oracle:
+    """An FFN of dyadic weights with a hand-made guard, whose 8-bit predictor gives the pre-activations themselves.
+
+    Weights, biases and inputs are small multiples of powers of two, so that pre-activations are exact in every order of
+    summation, and hot ranges end halfway between two values that an estimate can take.
+    """
+
+    weights: SiteWeights
+    x: Tensor
+    activation: str
+    codes: Tensor
+    lower: Tensor
+    upper: Tensor
+    slope: Tensor
+    intercept: Tensor
+
+    @property
+    def z(self) -> Tensor:
+        """True pre-activations, [..., h]."""
+        return F.linear(self.x.float(), self.weights.w1.float(), None if self.weights.b1 is None else self.weights.b1.float())
+
+    @property
+    def outlier(self) -> Tensor:
+        """Where the true pre-activation lies outside its hot range, [..., h]; ranges are those of estimates, without bias."""
+        z = F.linear(self.x.float(), self.weights.w1.float())
+        return (z < self.lower) | (z > self.upper)
+
+    def to(self, dtype: torch.dtype) -> Oracle:
+        """The same in another dtype: exact, for 8 significant bits hold every weight."""
+        w = self.weights
+        weights = SiteWeights(*(None if t is None else t.to(dtype) for t in (w.w1, w.b1, w.w2, w.b2)))  # type: ignore[arg-type]
+        return Oracle(weights, self.x.to(dtype), self.activation, self.codes, self.lower, self.upper, self.slope, self.intercept)
+
+    def plan(self, guarded: Sequence[int], exact: Sequence[int]) -> SitePlan:
+        """The plan that guards some neurons and always computes others; the fold takes each neuron's surrogate."""
+        w, listed, rows = self.weights, torch.tensor([*guarded, *exact], dtype=torch.int32), torch.tensor(guarded, dtype=torch.long)
+        slope, b1 = self.slope.double(), 0 if w.b1 is None else w.b1.double()
+        folded_bias = w.w2.double() @ (slope * b1 + self.intercept) + (0 if w.b2 is None else w.b2.double())
+        tensors = {
+            "neurons": listed,
+            "codes": pack(self.codes, 8)[rows],
+            "scale": torch.full((len(rows), group_count(w.w1.shape[1])), SCALE, dtype=torch.float16),
+            "zero": torch.full((len(rows), group_count(w.w1.shape[1])), ZERO, dtype=torch.uint8),
+            "lower": self.lower[rows],
+            "upper": self.upper[rows],
+            "slope": self.slope[listed.long()],
+            "intercept": self.intercept[listed.long()],
+            "folded_weight": ((w.w2.double() * slope) @ w.w1.double()).to(w.w1.dtype),
+            "folded_bias": folded_bias.to(w.w1.dtype),
+        }
+        parameters = [p for p in (w.w1, w.b1, w.w2, w.b2) if p is not None]
+        return SitePlan(
+            fingerprint=fingerprint(parameters), name="ffn", kind="plain", activation=self.activation, dtype=str(w.w1.dtype),
+            shapes=tuple(tuple(p.shape) for p in parameters), dense_bytes=w.bytes, method="partial_linear",
+            settings={"bits": 8, "activation": self.activation}, tensors=tensors,
+        )  # fmt: skip
+
+    def rewritten(self, guarded: Sequence[int], exact: Sequence[int], x: Tensor | None = None) -> Tensor:
+        """The eager specification's output."""
+        rewrite, plan = PartialLinear(), self.plan(guarded, exact)
+        return rewrite.forward(self.x if x is None else x, rewrite.constants(plan, self.weights), plan)
+
+    def dense(self, x: Tensor | None = None) -> Tensor:
+        """The original's output."""
+        w = self.weights
+        hidden = Activation(self.activation)(F.linear(self.x if x is None else x, w.w1, w.b1))
+        return F.linear(hidden, w.w2, w.b2)
+
+    def model(self) -> nn.Sequential:
+        """The original as a module."""
+        w = self.weights
+        linears = []
+        for weight, bias in ((w.w1, w.b1), (w.w2, w.b2)):
+            linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, dtype=weight.dtype)
+            linear.weight = nn.Parameter(weight.clone())
+            if bias is not None:
+                linear.bias = nn.Parameter(bias.clone())
+            linears.append(linear)
+        return nn.Sequential(linears[0], Activation(self.activation), linears[1]).eval()
+
+
+#: Of an oracle's predictor; weights lie between -31 and 31 scales, inputs between -4 and 4.
+SCALE, ZERO, LARGEST = 2.0**-4, 128, 31
+
+
+def oracle(
+    d: int, hidden: int, tokens: int, activation: str = "gelu", *, d_out: int | None = None, bias: bool = True, seed: int = 0
+) -> Oracle:
+    """An oracle with random weights, inputs and ranges.
+
+    Args:
+        d: input width.
+        hidden: neurons.
+        tokens: rows of ``x``.
+        activation: name.
+        d_out: output width; where None, W2 is the identity, so that each output is one neuron's contribution.
+        bias: whether the projections have biases.
+        seed: of everything.
+    """
+    g = torch.Generator().manual_seed(seed)
+
+    def whole(low: int, high: int, *shape: int) -> Tensor:
+        return torch.randint(low, high + 1, shape, generator=g).float()
+
+    codes = (whole(-LARGEST, LARGEST, hidden, d) + ZERO).to(torch.uint8)
+    w1 = (codes.float() - ZERO) * SCALE
+    w2 = torch.eye(hidden) if d_out is None else whole(-8, 8, d_out, hidden) / 32
+    x = whole(-4, 4, tokens, d)
+    spread = (x @ w1.T).std(unbiased=False).clamp(min=1).item() if tokens else 8.0
+    ends = torch.randn(2, hidden, generator=g).mul(spread).div(SCALE).floor().add(0.5).mul(SCALE).sort(0).values
+    weights = SiteWeights(w1, whole(-16, 16, hidden) * SCALE if bias else None, w2, whole(-16, 16, len(w2)) * SCALE if bias else None)
+    slope, intercept = torch.rand(hidden, generator=g), torch.randn(hidden, generator=g) / 4
+    return Oracle(weights, x, activation, codes, ends[0], ends[1], slope, intercept)
+
+
+@st.composite
+def oracles(draw: st.DrawFn, *, identity: bool = False, tokens: st.SearchStrategy[int] | None = None) -> Oracle:
+    """Oracles of drawn shapes; ``identity`` makes W2 the identity."""
+    return oracle(
+        draw(st.sampled_from([1, 5, 8, 64, 65])),
+        draw(st.integers(1, 40)),
+        draw(st.integers(1, 40) if tokens is None else tokens),
+        draw(st.sampled_from(ACTIVATIONS)),
+        d_out=None if identity else draw(st.integers(1, 12)),
+        bias=draw(st.booleans()),
+        seed=draw(st.integers(0, 2**16)),
+    )
+
+
+@st.composite
+def classes(draw: st.DrawFn, hidden: int) -> tuple[list[int], list[int]]:
+    """Guarded and always exact neurons, in drawn orders; the rest are folded."""
+    order = draw(st.permutations(range(hidden)))
+    first, second = sorted((draw(st.integers(0, hidden)), draw(st.integers(0, hidden))))
+    return order[:first], order[first:second]

@@ -1,0 +1,231 @@
+"""Graphs built by hand in the form that Dynamo gives them: nodes carry an example value, parameters are placeholders."""
+
+from __future__ import annotations
+
+import math
+import operator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+TOKENS, WIDTH, HIDDEN = 3, 8, 32
+
+
+class Graph:
+    """An ``fx.Graph`` in the making."""
+
+    def __init__(self) -> None:
+        self.graph = fx.Graph()
+        self._mode = FakeTensorMode()
+
+    def input(self, *shape: int, parameter: bool = False) -> fx.Node:
+        """A graph input, or a parameter as Dynamo lifts it."""
+        node = self.graph.placeholder(f"{'p' if parameter else 'x'}{len(self.graph.nodes)}")
+        with self._mode:
+            node.meta["example_value"] = torch.empty(shape)
+        if parameter:
+            node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
+        return node
+
+    def parameter(self, *shape: int) -> fx.Node:
+        """A parameter."""
+        return self.input(*shape, parameter=True)
+
+    def call(self, target: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> fx.Node:
+        """Calls a function, or a method by its name."""
+        node = self.graph.call_method(target, args, kwargs) if isinstance(target, str) else self.graph.call_function(target, args, kwargs)
+        values, named = fx.node.map_arg((args, kwargs), lambda n: n.meta["example_value"])
+        with self._mode:
+            node.meta["example_value"] = getattr(values[0], target)(*values[1:], **named) if isinstance(target, str) else target(*values, **named)
+        return node
+
+
+class Planted(NamedTuple):
+    """An FFN that a drawn graph holds."""
+
+    input: fx.Node
+    """What the first projection reads, and so behind the view that an ``addmm`` needs."""
+    output: fx.Node
+    """The last projection, before such a view."""
+    activation: str
+    leaks: bool
+    """Whether something else reads its intermediate."""
+
+
+@dataclass
+class Drawn:
+    """A drawn graph and its FFNs."""
+
+    graph: fx.Graph
+    planted: list[Planted]
+
+    def __repr__(self) -> str:
+        return f"{self.planted} in {self.graph}"
+
+
+Spelling = "Callable[[Graph, fx.Node], fx.Node]"
+
+
+def _gelu_tanh_spelt(cube: Callable[[Graph, fx.Node], fx.Node]) -> Callable[[Graph, fx.Node], fx.Node]:
+    def spell(g: Graph, z: fx.Node) -> fx.Node:
+        inner = g.call(torch.add, z, g.call(operator.mul, 0.044715, cube(g, z)))
+        tanh = g.call(torch.tanh, g.call(operator.mul, math.sqrt(2 / math.pi), inner))
+        return g.call(operator.mul, g.call(operator.mul, 0.5, z), g.call(operator.add, 1.0, tanh))
+
+    return spell
+
+
+def _gelu_erf_spelt(g: Graph, z: fx.Node) -> fx.Node:
+    erf = g.call(torch.erf, g.call(operator.truediv, z, math.sqrt(2)))
+    return g.call("mul", g.call("mul", z, 0.5), g.call(operator.add, erf, 1.0))
+
+
+#: Ways to write each activation.
+SPELLINGS: dict[str, list[Callable[[Graph, fx.Node], fx.Node]]] = {
+    "relu": [
+        lambda g, z: g.call(F.relu, z),
+        lambda g, z: g.call("relu", z),
+        lambda g, z: g.call(torch.clamp, z, min=0),
+        lambda g, z: g.call("clamp_min", z, 0),
+        lambda g, z: g.call(operator.mul, g.call(operator.add, z, g.call(torch.abs, z)), 0.5),
+    ],
+    "relu2": [
+        lambda g, z: g.call(torch.square, g.call(F.relu, z)),
+        lambda g, z: g.call(torch.pow, g.call(torch.relu, z), 2),
+        lambda g, z: g.call(operator.mul, r := g.call(F.relu, z), r),
+    ],
+    "gelu": [lambda g, z: g.call(F.gelu, z), lambda g, z: g.call(F.gelu, z, approximate="none"), _gelu_erf_spelt],
+    "gelu_tanh": [
+        lambda g, z: g.call(F.gelu, z, approximate="tanh"),
+        _gelu_tanh_spelt(lambda g, z: g.call(torch.pow, z, 3.0)),
+        _gelu_tanh_spelt(lambda g, z: g.call(operator.mul, g.call(operator.mul, z, z), z)),
+    ],
+    "gelu_quick": [lambda g, z: g.call(operator.mul, z, g.call(torch.sigmoid, g.call(operator.mul, 1.702, z)))],
+    "silu": [
+        lambda g, z: g.call(F.silu, z),
+        lambda g, z: g.call(torch.mul, g.call("sigmoid", z), z),
+        lambda g, z: g.call(operator.truediv, z, g.call(operator.add, g.call(torch.exp, g.call(operator.neg, z)), 1)),
+    ],
+}
+
+
+class _Linear(NamedTuple):
+    result: fx.Node
+    input: fx.Node
+    node: fx.Node
+    """The projection itself, which reads ``input``; ``result`` may be a view of it."""
+
+
+def _linear(g: Graph, x: fx.Node, columns: int, draw: st.DrawFn) -> _Linear:
+    """A projection of [..., in] in one of the accepted forms."""
+    *batch, rows = x.meta["example_value"].shape
+    form = draw(st.sampled_from(["linear", "linear, no bias", "matmul", "matmul, biased", "matmul, transposed", "addmm"]))
+    if form == "addmm":
+        flat = g.call("view", x, -1, rows)
+        product = g.call(torch.addmm, g.parameter(columns), flat, g.parameter(rows, columns))
+        return _Linear(g.call("view", product, (*batch, columns)), flat, product)
+    if form == "linear":
+        node = g.call(F.linear, x, g.parameter(columns, rows), g.parameter(columns))
+    elif form == "linear, no bias":
+        node = g.call(F.linear, x, g.parameter(columns, rows))
+    elif form == "matmul, transposed":
+        node = g.call(torch.matmul, x, g.call("t", g.parameter(columns, rows)))
+    else:
+        node = g.call(operator.matmul, x, g.parameter(rows, columns))
+        if form == "matmul, biased":
+            node = g.call(operator.add, node, g.parameter(columns))
+    return _Linear(node, x, node)
+
+
+def _between(g: Graph, h: fx.Node, draw: st.DrawFn) -> fx.Node:
+    """Nothing, or what does not matter between the projections."""
+    *batch, columns = h.meta["example_value"].shape
+    return draw(
+        st.sampled_from(
+            [
+                lambda: h,
+                lambda: g.call(F.dropout, h, 0.1, False, False),
+                lambda: g.call("contiguous", h),
+                lambda: g.call("to", h, torch.float32),
+                lambda: g.call("view", g.call("reshape", h, -1, columns), *batch, columns),
+            ]
+        )
+    )()
+
+
+def _attention(g: Graph, x: fx.Node, draw: st.DrawFn) -> fx.Node:
+    q, k, v = (_linear(g, x, WIDTH, draw).result for _ in range(3))
+    scores = g.call(torch.softmax, g.call(torch.matmul, q, g.call("transpose", k, -1, -2)), -1)
+    return _linear(g, g.call(torch.matmul, scores, v), WIDTH, draw).result
+
+
+def _norm(g: Graph, x: fx.Node, _draw: st.DrawFn) -> fx.Node:
+    return g.call(F.layer_norm, x, (WIDTH,), g.parameter(WIDTH), g.parameter(WIDTH))
+
+
+def _separated(g: Graph, x: fx.Node, draw: st.DrawFn) -> fx.Node:
+    """An up and a down projection with more than an activation between them."""
+    return _linear(g, g.call(torch.softmax, _linear(g, x, HIDDEN, draw).result, -1), WIDTH, draw).result
+
+
+#: What stands among the FFNs and is none, [..., WIDTH] to [..., WIDTH].
+_OTHERS: list[Callable[[Graph, fx.Node, st.DrawFn], fx.Node]] = [
+    _attention,
+    _norm,
+    _separated,
+    lambda g, x, _: g.call(torch.tanh, x),
+    lambda g, x, draw: _linear(g, x, WIDTH, draw).result,
+]
+
+
+@st.composite
+def graphs(draw: st.DrawFn) -> Drawn:
+    """A chain of FFNs and other things, with residual sums between some of them, each FFN spelt in a drawn way."""
+    g = Graph()
+    planted: list[Planted] = []
+    x = g.input(*draw(st.sampled_from([(TOKENS, WIDTH), (2, TOKENS, WIDTH)])))
+    results: list[fx.Node] = []
+    for is_ffn in draw(st.lists(st.booleans(), min_size=1, max_size=5)):
+        if is_ffn:
+            activation = draw(st.sampled_from(sorted(SPELLINGS)))
+            up = _linear(g, x, HIDDEN, draw)
+            activated = draw(st.sampled_from(SPELLINGS[activation]))(g, _between(g, up.result, draw))
+            down = _linear(g, _between(g, activated, draw), WIDTH, draw)
+            if leaks := draw(st.integers(0, 4)) == 0:
+                results.append(g.call("sum", draw(st.sampled_from([up.result, activated]))))
+            planted.append(Planted(up.input, down.node, activation, leaks))
+            y = down.result
+        else:
+            y = draw(st.sampled_from(_OTHERS))(g, x, draw)
+        x = g.call(operator.add, x, y) if draw(st.booleans()) else y
+    g.graph.output((x, *results))
+    return Drawn(g.graph, planted)
+
+
+def reordered(drawn: Drawn, draw: st.DrawFn) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
+    """The same graph in another topological order under other names, and which node became which."""
+    random = draw(st.randoms(use_true_random=False))
+    nodes = list(drawn.graph.nodes)
+    waiting = {node: len(node.all_input_nodes) for node in nodes if node.op != "output"}
+    ready = [node for node, missing in waiting.items() if not missing]
+    names = random.sample(range(len(nodes)), len(nodes))
+    graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
+    while ready:
+        node = ready.pop(random.randrange(len(ready)))
+        copy = copies[node] = graph.node_copy(node, copies.__getitem__)
+        copy._rename(f"n{names[len(copies)]}")
+        for user in node.users:
+            if user in waiting:
+                waiting[user] -= 1
+                if not waiting[user]:
+                    ready.append(user)
+    graph.output(fx.node.map_arg(nodes[-1].args[0], copies.__getitem__))
+    return graph, copies

@@ -1,0 +1,341 @@
+"""The CPU kernel against the eager reference in float64."""
+
+import logging
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tardis_fx.graph.activations import ACTIVATIONS
+from tardis_fx.runtime import cpu, reference
+from tardis_fx.runtime.packing import GROUP, group_count, pack
+
+FLOATS = [torch.float32, torch.bfloat16, torch.float16]
+Arguments = dict[str, Tensor | int | str | None]
+MIXED: Arguments = {"b1": torch.zeros(400)}
+
+
+def arguments(
+    *,
+    shape: tuple[int, ...] = (1,),
+    d: int = 200,
+    d_out: int = 130,
+    h: int = 400,
+    always: int = 0,
+    outliers: float = 0.1,
+    dtype: torch.dtype = torch.float32,
+    bits: int = 2,
+    activation: str = "gelu",
+    bias: bool = True,
+    seed: int = 0,
+) -> Arguments:
+    """The arguments of the op, with bounds that leave about the given share of the estimates outside.
+
+    A third of the neurons is on no list, ``always`` of the others are corrected always, and the capacity exceeds the
+    list by three entries of nonsense.
+    """
+    random = torch.Generator().manual_seed(seed)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(*size, generator=random)
+
+    listed = math.ceil(h * 2 / 3)
+    guarded = max(listed - always, 0)
+    capacity = listed + 3
+    x, w1 = normal(*shape, d).to(dtype), (normal(h, d) / d**0.5).to(dtype)
+    neurons = torch.full((capacity,), 2**30, dtype=torch.int32)
+    neurons[:listed] = torch.randperm(h, generator=random)[:listed]
+    top = 2**bits - 1
+    scale = torch.full((capacity, group_count(d)), torch.nan, dtype=torch.float16)
+    scale[:guarded] = (normal(guarded, group_count(d)).abs() + 1) * 2 / (d**0.5 * top)
+    zero = torch.randint(0, top + 1, (capacity, group_count(d)), generator=random).to(torch.uint8)
+    codes = pack(torch.randint(0, top + 1, (capacity, d), generator=random).to(torch.uint8), bits)
+    lower, upper = bounds(x.reshape(-1, d), codes[:guarded], scale[:guarded], zero[:guarded], bits, outliers, capacity)
+    return {
+        "folded": normal(*shape, d_out).to(dtype),
+        "x": x,
+        "w1": w1,
+        "b1": (normal(h) / 2).to(dtype) if bias else None,
+        "w2t": (normal(h, d_out) / h**0.5).to(dtype),
+        "counts": torch.tensor([listed, guarded]),
+        "neurons": neurons,
+        "codes": codes,
+        "scale": scale,
+        "zero": zero,
+        "lower": lower,
+        "upper": upper,
+        "slope": normal(capacity),
+        "intercept": normal(capacity),
+        "bits": bits,
+        "activation": activation,
+    }
+
+
+def bounds(
+    x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor, bits: int, outliers: float, capacity: int
+) -> tuple[Tensor, Tensor]:
+    """[capacity] twice: lower and upper bounds to which no estimate comes so close that rounding could decide."""
+    x, scale, zero = x.double(), scale.double(), zero.double()
+    z_hat = reference.estimate(x, codes, scale, zero, bits)
+    lower = torch.full((capacity,), torch.nan)
+    upper = torch.full((capacity,), torch.nan)
+    lower[: len(codes)], upper[: len(codes)] = -math.inf, math.inf
+    if z_hat.numel() and outliers:
+        lower[: len(codes)] = z_hat.quantile(outliers / 2).float()
+        upper[: len(codes)] = z_hat.quantile(1 - outliers / 2).float()
+    if outliers == 1:
+        lower[: len(codes)] = upper[: len(codes)] = math.inf
+    near = margin(x, scale, zero, bits)
+    for _ in range(100):
+        low = (z_hat - lower[: len(codes)]).abs() <= near
+        high = (z_hat - upper[: len(codes)]).abs() <= near
+        if not (low.any() or high.any()):
+            return lower, upper
+        lower[: len(codes)] -= torch.where(low, near, 0).sum(0).float()
+        upper[: len(codes)] += torch.where(high, near, 0).sum(0).float()
+    raise AssertionError("no place for the bounds")
+
+
+def margin(x: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
+    """[tokens, guarded]: what an estimate may err by in float32 and with x rounded to 2^-13 of its group's largest."""
+    columns = x.shape[-1]
+    padded = torch.nn.functional.pad(x.abs(), (0, -columns % GROUP)).view(len(x), group_count(columns), GROUP)
+    error: Tensor = padded.amax(-1) * GROUP * 2**-13 + padded.sum(-1) * 2**-20
+    return error @ (scale * 2**bits).T
+
+
+def exact(op: Arguments) -> Tensor:
+    """The reference, in float64."""
+    op = {
+        name: value.double() if isinstance(value, Tensor) and value.dtype in FLOATS else value
+        for name, value in op.items()
+    }
+    expected: Tensor = reference.correct(**op)  # type: ignore[arg-type]
+    return expected
+
+
+def run(op: Arguments, *, threads: int = 2) -> Tensor:
+    """The kernel and never the reference."""
+    with (
+        mock.patch.object(torch, "get_num_threads", return_value=threads),
+        mock.patch.object(reference, "correct", side_effect=AssertionError("the reference was called")),
+    ):
+        return cpu.correct(**op)  # type: ignore[arg-type]
+
+
+def assert_agree(out: Tensor, expected: Tensor) -> None:
+    assert out.shape == expected.shape
+    rounding = torch.finfo(out.dtype).eps
+    torch.testing.assert_close(out.double(), expected, rtol=rounding, atol=2e-4, equal_nan=True)
+
+
+@pytest.fixture(scope="module")
+def kernel() -> None:
+    if cpu._kernel() is None:
+        pytest.skip("no C++ compiler")
+
+
+@st.composite
+def ops(draw: st.DrawFn) -> Arguments:
+    h = draw(st.sampled_from([1, 2, 40, 400]))
+    return arguments(
+        shape=draw(st.sampled_from([(), (1,), (1, 1), (3,), (2, 3), (2, 2, 2), (16,)])),
+        d=draw(st.sampled_from([1, 2, 15, 63, 64, 65, 127, 128, 200, 256, 300, 1100])),
+        d_out=draw(st.sampled_from([1, 2, 17, 64, 130])),
+        h=h,
+        always=draw(st.sampled_from([0, 1, h // 3, h])),
+        outliers=draw(st.sampled_from([0, 0.05, 0.5, 1])),
+        dtype=draw(st.sampled_from(FLOATS)),
+        bits=draw(st.integers(1, 8)),
+        activation=draw(st.sampled_from(sorted(ACTIVATIONS))),
+        bias=draw(st.booleans()),
+        seed=draw(st.integers(0, 2**32)),
+    )
+
+
+@pytest.mark.usefixtures("kernel")
+@given(op=ops(), threads=st.integers(1, 4))
+def test_the_kernel_agrees_with_the_reference(op: Arguments, threads: int) -> None:
+    assert_agree(run(op, threads=threads), exact(op))
+
+
+@pytest.mark.usefixtures("kernel")
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_every_width_and_dtype_agrees(bits: int, dtype: torch.dtype) -> None:
+    op = arguments(shape=(6,), bits=bits, dtype=dtype)
+    assert_agree(run(op), exact(op))
+
+
+@pytest.mark.usefixtures("kernel")
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_every_activation_agrees(activation: str) -> None:
+    op = arguments(shape=(3,), activation=activation, outliers=1)
+    assert_agree(run(op), exact(op))
+
+
+@pytest.mark.usefixtures("kernel")
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_with_no_outliers_the_folded_output_comes_back_bit_for_bit(dtype: torch.dtype) -> None:
+    op = arguments(shape=(5,), outliers=0, dtype=dtype)
+    assert torch.equal(run(op), op["folded"])  # type: ignore[arg-type]
+
+
+@pytest.mark.usefixtures("kernel")
+def test_with_an_empty_list_the_folded_output_comes_back() -> None:
+    op = arguments(shape=(5,)) | {"counts": torch.tensor([0, 0])}
+    assert torch.equal(run(op), op["folded"])  # type: ignore[arg-type]
+
+
+@pytest.mark.usefixtures("kernel")
+def test_outliers_of_one_thread_are_shared_among_all() -> None:
+    op = arguments(shape=(3,), outliers=0)
+    lower = op["lower"]
+    assert isinstance(lower, Tensor)
+    lower[200:] = math.inf
+    assert_agree(run(op, threads=3), exact(op))
+
+
+@pytest.mark.usefixtures("kernel")
+def test_no_tokens_give_no_output() -> None:
+    out = cpu.correct(**arguments(shape=(2, 0)))  # type: ignore[arg-type]
+    assert out.shape == (2, 0, 130)
+
+
+@pytest.mark.usefixtures("kernel")
+def test_strided_arguments_are_read_where_they_lie() -> None:
+    op = arguments(shape=(3,))
+    strided = {
+        name: torch.stack([value, value], -1)[..., 0] if isinstance(value, Tensor) else value
+        for name, value in op.items()
+    }
+    padded = {
+        name: torch.nn.functional.pad(value, (0, 5))[:, :-5]
+        for name, value in op.items()
+        if name in ("w1", "w2t") and isinstance(value, Tensor)
+    }
+    assert torch.equal(run(strided), run(op))
+    assert torch.equal(run(op | padded), run(op))
+
+
+@pytest.mark.usefixtures("kernel")
+@pytest.mark.parametrize("always", [0, 50])
+def test_a_nan_estimate_is_no_outlier_and_a_nan_stays_with_its_token(always: int) -> None:
+    op = arguments(shape=(6,), always=always)
+    x = op["x"]
+    assert isinstance(x, Tensor)
+    x[2, 7] = torch.nan
+    out = run(op)
+    assert_agree(out, exact(op))
+    assert out[2].isnan().all() == (always > 0)
+    assert out[[0, 1, 3, 4, 5]].isfinite().all()
+
+
+@pytest.mark.usefixtures("kernel")
+def test_memory_of_old_reaches_no_output() -> None:
+    op = arguments(shape=(6,))
+    x, deterministic = op["x"], torch.are_deterministic_algorithms_enabled()
+    assert isinstance(x, Tensor)
+    run(op | {"x": torch.full_like(x, torch.nan)})
+    torch.use_deterministic_algorithms(True)  # fills what torch.empty returns with NaN
+    try:
+        out = run(op)
+    finally:
+        torch.use_deterministic_algorithms(deterministic)
+    assert_agree(out, exact(op))
+
+
+@pytest.mark.parametrize(
+    "op",
+    [
+        pytest.param(arguments(shape=(cpu.DECODE_TOKENS + 1,)), id="many tokens"),
+        pytest.param(arguments(dtype=torch.float64), id="float64"),
+        pytest.param(arguments(bias=False, dtype=torch.float16) | MIXED, id="mixed dtypes"),
+    ],
+)
+def test_what_the_kernel_does_not_take_goes_to_the_reference(op: Arguments) -> None:
+    with mock.patch.object(cpu, "_kernel", side_effect=AssertionError("the kernel was asked for")):
+        assert_agree(cpu.correct(**op), exact(op))  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.setenv("TARDIS_FX_CACHE", str(tmp_path / "cache"))
+    cpu._kernel.cache_clear()
+    yield tmp_path / "cache"
+    cpu._kernel.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "reason"),
+    [("PATH", "", "no C++ compiler"), ("CXX", "no-such-compiler", "no-such-compiler"), ("CXX", "false", "false")],
+)
+def test_without_a_compiler_the_reference_runs_after_one_warning(
+    variable: str,
+    value: str,
+    reason: str,
+    empty_cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv(variable, value)
+    op = arguments()
+    with caplog.at_level(logging.WARNING, logger="tardis_fx"):
+        for _ in range(2):
+            assert torch.equal(cpu.correct(**op), reference.correct(**op))  # type: ignore[arg-type]
+    (record,) = caplog.records
+    assert "eager implementation" in record.getMessage()
+    assert reason in record.getMessage()
+
+
+@pytest.mark.usefixtures("kernel")
+def test_two_processes_that_build_at_the_same_time_both_work(tmp_path: Path) -> None:
+    program = """
+import os, torch
+from tardis_fx.runtime import cpu, reference
+assert not os.path.exists(os.environ["TARDIS_FX_CACHE"]), "built on import"
+input(print("ready", flush=True) or "")
+codes, groups = torch.zeros(8, 16, dtype=torch.uint8), torch.zeros(8, 1, dtype=torch.uint8)
+ones, neurons = torch.ones(8), torch.arange(8, dtype=torch.int32)
+op = (torch.ones(1, 4), torch.ones(1, 64), torch.ones(8, 64), None, torch.ones(8, 4), torch.tensor([8, 8]), neurons)
+op += (codes, groups.half(), groups, ones, ones, ones, ones, 2, "relu")
+expected = reference.correct(*op)
+reference.correct = None
+assert torch.equal(cpu.correct(*op), expected)
+"""
+    environment = os.environ | {"TARDIS_FX_CACHE": str(tmp_path / "cache")}
+    root, pipe = Path(__file__).parents[2], subprocess.PIPE
+    command = [sys.executable, "-c", program]
+    processes = [
+        subprocess.Popen(command, env=environment, cwd=root, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+        for _ in range(2)
+    ]
+    for process in processes:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+    for process in processes:
+        assert process.stdin is not None
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    errors = [process.communicate(timeout=120)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], errors
+    (library,) = (tmp_path / "cache").iterdir()
+    assert library.suffix == ".so"
+
+
+@pytest.mark.usefixtures("kernel")
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_the_kernel_shares_the_openmp_runtime_of_pytorch() -> None:
+    torch.ones(1000, 1000).sum()
+    maps = Path("/proc/self/maps").read_text().splitlines()
+    assert len({line.split()[-1] for line in maps if "libgomp" in line}) == 1
