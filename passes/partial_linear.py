@@ -74,17 +74,16 @@ class PartialLinear(Rewrite):
         if not config.sequential:
             residuals = observation.run(lambda s: ResidualObserver(by_site[s.fingerprint]), sites, "residuals")
             return [self._plan(draft, residuals[draft.site.fingerprint]) for draft in drafts]
-        plans = []
-        for draft in drafts:
-            site = draft.site
-            residual = observation.run(
-                lambda _, draft=draft: ResidualObserver(draft), [site], f"residual of {site.site.name}"
-            )  # type: ignore[misc]
-            plan = self._plan(draft, residual[site.fingerprint])
-            constants = self.constants(plan, site.weights)
-            observation.replace(site, lambda x, plan=plan, constants=constants: self.forward(x, constants, plan))  # type: ignore[misc]
-            plans.append(plan)
-        return plans
+        return [self._fit_next(observation, draft) for draft in drafts]
+
+    def _fit_next(self, observation: Observation, draft: Draft) -> SitePlan:
+        """Fits one site and rewrites it for all runs to come."""
+        site = draft.site
+        observers = observation.run(lambda _: ResidualObserver(draft), [site], f"residual of {site.site.name}")
+        plan = self._plan(draft, observers[site.fingerprint])
+        constants = self.constants(plan, site.weights)
+        observation.replace(site, lambda x: self.forward(x, constants, plan))
+        return plan
 
     def _profile(
         self, observation: Observation, sites: Sequence[ObservedSite], config: Config

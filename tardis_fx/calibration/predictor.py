@@ -84,7 +84,8 @@ def _inverse_factor(gram: Tensor) -> Tensor:
     hessian.diagonal()[dead] = 1
     hessian.diagonal().add_(DAMPING * hessian.diagonal().mean())
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
-    return torch.linalg.cholesky(inverse, upper=True)
+    factor: Tensor = torch.linalg.cholesky(inverse, upper=True)
+    return factor
 
 
 def _range(block: Tensor, bits: int) -> tuple[Tensor, Tensor]:

@@ -64,7 +64,7 @@ class SiteRanges:
         """
         self.sums: Sums = histogram.sums
         self.costs = costs
-        self._importance = w2_norm.double() ** 2 * site_weight(self.sums, w2_norm)
+        self._importance = w2_norm.double() ** 2
         self._tokens = float(self.sums.count[:, 0].sum())
         self.refit(torch.ones_like(self.sums.count, dtype=torch.bool))
 
@@ -98,12 +98,3 @@ def _cheapest_run(values: Tensor) -> tuple[Tensor, Tensor]:
     highest, where = prefix.cummax(0)
     stop = (prefix - highest).argmin(0)
     return where.gather(0, stop[None])[0], stop
-
-
-def site_weight(sums: Sums, w2_norm: Tensor) -> float:
-    """EXPERIMENT."""
-    import os
-
-    mode = os.environ.get("OMEGA", "abs")
-    energy = float((sums.aa.sum(0) * w2_norm.double() ** 2).sum()) / float(sums.count[:, 0].sum())
-    return {"abs": 1.0, "rel": 1 / energy, "sqrt": energy**-0.5}[mode]

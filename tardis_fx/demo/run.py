@@ -95,17 +95,18 @@ def run(picture: Path, console: Console) -> Results:
     return results
 
 
-def _compiled(demo: DemoModel, plan: Plan, **options: Any) -> Callable[..., Any]:
+def _compiled(demo: DemoModel, plan: Plan, **options: str) -> Callable[..., Any]:
     torch.compiler.reset()  # or Dynamo would count these measurements as recompilations of one model
-    return torch.compile(demo.model, backend="tardis", options={"plan": plan, **options}, fullgraph=True)
+    given: dict[str, Any] = {"plan": plan, **options}
+    return torch.compile(demo.model, backend="tardis", options=given, fullgraph=True)
 
 
 def _decode(demo: DemoModel, results: Results, prompt: Tensor, done: Callable[[str], None]) -> None:
     torch.compiler.reset()
     steps: dict[str, Callable[..., Any]] = {"dense": torch.compile(demo.model, fullgraph=True)}
     for method in METHODS:
-        plan = results.plans[method, BUDGET][0]
-        steps[method] = torch.compile(demo.model, backend="tardis", options={"plan": plan}, fullgraph=True)
+        options: dict[str, Any] = {"plan": results.plans[method, BUDGET][0]}
+        steps[method] = torch.compile(demo.model, backend="tardis", options=options, fullgraph=True)
     decoders = {}
     for name, step in steps.items():
         decoders[name] = measure.Decoder(demo, step)

@@ -82,6 +82,14 @@ def is_transparent(node: fx.Node) -> bool:
     return before is not None and after is not None and len(after) > 0 and bool(before[-1] == after[-1])
 
 
+def is_half(node: fx.Node) -> bool:
+    """Whether the node takes one part out of a split, or a slice of the last axis."""
+    if call_name(node) != "getitem":
+        return False
+    before, after = shape_of(node.all_input_nodes[0]), shape_of(node)
+    return before is None or (after is not None and len(after) > 0 and bool(before[-1] != after[-1]))
+
+
 def projection(node: fx.Node) -> Projection | None:
     """Reads a node as a matrix multiplication by a weight matrix, with the bias where the node adds one."""
     name = call_name(node)

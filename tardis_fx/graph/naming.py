@@ -1,0 +1,38 @@
+"""Names of sites and parameters, as the model's own module paths have them."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from itertools import takewhile
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import fx
+
+    from tardis_fx.graph.site import Site
+
+
+def parameter_name(node: fx.Node) -> str:
+    """Name of a lifted parameter as in ``model.named_parameters()``, from the source that Dynamo noted."""
+    source = getattr(node, "_dynamo_source", None)
+    text = getattr(source, "name", None) or str(node.target)
+    text = text() if callable(text) else text
+    parts = re.findall(r"\['([^']+)'\]|\.(?!_modules|_parameters|_buffers)(\w+)", text.partition("]")[2])
+    return ".".join(a or b for a, b in parts) or str(text)
+
+
+def named(sites: list[Site]) -> list[Site]:
+    """The sites with their names: the module path that the weights share; the first weight's own where two agree."""
+    modules = [[parameter_name(p.weight).split(".")[:-1] for p in (site.up, site.down)] for site in sites]
+    shared = [".".join(_common(*paths)) for paths in modules]
+    unique = [
+        name if name and shared.count(name) == 1 else ".".join(paths[0])
+        for name, paths in zip(shared, modules, strict=True)
+    ]
+    return [replace(site, name=name) for site, name in zip(sites, unique, strict=True)]
+
+
+def _common(one: list[str], other: list[str]) -> list[str]:
+    """The parts that two module paths begin with."""
+    return [a for a, _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))]

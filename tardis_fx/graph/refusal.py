@@ -1,0 +1,58 @@
+"""Why a site that was found must be left as it is, whatever the rewrite."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from tardis_fx.graph.forms import call_name, is_parameter, is_training_dropout, shape_of
+
+if TYPE_CHECKING:
+    from torch import fx
+
+    from tardis_fx.graph.site import Site
+
+
+def checked(site: Site) -> Site:
+    """The site with the first reason, if any, why no rewrite may touch it."""
+    own = {*site.inner, site.output}
+    ups = {site.up, site.gate} - {None}
+    if any(is_training_dropout(node) for node in site.inner):
+        return site.refused("in training mode: dropout drops")
+    if site.activation is None:
+        return site.refused("its activation is not in the registry")
+    if any(p is not None and p.input is not site.input for p in ups):
+        return site.refused("gate and up projection read different inputs")
+    for node in sorted(site.inner, key=lambda n: n.name):
+        if strangers := [user for user in node.users if user not in own]:
+            return site.refused(f"its intermediate value {node.name} is also used by {strangers[0].name}")
+    for node in site.parameters:
+        if not is_parameter(node):
+            return site.refused(f"{node.name} is not a parameter of a module, or is computed in the graph")
+        if any(_writes(user, node) for user in node.users):
+            return site.refused(f"the graph writes to its weight {node.name}")
+    entering, leaving = shape_of(site.input) or (), shape_of(site.output) or ()
+    if len(entering) != len(leaving) > 2 and not all(isinstance(size, int) for size in leaving):
+        return site.refused("its shape changes between the projections, and is symbolic")
+    if torch.is_grad_enabled() and any(_requires_grad(node) for node in (*site.parameters, site.output)):
+        return site.refused("it needs gradients: call the model under torch.no_grad() or torch.inference_mode()")
+    value = site.output.meta["example_value"]
+    if torch.is_autocast_enabled(value.device.type):
+        return site.refused("it runs under autocast, which casts the weights at every call")
+    return site
+
+
+def _writes(user: fx.Node, node: fx.Node) -> bool:
+    in_place = str(getattr(user.target, "__name__", user.target)).endswith("_") or call_name(user) in (
+        "iadd",
+        "imul",
+        "isub",
+        "itruediv",
+    )
+    return in_place and bool(user.args) and user.args[0] is node
+
+
+def _requires_grad(node: fx.Node) -> bool:
+    value = node.meta.get("example_value")
+    return isinstance(value, torch.Tensor) and value.requires_grad
