@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch._dynamo.backends.registry import lookup_backend
 from torch._dynamo.exc import InvalidBackend, ShortenTraceback
 
@@ -35,7 +36,7 @@ def tardis(
         gm: the graph.
         example_inputs: its inputs, parameters among them.
         options: see above.
-        mode: passed on to the inner backend.
+        mode: what ``torch.compile`` passes where no options are given.
 
     Raises:
         ConfigError: an option is unknown or out of range, or there is no plan.
@@ -43,16 +44,16 @@ def tardis(
         PlanMismatchError: the plan knows none of the graph's sites, or ``strict`` and one was left out.
     """
     try:
-        parsed = Options.parse(options)
+        parsed = Options.parse({"mode": mode} | (options or {}))
         plan = load(parsed.plan)
-        inner = _inner(parsed.inner)
+        inner = _inner(parsed.inner, parsed.mode)
         rewritten = pipeline.apply(gm, example_inputs, plan, parsed.prefill or plan.config.prefill)
         left = pipeline.check(rewritten.outcomes, strict=parsed.strict)
     except TardisError as error:
         raise _surfaced(error) from error.__cause__
     for outcome in left:
         _log.warning("%s is not rewritten: %s", outcome.site.name or "an FFN", outcome.reason)
-    compiled = inner(rewritten.gm, [*example_inputs, *rewritten.constants], **({"mode": mode} if mode else {}))
+    compiled = inner(rewritten.gm, [*example_inputs, *rewritten.constants])
     return GuardedGraph(compiled, rewritten.guards) if rewritten.modified else compiled
 
 
@@ -76,13 +77,19 @@ def _load(path: Path, _written: int) -> Plan:
     return Plan.load(path)
 
 
-def _inner(name: str) -> Callable[..., Any]:
+def _inner(name: str, mode: str | None) -> Callable[..., Any]:
+    """The inner backend; a mode is Inductor's, and stands for some of its options."""
     if name == "tardis":
         raise ConfigError("inner must be another backend than 'tardis'")
     try:
-        return lookup_backend(name)  # type: ignore[no-any-return]
-    except InvalidBackend as error:
-        raise ConfigError(f"inner must be the name of a torch.compile backend, not {name!r}") from error
+        backend: Callable[..., Any] = lookup_backend(name)
+        if mode is None:
+            return backend
+        if name != "inductor":
+            raise ConfigError(f"mode {mode!r} needs the inner backend 'inductor', not {name!r}")
+        return partial(backend, config_patches=torch._inductor.list_mode_options(mode))
+    except (InvalidBackend, RuntimeError) as error:
+        raise ConfigError(f"no such inner backend or mode: {name!r}, {mode!r} ({error})") from error
 
 
 def _surfaced(error: TardisError) -> Exception:

@@ -62,12 +62,14 @@ class Options:
         prefill: overrides the plan's.
         strict: raise where a site of the graph is not rewritten, instead of warning.
         inner: the backend that compiles the rewritten graph.
+        mode: Inductor's, as in ``torch.compile(mode=...)``, which does not take a mode beside options.
     """
 
     plan: Any
     prefill: Prefill | None = None
     strict: bool = False
     inner: str = "inductor"
+    mode: str | None = None
 
     @classmethod
     def parse(cls, options: dict[str, Any] | None) -> Options:
@@ -90,6 +92,8 @@ class Options:
             raise ConfigError(f"strict must be True or False, not {given['strict']!r}")
         if not isinstance(given.get("inner", ""), str):
             raise ConfigError(f"inner must be the name of a torch.compile backend, not {given['inner']!r}")
+        if not isinstance(given.get("mode") or "", str):
+            raise ConfigError(f"mode must be the name of a mode of Inductor, not {given['mode']!r}")
         return cls(**given)
 
 

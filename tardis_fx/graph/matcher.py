@@ -7,11 +7,10 @@ networkx. The activation is then recognised by what it computes, not by how it i
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import networkx as nx
 from networkx.algorithms.isomorphism import DiGraphMatcher, categorical_node_match
-from torch import fx
 
 from tardis_fx.graph.forms import (
     ELEMENTWISE,
@@ -29,6 +28,9 @@ from tardis_fx.graph.function import activation_of, gate_of
 from tardis_fx.graph.naming import named
 from tardis_fx.graph.refusal import checked
 from tardis_fx.graph.site import Kind, Projection, Site
+
+if TYPE_CHECKING:
+    from torch import fx
 
 #: A cone with more nodes than this is no activation function.
 LARGEST_CONE = 48

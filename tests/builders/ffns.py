@@ -15,7 +15,7 @@ from tardis_fx.fingerprint import fingerprint
 from tardis_fx.graph.site import SiteWeights
 from tardis_fx.passes.partial_linear import PartialLinear
 from tardis_fx.plan import SitePlan
-from tardis_fx.runtime.packing import group_count, pack
+from tardis_fx.runtime.packing import group_count, pack, packed_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -202,17 +202,42 @@ def oracle(
 
 
 @st.composite
-def oracles(draw: st.DrawFn, *, identity: bool = False, tokens: st.SearchStrategy[int] | None = None) -> Oracle:
-    """Oracles of drawn shapes; ``identity`` makes W2 the identity."""
+def oracles(draw: st.DrawFn, *, identity: bool = False, expanding: bool = False) -> Oracle:
+    """Oracles of drawn shapes; ``identity`` makes W2 the identity, ``expanding`` the hidden size larger than the input's."""
+    d = draw(st.sampled_from([1, 5, 8, 64, 65]))
     return oracle(
-        draw(st.sampled_from([1, 5, 8, 64, 65])),
+        d,
+        draw(st.integers(d + 1, d + 40) if expanding else st.integers(1, 40)),
         draw(st.integers(1, 40)),
-        draw(st.integers(1, 40) if tokens is None else tokens),
         draw(st.sampled_from(ACTIVATIONS)),
         d_out=None if identity else draw(st.integers(1, 12)),
         bias=draw(st.booleans()),
         seed=draw(st.integers(0, 2**16)),
     )
+
+
+def exact_plan(weights: SiteWeights, parameters: Sequence[Tensor], activation: str) -> SitePlan:
+    """A plan that computes every neuron exactly: its rewritten site gives what the original gives."""
+    hidden, d = weights.w1.shape
+    slope, intercept = torch.linspace(-1, 1, hidden), torch.linspace(-2, 2, hidden)
+    shift = intercept if weights.b1 is None else intercept + slope * weights.b1
+    return SitePlan(
+        fingerprint=fingerprint(parameters), name="ffn", kind="plain", activation=activation, dtype=str(weights.w1.dtype),
+        shapes=tuple(tuple(p.shape) for p in parameters), dense_bytes=weights.bytes, method="partial_linear",
+        settings={"bits": 2, "activation": activation},
+        tensors={
+            "neurons": torch.arange(hidden, dtype=torch.int32),
+            "codes": torch.zeros(0, packed_bytes(d, 2), dtype=torch.uint8),
+            "scale": torch.zeros(0, group_count(d), dtype=torch.float16),
+            "zero": torch.zeros(0, group_count(d), dtype=torch.uint8),
+            "lower": torch.zeros(0),
+            "upper": torch.zeros(0),
+            "slope": slope,
+            "intercept": intercept,
+            "folded_weight": (weights.w2 * slope) @ weights.w1,
+            "folded_bias": weights.w2 @ shift + (0 if weights.b2 is None else weights.b2),
+        },
+    )  # fmt: skip
 
 
 @st.composite

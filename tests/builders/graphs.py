@@ -27,8 +27,10 @@ class Graph:
         self._mode = FakeTensorMode()
 
     def input(self, *shape: int, parameter: bool = False) -> fx.Node:
-        """A graph input, or a parameter as Dynamo lifts it."""
-        node = self.graph.placeholder(f"{'p' if parameter else 'x'}{len(self.graph.nodes)}")
+        """A graph input, or a parameter as Dynamo lifts it: all of them before the first computation."""
+        first = next((node for node in self.graph.nodes if node.op != "placeholder"), None)
+        with self.graph.inserting_before(first):
+            node = self.graph.placeholder(f"{'p' if parameter else 'x'}{len(self.graph.nodes)}")
         with self._mode:
             node.meta["example_value"] = torch.empty(shape)
         if parameter:
@@ -213,19 +215,21 @@ def graphs(draw: st.DrawFn) -> Drawn:
 def reordered(drawn: Drawn, draw: st.DrawFn) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
     """The same graph in another topological order under other names, and which node became which."""
     random = draw(st.randoms(use_true_random=False))
-    nodes = list(drawn.graph.nodes)
-    waiting = {node: len(node.all_input_nodes) for node in nodes if node.op != "output"}
+    *nodes, output = drawn.graph.nodes
+    waiting = {node: len(node.all_input_nodes) for node in nodes}
     ready = [node for node, missing in waiting.items() if not missing]
     names = random.sample(range(len(nodes)), len(nodes))
     graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
     while ready:
-        node = ready.pop(random.randrange(len(ready)))
-        copy = copies[node] = graph.node_copy(node, copies.__getitem__)
-        copy._rename(f"n{names[len(copies)]}")
+        inputs = [node for node in ready if node.op == "placeholder"]  # stay before all else
+        node = random.choice(inputs or ready)
+        ready.remove(node)
+        copies[node] = graph.node_copy(node, copies.__getitem__)
+        copies[node]._rename(f"n{names.pop()}")
         for user in node.users:
-            if user in waiting:
+            if user is not output:
                 waiting[user] -= 1
                 if not waiting[user]:
                     ready.append(user)
-    graph.output(fx.node.map_arg(nodes[-1].args[0], copies.__getitem__))
+    graph.output(fx.node.map_arg(output.args[0], copies.__getitem__))
     return graph, copies

@@ -1,17 +1,14 @@
 from __future__ import annotations
 
 import math
-from typing import Any
-
 import pytest
 import torch
-from builders.ffns import Block, Oracle, classes, config, oracle, oracles
+from builders.ffns import Oracle, classes, config, oracle, oracles
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from tardis_fx import Plan
-from tardis_fx.passes import pipeline
 from tardis_fx.runtime import reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -53,10 +50,8 @@ def test_the_graph_that_inductor_compiles_equals_the_eager_specification(dtype: 
 
 
 @settings(max_examples=15)
-@given(oracles(), st.sampled_from(DTYPES), st.data())
+@given(oracles(expanding=True), st.sampled_from(DTYPES), st.data())
 def test_any_ffn_under_any_plan_equals_the_eager_specification(o: Oracle, dtype: torch.dtype, data: st.DataObject) -> None:
-    if o.weights.w1.shape[0] <= o.weights.w1.shape[1]:  # not an FFN
-        return
     guarded, exact = data.draw(classes(len(o.lower)))
     o = o.to(dtype)
     torch._dynamo.reset()
@@ -107,57 +102,6 @@ def test_an_input_written_to_after_the_ffn_read_it_does_not_matter() -> None:
             return self.down(self.act(hidden)) + x  # type: ignore[no-any-return]
 
     torch.testing.assert_close(run(Writes().eval(), plan_of(o), o.x[:5]), o.rewritten(*CLASSES, o.x[:5]))
-
-
-def captured(model: nn.Module, x: Tensor) -> tuple[fx.GraphModule, list[Tensor], list[pipeline.Rewritten]]:
-    """The graph and what the pipeline, called as the backend would, makes of it under some plan given by the caller."""
-    found: list[tuple[fx.GraphModule, list[Tensor]]] = []
-
-    def backend(gm: fx.GraphModule, inputs: list[Tensor]) -> Any:
-        found.append((gm, inputs))
-        return gm.forward
-
-    with torch.no_grad():
-        torch.compile(model, backend=backend)(x)
-    (one,) = found
-    return (*one, [])
-
-
-def targets(gm: fx.GraphModule) -> list[str]:
-    return [str(node.target) for node in gm.graph.nodes if node.op in ("call_function", "call_method", "call_module")]
-
-
-def test_the_rewritten_graph_holds_the_fold_and_one_correction_and_nothing_of_the_ffn() -> None:
-    o = oracle(16, 32, 4, d_out=16)
-    gm, inputs, _ = captured(o.model(), o.x)
-    before = str(gm.graph)
-    with torch.no_grad():
-        result = pipeline.apply(gm, inputs, plan_of(o), "rewritten")
-    assert result.modified
-    assert sum("linear" in target for target in targets(result.gm)) == 1
-    assert sum("tardis.correct" in target for target in targets(result.gm)) == 1
-    assert len(targets(result.gm)) == 2
-    assert str(gm.graph) == before, "the graph that Dynamo holds was changed"
-
-
-def test_what_no_site_covers_is_left_as_it_was() -> None:
-    o = oracle(16, 32, 4, d_out=16)
-    gm, inputs, _ = captured(Block(o.model()), o.x)
-    with torch.no_grad():
-        result = pipeline.apply(gm, inputs, plan_of(o), "rewritten")
-    names = targets(result.gm)
-    assert sum("layer_norm" in name for name in names) == 1
-    assert len(names) == 2 + 2  # norm and sum; fold and correction
-
-
-def test_nothing_to_rewrite_gives_the_same_graph_back() -> None:
-    o = oracle(16, 32, 40, d_out=16)
-    gm, inputs, _ = captured(o.model(), o.x)
-    with torch.no_grad():
-        result = pipeline.apply(gm, inputs, plan_of(o), "original")
-    assert not result.modified
-    assert result.gm is gm
-    assert result.constants == ()
 
 
 def test_ffns_that_follow_each_other_directly_are_both_rewritten() -> None:

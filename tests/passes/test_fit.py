@@ -1,0 +1,273 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from builders.ffns import ACTIVATIONS as NAMES
+from builders.ffns import LARGEST, SCALE, ZERO, Activation, Block, batches, config, ffn, inputs, oracle, planned
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tardis_fx import Plan, calibrate
+from tardis_fx.calibration.observe import Observation
+from tardis_fx.graph.activations import ACTIVATIONS
+from tardis_fx.graph.site import SiteWeights
+from tardis_fx.passes.base import rewrite_named
+from tardis_fx.passes.partial_linear import PartialLinear
+from tardis_fx.plan import SitePlan
+from tardis_fx.runtime.packing import unpack
+
+some = settings(max_examples=8)
+
+
+def weights_of(model: nn.Sequential) -> SiteWeights:
+    up, down = model[0], model[-1]
+    return SiteWeights(up.weight.detach(), _detached(up.bias), down.weight.detach(), _detached(down.bias))
+
+
+def _detached(bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else bias.detach()
+
+
+def rewritten(model: nn.Sequential, plan: SitePlan, x: Tensor) -> Tensor:
+    rewrite = rewrite_named(str(plan.method))
+    with torch.no_grad():
+        return rewrite.forward(x, rewrite.constants(plan, weights_of(model)), plan)
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
+# ---- Affine activations
+
+
+@some
+@given(st.integers(0, 2**16), st.booleans(), st.sampled_from(["relu", "relu2"]), st.sampled_from([torch.float32, torch.float64]))
+def test_neurons_that_stay_on_one_affine_piece_fold_exactly(seed: int, down_bias: bool, activation: str, dtype: torch.dtype) -> None:
+    """Half of the neurons never activate, the others (of ReLU) always do: the FFN is affine where it is used."""
+    model = ffn(16, 64, activation, seed=seed)
+    with torch.no_grad():
+        away = torch.full((64,), -40.0)
+        if activation == "relu":
+            away[::2] = 40
+        model[0].bias.copy_(away)
+        if not down_bias:
+            model[-1].bias = None
+    (plan,) = planned(model.to(dtype) if dtype == torch.float32 else model).sites
+    assert plan.outlier_rate == 0
+    assert len(plan.tensors["neurons"]) == 0
+    assert plan.error < 1e-5
+    x = inputs(50, 16, seed=seed + 1)
+    with torch.no_grad():
+        torch.testing.assert_close(rewritten(model, plan, x), model(x), rtol=1e-4, atol=1e-3)
+
+
+@some
+@given(st.integers(0, 2**16), st.booleans())
+def test_folding_no_activation_at_all_is_exact(seed: int, bias: bool) -> None:
+    """The pass refuses such a site; its fold must be the product of the two matrices nevertheless."""
+    model = nn.Sequential(*(m for m in ffn(16, 64, bias=bias, seed=seed) if isinstance(m, nn.Linear))).eval()
+    observation = Observation(model, batches(), progress=False)
+    (site,) = observation.sites
+    assert site.site.activation == "identity"
+    assert PartialLinear().refuse(site.site) is not None
+    (plan,) = PartialLinear().fit(observation, [site], config())
+    assert plan.outlier_rate == 0
+    weights = weights_of(model)
+    torch.testing.assert_close(plan.tensors["folded_weight"], weights.w2 @ weights.w1, rtol=1e-4, atol=1e-5)
+    x = inputs(50, 16, seed=seed + 1)
+    with torch.no_grad():
+        torch.testing.assert_close(rewritten(model, plan, x), model(x), rtol=1e-4, atol=1e-4)
+
+
+# ---- Calibrated with an oracle: weights that 8 bits hold exactly
+
+
+def exactly_quantisable(activation: str, seed: int) -> nn.Sequential:
+    """Every row's codes reach from 0 to 255, so that the quantiser's range is theirs and its scale a power of two."""
+    model = oracle(16, 64, 1, activation, d_out=16, seed=seed).model()
+    with torch.no_grad():
+        model[0].weight.clamp_(-LARGEST * SCALE, LARGEST * SCALE)
+        model[0].weight[:, 0], model[0].weight[:, 1] = -ZERO * SCALE, (255 - ZERO) * SCALE
+    return model
+
+
+@some
+@given(st.integers(0, 2**16), st.sampled_from(NAMES), st.sampled_from([0.4, 0.6, 0.8]))
+def test_under_a_calibrated_oracle_exactly_the_true_outliers_are_corrected(seed: int, activation: str, budget: float) -> None:
+    model = exactly_quantisable(activation, seed)
+    plan = calibrate(model, [b.round() for b in batches()], config=config(budget=budget, predictor_bits=8)).sites[0]
+    t, w = plan.tensors, weights_of(model)
+    guarded, exact = t["neurons"][: len(t["lower"])].long(), t["neurons"][len(t["lower"]) :].long()
+    quantised = (unpack(t["codes"], 8, 16).float() - t["zero"].float()) * t["scale"].float()
+    assert torch.equal(quantised, w.w1[guarded]), "not an oracle"
+
+    x = inputs(60, 16, seed=seed).round()
+    z = F.linear(x, w.w1, w.b1)
+    estimate = F.linear(x, w.w1)[:, guarded]
+    outlier = torch.zeros_like(z, dtype=torch.bool)
+    outlier[:, guarded] = (estimate < t["lower"]) | (estimate > t["upper"])
+    outlier[:, exact] = True
+    slope, intercept = torch.zeros(64), torch.zeros(64)
+    slope[t["neurons"].long()], intercept[t["neurons"].long()] = t["slope"], t["intercept"]
+    residual = torch.where(outlier, ACTIVATIONS[activation].eager(z) - slope * z - intercept, 0)
+    expected = F.linear(x, t["folded_weight"], t["folded_bias"]) + residual @ w.w2.T
+    # A pair on its bound to rounding may fall either way: those tokens are left out.
+    on_bound = ((estimate - t["lower"]).abs().minimum((estimate - t["upper"]).abs()) < 1e-2).any(1)
+    found = rewritten(model, plan, x)
+    torch.testing.assert_close(found[~on_bound], expected[~on_bound], rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
+
+    hot = ~outlier[:, guarded]
+    error = (ACTIVATIONS[activation].eager(z) - slope * z - intercept).abs()[:, guarded].double().numpy()
+    b1 = torch.zeros(64) if w.b1 is None else w.b1
+    lower, upper = t["lower"] + b1[guarded], t["upper"] + b1[guarded]
+    some_hot = (lower <= upper).numpy()
+    ends = (torch.minimum(lower, upper), torch.maximum(lower, upper))
+    bound = ACTIVATIONS[activation].max_error(*(v.double().numpy() for v in (t["slope"], t["intercept"], *ends)))
+    assert np.all((error <= bound + 1e-3 * (1 + np.abs(z[:, guarded].numpy())))[hot.numpy() & some_hot])
+    assert not hot.numpy()[:, ~some_hot].any(), "a neuron without hot range has no hot token"
+
+
+# ---- The budget
+
+
+@settings(max_examples=12)
+@given(
+    st.integers(0, 2**16), st.sampled_from(NAMES), st.booleans(), st.floats(0.3, 1.0), st.sampled_from([2, 3, 4, 8]),
+    st.sampled_from([torch.float32, torch.bfloat16]),
+)  # fmt: skip
+def test_the_plan_touches_what_the_budget_allows(
+    seed: int, activation: str, bias: bool, budget: float, bits: int, dtype: torch.dtype
+) -> None:
+    model = ffn(32, 128, activation, bias=bias, seed=seed).to(dtype)
+    plan = calibrate(model, [b.to(dtype) for b in batches(d=32)], config=config(budget=budget, predictor_bits=bits))
+    (site,) = plan.sites
+    assert plan.touched_fraction == pytest.approx(site.touched_bytes / site.dense_bytes)
+    assert plan.touched_fraction <= budget * 1.02
+    if activation not in ("relu", "relu2"):  # those two may be exact for less
+        assert plan.touched_fraction >= budget * 0.98 or site.outlier_rate > 0.99
+
+
+def counted(plan: SitePlan, model: nn.Sequential, xs: list[Tensor]) -> float:
+    """Bytes read per token, counted on the tokens themselves from the plan's tensors: the definition."""
+    t, w = plan.tensors, weights_of(model)
+    guarded = t["neurons"][: len(t["lower"])].long()
+    x = torch.cat(xs)
+    bits = plan.settings["bits"]
+    estimate = x @ ((unpack(t["codes"], bits, x.shape[1]).float() - t["zero"].float()[:, :1]) * t["scale"].float()[:, :1]).T
+    outliers = ((estimate < t["lower"]) | (estimate > t["upper"])).sum().item() / len(x) + len(t["neurons"]) - len(guarded)
+    folded = sum(t[name].numel() * t[name].element_size() for name in ("folded_weight", "folded_bias"))
+    predictor = sum(t[name].numel() * t[name].element_size() for name in ("codes", "scale", "zero", "lower", "upper"))
+    row = w.w1.shape[1] * 4 + w.w2.shape[0] * 4 + (0 if w.b1 is None else 4) + 4 + 8  # and number, slope, intercept
+    return float(folded + predictor + outliers * row)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "relu"])
+def test_touched_bytes_and_outlier_rate_are_what_one_counts(activation: str) -> None:
+    model, xs = ffn(32, 128, activation), batches(d=32)
+    (plan,) = calibrate(model, xs, config=config(budget=0.4)).sites
+    assert plan.touched_bytes == pytest.approx(counted(plan, model, xs), rel=2e-3)
+    assert plan.dense_bytes == sum(p.numel() * 4 for p in model.parameters())
+    assert plan.stored_bytes > plan.dense_bytes
+    assert 0 < plan.outlier_rate < 1
+
+
+@pytest.mark.parametrize("activation", ["gelu", "relu", "silu"])
+def test_more_budget_means_no_more_error(activation: str) -> None:
+    observation = [planned(ffn(32, 128, activation), 32, budget=budget).sites[0].error for budget in (0.25, 0.4, 0.6, 0.9)]
+    assert all(more <= less * 1.05 + 1e-3 for less, more in zip(observation, observation[1:], strict=False))
+    assert observation[-1] < observation[0] / 2
+
+
+@pytest.mark.parametrize("activation", ["gelu", "relu"])
+def test_the_error_told_is_the_error_made_on_other_text(activation: str) -> None:
+    model = ffn(32, 128, activation)
+    (plan,) = planned(model, 32, budget=0.4).sites
+    x = inputs(1000, 32, seed=9)
+    with torch.no_grad():
+        assert relative_error(rewritten(model, plan, x), model(x)) == pytest.approx(plan.error, rel=0.3)
+
+
+def test_the_budget_goes_where_the_error_is() -> None:
+    """Of two like FFNs the one whose output is ten times larger is approximated better."""
+    quiet, loud = ffn(16, 64, seed=1), ffn(16, 64, seed=1)
+    with torch.no_grad():
+        loud[-1].weight.mul_(10)
+    model = nn.Sequential(Block(quiet), Block(loud)).eval()
+    first, second = planned(model, budget=0.5).sites
+    assert second.touched_bytes > first.touched_bytes
+    assert second.error < first.error
+
+
+def test_the_regressed_fold_has_less_error_than_the_plain_one() -> None:
+    class Plain(PartialLinear):
+        regressed = False
+
+    model = ffn(32, 128)
+    errors = {}
+    for rewrite in (PartialLinear(), Plain()):
+        observation = Observation(model, batches(d=32), progress=False)
+        errors[rewrite.regressed] = rewrite.fit(observation, observation.sites, config(budget=0.3))[0].error
+    assert errors[True] < errors[False]
+
+
+# ---- Sequential
+
+
+def output_error(model: nn.Module, plan: Plan, x: Tensor) -> float:
+    compiled = torch.compile(model, backend="tardis", options={"plan": plan, "inner": "eager"})
+    with torch.no_grad():
+        return relative_error(compiled(x), model(x))
+
+
+def test_sequential_fitting_sees_what_the_rewritten_sites_before_give() -> None:
+    model = nn.Sequential(*(Block(ffn(16, 64, seed=i)) for i in range(3))).eval()
+    parallel, sequential = (planned(model, budget=0.4, sequential=value) for value in (False, True))
+    assert torch.equal(parallel.sites[0].tensors["folded_weight"], sequential.sites[0].tensors["folded_weight"])
+    for before, after in zip(parallel.sites[1:], sequential.sites[1:], strict=True):
+        assert not torch.equal(before.tensors["folded_weight"], after.tensors["folded_weight"])
+        assert before.fingerprint == after.fingerprint
+    x = inputs(512, 16, seed=9)
+    assert output_error(model, sequential, x) <= output_error(model, parallel, x) * 1.05
+    assert sequential.touched_fraction == pytest.approx(0.4, rel=0.05)
+
+
+@pytest.mark.parametrize("sequential", [False, True])
+def test_a_sequential_fit_sees_through_ffns_without_a_norm_between(sequential: bool) -> None:
+    # BUG (sequential): the tap of the second site reads the first site's original output, not what replaces it.
+    first, second = ffn(16, 64, seed=1), ffn(16, 64, seed=2)
+    model = nn.Sequential(first, second)
+    plans = planned(model, budget=0.4, sequential=sequential).sites
+    with torch.no_grad():
+        x = torch.cat(batches())
+        x = rewritten(first, plans[0], x) if sequential else first(x)
+        expected = planned_on(second, x, plans[1])
+    torch.testing.assert_close(plans[1].tensors["folded_bias"], expected, rtol=1e-3, atol=1e-3)
+
+
+def planned_on(model: nn.Sequential, x: Tensor, plan: SitePlan) -> Tensor:
+    """Bias of the fold that leaves no mean residual on the fitted tokens: what regression with an intercept gives."""
+    fitted = torch.cat([part[: len(part) - len(part) // 8] for part in x.split(256)])
+    return plan.tensors["folded_bias"] + (model(fitted) - rewritten(model, plan, fitted)).mean(0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_models_are_planned_in_their_own_dtype(dtype: torch.dtype) -> None:
+    model = ffn(32, 128).to(dtype)
+    (plan,) = calibrate(model, [b.to(dtype) for b in batches(d=32)], config=config(budget=0.6)).sites
+    assert plan.dtype == str(dtype)
+    assert plan.tensors["folded_weight"].dtype == dtype
+    assert plan.dense_bytes == sum(p.numel() * 2 for p in model.parameters())
+    x = inputs(200, 32, seed=9).to(dtype)
+    with torch.no_grad():
+        error = relative_error(rewritten(model, plan, x).float(), model(x).float())
+    assert error == pytest.approx(plan.error, abs=0.05)
+
+
+def test_an_activation_module_of_the_builders_is_the_registrys() -> None:
+    z = torch.linspace(-5, 5, 101)
+    for name in NAMES:
+        torch.testing.assert_close(Activation(name)(z), ACTIVATIONS[name].eager(z))
