@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from functools import lru_cache, partial
-from pathlib import Path
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +13,7 @@ from torch._dynamo.exc import InvalidBackend, ShortenTraceback
 from tardis_fx.config import Options
 from tardis_fx.errors import ConfigError, TardisError
 from tardis_fx.passes import pipeline
-from tardis_fx.plan import Plan
+from tardis_fx.plan import resolve
 from tardis_fx.runtime.guard import GuardedGraph
 
 if TYPE_CHECKING:
@@ -45,7 +44,7 @@ def tardis(
     """
     try:
         parsed = Options.parse({"mode": mode} | (options or {}))
-        plan = load(parsed.plan)
+        plan = resolve(parsed.plan)
         inner = _inner(parsed.inner, parsed.mode)
         rewritten = pipeline.apply(gm, example_inputs, plan, parsed.prefill or plan.config.prefill)
         left = pipeline.check(rewritten.outcomes, strict=parsed.strict)
@@ -55,26 +54,6 @@ def tardis(
         _log.warning("%s is not rewritten: %s", outcome.site.name or "an FFN", outcome.reason)
     compiled = inner(rewritten.gm, [*example_inputs, *rewritten.constants])
     return GuardedGraph(compiled, rewritten.guards) if rewritten.modified else compiled
-
-
-def load(plan: Any) -> Plan:
-    """A plan as it is, or read from the path of its file; a file is read again when it was written again.
-
-    Raises:
-        ConfigError: ``plan`` is neither.
-        PlanFileError: the file cannot be read.
-    """
-    if isinstance(plan, Plan):
-        return plan
-    if not isinstance(plan, (str, Path)):
-        raise ConfigError(f"plan must be a tardis_fx.Plan or the path of its file, not {type(plan).__name__}")
-    path = Path(plan).absolute()
-    return _load(path, path.stat().st_mtime_ns if path.exists() else 0)
-
-
-@lru_cache(maxsize=4)
-def _load(path: Path, _written: int) -> Plan:
-    return Plan.load(path)
 
 
 def _inner(name: str, mode: str | None) -> Callable[..., Any]:

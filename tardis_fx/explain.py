@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from tardis_fx.backend import load
 from tardis_fx.graph.capture import Capture
 from tardis_fx.passes import pipeline
+from tardis_fx.plan import resolve
 
 if TYPE_CHECKING:
     import os
@@ -118,7 +118,7 @@ def explain(model: nn.Module, plan: Plan | str | os.PathLike[str], example: Batc
         PlanFileError: the plan's file cannot be read.
         CalibrationError: the example is neither tensor nor dict.
     """
-    loaded = load(plan)
+    loaded = resolve(plan)
     outcomes: list[pipeline.Outcome] = []
     seen: dict[str, SiteReport] = {}
 

@@ -7,6 +7,7 @@ import os
 import tempfile
 from collections import Counter
 from dataclasses import asdict, dataclass, field, fields
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from tardis_fx.config import Config
-from tardis_fx.errors import PlanFileError, TardisError
+from tardis_fx.errors import ConfigError, PlanFileError, TardisError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -26,7 +27,8 @@ _FORMAT = "tardis_fx.plan"
 VERSION = 1
 
 
-@dataclass(frozen=True, kw_only=True)
+# Equal only to itself, as Dynamo compares the options of compiled models: tensors have no one truth value.
+@dataclass(frozen=True, kw_only=True, eq=False)
 class SitePlan:
     """What to do at one site.
 
@@ -65,7 +67,7 @@ class SitePlan:
     tensors: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Plan:
     """The product of calibration.
 
@@ -167,3 +169,23 @@ class Plan:
         return (
             f"Plan({len(self.sites)} sites: {listed}; {self.touched_fraction:.1%} of the FFN bytes touched per token)"
         )
+
+
+def resolve(plan: Any) -> Plan:
+    """A plan as it is, or read from the path of its file; a file is read again when it was written again.
+
+    Raises:
+        ConfigError: ``plan`` is neither.
+        PlanFileError: the file cannot be read.
+    """
+    if isinstance(plan, Plan):
+        return plan
+    if not isinstance(plan, (str, Path)):
+        raise ConfigError(f"plan must be a tardis_fx.Plan or the path of its file, not {type(plan).__name__}")
+    path = Path(plan).absolute()
+    return _load(path, path.stat().st_mtime_ns if path.exists() else 0)
+
+
+@lru_cache(maxsize=1)
+def _load(path: Path, _written: int) -> Plan:
+    return Plan.load(path)

@@ -69,7 +69,7 @@ def test_the_hot_range_is_the_narrowest_that_holds_its_share(counts: list[int], 
     count = torch.tensor(counts, dtype=torch.float64)[:, None]
     wanted = share * count.sum(0)
     start, stop = _narrowest(count, wanted)
-    width = int(stop - start)
+    width = max(0, int(stop - start))
     need = wanted.item() - 0.5  # counts are whole: half a token is rounding
     runs = [(i, j) for i in range(len(counts) + 1) for j in range(i, len(counts) + 1) if sum(counts[i:j]) >= need]
     assert sum(counts[int(start) : int(stop)]) >= need
