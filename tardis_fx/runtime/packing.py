@@ -46,7 +46,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     if bits % 2:
         ones = (padded & 1).view(rows, groups, 8, 8)
         planes.append((ones << torch.arange(8, dtype=torch.uint8, device=codes.device)).sum(-1).to(torch.uint8))
-    return torch.cat(planes, dim=-1).view(rows, -1)
+    return torch.cat(planes, dim=-1).view(rows, groups * bits * GROUP // 8)
 
 
 def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
@@ -60,4 +60,4 @@ def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
     if bits % 2:
         ones = blocks[:, :, -8:, None] >> torch.arange(8, dtype=torch.uint8, device=packed.device) & 1
         codes |= ones.view(rows, groups, GROUP)
-    return codes.view(rows, -1)[:, :columns]
+    return codes.view(rows, groups * GROUP)[:, :columns]

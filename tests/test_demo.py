@@ -1,0 +1,66 @@
+"""The demo, on less text and with fewer rounds."""
+
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+from tardis_fx import cli
+from tardis_fx.demo import corpus, run
+from tardis_fx.errors import DemoError
+
+
+def test_the_demo_measures_every_method_writes_its_picture_and_beats_the_paper(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "WINDOWS", 16)
+    monkeypatch.setattr(run, "ROUNDS", 1)
+    monkeypatch.setattr(run, "PARETO", {"paper": (0.2,), "partial_linear": (0.2, 0.3)})
+    console = Console(record=True, width=160)
+
+    results = run.run(tmp_path / "pareto.png", console)
+
+    assert (tmp_path / "pareto.png").read_bytes().startswith(b"\x89PNG")
+    quality = {key: found for key, (_, found) in results.plans.items()}
+    assert results.dense.agreement == 1
+    assert results.dense.perplexity < quality["partial_linear", 0.2].perplexity < quality["paper", 0.2].perplexity
+    assert quality["partial_linear", 0.3].perplexity < quality["partial_linear", 0.2].perplexity
+    assert all(plan.touched_fraction <= budget + 1e-3 for (_, budget), (plan, _) in results.plans.items())
+    assert set(results.texts) == {"dense", "paper", "partial_linear"}
+    table = console.export_text()
+    assert all(label in table for label in ("dense (Inductor)", "TARDIS (paper)", "TARDIS (ours)", "tokens of prompt"))
+
+
+def test_no_module_is_in_two_splits_and_a_unit_test_is_where_its_module_is() -> None:
+    splits = [{path for path, _ in corpus.modules(split)} for split in ("train", "calibration", "test")]
+    assert all(splits)
+    assert not any(a & b for i, a in enumerate(splits) for b in splits[:i])
+    assert corpus.split_of(Path("test/test_textwrap.py")) == corpus.split_of(Path("textwrap.py"))
+    assert corpus.split_of(Path("json/__init__.py")) == corpus.split_of(Path("test/test_json/__init__.py"))
+
+
+def test_a_standard_library_without_sources_is_a_typed_error(tmp_path: Path) -> None:
+    with pytest.raises(DemoError, match="no Python source"):
+        list(corpus.modules("test", tmp_path))
+
+
+def test_a_picture_that_cannot_be_written_is_refused_before_anything_is_measured(tmp_path: Path) -> None:
+    with pytest.raises(DemoError, match="cannot write the picture"):
+        run.run(tmp_path / "missing" / "pareto.png", Console(quiet=True))
+
+
+def test_a_users_mistake_is_one_line_and_exit_code_1(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["tardis", "inspect", str(tmp_path / "none.safetensors")])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert caught.value.code == 1
+    assert capsys.readouterr().err.startswith("tardis: no plan file")
+
+
+def test_the_commands_say_what_they_do() -> None:
+    text = CliRunner().invoke(cli.app, ["--help"]).output
+    assert "demo" in text
+    assert "inspect" in text
