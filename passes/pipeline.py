@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from tardis_fx.plan import Plan, SitePlan
 
 #: Steps of up to this many tokens take fold and correction under ``prefill="original"``.
-DECODE_TOKENS = 16
+DECODE_TOKENS = 8
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ class Config:
         budget: fraction of the FFN weight bytes touched per decoded token, in the model's own dtype, with predictor
             and expected corrections; 0.2 is the paper's 80% reduction.
         method: name of a rewrite registered under the entry-point group ``tardis_fx.passes``.
-        prefill: ``"original"`` sends steps of more than 16 tokens through the original subgraph, exact;
+        prefill: ``"original"`` sends steps of more than 8 tokens through the original subgraph, exact;
             ``"rewritten"`` sends every token through fold and correction (encoders, and every measurement of quality).
         predictor_bits: 2, 3, 4 or 8 bits a weight in the predictor.
         sequential: fit the sites in order, each on the inputs that the rewritten sites before it give.
