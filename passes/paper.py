@@ -10,10 +10,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
-from tardis_fx.passes.partial_linear import PartialLinear
 
 from tardis_fx.calibration.ranges import Ranges, SiteRanges
 from tardis_fx.errors import CalibrationError
+from tardis_fx.passes.partial_linear import PartialLinear
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

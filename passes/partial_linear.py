@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
-from tardis_fx.passes.base import Rewrite
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 from tqdm import tqdm
@@ -26,6 +25,7 @@ from tardis_fx.calibration.profile import Histogram, Moments
 from tardis_fx.calibration.ranges import Costs, Ranges, SiteRanges
 from tardis_fx.calibration.regression import Residual
 from tardis_fx.graph.activations import ACTIVATIONS
+from tardis_fx.passes.base import Rewrite
 from tardis_fx.plan import SitePlan
 from tardis_fx.runtime import ops  # noqa: F401 - registers torch.ops.tardis
 from tardis_fx.runtime.packing import group_count, packed_bytes
@@ -74,7 +74,10 @@ class PartialLinear(Rewrite):
         if not config.sequential:
             residuals = observation.run(lambda s: ResidualObserver(by_site[s.fingerprint]), sites, "residuals")
             return [self._plan(draft, residuals[draft.site.fingerprint]) for draft in drafts]
-        return [self._fit_next(observation, draft) for draft in drafts]
+        try:
+            return [self._fit_next(observation, draft) for draft in drafts]
+        finally:
+            observation.restore()
 
     def _fit_next(self, observation: Observation, draft: Draft) -> SitePlan:
         """Fits one site and rewrites it for all runs to come."""

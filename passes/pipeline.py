@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-from tardis_fx.passes.base import rewrite_named
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from tardis_fx.errors import PlanMismatchError
 from tardis_fx.fingerprint import fingerprint
 from tardis_fx.graph.matcher import find_sites
 from tardis_fx.graph.surgery import add_input, copy, replace
+from tardis_fx.passes.base import rewrite_named
 from tardis_fx.runtime.guard import SiteGuard
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     import torch
     from torch import Tensor, fx
 
     from tardis_fx.config import Prefill
     from tardis_fx.graph.site import Site
+    from tardis_fx.passes.base import Rewrite
     from tardis_fx.plan import Plan, SitePlan
 
 #: Steps of up to this many tokens take fold and correction under ``prefill="original"``.
@@ -81,6 +82,7 @@ def apply(gm: fx.GraphModule, example_inputs: Sequence[Tensor], plan: Plan, pref
     found = outcomes(gm, example_inputs, plan)
     guards: list[SiteGuard] = []
     constants: list[Tensor] = []
+    moved: dict[fx.Node, fx.Node] = {}  # outputs of sites, where one feeds the next
     for outcome in found:
         site, entry = outcome.site, outcome.plan
         if entry is None or outcome.reason or (prefill == "original" and _tokens(site) > DECODE_TOKENS):
@@ -92,13 +94,18 @@ def apply(gm: fx.GraphModule, example_inputs: Sequence[Tensor], plan: Plan, pref
             name: add_input(gm.graph, f"tardis_{len(guards)}_{name}", value)
             for name, value in zip(guard.names, own, strict=True)
         }
-        replace(gm.graph, site, lambda x, c, entry=entry, rewrite=rewrite: rewrite.forward(x, c, entry), inputs)  # type: ignore[misc]
+        x = moved.get(site.input, site.input)
+        moved[site.output] = replace(gm.graph, site, x, partial(_forward, rewrite, entry), inputs)
         guards.append(guard)
         constants += own
     if guards:
         gm.graph.lint()
         gm.recompile()
     return Rewritten(gm if guards else original, tuple(found), tuple(guards), tuple(constants))
+
+
+def _forward(rewrite: Rewrite, plan: SitePlan, x: Any, constants: Mapping[str, Any]) -> Any:
+    return rewrite.forward(x, constants, plan)
 
 
 def outcomes(gm: fx.GraphModule, example_inputs: Sequence[Tensor], plan: Plan) -> list[Outcome]:
@@ -111,7 +118,7 @@ def outcomes(gm: fx.GraphModule, example_inputs: Sequence[Tensor], plan: Plan) -
 def _entry(site: Site, values: list[Tensor], plan: Plan) -> tuple[SitePlan | None, str | None]:
     """The plan's entry of a site, and why it is not to be rewritten, if so."""
     if site.reason is not None:
-        return None, site.reason
+        return plan.find(fingerprint(values)), site.reason
     if any(value.is_inference() for value in values):
         return None, "its weights are inference tensors, whose changes cannot be noticed"
     entry = plan.find(fingerprint(values))
@@ -141,7 +148,7 @@ def check(outcomes: Sequence[Outcome], *, strict: bool) -> list[Outcome]:
         PlanMismatchError: the plan knows none of the graph's sites, or ``strict`` and a site was left out.
     """
     unplanned = [o for o in outcomes if o.plan is None and o.site.reason is None]
-    left = [o for o in outcomes if o.plan is None or o.plan.reason is not None]
+    left = [o for o in outcomes if o.reason]
     if unplanned and not any(o.plan for o in outcomes):
         raise PlanMismatchError(f"the plan fits none of the model's sites: {_listed(unplanned)}")
     if strict and left:

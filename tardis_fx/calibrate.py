@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
+
 from tardis_fx.calibration.observe import Batch, Observation, ObservedSite
 from tardis_fx.config import Config
-from tardis_fx.errors import ConfigError
+from tardis_fx.errors import CalibrationError, ConfigError
 from tardis_fx.passes.base import rewrite_named
 from tardis_fx.plan import Plan, SitePlan
 
@@ -28,8 +30,8 @@ def calibrate(model: nn.Module, batches: Iterable[Batch], *, config: Config | No
 
     Raises:
         ConfigError: the config names no registered rewrite.
-        CalibrationError: the model is in training mode, there are no batches, an input is NaN, there is no FFN,
-            or the budget is smaller than the folded weights.
+        CalibrationError: the model is in training mode, there are no batches, an input or a weight is NaN, there is
+            no FFN, or the budget is smaller than the folded weights.
     """
     config = Config() if config is None else config
     if not isinstance(config, Config):
@@ -48,6 +50,9 @@ def plan_for(observation: Observation, config: Config) -> Plan:
     rewrite = rewrite_named(config.method)
     reasons = {s.fingerprint: s.site.reason or rewrite.refuse(s.site) for s in observation.sites}
     accepted = [s for s in observation.sites if reasons[s.fingerprint] is None]
+    for site in accepted:
+        if not all(torch.isfinite(parameter).all() for parameter in site.parameters):
+            raise CalibrationError(f"the weights of {site.site.name} hold NaN or infinity")
     fitted = {plan.fingerprint: plan for plan in (rewrite.fit(observation, accepted, config) if accepted else [])}
     return Plan(
         tuple(fitted.get(s.fingerprint) or _refused(s, reasons[s.fingerprint]) for s in observation.sites), config

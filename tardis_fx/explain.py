@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from tardis_fx.graph.capture import Capture
@@ -129,12 +129,9 @@ def explain(model: nn.Module, plan: Plan | str | os.PathLike[str], example: Batc
             outcomes.append(outcome)
             site, entry = outcome.site, outcome.plan
             dense = sum(v.numel() * v.element_size() for p in site.parameters if (v := values.get(p)) is not None)
-            seen.setdefault(
-                site.name,
-                _refused(site.name, site.kind, site.activation, outcome.reason, dense)
-                if outcome.reason or not entry
-                else _planned(entry),
-            )
+            report = _planned(entry) if entry and not outcome.reason else None
+            report = report or _refused(site.name, site.kind, site.activation, outcome.reason, dense)
+            seen.setdefault(site.name, replace(report, name=site.name))
         return forward
 
     Capture(model, observe)(example)

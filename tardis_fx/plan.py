@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-import tempfile
+import uuid
 from collections import Counter
 from dataclasses import asdict, dataclass, field, fields
 from functools import lru_cache
@@ -100,7 +101,9 @@ class Plan:
         """
         path = Path(path)
         tensors = {
-            f"{i}.{name}": t.contiguous() for i, site in enumerate(self.sites) for name, t in site.tensors.items()
+            f"{i}.{name}": t.contiguous().clone()
+            for i, site in enumerate(self.sites)
+            for name, t in site.tensors.items()
         }
         sites = [{f.name: getattr(site, f.name) for f in fields(site) if f.name != "tensors"} for site in self.sites]
         header = {
@@ -110,9 +113,11 @@ class Plan:
         }
         temporary: str | None = None
         try:
-            handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-            os.close(handle)
+            temporary = f"{path}.{uuid.uuid4().hex}.part"
+            with open(temporary, "xb") as file:
+                mode = os.fstat(file.fileno()).st_mode  # as the umask has it; save_file would make it private
             save_file(tensors, temporary, metadata=header)
+            os.chmod(temporary, mode)
             with open(temporary, "rb+") as file:
                 os.fsync(file.fileno())
             os.replace(temporary, path)
@@ -121,7 +126,8 @@ class Plan:
             raise PlanFileError(f"cannot write plan {path}: {error}") from error
         finally:
             if temporary:
-                Path(temporary).unlink(missing_ok=True)
+                with contextlib.suppress(OSError):
+                    os.unlink(temporary)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Plan:
@@ -151,15 +157,17 @@ class Plan:
             per_site: list[dict[str, Tensor]] = [{} for _ in content["sites"]]
             for name, tensor in tensors.items():
                 index, _, key = name.partition(".")
+                if not index.isdecimal():
+                    raise KeyError(name)
                 per_site[int(index)][key] = tensor
             sites = [
                 SitePlan(**site | {"shapes": tuple(map(tuple, site["shapes"])), "tensors": own})
                 for site, own in zip(content["sites"], per_site, strict=True)
             ]
             return cls(tuple(sites), Config(**content["config"]))
-        except TardisError:
+        except PlanFileError:
             raise
-        except (KeyError, IndexError, ValueError, TypeError) as error:
+        except (KeyError, IndexError, ValueError, TypeError, AttributeError, TardisError) as error:
             raise PlanFileError(f"{path} is a damaged plan: {type(error).__name__}: {error}") from error
 
     def __str__(self) -> str:
@@ -183,7 +191,11 @@ def resolve(plan: Any) -> Plan:
     if not isinstance(plan, (str, Path)):
         raise ConfigError(f"plan must be a tardis_fx.Plan or the path of its file, not {type(plan).__name__}")
     path = Path(plan).absolute()
-    return _load(path, path.stat().st_mtime_ns if path.exists() else 0)
+    try:
+        written = path.stat().st_mtime_ns
+    except OSError as error:
+        raise PlanFileError(f"no plan file {path}: {error.strerror}") from error
+    return _load(path, written)
 
 
 @lru_cache(maxsize=1)

@@ -27,6 +27,7 @@ from tardis_fx import (
 )
 from tardis_fx.graph.site import SiteWeights
 from tardis_fx.passes.base import rewrite_named
+from tardis_fx.passes.pipeline import DECODE_TOKENS
 from tardis_fx.runtime.guard import GuardedGraph
 
 if TYPE_CHECKING:
@@ -181,11 +182,11 @@ def test_prefill_is_the_plans_unless_an_option_says_otherwise(model: nn.Sequenti
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("tokens", [16, 17])
+@pytest.mark.parametrize("tokens", [DECODE_TOKENS, DECODE_TOKENS + 1])
 def test_with_symbolic_sizes_the_number_of_tokens_still_decides(tokens: int, model: nn.Sequential, plan: Plan) -> None:
     fast = torch.compile(model, backend="tardis", options={"plan": plan, "inner": "eager", "prefill": "original"}, dynamic=True)
     x = inputs(tokens, 16)
-    torch.testing.assert_close(fast(x), model(x) if tokens > 16 else expected(model, plan, x))
+    torch.testing.assert_close(fast(x), model(x) if tokens > DECODE_TOKENS else expected(model, plan, x))
     torch.testing.assert_close(fast(FEW), expected(model, plan, FEW))
     torch.testing.assert_close(fast(MANY), model(MANY))
 

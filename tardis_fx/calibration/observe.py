@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -72,13 +72,17 @@ class Observation:
             raise CalibrationError(f"{training} is in training mode: call model.eval() first")
         if isinstance(batches, (Tensor, Mapping)):
             raise CalibrationError("batches must be an iterable of batches: wrap a single one in a list")
-        self._batches, self._progress = list(batches), progress
+        try:
+            self._batches, self._progress = list(batches), progress
+        except TypeError:
+            raise CalibrationError(f"batches must be an iterable of batches, not {type(batches).__name__}") from None
         if not self._batches:
             raise CalibrationError("no calibration batches")
         self.memo: dict[str, Any] = {}
         self._sites: dict[str, ObservedSite] = {}
         self._known: dict[tuple[int, ...], str] = {}
         self._observers: dict[str, SiteObserver] = {}
+        self._seen: set[str] = set()
         self._rewritten: dict[str, Callable[[Tensor], Tensor]] = {}
         self._capture = Capture(model, self._instrument)
         self._capture(self._batches[0])
@@ -90,7 +94,7 @@ class Observation:
         """All sites, refused ones included."""
         return list(self._sites.values())
 
-    def run(self, make: Callable[[ObservedSite], O], sites: Iterable[ObservedSite], what: str) -> dict[str, O]:
+    def run(self, make: Callable[[ObservedSite], O], sites: Sequence[ObservedSite], what: str) -> dict[str, O]:
         """Runs all batches once and returns one observer a site, by the site's fingerprint.
 
         Args:
@@ -101,22 +105,30 @@ class Observation:
         Raises:
             CalibrationError: a site's inputs are NaN or infinite, or it saw no token.
         """
+        named = {site.fingerprint: site.site.name for site in sites}
         observers = {site.fingerprint: make(site) for site in sites}
-        self._observers = dict(observers)
+        self._observers, self._seen = dict(observers), set()
         try:
             for batch in tqdm(self._batches, desc=what, unit="batch", disable=not self._progress, leave=False):
                 self._capture(batch)
         finally:
             self._observers = {}
+        if unseen := [name for identity, name in named.items() if identity not in self._seen]:
+            raise CalibrationError(f"no token of any batch reached {', '.join(unseen[:4])}")
         return observers
 
     def replace(self, site: ObservedSite, function: Callable[[Tensor], Tensor]) -> None:
         """From now on the site's output is ``function`` of its input, [..., d] to [..., d_out]."""
         self._rewritten[site.fingerprint] = function
 
+    def restore(self) -> None:
+        """Undoes every :meth:`replace`."""
+        self._rewritten = {}
+
     def _instrument(self, gm: fx.GraphModule, example_inputs: list[Tensor]) -> Callable[..., Any]:
         """Puts taps around every site; also the first batch's example inputs tell the sites' weights."""
         values = dict(zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True))
+        moved: dict[fx.Node, fx.Node] = {}  # outputs of sites, where one feeds the next
         for i, site in enumerate(find_sites(gm.graph)):
             if site.reason is not None or any(not isinstance(values.get(p), Tensor) for p in site.parameters):
                 self._admit(site, [values[p] for p in site.parameters if isinstance(values.get(p), Tensor)])
@@ -124,9 +136,11 @@ class Observation:
             gm.add_submodule(f"tardis_enter_{i}", _Enter(self, site))
             gm.add_submodule(f"tardis_leave_{i}", _Leave(self, site))
             with gm.graph.inserting_before(site.up.node):
-                entered = gm.graph.call_module(f"tardis_enter_{i}", (site.input, *site.parameters))
+                entering = moved.get(site.input, site.input)
+                entered = gm.graph.call_module(f"tardis_enter_{i}", (entering, *site.parameters))
             with gm.graph.inserting_after(site.output):
                 left = gm.graph.call_module(f"tardis_leave_{i}", (site.output, entered, *site.parameters))
+            moved[site.output] = left
             site.output.replace_all_uses_with(left, delete_user_cb=lambda user, left=left: user is not left)  # type: ignore[misc]
         gm.recompile()
         return gm.forward
@@ -150,6 +164,7 @@ class Observation:
             raise CalibrationError(
                 f"the inputs of {site.name} hold NaN or infinity: look at the batch or at the layers before it"
             )
+        self._seen.add(self._admit(site, parameters))
         observer.update(tokens)
 
     def rewritten(self, site: Site, parameters: list[Tensor]) -> Callable[[Tensor], Tensor] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import types
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, fx, nn
 from tardis_fx.errors import CalibrationError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
 
 
 def _call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -66,9 +67,6 @@ class Capture:
 def _arguments(batch: Tensor | Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(batch, Tensor):
         return (batch,), {}
-    try:
-        return (), {str(key): value for key, value in dict(batch).items()}
-    except (TypeError, ValueError):
-        raise CalibrationError(
-            f"a batch must be a tensor or a dict of keyword arguments, not {type(batch).__name__}"
-        ) from None
+    if isinstance(batch, Mapping):
+        return (), {str(key): value for key, value in batch.items()}
+    raise CalibrationError(f"a batch must be a tensor or a dict of keyword arguments, not {type(batch).__name__}")

@@ -58,13 +58,11 @@ def _run(region: Sequence[fx.Node], down: Projection, values: dict[fx.Node, Any]
     Views are left out, so that the values may have any shape.
     """
     for node in region:
-        first = values[node.all_input_nodes[0]]
-        if is_half(node):
-            values[node] = first[_half_index(node)]
-        elif call_name(node) in ELEMENTWISE:
+        if call_name(node) in ELEMENTWISE:
             values[node] = _call(node, lambda n: values[n] if n in values else _number(n))
         else:
-            values[node] = first
+            first = values[node.all_input_nodes[0]]
+            values[node] = first[_half_index(node)] if is_half(node) else first
     return values[down.input]  # type: ignore[no-any-return]
 
 

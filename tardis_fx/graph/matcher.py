@@ -66,7 +66,16 @@ def find_sites(graph: fx.Graph) -> list[Site]:
         if call_name(node) in ("add", "iadd"):  # the product inside a biased projection is no projection by itself
             for inner in node.all_input_nodes:
                 projections.pop(inner, None)
-    return named([site for down in projections.values() if (site := _site(down, projections))])
+    sites: list[Site] = []
+    ends: set[fx.Node] = set()
+    for down in projections.values():
+        if site := _site(down, projections):
+            if not ends.isdisjoint(site.inner):
+                site = site.refused("it shares a projection with the FFN before it")
+            elif site.reason is None:
+                ends.add(site.output)
+            sites.append(site)
+    return named(sites)
 
 
 def _site(down: Projection, projections: dict[fx.Node, Projection]) -> Site | None:

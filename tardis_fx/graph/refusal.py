@@ -30,27 +30,42 @@ def checked(site: Site) -> Site:
     for node in site.parameters:
         if not is_parameter(node):
             return site.refused(f"{node.name} is not a parameter of a module, or is computed in the graph")
-        if any(_writes(user, node) for user in node.users):
+        if _written(node):
             return site.refused(f"the graph writes to its weight {node.name}")
     entering, leaving = shape_of(site.input) or (), shape_of(site.output) or ()
     if len(entering) != len(leaving) > 2 and not all(isinstance(size, int) for size in leaving):
         return site.refused("its shape changes between the projections, and is symbolic")
-    if torch.is_grad_enabled() and any(_requires_grad(node) for node in (*site.parameters, site.output)):
+    if _grad_enabled(site.output.graph) and any(_requires_grad(node) for node in (*site.parameters, site.output)):
         return site.refused("it needs gradients: call the model under torch.no_grad() or torch.inference_mode()")
-    value = site.output.meta["example_value"]
-    if torch.is_autocast_enabled(value.device.type):
+    if _autocasts(site.output):
         return site.refused("it runs under autocast, which casts the weights at every call")
     return site
 
 
+def _grad_enabled(graph: fx.Graph) -> bool:
+    """Whether gradients are recorded around the graph, or switched on in it."""
+    switches = [node for node in graph.nodes if call_name(node) == "_set_grad_enabled"]
+    return torch.is_grad_enabled() or any(node.args[0] is True for node in switches)
+
+
+def _autocasts(output: fx.Node) -> bool:
+    inside = any(call_name(node) == "_enter_autocast" for node in output.graph.nodes)
+    return inside or torch.is_autocast_enabled(output.meta["example_value"].device.type)
+
+
+def _written(node: fx.Node) -> bool:
+    """Whether the graph writes to a weight, through whatever view: PyTorch counts writes, but not those of foreach."""
+    value = node.meta["example_value"]
+    if not value.is_inference() and value._version > 0:
+        return True
+    return any(_writes(user, node) for user in node.users)
+
+
 def _writes(user: fx.Node, node: fx.Node) -> bool:
-    in_place = str(getattr(user.target, "__name__", user.target)).endswith("_") or call_name(user) in (
-        "iadd",
-        "imul",
-        "isub",
-        "itruediv",
-    )
-    return in_place and bool(user.args) and user.args[0] is node
+    name = str(getattr(user.target, "__name__", user.target))
+    in_place = name.endswith("_") or call_name(user) in ("iadd", "imul", "isub", "itruediv")
+    first = user.args[0] if user.args else None
+    return in_place and (first is node or (isinstance(first, (list, tuple)) and node in first))
 
 
 def _requires_grad(node: fx.Node) -> bool:

@@ -48,8 +48,12 @@ def add_input(graph: fx.Graph, name: str, value: Tensor) -> fx.Node:
 
 
 def replace(
-    graph: fx.Graph, site: Site, forward: Callable[[Any, Mapping[str, Any]], Any], constants: Mapping[str, fx.Node]
-) -> None:
+    graph: fx.Graph,
+    site: Site,
+    x: fx.Node,
+    forward: Callable[[Any, Mapping[str, Any]], Any],
+    constants: Mapping[str, fx.Node],
+) -> fx.Node:
     """Puts ``forward(input, constants)`` in a site's place and removes the nodes that nothing reads any more.
 
     The new nodes stand where the site's first projection stood, so that they read the input as it was there even if
@@ -58,13 +62,17 @@ def replace(
     Args:
         graph: the graph.
         site: a site of it.
+        x: the site's input, or what has taken its place.
         forward: plain PyTorch; traced.
         constants: graph inputs by name.
+
+    Returns:
+        The node that has taken the place of the site's output.
     """
     tracer = fx.proxy.GraphAppendingTracer(graph)
     with graph.inserting_before(site.up.node):
         proxies = {name: fx.Proxy(node, tracer) for name, node in constants.items()}
-        result = forward(fx.Proxy(site.input, tracer), proxies).node
+        result = forward(fx.Proxy(x, tracer), proxies).node
         entering, leaving = shape_of(site.input), shape_of(site.output)
         if entering is not None and leaving is not None and len(entering) != len(leaving):
             shape = tuple(leaving) if len(leaving) > 2 else (-1, leaving[-1])
@@ -75,3 +83,4 @@ def replace(
     for node in sorted({*site.inner, site.output}, key=lambda n: -order[n]):
         if not node.users:
             graph.erase_node(node)
+    return result

@@ -87,6 +87,8 @@ def test_the_gate_is_the_projection_that_the_activation_sees() -> None:
 
 
 def test_symbolic_sizes_change_nothing() -> None:
+    # BUG: with symbolic sizes Dynamo writes the constants of a spelt activation as nodes, often the first argument of
+    # a product; the region is then run with the wrong value as each node's input, and no activation recognised.
     captured = capture(models.gpt2(), models.tokens(2, 5), dynamic=True, use_cache=False)
     assert any(isinstance(size, torch.SymInt) for size in captured.sites[0].input.meta["example_value"].shape)
     assert [(s.name, s.kind, s.activation, s.reason) for s in captured.sites] == [
@@ -138,7 +140,6 @@ REFUSED: dict[str, tuple[Callable[[Model, Tensor], Any], str]] = {
     ),
     "the weight is computed": (lambda m, x: F.linear(F.gelu(F.linear(x, m.up.weight * 2)), m.down.weight), "computed in the graph"),
     "the weight is normalised": (lambda m, x: F.linear(F.gelu(m.up(x)), F.normalize(m.down.weight)), "computed in the graph"),
-    "the weight is an input": (lambda m, x: F.gelu(F.linear(x, x.repeat(4, 1))) @ x.repeat(4, 1), "not a parameter"),
     "the activation is unknown": (lambda m, x: m.down(torch.sin(m.up(x))), "not in the registry"),
     "the activation is scaled by neuron": (lambda m, x: m.down(F.gelu(m.up(x)) * m.scale), "is no activation function"),
     "the activation is bounded by neuron": (lambda m, x: m.down(torch.maximum(m.up(x), m.scale)), "is no activation function"),
@@ -154,6 +155,15 @@ def test_a_site_that_no_rewrite_may_touch_is_listed_with_the_reason(case: str) -
     (site,) = sites_of(Model(forward), X)
     assert site.reason is not None
     assert reason in site.reason
+
+
+def test_a_site_whose_weights_are_inputs_of_the_model_is_refused() -> None:
+    def forward(x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
+        return F.linear(F.gelu(F.linear(x, w1)), w2)
+
+    (site,) = capture(forward, X, torch.ones(32, 8), torch.ones(8, 32)).sites
+    assert site.reason is not None
+    assert "not a parameter" in site.reason
 
 
 def test_a_site_that_needs_gradients_is_refused() -> None:

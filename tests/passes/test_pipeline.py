@@ -18,6 +18,7 @@ from tardis_fx.passes import pipeline
 from tardis_fx.plan import SitePlan
 
 CLASSES = list(range(0, 20)), list(range(20, 26))  # of 32 neurons
+LIMIT = pipeline.DECODE_TOKENS
 O = oracle(16, 32, 4, d_out=16)
 PLAN = Plan((O.plan(*CLASSES),), config())
 
@@ -74,9 +75,9 @@ def test_what_no_site_covers_is_left_as_it_was() -> None:
     assert len(names) == 2 + 2  # norm and sum; fold and correction
 
 
-@pytest.mark.parametrize(("tokens", "rewritten"), [(1, True), (8, True), (9, False), (40, False)])
+@pytest.mark.parametrize(("tokens", "rewritten"), [(1, True), (LIMIT, True), (LIMIT + 1, False), (40, False)])
 @torch.no_grad()
-def test_prefill_original_keeps_the_ffns_of_more_than_8_tokens(tokens: int, rewritten: bool) -> None:
+def test_prefill_original_keeps_the_ffns_of_many_tokens(tokens: int, rewritten: bool) -> None:
     gm, given_inputs, _ = capture(O.model(), inputs(tokens, 16))
     result = pipeline.apply(gm, given_inputs, PLAN, "original")
     assert result.modified == rewritten
@@ -86,7 +87,7 @@ def test_prefill_original_keeps_the_ffns_of_more_than_8_tokens(tokens: int, rewr
 
 
 def test_batch_dimensions_count_as_tokens() -> None:
-    for shape, rewritten in [((2, 4), True), ((2, 5), False), ((2, 2, 2), True), ((9, 1), False)]:
+    for shape, rewritten in [((2, LIMIT // 2), True), ((3, LIMIT // 2), False), ((2, 2, LIMIT // 4), True), ((LIMIT + 1, 1), False)]:
         gm, given_inputs, _ = capture(O.model(), inputs(*shape, 16), dynamic=False)
         with torch.no_grad():
             assert pipeline.apply(gm, given_inputs, PLAN, "original").modified == rewritten

@@ -1,0 +1,143 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tardis_fx.calibration.predictor import Predictor, quantise
+from tardis_fx.runtime.packing import group_count, packed_bytes, unpack
+from tardis_fx.runtime.reference import estimate
+
+widths = st.sampled_from([2, 3, 4, 8])
+columns = st.sampled_from([3, 16, 64, 65, 100, 128])
+seeds = st.integers(0, 2**16)
+
+
+def drawn(d: int, seed: int, rows: int = 24) -> tuple[Tensor, Tensor]:
+    """W1 [rows, d] and inputs [512, d] of which a few directions hold most."""
+    g = torch.Generator().manual_seed(seed)
+    strong = torch.randn(512, max(1, d // 4), generator=g) @ torch.randn(max(1, d // 4), d, generator=g)
+    return torch.randn(rows, d, generator=g) / d**0.5, strong + 0.3 * torch.randn(512, d, generator=g)
+
+
+def error(predictor: Predictor, w1: Tensor, x: Tensor) -> float:
+    """Of the estimates, relative."""
+    return float((predictor(x) - x @ w1.T).norm() / (x @ w1.T).norm())
+
+
+def dequantised(predictor: Predictor, d: int) -> Tensor:
+    """Weights from codes, scales and zero points, spelt out."""
+    group = torch.arange(d) // 64
+    codes = unpack(predictor.codes, predictor.bits, d).float()
+    return predictor.scale.float()[:, group] * (codes - predictor.zero.float()[:, group])
+
+
+@given(widths, columns, seeds)
+def test_the_estimate_is_the_product_with_the_dequantised_weights(bits: int, d: int, seed: int) -> None:
+    w1, x = drawn(d, seed)
+    predictor = quantise(w1, x.T @ x, bits)
+    torch.testing.assert_close(predictor(x), x @ dequantised(predictor, d).T, rtol=1e-4, atol=1e-4)
+    reference = estimate(x, predictor.codes, predictor.scale, predictor.zero, bits)
+    torch.testing.assert_close(predictor(x), reference, rtol=1e-4, atol=1e-4)
+
+
+@given(widths, columns, seeds)
+def test_codes_scales_and_zero_points_are_stored_as_the_kernels_read_them(bits: int, d: int, seed: int) -> None:
+    w1, x = drawn(d, seed)
+    predictor = quantise(w1, x.T @ x, bits)
+    assert (predictor.codes.dtype, predictor.codes.shape) == (torch.uint8, (24, packed_bytes(d, bits)))
+    assert (predictor.scale.dtype, predictor.scale.shape) == (torch.float16, (24, group_count(d)))
+    assert (predictor.zero.dtype, predictor.zero.shape) == (torch.uint8, (24, group_count(d)))
+    assert int(predictor.zero.max()) < 2**bits
+
+
+@given(st.sampled_from([2, 3, 4]), st.sampled_from([16, 64, 100]), seeds)
+def test_on_correlated_inputs_gptq_errs_less_than_rounding_to_nearest(bits: int, d: int, seed: int) -> None:
+    w1, x = drawn(d, seed)
+    rounded = quantise(w1, torch.eye(d), bits)  # no correlation to make use of
+    assert error(quantise(w1, x.T @ x, bits), w1, x) < 0.9 * error(rounded, w1, x)
+
+
+@given(widths, columns, seeds)
+def test_on_uncorrelated_inputs_gptq_is_rounding_to_nearest(bits: int, d: int, seed: int) -> None:
+    w1, _ = drawn(d, seed)
+    predictor = quantise(w1, torch.eye(d), bits)
+    group = torch.arange(d) // 64
+    scale, zero = predictor.scale.float()[:, group], predictor.zero.float()[:, group]
+    nearest = (w1 / scale + zero).round().clamp(0, 2**bits - 1)
+    difference = (unpack(predictor.codes, bits, d).float() - nearest).abs()
+    assert difference.max() <= 1
+    assert (difference != 0).float().mean() < 0.01  # ties, to rounding
+
+
+@given(columns, seeds)
+def test_more_bits_err_less(d: int, seed: int) -> None:
+    w1, x = drawn(d, seed)
+    errors = [error(quantise(w1, x.T @ x, bits), w1, x) for bits in (2, 3, 4, 8)]
+    assert errors == sorted(errors, reverse=True)
+
+
+@given(columns, seeds)
+def test_8_bits_are_nearly_exact(d: int, seed: int) -> None:
+    w1, x = drawn(d, seed)
+    assert error(quantise(w1, x.T @ x, 8), w1, x) < 0.01
+
+
+@given(widths, st.integers(0, 2**16))
+def test_weights_that_the_codes_can_hold_are_held_exactly(bits: int, seed: int) -> None:
+    g = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 2**bits, (24, 64), generator=g)
+    codes[:, 0], codes[:, 1] = 0, 2**bits - 1  # the whole range
+    zero = torch.randint(0, 2**bits, (24, 1), generator=g)
+    w1 = (codes - zero) * 2.0**-5
+    x = torch.randn(100, 64, generator=g)
+    assert torch.equal(dequantised(quantise(w1, x.T @ x, bits), 64), w1)
+
+
+@given(widths, seeds)
+def test_columns_that_no_input_ever_uses_do_no_harm(bits: int, seed: int) -> None:
+    w1, x = drawn(70, seed)
+    used = torch.arange(70) % 3 != 0
+    x = torch.where(used, x, 0)
+    predictor = quantise(w1, x.T @ x, bits)
+    weight = dequantised(predictor, 70)
+    assert torch.isfinite(weight).all()
+    scale = predictor.scale.float()[:, torch.arange(70) // 64]
+    inside = (w1 / scale + predictor.zero.float()[:, torch.arange(70) // 64]).clamp(0, 2**bits - 1) * scale
+    zero_point = predictor.zero.float()[:, torch.arange(70) // 64] * scale
+    dead_error = (weight - (inside - zero_point))[:, ~used].abs()
+    assert torch.all(dead_error <= 0.51 * scale[:, ~used] + 1e-6), "a dead column is rounded to nearest"
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_inputs_that_are_all_zero_do_no_harm(bits: int) -> None:
+    w1, _ = drawn(70, 0)
+    assert torch.isfinite(dequantised(quantise(w1, torch.zeros(70, 70), bits), 70)).all()
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("value", [0.0, 0.75, -0.75, 0.05, -20.0])
+def test_rows_of_one_value_are_exact_to_the_rounding_of_their_scale(bits: int, value: float) -> None:
+    w1, x = drawn(70, 0)
+    w1[3], w1[4, :64] = value, value
+    weight = dequantised(quantise(w1, x.T @ x, bits), 70)
+    torch.testing.assert_close(weight[3], w1[3], rtol=2**-10, atol=0)
+    torch.testing.assert_close(weight[4, :64], w1[4, :64], rtol=2**-10, atol=0)
+
+
+def test_weights_below_half_precision_are_zero_and_not_nan() -> None:
+    w1, x = drawn(64, 0)
+    weight = dequantised(quantise(w1 * 1e-9, x.T @ x, 2), 64)
+    assert not weight.any()
+
+
+@given(columns, seeds)
+def test_quantising_leaves_its_inputs_alone(d: int, seed: int) -> None:
+    w1, x = drawn(d, seed)
+    gram = x.T @ x
+    before = w1.clone(), gram.clone()
+    quantise(w1, gram, 2)
+    assert torch.equal(w1, before[0])
+    assert torch.equal(gram, before[1])
