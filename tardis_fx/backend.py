@@ -71,10 +71,9 @@ def _inner(name: str, mode: str | None) -> Callable[..., Any]:
         raise ConfigError(f"no such inner backend or mode: {name!r}, {mode!r} ({error})") from error
 
 
-def _surfaced(error: TardisError) -> Exception:
+def _surfaced(error: TardisError) -> TardisError:
     """The same error in a form that Dynamo raises as it is, not wrapped in BackendCompilerFailed."""
     kind = type(error)
-    surfaced = type(
-        kind.__name__, (kind, ShortenTraceback), {"__module__": kind.__module__, "__str__": lambda self: str(error)}
-    )
-    return surfaced(str(error), first_useful_frame=None)  # type: ignore[no-any-return]
+    names = {"__module__": kind.__module__, "__init__": Exception.__init__, "first_useful_frame": None}
+    surfaced: type[TardisError] = type(kind.__name__, (kind, ShortenTraceback), names)
+    return surfaced(str(error))

@@ -37,7 +37,9 @@ if TYPE_CHECKING:
 FEW, MANY = inputs(4, 16, seed=7), inputs(40, 16, seed=8)
 
 
-def compiled(model: nn.Module, plan: Any, *, inner: str = "eager", fullgraph: bool = True, **options: Any) -> Callable[..., Any]:
+def compiled(
+    model: nn.Module, plan: Any, *, inner: str = "eager", fullgraph: bool = True, **options: Any
+) -> Callable[..., Any]:
     """The model on the tardis backend."""
     return torch.compile(model, backend="tardis", options={"plan": plan, "inner": inner} | options, fullgraph=fullgraph)
 
@@ -184,7 +186,9 @@ def test_prefill_is_the_plans_unless_an_option_says_otherwise(model: nn.Sequenti
 @torch.no_grad()
 @pytest.mark.parametrize("tokens", [DECODE_TOKENS, DECODE_TOKENS + 1])
 def test_with_symbolic_sizes_the_number_of_tokens_still_decides(tokens: int, model: nn.Sequential, plan: Plan) -> None:
-    fast = torch.compile(model, backend="tardis", options={"plan": plan, "inner": "eager", "prefill": "original"}, dynamic=True)
+    fast = torch.compile(
+        model, backend="tardis", options={"plan": plan, "inner": "eager", "prefill": "original"}, dynamic=True
+    )
     x = inputs(tokens, 16)
     torch.testing.assert_close(fast(x), model(x) if tokens > DECODE_TOKENS else expected(model, plan, x))
     torch.testing.assert_close(fast(FEW), expected(model, plan, FEW))
@@ -206,7 +210,9 @@ def generated(model: Any, prompt: Tensor, steps: int) -> Tensor:
     logits = [model(prompt, past_key_values=cache, use_cache=True).logits]
     for i in range(steps):
         position = torch.tensor([[prompt.shape[1] + i]])
-        logits.append(model(logits[-1][:, -1:].argmax(-1), past_key_values=cache, use_cache=True, position_ids=position).logits)
+        logits.append(
+            model(logits[-1][:, -1:].argmax(-1), past_key_values=cache, use_cache=True, position_ids=position).logits
+        )
     return torch.cat(logits, 1)
 
 
@@ -381,7 +387,9 @@ def raises(kind: type[TardisError], cause: str, run: Callable[[], Any]) -> None:
     ],
     ids=str,
 )
-def test_a_wrong_option_is_a_config_error_that_names_it(options: dict[str, Any], cause: str, model: nn.Sequential, plan: Plan) -> None:
+def test_a_wrong_option_is_a_config_error_that_names_it(
+    options: dict[str, Any], cause: str, model: nn.Sequential, plan: Plan
+) -> None:
     raises(ConfigError, cause, lambda: compiled(model, **({"plan": plan} | options))(FEW))
 
 

@@ -37,14 +37,18 @@ def test_batches_may_be_any_iterable_of_tensors_or_dicts() -> None:
     plan = calibrate(model, batches(), config=config())
     assert same(calibrate(model, (batch for batch in batches()), config=config()), plan)
     assert same(calibrate(model, tuple({"input": batch} for batch in batches()), config=config()), plan)
-    assert same(calibrate(model, torch.utils.data.DataLoader(torch.cat(batches()), batch_size=256), config=config()), plan)  # type: ignore[arg-type]
+    assert same(
+        calibrate(model, torch.utils.data.DataLoader(torch.cat(batches()), batch_size=256), config=config()), plan
+    )  # type: ignore[arg-type]
 
 
 def test_a_models_own_batches_of_keyword_arguments_are_understood() -> None:
     gpt2, tokens = models.gpt2(), [models.tokens(4, 16, seed=i) for i in range(2)]
     plan = calibrate(gpt2, tokens, config=config())
     mask = torch.ones(4, 16, dtype=torch.long)
-    by_name = calibrate(gpt2, [{"input_ids": t, "attention_mask": mask, "use_cache": False} for t in tokens], config=config())
+    by_name = calibrate(
+        gpt2, [{"input_ids": t, "attention_mask": mask, "use_cache": False} for t in tokens], config=config()
+    )
     assert [site.fingerprint for site in by_name.sites] == [site.fingerprint for site in plan.sites]
     assert [site.name for site in plan.sites] == ["transformer.h.0.mlp", "transformer.h.1.mlp"]
 
@@ -130,7 +134,10 @@ def test_calibration_leaves_the_model_as_it_was() -> None:
 
     def state() -> list[object]:
         parameters = [(name, p.data_ptr(), p._version, p.requires_grad, p.grad) for name, p in model.named_parameters()]
-        modules = [(name, type(m), m.training, len(m._forward_hooks), len(m._forward_pre_hooks)) for name, m in model.named_modules()]
+        modules = [
+            (name, type(m), m.training, len(m._forward_hooks), len(m._forward_pre_hooks))
+            for name, m in model.named_modules()
+        ]
         return [*parameters, *modules]
 
     before, output, grad = state(), model(x), torch.is_grad_enabled()
@@ -301,7 +308,9 @@ def test_an_unknown_method_lists_the_registered_ones_before_the_model_runs() -> 
 
 
 def test_a_batch_on_another_device_names_both() -> None:
-    refused("the batch is on meta, the model on cpu", lambda: calibrate(ffn(), [batches()[0].to("meta")], config=config()))
+    refused(
+        "the batch is on meta, the model on cpu", lambda: calibrate(ffn(), [batches()[0].to("meta")], config=config())
+    )
     refused("on meta", lambda: calibrate(ffn(), [{"input": batches()[0].to("meta")}], config=config()))
 
 

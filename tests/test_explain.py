@@ -88,7 +88,9 @@ def test_a_gated_model_is_listed_and_refused() -> None:
     model = models.llama()
     plan = Plan((), config())
     report = explain(model, plan, models.tokens(2, 5))
-    assert [(s.name, s.kind, s.status) for s in report.sites] == [(f"model.layers.{i}.mlp", "gated", "refused") for i in range(2)]
+    assert [(s.name, s.kind, s.status) for s in report.sites] == [
+        (f"model.layers.{i}.mlp", "gated", "refused") for i in range(2)
+    ]
     assert all(site.dense_bytes == 3 * 32 * 96 * 4 for site in report.sites)
 
 
@@ -208,7 +210,11 @@ def test_plan_and_example_come_in_several_forms(tmp_path: Path) -> None:
     plan.save(path)
     report = explain(model, plan, tokens)
     assert len(report.sites) == 2
-    for form, example in [(path, tokens), (str(path), {"input_ids": tokens}), (plan, {"input_ids": tokens, "use_cache": False})]:
+    for form, example in [
+        (path, tokens),
+        (str(path), {"input_ids": tokens}),
+        (plan, {"input_ids": tokens, "use_cache": False}),
+    ]:
         assert explain(model, form, example) == report
 
 

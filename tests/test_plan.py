@@ -24,7 +24,17 @@ from tardis_fx.plan import VERSION, SitePlan, resolve
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.uint8, torch.int8, torch.int32, torch.int64, torch.bool]
+DTYPES = [
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.float64,
+    torch.uint8,
+    torch.int8,
+    torch.int32,
+    torch.int64,
+    torch.bool,
+]
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.floats(allow_nan=False) | st.text(),
@@ -169,7 +179,7 @@ def test_plans_can_be_compared_and_hashed(plan: Plan, saved: Path) -> None:
     loaded = Plan.load(saved)
     assert isinstance(plan == loaded, bool)
     assert isinstance(plan.sites[0] == loaded.sites[0], bool)
-    assert plan == plan  # noqa: PLR0124
+    assert plan == plan
     assert len({plan, loaded}) in (1, 2)
 
 
@@ -224,7 +234,9 @@ def test_a_failed_write_leaves_what_was_there(
     assert not old or path.read_bytes() == b"what was there"
 
 
-def test_the_file_is_flushed_before_it_gets_its_name(plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_file_is_flushed_before_it_gets_its_name(
+    plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     calls: list[str] = []
     fsync, replace = os.fsync, os.replace
     monkeypatch.setattr("tardis_fx.plan.os.fsync", lambda handle: (calls.append("fsync"), fsync(handle)))
@@ -323,7 +335,9 @@ def test_a_folder_is_no_plan(tmp_path: Path) -> None:
     fails(tmp_path)
 
 
-@pytest.mark.parametrize("content", [b"", b"\0", b"PK\3\4" * 100, b"{}", b"\xff" * 1000, struct.pack("<Q", 2) + b"[]"], ids=repr)
+@pytest.mark.parametrize(
+    "content", [b"", b"\0", b"PK\3\4" * 100, b"{}", b"\xff" * 1000, struct.pack("<Q", 2) + b"[]"], ids=repr
+)
 def test_another_kind_of_file_is_no_plan(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "other"
     path.write_bytes(content)
@@ -338,7 +352,11 @@ def test_a_foreign_safetensors_file_is_no_plan(metadata: dict[str, str] | None, 
 
 
 def test_a_newer_version_says_to_upgrade(saved: Path) -> None:
-    fails(with_header(saved, lambda h: h["__metadata__"].update(version=str(VERSION + 1))), f"version {VERSION + 1}", "upgrade")
+    fails(
+        with_header(saved, lambda h: h["__metadata__"].update(version=str(VERSION + 1))),
+        f"version {VERSION + 1}",
+        "upgrade",
+    )
 
 
 DAMAGE: dict[str, Callable[[Path], Path]] = {

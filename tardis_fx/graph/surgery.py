@@ -72,7 +72,7 @@ def replace(
     tracer = fx.proxy.GraphAppendingTracer(graph)
     with graph.inserting_before(site.up.node):
         proxies = {name: fx.Proxy(node, tracer) for name, node in constants.items()}
-        result = forward(fx.Proxy(x, tracer), proxies).node
+        result: fx.Node = forward(fx.Proxy(x, tracer), proxies).node
         entering, leaving = shape_of(site.input), shape_of(site.output)
         if entering is not None and leaving is not None and len(entering) != len(leaving):
             shape = tuple(leaving) if len(leaving) > 2 else (-1, leaving[-1])

@@ -23,7 +23,9 @@ class Captured(NamedTuple):
     sites: list[Site]
 
 
-def capture(model: Callable[..., Any], *args: Any, dynamic: bool | None = None, grad: bool = False, **kwargs: Any) -> Captured:
+def capture(
+    model: Callable[..., Any], *args: Any, dynamic: bool | None = None, grad: bool = False, **kwargs: Any
+) -> Captured:
     """Runs a model through Dynamo, which must make one graph of it."""
     graphs: list[Captured] = []
 
@@ -38,6 +40,8 @@ def capture(model: Callable[..., Any], *args: Any, dynamic: bool | None = None, 
     return captured
 
 
-def sites_of(model: nn.Module, *args: Any, dynamic: bool | None = None, grad: bool = False, **kwargs: Any) -> list[Site]:
+def sites_of(
+    model: nn.Module, *args: Any, dynamic: bool | None = None, grad: bool = False, **kwargs: Any
+) -> list[Site]:
     """The sites of a model, refused ones included."""
     return capture(model, *args, dynamic=dynamic, grad=grad, **kwargs).sites

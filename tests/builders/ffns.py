@@ -105,7 +105,9 @@ class Oracle:
     @property
     def z(self) -> Tensor:
         """True pre-activations, [..., h]."""
-        return F.linear(self.x.float(), self.weights.w1.float(), None if self.weights.b1 is None else self.weights.b1.float())
+        return F.linear(
+            self.x.float(), self.weights.w1.float(), None if self.weights.b1 is None else self.weights.b1.float()
+        )
 
     @property
     def outlier(self) -> Tensor:
@@ -117,11 +119,17 @@ class Oracle:
         """The same in another dtype: exact, for 8 significant bits hold every weight."""
         w = self.weights
         weights = SiteWeights(*(None if t is None else t.to(dtype) for t in (w.w1, w.b1, w.w2, w.b2)))  # type: ignore[arg-type]
-        return Oracle(weights, self.x.to(dtype), self.activation, self.codes, self.lower, self.upper, self.slope, self.intercept)
+        return Oracle(
+            weights, self.x.to(dtype), self.activation, self.codes, self.lower, self.upper, self.slope, self.intercept
+        )
 
     def plan(self, guarded: Sequence[int], exact: Sequence[int]) -> SitePlan:
         """The plan that guards some neurons and always computes others; the fold takes each neuron's surrogate."""
-        w, listed, rows = self.weights, torch.tensor([*guarded, *exact], dtype=torch.int32), torch.tensor(guarded, dtype=torch.long)
+        w, listed, rows = (
+            self.weights,
+            torch.tensor([*guarded, *exact], dtype=torch.int32),
+            torch.tensor(guarded, dtype=torch.long),
+        )
         slope, b1 = self.slope.double(), 0 if w.b1 is None else w.b1.double()
         folded_bias = w.w2.double() @ (slope * b1 + self.intercept) + (0 if w.b2 is None else w.b2.double())
         tensors = {
@@ -172,7 +180,14 @@ SCALE, ZERO, LARGEST = 2.0**-4, 128, 31
 
 
 def oracle(
-    d: int, hidden: int, tokens: int, activation: str = "gelu", *, d_out: int | None = None, bias: bool = True, seed: int = 0
+    d: int,
+    hidden: int,
+    tokens: int,
+    activation: str = "gelu",
+    *,
+    d_out: int | None = None,
+    bias: bool = True,
+    seed: int = 0,
 ) -> Oracle:
     """An oracle with random weights, inputs and ranges.
 
@@ -196,7 +211,9 @@ def oracle(
     x = whole(-4, 4, tokens, d)
     spread = (x @ w1.T).std(unbiased=False).clamp(min=1).item() if tokens else 8.0
     ends = torch.randn(2, hidden, generator=g).mul(spread).div(SCALE).floor().add(0.5).mul(SCALE).sort(0).values
-    weights = SiteWeights(w1, whole(-16, 16, hidden) * SCALE if bias else None, w2, whole(-16, 16, len(w2)) * SCALE if bias else None)
+    weights = SiteWeights(
+        w1, whole(-16, 16, hidden) * SCALE if bias else None, w2, whole(-16, 16, len(w2)) * SCALE if bias else None
+    )
     slope, intercept = torch.rand(hidden, generator=g), torch.randn(hidden, generator=g) / 4
     return Oracle(weights, x, activation, codes, ends[0], ends[1], slope, intercept)
 

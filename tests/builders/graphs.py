@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from hypothesis import strategies as st
-from torch import Tensor, fx
+from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
@@ -43,10 +43,18 @@ class Graph:
 
     def call(self, target: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> fx.Node:
         """Calls a function, or a method by its name."""
-        node = self.graph.call_method(target, args, kwargs) if isinstance(target, str) else self.graph.call_function(target, args, kwargs)
+        node = (
+            self.graph.call_method(target, args, kwargs)
+            if isinstance(target, str)
+            else self.graph.call_function(target, args, kwargs)
+        )
         values, named = fx.node.map_arg((args, kwargs), lambda n: n.meta["example_value"])
         with self._mode:
-            node.meta["example_value"] = getattr(values[0], target)(*values[1:], **named) if isinstance(target, str) else target(*values, **named)
+            node.meta["example_value"] = (
+                getattr(values[0], target)(*values[1:], **named)
+                if isinstance(target, str)
+                else target(*values, **named)
+            )
         return node
 
 
@@ -129,7 +137,9 @@ class _Linear(NamedTuple):
 def _linear(g: Graph, x: fx.Node, columns: int, draw: st.DrawFn) -> _Linear:
     """A projection of [..., in] in one of the accepted forms."""
     *batch, rows = x.meta["example_value"].shape
-    form = draw(st.sampled_from(["linear", "linear, no bias", "matmul", "matmul, biased", "matmul, transposed", "addmm"]))
+    form = draw(
+        st.sampled_from(["linear", "linear, no bias", "matmul", "matmul, biased", "matmul, transposed", "addmm"])
+    )
     if form == "addmm":
         flat = g.call("view", x, -1, rows)
         product = g.call(torch.addmm, g.parameter(columns), flat, g.parameter(rows, columns))

@@ -11,7 +11,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 VOCABULARY = 64
-_SHAPE = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 64}
+_SHAPE = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 64,
+}
 _GATED = _SHAPE | {"intermediate_size": 96}
 
 
@@ -30,7 +36,9 @@ def opt() -> hf.PreTrainedModel:
 
 def gpt_neox() -> hf.PreTrainedModel:
     """Attention and FFN side by side, both on the block's input."""
-    return _made(lambda: hf.GPTNeoXForCausalLM(hf.GPTNeoXConfig(**_SHAPE, intermediate_size=128, use_parallel_residual=True)))
+    return _made(
+        lambda: hf.GPTNeoXForCausalLM(hf.GPTNeoXConfig(**_SHAPE, intermediate_size=128, use_parallel_residual=True))
+    )
 
 
 def falcon() -> hf.PreTrainedModel:

@@ -24,7 +24,11 @@ def moments_of(*parts: Tensor) -> Moments:
 def site(seed: int, tokens: int = 300, d: int = 8, hidden: int = 5) -> tuple[Tensor, Tensor, Tensor]:
     """Inputs with a mean, W1, b1."""
     g = torch.Generator().manual_seed(seed)
-    return torch.randn(tokens, d, generator=g) + 1, torch.randn(hidden, d, generator=g) / 3, torch.randn(hidden, generator=g)
+    return (
+        torch.randn(tokens, d, generator=g) + 1,
+        torch.randn(hidden, d, generator=g) / 3,
+        torch.randn(hidden, generator=g),
+    )
 
 
 def direct(bins: Tensor, z: Tensor, a: Tensor) -> Sums:

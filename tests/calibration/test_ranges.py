@@ -65,7 +65,10 @@ def test_every_neuron_takes_the_cheapest_of_the_three_classes_and_of_all_ranges(
     ranges = site.ranges.at(price)
     runs = [[i <= b < j for b in range(BINS)] for i, j in itertools.combinations_with_replacement(range(BINS + 1), 2)]
     for n in range(len(site.norm)):
-        folded, exact = site.cost(n, price, [True] * BINS, guarded=False), site.cost(n, price, [False] * BINS, guarded=False)
+        folded, exact = (
+            site.cost(n, price, [True] * BINS, guarded=False),
+            site.cost(n, price, [False] * BINS, guarded=False),
+        )
         guarded = min(site.cost(n, price, run, guarded=True) for run in runs)
         hot = ranges.hot[:, n].tolist()
         taken = site.cost(n, price, hot, guarded=bool(ranges.guarded[n]))

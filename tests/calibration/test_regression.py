@@ -16,7 +16,12 @@ def drawn(seed: int, tokens: int = 400) -> tuple[Tensor, Tensor, Tensor, Tensor]
     """Inputs with a mean, a planted weight [d, d_out] and bias, and noise."""
     g = torch.Generator().manual_seed(seed)
     x = torch.randn(tokens, D, generator=g) * torch.linspace(0.5, 2, D) + 1
-    return x, torch.randn(D, D_OUT, generator=g), torch.randn(D_OUT, generator=g), torch.randn(tokens, D_OUT, generator=g)
+    return (
+        x,
+        torch.randn(D, D_OUT, generator=g),
+        torch.randn(D_OUT, generator=g),
+        torch.randn(tokens, D_OUT, generator=g),
+    )
 
 
 def held_back(parts: list[Tensor]) -> Tensor:

@@ -51,7 +51,9 @@ class Model(nn.Module):
         pytest.param(models.bert, "encoder.layer.{}", "gelu", id="bert"),
     ],
 )
-def test_every_ffn_of_a_transformers_model_is_one_plain_site(make: Callable[[], PreTrainedModel], names: str, activation: str) -> None:
+def test_every_ffn_of_a_transformers_model_is_one_plain_site(
+    make: Callable[[], PreTrainedModel], names: str, activation: str
+) -> None:
     model = make()
     sites = sites_of(model, models.tokens(2, 5))
     found = [(site.name, site.kind, site.activation, site.reason) for site in sites]
@@ -68,7 +70,9 @@ def test_every_ffn_of_a_transformers_model_is_one_plain_site(make: Callable[[], 
         pytest.param(models.phi3, "silu", id="phi3, fused"),
     ],
 )
-def test_every_ffn_of_a_gated_transformers_model_is_one_gated_site(make: Callable[[], PreTrainedModel], activation: str) -> None:
+def test_every_ffn_of_a_gated_transformers_model_is_one_gated_site(
+    make: Callable[[], PreTrainedModel], activation: str
+) -> None:
     sites = sites_of(make(), models.tokens(2, 5))
     assert [(s.name, s.kind, s.activation, s.reason) for s in sites] == [
         (f"model.layers.{i}.mlp", "gated", activation, None) for i in range(2)
@@ -132,20 +136,35 @@ def test_48_layers_match_in_under_a_second() -> None:
 # ---- Refusals
 
 REFUSED: dict[str, tuple[Callable[[Model, Tensor], Any], str]] = {
-    "the pre-activation is used elsewhere": (lambda m, x: (m.down(F.gelu(h := m.up(x))), h.sum()), "intermediate value"),
+    "the pre-activation is used elsewhere": (
+        lambda m, x: (m.down(F.gelu(h := m.up(x))), h.sum()),
+        "intermediate value",
+    ),
     "the activation is used elsewhere": (lambda m, x: (m.down(a := F.gelu(m.up(x))), a), "intermediate value"),
     "a factor of a spelt activation is used elsewhere": (
         lambda m, x: (m.down((h := m.up(x)) * (s := torch.sigmoid(h))), s.mean()),
         "intermediate value",
     ),
-    "the weight is computed": (lambda m, x: F.linear(F.gelu(F.linear(x, m.up.weight * 2)), m.down.weight), "computed in the graph"),
-    "the weight is normalised": (lambda m, x: F.linear(F.gelu(m.up(x)), F.normalize(m.down.weight)), "computed in the graph"),
+    "the weight is computed": (
+        lambda m, x: F.linear(F.gelu(F.linear(x, m.up.weight * 2)), m.down.weight),
+        "computed in the graph",
+    ),
+    "the weight is normalised": (
+        lambda m, x: F.linear(F.gelu(m.up(x)), F.normalize(m.down.weight)),
+        "computed in the graph",
+    ),
     "the activation is unknown": (lambda m, x: m.down(torch.sin(m.up(x))), "not in the registry"),
     "the activation is scaled by neuron": (lambda m, x: m.down(F.gelu(m.up(x)) * m.scale), "is no activation function"),
-    "the activation is bounded by neuron": (lambda m, x: m.down(torch.maximum(m.up(x), m.scale)), "is no activation function"),
+    "the activation is bounded by neuron": (
+        lambda m, x: m.down(torch.maximum(m.up(x), m.scale)),
+        "is no activation function",
+    ),
     "dropout drops": (lambda m, x: m.down(F.dropout(F.gelu(m.up(x)), 0.5, training=True)), "training mode"),
     "the hidden size is not larger": (lambda m, x: m.square(F.gelu(m.square(x))), "hidden size"),
-    "gate and up projection differ in their input": (lambda m, x: m.down(F.silu(m.up(x)) * m.wide(x + 1)), "different inputs"),
+    "gate and up projection differ in their input": (
+        lambda m, x: m.down(F.silu(m.up(x)) * m.wide(x + 1)),
+        "different inputs",
+    ),
 }
 
 

@@ -83,7 +83,9 @@ def test_the_inner_nodes_are_what_only_the_output_needs(drawn: Drawn) -> None:
             assert {user for node in site.inner for user in node.users} <= {*site.inner, site.output}
 
 
-@pytest.mark.parametrize(("activation", "spelling"), [(name, i) for name, ways in SPELLINGS.items() for i in range(len(ways))])
+@pytest.mark.parametrize(
+    ("activation", "spelling"), [(name, i) for name, ways in SPELLINGS.items() for i in range(len(ways))]
+)
 def test_every_spelling_of_an_activation_is_recognised(activation: str, spelling: int) -> None:
     g = Graph()
     hidden = g.call(F.linear, g.input(TOKENS, WIDTH), g.parameter(HIDDEN, WIDTH))

@@ -97,7 +97,9 @@ def exactly_quantisable(activation: str, seed: int) -> nn.Sequential:
 
 @some
 @given(st.integers(0, 2**16), st.sampled_from(NAMES), st.sampled_from([0.4, 0.6, 0.8]))
-def test_under_a_calibrated_oracle_exactly_the_true_outliers_are_corrected(seed: int, activation: str, budget: float) -> None:
+def test_under_a_calibrated_oracle_exactly_the_true_outliers_are_corrected(
+    seed: int, activation: str, budget: float
+) -> None:
     model = exactly_quantisable(activation, seed)
     plan = calibrate(model, [b.round() for b in batches()], config=config(budget=budget, predictor_bits=8)).sites[0]
     t, w = plan.tensors, weights_of(model)
@@ -118,7 +120,9 @@ def test_under_a_calibrated_oracle_exactly_the_true_outliers_are_corrected(seed:
     # A pair on its bound to rounding may fall either way: those tokens are left out.
     on_bound = ((estimate - t["lower"]).abs().minimum((estimate - t["upper"]).abs()) < 1e-2).any(1)
     found = rewritten(model, plan, x)
-    torch.testing.assert_close(found[~on_bound], expected[~on_bound], rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
+    torch.testing.assert_close(
+        found[~on_bound], expected[~on_bound], rtol=1e-3, atol=1e-3 * float(expected.abs().max())
+    )
 
     hot = ~outlier[:, guarded]
     error = (ACTIVATIONS[activation].eager(z) - slope * z - intercept).abs()[:, guarded].double().numpy()
@@ -157,8 +161,12 @@ def counted(plan: SitePlan, model: nn.Sequential, xs: list[Tensor]) -> float:
     guarded = t["neurons"][: len(t["lower"])].long()
     x = torch.cat(xs)
     bits = plan.settings["bits"]
-    estimate = x @ ((unpack(t["codes"], bits, x.shape[1]).float() - t["zero"].float()[:, :1]) * t["scale"].float()[:, :1]).T
-    outliers = ((estimate < t["lower"]) | (estimate > t["upper"])).sum().item() / len(x) + len(t["neurons"]) - len(guarded)
+    estimate = (
+        x @ ((unpack(t["codes"], bits, x.shape[1]).float() - t["zero"].float()[:, :1]) * t["scale"].float()[:, :1]).T
+    )
+    outliers = (
+        ((estimate < t["lower"]) | (estimate > t["upper"])).sum().item() / len(x) + len(t["neurons"]) - len(guarded)
+    )
     folded = sum(t[name].numel() * t[name].element_size() for name in ("folded_weight", "folded_bias"))
     predictor = sum(t[name].numel() * t[name].element_size() for name in ("codes", "scale", "zero", "lower", "upper"))
     row = w.w1.shape[1] * 4 + w.w2.shape[0] * 4 + (0 if w.b1 is None else 4) + 4 + 8  # and number, slope, intercept
@@ -177,7 +185,9 @@ def test_touched_bytes_and_outlier_rate_are_what_one_counts(activation: str) -> 
 
 @pytest.mark.parametrize("activation", ["gelu", "relu", "silu"])
 def test_more_budget_means_no_more_error(activation: str) -> None:
-    observation = [planned(ffn(32, 128, activation), 32, budget=budget).sites[0].error for budget in (0.25, 0.4, 0.6, 0.9)]
+    observation = [
+        planned(ffn(32, 128, activation), 32, budget=budget).sites[0].error for budget in (0.25, 0.4, 0.6, 0.9)
+    ]
     assert all(more <= less * 1.05 + 1e-3 for less, more in zip(observation, observation[1:], strict=False))
     assert observation[-1] < observation[0] / 2
 

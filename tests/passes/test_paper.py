@@ -5,9 +5,9 @@ import torch
 from builders.ffns import batches, config, ffn, planned
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tardis_fx.passes.paper import _narrowest
 
 from tardis_fx import CalibrationError, calibrate
+from tardis_fx.passes.paper import _narrowest
 
 
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
@@ -54,7 +54,10 @@ def test_the_surrogate_is_least_squares_on_the_hot_range() -> None:
 
 
 def test_ours_has_less_error_than_the_paper_at_the_same_bytes() -> None:
-    errors = {method: planned(ffn(32, 128), 32, method=method, budget=0.5).sites[0].error for method in ("partial_linear", "paper")}
+    errors = {
+        method: planned(ffn(32, 128), 32, method=method, budget=0.5).sites[0].error
+        for method in ("partial_linear", "paper")
+    }
     assert errors["partial_linear"] < errors["paper"]
 
 

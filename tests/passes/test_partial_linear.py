@@ -20,7 +20,9 @@ def close(a: torch.Tensor, b: torch.Tensor) -> None:
 @given(oracles(), st.data())
 def test_guarding_every_neuron_with_no_hot_range_gives_the_original(oracle: Oracle, data: st.DataObject) -> None:
     never = torch.full_like(oracle.lower, torch.inf)
-    cold = Oracle(oracle.weights, oracle.x, oracle.activation, oracle.codes, never, -never, oracle.slope, oracle.intercept)
+    cold = Oracle(
+        oracle.weights, oracle.x, oracle.activation, oracle.codes, never, -never, oracle.slope, oracle.intercept
+    )
     hidden = len(oracle.lower)
     close(cold.rewritten(data.draw(st.permutations(range(hidden))), []), oracle.dense())
 
@@ -74,7 +76,9 @@ def test_under_an_oracle_predictor_the_error_stays_within_the_largest_on_the_hot
     b2 = 0 if oracle.weights.b2 is None else oracle.weights.b2
     activation = ACTIVATIONS[oracle.activation]
     error = (oracle.rewritten(range(len(oracle.lower)), []) - b2 - activation.eager(oracle.z)).abs().double()
-    bound = activation.max_error(*(t.double().numpy() for t in (oracle.slope, oracle.intercept, oracle.lower + b1, oracle.upper + b1)))
+    bound = activation.max_error(
+        *(t.double().numpy() for t in (oracle.slope, oracle.intercept, oracle.lower + b1, oracle.upper + b1))
+    )
     rounding = BOUNDARY * max(1.0, activation.eager(oracle.z).abs().max().item())
     assert np.all(error.numpy() <= bound + rounding)
 

@@ -17,7 +17,7 @@ from tardis_fx.graph.site import SiteWeights
 from tardis_fx.passes import pipeline
 from tardis_fx.plan import SitePlan
 
-CLASSES = list(range(0, 20)), list(range(20, 26))  # of 32 neurons
+CLASSES = list(range(20)), list(range(20, 26))  # of 32 neurons
 LIMIT = pipeline.DECODE_TOKENS
 O = oracle(16, 32, 4, d_out=16)
 PLAN = Plan((O.plan(*CLASSES),), config())
@@ -87,7 +87,12 @@ def test_prefill_original_keeps_the_ffns_of_many_tokens(tokens: int, rewritten: 
 
 
 def test_batch_dimensions_count_as_tokens() -> None:
-    for shape, rewritten in [((2, LIMIT // 2), True), ((3, LIMIT // 2), False), ((2, 2, LIMIT // 4), True), ((LIMIT + 1, 1), False)]:
+    for shape, rewritten in [
+        ((2, LIMIT // 2), True),
+        ((3, LIMIT // 2), False),
+        ((2, 2, LIMIT // 4), True),
+        ((LIMIT + 1, 1), False),
+    ]:
         gm, given_inputs, _ = capture(O.model(), inputs(*shape, 16), dynamic=False)
         with torch.no_grad():
             assert pipeline.apply(gm, given_inputs, PLAN, "original").modified == rewritten
@@ -147,5 +152,14 @@ def test_fingerprints_tell_contents_shapes_dtypes_and_order_apart() -> None:
     same = fingerprint([a, b])
     assert same == fingerprint([a.clone(), b.clone().requires_grad_()])
     assert same == fingerprint([torch.stack([a, a], 1)[:, 0], b])
-    others = [[b, a], [a, a], [a.view(2, 3), b], [a.double(), b], [torch.cat([a, b])], [a], [-a, b], [a.to(torch.bfloat16), b]]
+    others = [
+        [b, a],
+        [a, a],
+        [a.view(2, 3), b],
+        [a.double(), b],
+        [torch.cat([a, b])],
+        [a],
+        [-a, b],
+        [a.to(torch.bfloat16), b],
+    ]
     assert len({same, *(fingerprint(other) for other in others)}) == 1 + len(others)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+
 import pytest
 import torch
 from builders.ffns import Oracle, classes, config, oracle, oracles
@@ -13,11 +14,13 @@ from tardis_fx.runtime import reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(0,), (1,), (5,), (40,), (), (2, 3), (2, 0), (3, 1, 7), (1, 64)]
-CLASSES = list(range(0, 20)), list(range(20, 26))  # of 32 neurons
+CLASSES = list(range(20)), list(range(20, 26))  # of 32 neurons
 
 
 def run(model: nn.Module, plan: Plan, x: Tensor, *, inner: str = "aot_eager", dynamic: bool | None = None) -> Tensor:
-    compiled = torch.compile(model, backend="tardis", options={"plan": plan, "inner": inner}, dynamic=dynamic, fullgraph=True)
+    compiled = torch.compile(
+        model, backend="tardis", options={"plan": plan, "inner": inner}, dynamic=dynamic, fullgraph=True
+    )
     with torch.no_grad():
         return compiled(x)  # type: ignore[no-any-return]
 
@@ -43,7 +46,9 @@ def test_the_rewritten_graph_equals_the_eager_specification(dtype: torch.dtype, 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(1,), (2, 20)], ids=str)
-def test_the_graph_that_inductor_compiles_equals_the_eager_specification(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+def test_the_graph_that_inductor_compiles_equals_the_eager_specification(
+    dtype: torch.dtype, shape: tuple[int, ...]
+) -> None:
     o = oracle(16, 32, 40, d_out=16).to(dtype)
     x = examples(o, shape)
     torch.testing.assert_close(run(o.model(), plan_of(o), x, inner="inductor"), o.rewritten(*CLASSES, x))
@@ -51,7 +56,9 @@ def test_the_graph_that_inductor_compiles_equals_the_eager_specification(dtype: 
 
 @settings(max_examples=15)
 @given(oracles(expanding=True), st.sampled_from(DTYPES), st.data())
-def test_any_ffn_under_any_plan_equals_the_eager_specification(o: Oracle, dtype: torch.dtype, data: st.DataObject) -> None:
+def test_any_ffn_under_any_plan_equals_the_eager_specification(
+    o: Oracle, dtype: torch.dtype, data: st.DataObject
+) -> None:
     guarded, exact = data.draw(classes(len(o.lower)))
     o = o.to(dtype)
     torch._dynamo.reset()
@@ -59,7 +66,9 @@ def test_any_ffn_under_any_plan_equals_the_eager_specification(o: Oracle, dtype:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_the_rewritten_graph_equals_the_reference_op_to_rounding(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_rewritten_graph_equals_the_reference_op_to_rounding(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The same without the kernel in between."""
     o = oracle(16, 32, 40, d_out=16).to(dtype)
     result = run(o.model(), plan_of(o), o.x[:5])
@@ -72,7 +81,9 @@ def test_the_rewritten_graph_equals_the_reference_op_to_rounding(dtype: torch.dt
 
 def test_symbolic_sizes_are_rewritten_once_for_all_of_them() -> None:
     o = oracle(16, 32, 40, d_out=16)
-    compiled = torch.compile(o.model(), backend="tardis", options={"plan": plan_of(o), "inner": "aot_eager"}, dynamic=True, fullgraph=True)
+    compiled = torch.compile(
+        o.model(), backend="tardis", options={"plan": plan_of(o), "inner": "aot_eager"}, dynamic=True, fullgraph=True
+    )
     with torch.no_grad():
         compiled(examples(o, (2, 3)))
         with torch._dynamo.config.patch(error_on_recompile=True):

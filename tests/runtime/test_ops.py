@@ -5,18 +5,20 @@ from typing import Any
 import pytest
 import torch
 from builders.ffns import oracle
-from tardis_fx.passes.partial_linear import _PER_NEURON, PartialLinear
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 
+from tardis_fx.passes.partial_linear import _PER_NEURON, PartialLinear
 from tardis_fx.runtime import reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
-def arguments(dtype: torch.dtype = torch.float32, shape: tuple[int, ...] = (5,), *, bias: bool = True) -> tuple[Any, ...]:
+def arguments(
+    dtype: torch.dtype = torch.float32, shape: tuple[int, ...] = (5,), *, bias: bool = True
+) -> tuple[Any, ...]:
     """Of the op, as the pass gives them."""
     o = oracle(16, 32, 40, d_out=12, bias=bias).to(dtype)
     plan = o.plan(range(20), range(20, 26))
@@ -61,7 +63,9 @@ def test_the_op_is_the_reference(dtype: torch.dtype) -> None:
     for shape in [(5,), (40,), (2, 3), ()]:
         args = arguments(dtype, shape)
         tolerance = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 5e-3}[dtype]
-        torch.testing.assert_close(torch.ops.tardis.correct(*args), reference.correct(*args), rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(
+            torch.ops.tardis.correct(*args), reference.correct(*args), rtol=tolerance, atol=tolerance
+        )
 
 
 def test_the_op_changes_none_of_its_inputs() -> None:
@@ -77,7 +81,9 @@ def test_what_stands_behind_the_listed_neurons_is_not_read() -> None:
     expected = torch.ops.tardis.correct(*args)
     listed, guarded = args[5].tolist()
     for i in range(6, 14):
-        used = listed if i in (6, 12, 13) else guarded  # number, slope and intercept of all; predictor and bounds of guarded
+        used = (
+            listed if i in (6, 12, 13) else guarded
+        )  # number, slope and intercept of all; predictor and bounds of guarded
         args[i] = args[i].clone()
         args[i][used:] = torch.nan if args[i].is_floating_point() else 77
     torch.testing.assert_close(torch.ops.tardis.correct(*args), expected)
@@ -92,11 +98,15 @@ def test_the_reference_takes_any_split_of_classes(guarded: int) -> None:
     rewrite = PartialLinear()
     c = rewrite.constants(plan, o.weights)
     whole = rewrite.forward(o.x, c, plan)
-    torch.testing.assert_close(torch.cat([rewrite.forward(x, c, plan) for x in o.x.split(8)]), whole, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(
+        torch.cat([rewrite.forward(x, c, plan) for x in o.x.split(8)]), whole, rtol=1e-3, atol=1e-3
+    )
 
 
 def test_compute_dtype_is_never_narrower_than_float32() -> None:
-    assert [reference.compute_dtype(dtype) for dtype in (*DTYPES, torch.float64)] == [torch.float32] * 3 + [torch.float64]
+    assert [reference.compute_dtype(dtype) for dtype in (*DTYPES, torch.float64)] == [torch.float32] * 3 + [
+        torch.float64
+    ]
 
 
 def test_estimates_are_products_with_the_dequantised_weights() -> None:

@@ -71,7 +71,9 @@ def test_packing_reads_the_codes_whatever_their_strides(bits: int) -> None:
     assert torch.equal(pack(codes.T, bits), pack(codes.T.contiguous(), bits))
 
 
-@pytest.mark.parametrize(("column", "byte", "shift"), [(0, 0, 0), (1, 1, 0), (15, 15, 0), (16, 0, 2), (33, 1, 4), (63, 15, 6)])
+@pytest.mark.parametrize(
+    ("column", "byte", "shift"), [(0, 0, 0), (1, 1, 0), (15, 15, 0), (16, 0, 2), (33, 1, 4), (63, 15, 6)]
+)
 def test_a_plane_of_two_bits_holds_columns_16_apart_in_one_byte(column: int, byte: int, shift: int) -> None:
     codes = torch.zeros(1, GROUP, dtype=torch.uint8)
     codes[0, column] = 3
