@@ -518,7 +518,6 @@ def test_a_model_without_ffns_compiles_as_ever(plan: Plan) -> None:
 
 @torch.no_grad()
 def test_gradients_that_are_enabled_inside_the_graph_are_not_lost(model: nn.Sequential, plan: Plan) -> None:
-    # BUG: only the mode around the compilation is looked at; the compiled model's output has no gradient.
     def forward(x: Tensor) -> Tensor:
         with torch.enable_grad():
             return model(x)  # type: ignore[no-any-return]

@@ -114,7 +114,6 @@ def test_one_ffn_that_runs_twice_is_one_site_and_sees_both_inputs() -> None:
 
 
 def test_the_plans_of_one_observation_do_not_depend_on_each_other() -> None:
-    # BUG (after a sequential one): the sites stay replaced, and all later plans are fitted to a rewritten model.
     model = nn.Sequential(Block(ffn(seed=1)), Block(ffn(seed=2))).eval()
     observation = Observation(model, batches(), progress=False)
     wanted = [config(), config(method="paper", budget=0.9), config(sequential=True), config()]
@@ -216,7 +215,6 @@ def test_no_batches() -> None:
 
 @pytest.mark.parametrize("shape", [(0, 16), (3, 0, 16)])
 def test_batches_without_a_token(shape: tuple[int, ...]) -> None:
-    # BUG: ZeroDivisionError, or a plan of NaN.
     refused("token", lambda: calibrate(ffn(), [torch.zeros(shape)], config=config()))
 
 
@@ -230,7 +228,6 @@ def test_a_single_batch_in_place_of_a_list() -> None:
 
 
 def test_batches_that_are_no_iterable() -> None:
-    # BUG: TypeError.
     refused("batches", lambda: calibrate(ffn(), 3, config=config()))  # type: ignore[arg-type]
 
 
@@ -240,7 +237,6 @@ NO_BATCHES: dict[str, Any] = {
     "nothing": None,
     "a list of a tensor": [torch.zeros(3, 16)],
     "a pair of tensors": (torch.zeros(3, 16), torch.zeros(3)),
-    # BUG: these two pass for dicts, being lists of pairs: TypeError from the model.
     "a list of a tensor of two rows": [torch.zeros(2, 16)],
     "a list of two letters": ["ab"],
 }
@@ -270,7 +266,6 @@ class _Wrapped(nn.Module):
 
 
 def test_weights_that_are_not_finite() -> None:
-    # BUG: a plan of NaN, or an untyped error of torch.linalg.
     model = ffn()
     with torch.no_grad():
         model[0].weight[2, 3] = torch.nan

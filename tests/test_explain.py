@@ -117,7 +117,6 @@ def test_another_dtype_is_the_reason() -> None:
 
 
 def test_a_site_that_the_model_has_but_refuses_is_not_missing() -> None:
-    # BUG: its entry is never looked up, and so is listed as "not in the model".
     model = nn.Sequential(nn.Linear(16, 64), nn.GELU(), nn.Dropout(), nn.Linear(64, 16)).eval()
     plan = planned(model)
     report = explain(model.train(), plan, X)
@@ -128,7 +127,6 @@ def test_a_site_that_the_model_has_but_refuses_is_not_missing() -> None:
 
 
 def test_names_are_the_models_own_whatever_wraps_it() -> None:
-    # BUG: names are those of the model that the plan was made from.
     model = ffn()
     plan = planned(model)
     (site,) = explain(nn.ModuleDict({"inner": Block(model)})["inner"], plan, X).sites
@@ -139,7 +137,6 @@ def test_two_sites_of_equal_weights_are_two_sites() -> None:
     model = nn.Sequential(Block(ffn()), Block(ffn())).eval()
     report = explain(model, planned(model), X)
     assert [site.status for site in report.sites] == ["rewritten", "rewritten"]
-    # BUG: both are called 0.ffn.
     assert [site.name for site in report.sites] == ["0.ffn", "1.ffn"]
 
 

@@ -140,14 +140,12 @@ def test_nothing_but_the_plan_is_left_in_the_folder(saved: Path, plan: Plan) -> 
 
 
 def test_a_saved_file_is_as_readable_as_any_other(saved: Path) -> None:
-    # BUG: the temporary file's 0600 stays, whatever the umask: nobody else can read a saved plan.
     other = saved.with_name("other")
     other.touch()
     assert saved.stat().st_mode == other.stat().st_mode
 
 
 def test_tensors_that_share_memory_are_saved(plan: Plan, folder: Path) -> None:
-    # BUG: safetensors raises RuntimeError, which is no PlanFileError, and names tensors the caller never named.
     whole = torch.arange(8.0)
     site = SitePlan(**vars(plan.sites[0]) | {"tensors": {"a": whole[:4], "b": whole}})
     Plan((site,), plan.config).save(folder / "shared")
@@ -315,7 +313,6 @@ def test_a_plan_truncated_at_any_byte_is_refused(data: st.DataObject, folder: Pa
 @given(data=st.data())
 def test_a_damaged_byte_is_refused_or_harmless(data: st.DataObject, folder: Path) -> None:
     """Wherever the damage is, the user sees a plan or a PlanFileError with the path."""
-    # BUG: damage in the stored config surfaces as ConfigError without the path.
     path = folder / "damaged"
     contents = bytearray(whole())
     (length,) = struct.unpack("<Q", contents[:8])
@@ -376,10 +373,8 @@ DAMAGE: dict[str, Callable[[Path], Path]] = {
     "config is missing": lambda p: with_content(p, lambda c: c.pop("config") and None),
     "config is null": lambda p: with_content(p, lambda c: c.update(config=None)),
     "config has an unknown field": lambda p: with_content(p, lambda c: c["config"].update(more=1)),
-    # BUG: surfaces as ConfigError, which names neither the file nor that it is damaged.
     "config is out of range": lambda p: with_content(p, lambda c: c["config"].update(budget=-1)),
     "config is of the wrong type": lambda p: with_content(p, lambda c: c["config"].update(prefill=["original"])),
-    # BUG: taken for the last site.
     "a tensor of a negative site": lambda p: with_header(p, lambda h: h.update({"-1.neurons": h.pop("0.neurons")})),
 }
 
@@ -413,6 +408,5 @@ def test_what_is_neither_plan_nor_path_is_refused() -> None:
 
 
 def test_a_path_that_is_too_long_is_a_missing_file() -> None:
-    # BUG: OSError.
     with pytest.raises(PlanFileError):
         resolve("a" * 5000)

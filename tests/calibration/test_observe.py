@@ -65,7 +65,6 @@ def test_a_replaced_site_changes_what_later_sites_see_and_not_what_it_sees_itsel
 
 
 def test_a_replaced_site_is_seen_by_the_site_that_follows_directly() -> None:
-    # BUG: the second tap reads the first site's original output.
     model = nn.Sequential(ffn(seed=1), ffn(seed=2)).eval()
     observation = Observation(model, batches(), progress=False)
     first, second = observation.sites

@@ -249,7 +249,6 @@ def test_sequential_fitting_sees_what_the_rewritten_sites_before_give() -> None:
 
 @pytest.mark.parametrize("sequential", [False, True])
 def test_a_sequential_fit_sees_through_ffns_without_a_norm_between(sequential: bool) -> None:
-    # BUG (sequential): the tap of the second site reads the first site's original output, not what replaces it.
     first, second = ffn(16, 64, seed=1), ffn(16, 64, seed=2)
     model = nn.Sequential(first, second).eval()
     plans = planned(model, budget=0.4, sequential=sequential).sites

@@ -41,7 +41,6 @@ def exact_plans(graph: fx.Graph, values: dict[fx.Node, Tensor]) -> list[SitePlan
 @given(graphs())
 @torch.no_grad()
 def test_any_graph_whose_ffns_compute_every_neuron_exactly_gives_the_same(drawn: Drawn) -> None:
-    # BUG: fails where one FFN follows another directly, as in test_rewritten_graph.py.
     note(repr(drawn))
     gm = fx.GraphModule({}, drawn.graph)
     placeholders = gm.graph.find_nodes(op="placeholder")

@@ -116,7 +116,6 @@ def test_an_input_written_to_after_the_ffn_read_it_does_not_matter() -> None:
 
 
 def test_ffns_that_follow_each_other_directly_are_both_rewritten() -> None:
-    # BUG: the second site's input is the first one's output, which the first replacement erases; the graph is broken.
     first, second = oracle(16, 32, 5, d_out=16, seed=1), oracle(16, 32, 5, d_out=16, seed=2)
     plan = Plan((first.plan(*CLASSES), second.plan(*CLASSES)), config())
     result = run(nn.Sequential(first.model(), second.model()), plan, first.x)

@@ -92,7 +92,6 @@ def test_what_stands_behind_the_listed_neurons_is_not_read() -> None:
 
 @pytest.mark.parametrize("guarded", [0, 20])
 def test_the_reference_takes_any_split_of_classes(guarded: int) -> None:
-    # BUG: without guarded neurons (of a site that guards none), more than 16 tokens cannot be corrected at all.
     o = oracle(16, 32, 40, d_out=12)
     plan = o.plan(range(guarded), range(guarded, 26))
     rewrite = PartialLinear()

@@ -20,7 +20,6 @@ def codes_of(rows: int, columns: int, bits: int, seed: int) -> Tensor:
 @many
 @given(st.integers(1, 8), st.integers(0, 5), columns_of_interest, st.integers(0, 2**16))
 def test_unpacking_inverts_packing(bits: int, rows: int, columns: int, seed: int) -> None:
-    # BUG: no rows, as of a site without guarded neurons, cannot be reshaped.
     codes = codes_of(rows, columns, bits, seed)
     unpacked = unpack(pack(codes, bits), bits, columns)
     assert unpacked.dtype == torch.uint8
