@@ -135,7 +135,7 @@ class Observation:
                 continue
             gm.add_submodule(f"tardis_enter_{i}", _Enter(self, site))
             gm.add_submodule(f"tardis_leave_{i}", _Leave(self, site))
-            with gm.graph.inserting_before(site.up.node):
+            with gm.graph.inserting_before(site.up.product):
                 entering = moved.get(site.input, site.input)
                 entered = gm.graph.call_module(f"tardis_enter_{i}", (entering, *site.parameters))
             with gm.graph.inserting_after(site.output):

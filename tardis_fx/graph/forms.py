@@ -6,6 +6,7 @@ A node is read by the name of what it calls, whether function (``torch.mul``), o
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -104,7 +105,8 @@ def projection(node: fx.Node) -> Projection | None:
         for product, bias in (node.args, node.args[::-1]):
             inner = projection(product) if isinstance(product, fx.Node) else None
             if inner and inner.bias is None and call_name(inner.node) != "add" and len(inner.node.users) == 1:
-                return _projection(node, inner.input, inner.weight, bias, transposed=inner.transposed)
+                biased = _projection(node, inner.input, inner.weight, bias, transposed=inner.transposed)
+                return biased and replace(biased, product=inner.node)
     return None
 
 
@@ -120,7 +122,7 @@ def _projection(node: fx.Node, x: Any, weight: Any, bias: Any, *, transposed: bo
         bias_shape = shape_of(bias) if isinstance(bias, fx.Node) else None
         if bias_shape is None or len(bias_shape) != 1 or not _is_weight(bias):
             return None
-    return Projection(node, x, weight, bias, transposed)
+    return Projection(node, node, x, weight, bias, transposed)
 
 
 def _is_weight(node: fx.Node) -> bool:

@@ -72,7 +72,7 @@ def find_sites(graph: fx.Graph) -> list[Site]:
         if site := _site(down, projections):
             if not ends.isdisjoint(site.inner):
                 site = site.refused("it shares a projection with the FFN before it")
-            elif site.reason is None:
+            elif site.reason is None and site.activation != "identity":
                 ends.add(site.output)
             sites.append(site)
     return named(sites)
@@ -89,7 +89,7 @@ def _site(down: Projection, projections: dict[fx.Node, Projection]) -> Site | No
     kind = PATTERNS[matched][0] if matched else "plain"
     gate, activation = gate_of(region, ups, down) if kind == "gated" else (None, activation_of(region, ups[0], down))
     up = next((p for p in ups if p is not gate), ups[0])
-    inner = frozenset({*region, *(p.node for p in ups)})
+    inner = frozenset({*region, *(n for p in ups for n in (p.product, p.node)), down.product} - {down.node})
     site = Site("", kind, activation.name if activation else None, up, down, gate, inner)
     hidden, entering = shape_of(up.node), shape_of(up.input)
     if hidden is None or entering is None:

@@ -19,6 +19,7 @@ class Projection:
 
     Attributes:
         node: the node whose value is ``input @ weight (+ bias)``.
+        product: the node that multiplies: ``node`` itself unless that only adds the bias.
         input: node of the activations, [..., columns in].
         weight: node of the stored weight.
         bias: node of the bias, [columns out], or None.
@@ -26,6 +27,7 @@ class Projection:
     """
 
     node: fx.Node
+    product: fx.Node
     input: fx.Node
     weight: fx.Node
     bias: fx.Node | None

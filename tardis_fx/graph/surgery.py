@@ -70,7 +70,7 @@ def replace(
         The node that has taken the place of the site's output.
     """
     tracer = fx.proxy.GraphAppendingTracer(graph)
-    with graph.inserting_before(site.up.node):
+    with graph.inserting_before(site.up.product):
         proxies = {name: fx.Proxy(node, tracer) for name, node in constants.items()}
         result: fx.Node = forward(fx.Proxy(x, tracer), proxies).node
         entering, leaving = shape_of(site.input), shape_of(site.output)
