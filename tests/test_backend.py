@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from builders import models
-from builders.ffns import Block, batches, config, ffn, inputs, planned
+from builders.compiled import compiled
+from builders.ffns import FFN, Block, batches, config, ffn, inputs, planned
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import StaticCache
@@ -37,33 +38,25 @@ if TYPE_CHECKING:
 FEW, MANY = inputs(4, 16, seed=7), inputs(40, 16, seed=8)
 
 
-def compiled(
-    model: nn.Module, plan: Any, *, inner: str = "eager", fullgraph: bool = True, **options: Any
-) -> Callable[..., Any]:
-    """The model on the tardis backend."""
-    return torch.compile(model, backend="tardis", options={"plan": plan, "inner": inner} | options, fullgraph=fullgraph)
-
-
 @pytest.fixture(scope="module")
-def original() -> nn.Sequential:
+def original() -> FFN:
     return ffn()
 
 
 @pytest.fixture(scope="module")
-def plan(original: nn.Sequential) -> Plan:
+def plan(original: FFN) -> Plan:
     return planned(original)
 
 
 @pytest.fixture
-def model(original: nn.Sequential) -> nn.Sequential:
+def model(original: FFN) -> FFN:
     """A copy: the same weights elsewhere in memory."""
     return copy.deepcopy(original)
 
 
-def expected(model: nn.Sequential, plan: Plan, x: Tensor) -> Tensor:
+def expected(model: FFN, plan: Plan, x: Tensor) -> Tensor:
     """What the eager specification makes of a model that is one FFN."""
-    up, down = model[0], model[-1]
-    weights = SiteWeights(up.weight.detach(), up.bias.detach(), down.weight.detach(), down.bias.detach())
+    weights = SiteWeights(*(parameter.detach() for parameter in model.parameters()))
     entry = plan.sites[0]
     rewrite = rewrite_named(str(entry.method))
     with torch.no_grad():
@@ -74,7 +67,7 @@ def expected(model: nn.Sequential, plan: Plan, x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def test_a_plan_is_taken_as_object_as_path_and_as_string(model: nn.Sequential, plan: Plan, tmp_path: Path) -> None:
+def test_a_plan_is_taken_as_object_as_path_and_as_string(model: FFN, plan: Plan, tmp_path: Path) -> None:
     path = tmp_path / "plan"
     plan.save(path)
     for given in (plan, path, str(path)):
@@ -83,14 +76,14 @@ def test_a_plan_is_taken_as_object_as_path_and_as_string(model: nn.Sequential, p
 
 
 @torch.no_grad()
-def test_inductor_is_the_inner_backend_and_makes_one_graph(model: nn.Sequential, plan: Plan) -> None:
-    fast = torch.compile(model, backend="tardis", options={"plan": plan}, fullgraph=True)
+def test_inductor_is_the_inner_backend_and_makes_one_graph(model: FFN, plan: Plan) -> None:
+    fast = compiled(model, plan, inner=None)
     for x in (FEW, FEW[:1], inputs(2, 3, 16)):
         torch.testing.assert_close(fast(x), expected(model, plan, x), rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()
-def test_a_model_can_be_compiled_with_one_plan_after_the_other(model: nn.Sequential, plan: Plan) -> None:
+def test_a_model_can_be_compiled_with_one_plan_after_the_other(model: FFN, plan: Plan) -> None:
     other = planned(model, budget=0.9)
     for _ in range(2):
         for given in (plan, other):
@@ -98,14 +91,14 @@ def test_a_model_can_be_compiled_with_one_plan_after_the_other(model: nn.Sequent
 
 
 @torch.no_grad()
-def test_inference_mode_is_as_good_as_no_grad(model: nn.Sequential, plan: Plan) -> None:
+def test_inference_mode_is_as_good_as_no_grad(model: FFN, plan: Plan) -> None:
     with torch.inference_mode():
         result = compiled(model, plan)(FEW)
     torch.testing.assert_close(result.clone(), expected(model, plan, FEW))
 
 
 @torch.no_grad()
-def test_the_compiled_model_follows_the_original_device_dtype_and_shape(model: nn.Sequential, plan: Plan) -> None:
+def test_the_compiled_model_follows_the_original_device_dtype_and_shape(model: FFN, plan: Plan) -> None:
     for shape in [(16,), (1, 16), (0, 16), (2, 3, 16), (5, 0, 16)]:
         torch._dynamo.reset()
         result = compiled(model, plan)(inputs(*shape))
@@ -113,7 +106,7 @@ def test_the_compiled_model_follows_the_original_device_dtype_and_shape(model: n
 
 
 @torch.no_grad()
-def test_the_model_is_left_as_it_was(model: nn.Sequential, plan: Plan) -> None:
+def test_the_model_is_left_as_it_was(model: FFN, plan: Plan) -> None:
     before = {name: (p.data_ptr(), p._version, p.requires_grad, p.clone()) for name, p in model.named_parameters()}
     modules, buffers = list(model.named_modules()), list(model.named_buffers())
     dynamo = torch._dynamo.config.get_config_copy()
@@ -155,7 +148,7 @@ def test_the_backend_is_found_without_importing_the_package() -> None:
 
 
 @torch.no_grad()
-def test_original_prefill_is_exact_for_many_tokens_and_rewritten_for_few(model: nn.Sequential, plan: Plan) -> None:
+def test_original_prefill_is_exact_for_many_tokens_and_rewritten_for_few(model: FFN, plan: Plan) -> None:
     fast = compiled(model, plan, prefill="original")
     for _ in range(2):
         torch.testing.assert_close(fast(MANY), model(MANY))
@@ -164,14 +157,14 @@ def test_original_prefill_is_exact_for_many_tokens_and_rewritten_for_few(model: 
 
 
 @torch.no_grad()
-def test_rewritten_prefill_rewrites_every_token(model: nn.Sequential, plan: Plan) -> None:
+def test_rewritten_prefill_rewrites_every_token(model: FFN, plan: Plan) -> None:
     fast = compiled(model, plan, prefill="rewritten")
     for x in (MANY, FEW, inputs(3, 20, 16)):
         torch.testing.assert_close(fast(x), expected(model, plan, x), rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()
-def test_prefill_is_the_plans_unless_an_option_says_otherwise(model: nn.Sequential, plan: Plan) -> None:
+def test_prefill_is_the_plans_unless_an_option_says_otherwise(model: FFN, plan: Plan) -> None:
     as_original = Plan(plan.sites, Config(prefill="original", progress=False))
     exact, rewritten = model(MANY), expected(model, plan, MANY)
     for given, options, result in [
@@ -185,10 +178,8 @@ def test_prefill_is_the_plans_unless_an_option_says_otherwise(model: nn.Sequenti
 
 @torch.no_grad()
 @pytest.mark.parametrize("tokens", [DECODE_TOKENS, DECODE_TOKENS + 1])
-def test_with_symbolic_sizes_the_number_of_tokens_still_decides(tokens: int, model: nn.Sequential, plan: Plan) -> None:
-    fast = torch.compile(
-        model, backend="tardis", options={"plan": plan, "inner": "eager", "prefill": "original"}, dynamic=True
-    )
+def test_with_symbolic_sizes_the_number_of_tokens_still_decides(tokens: int, model: FFN, plan: Plan) -> None:
+    fast = compiled(model, plan, prefill="original", dynamic=True)
     x = inputs(tokens, 16)
     torch.testing.assert_close(fast(x), model(x) if tokens > DECODE_TOKENS else expected(model, plan, x))
     torch.testing.assert_close(fast(FEW), expected(model, plan, FEW))
@@ -247,7 +238,7 @@ def test_generate_runs_on_the_compiled_model(gpt2_plan: Plan) -> None:
 
 @torch.no_grad()
 def test_blocks_that_share_one_graph_use_their_own_constants() -> None:
-    blocks = nn.ModuleList([Block(ffn(seed=seed)) for seed in range(4)]).eval()
+    blocks = [Block(ffn(seed=seed)) for seed in range(4)]
     whole = nn.Sequential(*blocks).eval()
     plan = planned(whole)
     compilations: list[int] = []
@@ -267,7 +258,7 @@ def test_blocks_that_share_one_graph_use_their_own_constants() -> None:
 
 
 @torch.no_grad()
-def test_two_models_of_equal_weights_share_a_plan(original: nn.Sequential, plan: Plan) -> None:
+def test_two_models_of_equal_weights_share_a_plan(original: FFN, plan: Plan) -> None:
     for model in (original, copy.deepcopy(original), Block(copy.deepcopy(original)).ffn):
         torch.testing.assert_close(compiled(model, plan)(FEW), expected(original, plan, FEW))
 
@@ -275,28 +266,28 @@ def test_two_models_of_equal_weights_share_a_plan(original: nn.Sequential, plan:
 # ---- Weights that change
 
 
-def _load(model: nn.Sequential, *, assign: bool) -> None:
+def _load(model: FFN, *, assign: bool) -> None:
     model.load_state_dict({name: 2 * value for name, value in model.state_dict().items()}, assign=assign)
 
 
-CHANGES: dict[str, Callable[[nn.Sequential], Any]] = {
-    "up weight in place": lambda m: m[0].weight.mul_(2),
-    "up bias in place": lambda m: m[0].bias.add_(1),
-    "down weight in place": lambda m: m[-1].weight.mul_(2),
-    "down bias in place": lambda m: m[-1].bias.add_(1),
-    "one element": lambda m: m[0].weight[3, 4].add_(1e-3),
-    "a view": lambda m: m[0].weight.view(-1)[5:].mul_(2),
+CHANGES: dict[str, Callable[[FFN], Any]] = {
+    "up weight in place": lambda m: m.up.weight.mul_(2),
+    "up bias in place": lambda m: m.up.bias.add_(1),
+    "down weight in place": lambda m: m.down.weight.mul_(2),
+    "down bias in place": lambda m: m.down.bias.add_(1),
+    "one element": lambda m: m.up.weight[3, 4].add_(1e-3),
+    "a view": lambda m: m.up.weight.view(-1)[5:].mul_(2),
     "load_state_dict": lambda m: _load(m, assign=False),
     "load_state_dict, assigned": lambda m: _load(m, assign=True),
-    "data replaced": lambda m: setattr(m[0].weight, "data", 2 * m[0].weight.data),
-    "bias data replaced": lambda m: setattr(m[-1].bias, "data", 2 * m[-1].bias.data),
-    "parameter replaced": lambda m: setattr(m[0], "weight", nn.Parameter(2 * m[0].weight)),
+    "data replaced": lambda m: setattr(m.up.weight, "data", 2 * m.up.weight.data),
+    "bias data replaced": lambda m: setattr(m.down.bias, "data", 2 * m.down.bias.data),
+    "parameter replaced": lambda m: setattr(m.up, "weight", nn.Parameter(2 * m.up.weight)),
     "module replaced": lambda m: m.__setitem__(0, ffn(seed=5)[0]),
     "an optimiser's step": lambda m: _train(m),
 }
 
 
-def _train(model: nn.Sequential) -> None:
+def _train(model: FFN) -> None:
     with torch.enable_grad():
         optimiser = torch.optim.SGD(model.parameters(), 0.1)
         F.mse_loss(model(FEW), FEW).backward()
@@ -305,7 +296,7 @@ def _train(model: nn.Sequential) -> None:
 
 @pytest.mark.parametrize("change", CHANGES)
 @torch.no_grad()
-def test_a_changed_weight_raises_and_never_answers(change: str, model: nn.Sequential, plan: Plan) -> None:
+def test_a_changed_weight_raises_and_never_answers(change: str, model: FFN, plan: Plan) -> None:
     fast = compiled(model, plan)
     fast(FEW)
     CHANGES[change](model)
@@ -316,7 +307,7 @@ def test_a_changed_weight_raises_and_never_answers(change: str, model: nn.Sequen
 
 @pytest.mark.parametrize("change", [name for name in CHANGES if "module" not in name])
 @torch.no_grad()
-def test_weights_put_back_work_again(change: str, model: nn.Sequential, plan: Plan) -> None:
+def test_weights_put_back_work_again(change: str, model: FFN, plan: Plan) -> None:
     fast, kept = compiled(model, plan), {name: value.clone() for name, value in model.state_dict().items()}
     before = fast(FEW)
     CHANGES[change](model)
@@ -328,8 +319,8 @@ def test_weights_put_back_work_again(change: str, model: nn.Sequential, plan: Pl
 
 
 @torch.no_grad()
-def test_weights_changed_before_compiling_are_refused(model: nn.Sequential, plan: Plan) -> None:
-    model[0].weight[0, 0] += 1
+def test_weights_changed_before_compiling_are_refused(model: FFN, plan: Plan) -> None:
+    model.up.weight[0, 0] += 1
     with pytest.raises(PlanMismatchError, match="changed since calibration"):
         compiled(model, plan)(FEW)
 
@@ -346,11 +337,11 @@ def test_weights_of_another_site_of_the_plan_are_served_with_its_constants(plan:
 
 
 @torch.no_grad()
-def test_many_tokens_under_original_prefill_follow_the_weights(model: nn.Sequential, plan: Plan) -> None:
+def test_many_tokens_under_original_prefill_follow_the_weights(model: FFN, plan: Plan) -> None:
     """The original subgraph holds no constants, so a changed weight is served, exact."""
     fast = compiled(model, plan, prefill="original")
     fast(MANY)
-    model[0].weight.mul_(2)
+    model.up.weight.mul_(2)
     torch.testing.assert_close(fast(MANY), model(MANY))
 
 
@@ -388,20 +379,20 @@ def raises(kind: type[TardisError], cause: str, run: Callable[[], Any]) -> None:
     ids=str,
 )
 def test_a_wrong_option_is_a_config_error_that_names_it(
-    options: dict[str, Any], cause: str, model: nn.Sequential, plan: Plan
+    options: dict[str, Any], cause: str, model: FFN, plan: Plan
 ) -> None:
     raises(ConfigError, cause, lambda: compiled(model, **({"plan": plan} | options))(FEW))
 
 
-def test_no_options_at_all_is_a_config_error(model: nn.Sequential) -> None:
+def test_no_options_at_all_is_a_config_error(model: FFN) -> None:
     raises(ConfigError, "no plan", lambda: torch.compile(model, backend="tardis")(FEW))
 
 
-def test_a_mode_without_options_is_no_plan(model: nn.Sequential) -> None:
+def test_a_mode_without_options_is_no_plan(model: FFN) -> None:
     raises(ConfigError, "no plan", lambda: torch.compile(model, backend="tardis", mode="reduce-overhead")(FEW))
 
 
-def test_a_plan_file_that_cannot_be_read_is_named(model: nn.Sequential, tmp_path: Path) -> None:
+def test_a_plan_file_that_cannot_be_read_is_named(model: FFN, tmp_path: Path) -> None:
     raises(PlanFileError, str(tmp_path / "none"), lambda: compiled(model, tmp_path / "none")(FEW))
     (tmp_path / "plan").write_bytes(b"no plan")
     raises(PlanFileError, str(tmp_path / "plan"), lambda: compiled(model, str(tmp_path / "plan"))(FEW))
@@ -412,12 +403,12 @@ def test_the_plan_of_another_model_is_a_mismatch(plan: Plan) -> None:
     raises(PlanMismatchError, "no site of these shapes", lambda: compiled(ffn(16, 48), plan)(FEW))
 
 
-def test_the_plan_of_another_dtype_is_a_mismatch_that_names_both(model: nn.Sequential, plan: Plan) -> None:
+def test_the_plan_of_another_dtype_is_a_mismatch_that_names_both(model: FFN, plan: Plan) -> None:
     run = lambda: compiled(model.bfloat16(), plan)(FEW.bfloat16())  # noqa: E731
     raises(PlanMismatchError, "made for torch.float32 weights, these are torch.bfloat16", run)
 
 
-def test_a_plan_whose_rewrite_is_not_installed_is_a_config_error(model: nn.Sequential, plan: Plan) -> None:
+def test_a_plan_whose_rewrite_is_not_installed_is_a_config_error(model: FFN, plan: Plan) -> None:
     entry = type(plan.sites[0])(**vars(plan.sites[0]) | {"method": "unheard of"})
     raises(ConfigError, "unheard of", lambda: compiled(model, Plan((entry,), plan.config))(FEW))
 
@@ -434,7 +425,7 @@ def test_the_error_of_a_compiled_model_can_be_raised_again(plan: Plan) -> None:
 class Two(nn.Module):
     """An FFN that is planned and one that cannot be."""
 
-    def __init__(self, planned: nn.Sequential) -> None:
+    def __init__(self, planned: FFN) -> None:
         super().__init__()
         self.planned = planned
         self.gate, self.up, self.down = nn.Linear(16, 64), nn.Linear(16, 64), nn.Linear(64, 16)
@@ -445,7 +436,7 @@ class Two(nn.Module):
 
 @torch.no_grad()
 def test_a_site_that_is_left_is_warned_about_once_and_the_rest_rewritten(
-    model: nn.Sequential, caplog: pytest.LogCaptureFixture
+    model: FFN, caplog: pytest.LogCaptureFixture
 ) -> None:
     two = Two(model).eval()
     plan = planned(two)
@@ -463,7 +454,7 @@ def test_a_site_that_is_left_is_warned_about_once_and_the_rest_rewritten(
 
 @torch.no_grad()
 def test_nothing_is_warned_about_where_everything_is_rewritten(
-    model: nn.Sequential, plan: Plan, caplog: pytest.LogCaptureFixture
+    model: FFN, plan: Plan, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING, "tardis_fx"):
         compiled(model, plan, strict=True)(FEW)
@@ -471,25 +462,25 @@ def test_nothing_is_warned_about_where_everything_is_rewritten(
     assert caplog.records == []
 
 
-def test_strict_raises_where_a_site_is_left(model: nn.Sequential) -> None:
+def test_strict_raises_where_a_site_is_left(model: FFN) -> None:
     two = Two(model).eval()
     raises(PlanMismatchError, "gated", lambda: compiled(two, planned(two), strict=True)(FEW))
 
 
-def test_strict_raises_where_the_plan_does_not_know_a_site(model: nn.Sequential, plan: Plan) -> None:
+def test_strict_raises_where_the_plan_does_not_know_a_site(model: FFN, plan: Plan) -> None:
     both = nn.Sequential(Block(model), Block(ffn(16, 48))).eval()
     raises(PlanMismatchError, "1.ffn", lambda: compiled(both, plan, strict=True)(FEW))
 
 
 def test_a_model_that_needs_gradients_runs_as_it_was_and_says_so(
-    model: nn.Sequential, plan: Plan, caplog: pytest.LogCaptureFixture
+    model: FFN, plan: Plan, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING, "tardis_fx"):
         output = compiled(model, plan, inner="aot_eager")(FEW)
     assert "gradients" in caplog.text
     torch.testing.assert_close(output, model(FEW))
     output.sum().backward()
-    assert model[0].weight.grad is not None
+    assert model.up.weight.grad is not None
 
 
 @torch.no_grad()
@@ -502,7 +493,7 @@ def test_a_model_in_training_mode_runs_as_it_was_and_says_so(plan: Plan, caplog:
 
 @torch.no_grad()
 def test_under_autocast_the_model_runs_as_it_was_and_says_so(
-    model: nn.Sequential, plan: Plan, caplog: pytest.LogCaptureFixture
+    model: FFN, plan: Plan, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING, "tardis_fx"), torch.autocast("cpu", torch.bfloat16):
         result = compiled(model, plan)(FEW)
@@ -517,18 +508,18 @@ def test_a_model_without_ffns_compiles_as_ever(plan: Plan) -> None:
 
 
 @torch.no_grad()
-def test_gradients_that_are_enabled_inside_the_graph_are_not_lost(model: nn.Sequential, plan: Plan) -> None:
+def test_gradients_that_are_enabled_inside_the_graph_are_not_lost(model: FFN, plan: Plan) -> None:
     def forward(x: Tensor) -> Tensor:
         with torch.enable_grad():
             return model(x)  # type: ignore[no-any-return]
 
-    fast = torch.compile(forward, backend="tardis", options={"plan": plan, "inner": "eager"})
+    fast = compiled(forward, plan)
     assert forward(FEW).requires_grad
     assert fast(FEW).requires_grad
 
 
 @torch.no_grad()
-def test_the_guard_looks_at_every_call(model: nn.Sequential, plan: Plan) -> None:
+def test_the_guard_looks_at_every_call(model: FFN, plan: Plan) -> None:
     """The compiled graph is called through its guard, not beside it."""
     graphs: list[Any] = []
 
@@ -543,6 +534,18 @@ def test_the_guard_looks_at_every_call(model: nn.Sequential, plan: Plan) -> None
         for _ in range(3):
             fast(FEW)
     assert len(graphs) == 3
+
+
+@torch.no_grad()
+def test_weights_that_did_not_change_are_not_read_again(
+    model: FFN, plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fast, reads = compiled(model, plan), []
+    fast(FEW)
+    monkeypatch.setattr("tardis_fx.runtime.guard.fingerprint", lambda weights: reads.append(weights))
+    for _ in range(3):
+        fast(FEW)
+    assert reads == []
 
 
 def test_batches_for_the_plans_are_the_same_every_time() -> None:

@@ -40,7 +40,23 @@ class Activation(nn.Module):
 ACTIVATIONS = ("relu", "relu2", "gelu", "gelu_tanh", "silu")
 
 
-def ffn(d: int = 16, hidden: int = 64, activation: str = "gelu", *, bias: bool = True, seed: int = 0) -> nn.Sequential:
+class FFN(nn.Sequential):
+    """Up projection, activation, down projection."""
+
+    @property
+    def up(self) -> nn.Linear:
+        """[d] to [hidden]."""
+        assert isinstance(self[0], nn.Linear)
+        return self[0]
+
+    @property
+    def down(self) -> nn.Linear:
+        """[hidden] to [d_out]."""
+        assert isinstance(self[-1], nn.Linear)
+        return self[-1]
+
+
+def ffn(d: int = 16, hidden: int = 64, activation: str = "gelu", *, bias: bool = True, seed: int = 0) -> FFN:
     """An FFN with random weights; its pre-activations are about normal for normal inputs."""
     torch.manual_seed(seed)
     up, down = nn.Linear(d, hidden, bias=bias), nn.Linear(hidden, d, bias=bias)
@@ -49,13 +65,13 @@ def ffn(d: int = 16, hidden: int = 64, activation: str = "gelu", *, bias: bool =
             linear.weight.normal_(0, linear.in_features**-0.5)
             if bias:
                 linear.bias.normal_(0, 0.3)
-    return nn.Sequential(up, Activation(activation), down).eval()
+    return FFN(up, Activation(activation), down).eval()
 
 
 class Block(nn.Module):
     """What a transformer's block is around its FFN: a norm before it and a residual sum after it."""
 
-    def __init__(self, inner: nn.Module, d: int = 16) -> None:
+    def __init__(self, inner: FFN, d: int = 16) -> None:
         super().__init__()
         self.norm, self.ffn = nn.LayerNorm(d), inner
         self.eval()
@@ -162,7 +178,7 @@ class Oracle:
         hidden = Activation(self.activation)(F.linear(self.x if x is None else x, w.w1, w.b1))
         return F.linear(hidden, w.w2, w.b2)
 
-    def model(self) -> nn.Sequential:
+    def model(self) -> FFN:
         """The original as a module."""
         w = self.weights
         linears = []
@@ -172,7 +188,7 @@ class Oracle:
             if bias is not None:
                 linear.bias = nn.Parameter(bias.clone())
             linears.append(linear)
-        return nn.Sequential(linears[0], Activation(self.activation), linears[1]).eval()
+        return FFN(linears[0], Activation(self.activation), linears[1]).eval()
 
 
 #: Of an oracle's predictor; weights lie between -31 and 31 scales, inputs between -4 and 4.

@@ -60,6 +60,15 @@ def test_on_correlated_inputs_gptq_errs_less_than_rounding_to_nearest(bits: int,
     assert error(quantise(w1, x.T @ x, bits), w1, x) < 0.9 * error(rounded, w1, x)
 
 
+@given(st.sampled_from([2, 3, 4]), seeds)
+def test_errors_of_one_group_are_made_up_for_in_the_next(bits: int, seed: int) -> None:
+    w1, _ = drawn(128, seed)
+    half = torch.randn(512, 64, generator=torch.Generator().manual_seed(seed))
+    x = torch.cat([half, half + 0.1 * half.roll(1, 0)], 1)  # no correlation within a group, all of it between the two
+    rounded = quantise(w1, torch.eye(128), bits)
+    assert error(quantise(w1, x.T @ x, bits), w1, x) < 0.9 * error(rounded, w1, x)
+
+
 @given(widths, columns, seeds)
 def test_on_uncorrelated_inputs_gptq_is_rounding_to_nearest(bits: int, d: int, seed: int) -> None:
     w1, _ = drawn(d, seed)
@@ -123,6 +132,8 @@ def test_rows_of_one_value_are_exact_to_the_rounding_of_their_scale(bits: int, v
     w1, x = drawn(70, 0)
     w1[3], w1[4, :64] = value, value
     weight = dequantised(quantise(w1, x.T @ x, bits), 70)
+    assert torch.isfinite(weight).all()
+    assert weight[4, 64:].any(), "the group behind is quantised as ever"
     torch.testing.assert_close(weight[3], w1[3], rtol=2**-10, atol=0)
     torch.testing.assert_close(weight[4, :64], w1[4, :64], rtol=2**-10, atol=0)
 

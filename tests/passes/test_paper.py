@@ -53,6 +53,17 @@ def test_the_surrogate_is_least_squares_on_the_hot_range() -> None:
         assert plan.tensors["intercept"][n].item() == pytest.approx(intercept.item(), abs=0.02)
 
 
+def test_the_fold_is_that_of_the_surrogates() -> None:
+    model = ffn(32, 128)
+    (plan,) = planned(model, 32, method="paper", budget=0.5).sites
+    slope, intercept = plan.tensors["slope"], plan.tensors["intercept"]
+    with torch.no_grad():
+        weight = (model[-1].weight * slope) @ model[0].weight
+        bias = model[-1].weight @ (slope * model[0].bias + intercept) + model[-1].bias
+    torch.testing.assert_close(plan.tensors["folded_weight"], weight, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(plan.tensors["folded_bias"], bias, rtol=1e-4, atol=1e-5)
+
+
 def test_ours_has_less_error_than_the_paper_at_the_same_bytes() -> None:
     errors = {
         method: planned(ffn(32, 128), 32, method=method, budget=0.5).sites[0].error
