@@ -167,11 +167,12 @@ def test_rewritten_prefill_rewrites_every_token(model: FFN, plan: Plan) -> None:
 def test_prefill_is_the_plans_unless_an_option_says_otherwise(model: FFN, plan: Plan) -> None:
     as_original = Plan(plan.sites, Config(prefill="original", progress=False))
     exact, rewritten = model(MANY), expected(model, plan, MANY)
-    for given, options, result in [
+    cases: list[tuple[Plan, dict[str, Any], Tensor]] = [
         (as_original, {}, exact), (plan, {}, rewritten),
         (as_original, {"prefill": "rewritten"}, rewritten), (plan, {"prefill": "original"}, exact),
         (as_original, {"prefill": None}, exact),
-    ]:  # fmt: skip
+    ]  # fmt: skip
+    for given, options, result in cases:
         torch._dynamo.reset()
         torch.testing.assert_close(compiled(model, given, **options)(MANY), result)
 

@@ -37,9 +37,8 @@ def test_batches_may_be_any_iterable_of_tensors_or_dicts() -> None:
     plan = calibrate(model, batches(), config=config())
     assert same(calibrate(model, (batch for batch in batches()), config=config()), plan)
     assert same(calibrate(model, tuple({"input": batch} for batch in batches()), config=config()), plan)
-    assert same(
-        calibrate(model, torch.utils.data.DataLoader(torch.cat(batches()), batch_size=256), config=config()), plan
-    )  # type: ignore[arg-type]
+    loader: Any = torch.utils.data.DataLoader(list(torch.cat(batches())), batch_size=256)  # type: ignore[arg-type]
+    assert same(calibrate(model, loader, config=config()), plan)
 
 
 def test_a_models_own_batches_of_keyword_arguments_are_understood() -> None:
@@ -125,10 +124,11 @@ def test_the_plans_of_one_observation_do_not_depend_on_each_other() -> None:
 
 
 def test_calibration_leaves_the_model_as_it_was() -> None:
-    model = nn.Sequential(Block(ffn()), nn.Dropout()).eval()
-    model[0].norm.weight.requires_grad_(False)
+    block = Block(ffn())
+    model = nn.Sequential(block, nn.Dropout()).eval()
+    block.norm.weight.requires_grad_(False)
     hooked: list[int] = []
-    model[0].ffn.register_forward_hook(lambda *_: hooked.append(1))
+    block.ffn.register_forward_hook(lambda *_: hooked.append(1))
     x = inputs(5, 16)
 
     def state() -> list[object]:
@@ -145,7 +145,7 @@ def test_calibration_leaves_the_model_as_it_was() -> None:
     assert torch.equal(model(x), output)
     assert torch.is_grad_enabled() == grad
     model(x).sum().backward()
-    assert model[0].ffn[0].weight.grad is not None
+    assert block.ffn.up.weight.grad is not None
 
 
 def test_calibration_leaves_the_batches_as_they_were() -> None:
@@ -224,7 +224,8 @@ def test_some_batches_without_a_token_do_no_harm() -> None:
 
 def test_a_single_batch_in_place_of_a_list() -> None:
     refused("wrap a single one in a list", lambda: calibrate(ffn(), batches()[0], config=config()))  # type: ignore[arg-type]
-    refused("wrap a single one in a list", lambda: calibrate(ffn(), {"input": batches()[0]}, config=config()))  # type: ignore[arg-type]
+    single: Any = {"input": batches()[0]}
+    refused("wrap a single one in a list", lambda: calibrate(ffn(), single, config=config()))
 
 
 def test_batches_that_are_no_iterable() -> None:
@@ -268,7 +269,7 @@ class _Wrapped(nn.Module):
 def test_weights_that_are_not_finite() -> None:
     model = ffn()
     with torch.no_grad():
-        model[0].weight[2, 3] = torch.nan
+        model.up.weight[2, 3] = torch.nan
     refused("NaN", lambda: planned(model))
 
 

@@ -1,13 +1,13 @@
 from __future__ import annotations
 
-import copy
 import json
 from dataclasses import fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from builders import models
+from builders.compiled import compiled
 from builders.ffns import Block, config, ffn, inputs, planned
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -33,8 +33,8 @@ class Mixed(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         x = x + self.done(F.layer_norm(x, (16,)))
-        hidden = F.gelu(self.leaking[0](x))
-        x = x + self.leaking[-1](hidden) + self.strange[-1](torch.sin(self.strange[0](x)))
+        hidden = F.gelu(self.leaking.up(x))
+        x = x + self.leaking.down(hidden) + self.strange.down(torch.sin(self.strange.up(x)))
         return self.down(F.silu(self.gate(x)) * self.up(x)), hidden
 
 
@@ -95,12 +95,12 @@ def test_a_gated_model_is_listed_and_refused() -> None:
 
 
 def test_a_site_that_the_plan_does_not_know_is_refused_and_one_that_the_model_lacks_is_missing() -> None:
-    model = nn.Sequential(Block(ffn(seed=1)), Block(ffn(seed=2))).eval()
+    second = Block(ffn(seed=2))
+    model = nn.Sequential(Block(ffn(seed=1)), second).eval()
     plan = planned(model)
-    changed = copy.deepcopy(model)
     with torch.no_grad():
-        changed[1].ffn[0].weight[0, 0] += 1
-    report = explain(changed, plan, X)
+        second.ffn.up.weight[0, 0] += 1
+    report = explain(model, plan, X)
     assert [site.status for site in report.sites] == ["rewritten", "refused"]
     assert "changed since calibration" in report.sites[1].reason
     assert report.missing == ("1.ffn",)
@@ -207,11 +207,12 @@ def test_plan_and_example_come_in_several_forms(tmp_path: Path) -> None:
     plan.save(path)
     report = explain(model, plan, tokens)
     assert len(report.sites) == 2
-    for form, example in [
+    forms: list[tuple[Any, Any]] = [
         (path, tokens),
         (str(path), {"input_ids": tokens}),
         (plan, {"input_ids": tokens, "use_cache": False}),
-    ]:
+    ]
+    for form, example in forms:
         assert explain(model, form, example) == report
 
 
@@ -224,7 +225,7 @@ def test_explaining_changes_nothing() -> None:
     assert not model._forward_hooks
     assert not model.training
     with torch.no_grad():
-        fast = torch.compile(model, backend="tardis", options={"plan": plan, "inner": "eager"}, fullgraph=True)
+        fast = compiled(model, plan)
         assert not torch.equal(fast(X), model(X))
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import safetensors
 import safetensors.torch
 import torch
 from builders.ffns import ffn, planned
@@ -18,7 +19,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tardis_fx import Config, ConfigError, Plan, PlanFileError
-from tardis_fx import plan as plan_module
 from tardis_fx.plan import VERSION, SitePlan, resolve
 
 if TYPE_CHECKING:
@@ -205,7 +205,7 @@ def _raising(error: BaseException) -> Callable[..., Any]:
 
 FAILURES: dict[str, tuple[str, Callable[..., Any], type[BaseException]]] = {
     "the disk is full half-way": ("save_file", _half_written, PlanFileError),
-    "safetensors fails": ("save_file", _raising(plan_module.SafetensorError("no")), PlanFileError),
+    "safetensors fails": ("save_file", _raising(safetensors.SafetensorError("no")), PlanFileError),
     "it cannot be flushed": ("os.fsync", _raising(OSError("no")), PlanFileError),
     "it cannot be renamed": ("os.replace", _raising(OSError("no")), PlanFileError),
     "the user interrupts the writing": ("save_file", _raising(Interrupted()), Interrupted),
@@ -236,9 +236,16 @@ def test_the_file_is_flushed_before_it_gets_its_name(
     plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[str] = []
-    fsync, replace = os.fsync, os.replace
-    monkeypatch.setattr("tardis_fx.plan.os.fsync", lambda handle: (calls.append("fsync"), fsync(handle)))
-    monkeypatch.setattr("tardis_fx.plan.os.replace", lambda a, b: (calls.append("replace"), replace(a, b)))
+
+    def noted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            calls.append(name)
+            return function(*args)
+
+        return call
+
+    for name in ("fsync", "replace"):
+        monkeypatch.setattr(f"tardis_fx.plan.os.{name}", noted(name, getattr(os, name)))
     plan.save(tmp_path / "plan")
     assert calls[:2] == ["fsync", "replace"]
 
@@ -402,7 +409,8 @@ def test_a_path_is_read_once_until_it_is_written_again(saved: Path, plan: Plan) 
 
 
 def test_what_is_neither_plan_nor_path_is_refused() -> None:
-    for wrong in (None, 3, {"sites": []}, b"path"):
+    given: list[Any] = [None, 3, {"sites": []}, b"path"]
+    for wrong in given:
         with pytest.raises(ConfigError, match="tardis_fx.Plan or the path"):
             resolve(wrong)
 

@@ -93,7 +93,8 @@ def batches(count: int = 4, tokens: int = 256, d: int = 16) -> list[Tensor]:
 
 def config(**changed: Any) -> Config:
     """A config for tests: silent, and every token on the rewritten path."""
-    return Config(**({"budget": 0.5, "prefill": "rewritten", "progress": False} | changed))
+    chosen: dict[str, Any] = {"budget": 0.5, "prefill": "rewritten", "progress": False}
+    return Config(**(chosen | changed))
 
 
 def planned(model: nn.Module, d: int = 16, **changed: Any) -> Plan:

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from random import Random
 
 TOKENS, WIDTH, HIDDEN = 3, 8, 32
 
@@ -222,9 +223,8 @@ def graphs(draw: st.DrawFn) -> Drawn:
     return Drawn(g.graph, planted)
 
 
-def reordered(drawn: Drawn, draw: st.DrawFn) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
+def reordered(drawn: Drawn, random: Random) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
     """The same graph in another topological order under other names, and which node became which."""
-    random = draw(st.randoms(use_true_random=False))
     *nodes, output = drawn.graph.nodes
     waiting = {node: len(node.all_input_nodes) for node in nodes}
     ready = [node for node, missing in waiting.items() if not missing]

@@ -23,20 +23,20 @@ class Kept:
 
 
 @torch.no_grad()
-def inputs_of(model: nn.Sequential, x: Tensor) -> list[Tensor]:
+def inputs_of(blocks: list[Block], x: Tensor) -> list[Tensor]:
     """What the FFN of each block is given, by hand."""
     found = []
-    for block in model:
+    for block in blocks:
         found.append(block.norm(x))
         x = block(x)
     return found
 
 
 def test_every_site_is_shown_its_own_inputs_in_every_run() -> None:
-    model = nn.Sequential(*(Block(ffn(seed=i)) for i in range(3))).eval()
-    observation = Observation(model, batches(), progress=False)
+    blocks = [Block(ffn(seed=i)) for i in range(3)]
+    observation = Observation(nn.Sequential(*blocks).eval(), batches(), progress=False)
     assert [site.site.name for site in observation.sites] == ["0.ffn", "1.ffn", "2.ffn"]
-    expected = inputs_of(model, torch.cat(batches()))
+    expected = inputs_of(blocks, torch.cat(batches()))
     for _ in range(2):
         kept = observation.run(lambda _: Kept(), observation.sites, "test")
         for site, x in zip(observation.sites, expected, strict=True):
@@ -51,15 +51,15 @@ def test_only_the_sites_asked_for_are_observed() -> None:
 
 
 def test_a_replaced_site_changes_what_later_sites_see_and_not_what_it_sees_itself() -> None:
-    model = nn.Sequential(*(Block(ffn(seed=i)) for i in range(2))).eval()
-    observation = Observation(model, batches(), progress=False)
+    blocks = [Block(ffn(seed=i)) for i in range(2)]
+    observation = Observation(nn.Sequential(*blocks).eval(), batches(), progress=False)
     first, second = observation.sites
     observation.replace(first, lambda x: 2 * x)
     kept = observation.run(lambda _: Kept(), observation.sites, "test")
     x = torch.cat(batches())
     with torch.no_grad():
-        normed = model[0].norm(x)
-        after = model[1].norm(x + 2 * normed)
+        normed = blocks[0].norm(x)
+        after = blocks[1].norm(x + 2 * normed)
     torch.testing.assert_close(kept[first.fingerprint].tokens, normed)
     torch.testing.assert_close(kept[second.fingerprint].tokens, after)
 

@@ -41,7 +41,7 @@ class Neurons:
         error, count = self.error()[:, n].tolist(), self.sums.count[:, n].tolist()
         left = sum(e for e, h in zip(error, hot, strict=True) if h)
         corrected = sum(c for c, h in zip(count, hot, strict=True) if not h)
-        return left + price * (corrected * self.costs.row + guarded * TOKENS * self.costs.predictor)
+        return float(left + price * (corrected * self.costs.row + guarded * TOKENS * self.costs.predictor))
 
     def total_error(self, ranges: Ranges) -> float:
         return float(torch.where(ranges.hot, self.error(), 0).sum())

@@ -31,7 +31,7 @@ def test_every_neuron_leaves_its_hot_range_as_often() -> None:
     model, xs = ffn(32, 128), batches(d=32)
     (plan,) = calibrate(model, xs, config=config(method="paper", budget=0.5, predictor_bits=8)).sites
     with torch.no_grad():
-        estimates = torch.cat(xs) @ model[0].weight.T  # 8 bits: as good as the predictor's
+        estimates = torch.cat(xs) @ model.up.weight.T  # 8 bits: as good as the predictor's
     rate = ((estimates < plan.tensors["lower"]) | (estimates > plan.tensors["upper"])).float().mean(0)
     assert rate.mean().item() == pytest.approx(plan.outlier_rate, rel=0.02)
     assert rate.min() > plan.outlier_rate * 0.7
@@ -43,7 +43,7 @@ def test_the_surrogate_is_least_squares_on_the_hot_range() -> None:
     (plan,) = calibrate(model, xs, config=config(method="paper", budget=0.5, predictor_bits=8)).sites
     x = torch.cat(xs)
     with torch.no_grad():
-        z, estimate = model[0](x), x @ model[0].weight.T
+        z, estimate = model.up(x), x @ model.up.weight.T
         a = model[1](z)
     for n in range(0, 128, 16):
         hot = (estimate[:, n] >= plan.tensors["lower"][n]) & (estimate[:, n] <= plan.tensors["upper"][n])
@@ -58,8 +58,8 @@ def test_the_fold_is_that_of_the_surrogates() -> None:
     (plan,) = planned(model, 32, method="paper", budget=0.5).sites
     slope, intercept = plan.tensors["slope"], plan.tensors["intercept"]
     with torch.no_grad():
-        weight = (model[-1].weight * slope) @ model[0].weight
-        bias = model[-1].weight @ (slope * model[0].bias + intercept) + model[-1].bias
+        weight = (model.down.weight * slope) @ model.up.weight
+        bias = model.down.weight @ (slope * model.up.bias + intercept) + model.down.bias
     torch.testing.assert_close(plan.tensors["folded_weight"], weight, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(plan.tensors["folded_bias"], bias, rtol=1e-4, atol=1e-5)
 

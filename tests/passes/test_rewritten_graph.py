@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from builders.compiled import compiled
 from builders.ffns import Oracle, classes, config, oracle, oracles
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,11 +19,8 @@ CLASSES = list(range(20)), list(range(20, 26))  # of 32 neurons
 
 
 def run(model: nn.Module, plan: Plan, x: Tensor, *, inner: str = "aot_eager", dynamic: bool | None = None) -> Tensor:
-    compiled = torch.compile(
-        model, backend="tardis", options={"plan": plan, "inner": inner}, dynamic=dynamic, fullgraph=True
-    )
     with torch.no_grad():
-        return compiled(x)  # type: ignore[no-any-return]
+        return compiled(model, plan, inner=inner, dynamic=dynamic)(x)  # type: ignore[no-any-return]
 
 
 def plan_of(o: Oracle, guarded: list[int] = CLASSES[0], exact: list[int] = CLASSES[1]) -> Plan:
@@ -81,15 +79,13 @@ def test_the_rewritten_graph_equals_the_reference_op_to_rounding(
 
 def test_symbolic_sizes_are_rewritten_once_for_all_of_them() -> None:
     o = oracle(16, 32, 40, d_out=16)
-    compiled = torch.compile(
-        o.model(), backend="tardis", options={"plan": plan_of(o), "inner": "aot_eager"}, dynamic=True, fullgraph=True
-    )
+    fast = compiled(o.model(), plan_of(o), inner="aot_eager", dynamic=True)
     with torch.no_grad():
-        compiled(examples(o, (2, 3)))
+        fast(examples(o, (2, 3)))
         with torch._dynamo.config.patch(error_on_recompile=True):
             for shape in [(4, 5), (3, 30), (7, 2)]:
                 x = examples(o, shape)
-                torch.testing.assert_close(compiled(x), o.rewritten(*CLASSES, x))
+                torch.testing.assert_close(fast(x), o.rewritten(*CLASSES, x))
 
 
 def test_an_input_that_is_not_contiguous_gives_the_same() -> None:
