@@ -277,7 +277,7 @@ def test_training_mode_names_the_module() -> None:
     model = nn.Sequential(Block(ffn()), nn.Dropout()).eval()
     model[1].train()
     refused("1 is in training mode: call model.eval() first", lambda: planned(model))
-    refused("Sequential is in training mode", lambda: planned(ffn().train()))
+    refused("FFN is in training mode: call model.eval() first", lambda: planned(ffn().train()))
 
 
 def test_a_model_without_ffns() -> None:
