@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from tardis_fx.errors import PlanMismatchError
+from tardis_fx.errors import PlanMismatchError, StaleWeightError
 from tardis_fx.fingerprint import fingerprint
 from tardis_fx.graph.matcher import find_sites
 from tardis_fx.graph.surgery import add_input, copy, replace
@@ -141,16 +141,20 @@ def _mismatch(values: list[Tensor], plan: Plan) -> str:
     )
 
 
-def check(outcomes: Sequence[Outcome], *, strict: bool) -> list[Outcome]:
+def check(outcomes: Sequence[Outcome], plan: Plan, *, strict: bool) -> list[Outcome]:
     """The sites that should have been rewritten and were not.
 
     Raises:
         PlanMismatchError: the plan knows none of the graph's sites, or ``strict`` and a site was left out.
+        StaleWeightError: the plan knows a site by its name, but not its weights.
     """
     unplanned = [o for o in outcomes if o.plan is None and o.site.reason is None]
     left = [o for o in outcomes if o.reason]
     if unplanned and not any(o.plan for o in outcomes):
         raise PlanMismatchError(f"the plan fits none of the model's sites: {_listed(unplanned)}")
+    planned = {entry.name for entry in plan.sites}
+    if stale := [o for o in unplanned if o.site.name in planned]:
+        raise StaleWeightError(f"weights are not those that the plan was made for: {_listed(stale)}")
     if strict and left:
         raise PlanMismatchError(f"strict, and not every site is rewritten: {_listed(left)}")
     return left

@@ -47,7 +47,7 @@ def tardis(
         plan = resolve(parsed.plan)
         inner = _inner(parsed.inner, parsed.mode)
         rewritten = pipeline.apply(gm, example_inputs, plan, parsed.prefill or plan.config.prefill)
-        left = pipeline.check(rewritten.outcomes, strict=parsed.strict)
+        left = pipeline.check(rewritten.outcomes, plan, strict=parsed.strict)
     except TardisError as error:
         raise _surfaced(error) from error.__cause__
     for outcome in left:

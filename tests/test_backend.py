@@ -327,6 +327,17 @@ def test_weights_changed_before_compiling_are_refused(model: FFN, plan: Plan) ->
 
 
 @torch.no_grad()
+def test_one_weight_of_several_changed_before_a_recompilation_is_refused() -> None:
+    model = nn.Sequential(Block(ffn()), Block(ffn(seed=1))).eval()
+    fast = compiled(model, planned(model))
+    with torch.inference_mode():
+        fast(FEW)
+    model[1].ffn.up.weight[0, 0] += 1
+    with pytest.raises(StaleWeightError, match=r"1\.ffn: its weights changed since calibration"):
+        fast(FEW)
+
+
+@torch.no_grad()
 def test_weights_of_another_site_of_the_plan_are_served_with_its_constants(plan: Plan) -> None:
     """Swapping two sites' weights is a change that the plan covers."""
     first, second = ffn(seed=1), ffn(seed=2)

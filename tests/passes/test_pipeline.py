@@ -116,27 +116,27 @@ def test_a_refused_entry_keeps_its_reason() -> None:
     refused = replace(PLAN.sites[0], method=None, reason="for a test")
     found = outcome(O.model(), Plan((refused,), config()))
     assert found.reason == "for a test"
-    assert pipeline.check([found], strict=False) == [found]
+    assert pipeline.check([found], PLAN, strict=False) == [found]
     with pytest.raises(PlanMismatchError, match="for a test"):
-        pipeline.check([found], strict=True)
+        pipeline.check([found], PLAN, strict=True)
 
 
 def test_a_plan_that_fits_no_site_is_an_error_that_names_the_sites() -> None:
     found = outcome(Block(ffn(16, 48)), PLAN)
     with pytest.raises(PlanMismatchError, match="ffn: the plan has no site of these shapes"):
-        pipeline.check([found], strict=False)
+        pipeline.check([found], PLAN, strict=False)
 
 
 def test_a_plan_that_fits_some_sites_lists_the_rest() -> None:
     fits, left = outcome(O.model(), PLAN), outcome(ffn(16, 48), PLAN)
-    assert pipeline.check([fits, left], strict=False) == [left]
-    assert pipeline.check([fits], strict=True) == []
+    assert pipeline.check([fits, left], PLAN, strict=False) == [left]
+    assert pipeline.check([fits], PLAN, strict=True) == []
     with pytest.raises(PlanMismatchError, match="not every site"):
-        pipeline.check([fits, left], strict=True)
+        pipeline.check([fits, left], PLAN, strict=True)
 
 
 def test_a_graph_without_sites_is_no_error() -> None:
-    assert pipeline.check([], strict=True) == []
+    assert pipeline.check([], PLAN, strict=True) == []
 
 
 def test_weights_that_are_inference_tensors_are_refused() -> None:
