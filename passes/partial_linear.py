@@ -20,6 +20,7 @@ from torch.nn import functional as F  # noqa: N812
 from tqdm import tqdm
 
 from tardis_fx.calibration.budget import allocate
+from tardis_fx.calibration.observe import BatchObservation
 from tardis_fx.calibration.predictor import Predictor, quantise
 from tardis_fx.calibration.profile import Histogram, Moments
 from tardis_fx.calibration.ranges import Costs, Ranges, SiteRanges
@@ -61,10 +62,8 @@ class PartialLinear(Rewrite):
 
         The first two do not depend on the budget, and are done once for one observation.
         """
-        profile = f"partial_linear profile, {config.predictor_bits} bits"
-        if profile not in observation.memo:
-            observation.memo[profile] = self._profile(observation, sites, config)
-        drafts, histograms = observation.memo[profile]
+        drafts = self._drafts(observation, sites, config)
+        histograms = self._histograms(observation, drafts, config)
         by_site = {draft.site.fingerprint: draft for draft in drafts}
         surrogates = [SiteRanges(histograms[d.site.fingerprint], d.w2.norm(dim=0), d.costs) for d in drafts]
         dense = sum(site.weights.bytes for site in sites)
@@ -74,12 +73,13 @@ class PartialLinear(Rewrite):
         if not config.sequential:
             residuals = observation.run(lambda s: ResidualObserver(by_site[s.fingerprint]), sites, "residuals")
             return [self._plan(draft, residuals[draft.site.fingerprint]) for draft in drafts]
+        assert isinstance(observation, BatchObservation)  # Options refuses it elsewhere
         try:
             return [self._fit_next(observation, draft) for draft in drafts]
         finally:
             observation.restore()
 
-    def _fit_next(self, observation: Observation, draft: Draft) -> SitePlan:
+    def _fit_next(self, observation: BatchObservation, draft: Draft) -> SitePlan:
         """Fits one site and rewrites it for all runs to come."""
         site = draft.site
         observers = observation.run(lambda _: ResidualObserver(draft), [site], f"residual of {site.site.name}")
@@ -88,13 +88,23 @@ class PartialLinear(Rewrite):
         observation.replace(site, lambda x: self.forward(x, constants, plan))
         return plan
 
-    def _profile(
-        self, observation: Observation, sites: Sequence[ObservedSite], config: Config
-    ) -> tuple[list[Draft], dict[str, Histogram]]:
-        moments = observation.run(lambda s: Moments(s.weights.w1.shape[1]), sites, "input moments")
-        bar = tqdm(sites, desc="predictors", unit="site", disable=not config.progress, leave=False)
-        drafts = {s.fingerprint: Draft(s, moments[s.fingerprint], config.predictor_bits) for s in bar}
-        return list(drafts.values()), observation.run(lambda s: drafts[s.fingerprint].histogram(), sites, "hot ranges")
+    def _drafts(self, observation: Observation, sites: Sequence[ObservedSite], config: Config) -> list[Draft]:
+        key = f"partial_linear drafts, {config.predictor_bits} bits"
+        if key not in observation.memo:
+            moments = observation.run(lambda s: Moments(s.weights.w1.shape[1]), sites, "input moments")
+            bar = tqdm(sites, desc="predictors", unit="site", disable=not config.progress, leave=False)
+            observation.memo[key] = [Draft(s, moments[s.fingerprint], config.predictor_bits) for s in bar]
+        drafts: list[Draft] = observation.memo[key]
+        return drafts
+
+    def _histograms(self, observation: Observation, drafts: Sequence[Draft], config: Config) -> dict[str, Histogram]:
+        key = f"partial_linear histograms, {config.predictor_bits} bits"
+        if key not in observation.memo:
+            by_site = {draft.site.fingerprint: draft for draft in drafts}
+            sites = [draft.site for draft in drafts]
+            observation.memo[key] = observation.run(lambda s: by_site[s.fingerprint].histogram(), sites, "hot ranges")
+        histograms: dict[str, Histogram] = observation.memo[key]
+        return histograms
 
     def choose(self, sites: Sequence[SiteRanges], allowed: float) -> list[Ranges]:
         """Ranges of all sites within ``allowed`` bytes per token; fits the surrogates to them."""

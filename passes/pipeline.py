@@ -42,6 +42,11 @@ class Outcome:
     plan: SitePlan | None
     reason: str | None
 
+    @property
+    def fits(self) -> bool:
+        """Whether the graph lets the site be rewritten."""
+        return self.site.reason is None
+
 
 @dataclass(frozen=True)
 class Rewritten:
@@ -88,20 +93,22 @@ def apply(gm: fx.GraphModule, example_inputs: Sequence[Tensor], plan: Plan, pref
         if entry is None or outcome.reason or (prefill == "original" and _tokens(site) > DECODE_TOKENS):
             continue
         rewrite = rewrite_named(str(entry.method))
-        guard = SiteGuard(site, [position[node] for node in site.parameters], entry, plan, rewrite)
-        own = guard.constants(example_inputs)
-        inputs = {
-            name: add_input(gm.graph, f"tardis_{len(guards)}_{name}", value)
-            for name, value in zip(guard.names, own, strict=True)
-        }
+        positions = [position[node] for node in site.parameters]
+        guard = SiteGuard(site, positions, entry, partial(_find, plan), rewrite)
+        own = guard.constants(entry, [example_inputs[p] for p in positions]).tensors
+        inputs = {name: add_input(gm.graph, f"tardis_{len(guards)}_{name}", value) for name, value in own.items()}
         x = moved.get(site.input, site.input)
         moved[site.output] = replace(gm.graph, site, x, partial(_forward, rewrite, entry), inputs)
         guards.append(guard)
-        constants += own
+        constants += own.values()
     if guards:
         gm.graph.lint()
         gm.recompile()
     return Rewritten(gm if guards else original, tuple(found), tuple(guards), tuple(constants))
+
+
+def _find(plan: Plan, site: Site, weights: Sequence[Tensor]) -> SitePlan | None:
+    return plan.find(fingerprint(weights))
 
 
 def _forward(rewrite: Rewrite, plan: SitePlan, x: Any, constants: Mapping[str, Any]) -> Any:
@@ -141,19 +148,19 @@ def _mismatch(values: list[Tensor], plan: Plan) -> str:
     )
 
 
-def check(outcomes: Sequence[Outcome], plan: Plan, *, strict: bool) -> list[Outcome]:
-    """The sites that should have been rewritten and were not.
+def check(outcomes: Sequence[Outcome], plan: Plan, *, strict: bool, lenient: bool = False) -> list[Outcome]:
+    """The sites that should have been rewritten and were not; ``lenient``, weights may differ from the plan's.
 
     Raises:
         PlanMismatchError: the plan knows none of the graph's sites, or ``strict`` and a site was left out.
         StaleWeightError: the plan knows a site by its name, but not its weights.
     """
-    unplanned = [o for o in outcomes if o.plan is None and o.site.reason is None]
+    unplanned = [o for o in outcomes if o.plan is None and o.fits]
     left = [o for o in outcomes if o.reason]
-    if unplanned and not any(o.plan for o in outcomes):
+    if unplanned and not lenient and not any(o.plan for o in outcomes):
         raise PlanMismatchError(f"the plan fits none of the model's sites: {_listed(unplanned)}")
     planned = {entry.name for entry in plan.sites}
-    if stale := [o for o in unplanned if o.site.name in planned]:
+    if not lenient and (stale := [o for o in unplanned if o.site.name in planned]):
         raise StaleWeightError(f"weights are not those that the plan was made for: {_listed(stale)}")
     if strict and left:
         raise PlanMismatchError(f"strict, and not every site is rewritten: {_listed(left)}")

@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch._C._dynamo.eval_frame import reset_code
 from torch._dynamo.backends.registry import lookup_backend
 from torch._dynamo.exc import InvalidBackend, ShortenTraceback
+from torch._dynamo.symbolic_convert import InstructionTranslator
 
-from tardis_fx.config import Options
-from tardis_fx.errors import ConfigError, TardisError
+from tardis_fx.calibration.live import Settings, extended, reset
+from tardis_fx.config import Config, Options
+from tardis_fx.errors import ConfigError, PlanMismatchError, StaleWeightError, TardisError
+from tardis_fx.graph.capture import own_code
+from tardis_fx.graph.surgery import copy
 from tardis_fx.passes import pipeline
 from tardis_fx.plan import resolve
-from tardis_fx.runtime.guard import GuardedGraph
+from tardis_fx.runtime.guard import GuardedGraph, Unknown
+from tardis_fx.runtime.profiled import ProfiledGraph, return_inputs
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor, fx
+
+    from tardis_fx.plan import Plan
 
 _log = logging.getLogger("tardis_fx")
 
@@ -38,22 +47,104 @@ def tardis(
         mode: what ``torch.compile`` passes where no options are given.
 
     Raises:
-        ConfigError: an option is unknown or out of range, or there is no plan.
+        ConfigError: an option is unknown or out of range.
         PlanFileError: the plan's file cannot be read.
         PlanMismatchError: the plan knows none of the graph's sites, or ``strict`` and one was left out.
+        StaleWeightError: a weight is not the one that the plan was made for.
     """
     try:
-        parsed = Options.parse({"mode": mode} | (options or {}))
-        plan = resolve(parsed.plan)
-        inner = _inner(parsed.inner, parsed.mode)
-        rewritten = pipeline.apply(gm, example_inputs, plan, parsed.prefill or plan.config.prefill)
-        left = pipeline.check(rewritten.outcomes, plan, strict=parsed.strict)
+        return _compile(gm, example_inputs, Options.parse({"mode": mode} | (options or {})))
     except TardisError as error:
         raise _surfaced(error) from error.__cause__
-    for outcome in left:
-        _log.warning("%s is not rewritten: %s", outcome.site.name or "an FFN", outcome.reason)
-    compiled = inner(rewritten.gm, [*example_inputs, *rewritten.constants])
-    return GuardedGraph(compiled, rewritten.guards) if rewritten.modified else compiled
+
+
+tardis.reset = reset  # type: ignore[attr-defined]  # called by torch.compiler.reset()
+
+
+def _compile(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, *, nested: bool = False
+) -> Callable[..., Any]:
+    """Compiles a graph by what is planned for its sites; ``nested``, what is unknown stays silently as it is."""
+    inner = _inner(options.inner, options.mode)
+    plan = None if options.plan is None else resolve(options.plan)
+    config = options.config or (Config() if plan is None else dataclasses.replace(plan.config, sequential=False))
+    settings = Settings(config, options.profile_tokens, options.tolerance)
+    plan = extended(plan, settings) if options.observes else plan
+    assert plan is not None
+    if options.observes and not nested:
+        profiled = _profiled(gm, example_inputs, plan, settings, inner)
+        if profiled is not None:
+            return profiled
+    rewritten = pipeline.apply(gm, example_inputs, plan, options.prefill or plan.config.prefill)
+    if not nested:
+        lenient = options.observes or options.on_change == "original"
+        for outcome in pipeline.check(rewritten.outcomes, plan, strict=options.strict, lenient=lenient):
+            _log.warning("%s is not rewritten: %s", outcome.site.name or "an FFN", outcome.reason)
+    compiled: Callable[..., Any] = inner(rewritten.gm, [*example_inputs, *rewritten.constants])
+    if not rewritten.modified:
+        return compiled
+    return GuardedGraph(compiled, rewritten.guards, _Other(gm, options), example_inputs)
+
+
+def _profiled(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], plan: Plan, settings: Settings, inner: Callable[..., Any]
+) -> ProfiledGraph | None:
+    """The graph with its unplanned sites observed, or None where there are none."""
+    observed = copy(gm)
+    sites = [o.site for o in pipeline.outcomes(observed, example_inputs, plan) if o.plan is None and o.fits]
+    if not sites:
+        return None
+    position = {node: i for i, node in enumerate(observed.graph.find_nodes(op="placeholder"))}
+    positions = [[position[node] for node in site.parameters] for site in sites]
+    return_inputs(observed, sites)
+    return ProfiledGraph(inner(observed, list(example_inputs)), sites, positions, settings, _forgetter())
+
+
+class _Other:
+    """What runs for weights that a graph was not compiled for; see :class:`GuardedGraph`."""
+
+    def __init__(self, gm: fx.GraphModule, options: Options) -> None:
+        self._gm, self._options = copy(gm), options
+        self._forget = _forgetter() if options.on_change == "refit" or options.plan is None else None
+        self._variant: Callable[..., Any] | None = None
+
+    def __call__(self, unknown: list[Unknown]) -> Callable[..., Any]:
+        changed = ", ".join(site.name for site in unknown if site.changed)
+        if unknown and self._forget:
+            _log.warning("weights changed: the original runs until %s is fitted anew", changed or unknown[0].name)
+            self._forget()
+            return self._gm.forward  # type: ignore[no-any-return]
+        if changed and self._options.on_change == "error":
+            raise StaleWeightError(
+                f"{changed}: a weight is not the one that the plan was made for: it changed since calibration. Restore "
+                f"it, or calibrate again and compile with the new plan; options on_change='original' and 'refit' go on"
+            )
+        if unknown:
+            names = ", ".join(site.name for site in unknown)
+            if self._options.strict:
+                raise PlanMismatchError(f"strict, and the plan has no entry for the weights of {names}")
+            _log.warning("the plan has no entry for the weights of %s: the original runs", names)
+        if self._variant is None:
+            nested = partial(_compile, options=self._options, nested=True)
+            self._variant = torch.compile(own_code(_run), backend=nested)
+        return partial(_unpacked, self._variant, self._gm)
+
+
+def _run(gm: fx.GraphModule, inputs: tuple[Any, ...]) -> Any:
+    return gm(*inputs)
+
+
+def _unpacked(variant: Callable[..., Any], gm: fx.GraphModule, *inputs: Any) -> Any:
+    return variant(gm, inputs)
+
+
+def _forgetter() -> Callable[[], None]:
+    """Makes Dynamo compile what it is compiling now once more, at the next call after the result is called."""
+    try:
+        code = InstructionTranslator.current_tx().output.root_tx.f_code
+    except AttributeError:
+        raise ConfigError("without a plan, the backend must be called by torch.compile") from None
+    return partial(reset_code, code)
 
 
 def _inner(name: str, mode: str | None) -> Callable[..., Any]:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from tardis_fx.calibration.observe import Batch, Observation, ObservedSite
+from tardis_fx.calibration.observe import Batch, BatchObservation, Observation, ObservedSite
 from tardis_fx.config import Config
 from tardis_fx.errors import CalibrationError, ConfigError
 from tardis_fx.passes.base import rewrite_named
@@ -37,7 +37,7 @@ def calibrate(model: nn.Module, batches: Iterable[Batch], *, config: Config | No
     if not isinstance(config, Config):
         raise ConfigError(f"config must be a tardis_fx.Config, not {type(config).__name__}")
     rewrite_named(config.method)  # before the model runs
-    return plan_for(Observation(model, batches, progress=config.progress), config)
+    return plan_for(BatchObservation(model, batches, progress=config.progress), config)
 
 
 def plan_for(observation: Observation, config: Config) -> Plan:
@@ -55,11 +55,12 @@ def plan_for(observation: Observation, config: Config) -> Plan:
             raise CalibrationError(f"the weights of {site.site.name} hold NaN or infinity")
     fitted = {plan.fingerprint: plan for plan in (rewrite.fit(observation, accepted, config) if accepted else [])}
     return Plan(
-        tuple(fitted.get(s.fingerprint) or _refused(s, reasons[s.fingerprint]) for s in observation.sites), config
+        tuple(fitted.get(s.fingerprint) or refused(s, reasons[s.fingerprint]) for s in observation.sites), config
     )
 
 
-def _refused(site: ObservedSite, reason: str | None) -> SitePlan:
+def refused(site: ObservedSite, reason: str | None) -> SitePlan:
+    """The entry of a site that is not rewritten."""
     return SitePlan(
         fingerprint=site.fingerprint,
         name=site.site.name,

@@ -58,25 +58,41 @@ class Options:
     """What ``torch.compile(..., backend="tardis", options={...})`` understands.
 
     Attributes:
-        plan: a :class:`tardis_fx.Plan` or the path of its file.
+        plan: a :class:`tardis_fx.Plan` or the path of its file. Without one the first calls are observed, and FFNs are
+            rewritten when they have been fitted and checked.
+        config: what to aim at where there is no plan; the defaults when None.
+        profile_tokens: without a plan, how many tokens each step of the fit and the check observe.
+        tolerance: without a plan, the largest relative error of a site's output, on calls that it was not fitted on, at
+            which the site is rewritten.
+        on_change: where a weight is not the one that its site was fitted to: ``"error"`` refuses the call;
+            ``"original"`` runs the original FFN; ``"refit"`` runs it too, and observes and fits anew.
         prefill: overrides the plan's.
         strict: raise where a site of the graph is not rewritten, instead of warning.
         inner: the backend that compiles the rewritten graph.
         mode: Inductor's, as in ``torch.compile(mode=...)``, which does not take a mode beside options.
     """
 
-    plan: Any
+    plan: Any = None
+    config: Config | None = None
+    profile_tokens: int = 8192
+    tolerance: float = 0.3
+    on_change: Literal["error", "original", "refit"] = "error"
     prefill: Prefill | None = None
     strict: bool = False
     inner: str = "inductor"
     mode: str | None = None
+
+    @property
+    def observes(self) -> bool:
+        """Whether sites that nothing is planned for are observed and fitted."""
+        return self.plan is None or self.on_change == "refit"
 
     @classmethod
     def parse(cls, options: dict[str, Any] | None) -> Options:
         """Reads the dict given to ``torch.compile``.
 
         Raises:
-            ConfigError: an option is unknown or out of its range, or there is no plan.
+            ConfigError: an option is unknown or out of its range.
         """
         given = dict(options or {})
         known = [field.name for field in fields(cls)]
@@ -84,17 +100,32 @@ class Options:
             raise ConfigError(
                 f"unknown option {', '.join(map(repr, unknown))}: backend 'tardis' knows {', '.join(known)}"
             )
-        if given.get("plan") is None:
-            raise ConfigError("no plan: pass options={'plan': plan}, from tardis_fx.calibrate or the path of its file")
-        if given.get("prefill") is not None:
-            _one_of("prefill", given["prefill"], ("original", "rewritten"))
-        if not isinstance(given.get("strict", False), bool):
-            raise ConfigError(f"strict must be True or False, not {given['strict']!r}")
-        if not isinstance(given.get("inner", ""), str):
-            raise ConfigError(f"inner must be the name of a torch.compile backend, not {given['inner']!r}")
-        if not isinstance(given.get("mode") or "", str):
-            raise ConfigError(f"mode must be the name of a mode of Inductor, not {given['mode']!r}")
-        return cls(**given)
+        parsed = cls(**given)
+        if parsed.config is not None:
+            if not isinstance(parsed.config, Config):
+                raise ConfigError(f"config must be a tardis_fx.Config, not {type(parsed.config).__name__}")
+            if parsed.plan is not None:
+                raise ConfigError("config says how to fit where there is no plan: give one of them")
+            if parsed.config.sequential:
+                raise ConfigError("sequential fitting runs the model again and again: it needs calibrate and a plan")
+        if not isinstance(parsed.profile_tokens, int) or isinstance(parsed.profile_tokens, bool):
+            raise ConfigError(f"profile_tokens must be a number of tokens, not {parsed.profile_tokens!r}")
+        if parsed.profile_tokens < 1:
+            raise ConfigError(f"profile_tokens must be positive, not {parsed.profile_tokens}")
+        if isinstance(parsed.tolerance, bool) or not isinstance(parsed.tolerance, (int, float)):
+            raise ConfigError(f"tolerance must be a number, not {parsed.tolerance!r}")
+        if not parsed.tolerance > 0:
+            raise ConfigError(f"tolerance must be a positive relative error, not {parsed.tolerance}")
+        _one_of("on_change", parsed.on_change, ("error", "original", "refit"))
+        if parsed.prefill is not None:
+            _one_of("prefill", parsed.prefill, ("original", "rewritten"))
+        if not isinstance(parsed.strict, bool):
+            raise ConfigError(f"strict must be True or False, not {parsed.strict!r}")
+        if not isinstance(parsed.inner, str):
+            raise ConfigError(f"inner must be the name of a torch.compile backend, not {parsed.inner!r}")
+        if not isinstance(parsed.mode or "", str):
+            raise ConfigError(f"mode must be the name of a mode of Inductor, not {parsed.mode!r}")
+        return parsed
 
 
 def _one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from tardis_fx.calibration import live
 from tardis_fx.graph.capture import Capture
 from tardis_fx.passes import pipeline
 from tardis_fx.plan import resolve
@@ -27,8 +28,8 @@ class SiteReport:
         name: module path.
         kind: plain or gated.
         activation: name in the registry, or None when it is not recognised.
-        status: ``"rewritten"`` or ``"refused"``.
-        reason: why it is refused; empty otherwise.
+        status: ``"rewritten"``, ``"refused"``, or, in a model compiled without a plan, ``"profiling"``.
+        reason: why it is refused, or where its profile stands; empty otherwise.
         method: the rewrite; empty for a refused site.
         stored_bytes: weight bytes kept.
         touched_bytes: weight bytes read per decoded token, expected corrections included.
@@ -106,19 +107,20 @@ def _row(site: SiteReport) -> list[str]:
     ]
 
 
-def explain(model: nn.Module, plan: Plan | str | os.PathLike[str], example: Batch) -> Report:
+def explain(model: nn.Module, plan: Plan | str | os.PathLike[str] | None, example: Batch) -> Report:
     """Runs a model once through the capture that compilation uses and reports every FFN.
 
     Args:
-        model: the model, as it would be compiled.
-        plan: a plan or the path of its file.
+        model: the model, compiled or not.
+        plan: a plan, the path of its file, or None for what has become of a model that was compiled without a plan.
         example: a tensor, the model's first argument, or a dict of keyword arguments.
 
     Raises:
         PlanFileError: the plan's file cannot be read.
         CalibrationError: the example is neither tensor nor dict.
     """
-    loaded = resolve(plan)
+    loaded = live.fitted() if plan is None else resolve(plan)
+    model = getattr(model, "_orig_mod", model)
     outcomes: list[pipeline.Outcome] = []
     seen: dict[str, SiteReport] = {}
 
@@ -131,12 +133,15 @@ def explain(model: nn.Module, plan: Plan | str | os.PathLike[str], example: Batc
             dense = sum(v.numel() * v.element_size() for p in site.parameters if (v := values.get(p)) is not None)
             report = _planned(entry) if entry and not outcome.reason else None
             report = report or _refused(site.name, site.kind, site.activation, outcome.reason, dense)
+            if plan is None and entry is None and (stage := live.stage_of([values[p] for p in site.parameters])):
+                report = replace(report, status="profiling", reason=stage)
             seen.setdefault(site.name, replace(report, name=site.name))
         return forward
 
     Capture(model, observe)(example)
     found = {outcome.plan.fingerprint for outcome in outcomes if outcome.plan}
-    return Report(tuple(seen.values()), tuple(entry.name for entry in loaded.sites if entry.fingerprint not in found))
+    missing = [entry.name for entry in loaded.sites if plan is not None and entry.fingerprint not in found]
+    return Report(tuple(seen.values()), tuple(missing))
 
 
 def _planned(entry: SitePlan) -> SiteReport:

@@ -3,22 +3,37 @@
 from __future__ import annotations
 
 import hashlib
+import weakref
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Sequence
 
-    from torch import Tensor
+# By the identities of a site's tensors, for as long as they all live; the aliases keep an address from another's use.
+_KNOWN: dict[tuple[int, ...], tuple[list[int], str, list[Tensor], list[weakref.ref[Tensor]]]] = {}
 
 
-def fingerprint(weights: Iterable[Tensor]) -> str:
-    """Hash of dtypes, shapes and contents of a site's weights, in order.
+def fingerprint(weights: Sequence[Tensor]) -> str:
+    """Hash of dtypes, shapes and contents of a site's weights, in order; remembered until one of them changes.
 
     Args:
         weights: of any shapes, on any device.
     """
+    if any(weight.is_inference() for weight in weights):
+        return _hash(weights)
+    key, state = tuple(map(id, weights)), [v for w in weights for v in (w.data_ptr(), w._version)]
+    known = _KNOWN.get(key)
+    if known is None or known[0] != state:
+        aliases = [weight.detach() for weight in weights]
+        ends = [weakref.ref(weight, lambda _: _KNOWN.pop(key, None)) for weight in weights]
+        known = _KNOWN[key] = state, _hash(weights), aliases, ends
+    return known[1]
+
+
+def _hash(weights: Sequence[Tensor]) -> str:
     digest = hashlib.sha256()
     for weight in weights:
         digest.update(f"{weight.dtype}{tuple(weight.shape)}".encode())

@@ -5,6 +5,7 @@ import json
 import logging
 import subprocess
 import sys
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -348,6 +349,85 @@ def test_weights_of_another_site_of_the_plan_are_served_with_its_constants(plan:
     torch.testing.assert_close(fast(FEW), expected(second, Plan(plan.sites[1:], plan.config), FEW))
 
 
+@pytest.mark.parametrize("change", CHANGES)
+@torch.no_grad()
+def test_on_change_original_runs_the_changed_model(change: str, model: FFN, plan: Plan) -> None:
+    fast = compiled(model, plan, on_change="original")
+    rewritten = fast(FEW)
+    CHANGES[change](model)
+    for _ in range(2):
+        torch.testing.assert_close(fast(FEW), model(FEW))
+    assert not torch.equal(rewritten, model(FEW))
+
+
+@torch.no_grad()
+def test_on_change_original_leaves_the_other_sites_rewritten() -> None:
+    model = nn.Sequential(Block(ffn()), Block(ffn(seed=1))).eval()
+    plan = planned(model)
+    fast = compiled(model, plan, on_change="original")
+    fast(FEW)
+    model[0].ffn.up.weight.mul_(2)
+    first = model[0](FEW)
+    own = Plan((plan.sites[1],), plan.config)
+    torch.testing.assert_close(fast(FEW), first + expected(model[1].ffn, own, model[1].norm(first)))
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@torch.no_grad()
+def test_on_change_refit_observes_the_changed_model_and_fits_it(change: str, model: FFN, plan: Plan) -> None:
+    fast = compiled(model, plan, on_change="refit", profile_tokens=512)
+    stale = fast(FEW)
+    CHANGES[change](model)
+    for i in range(8):  # four runs of two calls
+        x = inputs(256, 16, seed=i)
+        torch.testing.assert_close(fast(x), model(x))
+    found, exact = fast(FEW), model(FEW)
+    assert not torch.equal(found, exact)
+    assert (found - exact).norm() < 0.5 * exact.norm() < 5 * (stale - exact).norm()
+
+
+@torch.no_grad()
+def test_another_instance_in_the_same_graph_runs_its_original(caplog: pytest.LogCaptureFixture) -> None:
+    first, second, third = (Block(ffn(seed=seed)) for seed in range(3))
+    plan = planned(nn.Sequential(first, second).eval())
+    for block in (first, second, third):
+        block.compile(backend="tardis", options={"plan": plan, "inner": "eager"})
+    exact = [block.forward(FEW) for block in (first, second, third)]
+    for _ in range(2):
+        assert not torch.equal(first(FEW), exact[0])
+        torch.testing.assert_close(third(FEW), exact[2])
+        assert not torch.equal(second(FEW), exact[1])
+    assert "the plan has no entry for the weights" in caplog.text
+    third.ffn.up.weight.mul_(2)
+    with pytest.raises(StaleWeightError):
+        third(FEW)
+
+
+@torch.no_grad()
+def test_another_instance_is_an_error_where_strict() -> None:
+    first, second = Block(ffn()), Block(ffn(seed=1))
+    plan = planned(first)
+    for block in (first, second):
+        block.compile(backend="tardis", options={"plan": plan, "inner": "eager", "strict": True})
+    first(FEW)
+    with pytest.raises(PlanMismatchError, match="strict"):
+        second(FEW)
+
+
+@torch.no_grad()
+def test_instances_that_the_plan_treats_differently_share_a_graph() -> None:
+    """A refused entry's instance runs its original whichever came first, and the other keeps its rewrite."""
+    for order in (0, 1), (1, 0):
+        blocks = [Block(ffn(seed=seed)) for seed in range(2)]
+        plan = planned(nn.Sequential(*blocks).eval())
+        refused = replace(plan.sites[1], method=None, reason="for a test")
+        plan = Plan((plan.sites[0], refused), plan.config)
+        for block in blocks:
+            block.compile(backend="tardis", options={"plan": plan, "inner": "eager"})
+        for i in (*order, *order):
+            assert torch.equal(blocks[i](FEW), blocks[i].forward(FEW)) == (i == 1 or order[0] == 1)
+
+
 @torch.no_grad()
 def test_many_tokens_under_original_prefill_follow_the_weights(model: FFN, plan: Plan) -> None:
     """The original subgraph holds no constants, so a changed weight is served, exact."""
@@ -375,7 +455,7 @@ def raises(kind: type[TardisError], cause: str, run: Callable[[], Any]) -> None:
     ("options", "cause"),
     [
         ({"budget": 0.2}, "unknown option 'budget'"),
-        ({"plan": None}, "no plan"),
+        ({"config": 3}, "config must be a tardis_fx.Config"),
         ({"plan": 3}, "plan must be a tardis_fx.Plan or the path of its file, not int"),
         ({"plan": {"sites": []}}, "not dict"),
         ({"prefill": "exact"}, "prefill must be one of 'original', 'rewritten', not 'exact'"),
@@ -394,14 +474,6 @@ def test_a_wrong_option_is_a_config_error_that_names_it(
     options: dict[str, Any], cause: str, model: FFN, plan: Plan
 ) -> None:
     raises(ConfigError, cause, lambda: compiled(model, **({"plan": plan} | options))(FEW))
-
-
-def test_no_options_at_all_is_a_config_error(model: FFN) -> None:
-    raises(ConfigError, "no plan", lambda: torch.compile(model, backend="tardis")(FEW))
-
-
-def test_a_mode_without_options_is_no_plan(model: FFN) -> None:
-    raises(ConfigError, "no plan", lambda: torch.compile(model, backend="tardis", mode="reduce-overhead")(FEW))
 
 
 def test_a_plan_file_that_cannot_be_read_is_named(model: FFN, tmp_path: Path) -> None:
@@ -554,7 +626,7 @@ def test_weights_that_did_not_change_are_not_read_again(
 ) -> None:
     fast, reads = compiled(model, plan), []
     fast(FEW)
-    monkeypatch.setattr("tardis_fx.runtime.guard.fingerprint", lambda weights: reads.append(weights))
+    monkeypatch.setattr("tardis_fx.passes.pipeline.fingerprint", lambda weights: reads.append(weights))
     for _ in range(3):
         fast(FEW)
     assert reads == []

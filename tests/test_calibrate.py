@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from tardis_fx import CalibrationError, Config, ConfigError, Plan, TardisError, calibrate
 from tardis_fx.calibrate import plan_for
-from tardis_fx.calibration.observe import Observation
+from tardis_fx.calibration.observe import BatchObservation
 from tardis_fx.passes.base import rewrite_named
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ def test_one_ffn_that_runs_twice_is_one_site_and_sees_both_inputs() -> None:
 
 def test_the_plans_of_one_observation_do_not_depend_on_each_other() -> None:
     model = nn.Sequential(Block(ffn(seed=1)), Block(ffn(seed=2))).eval()
-    observation = Observation(model, batches(), progress=False)
+    observation = BatchObservation(model, batches(), progress=False)
     wanted = [config(), config(method="paper", budget=0.9), config(sequential=True), config()]
     for each in wanted:
         assert same(plan_for(observation, each), calibrate(model, batches(), config=each)), each

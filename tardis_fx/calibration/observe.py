@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
@@ -49,14 +50,39 @@ class ObservedSite:
     parameters: tuple[Tensor, ...]
 
 
-class Observation:
+class Observation(ABC):
+    """Sites whose inputs can be shown to observers, run by run.
+
+    Attributes:
+        memo: where rewrites keep what they measured, for further plans from the same observation.
+    """
+
+    memo: dict[str, Any]
+
+    @property
+    @abstractmethod
+    def sites(self) -> Sequence[ObservedSite]:
+        """All sites, refused ones included."""
+
+    @abstractmethod
+    def run(self, make: Callable[[ObservedSite], O], sites: Sequence[ObservedSite], what: str) -> dict[str, O]:
+        """Shows inputs to observers and returns one observer a site, by the site's fingerprint.
+
+        Args:
+            make: makes the observer of a site.
+            sites: the sites to observe.
+            what: says what is being measured; another text for each run of one fit.
+
+        Raises:
+            CalibrationError: a site's inputs are NaN or infinite, or it saw no token.
+        """
+
+
+class BatchObservation(Observation):
     """A model, its calibration batches, and its sites in the order in which they run.
 
     The sites are found by running the first batch. Batches are kept in a list, for they are run once for every
     :meth:`run`; a site's inputs are never kept.
-
-    Attributes:
-        memo: where rewrites keep what they measured, for further plans from the same observation.
     """
 
     def __init__(self, model: nn.Module, batches: Iterable[Batch], *, progress: bool = True) -> None:
@@ -95,16 +121,7 @@ class Observation:
         return list(self._sites.values())
 
     def run(self, make: Callable[[ObservedSite], O], sites: Sequence[ObservedSite], what: str) -> dict[str, O]:
-        """Runs all batches once and returns one observer a site, by the site's fingerprint.
-
-        Args:
-            make: makes the observer of a site.
-            sites: the sites to observe.
-            what: says what is being measured, for the progress bar.
-
-        Raises:
-            CalibrationError: a site's inputs are NaN or infinite, or it saw no token.
-        """
+        """Runs all batches once; see :meth:`Observation.run`."""
         named = {site.fingerprint: site.site.name for site in sites}
         observers = {site.fingerprint: make(site) for site in sites}
         self._observers, self._seen = dict(observers), set()
@@ -175,7 +192,7 @@ class Observation:
 class _Enter(nn.Module):
     """Shows a site's inputs; a copy is kept only where the output is going to be replaced."""
 
-    def __init__(self, observation: Observation, site: Site) -> None:
+    def __init__(self, observation: BatchObservation, site: Site) -> None:
         super().__init__()
         self._observation, self._site = observation, site
 
@@ -187,7 +204,7 @@ class _Enter(nn.Module):
 class _Leave(nn.Module):
     """Passes a site's output, or what replaces it."""
 
-    def __init__(self, observation: Observation, site: Site) -> None:
+    def __init__(self, observation: BatchObservation, site: Site) -> None:
         super().__init__()
         self._observation, self._site = observation, site
 

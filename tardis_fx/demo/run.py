@@ -13,7 +13,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from tardis_fx.calibrate import plan_for
-from tardis_fx.calibration.observe import Observation
+from tardis_fx.calibration.observe import BatchObservation
 from tardis_fx.config import Config
 from tardis_fx.demo import measure
 from tardis_fx.demo.model import DemoModel, load
@@ -78,7 +78,7 @@ def run(picture: Path, console: Console) -> Results:
         def done(what: str) -> None:
             progress.update(task, advance=1, description=what)
 
-        observation = Observation(demo.model, demo.windows("calibration", WINDOWS).split(8), progress=False)
+        observation = BatchObservation(demo.model, demo.windows("calibration", WINDOWS).split(8), progress=False)
         dense = measure.logits(demo.model, text)
         results = Results(measure.quality(dense, dense, text))
         done("dense model measured")

@@ -19,6 +19,11 @@ def _call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
     return model(*args, **kwargs)
 
 
+def own_code(function: Any) -> Callable[..., Any]:
+    """A copy of a function with a code object, and so with a cache of Dynamo's, of its own."""
+    return types.FunctionType(function.__code__.replace(), function.__globals__)
+
+
 class Capture:
     """A model whose graphs an observer replaces.
 
@@ -36,7 +41,7 @@ class Capture:
             observer: is called with every graph and its inputs, and returns what to run in its place.
         """
         self._model = model
-        self._call = torch.compile(types.FunctionType(_call.__code__.replace(), globals()), backend=observer)
+        self._call = torch.compile(own_code(_call), backend=observer)
 
     def __call__(self, batch: Tensor | Mapping[str, Any]) -> Any:
         """Runs one batch, without gradients.

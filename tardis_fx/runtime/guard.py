@@ -1,114 +1,190 @@
 """The weight guard: folded constants are chosen by the weights that a call passes, never by the graph alone.
 
-Dynamo lifts parameters to inputs and may run one graph for several modules. At every call each site's weights are
-looked up by address and version. Unknown ones are fingerprinted and must be in the plan; there they get constants of
-their own, else the call is refused.
+Dynamo lifts parameters to inputs and may run one graph for several modules. At every call the weights of all sites are
+looked up by address and version. Unknown ones are fingerprinted; where the plan knows them they get constants of their
+own, else the call is not answered from a fold at all.
 """
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import attrgetter, itemgetter
 from typing import TYPE_CHECKING, Any
 
-from tardis_fx.errors import PlanMismatchError, StaleWeightError
-from tardis_fx.fingerprint import fingerprint
+import torch
+from torch import Tensor
+
+from tardis_fx.errors import StaleWeightError
 from tardis_fx.graph.site import Site, SiteWeights
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
-    from torch import Tensor
-
     from tardis_fx.passes.base import Rewrite
-    from tardis_fx.plan import Plan, SitePlan
+    from tardis_fx.plan import SitePlan
+
+#: The entry of a site with certain weights, or None.
+Find = Callable[[Site, Sequence[Tensor]], "SitePlan | None"]
+
+_version = attrgetter("_version")
+_address = Tensor.data_ptr
 
 
-@dataclass(frozen=True)
-class _Entry:
-    """Constants of one set of weights; the aliases keep the addresses from being used again."""
+@dataclass(frozen=True, eq=False)
+class Constants:
+    """One site's constants, shared by all graphs that have the same entry and weights."""
 
-    versions: tuple[int, ...]
-    aliases: tuple[Tensor, ...]
-    constants: tuple[Tensor, ...]
+    entry: SitePlan
+    tensors: dict[str, Tensor]
+
+
+_SHARED: weakref.WeakValueDictionary[tuple[int, ...], Constants] = weakref.WeakValueDictionary()
 
 
 class SiteGuard:
-    """Chooses one site's constants.
+    """Makes one site's constants.
 
     Attributes:
-        names: of the constants, in the order in which they are passed to the graph.
+        positions: of the site's parameters among the graph's inputs.
+        name: of the site.
     """
 
     def __init__(
-        self, site: Site, positions: Sequence[int], compiled_for: SitePlan, plan: Plan, rewrite: Rewrite
+        self, site: Site, positions: Sequence[int], compiled_for: SitePlan, find: Find, rewrite: Rewrite
     ) -> None:
-        """Prepares the guard; :meth:`constants` does the work.
+        """Prepares the guard.
 
         Args:
             site: as matched.
             positions: of the site's parameters among the graph's inputs.
-            compiled_for: the entry of the plan that the graph was built for.
-            plan: where entries of other weights are looked for.
+            compiled_for: the entry that the graph was built for.
+            find: the entry of other weights of the site, or None.
             rewrite: makes the constants.
         """
-        self.names: tuple[str, ...] = ()
-        self._site, self._positions, self._compiled_for, self._plan, self._rewrite = (
-            site,
-            tuple(positions),
-            compiled_for,
-            plan,
-            rewrite,
-        )
-        self._entries: dict[tuple[int, ...], _Entry] = {}
+        self.positions, self.name = tuple(positions), compiled_for.name
+        self._site, self._compiled_for, self._find, self._rewrite = site, compiled_for, find, rewrite
 
-    def constants(self, inputs: Sequence[Any]) -> tuple[Tensor, ...]:
-        """The constants that belong to the weights among a call's inputs.
+    def entry(self, weights: Sequence[Tensor]) -> SitePlan | None:
+        """What is planned for these weights, or None where nothing is known of them."""
+        return self._find(self._site, weights)
 
-        Raises:
-            StaleWeightError: a weight was changed in place, or another one took its place, and the plan has no entry.
-        """
-        weights = [inputs[i] for i in self._positions]
-        key = tuple([weight.data_ptr() for weight in weights])
-        entry = self._entries.get(key)
-        if entry is not None and all(w._version == v for w, v in zip(weights, entry.versions)):  # noqa: B905 - hot path
-            return entry.constants
-        return self._admit(key, weights).constants
+    def fits(self, entry: SitePlan) -> bool:
+        """Whether the graph does what an entry plans."""
+        return (entry.method, entry.settings) == (self._compiled_for.method, self._compiled_for.settings)
 
-    def _admit(self, key: tuple[int, ...], weights: list[Tensor]) -> _Entry:
-        versions = tuple(weight._version for weight in weights)  # before the contents are read
-        found = self._plan.find(fingerprint(weights))
-        if found is None or found.method is None:
-            self._entries.pop(key, None)
-            raise StaleWeightError(
-                f"{self._compiled_for.name}: a weight is not the one that the plan was made for "
-                f"({', '.join(node.name for node in self._site.parameters)}): it changed since calibration. "
-                f"Restore it, or calibrate again and compile with the new plan"
-            )
-        if (found.method, found.settings) != (self._compiled_for.method, self._compiled_for.settings):
-            raise PlanMismatchError(
-                f"{found.name} and {self._compiled_for.name} share a graph, but the plan rewrites them differently"
-            )
-        constants = self._rewrite.constants(found, SiteWeights.of(self._site, weights))
-        self.names = tuple(constants)
-        entry = _Entry(versions, tuple(w.detach() for w in weights), tuple(constants.values()))
-        self._entries[key] = entry
-        return entry
+    def constants(self, entry: SitePlan, weights: Sequence[Tensor]) -> Constants:
+        """The tensors that an entry makes of weights."""
+        key = (id(entry), *map(_address, weights), *_versions(weights))
+        found = _SHARED.get(key)
+        if found is None:
+            found = Constants(entry, self._rewrite.constants(entry, SiteWeights.of(self._site, weights)))
+            _SHARED[key] = found
+        return found
+
+
+@dataclass(frozen=True)
+class _Known:
+    """One set of weights of a graph; the aliases keep the addresses from another's use."""
+
+    versions: tuple[int, ...]
+    aliases: tuple[Tensor, ...]
+    tensors: tuple[weakref.ref[Tensor], ...]
+    shared: tuple[Constants, ...]
+    constants: tuple[Tensor, ...]
+    run: Callable[..., Any]
+
+    @property
+    def alive(self) -> bool:
+        """Whether all weights still exist."""
+        return all(ref() is not None for ref in self.tensors)
+
+
+@dataclass(frozen=True)
+class Unknown:
+    """A site whose weights nothing is known of.
+
+    Attributes:
+        name: of the site that the graph was built for.
+        changed: the call's weights have taken the place of known ones; else they are another module's.
+    """
+
+    name: str
+    changed: bool
 
 
 class GuardedGraph:
     """A compiled graph whose constants are passed as further inputs, chosen anew at every call."""
 
-    def __init__(self, compiled: Callable[..., Any], guards: Sequence[SiteGuard]) -> None:
-        """Joins a compiled graph and the guards of its sites, in the order of their constants."""
-        self._compiled, self._guards = compiled, tuple(guards)
+    def __init__(
+        self,
+        compiled: Callable[..., Any],
+        guards: Sequence[SiteGuard],
+        other: Callable[[list[Unknown]], Callable[..., Any]],
+        example_inputs: Sequence[Any],
+    ) -> None:
+        """Joins a compiled graph and the guards of its sites, in the order of their constants.
+
+        Args:
+            compiled: the graph.
+            guards: one a rewritten site.
+            other: what runs in its place for weights that it was not compiled for, given the sites of unknown weights,
+                of which there may be none; may raise.
+            example_inputs: what the graph was compiled with.
+        """
+        self._compiled, self._guards, self._other = compiled, tuple(guards), other
+        self._weights: Callable[[Sequence[Any]], tuple[Tensor, ...]] = itemgetter(
+            *(position for guard in guards for position in guard.positions)
+        )
+        self._known: dict[tuple[int, ...], _Known] = {}
+        self._admit(example_inputs)
 
     def __call__(self, *inputs: Any) -> Any:
         """Runs the graph.
 
         Raises:
-            StaleWeightError: see :meth:`SiteGuard.constants`.
+            StaleWeightError: a weight was changed in place, or another one took its place.
         """
-        constants: list[Tensor] = []
-        for guard in self._guards:
-            constants += guard.constants(inputs)
-        return self._compiled(*inputs, *constants)
+        weights = self._weights(inputs)
+        known = self._known.get(tuple(map(_address, weights)))
+        if known is None or known.versions != _versions(weights):
+            known = self._admit(inputs)
+        return known.run(*inputs, *known.constants)
+
+    @torch.inference_mode(mode=False)
+    @torch.no_grad()
+    def _admit(self, inputs: Sequence[Any]) -> _Known:
+        weights = self._weights(inputs)
+        versions = _versions(weights)  # before the contents are read
+        sites = [(guard, tuple(inputs[position] for position in guard.positions)) for guard in self._guards]
+        entries = [guard.entry(own) for guard, own in sites]
+        run, shared = self._compiled, []
+        for (guard, own), entry in zip(sites, entries, strict=True):
+            if entry is not None and guard.fits(entry):
+                shared.append(guard.constants(entry, own))
+        if len(shared) < len(sites):
+            unknown = [guard for guard, entry in zip(self._guards, entries, strict=True) if entry is None]
+            run, shared = self._other([Unknown(guard.name, self._changed(weights)) for guard in unknown]), []
+        self._known = {key: known for key, known in self._known.items() if known.alive}
+        known = self._known[tuple(map(_address, weights))] = _Known(
+            versions,
+            tuple(weight.detach() for weight in weights),
+            tuple(map(weakref.ref, weights)),
+            tuple(shared),
+            tuple(tensor for one in shared for tensor in one.tensors.values()),
+            run,
+        )
+        return known
+
+    def _changed(self, weights: Sequence[Tensor]) -> bool:
+        """Whether weights took the place of known ones: they share a tensor with them, or the known ones are gone."""
+        return any(
+            not known.alive or any(ref() is weight for ref in known.tensors for weight in weights)
+            for known in self._known.values()
+        )
+
+
+def _versions(weights: Sequence[Tensor]) -> tuple[int, ...]:
+    try:
+        return tuple(map(_version, weights))
+    except RuntimeError as error:
+        raise StaleWeightError(f"a weight is an inference tensor, whose changes cannot be noticed: {error}") from error

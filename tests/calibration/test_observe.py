@@ -5,7 +5,7 @@ from builders import models
 from builders.ffns import Block, batches, ffn, inputs
 from torch import Tensor, nn
 
-from tardis_fx.calibration.observe import Observation
+from tardis_fx.calibration.observe import BatchObservation
 
 
 class Kept:
@@ -34,7 +34,7 @@ def inputs_of(blocks: list[Block], x: Tensor) -> list[Tensor]:
 
 def test_every_site_is_shown_its_own_inputs_in_every_run() -> None:
     blocks = [Block(ffn(seed=i)) for i in range(3)]
-    observation = Observation(nn.Sequential(*blocks).eval(), batches(), progress=False)
+    observation = BatchObservation(nn.Sequential(*blocks).eval(), batches(), progress=False)
     assert [site.site.name for site in observation.sites] == ["0.ffn", "1.ffn", "2.ffn"]
     expected = inputs_of(blocks, torch.cat(batches()))
     for _ in range(2):
@@ -45,14 +45,14 @@ def test_every_site_is_shown_its_own_inputs_in_every_run() -> None:
 
 def test_only_the_sites_asked_for_are_observed() -> None:
     model = nn.Sequential(*(Block(ffn(seed=i)) for i in range(2))).eval()
-    observation = Observation(model, batches(), progress=False)
+    observation = BatchObservation(model, batches(), progress=False)
     kept = observation.run(lambda _: Kept(), observation.sites[1:], "test")
     assert list(kept) == [observation.sites[1].fingerprint]
 
 
 def test_a_replaced_site_changes_what_later_sites_see_and_not_what_it_sees_itself() -> None:
     blocks = [Block(ffn(seed=i)) for i in range(2)]
-    observation = Observation(nn.Sequential(*blocks).eval(), batches(), progress=False)
+    observation = BatchObservation(nn.Sequential(*blocks).eval(), batches(), progress=False)
     first, second = observation.sites
     observation.replace(first, lambda x: 2 * x)
     kept = observation.run(lambda _: Kept(), observation.sites, "test")
@@ -66,7 +66,7 @@ def test_a_replaced_site_changes_what_later_sites_see_and_not_what_it_sees_itsel
 
 def test_a_replaced_site_is_seen_by_the_site_that_follows_directly() -> None:
     model = nn.Sequential(ffn(seed=1), ffn(seed=2)).eval()
-    observation = Observation(model, batches(), progress=False)
+    observation = BatchObservation(model, batches(), progress=False)
     first, second = observation.sites
     observation.replace(first, lambda x: 2 * x)
     kept = observation.run(lambda _: Kept(), [second], "test")
@@ -76,7 +76,7 @@ def test_a_replaced_site_is_seen_by_the_site_that_follows_directly() -> None:
 def test_tokens_come_as_rows_of_float32_whatever_the_batch() -> None:
     model = ffn().bfloat16()
     given = [inputs(5, 16).bfloat16(), inputs(2, 3, 16).bfloat16(), inputs(16).bfloat16()]
-    observation = Observation(model, given, progress=False)
+    observation = BatchObservation(model, given, progress=False)
     kept = observation.run(lambda _: Kept(), observation.sites, "test")
     (only,) = kept.values()
     assert [(x.shape, x.dtype) for x in only.seen] == [((n, 16), torch.float32) for n in (5, 6, 1)]
@@ -85,14 +85,14 @@ def test_tokens_come_as_rows_of_float32_whatever_the_batch() -> None:
 def test_no_token_is_missed_where_batches_differ_in_shape() -> None:
     """From the second shape on, the graph has symbolic sizes."""
     given = [models.tokens(2, 8), models.tokens(3, 9), models.tokens(1, 12)]
-    observation = Observation(models.gpt2(), given, progress=False)
+    observation = BatchObservation(models.gpt2(), given, progress=False)
     kept = observation.run(lambda _: Kept(), observation.sites, "test")
     assert [len(site.tokens) for site in kept.values()] == [16 + 27 + 12] * 2
 
 
 def test_a_site_knows_its_weights_as_they_are_stored() -> None:
     gpt2 = models.gpt2()
-    observation = Observation(gpt2, [models.tokens(2, 8)], progress=False)
+    observation = BatchObservation(gpt2, [models.tokens(2, 8)], progress=False)
     site, mlp = observation.sites[0], gpt2.transformer.h[0].mlp
     assert torch.equal(site.weights.w1, mlp.c_fc.weight.T)
     assert torch.equal(site.weights.w2, mlp.c_proj.weight.T)

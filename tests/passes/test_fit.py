@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tardis_fx import Plan, calibrate
-from tardis_fx.calibration.observe import Observation
+from tardis_fx.calibration.observe import BatchObservation
 from tardis_fx.graph.activations import ACTIVATIONS
 from tardis_fx.graph.site import SiteWeights
 from tardis_fx.passes.base import rewrite_named
@@ -70,7 +70,7 @@ def test_neurons_that_stay_on_one_affine_piece_fold_exactly(
         model.up.bias.copy_(away)
         if not bias:
             model.down.register_parameter("bias", None)
-    observation = Observation(model, batches(), progress=False)
+    observation = BatchObservation(model, batches(), progress=False)
     (plan,) = rewrite.fit(observation, observation.sites, config())
     assert plan.outlier_rate == 0
     assert len(plan.tensors["neurons"]) == 0
@@ -85,7 +85,7 @@ def test_neurons_that_stay_on_one_affine_piece_fold_exactly(
 def test_folding_no_activation_at_all_is_exact(seed: int, bias: bool, rewrite: PartialLinear) -> None:
     """The pass refuses such a site; its fold must be the product of the two matrices nevertheless."""
     model = nn.Sequential(*(m for m in ffn(16, 64, bias=bias, seed=seed) if isinstance(m, nn.Linear))).eval()
-    observation = Observation(model, batches(), progress=False)
+    observation = BatchObservation(model, batches(), progress=False)
     (site,) = observation.sites
     assert site.site.activation == "identity"
     assert rewrite.refuse(site.site) is not None
@@ -216,7 +216,7 @@ def test_more_budget_means_no_more_error(activation: str) -> None:
 @torch.no_grad()
 def test_the_error_told_is_the_error_made_on_the_tokens_held_back(bias: bool, rewrite: PartialLinear) -> None:
     model = ffn(32, 128, bias=bias)
-    observation = Observation(model, batches(d=32), progress=False)
+    observation = BatchObservation(model, batches(d=32), progress=False)
     (plan,) = rewrite.fit(observation, observation.sites, config(budget=0.5))
     held_back = torch.cat([batch[-len(batch) // 8 :] for batch in batches(d=32)])
     assert relative_error(rewritten(model, plan, held_back), model(held_back)) == pytest.approx(plan.error, rel=0.01)
@@ -241,7 +241,7 @@ def test_the_regressed_fold_has_less_error_than_the_plain_one() -> None:
     clustered = [centres[torch.arange(1024) % 12] + x / 3 for x in batches(tokens=1024)]
     model, errors = ffn(16, 64), {}
     for rewrite in (PartialLinear(), Plain()):
-        observation = Observation(model, clustered, progress=False)
+        observation = BatchObservation(model, clustered, progress=False)
         errors[rewrite.regressed] = rewrite.fit(observation, observation.sites, config(budget=0.3))[0].error
     assert errors[True] < errors[False]
 

@@ -1,0 +1,184 @@
+"""torch.compile with no plan: observed, fitted, checked and swapped in while the model serves."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from builders import models
+from builders.ffns import Block, ffn, inputs
+from torch import Tensor, nn
+
+from tardis_fx import Config, ConfigError, explain
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+TOKENS = 1024
+CONFIG = Config(budget=0.5, prefill="rewritten", progress=False)
+
+
+def compiled(model: Any, **options: Any) -> Callable[..., Any]:
+    given: Any = {"config": CONFIG, "inner": "eager", "profile_tokens": TOKENS, "tolerance": 0.5} | options
+    return torch.compile(model, backend="tardis", options=given, fullgraph=True)
+
+
+def serve(model: Callable[..., Any], calls: int, tokens: int = 256, seed: int = 0) -> list[Tensor]:
+    return [model(inputs(tokens, 16, seed=seed + i)) for i in range(calls)]
+
+
+RUNS = 4  # input moments, hot ranges, residuals, check
+ENOUGH = RUNS * TOKENS // 256
+
+
+@torch.no_grad()
+def test_the_original_runs_until_the_rewrite_is_swapped_in() -> None:
+    model = Block(ffn())
+    fast = compiled(model)
+    x = inputs(4, 16, seed=99)
+    stages = []
+    for i in range(ENOUGH):
+        given = inputs(256, 16, seed=i)
+        assert torch.equal(fast(given), model(given)), "an observed call is the original's"
+        stages.append(explain(fast, None, x).sites[0].reason)
+    assert stages[0] == "profiling: input moments, 256 of 1,024 tokens"
+    assert [s.split(":")[1].split(",")[0].strip() for s in stages[::4]][1:] == ["hot ranges", "residuals", "check"]
+    report = explain(fast, None, x)
+    assert report.sites[0].status == "rewritten"
+    found, exact = fast(x), model(x)
+    assert not torch.equal(found, exact)
+    error = (found - exact).norm() / (exact - x).norm()
+    assert 0.2 * report.sites[0].error < error < 3 * report.sites[0].error
+
+
+@torch.no_grad()
+def test_a_site_beyond_the_tolerance_is_never_swapped_in(caplog: pytest.LogCaptureFixture) -> None:
+    model = Block(ffn())
+    fast = compiled(model, tolerance=1e-4)
+    with caplog.at_level(logging.WARNING, "tardis_fx"):
+        serve(fast, ENOUGH + 2)
+    assert "exceeds the tolerance" in caplog.text
+    x = inputs(4, 16, seed=99)
+    assert torch.equal(fast(x), model(x))
+    (site,) = explain(fast, None, x).sites
+    assert site.status == "refused"
+    assert "exceeds the tolerance" in site.reason
+
+
+@torch.no_grad()
+def test_all_graphs_of_a_model_add_to_one_profile_and_all_are_swapped() -> None:
+    model = Block(ffn())
+    fast = compiled(model, prefill="rewritten")
+    few = inputs(2, 3, 16)
+    for i in range(ENOUGH):
+        fast(inputs(255, 16, seed=i))
+        fast(few[:, :, :])
+    assert not torch.equal(fast(inputs(255, 16)), model(inputs(255, 16)))
+    assert not torch.equal(fast(few), model(few))
+
+
+@torch.no_grad()
+def test_blocks_compiled_one_by_one_are_each_fitted() -> None:
+    blocks = nn.Sequential(*(Block(ffn(seed=seed)) for seed in range(3))).eval()
+    originals = [lambda x, b=b: b.forward(x) for b in blocks]
+    for block in blocks:
+        block.compile(
+            backend="tardis", options={"config": CONFIG, "inner": "eager", "profile_tokens": TOKENS, "tolerance": 0.5}
+        )
+    serve(blocks, ENOUGH)
+    x = inputs(4, 16, seed=99)
+    for block, original in zip(blocks, originals, strict=True):
+        found, exact = block(x), original(x)
+        assert not torch.equal(found, exact)
+        assert (found - exact).norm() < 0.5 * (exact - x).norm()
+
+
+@torch.no_grad()
+def test_a_weight_that_changes_while_it_is_observed_begins_anew() -> None:
+    model = Block(ffn())
+    fast = compiled(model)
+    serve(fast, ENOUGH - 1)
+    model.ffn.up.weight.mul_(1.5)
+    x = inputs(4, 16, seed=99)
+    assert torch.equal(serve(fast, 1)[0], serve(model, 1)[0])
+    assert "input moments" in explain(fast, None, x).sites[0].reason
+
+
+@torch.no_grad()
+def test_nan_inputs_end_the_profile_and_not_the_service(caplog: pytest.LogCaptureFixture) -> None:
+    model = Block(ffn())
+    fast = compiled(model)
+    bad = torch.full((8, 16), torch.nan)
+    assert fast(bad).isnan().all()
+    assert "NaN" in caplog.text
+    serve(fast, 2)
+    assert "NaN" in explain(fast, None, inputs(4, 16)).sites[0].reason
+
+
+@torch.no_grad()
+def test_a_budget_that_cannot_be_met_leaves_the_original(caplog: pytest.LogCaptureFixture) -> None:
+    model = Block(ffn())
+    fast = compiled(model, config=Config(budget=0.01, progress=False))
+    serve(fast, ENOUGH)
+    assert "budget" in caplog.text
+    assert torch.equal(serve(fast, 1)[0], serve(model, 1)[0])
+
+
+@torch.no_grad()
+def test_a_transformer_decodes_its_way_to_the_rewrite() -> None:
+    gpt2 = models.gpt2()
+    fast = compiled(gpt2, profile_tokens=256, prefill="original")
+    for i in range(40):
+        fast(models.tokens(2, 20, seed=i), use_cache=False)
+    report = explain(fast, None, models.tokens(1, 4))
+    assert [site.status for site in report.sites] == ["rewritten"] * 2
+    many, few = models.tokens(2, 20), models.tokens(1, 4)
+    torch.testing.assert_close(fast(many, use_cache=False).logits, gpt2(many, use_cache=False).logits)
+    assert not torch.equal(fast(few, use_cache=False).logits, gpt2(few, use_cache=False).logits)
+
+
+def test_calls_in_inference_mode_and_without_gradients_add_up() -> None:
+    model = Block(ffn())
+    fast = compiled(model)
+    for i in range(ENOUGH + 2):
+        with torch.inference_mode() if i % 2 else torch.no_grad():
+            serve(fast, 1, seed=i)
+    for mode in (torch.inference_mode, torch.no_grad):
+        with mode():
+            assert not torch.equal(serve(fast, 1)[0], serve(model, 1)[0])
+
+
+@torch.no_grad()
+def test_dynamic_shapes_are_observed_and_swapped() -> None:
+    model = Block(ffn())
+    fast = torch.compile(
+        model, backend="tardis", dynamic=True,
+        options={"config": CONFIG, "inner": "inductor", "profile_tokens": TOKENS, "tolerance": 0.5},
+    )  # fmt: skip
+    for i in range(ENOUGH):
+        fast(inputs(256 + i, 16, seed=i))
+    for tokens in (3, 17):
+        x = inputs(tokens, 16, seed=7)
+        found, exact = fast(x), model(x)
+        assert not torch.equal(found, exact)
+        assert (found - exact).norm() < 0.5 * (exact - x).norm()
+
+
+@pytest.mark.parametrize(
+    ("options", "cause"),
+    [
+        ({"profile_tokens": 0}, "profile_tokens must be positive"),
+        ({"profile_tokens": 1.5}, "profile_tokens must be a number of tokens"),
+        ({"tolerance": 0}, "tolerance must be a positive relative error"),
+        ({"tolerance": float("nan")}, "tolerance must be a positive"),
+        ({"config": Config(sequential=True)}, "sequential"),
+        ({"config": {"budget": 0.2}}, "config must be a tardis_fx.Config, not dict"),
+    ],
+    ids=str,
+)
+@torch.no_grad()
+def test_wrong_options_are_named(options: dict[str, Any], cause: str) -> None:
+    with pytest.raises(ConfigError, match=cause):
+        compiled(Block(ffn()), **options)(inputs(4, 16))
