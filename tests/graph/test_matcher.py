@@ -256,9 +256,6 @@ NO_FFN: dict[str, Callable[[Model, Tensor], Any]] = {
     "two projections side by side": lambda m, x: m.up(x) + m.wide(x),
     "two projections in a row": lambda m, x: m.down(m.up(x)) if x.dim() < 2 else m.square(m.square(x)),
     "a norm between the projections": lambda m, x: m.square(m.norm(m.square(x))),
-    "a softmax between the projections": lambda m, x: m.down(torch.softmax(m.up(x), -1)),
-    "a sum over tokens between the projections": lambda m, x: m.down(F.gelu(m.up(x)).cumsum(0)),
-    "the input added between the projections": lambda m, x: m.down(F.gelu(m.up(x)) + x.repeat(1, 4)),
     "attention": lambda m, x: m.square(torch.softmax(m.square(x) @ m.square(x).T, -1) @ m.square(x)),
     "a head with a softcap": lambda m, x: torch.tanh(m.up(m.norm(x)) / 30) * 30,
 }
