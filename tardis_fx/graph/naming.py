@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from dataclasses import replace
 from itertools import takewhile
 from typing import TYPE_CHECKING
@@ -33,9 +34,10 @@ def named(sites: list[Site]) -> list[Site]:
     """The sites with their names: the module path that the weights share; the first weight's own where two agree."""
     modules = [[parameter_name(p.weight).split(".")[:-1] for p in (site.up, site.down)] for site in sites]
     shared = [".".join(_common(*paths)) for paths in modules]
+    weights = {(name, site.up.weight, site.down.weight) for name, site in zip(shared, sites, strict=True)}
+    owners = Counter(name for name, *_ in weights)  # one FFN that runs twice shares its name with nobody
     unique = [
-        name if name and shared.count(name) == 1 else ".".join(paths[0])
-        for name, paths in zip(shared, modules, strict=True)
+        name if name and owners[name] == 1 else ".".join(paths[0]) for name, paths in zip(shared, modules, strict=True)
     ]
     return [replace(site, name=name) for site, name in zip(sites, unique, strict=True)]
 
