@@ -45,9 +45,9 @@ SPLIT = frozenset({"chunk", "split", "tensor_split", "unsafe_chunk", "unsafe_spl
 #: What else may stand between two projections of something like an FFN: it mixes neurons or tokens, or moves them.
 MIXING = frozenset(
     """
-    batch_norm cat concat conv1d conv2d cummax cumsum flip gather getitem group_norm index_select layer_norm linalg_norm
-    linalg_vector_norm log_softmax mean movedim norm normalize permute repeat repeat_interleave rms_norm roll softmax
-    softmin stack std sum swapaxes t tile transpose unbind var
+    adjoint batch_norm cat concat conv1d conv2d cummax cumsum flip gather getattr getitem group_norm index_select
+    layer_norm linalg_norm linalg_vector_norm log_softmax mean movedim norm normalize permute repeat
+    repeat_interleave rms_norm roll softmax softmin stack std sum swapaxes t tile transpose unbind var
     """.split()
 )
 

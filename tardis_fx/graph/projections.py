@@ -50,6 +50,13 @@ def _grouped(node: fx.Node) -> Projection | None:
 
 def _tensordot(node: fx.Node) -> Projection | None:
     x, weight, dims = bind(node, "a", "b", "dims")
+    shape = shape_of(x) if isinstance(x, fx.Node) else None
+    if shape is None:
+        return None
+    if isinstance(dims, (tuple, list)) and [len(side) for side in dims] == [1, 1]:
+        (last,), (column,) = dims
+        found = _read(node, x, weight, transposed=column in (0, -2))
+        return found and _unless(found, last in (-1, len(shape) - 1), "its tensordot sums over another axis")
     return _read(node, x, weight, transposed=True) if dims == 1 else None
 
 
@@ -156,7 +163,7 @@ def _bias(bias: Any, of: Projection) -> fx.Node | None:
     while call_name(bias) in ("view", "reshape", "unsqueeze") and _numel(bias) == _last(bias) == _numel(bias.args[0]):
         bias = bias.args[0]  # type: ignore[assignment]
     shape = shape_of(bias)
-    return bias if shape is not None and len(shape) == 1 and _is_weight(bias) else None
+    return bias if shape is not None and shape == (of.sizes[1],) and _is_weight(bias) else None
 
 
 def _numel(node: Any) -> int | None:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor, fx
 
     from tardis_fx.graph.site import Site
+    from tardis_fx.plan import SitePlan
 
 
 class Exact:
@@ -28,12 +29,14 @@ class Exact:
 
     Attributes:
         sites: of all graphs, refused ones included.
+        plans: of the sites that were rewritten.
         graphs: how many there were.
         rewritten: how many sites were.
     """
 
     def __init__(self, *, wrong: float = 0) -> None:
         self.sites: list[Site] = []
+        self.plans: list[SitePlan] = []
         self.graphs = self.rewritten = 0
         self._wrong = wrong
 
@@ -49,6 +52,7 @@ class Exact:
                 plans[-1].tensors["folded_weight"] *= 1 + self._wrong
         result = pipeline.apply(gm, inputs, Plan(tuple(plans), config()), "rewritten")
         self.sites += sites
+        self.plans += plans
         self.graphs += 1
         self.rewritten += len(result.guards)
         return GuardedGraph(result.gm, result.guards) if result.modified else gm.forward
