@@ -47,18 +47,21 @@ def resembling(down: Projection, projections: Mapping[fx.Node, Projection]) -> S
     if any(p.input is not up.input for p in cone.ups) or up.sizes[0] >= up.sizes[1]:
         return None
     unread = next((p.reason for p in (*cone.ups, down) if p.reason), None)
-    reason = unread or _reason(cone, up, projections)
+    reason = unread or _reason(cone, up, down, projections)
     if reason is None:
         return None
     inner = frozenset({*cone.region, *(n for p in cone.ups for n in (p.product, p.node)), down.product} - {down.node})
     return Site("", "plain" if len(cone.ups) == 1 else "gated", None, up, down, None, inner, reason)
 
 
-def _reason(cone: Cone, up: Projection, projections: Mapping[fx.Node, Projection]) -> str | None:
+def _reason(cone: Cone, up: Projection, down: Projection, projections: Mapping[fx.Node, Projection]) -> str | None:
     """What keeps the cone from being an activation function; None where it is no FFN at all."""
     odd = [node for node in cone.region if not is_inner(node)]
     if not cone.strangers:
-        return (odd and f"{call_name(odd[0])} stands between its projections, and is no activation function") or None
+        own = {*cone.region, down.product}
+        if not odd or any(user not in own for node in cone.region for user in node.users):
+            return None  # what another branch reads as well belongs to more than an FFN: a scan, a memory
+        return f"{call_name(odd[0])} stands between its projections, and is no activation function"
     activates = any(call_name(n) not in ARITHMETIC and call_name(n) in ELEMENTWISE for n in cone.region)
     if any(call_name(node) not in _CUTS for node in odd) or not activates:
         return None  # a norm of a residual stream, or only a sum

@@ -41,6 +41,9 @@ _SOUND = {"input_features": torch.linspace(-9, 9, 2 * 4 * 16).sin().view(2, 4, 1
 _WAVE = {"input_values": torch.linspace(-90, 90, 2 * 64).sin().view(2, 64)}
 
 
+_GROUPED_PARTS = ("q", "k", "v", "post_attention", "intermediate", "output")
+
+
 class Family(NamedTuple):
     """A model and what must be found in it."""
 
@@ -169,6 +172,26 @@ FAMILIES: dict[str, Family] = {
         ),
         _PIXELS, [("stages.0.blocks.0.mlp", "plain", None, "transpose stands between its projections")],
     ),
+    "convnextv2, a norm inside": Family(
+        lambda: hf.ConvNextV2Model(hf.ConvNextV2Config(num_stages=2, hidden_sizes=[16, 32], depths=[1, 1])),
+        {"pixel_values": _PIXELS["pixel_values"].repeat(1, 1, 2, 2)},
+        [
+            (f"encoder.stages.{i}.layers.0", "plain", None, "linalg_vector_norm stands between its projections")
+            for i in range(2)
+        ],
+    ),
+    "squeezebert, of convolutions": Family(
+        lambda: hf.SqueezeBertModel(
+            hf.SqueezeBertConfig(
+                **_PLAIN, embedding_size=32, **{f"{part}_groups": 1 for part in _GROUPED_PARTS}
+            )
+        ),
+        _TEXT, _sites("encoder.layers.{}", act="gelu", reason="its projection is a convolution"),
+    ),
+    "mamba, no FFN": Family(
+        lambda: hf.MambaModel(hf.MambaConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=1, state_size=4)),
+        _TEXT, [],
+    ),
     "clip, both towers": Family(
         lambda: hf.CLIPModel(hf.CLIPConfig(text_config=_PLAIN, vision_config=_IMAGE, projection_dim=16)),
         _TEXT | _PIXELS, _sites("vision_model.encoder.layers.{}.mlp", "text_model.encoder.layers.{}.mlp", act="gelu_quick"),
@@ -228,6 +251,12 @@ FAMILIES: dict[str, Family] = {
     # Mixtures of experts: stacked weights, and routed tokens.
     "mixtral": Family(
         lambda: hf.MixtralModel(hf.MixtralConfig(**_GROUPED, num_local_experts=4)),
+        _TEXT, _gated("silu", STACKED, "layers.{}.mlp.experts"),
+    ),
+    "mixtral, its experts as batches": Family(
+        lambda: hf.MixtralModel(
+            hf.MixtralConfig(**_GROUPED, num_local_experts=4, experts_implementation="batched_mm")
+        ),
         _TEXT, _gated("silu", STACKED, "layers.{}.mlp.experts"),
     ),
     "olmoe, narrow experts": Family(

@@ -9,13 +9,14 @@ import torch
 from builders import models
 from builders.architectures import FAMILIES, made
 from builders.capture import sites_of
+from builders.compiled import compiled
 from builders.exact import Exact, assert_same
 from builders.ffns import Block, config, ffn, inputs
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 from torch.utils.checkpoint import checkpoint
 
-from tardis_fx import Plan
+from tardis_fx import Plan, calibrate, explain
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -280,6 +281,18 @@ def test_experts_that_see_every_token_are_plain_ffns() -> None:
             return sum(e(x) * weights[:, i, None] for i, e in enumerate(self.experts))  # type: ignore[return-value]
 
     assert run(Soft().eval(), X.view(6, 16)).rewritten == 4
+
+
+def test_a_model_of_experts_alone_has_a_plan_that_refuses_them_and_runs_as_it_was() -> None:
+    family = FAMILIES["mixtral"]
+    model = made(family)
+    plan = calibrate(model, [family.inputs], config=config())
+    reports = explain(model, plan, family.inputs).sites
+    assert [(r.name, r.status) for r in reports] == [(f"layers.{i}.mlp.experts", "refused") for i in range(2)]
+    stacked = [(e.gate_up_proj, e.down_proj) for e in (layer.mlp.experts for layer in model.layers)]
+    assert [r.dense_bytes for r in reports] == [4 * (up.numel() + down.numel()) for up, down in stacked]
+    with torch.no_grad():
+        assert_same(compiled(model, plan)(**family.inputs), model(**family.inputs))
 
 
 def test_a_site_whose_number_of_tokens_depends_on_the_data_is_refused() -> None:
