@@ -16,12 +16,11 @@ def test_every_ffn_is_found_and_the_rewritten_model_gives_what_the_original_give
     family = FAMILIES[name]
     model, backend = made(family), Exact()
     output = torch.compile(model, backend=backend, fullgraph=True)(**family.inputs)
-    found = [
-        (*what, reason and (expected or "") in reason and expected)
-        for (*what, reason), (*_, expected) in zip(backend.found, family.found, strict=False)
-    ]
-    assert [tuple(f) for f in found] == family.found, backend.found
-    assert len(backend.sites) == len(family.found), backend.found
+    assert len(backend.sites) == len(family.found), backend.sites
+    for site, (found, kind, activation, reason) in zip(backend.sites, family.found, strict=True):
+        assert (site.name, site.kind, site.activation) == (found, kind, activation)
+        assert reason in str(site.reason) if reason else site.reason is None, site.reason
+        assert site.name in dict(model.named_modules())
     plain = [site for site in backend.sites if site.kind == "plain" and site.reason is None]
     assert backend.rewritten == len(plain)
     assert all("gated" in str(PartialLinear().refuse(s)) for s in backend.sites if s.kind == "gated")
