@@ -141,8 +141,8 @@ def _read(node: fx.Node, x: Any, weight: Any, bias: Any = None, *, transposed: b
     found = Projection(node, node, x, weight, None, transposed, reason)
     if bias is None:
         return found
-    bias = _bias(bias, found)
-    return bias and replace(found, bias=bias)
+    stored = _bias(bias, found)
+    return _unless(replace(found, bias=stored), stored is not None, "its bias is not a stored number for each column")
 
 
 def _by_selected(node: fx.Node, weight: Any, x: Any) -> Projection | None:

@@ -25,6 +25,7 @@ class Model(nn.Module):
         self.up, self.down, self.fused = nn.Linear(8, 32), nn.Linear(32, 8), nn.Linear(8, 64)
         self.w1, self.w2 = nn.Parameter(torch.randn(8, 32) / 3), nn.Parameter(torch.randn(32, 8) / 6)
         self.b1, self.b2 = nn.Parameter(torch.randn(32)), nn.Parameter(torch.randn(8))
+        self.column = nn.Parameter(torch.randn(32, 1))
         self.at = nn.Parameter(torch.randn(3, 32))
         self.experts1, self.experts2 = nn.Parameter(torch.randn(4, 8, 32)), nn.Parameter(torch.randn(4, 32, 8))
         self.depthwise, self.norm = nn.Conv1d(32, 32, 3, padding=1, groups=32), nn.LayerNorm(32)
@@ -82,10 +83,10 @@ PLAIN: dict[str, Pair] = {
         lambda m, x: gelu(x @ m.w1 + m.at) @ m.w2,
         NO_ACTIVATION,
     ),
-    "a bias of every column": Pair(
-        lambda m, x: gelu(x @ m.w1) @ m.w2 + m.b2,
-        lambda m, x: gelu(x @ m.w1) @ m.w2[:, :1] + m.b2,
-        "computed in the graph",
+    "a bias that makes columns of one": Pair(
+        lambda m, x: gelu(x @ m.w1) @ m.column + m.b2,
+        lambda m, x: torch.addmm(m.b2, gelu(x[0] @ m.w1), m.column),
+        "its bias is not a stored number for each column",
     ),
     "matmul by a transposed weight": Pair(
         lambda m, x: gelu(torch.matmul(x, m.up.weight.T) + m.up.bias) @ m.down.weight.mT,
@@ -294,6 +295,8 @@ NO_FFN: dict[str, Form] = {
     "attention wider than its input": lambda m, x: m.down(_attend(m, x)),
     "gated attention": lambda m, x: m.down(_attend(m, x) * torch.sigmoid(m.up(x))),
     "a recurrence": lambda m, x: m.down(torch.linalg.solve(m.up(x).mT @ m.up(x) + torch.eye(32), gelu(m.up(x)).mT).mT),
+    "two projections in a row, and a third": lambda m, x: (m.down(h := m.up(x)), m.narrow(h)),
+    "a norm of a sum of branches": lambda m, x: m.narrow(m.norm(m.up(x) + m.up(x * 2))),
     "a residual stream": lambda m, x: m.narrow(m.norm(m.up(x) + x.repeat(1, 1, 4))),
     "a residual stream before a square projection": lambda m, x: m.router(
         m.small_norm(x + m.down(gelu(x @ m.w1)).sin())
