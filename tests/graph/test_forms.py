@@ -85,7 +85,7 @@ PLAIN: dict[str, Pair] = {
     ),
     "a bias that makes columns of one": Pair(
         lambda m, x: gelu(x @ m.w1) @ m.column + m.b2,
-        lambda m, x: torch.addmm(m.b2, gelu(x[0] @ m.w1), m.column),
+        lambda m, x: torch.addmm(m.b2[:1], gelu(x[0] @ m.w1), m.w2),
         "its bias is not a stored number for each column",
     ),
     "matmul by a transposed weight": Pair(
