@@ -43,9 +43,9 @@ def _addmm(node: fx.Node) -> Projection | None:
 
 
 def _grouped(node: fx.Node) -> Projection | None:
-    """One matrix a group of tokens."""
-    x, weight = node.args[:2] if len(node.args) > 1 else (None, None)
-    return _read(node, x, weight, transposed=True)
+    """One matrix a group of tokens; by a single matrix it would be groups of columns."""
+    found = _matmul(node)
+    return found if found and found.reason == STACKED else None
 
 
 def _tensordot(node: fx.Node) -> Projection | None:
