@@ -9,11 +9,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import fx
 
-from tardis_fx.graph.forms import CASTS, bind, call_name, is_from_parameters, is_parameter, shape_of, value_of
+from tardis_fx.graph.forms import bind, call_name, is_from_parameters, shape_of
 from tardis_fx.graph.site import Projection
+from tardis_fx.graph.weights import is_weight, stack_of, stored, stored_bias, transposes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -91,7 +91,7 @@ def _biased(node: fx.Node) -> Projection | None:
     one, other, alpha = bind(node, "input", "other", "alpha")
     for product, bias in ((one, other), (other, one)):
         inner = projection(product) if isinstance(product, fx.Node) and call_name(product) not in _ADDS else None
-        if inner and inner.bias is None and len(inner.node.users) == 1 and (bias := _bias(bias, inner)):
+        if inner and inner.bias is None and len(inner.node.users) == 1 and (bias := _bias_of(inner, bias)):
             found = replace(inner, node=node, bias=bias)
             return _unless(found, alpha in (None, 1), "its bias is scaled")
     return None
@@ -104,9 +104,6 @@ def _squeezed(node: fx.Node) -> Projection | None:
 
 
 _ADDS = ("add", "iadd")
-
-#: Between the stored weights of all experts and those of the ones that are wanted.
-_SELECTS = frozenset("contiguous expand getattr getitem index_select to transpose unsqueeze".split())
 
 _READERS: Mapping[str, Callable[[fx.Node], Projection | None]] = {
     "linear": _linear,
@@ -129,20 +126,20 @@ def _unless(found: Projection, accepted: bool, reason: str) -> Projection:
 
 
 def _read(node: fx.Node, x: Any, weight: Any, bias: Any = None, *, transposed: bool) -> Projection | None:
-    while isinstance(weight, fx.Node) and _transposes(weight):
+    while isinstance(weight, fx.Node) and transposes(weight):
         weight, transposed = weight.args[0], not transposed
     if not (isinstance(x, fx.Node) and isinstance(weight, fx.Node)) or shape_of(x) is None:
         return None
-    weight, reason = _stored(weight), None
-    if stack := _stack(weight, dimensions=3):
+    weight, reason = stored(weight), None
+    if stack := stack_of(weight, dimensions=3):
         weight, reason = stack, STACKED
-    elif shape_of(weight) is None or len(weight.meta["example_value"].shape) != 2 or not _is_weight(weight):
+    elif shape_of(weight) is None or len(weight.meta["example_value"].shape) != 2 or not is_weight(weight):
         return None
     found = Projection(node, node, x, weight, None, transposed, reason)
     if bias is None:
         return found
-    stored = _bias(bias, found)
-    return _unless(replace(found, bias=stored), stored is not None, "its bias is not a stored number for each column")
+    found = replace(found, bias=_bias_of(found, bias))
+    return _unless(found, found.bias is not None, "its bias is not a stored number for each column")
 
 
 def _by_selected(node: fx.Node, weight: Any, x: Any) -> Projection | None:
@@ -153,59 +150,5 @@ def _by_selected(node: fx.Node, weight: Any, x: Any) -> Projection | None:
     return found if found and found.reason else None
 
 
-def _bias(bias: Any, of: Projection) -> fx.Node | None:
-    """The stored bias, behind views of it that broadcast as it does; of stacked weights a bias for each expert."""
-    if not isinstance(bias, fx.Node):
-        return None
-    if of.reason == STACKED and (stack := _stack(bias, dimensions=2)):
-        return stack
-    bias = _stored(bias)
-    while call_name(bias) in ("view", "reshape", "unsqueeze") and _numel(bias) == _last(bias) == _numel(bias.args[0]):
-        bias = bias.args[0]  # type: ignore[assignment]
-    shape = shape_of(bias)
-    return bias if shape is not None and shape == (of.sizes[1],) and _is_weight(bias) else None
-
-
-def _numel(node: Any) -> int | None:
-    value = value_of(node) if isinstance(node, fx.Node) else None
-    return None if value is None else value.numel()
-
-
-def _last(node: fx.Node) -> Any:
-    shape = shape_of(node)
-    return shape[-1] if shape else None
-
-
-def _stored(node: fx.Node) -> fx.Node:
-    """The node behind casts that change no type: they return the tensor itself."""
-    while call_name(node) in CASTS and not node.kwargs.get("copy") and isinstance(node.args[0], fx.Node):
-        before, after = value_of(node.args[0]), value_of(node)
-        if before is None or after is None or (before.dtype, before.device) != (after.dtype, after.device):
-            break
-        node = node.args[0]
-    return node
-
-
-def _stack(node: fx.Node, dimensions: int) -> fx.Node | None:
-    """The parameter that holds a matrix or a bias for each expert, behind what selects some of them."""
-    while call_name(node) in _SELECTS and isinstance(node.args[0], fx.Node):
-        node = node.args[0]
-    shape = shape_of(node)
-    return node if is_parameter(node) and shape is not None and len(shape) == dimensions else None
-
-
-def _is_weight(node: fx.Node) -> bool:
-    """A placeholder, or something computed from parameters alone (a parametrised weight)."""
-    return node.op in ("placeholder", "get_attr") or is_from_parameters(node)
-
-
-def _transposes(node: fx.Node) -> bool:
-    """Whether the node is the transposed view of a matrix, read off the strides that Dynamo recorded."""
-    if call_name(node) not in ("t", "transpose", "swapaxes", "swapdims", "permute", "getattr", "adjoint"):
-        return False
-    before, after = node.all_input_nodes[0].meta.get("example_value"), node.meta.get("example_value")
-    if not (isinstance(before, torch.Tensor) and isinstance(after, torch.Tensor) and before.dim() == after.dim() > 1):
-        return False
-    swapped = (*before.shape[:-2], before.shape[-1], before.shape[-2])
-    strides = (*before.stride()[:-2], before.stride()[-1], before.stride()[-2])
-    return after.shape == swapped and after.stride() == strides
+def _bias_of(found: Projection, bias: Any) -> fx.Node | None:
+    return stored_bias(bias, columns=found.sizes[1], stacked=found.reason == STACKED)

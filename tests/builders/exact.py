@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from builders.ffns import config, exact_plan
@@ -73,3 +74,12 @@ def assert_same(output: Any, expected: Any) -> None:
     """Whether two outputs agree, to the rounding of another order of summation."""
     for one, other in zip(tensors(output), tensors(expected), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
+
+
+def run(model: nn.Module, *args: Any, fullgraph: bool = True, **kwargs: Any) -> Exact:
+    """The backend after one call, whose result was the model's."""
+    backend = Exact()
+    with torch.no_grad():
+        expected = model(*args, **kwargs)
+        assert_same(torch.compile(model, backend=backend, fullgraph=fullgraph)(*args, **kwargs), expected)
+    return backend
