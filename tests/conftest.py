@@ -27,6 +27,10 @@ logging.getLogger("transformers").setLevel(logging.ERROR)
 THIRD_PARTY = [
     # Inductor imports torch.utils.mkldnn, which uses what torch itself deprecates.
     r"ignore:`torch\.jit\.script_method` is deprecated:DeprecationWarning",
+    # Dynamo makes an instance of BLOOM's GeLUFunction.
+    r"ignore:<class 'torch\.autograd\.function\.Function'> should not be instantiated:DeprecationWarning",
+    # transformers asks in Wav2Vec2's forward whether torch.distributed is there, and keeps the answer.
+    r"ignore:Dynamo detected a call to a `functools\.lru_cache`:UserWarning",
 ]
 
 

@@ -1,41 +1,58 @@
 """The table of accepted forms: what a node of a Dynamo graph means to the matcher.
 
 A node is read by the name of what it calls, whether function (``torch.mul``), operator (``operator.mul``) or method
-(``Tensor.mul``), and in place or not.
+(``Tensor.mul``), and in place or not. Projections have a table of their own (:mod:`tardis_fx.graph.projections`).
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import fx
-
-from tardis_fx.graph.site import Projection
+from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 
 #: Maps one value to one value, whatever its place in the tensor; further arguments are numbers or the like.
 ELEMENTWISE = frozenset(
     """
-    abs add celu clamp clamp_max clamp_min cos div elu erf exp expm1 floor gelu hardsigmoid hardswish hardtanh iadd imul
-    isub itruediv leaky_relu log log1p logsigmoid maximum minimum mish mul multiply neg pos pow reciprocal relu relu6
-    rsqrt rsub selu sigmoid sign silu sin softplus sqrt square sub tanh true_divide truediv where
+    abs add celu clamp clamp_max clamp_min clip cos div elu eq erf erfc exp exp2 expm1 floor ge gelu gt hardshrink
+    hardsigmoid hardswish hardtanh heaviside iadd imul isub itruediv le leaky_relu log log1p log2 logsigmoid lt
+    masked_fill maximum minimum mish mul multiply ne neg ones_like pos pow reciprocal relu relu6 rsqrt rsub selu sgn
+    sigmoid sign silu sin softplus softshrink softsign sqrt square sub subtract tanh tanhshrink threshold true_divide
+    truediv where zeros_like
     """.split()
 )
 
-#: Changes neither the values nor, where its last axis stays as long as it was, which neuron they belong to.
-TRANSPARENT = frozenset(
-    """
-    alias bfloat16 clone contiguous detach double expand_as flatten float half identity reshape squeeze to type type_as
-    unflatten unsqueeze view
-    """.split()
+#: Of these, the ones that a sum of other tensors is made of; a cone with nothing else holds no activation.
+ARITHMETIC = frozenset(
+    "add div iadd imul isub itruediv mul multiply neg pos rsub sub subtract true_divide truediv".split()
 )
+
+#: Changes neither the values nor, where its last axis stays as long as it was, which neuron they belong to.
+VIEWS = frozenset(
+    "alias clone contiguous detach expand_as flatten identity reshape squeeze unflatten unsqueeze view".split()
+)
+
+#: Changes no more than the precision, where the result is of a floating type.
+CASTS = frozenset("bfloat16 double float half to type type_as".split())
 
 #: Drops values in training mode; ``F.dropout`` and ``torch.dropout`` name the arguments alike.
 DROPOUT = frozenset({"dropout", "feature_dropout", "alpha_dropout"})
 
-#: Cuts the last axis in two.
+#: Cuts an axis in parts.
 SPLIT = frozenset({"chunk", "split", "tensor_split", "unsafe_chunk", "unsafe_split"})
+
+#: What else may stand between two projections of something like an FFN: it mixes neurons or tokens, or moves them.
+MIXING = frozenset(
+    """
+    adjoint batch_norm cat concat conv1d conv2d cummax cumsum flip gather getattr getitem group_norm index_select
+    layer_norm linalg_norm linalg_vector_norm log_softmax mean movedim norm normalize permute repeat
+    repeat_interleave rms_norm roll softmax softmin stack std sum swapaxes t tile transpose unbind var
+    """.split()
+)
+
+#: What takes more nodes than this to compute is no weight.
+LARGEST_WEIGHT = 128
 
 
 def call_name(node: fx.Node) -> str | None:
@@ -48,10 +65,26 @@ def call_name(node: fx.Node) -> str | None:
     return None
 
 
+def bind(node: fx.Node, *names: str) -> list[Any]:
+    """Values of a node's arguments in the order of ``names``, given by position or keyword; None where absent."""
+    return [node.args[i] if i < len(node.args) else node.kwargs.get(name) for i, name in enumerate(names)]
+
+
+def value_of(node: fx.Node) -> torch.Tensor | None:
+    """The fake tensor that Dynamo recorded, or None where the node is no tensor."""
+    value = node.meta.get("example_value")
+    return value if isinstance(value, torch.Tensor) else None
+
+
 def shape_of(node: fx.Node) -> torch.Size | None:
     """Shape of a tensor node as Dynamo recorded it, or None."""
-    value = node.meta.get("example_value")
-    return value.shape if isinstance(value, torch.Tensor) else None
+    value = value_of(node)
+    return None if value is None else value.shape
+
+
+def same_tokens(one: torch.Size, other: torch.Size) -> bool:
+    """Whether two shapes are known to be equal but for the last axis."""
+    return len(one) == len(other) and bool(statically_known_true(sym_eq(tuple(one[:-1]), tuple(other[:-1]))))
 
 
 def is_number(node: fx.Node) -> bool:
@@ -65,6 +98,19 @@ def is_parameter(node: fx.Node) -> bool:
     return node.op == "placeholder" and bool(static or isinstance(node.meta.get("example_value"), torch.nn.Parameter))
 
 
+def is_from_parameters(node: fx.Node) -> bool:
+    """Whether the node is a parameter, or computed from parameters alone in not too many steps."""
+    front, seen = [node], {node}
+    while front and len(seen) <= LARGEST_WEIGHT:
+        found = front.pop()
+        inputs = found.all_input_nodes
+        if not (inputs or is_parameter(found)):
+            return False
+        front += [i for i in inputs if i not in seen]
+        seen.update(inputs)
+    return not front
+
+
 def is_training_dropout(node: fx.Node) -> bool:
     """Whether the node is a dropout that drops something."""
     return call_name(node) in DROPOUT and not is_transparent(node)
@@ -74,75 +120,49 @@ def is_transparent(node: fx.Node) -> bool:
     """Whether the node only views, casts or copies its first argument, or is a dropout that drops nothing."""
     name = call_name(node)
     if name in DROPOUT:
-        _, p, training = _bind(node, "input", "p", "training")
+        _, p, training = bind(node, "input", "p", "training")
         return p == 0 or training is False
-    if name not in TRANSPARENT:
-        return False
     source = node.args[0] if node.args else None
-    before, after = shape_of(source) if isinstance(source, fx.Node) else None, shape_of(node)
-    return before is not None and after is not None and len(after) > 0 and bool(before[-1] == after[-1])
+    before, after = value_of(source) if isinstance(source, fx.Node) else None, value_of(node)
+    if before is None or after is None or not after.dim() or not before.dim():
+        return False
+    # A view as another type reads the bits anew, and a cast to whole numbers rounds.
+    typed = before.dtype == after.dtype if name in VIEWS else name in CASTS and after.is_floating_point()
+    return typed and bool(before.shape[-1] == after.shape[-1])
 
 
-def is_half(node: fx.Node) -> bool:
-    """Whether the node takes one part out of a split, or a slice of the last axis."""
+def is_halving(node: fx.Node) -> bool:
+    """Whether the node cuts the last axis in two equal parts."""
+    parts = node.meta.get("example_value")
+    if call_name(node) not in SPLIT or not isinstance(parts, (tuple, list)) or len(parts) != 2:
+        return False
+    whole = shape_of(node.all_input_nodes[0])
+    return whole is not None and all(part.shape == (*whole[:-1], whole[-1] // 2) for part in parts)
+
+
+def half(node: fx.Node) -> int | None:
+    """Which half of the last axis a ``getitem`` takes, from a halving split or as a slice; None if none."""
     if call_name(node) != "getitem":
-        return False
-    before, after = shape_of(node.all_input_nodes[0]), shape_of(node)
-    return before is None or (after is not None and len(after) > 0 and bool(before[-1] != after[-1]))
-
-
-def projection(node: fx.Node) -> Projection | None:
-    """Reads a node as a matrix multiplication by a weight matrix, with the bias where the node adds one."""
-    name = call_name(node)
-    if name == "linear":
-        return _projection(node, *_bind(node, "input", "weight", "bias"), transposed=False)
-    if name == "addmm" and len(node.args) == 3 and not node.kwargs:
-        bias, x, weight = node.args
-        return _projection(node, x, weight, bias, transposed=True)
-    if name in ("matmul", "mm", "bmm") and len(node.args) == 2:
-        return _projection(node, *node.args, None, transposed=True)
-    if name in ("add", "iadd") and len(node.args) == 2 and not node.kwargs:
-        for product, bias in (node.args, node.args[::-1]):
-            inner = projection(product) if isinstance(product, fx.Node) else None
-            if inner and inner.bias is None and call_name(inner.node) != "add" and len(inner.node.users) == 1:
-                biased = _projection(node, inner.input, inner.weight, bias, transposed=inner.transposed)
-                return biased and replace(biased, product=inner.node)
-    return None
-
-
-def _projection(node: fx.Node, x: Any, weight: Any, bias: Any, *, transposed: bool) -> Projection | None:
-    while isinstance(weight, fx.Node) and _transposes(weight):
-        weight, transposed = weight.args[0], not transposed
-    if not (isinstance(x, fx.Node) and isinstance(weight, fx.Node)):
         return None
-    weight_shape = shape_of(weight)
-    if weight_shape is None or len(weight_shape) != 2 or shape_of(x) is None or not _is_weight(weight):
+    source, index = node.args
+    if not isinstance(source, fx.Node):
         return None
-    if bias is not None:
-        bias_shape = shape_of(bias) if isinstance(bias, fx.Node) else None
-        if bias_shape is None or len(bias_shape) != 1 or not _is_weight(bias):
-            return None
-    return Projection(node, node, x, weight, bias, transposed)
+    if is_halving(source):
+        return index % 2 if isinstance(index, int) else None
+    whole = shape_of(source)
+    others: tuple[Any, ...] = index if isinstance(index, tuple) else (index,)
+    *others, last = others  # type: ignore[assignment]
+    if whole is None or not isinstance(last, slice) or any(other not in (..., slice(None)) for other in others):
+        return None
+    if (... not in others and len(others) + 1 != len(whole)) or not isinstance(whole[-1], int) or whole[-1] % 2:
+        return None
+    if not all(isinstance(bound, (int, type(None))) for bound in (last.start, last.stop, last.step)):
+        return None  # a bound that the graph computes
+    bounds, middle = last.indices(whole[-1]), whole[-1] // 2
+    return {(0, middle, 1): 0, (middle, whole[-1], 1): 1}.get(bounds)
 
 
-def _is_weight(node: fx.Node) -> bool:
-    """A placeholder, or something computed from parameters alone (a parametrised weight)."""
-    if node.op in ("placeholder", "get_attr"):
-        return True
-    inputs = node.all_input_nodes
-    return bool(inputs) and all(is_parameter(i) or (i.op != "placeholder" and _is_weight(i)) for i in inputs)
-
-
-def _transposes(node: fx.Node) -> bool:
-    """Whether the node is the transposed view of a matrix, read off the strides that Dynamo recorded."""
-    if call_name(node) not in ("t", "transpose", "swapaxes", "swapdims", "permute", "getattr", "adjoint"):
-        return False
-    before, after = node.all_input_nodes[0].meta.get("example_value"), node.meta.get("example_value")
-    if not (isinstance(before, torch.Tensor) and isinstance(after, torch.Tensor) and before.dim() == after.dim() == 2):
-        return False
-    return before.shape == after.shape[::-1] and before.stride() == after.stride()[::-1]
-
-
-def _bind(node: fx.Node, *names: str) -> list[Any]:
-    """Values of a node's arguments in the order of ``names``, given by position or keyword; None where absent."""
-    return [node.args[i] if i < len(node.args) else node.kwargs.get(name) for i, name in enumerate(names)]
+def is_glu(node: fx.Node) -> bool:
+    """Whether the node gates one half of the last axis by the other."""
+    whole = shape_of(node.all_input_nodes[0]) if call_name(node) == "glu" else None
+    return whole is not None and bind(node, "input", "dim")[1] in (None, -1, len(whole) - 1)

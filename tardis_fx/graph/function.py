@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from tardis_fx.graph.activations import Activation, recognise
-from tardis_fx.graph.forms import ELEMENTWISE, call_name, is_half
+from tardis_fx.graph.forms import ELEMENTWISE, call_name, half, is_glu
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -60,9 +60,15 @@ def _run(region: Sequence[fx.Node], down: Projection, values: dict[fx.Node, Any]
     for node in region:
         if call_name(node) in ELEMENTWISE:
             values[node] = _call(node, lambda n: values[n] if n in values else _number(n))
-        else:
-            first = values[node.all_input_nodes[0]]
-            values[node] = first[_half_index(node)] if is_half(node) else first
+            continue
+        value = values[node.all_input_nodes[0]]
+        if is_glu(node):
+            value = value[0] * value[1].sigmoid()
+        elif (part := half(node)) is not None:
+            value = value[part]
+        elif isinstance(value, Tensor) and not value.is_floating_point():  # the cast of a comparison
+            value = value.double()
+        values[node] = value
     return values[down.input]  # type: ignore[no-any-return]
 
 
@@ -79,12 +85,3 @@ def _number(node: fx.Node) -> Any:
     if isinstance(value, torch.SymFloat):
         return float(value)
     return int(value) if isinstance(value, torch.SymInt) else value
-
-
-def _half_index(node: fx.Node) -> int:
-    """Which half of the hidden axis a ``getitem`` takes: of a split by its number, of a slice by its start."""
-    index = node.args[1]
-    if isinstance(index, int):
-        return index
-    last = index[-1] if isinstance(index, tuple) else index
-    return 0 if isinstance(last, slice) and not last.start else 1

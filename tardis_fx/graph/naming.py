@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from dataclasses import replace
 from itertools import takewhile
 from typing import TYPE_CHECKING
@@ -14,21 +15,29 @@ if TYPE_CHECKING:
 
 
 def parameter_name(node: fx.Node) -> str:
-    """Name of a lifted parameter as in ``model.named_parameters()``, from the source that Dynamo noted."""
+    """Name of a lifted parameter as in ``model.named_parameters()``, from the source that Dynamo noted.
+
+    Of a weight that the graph computes, the name of the first parameter it is computed from.
+    """
+    while node.op != "placeholder" and node.all_input_nodes:
+        node = node.all_input_nodes[0]
     source = getattr(node, "_dynamo_source", None)
     text = getattr(source, "name", None) or str(node.target)
     text = text() if callable(text) else text
     parts = re.findall(r"\['([^']+)'\]|\.(?!_modules|_parameters|_buffers)(\w+)", text.partition("]")[2])
-    return ".".join(a or b for a, b in parts) or str(text)
+    name = ".".join(a or b for a, b in parts) or str(text)
+    module, parametrised, rest = name.partition(".parametrizations.")
+    return f"{module}.{rest.split('.')[0]}" if parametrised else name
 
 
 def named(sites: list[Site]) -> list[Site]:
     """The sites with their names: the module path that the weights share; the first weight's own where two agree."""
     modules = [[parameter_name(p.weight).split(".")[:-1] for p in (site.up, site.down)] for site in sites]
     shared = [".".join(_common(*paths)) for paths in modules]
+    weights = {(name, site.up.weight, site.down.weight) for name, site in zip(shared, sites, strict=True)}
+    owners = Counter(name for name, *_ in weights)  # one FFN that runs twice shares its name with nobody
     unique = [
-        name if name and shared.count(name) == 1 else ".".join(paths[0])
-        for name, paths in zip(shared, modules, strict=True)
+        name if name and owners[name] == 1 else ".".join(paths[0]) for name, paths in zip(shared, modules, strict=True)
     ]
     return [replace(site, name=name) for site, name in zip(sites, unique, strict=True)]
 

@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, statically_known_true, sym_eq
 
-from tardis_fx.graph.forms import call_name, is_parameter, is_training_dropout, shape_of
+from tardis_fx.graph.forms import (
+    CASTS,
+    ELEMENTWISE,
+    VIEWS,
+    call_name,
+    is_parameter,
+    is_training_dropout,
+    is_transparent,
+    same_tokens,
+    shape_of,
+)
 
 if TYPE_CHECKING:
     from torch import fx
 
     from tardis_fx.graph.site import Site
+
+#: Put rows back to where an index says.
+_PUTS = frozenset("index_add index_copy index_put scatter scatter_add scatter_reduce setitem".split())
 
 
 def checked(site: Site) -> Site:
@@ -32,14 +47,48 @@ def checked(site: Site) -> Site:
             return site.refused(f"{node.name} is not a parameter of a module, or is computed in the graph")
         if _written(node):
             return site.refused(f"the graph writes to its weight {node.name}")
-    entering, leaving = shape_of(site.input) or (), shape_of(site.output) or ()
-    if len(entering) != len(leaving) > 2 and not all(isinstance(size, int) for size in leaving):
+    if _is_routed(site):
+        return site.refused("it is an expert of a mixture: its tokens are routed")
+    entering, leaving = (shape_of(node) or torch.Size() for node in (site.input, site.output))
+    if any(free_unbacked_symbols(size) for size in entering if isinstance(size, torch.SymInt)):
+        return site.refused("how many tokens it gets depends on the data")
+    if not statically_known_true(sym_eq(_tokens(entering), _tokens(leaving))):
+        return site.refused("its result has not as many tokens as its input, or it is not known whether it has")
+    symbolic = not all(isinstance(size, int) for size in leaving)
+    if symbolic and len(leaving) != 2 and not same_tokens(entering, leaving):
         return site.refused("its shape changes between the projections, and is symbolic")
     if _grad_enabled(site.output.graph) and any(_requires_grad(node) for node in (*site.parameters, site.output)):
         return site.refused("it needs gradients: call the model under torch.no_grad() or torch.inference_mode()")
     if _autocasts(site.output):
         return site.refused("it runs under autocast, which casts the weights at every call")
     return site
+
+
+def _tokens(shape: torch.Size) -> int | torch.SymInt:
+    return math.prod(shape[:-1])
+
+
+def _is_routed(site: Site) -> bool:
+    """Whether the site reads tokens that an index picked, and an index puts its results back."""
+    source = site.input
+    while is_transparent(source):
+        source = source.all_input_nodes[0]
+    if not _picks(source):
+        return False
+    front, seen = [site.output], {site.output}
+    while front:
+        users = [user for user in front.pop().users if user not in seen]
+        if any(_picks(user) or call_name(user) in _PUTS for user in users):
+            return True
+        seen.update(users)
+        front += [user for user in users if call_name(user) in ELEMENTWISE | VIEWS | CASTS]
+    return False
+
+
+def _picks(node: fx.Node) -> bool:
+    """Whether the node selects by an index that is a tensor."""
+    indexed = call_name(node) == "getitem" and any(shape_of(i) is not None for i in node.all_input_nodes[1:])
+    return indexed or call_name(node) in ("gather", "index", "index_select", "take_along_dim")
 
 
 def _grad_enabled(graph: fx.Graph) -> bool:

@@ -24,6 +24,7 @@ class Projection:
         weight: node of the stored weight.
         bias: node of the bias, [columns out], or None.
         transposed: the weight is stored [in, out] (``addmm``, ``matmul``) and not [out, in] (``linear``).
+        reason: why no rewrite may take this form of it, or None.
     """
 
     node: fx.Node
@@ -32,6 +33,15 @@ class Projection:
     weight: fx.Node
     bias: fx.Node | None
     transposed: bool
+    reason: str | None = None
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Columns in and columns out; of stacked weights, those of one expert."""
+        *stack, rows, columns = self.weight.meta["example_value"].shape
+        if stack and columns == 1:  # of a convolution: [out, in, kernel]
+            (rows,), columns = stack, rows
+        return (rows, columns) if self.transposed else (columns, rows)
 
     @property
     def parameters(self) -> tuple[fx.Node, ...]:
@@ -111,7 +121,7 @@ class SiteWeights:
 
         def matrix(projection: Projection) -> Tensor:
             weight = values[projection.weight]
-            return weight.T if projection.transposed else weight
+            return weight.mT if projection.transposed else weight
 
         def bias(projection: Projection) -> Tensor | None:
             return None if projection.bias is None else values[projection.bias]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx
 
-from tardis_fx.graph.forms import shape_of
+from tardis_fx.graph.forms import same_tokens, shape_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -74,8 +74,9 @@ def replace(
         proxies = {name: fx.Proxy(node, tracer) for name, node in constants.items()}
         result: fx.Node = forward(fx.Proxy(x, tracer), proxies).node
         entering, leaving = shape_of(site.input), shape_of(site.output)
-        if entering is not None and leaving is not None and len(entering) != len(leaving):
-            shape = tuple(leaving) if len(leaving) > 2 else (-1, leaving[-1])
+        if entering is not None and leaving is not None and not same_tokens(entering, leaving):
+            whole = all(isinstance(size, int) for size in leaving)
+            shape = tuple(leaving) if whole else (-1, leaving[-1])
             result = graph.call_function(torch.reshape, (result, shape))
     site.output.replace_all_uses_with(result)
     result.meta.setdefault("example_value", site.output.meta["example_value"])

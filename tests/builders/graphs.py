@@ -107,6 +107,9 @@ SPELLINGS: dict[str, list[Callable[[Graph, fx.Node], fx.Node]]] = {
         lambda g, z: g.call(torch.clamp, z, min=0),
         lambda g, z: g.call("clamp_min", z, 0),
         lambda g, z: g.call(operator.mul, g.call(operator.add, z, g.call(torch.abs, z)), 0.5),
+        lambda g, z: g.call(torch.threshold, z, 0, 0),
+        lambda g, z: g.call(torch.where, g.call(operator.gt, z, 0), z, 0),
+        lambda g, z: g.call(operator.mul, z, g.call("to", g.call(operator.gt, z, 0), torch.float32)),
     ],
     "relu2": [
         lambda g, z: g.call(torch.square, g.call(F.relu, z)),
@@ -139,7 +142,18 @@ def _linear(g: Graph, x: fx.Node, columns: int, draw: st.DrawFn) -> _Linear:
     """A projection of [..., in] in one of the accepted forms."""
     *batch, rows = x.meta["example_value"].shape
     form = draw(
-        st.sampled_from(["linear", "linear, no bias", "matmul", "matmul, biased", "matmul, transposed", "addmm"])
+        st.sampled_from(
+            [
+                "linear",
+                "linear, no bias",
+                "matmul",
+                "matmul, biased",
+                "matmul, transposed",
+                "addmm",
+                "einsum",
+                "tensordot",
+            ]
+        )
     )
     if form == "addmm":
         flat = g.call("view", x, -1, rows)
@@ -149,6 +163,10 @@ def _linear(g: Graph, x: fx.Node, columns: int, draw: st.DrawFn) -> _Linear:
         node = g.call(F.linear, x, g.parameter(columns, rows), g.parameter(columns))
     elif form == "linear, no bias":
         node = g.call(F.linear, x, g.parameter(columns, rows))
+    elif form == "einsum":
+        node = g.call(torch.einsum, "...i,oi->...o", x, g.parameter(columns, rows))
+    elif form == "tensordot":
+        node = g.call(torch.tensordot, x, g.parameter(rows, columns), 1)
     elif form == "matmul, transposed":
         node = g.call(torch.matmul, x, g.call("t", g.parameter(columns, rows)))
     else:
@@ -186,7 +204,14 @@ def _norm(g: Graph, x: fx.Node, _draw: st.DrawFn) -> fx.Node:
 
 def _separated(g: Graph, x: fx.Node, draw: st.DrawFn) -> fx.Node:
     """An up and a down projection with more than an activation between them."""
-    return _linear(g, g.call(torch.softmax, _linear(g, x, HIDDEN, draw).result, -1), WIDTH, draw).result
+    hidden = F.relu, _linear(g, x, HIDDEN, draw).result
+    between: list[Callable[[fx.Node], fx.Node]] = [
+        lambda h: g.call(torch.softmax, h, -1),
+        lambda h: g.call("flip", h, -1),
+        lambda h: g.call(operator.mul, h, g.parameter(HIDDEN)),
+        lambda h: g.call("to", g.call("to", h, torch.int32), torch.float32),
+    ]
+    return _linear(g, draw(st.sampled_from(between))(g.call(*hidden)), WIDTH, draw).result
 
 
 #: What stands among the FFNs and is none, [..., WIDTH] to [..., WIDTH].

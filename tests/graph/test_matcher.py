@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from builders import models
+from builders.architectures import FAMILIES, made
 from builders.capture import capture, sites_of
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -15,7 +17,6 @@ from tardis_fx.graph.matcher import find_sites
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from transformers import PreTrainedModel
 
 X = torch.linspace(-1, 1, 3 * 8).view(3, 8)
 
@@ -38,45 +39,7 @@ class Model(nn.Module):
         return self._forward(self, x)
 
 
-# ---- Models that nobody prepared
-
-
-@pytest.mark.parametrize(
-    ("make", "names", "activation"),
-    [
-        pytest.param(models.gpt2, "transformer.h.{}.mlp", "gelu_tanh", id="gpt2"),
-        pytest.param(models.opt, "model.decoder.layers.{}", "relu", id="opt"),
-        pytest.param(models.gpt_neox, "gpt_neox.layers.{}.mlp", "gelu", id="gpt_neox"),
-        pytest.param(models.falcon, "transformer.h.{}.mlp", "gelu", id="falcon"),
-        pytest.param(models.bert, "encoder.layer.{}", "gelu", id="bert"),
-    ],
-)
-def test_every_ffn_of_a_transformers_model_is_one_plain_site(
-    make: Callable[[], PreTrainedModel], names: str, activation: str
-) -> None:
-    model = make()
-    sites = sites_of(model, models.tokens(2, 5))
-    found = [(site.name, site.kind, site.activation, site.reason) for site in sites]
-    assert found == [(names.format(i), "plain", activation, None) for i in range(2)]
-    modules = dict(model.named_modules())
-    assert all(site.name in modules for site in sites)
-
-
-@pytest.mark.parametrize(
-    ("make", "activation"),
-    [
-        pytest.param(models.llama, "silu", id="llama"),
-        pytest.param(models.gemma, "gelu_tanh", id="gemma"),
-        pytest.param(models.phi3, "silu", id="phi3, fused"),
-    ],
-)
-def test_every_ffn_of_a_gated_transformers_model_is_one_gated_site(
-    make: Callable[[], PreTrainedModel], activation: str
-) -> None:
-    sites = sites_of(make(), models.tokens(2, 5))
-    assert [(s.name, s.kind, s.activation, s.reason) for s in sites] == [
-        (f"model.layers.{i}.mlp", "gated", activation, None) for i in range(2)
-    ]
+# ---- What is a site; for whole models see test_architectures.py
 
 
 def test_the_gate_is_the_projection_that_the_activation_sees() -> None:
@@ -85,21 +48,14 @@ def test_the_gate_is_the_projection_that_the_activation_sees() -> None:
     assert "gate_proj" in first.gate.weight.name
     assert "up_proj" in first.up.weight.name
     assert "down_proj" in first.down.weight.name
-    (fused, _) = sites_of(models.phi3(), models.tokens(2, 5))
+    (fused, _) = sites_of(made(FAMILIES["phi3, fused"]), models.tokens(2, 5))
     assert fused.gate is fused.up
     assert "gate_up_proj" in fused.up.weight.name
 
 
-def test_symbolic_sizes_change_nothing() -> None:
-    captured = capture(models.gpt2(), models.tokens(2, 5), dynamic=True, use_cache=False)
-    assert any(isinstance(size, torch.SymInt) for size in captured.sites[0].input.meta["example_value"].shape)
-    assert [(s.name, s.kind, s.activation, s.reason) for s in captured.sites] == [
-        (f"transformer.h.{i}.mlp", "plain", "gelu_tanh", None) for i in range(2)
-    ]
-
-
 def test_weights_stored_in_by_out_are_said_to_be_transposed() -> None:
-    (conv1d, _), (linear, _) = sites_of(models.gpt2(), models.tokens(2, 5)), sites_of(models.opt(), models.tokens(2, 5))
+    (conv1d, _) = sites_of(models.gpt2(), models.tokens(2, 5))
+    (linear, _) = sites_of(made(FAMILIES["opt"]), models.tokens(2, 5))
     assert conv1d.up.transposed
     assert conv1d.down.transposed
     assert not linear.up.transposed
@@ -256,9 +212,6 @@ NO_FFN: dict[str, Callable[[Model, Tensor], Any]] = {
     "two projections side by side": lambda m, x: m.up(x) + m.wide(x),
     "two projections in a row": lambda m, x: m.down(m.up(x)) if x.dim() < 2 else m.square(m.square(x)),
     "a norm between the projections": lambda m, x: m.square(m.norm(m.square(x))),
-    "a softmax between the projections": lambda m, x: m.down(torch.softmax(m.up(x), -1)),
-    "a sum over tokens between the projections": lambda m, x: m.down(F.gelu(m.up(x)).cumsum(0)),
-    "the input added between the projections": lambda m, x: m.down(F.gelu(m.up(x)) + x.repeat(1, 4)),
     "attention": lambda m, x: m.square(torch.softmax(m.square(x) @ m.square(x).T, -1) @ m.square(x)),
     "a head with a softcap": lambda m, x: torch.tanh(m.up(m.norm(x)) / 30) * 30,
 }
@@ -270,7 +223,7 @@ def test_what_is_no_ffn_is_no_site(case: str) -> None:
 
 
 def test_attention_and_head_projections_are_in_no_site() -> None:
-    for make in (models.gpt2, models.bert):
+    for make in (models.gpt2, partial(made, FAMILIES["bert"])):
         captured = capture(make(), models.tokens(2, 5))
         used = {node for site in captured.sites for node in site.parameters}
         others = [n.name for n in captured.gm.graph.find_nodes(op="placeholder") if n not in used]

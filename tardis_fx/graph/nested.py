@@ -1,0 +1,74 @@
+"""FFNs inside what a graph calls, other graphs (higher-order ops) and fused ops: listed, and refused."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from torch import fx
+from torch.utils._pytree import tree_leaves
+
+from tardis_fx.graph.forms import call_name
+from tardis_fx.graph.site import Projection, Site
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+FUSED = "it runs inside a fused encoder layer: call torch.backends.mha.set_fastpath_enabled(False) first"
+
+
+def nested_sites(node: fx.Node, find: Callable[[fx.Graph], list[Site]]) -> list[Site]:
+    """The FFNs of the graphs that a node calls (``torch.utils.checkpoint``, ``torch.cond``, a nested region).
+
+    Their parameters are those of the graph around them, so that they have their names and their weights.
+
+    Args:
+        node: any node.
+        find: finds the sites of one graph.
+    """
+    if node.op != "call_function" or node.graph.owning_module is None:
+        return []
+    operands = tree_leaves((node.args, node.kwargs))
+    found: list[Site] = []
+    for operand in operands:
+        called = _called(operand)
+        if called is None:
+            continue
+        inputs = called.graph.find_nodes(op="placeholder")
+        values = [o for o in tree_leaves(node.args) if _called(o) is None][-len(inputs) :]
+        outer = {i: v for i, v in zip(inputs, values, strict=len(values) == len(inputs)) if isinstance(v, fx.Node)}
+        reason = f"it is computed inside {call_name(node)}, in a graph of its own"
+        found += [_lifted(replace(site, reason=reason), outer) for site in find(called.graph)]
+    return found
+
+
+def _called(operand: object) -> fx.GraphModule | None:
+    if not (isinstance(operand, fx.Node) and operand.op == "get_attr"):
+        return None
+    module = operand.graph.owning_module
+    called = getattr(module, str(operand.target), None)
+    return called if isinstance(called, fx.GraphModule) else None
+
+
+def _lifted(site: Site, outer: Mapping[fx.Node, fx.Node]) -> Site:
+    """The site with the parameters of the graph around its own."""
+
+    def lift(p: Projection) -> Projection:
+        return replace(p, weight=outer.get(p.weight, p.weight), bias=p.bias and outer.get(p.bias, p.bias))
+
+    gate = site.gate
+    return replace(
+        site,
+        up=(up := lift(site.up)),
+        down=lift(site.down),
+        gate=up if gate is site.up else gate and lift(gate),
+    )
+
+
+def fused_site(node: fx.Node) -> Site | None:
+    """The FFN inside the one op that ``nn.TransformerEncoderLayer`` runs as in eval mode, or None."""
+    if call_name(node) != "_transformer_encoder_layer_fwd" or len(node.args) < 18:
+        return None
+    x, gelu, (w1, b1, w2, b2) = node.args[0], node.args[7], node.args[14:18]
+    up, down = (Projection(node, node, x, w, b, False) for w, b in ((w1, b1), (w2, b2)))  # type: ignore[arg-type]
+    return Site("", "plain", "gelu" if gelu else "relu", up, down, None, frozenset(), FUSED)

@@ -1,0 +1,73 @@
+"""What a weight is: a stored matrix or vector behind views and casts that leave its values as they are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from tardis_fx.graph.forms import CASTS, call_name, is_from_parameters, is_parameter, shape_of, value_of
+
+#: Between the stored weights of all experts and those of the ones that are wanted.
+_SELECTS = frozenset("contiguous expand getattr getitem index_select to transpose unsqueeze".split())
+
+
+def stored_bias(bias: Any, *, columns: int, stacked: bool) -> fx.Node | None:
+    """The stored bias, behind views of it that broadcast as it does; of stacked weights a bias for each expert."""
+    if not isinstance(bias, fx.Node):
+        return None
+    if stacked and (stack := stack_of(bias, dimensions=2)):
+        return stack
+    bias = stored(bias)
+    while call_name(bias) in ("view", "reshape", "unsqueeze") and _numel(bias) == _last(bias) == _numel(bias.args[0]):
+        bias = bias.args[0]  # type: ignore[assignment]
+    shape = shape_of(bias)
+    return bias if shape is not None and shape == (columns,) and is_weight(bias) else None
+
+
+def _numel(node: Any) -> int | None:
+    value = value_of(node) if isinstance(node, fx.Node) else None
+    return None if value is None else value.numel()
+
+
+def _last(node: fx.Node) -> Any:
+    shape = shape_of(node)
+    return shape[-1] if shape else None
+
+
+def stored(node: fx.Node) -> fx.Node:
+    """The node behind casts that change no type: they return the tensor itself."""
+    while call_name(node) in CASTS and len(node.args) < 3 and not node.kwargs.get("copy"):
+        if not isinstance(node.args[0], fx.Node):
+            break
+        before, after = value_of(node.args[0]), value_of(node)
+        if before is None or after is None or (before.dtype, before.device) != (after.dtype, after.device):
+            break
+        node = node.args[0]
+    return node
+
+
+def stack_of(node: fx.Node, dimensions: int) -> fx.Node | None:
+    """The parameter that holds a matrix or a bias for each expert, behind what selects some of them."""
+    while call_name(node) in _SELECTS and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    shape = shape_of(node)
+    return node if is_parameter(node) and shape is not None and len(shape) == dimensions else None
+
+
+def is_weight(node: fx.Node) -> bool:
+    """A placeholder, or something computed from parameters alone (a parametrised weight)."""
+    return node.op in ("placeholder", "get_attr") or is_from_parameters(node)
+
+
+def transposes(node: fx.Node) -> bool:
+    """Whether the node is the transposed view of a matrix, read off the strides that Dynamo recorded."""
+    if call_name(node) not in ("t", "transpose", "swapaxes", "swapdims", "permute", "getattr", "adjoint"):
+        return False
+    before, after = node.all_input_nodes[0].meta.get("example_value"), node.meta.get("example_value")
+    if not (isinstance(before, torch.Tensor) and isinstance(after, torch.Tensor) and before.dim() == after.dim() > 1):
+        return False
+    swapped = (*before.shape[:-2], before.shape[-1], before.shape[-2])
+    strides = (*before.stride()[:-2], before.stride()[-1], before.stride()[-2])
+    return after.shape == swapped and after.stride() == strides
