@@ -57,7 +57,7 @@ def _price(sites: Sequence[SiteRanges], allowed: float, near: float) -> float:
     while meets(math.exp(low)):
         low, high, step = low - step, low, 2 * step
         if low < -300:  # everything corrected, and still within the budget
-            return 0.0
+            return math.exp(low)
     while not meets(math.exp(high)):
         low, high, step = high, high + step, 2 * step
     while high - low > 1e-3:
