@@ -55,7 +55,13 @@ def main() -> None:
     """Measures and prints."""
     torch.manual_seed(0)
     config = hf.GPT2Config(
-        n_layer=LAYERS, n_embd=WIDTH, n_head=4, vocab_size=VOCABULARY, n_positions=CONTEXT, bos_token_id=0, eos_token_id=0
+        n_layer=LAYERS,
+        n_embd=WIDTH,
+        n_head=4,
+        vocab_size=VOCABULARY,
+        n_positions=CONTEXT,
+        bos_token_id=0,
+        eos_token_id=0,
     )
     model = hf.GPT2LMHeadModel(config).eval()
     batches = [torch.randint(0, VOCABULARY, (4, CONTEXT)) for _ in range(4)]

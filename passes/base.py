@@ -36,6 +36,8 @@ class Rewrite(ABC):
 
     #: Name in ``Config(method=...)`` and in the entry-point group.
     name: ClassVar[str]
+    #: Whether :meth:`forward` gives what the original gives, to rounding: then prefill takes it, too.
+    exact: ClassVar[bool] = False
 
     @abstractmethod
     def refuse(self, site: Site) -> str | None:

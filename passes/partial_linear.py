@@ -53,7 +53,7 @@ class PartialLinear(Rewrite):
         """Gated sites and sites without an activation are refused."""
         if site.kind == "gated":
             return "gated FFN: not yet rewritten by partial_linear"
-        if site.activation == "identity":
+        if site.affine is not None:
             return "no activation between its projections"
         return None
 
@@ -122,14 +122,9 @@ class PartialLinear(Rewrite):
             "folded_bias": folded_bias.to(dtype),
         }
         corrected = observer.outliers / max(1, observer.tokens)  # neurons a token, always exact ones included
-        plan = SitePlan(
-            fingerprint=site.fingerprint,
-            name=site.site.name,
-            kind=site.site.kind,
-            activation=site.site.activation,
-            dtype=str(dtype),
-            shapes=tuple(tuple(p.shape) for p in site.parameters),
-            dense_bytes=weights.bytes,
+        plan = SitePlan.of(
+            site.site,
+            site.parameters,
             method=self.name,
             touched_bytes=draft.costs.fold
             + draft.costs.predictor * len(tensors["lower"])

@@ -11,6 +11,7 @@ from tardis_fx.fingerprint import fingerprint
 from tardis_fx.graph.matcher import find_sites
 from tardis_fx.graph.surgery import add_input, copy, replace
 from tardis_fx.passes.base import rewrite_named
+from tardis_fx.passes.exact_fold import ExactFold
 from tardis_fx.runtime.guard import SiteGuard
 
 if TYPE_CHECKING:
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 #: Steps of up to this many tokens take fold and correction under ``prefill="original"``.
 DECODE_TOKENS = 8
+
+_FOLD = ExactFold()
 
 
 @dataclass(frozen=True)
@@ -90,9 +93,11 @@ def apply(gm: fx.GraphModule, example_inputs: Sequence[Tensor], plan: Plan, pref
     moved: dict[fx.Node, fx.Node] = {}  # outputs of sites, where one feeds the next
     for outcome in found:
         site, entry = outcome.site, outcome.plan
-        if entry is None or outcome.reason or (prefill == "original" and _tokens(site) > DECODE_TOKENS):
+        if entry is None or outcome.reason:
             continue
         rewrite = rewrite_named(str(entry.method))
+        if not rewrite.exact and prefill == "original" and _tokens(site) > DECODE_TOKENS:
+            continue
         positions = [position[node] for node in site.parameters]
         guard = SiteGuard(site, positions, entry, partial(_find, plan), rewrite)
         own = guard.constants(entry, [example_inputs[p] for p in positions]).tensors
@@ -108,7 +113,7 @@ def apply(gm: fx.GraphModule, example_inputs: Sequence[Tensor], plan: Plan, pref
 
 
 def _find(plan: Plan, site: Site, weights: Sequence[Tensor]) -> SitePlan | None:
-    return plan.find(fingerprint(weights))
+    return _FOLD.unaided(site, weights) or plan.find(fingerprint(weights, site.activation))
 
 
 def _forward(rewrite: Rewrite, plan: SitePlan, x: Any, constants: Mapping[str, Any]) -> Any:
@@ -125,10 +130,10 @@ def outcomes(gm: fx.GraphModule, example_inputs: Sequence[Tensor], plan: Plan) -
 def _entry(site: Site, values: list[Tensor], plan: Plan) -> tuple[SitePlan | None, str | None]:
     """The plan's entry of a site, and why it is not to be rewritten, if so."""
     if site.reason is not None:
-        return plan.find(fingerprint(values)), site.reason
+        return plan.find(fingerprint(values, site.activation)), site.reason
     if any(value.is_inference() for value in values):
         return None, "its weights are inference tensors, whose changes cannot be noticed"
-    entry = plan.find(fingerprint(values))
+    entry = _find(plan, site, values)
     if entry is None:
         return None, _mismatch(values, plan)
     return entry, entry.reason
@@ -157,7 +162,7 @@ def check(outcomes: Sequence[Outcome], plan: Plan, *, strict: bool, lenient: boo
     """
     unplanned = [o for o in outcomes if o.plan is None and o.fits]
     left = [o for o in outcomes if o.reason]
-    if unplanned and not lenient and not any(o.plan for o in outcomes):
+    if unplanned and not lenient and not any(o.plan in plan.sites for o in outcomes):
         raise PlanMismatchError(f"the plan fits none of the model's sites: {_listed(unplanned)}")
     planned = {entry.name for entry in plan.sites}
     if not lenient and (stale := [o for o in unplanned if o.site.name in planned]):

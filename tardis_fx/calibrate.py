@@ -10,6 +10,7 @@ from tardis_fx.calibration.observe import Batch, BatchObservation, Observation, 
 from tardis_fx.config import Config
 from tardis_fx.errors import CalibrationError, ConfigError
 from tardis_fx.passes.base import rewrite_named
+from tardis_fx.passes.exact_fold import ExactFold
 from tardis_fx.plan import Plan, SitePlan
 
 if TYPE_CHECKING:
@@ -48,12 +49,15 @@ def plan_for(observation: Observation, config: Config) -> Plan:
         CalibrationError: as :func:`calibrate`.
     """
     rewrite = rewrite_named(config.method)
+    fold = ExactFold()
+    folded = {s.fingerprint: plan for s in observation.sites if (plan := fold.unaided(s.site, s.parameters))}
     reasons = {s.fingerprint: s.site.reason or rewrite.refuse(s.site) for s in observation.sites}
-    accepted = [s for s in observation.sites if reasons[s.fingerprint] is None]
+    accepted = [s for s in observation.sites if s.fingerprint not in folded and reasons[s.fingerprint] is None]
     for site in accepted:
         if not all(torch.isfinite(parameter).all() for parameter in site.parameters):
             raise CalibrationError(f"the weights of {site.site.name} hold NaN or infinity")
     fitted = {plan.fingerprint: plan for plan in (rewrite.fit(observation, accepted, config) if accepted else [])}
+    fitted |= folded
     return Plan(
         tuple(fitted.get(s.fingerprint) or refused(s, reasons[s.fingerprint]) for s in observation.sites), config
     )
@@ -61,13 +65,4 @@ def plan_for(observation: Observation, config: Config) -> Plan:
 
 def refused(site: ObservedSite, reason: str | None) -> SitePlan:
     """The entry of a site that is not rewritten."""
-    return SitePlan(
-        fingerprint=site.fingerprint,
-        name=site.site.name,
-        kind=site.site.kind,
-        activation=site.site.activation,
-        dtype=str(site.weights.w1.dtype),
-        shapes=tuple(tuple(p.shape) for p in site.parameters),
-        dense_bytes=site.weights.bytes,
-        reason=reason,
-    )
+    return SitePlan.of(site.site, site.parameters, reason=reason)

@@ -133,7 +133,11 @@ def explain(model: nn.Module, plan: Plan | str | os.PathLike[str] | None, exampl
             dense = sum(v.numel() * v.element_size() for p in site.parameters if (v := values.get(p)) is not None)
             report = _planned(entry) if entry and not outcome.reason else None
             report = report or _refused(site.name, site.kind, site.activation, outcome.reason, dense)
-            if plan is None and entry is None and (stage := live.stage_of([values[p] for p in site.parameters])):
+            if (
+                plan is None
+                and entry is None
+                and (stage := live.stage_of([values[p] for p in site.parameters], site.activation))
+            ):
                 report = replace(report, status="profiling", reason=stage)
             seen.setdefault(site.name, replace(report, name=site.name))
         return forward

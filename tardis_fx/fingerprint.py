@@ -1,10 +1,10 @@
-"""The identity of a site: a hash of its weights, whatever module holds them."""
+"""The identity of a site: a hash of its weights and activation, whatever module holds them."""
 
 from __future__ import annotations
 
 import hashlib
 import weakref
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,28 +13,29 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 # By the identities of a site's tensors, for as long as they all live; the aliases keep an address from another's use.
-_KNOWN: dict[tuple[int, ...], tuple[list[int], str, list[Tensor], list[weakref.ref[Tensor]]]] = {}
+_KNOWN: dict[tuple[Any, ...], tuple[list[int], str, list[Tensor], list[weakref.ref[Tensor]]]] = {}
 
 
-def fingerprint(weights: Sequence[Tensor]) -> str:
+def fingerprint(weights: Sequence[Tensor], activation: str | None) -> str:
     """Hash of dtypes, shapes and contents of a site's weights, in order; remembered until one of them changes.
 
     Args:
         weights: of any shapes, on any device.
+        activation: between the projections, for the same weights may serve with another one.
     """
     if any(weight.is_inference() for weight in weights):
-        return _hash(weights)
-    key, state = tuple(map(id, weights)), [v for w in weights for v in (w.data_ptr(), w._version)]
+        return _hash(weights, activation)
+    key, state = (activation, *map(id, weights)), [v for w in weights for v in (w.data_ptr(), w._version)]
     known = _KNOWN.get(key)
     if known is None or known[0] != state:
         aliases = [weight.detach() for weight in weights]
         ends = [weakref.ref(weight, lambda _: _KNOWN.pop(key, None)) for weight in weights]
-        known = _KNOWN[key] = state, _hash(weights), aliases, ends
+        known = _KNOWN[key] = state, _hash(weights, activation), aliases, ends
     return known[1]
 
 
-def _hash(weights: Sequence[Tensor]) -> str:
-    digest = hashlib.sha256()
+def _hash(weights: Sequence[Tensor], activation: str | None) -> str:
+    digest = hashlib.sha256(str(activation).encode())
     for weight in weights:
         digest.update(f"{weight.dtype}{tuple(weight.shape)}".encode())
         contents = weight.detach().cpu().contiguous()

@@ -17,11 +17,14 @@ from safetensors.torch import save_file
 
 from tardis_fx.config import Config
 from tardis_fx.errors import ConfigError, PlanFileError, TardisError
+from tardis_fx.fingerprint import fingerprint
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from torch import Tensor
+
+    from tardis_fx.graph.site import Site
 
 _FORMAT = "tardis_fx.plan"
 #: Raised whenever a plan written now would be misread by older code.
@@ -66,6 +69,20 @@ class SitePlan:
     error: float = 0.0
     settings: dict[str, Any] = field(default_factory=dict)
     tensors: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def of(cls, site: Site, parameters: Sequence[Tensor], **rest: Any) -> SitePlan:
+        """An entry that describes a site with its weights; all else by keyword."""
+        return cls(
+            fingerprint=fingerprint(parameters, site.activation),
+            name=site.name,
+            kind=site.kind,
+            activation=site.activation,
+            dtype=str(parameters[0].dtype),
+            shapes=tuple(tuple(p.shape) for p in parameters),
+            dense_bytes=sum(p.numel() * p.element_size() for p in parameters),
+            **rest,
+        )
 
 
 @dataclass(frozen=True, eq=False)

@@ -106,7 +106,7 @@ class BatchObservation(Observation):
             raise CalibrationError("no calibration batches")
         self.memo: dict[str, Any] = {}
         self._sites: dict[str, ObservedSite] = {}
-        self._known: dict[tuple[int, ...], str] = {}
+        self._known: dict[tuple[Any, ...], str] = {}
         self._observers: dict[str, SiteObserver] = {}
         self._seen: set[str] = set()
         self._rewritten: dict[str, Callable[[Tensor], Tensor]] = {}
@@ -163,9 +163,9 @@ class BatchObservation(Observation):
         return gm.forward
 
     def _admit(self, site: Site, parameters: list[Tensor]) -> str:
-        key = tuple(p.data_ptr() for p in parameters)
+        key = (site.activation, *(p.data_ptr() for p in parameters))
         if key not in self._known:
-            identity = self._known[key] = fingerprint(parameters)
+            identity = self._known[key] = fingerprint(parameters, site.activation)
             weights = SiteWeights.of(site, parameters) if len(parameters) == len(site.parameters) else None
             if weights is not None and identity not in self._sites:
                 self._sites[identity] = ObservedSite(site, identity, weights, tuple(parameters))

@@ -45,7 +45,7 @@ def gate_of(
             return _run(region, down, values)
 
         activation = recognise(lambda gate, product=product: product(gate, 1.0))  # type: ignore[misc]
-        if activation is None or activation.name == "identity":
+        if activation is None or activation.affine is not None:
             continue
         if recognise(lambda gate, product=product: product(gate, -2.5) / -2.5) is activation:  # type: ignore[misc]
             return ups[0 if first else -1], activation

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import networkx as nx
 from networkx.algorithms.isomorphism import DiGraphMatcher, categorical_node_match
 
+from tardis_fx.graph.bounds import bounds_of
 from tardis_fx.graph.cone import Cone, cone_of, is_inner
 from tardis_fx.graph.forms import ELEMENTWISE, call_name, half, is_glu, is_halving, is_number, is_training_dropout
 from tardis_fx.graph.function import activation_of, gate_of
@@ -64,21 +65,26 @@ def _sites(graph: fx.Graph) -> list[Site]:
             for step in found.node.all_input_nodes:
                 projections.pop(step, None)
     sites: list[Site] = []
-    ends: set[fx.Node] = set()
     for node in graph.nodes:
         if node in projections:
             site = _site(projections[node], projections) or resembling(projections[node], projections)
         else:
             sites += nested_sites(node, _sites)
             site = fused_site(node)
-        if site is None:
-            continue
-        if not ends.isdisjoint(site.inner):
-            site = site.refused("it shares a projection with the FFN before it")
-        elif site.reason is None and site.activation != "identity":
-            ends.add(site.output)
-        sites.append(site)
-    return sites
+        if site is not None:
+            sites.append(site)
+    return _apart(sites)
+
+
+def _apart(sites: list[Site]) -> list[Site]:
+    """The sites, those refused that share a projection with another; one that only folds gives way."""
+    taken: set[fx.Node] = set()
+    kept: dict[int, Site] = {}
+    for i, site in sorted(enumerate(sites), key=lambda pair: pair[1].affine is not None):
+        own = {*site.inner, site.output}
+        kept[i] = site if taken.isdisjoint(own) else site.refused("it shares a projection with another FFN")
+        taken |= own if kept[i].reason is None else set()
+    return [kept[i] for i in range(len(sites))]
 
 
 def _site(down: Projection, projections: dict[fx.Node, Projection]) -> Site | None:
@@ -93,7 +99,8 @@ def _site(down: Projection, projections: dict[fx.Node, Projection]) -> Site | No
     gate, activation = gate_of(region, ups, down) if kind == "gated" else (None, activation_of(region, ups[0], down))
     up = next((p for p in ups if p is not gate), ups[0])
     inner = frozenset({*region, *(n for p in ups for n in (p.product, p.node)), down.product} - {down.node})
-    site = Site("", kind, activation.name if activation else None, up, down, gate, inner)
+    name, affine = (activation.name, activation.affine) if activation else (None, None)
+    site = Site("", kind, name, up, down, gate, inner, affine=affine, bounds=bounds_of(up.input))
     if unread := next((p.reason for p in (*ups, down) if p.reason), None):
         return site.refused(unread) if matched != "linear" else None
     entering, hidden = up.sizes

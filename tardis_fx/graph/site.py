@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
@@ -62,6 +63,8 @@ class Site:
         gate: of a gated site the projection that the activation sees; ``up`` itself when both are one fused matrix.
         inner: all nodes strictly between input and output, ``up`` and ``gate`` included.
         reason: why the site cannot be rewritten, or None.
+        affine: slope and intercept of the activation where it is an affine function, else None.
+        bounds: between which the elements of the input lie, as far as the graph shows.
     """
 
     name: str
@@ -72,6 +75,8 @@ class Site:
     gate: Projection | None
     inner: frozenset[fx.Node]
     reason: str | None = None
+    affine: tuple[float, float] | None = None
+    bounds: tuple[float, float] = (-math.inf, math.inf)
 
     @property
     def input(self) -> fx.Node:

@@ -56,12 +56,16 @@ class Exact:
         self.plans += plans
         self.graphs += 1
         self.rewritten += len(result.guards)
-        return GuardedGraph(result.gm, result.guards) if result.modified else gm.forward
+        return GuardedGraph(result.gm, result.guards, _no_other, inputs) if result.modified else gm.forward
 
     @property
     def found(self) -> list[tuple[str, str, str | None, str | None]]:
         """Name, kind, activation and reason of every site."""
         return [(s.name, s.kind, s.activation, s.reason) for s in self.sites]
+
+
+def _no_other(unknown: object) -> Any:
+    raise AssertionError(f"weights that the plan does not know: {unknown}")
 
 
 def tensors(output: Any) -> list[Tensor]:

@@ -163,7 +163,7 @@ class Oracle:
         }
         parameters = [p for p in (w.w1, w.b1, w.w2, w.b2) if p is not None]
         return SitePlan(
-            fingerprint=fingerprint(parameters), name="ffn", kind="plain", activation=self.activation, dtype=str(w.w1.dtype),
+            fingerprint=fingerprint(parameters, self.activation), name="ffn", kind="plain", activation=self.activation, dtype=str(w.w1.dtype),
             shapes=tuple(tuple(p.shape) for p in parameters), dense_bytes=w.bytes, method="partial_linear",
             settings={"bits": 8, "activation": self.activation}, tensors=tensors,
         )  # fmt: skip
@@ -256,7 +256,7 @@ def exact_plan(weights: SiteWeights, parameters: Sequence[Tensor], activation: s
     slope, intercept = torch.linspace(-1, 1, hidden), torch.linspace(-2, 2, hidden)
     shift = intercept if weights.b1 is None else intercept + slope * weights.b1
     return SitePlan(
-        fingerprint=fingerprint(parameters), name="ffn", kind="plain", activation=activation, dtype=str(weights.w1.dtype),
+        fingerprint=fingerprint(parameters, activation), name="ffn", kind="plain", activation=activation, dtype=str(weights.w1.dtype),
         shapes=tuple(tuple(p.shape) for p in parameters), dense_bytes=weights.bytes, method="partial_linear",
         settings={"bits": 2, "activation": activation},
         tensors={

@@ -148,9 +148,9 @@ def test_weights_that_are_inference_tensors_are_refused() -> None:
 
 def test_fingerprints_tell_contents_shapes_dtypes_and_order_apart() -> None:
     a, b = torch.arange(6.0), torch.arange(6.0) + 1
-    same = fingerprint([a, b])
-    assert same == fingerprint([a.clone(), b.clone().requires_grad_()])
-    assert same == fingerprint([torch.stack([a, a], 1)[:, 0], b])
+    same = fingerprint([a, b], "relu")
+    assert same == fingerprint([a.clone(), b.clone().requires_grad_()], "relu")
+    assert same == fingerprint([torch.stack([a, a], 1)[:, 0], b], "relu")
     others = [
         [b, a],
         [a, a],
@@ -161,4 +161,5 @@ def test_fingerprints_tell_contents_shapes_dtypes_and_order_apart() -> None:
         [-a, b],
         [a.to(torch.bfloat16), b],
     ]
-    assert len({same, *(fingerprint(other) for other in others)}) == 1 + len(others)
+    assert len({same, *(fingerprint(other, "relu") for other in others)}) == 1 + len(others)
+    assert fingerprint([a, b], "gelu") != same

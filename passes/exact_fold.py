@@ -1,0 +1,106 @@
+"""Folds FFNs that are affine as they are: exact to rounding, without calibration.
+
+1. The activation is an affine function ``s z + t``: none at all, a scale, ``leaky_relu(1)``.
+2. Or it is a ReLU, and the sign of every neuron's pre-activation follows from the weights and from the bounds of the
+   input (an input that is a ReLU or a softmax itself, say): then ``s`` is 1 or 0 by neuron.
+3. ``C = W2 diag(s) W1``, ``B = W2 (s * b1 + t) + b2``, in float64.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch.nn import functional as F  # noqa: N812
+
+from tardis_fx.graph.site import SiteWeights
+from tardis_fx.passes.base import Rewrite
+from tardis_fx.plan import SitePlan
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from torch import Tensor
+
+    from tardis_fx.calibration.observe import Observation, ObservedSite
+    from tardis_fx.config import Config
+    from tardis_fx.graph.site import Site
+
+
+class ExactFold(Rewrite):
+    """The rewrite that needs no plan; see the module's docstring for its rules."""
+
+    name: ClassVar[str] = "exact_fold"
+    exact: ClassVar[bool] = True
+
+    def refuse(self, site: Site) -> str | None:
+        """Whatever is no affine function, as far as the graph shows."""
+        if site.kind == "plain" and (site.affine is not None or site.activation == "relu"):
+            return None
+        return "it is not affine"
+
+    def fit(self, observation: Observation, sites: Sequence[ObservedSite], config: Config) -> list[SitePlan]:
+        """Nothing is measured; a site that only its weights could have made affine is refused."""
+        return [
+            self.unaided(s.site, s.parameters)
+            or SitePlan.of(s.site, s.parameters, reason="the sign of a pre-activation is not known")
+            for s in sites
+        ]
+
+    def unaided(self, site: Site, parameters: Sequence[Tensor]) -> SitePlan | None:
+        """The fold, or None where the site is not affine."""
+        if site.reason is not None or self.refuse(site) is not None:
+            return None
+        weights = SiteWeights.of(site, parameters)
+        line = _line(site, weights)
+        if line is None:
+            return None
+        bias = any(b is not None for b in (weights.b1, weights.b2)) or bool(line[1].any())
+        touched = weights.w1.shape[1] * weights.w2.shape[0] + bias * weights.w2.shape[0]
+        return SitePlan.of(
+            site,
+            parameters,
+            method=self.name,
+            stored_bytes=touched * weights.w1.element_size(),
+            touched_bytes=touched * weights.w1.element_size(),
+            settings={"bias": bias},
+            tensors={"slope": line[0], "intercept": line[1]},
+        )
+
+    def constants(self, plan: SitePlan, weights: SiteWeights) -> dict[str, Tensor]:
+        """Folded weight [d_out, d] and, where there is any, bias [d_out]."""
+        w1, w2 = weights.w1.double(), weights.w2.double()
+        slope, shift = (plan.tensors[name].to(w1.device) for name in ("slope", "intercept"))
+        if weights.b1 is not None:
+            shift = shift + slope * weights.b1.double()
+        constants = {"folded_weight": ((w2 * slope) @ w1).to(weights.w1.dtype)}
+        if plan.settings["bias"]:
+            bias = w2 @ shift if weights.b2 is None else w2 @ shift + weights.b2.double()
+            constants["folded_bias"] = bias.to(weights.w1.dtype)
+        return constants
+
+    def forward(self, x: Tensor, constants: Mapping[str, Tensor], plan: SitePlan) -> Tensor:
+        """One linear layer."""
+        return F.linear(x, constants["folded_weight"], constants.get("folded_bias"))
+
+
+def _line(site: Site, weights: SiteWeights) -> tuple[Tensor, Tensor] | None:
+    """Slope and intercept of every neuron, [h] each, float64; None where the activation is no line for one of them."""
+    ones = torch.ones(len(weights.w1), dtype=torch.float64)
+    if site.affine is not None:
+        return site.affine[0] * ones, site.affine[1] * ones
+    lower, upper = _range(weights, site.bounds)
+    positive, negative = lower >= 0, upper <= 0
+    return (positive.double(), 0 * ones) if bool((positive | negative).all()) else None
+
+
+def _range(weights: SiteWeights, bounds: tuple[float, float]) -> tuple[Tensor, Tensor]:
+    """Lowest and highest pre-activation of every neuron, [h] each; one that rounding turns is as small as rounding."""
+    w1 = weights.w1.double().cpu()
+    b1 = torch.zeros(len(w1), dtype=torch.float64) if weights.b1 is None else weights.b1.double().cpu()
+
+    def least(weight: Tensor) -> Tensor:
+        rise, fall = weight.clamp(min=0), weight.clamp(max=0)
+        return (torch.where(rise == 0, 0, rise * bounds[0]) + torch.where(fall == 0, 0, fall * bounds[1])).sum(1)
+
+    return least(w1) + b1, b1 - least(-w1)

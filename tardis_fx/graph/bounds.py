@@ -1,0 +1,41 @@
+"""Between which numbers the elements of a value lie, whatever the model's inputs are."""
+
+from __future__ import annotations
+
+from math import inf
+from typing import TYPE_CHECKING, Any
+
+from tardis_fx.graph.forms import call_name, is_transparent
+
+if TYPE_CHECKING:
+    from torch import fx
+
+Bounds = tuple[float, float]
+
+_BOUNDS: dict[str, Bounds] = {
+    "abs": (0, inf), "exp": (0, inf), "hardsigmoid": (0, 1), "relu": (0, inf), "relu6": (0, 6), "sigmoid": (0, 1),
+    "softmax": (0, 1), "softplus": (0, inf), "sqrt": (0, inf), "square": (0, inf), "tanh": (-1, 1),
+}  # fmt: skip
+
+
+def bounds_of(node: fx.Node) -> Bounds:
+    """Lower and upper bound, of the number types' rounding apart; infinite where the graph does not tell.
+
+    Args:
+        node: a tensor.
+    """
+    while is_transparent(node):
+        node = node.all_input_nodes[0]
+    name = call_name(node)
+    if name in ("clamp", "clip", "hardtanh"):
+        named = ("min", "max") if name != "hardtanh" else ("min_val", "max_val")
+        default = (None, None) if name != "hardtanh" else (-1.0, 1.0)
+        low, high = (
+            node.args[i + 1] if len(node.args) > i + 1 else node.kwargs.get(named[i], default[i]) for i in range(2)
+        )
+        return _number(low, -inf), _number(high, inf)
+    return _BOUNDS.get(name or "", (-inf, inf))
+
+
+def _number(value: Any, otherwise: float) -> float:
+    return float(value) if isinstance(value, (int, float)) else otherwise
