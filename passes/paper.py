@@ -20,12 +20,18 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from tardis_fx.passes.partial_linear import Draft
+
 
 class Paper(PartialLinear):
     """The paper's recipe; see the module's docstring for its rules."""
 
     name: ClassVar[str] = "paper"
     regressed: ClassVar[bool] = False
+
+    def floor(self, draft: Draft) -> int:
+        """The fold and a predictor for every neuron."""
+        return draft.costs.fold + draft.costs.predictor * len(draft.w1)
 
     def choose(self, sites: Sequence[SiteRanges], allowed: float) -> list[Ranges]:
         """The same outlier rate at every neuron of the model."""

@@ -11,7 +11,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -25,11 +26,11 @@ from tardis_fx.calibration.predictor import Predictor, quantise
 from tardis_fx.calibration.profile import Histogram, Moments
 from tardis_fx.calibration.ranges import Costs, Ranges, SiteRanges
 from tardis_fx.calibration.regression import Residual
+from tardis_fx.calibration.target import least_budget
 from tardis_fx.graph.activations import ACTIVATIONS
 from tardis_fx.passes.base import Rewrite
 from tardis_fx.plan import SitePlan
 from tardis_fx.runtime import ops  # noqa: F401 - registers torch.ops.tardis
-from tardis_fx.runtime.packing import group_count, packed_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -64,14 +65,34 @@ class PartialLinear(Rewrite):
         """
         drafts = self._drafts(observation, sites, config)
         histograms = self._histograms(observation, drafts, config)
+        if config.target_error is None:
+            return self._fit_within(observation, drafts, histograms, config)
+        tried: dict[float, list[SitePlan]] = {}
+
+        def error(budget: float) -> float:
+            tried[budget] = self._fit_within(observation, drafts, histograms, replace(config, budget=budget))
+            return math.sqrt(sum(plan.error**2 for plan in tried[budget]) / len(tried[budget]))
+
+        floor = sum(self.floor(draft) for draft in drafts) / sum(site.weights.bytes for site in sites)
+        return tried[least_budget(error, floor, config.target_error)]
+
+    def _fit_within(
+        self, observation: Observation, drafts: Sequence[Draft], histograms: Mapping[str, Histogram], config: Config
+    ) -> list[SitePlan]:
+        """Fits all sites at the config's budget."""
         by_site = {draft.site.fingerprint: draft for draft in drafts}
         surrogates = [SiteRanges(histograms[d.site.fingerprint], d.w2.norm(dim=0), d.costs) for d in drafts]
-        dense = sum(site.weights.bytes for site in sites)
-        chosen = self.choose(surrogates, config.budget * dense)
+        allowed = [config.budget * draft.site.weights.bytes for draft in drafts]
+        if config.allocation == "joint":
+            chosen = self.choose(surrogates, sum(allowed))
+        else:
+            chosen = [self.choose([s], a)[0] for s, a in zip(surrogates, allowed, strict=True)]
         for draft, surrogate, ranges in zip(drafts, surrogates, chosen, strict=True):
             draft.settle(surrogate, ranges, histograms[draft.site.fingerprint].edges)
         if not config.sequential:
-            residuals = observation.run(lambda s: ResidualObserver(by_site[s.fingerprint]), sites, "residuals")
+            what = f"residuals at {config.budget:.1%}"
+            sites = [draft.site for draft in drafts]
+            residuals = observation.run(lambda s: ResidualObserver(by_site[s.fingerprint]), sites, what)
             return [self._plan(draft, residuals[draft.site.fingerprint]) for draft in drafts]
         assert isinstance(observation, BatchObservation)  # Options refuses it elsewhere
         try:
@@ -105,6 +126,10 @@ class PartialLinear(Rewrite):
             observation.memo[key] = observation.run(lambda s: by_site[s.fingerprint].histogram(), sites, "hot ranges")
         histograms: dict[str, Histogram] = observation.memo[key]
         return histograms
+
+    def floor(self, draft: Draft) -> int:
+        """Bytes that a site reads at the least."""
+        return draft.costs.fold
 
     def choose(self, sites: Sequence[SiteRanges], allowed: float) -> list[Ranges]:
         """Ranges of all sites within ``allowed`` bytes per token; fits the surrogates to them."""
@@ -186,11 +211,9 @@ class Draft:
 
     @property
     def costs(self) -> Costs:
-        """Bytes read, in the model's own dtype; bounds, surrogates and indices of neurons counted."""
-        d, d_out, size = self.w1.shape[1], self.w2.shape[0], self.site.weights.w1.element_size()
-        bias = 0 if self.b1 is None else size
-        predictor = packed_bytes(d, self.bits) + 3 * group_count(d) + 8
-        return Costs(fold=(d + 1) * d_out * size, predictor=predictor, row=(d + d_out) * size + bias + 12)
+        """Bytes read."""
+        size = self.site.weights.w1.element_size()
+        return Costs.of(self.w1.shape[1], self.w2.shape[0], self.bits, size, bias=self.b1 is not None)
 
     def histogram(self) -> Histogram:
         """An empty histogram of the predictor's estimates."""

@@ -16,6 +16,7 @@ from tardis_fx.errors import (
 )
 from tardis_fx.explain import Report, explain
 from tardis_fx.plan import Plan
+from tardis_fx.runtime.touched import count_touched
 
 __all__ = [
     "CalibrationError",
@@ -29,5 +30,6 @@ __all__ = [
     "StaleWeightError",
     "TardisError",
     "calibrate",
+    "count_touched",
     "explain",
 ]

@@ -18,6 +18,10 @@ class Config:
     Attributes:
         budget: fraction of the FFN weight bytes touched per decoded token, in the model's own dtype, with predictor
             and expected corrections; 0.2 is the paper's 80% reduction.
+        target_error: instead of a budget, the root mean square of the sites' relative errors on held-back calibration
+            tokens; the least bytes that give it are found by fitting several times.
+        allocation: ``"joint"`` splits the bytes over the sites so that the error of all is least; ``"per_site"`` gives
+            each site the same fraction, for comparison.
         method: name of a rewrite registered under the entry-point group ``tardis_fx.passes``.
         prefill: ``"original"`` sends steps of more than 8 tokens through the original subgraph, exact;
             ``"rewritten"`` sends every token through fold and correction (encoders, and every measurement of quality).
@@ -30,6 +34,8 @@ class Config:
     """
 
     budget: float = 0.2
+    target_error: float | None = None
+    allocation: Literal["joint", "per_site"] = "joint"
     method: str = "partial_linear"
     prefill: Prefill = "original"
     predictor_bits: int = 2
@@ -44,6 +50,12 @@ class Config:
             raise ConfigError(
                 f"budget must lie in (0, 1], the fraction of the FFN weight bytes touched, not {self.budget}"
             )
+        if self.target_error is not None:
+            if isinstance(self.target_error, bool) or not isinstance(self.target_error, (int, float)):
+                raise ConfigError(f"target_error must be a number, not {self.target_error!r}")
+            if not 0 < self.target_error < 1:
+                raise ConfigError(f"target_error must lie in (0, 1), relative to the output, not {self.target_error}")
+        _one_of("allocation", self.allocation, ("joint", "per_site"))
         if not isinstance(self.method, str) or not self.method:
             raise ConfigError(f"method must be the name of a rewrite, not {self.method!r}")
         _one_of("prefill", self.prefill, ("original", "rewritten"))

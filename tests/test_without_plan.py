@@ -44,7 +44,11 @@ def test_the_original_runs_until_the_rewrite_is_swapped_in() -> None:
         assert torch.equal(fast(given), model(given)), "an observed call is the original's"
         stages.append(explain(fast, None, x).sites[0].reason)
     assert stages[0] == "profiling: input moments, 256 of 1,024 tokens"
-    assert [s.split(":")[1].split(",")[0].strip() for s in stages[::4]][1:] == ["hot ranges", "residuals", "check"]
+    assert [s.split(":")[1].split(",")[0].strip() for s in stages[::4]][1:] == [
+        "hot ranges",
+        "residuals at 50.0%",
+        "check",
+    ]
     report = explain(fast, None, x)
     assert report.sites[0].status == "rewritten"
     found, exact = fast(x), model(x)

@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from tardis_fx.runtime.packing import group_count, packed_bytes
+
 if TYPE_CHECKING:
     from tardis_fx.calibration.profile import Histogram, Sums
 
@@ -32,6 +34,23 @@ class Costs:
     fold: int
     predictor: int
     row: int
+
+    @classmethod
+    def of(cls, d: int, d_out: int, bits: int, size: int, *, bias: bool) -> Costs:
+        """Of a site, in the model's own dtype; bounds, surrogates and indices of neurons counted.
+
+        Args:
+            d: columns of W1.
+            d_out: rows of W2.
+            bits: of the predictor.
+            size: bytes of a weight.
+            bias: whether the first projection has one.
+        """
+        return cls(
+            fold=(d + 1) * d_out * size,
+            predictor=packed_bytes(d, bits) + 3 * group_count(d) + 8,
+            row=(d + d_out) * size + bias * size + 12,
+        )
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from tardis_fx.runtime import cpu, reference
+from tardis_fx.runtime.touched import counted
 
 # Held for the life of the process: dropping it takes its ops away. Library.impl dispatches faster than custom_op.
 _LIBRARY = torch.library.Library("tardis", "DEF")
@@ -13,8 +14,8 @@ _LIBRARY.define(
     "-> Tensor",
     tags=(torch.Tag.needs_fixed_stride_order,),
 )
-_LIBRARY.impl("correct", reference.correct, "CompositeExplicitAutograd")
-_LIBRARY.impl("correct", cpu.correct, "CPU")
+_LIBRARY.impl("correct", counted(reference.correct), "CompositeExplicitAutograd")
+_LIBRARY.impl("correct", counted(cpu.correct), "CPU")
 
 
 def _correct_fake(folded: Tensor, *_: object) -> Tensor:

@@ -31,6 +31,17 @@ def estimate(x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor, bits: int) -
     return x @ ((values - zero.to(x.dtype)[:, spread]) * scale.to(x.dtype)[:, spread]).T
 
 
+def outliers(
+    x: Tensor, counts: Tensor, codes: Tensor, scale: Tensor, zero: Tensor, lower: Tensor, upper: Tensor, bits: int
+) -> Tensor:
+    """Which listed neurons are corrected, [tokens, listed]; arguments as of :func:`correct`, x as [tokens, d]."""
+    listed, guarded = counts.tolist()
+    outlier = torch.ones(len(x), listed, dtype=torch.bool, device=x.device)
+    z_hat = estimate(x, codes[:guarded], scale[:guarded], zero[:guarded], bits)
+    outlier[:, :guarded] = (z_hat < lower[:guarded]) | (z_hat > upper[:guarded])
+    return outlier
+
+
 def correct(
     folded: Tensor,
     x: Tensor,
@@ -79,11 +90,9 @@ def correct(
     """
     dtype = compute_dtype(x.dtype)
     tokens = x.reshape(-1, x.shape[-1]).to(dtype)
-    listed, guarded = counts.tolist()
+    outlier = outliers(tokens, counts, codes, scale, zero, lower, upper, bits)
+    listed = outlier.shape[1]
     rows = neurons[:listed].long()
-    outlier = torch.ones(len(tokens), listed, dtype=torch.bool, device=x.device)
-    z_hat = estimate(tokens, codes[:guarded], scale[:guarded], zero[:guarded], bits)
-    outlier[:, :guarded] = (z_hat < lower[:guarded]) | (z_hat > upper[:guarded])
     z = tokens @ w1[rows].to(dtype).T
     if b1 is not None:
         z = z + b1[rows].to(dtype)

@@ -1,0 +1,59 @@
+"""The least budget that meets a target error."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from tardis_fx.errors import CalibrationError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+#: How far below its target an error may stay.
+SLACK = 0.03
+
+#: How often the sites are fitted at the most.
+TRIES = 8
+
+
+def least_budget(error: Callable[[float], float], floor: float, target: float) -> float:
+    """A budget tried whose error is at most the target, and the least of those tried.
+
+    The logarithm of the error falls about linearly with the budget between two that enclose the target: false position,
+    kept a tenth of the way off the ends.
+
+    Args:
+        error: of a budget; every call fits the sites.
+        floor: the smallest possible budget.
+        target: error wanted.
+
+    Raises:
+        CalibrationError: the whole of the bytes does not suffice.
+    """
+    low, high = floor * (1 + 1e-6), 1.0
+    if low >= high:
+        raise CalibrationError(f"the folded weights alone read {floor:.0%} of the bytes")
+    at_low, at_high = error(low), None
+    if at_low <= target:
+        return low
+    for _ in range(TRIES - 1):
+        if at_high is None:
+            middle = min(1.0, 2 * low)  # most of the gain lies there
+        else:
+            share = math.log(at_low / target) / math.log(at_low / max(at_high, 1e-12))
+            middle = low + (high - low) * min(0.9, max(0.1, share))
+        found = error(middle)
+        if found <= target:
+            high, at_high = middle, found
+            if found >= target * (1 - SLACK):
+                break
+        else:
+            low, at_low = middle, found
+            if middle >= 1:
+                break
+    if at_high is None:
+        raise CalibrationError(
+            f"target_error {target}: out of reach, the error is {at_low:.3g} at {low:.0%} of the bytes"
+        )
+    return high

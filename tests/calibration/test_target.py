@@ -1,0 +1,51 @@
+"""The search for the least budget."""
+
+import math
+
+import pytest
+from builders.ffns import batches, config, ffn
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tardis_fx import CalibrationError, Config, calibrate
+from tardis_fx.calibration.target import SLACK, TRIES, least_budget
+
+
+@given(st.floats(0.05, 0.5), st.floats(1.0, 30.0), st.floats(0.01, 0.6), st.floats(0.5, 2.0))
+def test_the_least_budget_meets_a_target_that_falls_with_the_bytes(
+    floor: float, steepness: float, target: float, bend: float
+) -> None:
+    tried = {}
+
+    def error(budget: float) -> float:
+        tried[budget] = 0.7 * math.exp(-steepness * max(0.0, budget - floor) ** bend)
+        return tried[budget]
+
+    if error(1.0) > target * (1 - SLACK):
+        return
+    tried.clear()
+    found = least_budget(error, floor, target)
+    assert tried[found] <= target
+    assert found == min(budget for budget, reached in tried.items() if reached <= target)
+    assert len(tried) <= TRIES
+    least = floor + (max(0.0, math.log(0.7 / target)) / steepness) ** (1 / bend)
+    assert found - least <= 0.25 * (1 - least) + 1e-5
+
+
+def test_a_target_out_of_reach_is_an_error_that_says_how_far() -> None:
+    with pytest.raises(CalibrationError, match="out of reach, the error is 0.5"):
+        least_budget(lambda budget: 0.5, 0.1, 0.2)
+
+
+def test_calibration_meets_the_target_with_few_bytes() -> None:
+    model = ffn(64, 256)
+    targets = [calibrate(model, batches(d=64), config=config(target_error=e)) for e in (0.1, 0.3)]
+    for plan, target in zip(targets, (0.1, 0.3), strict=True):
+        assert plan.sites[0].error <= target
+    assert targets[1].touched_fraction < 0.9 * targets[0].touched_fraction
+
+
+@pytest.mark.parametrize("target", [0, 1, -0.1, "little", True, float("nan")])
+def test_a_wrong_target_is_named(target: object) -> None:
+    with pytest.raises(ValueError, match="target_error"):
+        Config(target_error=target)  # type: ignore[arg-type]
