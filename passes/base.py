@@ -45,7 +45,11 @@ class Rewrite(ABC):
 
     @abstractmethod
     def fit(self, observation: Observation, sites: Sequence[ObservedSite], config: Config) -> list[SitePlan]:
-        """Plans every site of ``sites``, none of which :meth:`refuse` refuses, in their order."""
+        """Plans every site of ``sites``, none of which :meth:`refuse` refuses, in their order.
+
+        On live calls it is begun again after every run that it asks of the observation, with those that are done answered
+        at once: it must ask for the same runs each time, and may keep what is costly in ``observation.memo``.
+        """
 
     @abstractmethod
     def constants(self, plan: SitePlan, weights: SiteWeights) -> dict[str, Tensor]:
