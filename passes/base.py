@@ -47,7 +47,7 @@ class Rewrite(ABC):
     def fit(self, observation: Observation, sites: Sequence[ObservedSite], config: Config) -> list[SitePlan]:
         """Plans every site of ``sites``, none of which :meth:`refuse` refuses, in their order.
 
-        On live calls it is begun again after every run that it asks of the observation, with those that are done answered
+        On live calls it is begun again after every run that it asks of the observation, and those that are done answer
         at once: it must ask for the same runs each time, and may keep what is costly in ``observation.memo``.
         """
 

@@ -10,6 +10,7 @@ from tardis_fx.errors import PlanMismatchError, StaleWeightError
 from tardis_fx.fingerprint import fingerprint
 from tardis_fx.graph.matcher import find_sites
 from tardis_fx.graph.surgery import add_input, copy, replace
+from tardis_fx.graph.unfuse import unfuse
 from tardis_fx.passes.base import rewrite_named
 from tardis_fx.passes.exact_fold import ExactFold
 from tardis_fx.runtime.guard import SiteGuard
@@ -121,7 +122,8 @@ def _forward(rewrite: Rewrite, plan: SitePlan, x: Any, constants: Mapping[str, A
 
 
 def outcomes(gm: fx.GraphModule, example_inputs: Sequence[Tensor], plan: Plan) -> list[Outcome]:
-    """All sites of a graph with their entries in a plan; changes nothing."""
+    """All sites of a graph with their entries in a plan; fused encoder layers of the graph are taken apart."""
+    unfuse(gm.graph)
     values = dict(zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True))
     sites = find_sites(gm.graph)
     return [Outcome(site, *_entry(site, [values[p] for p in site.parameters if p in values], plan)) for site in sites]

@@ -26,6 +26,7 @@ from tardis_fx import (
     StaleWeightError,
     TardisError,
     calibrate,
+    explain,
 )
 from tardis_fx.graph.site import SiteWeights
 from tardis_fx.passes.base import rewrite_named
@@ -233,6 +234,21 @@ def test_generate_runs_on_the_compiled_model(gpt2_plan: Plan) -> None:
     gpt2.forward = compiled(gpt2.forward, gpt2_plan, fullgraph=False)
     tokens = gpt2.generate(models.tokens(1, 20), max_new_tokens=4, do_sample=False, pad_token_id=0)
     assert tokens.shape[1] <= 24
+
+
+@torch.no_grad()
+def test_a_fused_encoder_is_calibrated_and_rewritten() -> None:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 2, 64, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
+    model.layers[1].linear1.weight.mul_(1.5)
+    plan = calibrate(model, [inputs(4, 64, 16, seed=i) for i in range(4)], config=config(budget=0.6))
+    assert [site.method for site in plan.sites] == ["partial_linear"] * 2
+    x = inputs(2, 5, 16, seed=9)
+    found, exact = compiled(model, plan)(x), model(x)
+    assert not torch.equal(found, exact)
+    torch.testing.assert_close(found, exact, rtol=0, atol=0.3)
+    assert {site.status for site in explain(model, plan, x).sites} == {"rewritten"}
 
 
 # ---- One graph, several modules

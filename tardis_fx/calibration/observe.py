@@ -17,6 +17,7 @@ from tardis_fx.fingerprint import fingerprint
 from tardis_fx.graph.capture import Capture
 from tardis_fx.graph.matcher import find_sites
 from tardis_fx.graph.site import Site, SiteWeights
+from tardis_fx.graph.unfuse import unfuse
 
 _log = logging.getLogger("tardis_fx")
 
@@ -144,6 +145,7 @@ class BatchObservation(Observation):
 
     def _instrument(self, gm: fx.GraphModule, example_inputs: list[Tensor]) -> Callable[..., Any]:
         """Puts taps around every site; also the first batch's example inputs tell the sites' weights."""
+        unfuse(gm.graph)
         values = dict(zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True))
         moved: dict[fx.Node, fx.Node] = {}  # outputs of sites, where one feeds the next
         for i, site in enumerate(find_sites(gm.graph)):

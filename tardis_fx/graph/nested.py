@@ -10,11 +10,12 @@ from torch.utils._pytree import tree_leaves
 
 from tardis_fx.graph.forms import call_name
 from tardis_fx.graph.site import Projection, Site
+from tardis_fx.graph.unfuse import is_fused
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-FUSED = "it runs inside a fused encoder layer: call torch.backends.mha.set_fastpath_enabled(False) first"
+FUSED = "it runs inside a fused encoder layer with a mask: torch.backends.mha.set_fastpath_enabled(False) unfuses it"
 
 
 def nested_sites(node: fx.Node, find: Callable[[fx.Graph], list[Site]]) -> list[Site]:
@@ -67,7 +68,7 @@ def _lifted(site: Site, outer: Mapping[fx.Node, fx.Node]) -> Site:
 
 def fused_site(node: fx.Node) -> Site | None:
     """The FFN inside the one op that ``nn.TransformerEncoderLayer`` runs as in eval mode, or None."""
-    if call_name(node) != "_transformer_encoder_layer_fwd" or len(node.args) < 18:
+    if not is_fused(node):
         return None
     x, gelu, (w1, b1, w2, b2) = node.args[0], node.args[7], node.args[14:18]
     up, down = (Projection(node, node, x, w, b, False) for w, b in ((w1, b1), (w2, b2)))  # type: ignore[arg-type]

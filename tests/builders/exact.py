@@ -12,6 +12,7 @@ from builders.ffns import config, exact_plan
 from tardis_fx import Plan
 from tardis_fx.graph.matcher import find_sites
 from tardis_fx.graph.site import SiteWeights
+from tardis_fx.graph.unfuse import unfuse
 from tardis_fx.passes import pipeline
 from tardis_fx.passes.partial_linear import PartialLinear
 from tardis_fx.runtime.guard import GuardedGraph
@@ -44,6 +45,7 @@ class Exact:
     def __call__(self, gm: fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
         """Compiles a graph."""
         values = dict(zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True))
+        unfuse(gm.graph)
         sites = find_sites(gm.graph)
         plans = []
         for site in sites:
@@ -80,10 +82,11 @@ def assert_same(output: Any, expected: Any) -> None:
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
 
 
-def run(model: nn.Module, *args: Any, fullgraph: bool = True, **kwargs: Any) -> Exact:
+def run(model: nn.Module, *args: Any, fullgraph: bool = True, dynamic: bool | None = None, **kwargs: Any) -> Exact:
     """The backend after one call, whose result was the model's."""
     backend = Exact()
     with torch.no_grad():
         expected = model(*args, **kwargs)
-        assert_same(torch.compile(model, backend=backend, fullgraph=fullgraph)(*args, **kwargs), expected)
+        fast = torch.compile(model, backend=backend, fullgraph=fullgraph, dynamic=dynamic)
+        assert_same(fast(*args, **kwargs), expected)
     return backend

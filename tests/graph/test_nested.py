@@ -65,17 +65,29 @@ def _encoder(**changed: Any) -> nn.Module:
     return nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
 
 
-@pytest.mark.parametrize(("norm_first", "activation"), [(False, "relu"), (True, "gelu")])
-def test_a_fused_encoder_layer_is_refused_with_the_remedy(norm_first: bool, activation: str) -> None:
+@pytest.mark.parametrize("norm_first", [False, True])
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_fused_encoder_layer_is_taken_apart_and_rewritten(norm_first: bool, activation: str, dynamic: bool) -> None:
     model = _encoder(norm_first=norm_first, activation=activation)
-    backend = run(model, X)
-    assert [(s.name, s.activation) for s in backend.sites] == [(f"layers.{i}", activation) for i in range(2)]
+    backend = run(model, X, dynamic=dynamic)  # asserts that the outputs are eager's
+    assert [(s.name, s.activation, s.reason) for s in backend.sites] == [
+        (f"layers.{i}", activation, None) for i in range(2)
+    ]
+    assert backend.rewritten == 2
+
+
+def test_a_fused_encoder_layer_with_a_mask_is_refused_with_the_remedy() -> None:
+    model, mask = _encoder(), torch.tensor([[False, False, True]] * 2)
+    call = lambda x: model(x, src_key_padding_mask=mask)  # noqa: E731
+    backend = run(call, X)
     assert all("torch.backends.mha.set_fastpath_enabled(False)" in str(s.reason) for s in backend.sites)
+    assert len(backend.sites) == 2
     enabled = torch.backends.mha.get_fastpath_enabled()
     torch._dynamo.reset()
     try:
         torch.backends.mha.set_fastpath_enabled(False)
-        assert run(model, X).rewritten == 2
+        assert run(call, X).rewritten == 2
     finally:
         torch.backends.mha.set_fastpath_enabled(enabled)
 
