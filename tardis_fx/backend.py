@@ -67,7 +67,8 @@ def _compile(
     """Compiles a graph by what is planned for its sites; ``nested``, what is unknown stays silently as it is."""
     inner = _inner(options.inner, options.mode)
     plan = None if options.plan is None else resolve(options.plan)
-    config = options.config or (Config() if plan is None else dataclasses.replace(plan.config, sequential=False))
+    config = options.config or (Config() if plan is None else plan.config)
+    config = dataclasses.replace(config, sequential=False, progress=False)  # a bar in a service helps nobody
     settings = Settings(config, options.profile_tokens, options.tolerance)
     plan = extended(plan, settings) if options.observes else plan
     assert plan is not None

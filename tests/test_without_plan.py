@@ -155,6 +155,36 @@ def test_calls_in_inference_mode_and_without_gradients_add_up() -> None:
 
 
 @torch.no_grad()
+def test_what_cannot_be_rewritten_is_left_alone_from_the_second_call(capfd: pytest.CaptureFixture[str]) -> None:
+    llama, tokens = models.llama(), models.tokens(2, 8)
+    fast = compiled(llama, config=None)
+    for _ in range(3):
+        torch.testing.assert_close(fast(tokens, use_cache=False).logits, llama(tokens, use_cache=False).logits)
+    report = explain(fast, None, tokens)
+    assert {(s.status, "gated" in s.reason) for s in report.sites} == {("refused", True)}
+    assert capfd.readouterr().err == "", "no progress bar while a model serves"
+
+
+@torch.no_grad()
+def test_a_graph_break_leaves_two_graphs_with_a_profile_each() -> None:
+    blocks = [Block(ffn(seed=seed)) for seed in range(2)]
+
+    def forward(x: Tensor) -> Tensor:
+        x = blocks[0](x)
+        torch._dynamo.graph_break()
+        return blocks[1](x)  # type: ignore[no-any-return]
+
+    options: Any = {"config": CONFIG, "inner": "eager", "profile_tokens": TOKENS, "tolerance": 0.5}
+    fast = torch.compile(forward, backend="tardis", options=options)
+    serve(fast, ENOUGH)
+    x = inputs(4, 16, seed=99)
+    found, middle = fast(x), blocks[0](x)
+    assert not torch.equal(found, blocks[1](middle))
+    assert (found - blocks[1](middle)).norm() < (blocks[1](middle) - x).norm()
+    assert not any(torch.equal(block(x), fast(x)) for block in blocks)
+
+
+@torch.no_grad()
 def test_dynamic_shapes_are_observed_and_swapped() -> None:
     model = Block(ffn())
     fast = torch.compile(
