@@ -96,7 +96,7 @@ class Activation:
             error = np.where(points == end, limit, error)
         return np.asarray(error.max(axis=-1))
 
-    @property
+    @functools.cached_property
     def affine(self) -> tuple[float, float] | None:
         """Slope and intercept, where the activation is an affine function."""
         polynomial = self.expression.as_poly(Z) if self.expression.has(Z) else sympy.Poly(self.expression, Z)

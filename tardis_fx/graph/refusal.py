@@ -93,13 +93,13 @@ def _picks(node: fx.Node) -> bool:
 
 def _grad_enabled(graph: fx.Graph) -> bool:
     """Whether gradients are recorded around the graph, or switched on in it."""
-    switches = [node for node in graph.nodes if call_name(node) == "_set_grad_enabled"]
+    switches = graph.find_nodes(op="call_function", target=torch._C._set_grad_enabled)
     return torch.is_grad_enabled() or any(node.args[0] is True for node in switches)
 
 
 def _autocasts(output: fx.Node) -> bool:
-    inside = any(call_name(node) == "_enter_autocast" for node in output.graph.nodes)
-    return inside or torch.is_autocast_enabled(output.meta["example_value"].device.type)
+    inside = output.graph.find_nodes(op="call_function", target=torch.amp.autocast_mode._enter_autocast)
+    return bool(inside) or torch.is_autocast_enabled(output.meta["example_value"].device.type)
 
 
 def _written(node: fx.Node) -> bool:
