@@ -125,16 +125,19 @@ def outcomes(gm: fx.GraphModule, example_inputs: Sequence[Tensor], plan: Plan) -
     """All sites of a graph with their entries in a plan; fused encoder layers of the graph are taken apart."""
     unfuse(gm.graph)
     values = dict(zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True))
-    sites = find_sites(gm.graph)
-    return [Outcome(site, *_entry(site, [values[p] for p in site.parameters if p in values], plan)) for site in sites]
+    found = []
+    for site in find_sites(gm.graph):
+        own = [values[p] for p in site.parameters if p in values]
+        if any(value.is_inference() for value in own):
+            site = site.refused("its weights are inference tensors, whose changes cannot be noticed")
+        found.append(Outcome(site, *_entry(site, own, plan)))
+    return found
 
 
 def _entry(site: Site, values: list[Tensor], plan: Plan) -> tuple[SitePlan | None, str | None]:
     """The plan's entry of a site, and why it is not to be rewritten, if so."""
     if site.reason is not None:
         return plan.find(fingerprint(values, site.activation)), site.reason
-    if any(value.is_inference() for value in values):
-        return None, "its weights are inference tensors, whose changes cannot be noticed"
     entry = _find(plan, site, values)
     if entry is None:
         return None, _mismatch(values, plan)

@@ -154,6 +154,14 @@ def test_calls_in_inference_mode_and_without_gradients_add_up() -> None:
             assert not torch.equal(serve(fast, 1)[0], serve(model, 1)[0])
 
 
+def test_weights_that_cannot_be_guarded_are_left_alone_at_once() -> None:
+    with torch.inference_mode():
+        model, x = Block(ffn()), inputs(4, 16)
+        fast = compiled(model)
+        assert torch.equal(fast(x), model(x))
+        assert "inference tensors" in explain(fast, None, x).sites[0].reason
+
+
 @torch.no_grad()
 def test_what_cannot_be_rewritten_is_left_alone_from_the_second_call(capfd: pytest.CaptureFixture[str]) -> None:
     llama, tokens = models.llama(), models.tokens(2, 8)
