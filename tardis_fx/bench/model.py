@@ -119,7 +119,7 @@ def compare(
     cache = sum(layer.keys.nbytes + layer.values.nbytes for layer in decoders["Inductor"].cache.layers)
     if base_bytes < COLD * last_level_cache():
         remarks.append("The weights do not fill the last-level cache several times: in part this is its speed.")
-    depth = f"{config.num_hidden_layers} layers"
+    depth = f"{config.num_hidden_layers} layer{'s' * (config.num_hidden_layers > 1)}"
     case = f"{shape}, {depth}, {str(dtype).removeprefix('torch.')}, {steps} steps, cache of {context}"
     rows = [
         Row(case, name, seconds[name], seconds["Inductor"], touched[name] + cache, rates.get(name)) for name in decoders
