@@ -27,3 +27,7 @@ class StaleWeightError(PlanMismatchError):
 
 class DemoError(TardisError, RuntimeError):
     """The demo cannot run here: a library or the standard library's source is missing."""
+
+
+class BenchError(TardisError, RuntimeError):
+    """The comparison cannot run here: a library or memory is missing, or a file cannot be written."""

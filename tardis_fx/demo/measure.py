@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -11,7 +10,7 @@ import torch
 from torch.nn import functional as F  # noqa: N812
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
 
     from torch import Tensor
 
@@ -83,20 +82,3 @@ class Decoder:
             token = self._step(token, past_key_values=cache, position_ids=torch.tensor([[i]])).logits.argmax(-1)
             found.append(token)
         return torch.cat(found, 1)[0], (time.perf_counter() - started) / (tokens - 1)
-
-
-def side_by_side(decoders: Mapping[str, Decoder], prompt: Tensor, tokens: int, rounds: int) -> dict[str, list[float]]:
-    """Seconds per token of every decoder in every round, one after the other in turn, after one round to warm up."""
-    seconds: dict[str, list[float]] = {name: [] for name in decoders}
-    for turn in range(rounds + 1):
-        for name, decoder in decoders.items():
-            taken = decoder(prompt, tokens)[1]
-            if turn:
-                seconds[name].append(taken)
-    return seconds
-
-
-def ratio(base: list[float], other: list[float]) -> tuple[float, float, float]:
-    """Least, median and greatest of base over other, round by round."""
-    ratios = [b / o for b, o in zip(base, other, strict=True)]
-    return min(ratios), statistics.median(ratios), max(ratios)

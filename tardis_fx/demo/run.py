@@ -6,12 +6,14 @@ import os
 import platform
 import statistics
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.progress import Progress
 from rich.table import Table
 
+from tardis_fx.bench.table import in_turn, ratio
 from tardis_fx.calibrate import plan_for
 from tardis_fx.calibration.observe import BatchObservation
 from tardis_fx.config import Config
@@ -113,8 +115,13 @@ def _decode(demo: DemoModel, results: Results, prompt: Tensor, done: Callable[[s
         tokens, _ = decoders[name](prompt, NEW_TOKENS)
         results.texts[name] = demo.tokenizer.decode(tokens.tolist())
         done(f"{METHODS.get(name, 'dense')} compiled")
-    results.seconds = measure.side_by_side(decoders, prompt, NEW_TOKENS, ROUNDS)
+    runs = {name: partial(_seconds, decoder, prompt) for name, decoder in decoders.items()}
+    results.seconds = in_turn(runs, ROUNDS)
     done("decoded")
+
+
+def _seconds(decoder: measure.Decoder, prompt: Tensor) -> float:
+    return decoder(prompt, NEW_TOKENS)[1]
 
 
 def _print(demo: DemoModel, results: Results, console: Console) -> None:
@@ -135,7 +142,7 @@ def _print(demo: DemoModel, results: Results, console: Console) -> None:
     )
     for method, label in METHODS.items():
         plan, quality = results.plans[method, BUDGET]
-        low, median, high = measure.ratio(results.seconds["dense"], results.seconds[method])
+        low, median, high = ratio(results.seconds["dense"], results.seconds[method])
         table.add_row(
             label,
             f"{quality.perplexity:.3f} ({quality.perplexity / results.dense.perplexity - 1:+.1%})",

@@ -23,11 +23,17 @@ class Touched:
         """Starts at zero."""
         self._tokens: dict[int, int] = {}
         self._bytes: dict[int, int] = {}
+        self._corrected, self._pairs = 0, 0
 
     @property
     def per_token(self) -> float:
         """Bytes per token: each site's mean, summed over the sites."""
         return sum(self._bytes[site] / tokens for site, tokens in self._tokens.items() if tokens)
+
+    @property
+    def outlier_rate(self) -> float:
+        """Share of (token, neuron) pairs that were corrected, over all sites."""
+        return self._corrected / max(1, self._pairs)
 
     def add(
         self, folded: Tensor, x: Tensor, w1: Tensor, b1: Tensor | None, w2t: Tensor, counts: Tensor, neurons: Tensor,
@@ -42,6 +48,8 @@ class Touched:
         site = codes.data_ptr()
         self._tokens[site] = self._tokens.get(site, 0) + len(tokens)
         self._bytes[site] = self._bytes.get(site, 0) + fixed * len(tokens) + costs.row * int(outlier.sum())
+        self._corrected += int(outlier.sum())
+        self._pairs += len(tokens) * len(w1)
 
 
 @contextmanager

@@ -1,0 +1,156 @@
+"""One FFN of random weights: rewritten, beside what Inductor makes of it, out of memory and not out of the cache."""
+
+from __future__ import annotations
+
+import math
+import time
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from tardis_fx.bench.machine import last_level_cache
+from tardis_fx.bench.plans import random_plans
+from tardis_fx.bench.table import Row, in_turn
+from tardis_fx.calibration.ranges import Costs
+from tardis_fx.graph.capture import own_code
+from tardis_fx.passes.pipeline import DECODE_TOKENS
+from tardis_fx.runtime import reference
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from tardis_fx.plan import Plan, SitePlan
+
+#: What a pass over all copies reads, in last-level caches.
+COLD = 4
+#: Seconds that a round of the dense FFN takes at the least.
+ROUND = 0.1
+#: Tokens that thresholds are set on.
+SAMPLES = 1024
+
+
+class _Copies(nn.Module):
+    """FFNs of one shape, each with weights and inputs of its own."""
+
+    def __init__(self, count: int, d: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.ffns = nn.ModuleList(
+            nn.Sequential(nn.Linear(d, 4 * d), nn.GELU(), nn.Linear(4 * d, d)) for _ in range(count)
+        )
+        for parameter in self.parameters():
+            fan_in = parameter.shape[-1] if parameter.dim() == 2 else 10
+            nn.init.normal_(parameter, std=fan_in**-0.5)  # pre-activations about normal for normal inputs
+        self.to(dtype).eval().requires_grad_(False)
+
+    def forward(self, xs: Tensor) -> list[Tensor]:
+        """Every FFN on its own input, xs [copies, tokens, d]."""
+        return [ffn(x) for ffn, x in zip(self.ffns, xs, strict=True)]
+
+
+def copies_for(d: int, size: int, bits: int, rate: float, cache: int) -> int:
+    """How many FFNs it takes that the bytes the rewritten ones read fill the cache :data:`COLD` times.
+
+    Args:
+        d: input size; 4 d neurons.
+        size: bytes of a weight.
+        bits: of the predictor.
+        rate: of outliers.
+        cache: bytes.
+    """
+    costs = Costs.of(d, d, bits, size, bias=True)
+    return max(2, math.ceil(COLD * cache / (costs.fold + 4 * d * (costs.predictor + rate * costs.row))))
+
+
+@torch.no_grad()
+def compare(
+    d: int,
+    dtype: torch.dtype,
+    tokens: Sequence[int],
+    bits: Sequence[int],
+    rate: float,
+    rounds: int,
+    copies: int | None = None,
+) -> list[Row]:
+    """Times one FFN of d inputs and 4 d neurons with GELU.
+
+    One graph is compiled for each contender, and called with one copy's weights after the other's.
+
+    Args:
+        d: inputs and outputs.
+        dtype: of weights and inputs.
+        tokens: of a step, one case each; above 8 the rewritten model runs the original FFN.
+        bits: of the predictor, one contender each.
+        rate: share of (token, neuron) pairs that are outliers.
+        rounds: timed, after one that is not.
+        copies: of the FFN; as many as leave the last-level cache cold when None.
+    """
+    torch.manual_seed(0)
+    size = torch.empty(0, dtype=dtype).element_size()
+    copies = copies or copies_for(d, size, min(bits), rate, last_level_cache())
+    model = _Copies(copies, d, dtype)
+    plans = random_plans(model, torch.randn(copies, SAMPLES, d, dtype=dtype), bits, rate)
+    rows: list[Row] = []
+    for count in tokens:
+        rows += _case(model, plans, torch.randn(copies, count, d, dtype=dtype), rounds)
+    return rows
+
+
+def _case(model: _Copies, plans: dict[int, Plan], xs: Tensor, rounds: int) -> list[Row]:
+    torch.compiler.reset()  # or Dynamo would make the number of tokens symbolic
+    copies, tokens, d = xs.shape
+    steps: dict[str, Callable[..., Tensor]] = {"Inductor": torch.compile(own_code(_call), fullgraph=True)}
+    for bits, plan in plans.items():
+        options: dict[str, Any] = {"plan": plan}
+        steps[_name(bits)] = torch.compile(own_code(_call), backend="tardis", options=options, fullgraph=True)
+    for step in steps.values():
+        step(model.ffns[0], xs[0])
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        once = min(_seconds(steps["Inductor"], model, xs, 1) for _ in range(2))
+        passes = max(1, math.ceil(ROUND / (once * copies)))
+        runs = {name: partial(_seconds, step, model, xs, passes) for name, step in steps.items()}
+        seconds = in_turn(runs, rounds)
+    base, rewritten = seconds["Inductor"], tokens <= DECODE_TOKENS
+    dtype = str(xs.dtype).removeprefix("torch.")
+    case = f"d {d}, {dtype}, {tokens} token{'s' * (tokens > 1)}, {copies} copies"
+    dense = next(iter(plans.values())).sites[0].dense_bytes
+    rows = [Row(case, "Inductor", base, base, dense)]
+    for bits, plan in plans.items():
+        name = _name(bits)
+        if rewritten:
+            found = [_reads(entry, x) for entry, x in zip(plan.sites, xs, strict=True)]
+            touched, share = (sum(part) / copies for part in zip(*found, strict=True))
+            rows.append(Row(case, name, seconds[name], base, touched, share))
+        else:
+            rows.append(Row(case, f"{name} (original runs)", seconds[name], base, dense))
+    return rows
+
+
+def _name(bits: int) -> str:
+    return f"tardis, {bits} bits"
+
+
+def _call(ffn: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    return ffn(x)
+
+
+def _seconds(step: Callable[..., Tensor], model: _Copies, xs: Tensor, passes: int) -> float:
+    """Seconds of one call, over all copies in turn."""
+    calls = list(zip(model.ffns, xs, strict=True)) * passes
+    started = time.perf_counter()
+    for ffn, x in calls:
+        step(ffn, x)
+    return (time.perf_counter() - started) / len(calls)
+
+
+def _reads(entry: SitePlan, x: Tensor) -> tuple[float, float]:
+    """Bytes that a step reads, an outlier of several tokens read once, and the share of pairs that are outliers."""
+    t, (d_out, d) = entry.tensors, entry.tensors["folded_weight"].shape
+    counts, bits = torch.tensor([len(t["neurons"]), len(t["lower"])]), entry.settings["bits"]
+    outlier = reference.outliers(
+        x.float(), counts, t["codes"], t["scale"], t["zero"], t["lower"], t["upper"], bits
+    )  # fmt: skip
+    costs = Costs.of(d, d_out, bits, x.element_size(), bias=True)
+    read = costs.fold + costs.predictor * len(t["lower"]) + costs.row * int(outlier.any(0).sum())
+    return read, float(outlier.float().mean())

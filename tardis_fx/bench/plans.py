@@ -1,0 +1,149 @@
+"""Plans for random weights: an outlier rate that is asked for, and no calibration text.
+
+For speed, what a plan decides matters only through the bytes that it reads. Every neuron is guarded; W1 is rounded, and
+the hot range of each neuron ends at the quantiles of its own estimates, so that the rate asked for falls outside.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from tardis_fx.calibration.observe import BatchObservation
+from tardis_fx.calibration.predictor import Predictor, quantise
+from tardis_fx.calibration.ranges import Costs
+from tardis_fx.config import Config
+from tardis_fx.errors import BenchError
+from tardis_fx.graph.activations import ACTIVATIONS
+from tardis_fx.passes.partial_linear import PartialLinear
+from tardis_fx.plan import Plan, SitePlan
+from tardis_fx.runtime.packing import GROUP, group_count
+from tardis_fx.runtime.reference import estimate
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor, nn
+
+    from tardis_fx.calibration.observe import ObservedSite
+    from tardis_fx.graph.site import SiteWeights
+
+#: Neurons made at once: the temporaries of a large site do not fit in memory.
+_CHUNK = 2048
+
+
+class _Kept:
+    """Keeps a site's inputs."""
+
+    def __init__(self) -> None:
+        self._inputs: list[Tensor] = []
+
+    def update(self, x: Tensor) -> None:
+        """Keeps tokens, [tokens, d]."""
+        self._inputs.append(x)
+
+    @property
+    def x(self) -> Tensor:
+        """All tokens, [tokens, d]."""
+        return torch.cat(self._inputs)
+
+
+@torch.no_grad()
+def random_plans(model: nn.Module, batch: Tensor, bits: Sequence[int], rate: float) -> dict[int, Plan]:
+    """Plans of every plain FFN of a model, by the predictor's bits.
+
+    Args:
+        model: in eval mode.
+        batch: its first argument; thresholds are set on the inputs that its FFNs then see, 500 tokens or more.
+        bits: of the predictors.
+        rate: share of (token, neuron) pairs that are outliers.
+
+    Raises:
+        BenchError: the model has no FFN that partial linearity takes.
+    """
+    observation = BatchObservation(model, [batch], progress=False)
+    rewrite = PartialLinear()
+    sites = [s for s in observation.sites if s.site.reason is None and rewrite.refuse(s.site) is None]
+    if not sites:
+        raise BenchError("the model has no FFN that partial linearity takes")
+    kept = observation.run(lambda _: _Kept(), sites, "inputs of the FFNs")
+    return {
+        b: Plan(
+            tuple(_site_plan(site, kept[site.fingerprint].x, b, rate) for site in sites),
+            Config(predictor_bits=b, progress=False),
+        )
+        for b in bits
+    }
+
+
+def _site_plan(site: ObservedSite, x: Tensor, bits: int, rate: float) -> SitePlan:
+    weights = site.weights
+    hidden, d = weights.w1.shape
+    parts = [_guard(weights, rows, x, bits, rate, str(site.site.activation)) for rows in _rows(hidden)]
+    tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    tensors["neurons"] = torch.arange(hidden, dtype=torch.int32)
+    tensors |= _fold(weights, tensors["slope"], tensors["intercept"])
+    costs = Costs.of(d, weights.w2.shape[0], bits, weights.w1.element_size(), bias=weights.b1 is not None)
+    return SitePlan.of(
+        site.site,
+        site.parameters,
+        method=PartialLinear.name,
+        touched_bytes=costs.fold + (costs.predictor + costs.row * rate) * hidden,
+        outlier_rate=rate,
+        settings={"bits": bits, "activation": site.site.activation},
+        tensors=tensors,
+    )
+
+
+def _rows(hidden: int) -> list[slice]:
+    return [slice(start, min(start + _CHUNK, hidden)) for start in range(0, hidden, _CHUNK)]
+
+
+def _guard(weights: SiteWeights, rows: slice, x: Tensor, bits: int, rate: float, activation: str) -> dict[str, Tensor]:
+    """Predictor, hot ranges and surrogates of some neurons."""
+    w1 = weights.w1[rows].float().contiguous()
+    b1 = 0 if weights.b1 is None else weights.b1[rows].float()
+    rounded = _rounded(w1, bits)
+    z_hat = estimate(x, rounded.codes, rounded.scale, rounded.zero, bits)
+    ordered = z_hat.sort(0).values
+    cut = max(1, round(rate / 2 * len(x)))  # so many tokens fall on each side
+    lower, upper = (ordered[cut - 1] + ordered[cut]) / 2, (ordered[-cut] + ordered[-cut - 1]) / 2
+    z = x @ w1.T + b1
+    hot = ((z_hat >= lower) & (z_hat <= upper)).float()
+    activated = ACTIVATIONS[activation].eager(z)
+    count = hot.sum(0)
+    mean_z, mean_a = (hot * z).sum(0) / count, (hot * activated).sum(0) / count
+    slope = (hot * (z - mean_z) * (activated - mean_a)).sum(0) / (hot * (z - mean_z).square()).sum(0)
+    return {
+        "codes": rounded.codes,
+        "scale": rounded.scale,
+        "zero": rounded.zero,
+        "lower": lower,
+        "upper": upper,
+        "slope": slope,
+        "intercept": mean_a - slope * mean_z,
+    }
+
+
+def _rounded(w1: Tensor, bits: int) -> Predictor:
+    """W1 rounded to a few bits: GPTQ where inputs are uncorrelated, so that groups do not depend on each other."""
+    rows, d = w1.shape
+    padded = torch.zeros(rows, group_count(d) * GROUP)
+    padded[:, :d] = w1
+    whole = quantise(padded.view(-1, GROUP), torch.eye(GROUP), bits)
+    return Predictor(
+        whole.codes.view(rows, -1).contiguous(), whole.scale.view(rows, -1), whole.zero.view(rows, -1), bits, d
+    )
+
+
+def _fold(weights: SiteWeights, slope: Tensor, intercept: Tensor) -> dict[str, Tensor]:
+    """Folded weight and bias, in the model's dtype."""
+    folded = torch.zeros(weights.w2.shape[0], weights.w1.shape[1])
+    shift = intercept if weights.b1 is None else intercept + slope * weights.b1.float()
+    for rows in _rows(weights.w1.shape[0]):
+        folded += (weights.w2[:, rows].float() * slope[rows]) @ weights.w1[rows].float()
+    bias = weights.w2.float() @ shift
+    if weights.b2 is not None:
+        bias += weights.b2.float()
+    return {"folded_weight": folded.to(weights.w1.dtype), "folded_bias": bias.to(weights.w1.dtype)}

@@ -1,0 +1,91 @@
+"""Language models of known shapes and random weights."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from tardis_fx.bench.machine import available_memory
+from tardis_fx.errors import BenchError, ConfigError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+#: By name: the transformers config and what differs from its defaults.
+SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
+    "demo": ("GPT2Config", {}),
+    "gpt2": ("GPT2Config", {}),
+    "gpt2-xl": ("GPT2Config", {"n_embd": 1600, "n_layer": 48, "n_head": 25}),
+    "falcon-7b": ("FalconConfig", {}),
+}
+
+
+def config_of(shape: str, layers: int | None = None) -> Any:
+    """The transformers config of a shape.
+
+    Args:
+        shape: a key of :data:`SHAPES`.
+        layers: as many of the shape's layers; all when None.
+
+    Raises:
+        ConfigError: there is no such shape, or it has fewer layers.
+        BenchError: transformers is not installed.
+    """
+    if shape not in SHAPES:
+        raise ConfigError(f"no shape {shape!r}; there are {', '.join(SHAPES)}")
+    try:
+        import transformers as hf
+    except ImportError as error:
+        raise BenchError(f"`tardis bench model` needs {error.name}: pip install 'tardis-fx[demo]'") from error
+    name, changed = SHAPES[shape]
+    if shape == "demo":
+        from tardis_fx.demo.model import FOLDER
+
+        changed = json.loads((FOLDER / "config.json").read_text())
+        del changed["training"]
+    config = getattr(hf, name)(**changed)
+    if layers is not None:
+        if not 1 <= layers <= config.num_hidden_layers:
+            raise ConfigError(f"layers must lie between 1 and {config.num_hidden_layers}, not {layers}")
+        config.num_hidden_layers = layers
+    return config
+
+
+def build(config: Any, dtype: torch.dtype, room: float) -> nn.Module:
+    """A model of random weights, in eval mode, without gradients.
+
+    Args:
+        config: of transformers.
+        dtype: of all weights.
+        room: memory that the comparison takes at its most, over that of the weights.
+
+    Raises:
+        BenchError: the memory is not there.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        weights = weight_bytes(AutoModelForCausalLM.from_config(config, dtype=dtype))
+    need, free = weights * room, available_memory()
+    if free is not None and need > free:
+        raise BenchError(
+            f"the comparison takes about {need / 1e9:.1f} GB and {free / 1e9:.1f} GB are free: choose fewer layers "
+            f"(of {config.num_hidden_layers}), another dtype, or fewer predictors"
+        )
+    torch.manual_seed(0)
+    model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    return model.eval().requires_grad_(False)
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of all weights, tied ones once."""
+    return sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+def step_bytes(model: Any) -> int:
+    """Weight bytes that a decoded token reads: all but the tables of embeddings, of which it reads a row each."""
+    tables = {id(m.weight): m.weight.nbytes for m in model.modules() if isinstance(m, torch.nn.Embedding)}
+    tables.pop(id(model.get_output_embeddings().weight), None)  # tied: the head reads it whole
+    return weight_bytes(model) - sum(tables.values())

@@ -1,0 +1,209 @@
+"""Comparisons of tiny shapes: what is shown and written, and that a plan reads what it says; no times."""
+
+import csv
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from builders.ffns import ffn, inputs
+from typer.testing import CliRunner
+
+from tardis_fx import cli
+from tardis_fx.bench import int8, machine, shapes, table
+from tardis_fx.bench import model as models
+from tardis_fx.bench.ffn import COLD, copies_for
+from tardis_fx.bench.machine import Machine
+from tardis_fx.bench.plans import random_plans
+from tardis_fx.bench.table import Row
+from tardis_fx.calibration.ranges import Costs
+from tardis_fx.errors import BenchError
+from tardis_fx.runtime.touched import count_touched
+
+HERE = Machine("a processor", 2, 1 << 20, 10.0, 20.0)
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Machine, "measured", classmethod(lambda _: HERE))
+
+
+def _run(*arguments: object) -> str:
+    result = CliRunner().invoke(cli.app, ["bench", *map(str, arguments)], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def _rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.usefixtures("measured")
+def test_ffn_has_a_row_for_every_case_and_contender(tmp_path: Path) -> None:
+    out = tmp_path / "ffn.csv"
+    text = _run("ffn", "--d", 64, "--dtype", "float32", "--tokens", "1,9", "--bits", "2,4", "--copies", 3, "--csv", out)
+
+    rows = _rows(out)
+    assert [(row["case"], row["contender"]) for row in rows] == [
+        ("d 64, float32, 1 token, 3 copies", "Inductor"),
+        ("d 64, float32, 1 token, 3 copies", "tardis, 2 bits"),
+        ("d 64, float32, 1 token, 3 copies", "tardis, 4 bits"),
+        ("d 64, float32, 9 tokens, 3 copies", "Inductor"),
+        ("d 64, float32, 9 tokens, 3 copies", "tardis, 2 bits (original runs)"),
+        ("d 64, float32, 9 tokens, 3 copies", "tardis, 4 bits (original runs)"),
+    ]
+    assert all(f"| {row['case']} | {row['contender']} |" in text for row in rows)
+    assert "a processor, 2 threads" in text
+    dense = 4 * (8 * 64 * 64 + 5 * 64)
+    assert [float(row["MB"]) * 1e6 for row in rows if row["outliers"] == ""] == pytest.approx([dense] * 4)
+    costs, rate = Costs.of(64, 64, 2, 4, bias=True), float(rows[1]["outliers"])
+    expected = costs.fold + 256 * (costs.predictor + rate * costs.row)
+    assert float(rows[1]["MB"]) * 1e6 == pytest.approx(expected)
+    assert float(rows[1]["floor_ms"]) == pytest.approx(expected / 20e9 * 1e3)
+    assert all(row["rounds"] == "9" and float(row["ratio_min"]) <= float(row["ratio_max"]) for row in rows)
+
+
+@pytest.mark.usefixtures("measured")
+def test_model_has_a_row_for_every_contender_or_says_why_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torchao", None)
+    out = tmp_path / "model.csv"
+    text = _run("model", "--shape", "demo", "--layers", 1, "--steps", 16, "--context", 16, "--csv", out)
+
+    dense, fast = _rows(out)
+    assert (dense["contender"], fast["contender"]) == ("Inductor", "tardis, 2 bits")
+    assert "No row for torchao's int8 weights: torchao cannot be imported" in text
+    assert "do not fill the last-level cache" in text
+    costs, rate = Costs.of(256, 256, 2, 4, bias=True), float(fast["outliers"])
+    less = 4 * (8 * 256**2 + 5 * 256) - costs.fold - 1024 * (costs.predictor + rate * costs.row)
+    assert float(dense["MB"]) - float(fast["MB"]) == pytest.approx(less / 1e6)
+    assert rate == pytest.approx(0.05, rel=0.5)  # of 16 tokens; the next test asks for more
+
+
+@pytest.mark.parametrize(
+    ("bits", "rate", "dtype"),
+    [(2, 0.05, torch.float32), (4, 0.05, torch.bfloat16), (3, 0.2, torch.float32), (2, 0.01, torch.float32)],
+)
+def test_a_plan_has_the_outliers_that_were_asked_for(bits: int, rate: float, dtype: torch.dtype) -> None:
+    model = ffn(64, 256).to(dtype)
+    plan = random_plans(model, inputs(1024, 64).to(dtype), [bits], rate)[bits]
+    options: dict[str, Any] = {"plan": plan, "inner": "eager", "prefill": "rewritten"}
+    fast, x = torch.compile(model, backend="tardis", options=options), inputs(2048, 64, seed=7).to(dtype)
+    with torch.no_grad(), count_touched() as touched:
+        found, exact = fast(x).float(), model(x).float()
+    assert touched.outlier_rate == pytest.approx(rate, rel=0.1)
+    assert touched.per_token == pytest.approx(plan.sites[0].touched_bytes, rel=0.1)
+    assert (found - exact).norm() < 0.5 * exact.norm()  # a fold and not noise, so that inputs stay what they were
+
+
+def test_a_model_without_an_ffn_that_can_be_rewritten_is_refused() -> None:
+    class Gated(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.gate, self.down = (torch.nn.Linear(a, b) for a, b in ((8, 32), (8, 32), (32, 8)))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.down(torch.nn.functional.silu(self.gate(x)) * self.up(x))  # type: ignore[no-any-return]
+
+    with pytest.raises(BenchError, match="no FFN that partial linearity takes"):
+        random_plans(Gated().eval(), inputs(16, 8), [2], 0.05)
+
+
+def test_copies_fill_the_cache_with_what_the_rewritten_ffns_read() -> None:
+    costs = Costs.of(256, 256, 2, 4, bias=True)
+    read = costs.fold + 1024 * (costs.predictor + 0.05 * costs.row)
+    count = copies_for(256, 4, 2, 0.05, 1 << 25)
+    assert (count - 1) * read < COLD << 25 <= count * read
+    assert copies_for(8192, 4, 2, 0.05, 1 << 20) == 2
+
+
+def test_contenders_run_in_turn_and_the_first_round_is_not_counted() -> None:
+    order: list[str] = []
+
+    def runs(name: str) -> Any:
+        def run() -> float:
+            order.append(name)
+            return len(order)
+
+        return run
+
+    assert table.in_turn({"a": runs("a"), "b": runs("b")}, 2) == {"a": [3, 5], "b": [4, 6]}
+    assert order == ["a", "b"] * 3
+
+
+def test_ratios_are_taken_round_by_round() -> None:
+    row = Row("case", "name", [1.0, 2.0, 4.0], [2.0, 2.0, 2.0], 4e9, 0.05)
+    values = row.values(HERE)
+    assert (values["ratio_min"], values["ratio"], values["ratio_max"]) == (0.5, 1.0, 2.0)
+    assert (values["ms"], values["GB/s"], values["floor_ms"]) == (2000, 2, 200)
+    assert "| 5.00% |" in table.markdown([row], HERE)
+
+
+def test_int8_takes_every_projection_and_counts_what_it_saves() -> None:
+    model = shapes.build(shapes.config_of("demo", 1), torch.float32, 1)
+    seen: list[torch.nn.Module] = []
+    copied, saved = int8.quantised(model, seen.append)
+    tokens = torch.arange(8)[None]
+    assert seen == [copied]
+    linears = [m for m in copied.modules() if isinstance(m, torch.nn.Linear)]
+    assert len(linears) == 5  # attention's two, the FFN's two, the head
+    assert saved == sum(3 * m.weight.numel() - 4 * len(m.weight) for m in linears)
+    torch.testing.assert_close(copied(tokens).logits, model(tokens).logits)
+
+
+def test_a_step_reads_all_but_the_tables_of_embeddings() -> None:
+    tied = shapes.build(shapes.config_of("demo", 1), torch.float32, 1)
+    assert shapes.step_bytes(tied) == shapes.weight_bytes(tied) - 4 * 256 * 256  # of positions
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["ffn", "--d", "many"], "d must be whole numbers"),
+        (["ffn", "--d", "0"], "d must be positive"),
+        (["ffn", "--dtype", "float64"], "dtype must be float32"),
+        (["ffn", "--bits", "2,5"], "bits must be 2, 3, 4 or 8, not 5"),
+        (["ffn", "--outliers", "0.5"], "outliers must lie in"),
+        (["ffn", "--rounds", "8"], "rounds must be 9 or more"),
+        (["ffn", "--copies", "0"], "copies must be positive"),
+        (["ffn", "--csv", "/nowhere/at/all.csv"], "cannot write"),
+        (["model", "--shape", "gpt9"], "no shape 'gpt9'"),
+        (["model", "--shape", "demo", "--layers", "99"], "layers must lie between"),
+        (["model", "--dtype", "float32,bfloat16"], "one dtype at a time"),
+        (["model", "--steps", "200"], "steps must lie between"),
+    ],
+)
+def test_wrong_options_are_typed_errors_and_exit_code_1(
+    arguments: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["tardis", "bench", *arguments])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert caught.value.code == 1
+    assert capsys.readouterr().err.startswith(f"tardis: {said}")
+
+
+def test_a_model_that_does_not_fit_in_memory_is_refused_before_it_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shapes, "available_memory", lambda: 1 << 20)
+    with pytest.raises(BenchError, match="choose fewer layers"):
+        models.compare("falcon-7b", torch.bfloat16, [2], 0.05, 9)
+
+
+def test_without_transformers_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(BenchError, match=r"needs transformers: pip install 'tardis-fx\[demo\]'"):
+        shapes.config_of("gpt2")
+
+
+def test_a_csv_that_cannot_be_written_is_a_typed_error(tmp_path: Path) -> None:
+    with pytest.raises(BenchError, match="cannot write"):
+        table.write_csv([Row("case", "name", [1.0], [1.0], 1.0)], HERE, tmp_path)
+
+
+def test_the_machine_is_measured_and_described(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "last_level_cache", lambda: 1 << 20)
+    found = Machine.measured(rounds=2)
+    assert found.bandwidth == max(found.copy, found.read) * 1e9 > 0
+    assert "last-level cache 1 MiB" in str(found)
+    assert machine.last_level_cache() > 0
