@@ -26,6 +26,7 @@ from tardis_fx.calibration.observe import BatchObservation
 from tardis_fx.calibration.profile import Histogram, Moments
 from tardis_fx.calibration.ranges import Ranges, SiteRanges
 from tardis_fx.calibration.target import least_budget
+from tardis_fx.errors import CalibrationError
 from tardis_fx.passes.base import Rewrite
 from tardis_fx.plan import SitePlan
 from tardis_fx.runtime import ops  # noqa: F401 - registers torch.ops.tardis
@@ -39,6 +40,10 @@ if TYPE_CHECKING:
 
 #: Constants that hold one entry a listed neuron, and are padded to the hidden size.
 _PER_NEURON = ("neurons", "codes", "scale", "zero", "lower", "upper", "slope", "intercept")
+
+
+#: Bits of fold and rows that are tried where none are given.
+_WIDTHS = ((4, 3), (4, 4), (8, 8))
 
 
 class PartialLinear(Rewrite):
@@ -59,21 +64,37 @@ class PartialLinear(Rewrite):
     def fit(self, observation: Observation, sites: Sequence[ObservedSite], config: Config) -> list[SitePlan]:
         """Three runs over the batches: moments, histograms of the predictor's estimates, residuals.
 
-        The first two do not depend on the budget, and are done once for one observation.
+        The first two depend neither on the budget nor on the bits of fold and rows, and are done once for one
+        observation.
         """
         drafts = self._drafts(observation, sites, config)
-        for draft in drafts:
-            draft.fold_bits, draft.row_bits = config.fold_bits, config.row_bits
         histograms = self._histograms(observation, drafts, config)
+        found: list[list[SitePlan]] = []
+        refusals: list[CalibrationError] = []
+        for widths in _widths(config):
+            for draft in drafts:
+                draft.fold_bits, draft.row_bits = widths
+            try:
+                found.append(self._fit_at(observation, drafts, histograms, config))
+            except CalibrationError as error:  # out of this budget's reach
+                refusals.append(error)
+        if not found:
+            raise refusals[0]
+        return min(found, key=_error if config.target_error is None else _touched)
+
+    def _fit_at(
+        self, observation: Observation, drafts: Sequence[Draft], histograms: Mapping[str, Histogram], config: Config
+    ) -> list[SitePlan]:
+        """Fits all sites at the widths of the drafts, to the config's budget or target."""
         if config.target_error is None:
             return self._fit_within(observation, drafts, histograms, config)
         tried: dict[float, list[SitePlan]] = {}
 
         def error(budget: float) -> float:
             tried[budget] = self._fit_within(observation, drafts, histograms, replace(config, budget=budget))
-            return math.sqrt(sum(plan.error**2 for plan in tried[budget]) / len(tried[budget]))
+            return _error(tried[budget])
 
-        floor = sum(self.floor(draft) for draft in drafts) / sum(site.weights.bytes for site in sites)
+        floor = sum(self.floor(draft) for draft in drafts) / sum(draft.site.weights.bytes for draft in drafts)
         return tried[least_budget(error, floor, config.target_error)]
 
     def _fit_within(
@@ -90,7 +111,7 @@ class PartialLinear(Rewrite):
         for draft, surrogate, ranges in zip(drafts, surrogates, chosen, strict=True):
             draft.settle(surrogate, ranges, histograms[draft.site.fingerprint].edges)
         if not config.sequential:
-            what = f"residuals at {config.budget:.1%}"
+            what = f"residuals at {config.budget:.1%}, {drafts[0].fold_bits} and {drafts[0].row_bits} bits"
             sites = [draft.site for draft in drafts]
             residuals = observation.run(lambda s: ResidualObserver(by_site[s.fingerprint]), sites, what)
             return [self._plan(draft, residuals[draft.site.fingerprint]) for draft in drafts]
@@ -203,3 +224,17 @@ class PartialLinear(Rewrite):
             fold, settings["fold_bits"], settings["row_bits"],
         )  # fmt: skip
         return corrected
+
+
+def _widths(config: Config) -> list[tuple[int, int]]:
+    """Bits of fold and rows to be tried."""
+    return sorted({(config.fold_bits or fold, config.row_bits or rows) for fold, rows in _WIDTHS})
+
+
+def _error(plans: Sequence[SitePlan]) -> float:
+    """Root mean square of the sites' errors."""
+    return math.sqrt(sum(plan.error**2 for plan in plans) / len(plans))
+
+
+def _touched(plans: Sequence[SitePlan]) -> float:
+    return sum(plan.touched_bytes for plan in plans)

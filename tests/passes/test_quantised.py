@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tardis_fx import Plan, calibrate, count_touched
+from tardis_fx import CalibrationError, Plan, calibrate, count_touched
 from tardis_fx.graph.site import SiteWeights
 from tardis_fx.passes.partial_linear import PartialLinear
 from tardis_fx.plan import SitePlan
@@ -150,3 +150,26 @@ def test_the_compiled_model_is_the_specification(fold_bits: int, row_bits: int) 
         with torch.no_grad():
             found = compiled(model, plan)(x)
         torch.testing.assert_close(found, rewritten(model, plan.sites[0], x), rtol=1e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize(("budget", "expected"), [(0.12, 4), (0.9, 8)])
+def test_open_widths_become_those_of_least_error(budget: float, expected: int) -> None:
+    """Few bytes are worth more as many rough weights than as few fine ones."""
+    model = ffn(D, HIDDEN, "silu")
+    found = planned(model, D, budget=budget, fold_bits=None, row_bits=None).sites[0]
+    assert found.settings["fold_bits"] == expected
+    assert found.touched_bytes <= budget * 1.02 * found.dense_bytes
+    for bits in (4, 8, 16):
+        try:
+            other = planned(model, D, budget=budget, fold_bits=bits, row_bits=bits).sites[0]
+        except CalibrationError:  # the fold alone reads more than the budget
+            continue
+        assert found.error <= other.error
+
+
+def test_open_widths_become_those_of_least_bytes_under_a_target() -> None:
+    model = ffn(D, HIDDEN)
+    found = planned(model, D, target_error=0.2, fold_bits=None, row_bits=None).sites[0]
+    whole = planned(model, D, target_error=0.2).sites[0]
+    assert found.error <= 0.2
+    assert found.touched_bytes < whole.touched_bytes / 2
