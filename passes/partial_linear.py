@@ -6,7 +6,8 @@
    are added from W1 and W2 (sections 5.2 and 5.3).
 3. Beyond the paper: neurons that earn no predictor row are always folded or always exact; hot ranges, classes and the
    split over layers minimise the error at a given number of bytes (:mod:`tardis_fx.calibration.ranges`); C and B are
-   regressed on what is still missing (:mod:`tardis_fx.calibration.regression`).
+   regressed on what is still missing (:mod:`tardis_fx.calibration.regression`); C and the rows that corrections read
+   may be quantised (:mod:`tardis_fx.calibration.draft`).
 """
 
 from __future__ import annotations
