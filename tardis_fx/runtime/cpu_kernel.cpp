@@ -372,7 +372,7 @@ float beyond_surrogate(const Call& call, int64_t position, float z) {
   return activate(z, call.activation) - (call.slope[position] * z + call.intercept[position]);
 }
 
-// Adds an outlier's exact terms; `next` is the row of W1 that is read after it.
+// Adds an outlier's exact terms, and asks for the rows of the neuron `next`, which comes after it.
 template <int BITS>
 void add_coded(const Call& call, const Inputs& x, Outlier outlier, int64_t neuron, int64_t next, float b1,
                float* sums) {
@@ -381,7 +381,8 @@ void add_coded(const Call& call, const Inputs& x, Outlier outlier, int64_t neuro
   float *const out_scales = shifts + x.stride, *const out_shifts = out_scales + groups;
   const uint8_t* const row = (const uint8_t*)call.w1 + neuron * call.w1_stride;
   const uint8_t* column = (const uint8_t*)call.w2t + neuron * call.w2t_stride;
-  prefetch(column, groups * ROW_GROUP<BITS>);
+  prefetch((const uint8_t*)call.w1 + next * call.w1_stride, x.groups * ROW_GROUP<BITS>);
+  prefetch((const uint8_t*)call.w2t + next * call.w2t_stride, groups * ROW_GROUP<BITS>);
   std::fill_n(shifts, x.stride, 0.0f);
   open<BITS>(row, x.groups, scales, shifts);
   float residuals[16] = {};
@@ -391,7 +392,6 @@ void add_coded(const Call& call, const Inputs& x, Outlier outlier, int64_t neuro
     estimate<BITS, 1>(row, scales, shifts, x, t, &z);
     residuals[t] = beyond_surrogate(call, outlier.position, z + b1);
   }
-  prefetch((const uint8_t*)call.w1 + next * call.w1_stride, x.groups * ROW_GROUP<BITS>);
   open<BITS>(column, groups, out_scales, out_shifts);
   for (int64_t g = 0; g < groups; ++g, column += BITS * GROUP / 8) {
     uint8_t codes[GROUP];
