@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from tardis_fx.passes.partial_linear import Draft
+    from tardis_fx.calibration.draft import Draft
 
 
 class Paper(PartialLinear):

@@ -6,13 +6,14 @@
    are added from W1 and W2 (sections 5.2 and 5.3).
 3. Beyond the paper: neurons that earn no predictor row are always folded or always exact; hot ranges, classes and the
    split over layers minimise the error at a given number of bytes (:mod:`tardis_fx.calibration.ranges`); C and B are
-   regressed on what is still missing (:mod:`tardis_fx.calibration.regression`).
+   regressed on what is still missing (:mod:`tardis_fx.calibration.regression`); C and the rows that corrections read
+   may be quantised (:mod:`tardis_fx.calibration.draft`).
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -21,13 +22,12 @@ from torch.nn import functional as F  # noqa: N812
 from tqdm import tqdm
 
 from tardis_fx.calibration.budget import allocate
+from tardis_fx.calibration.draft import Draft, ResidualObserver
 from tardis_fx.calibration.observe import BatchObservation
-from tardis_fx.calibration.predictor import Predictor, quantise
 from tardis_fx.calibration.profile import Histogram, Moments
-from tardis_fx.calibration.ranges import Costs, Ranges, SiteRanges
-from tardis_fx.calibration.regression import Residual
+from tardis_fx.calibration.ranges import Ranges, SiteRanges
 from tardis_fx.calibration.target import least_budget
-from tardis_fx.graph.activations import ACTIVATIONS
+from tardis_fx.errors import CalibrationError
 from tardis_fx.passes.base import Rewrite
 from tardis_fx.plan import SitePlan
 from tardis_fx.runtime import ops  # noqa: F401 - registers torch.ops.tardis
@@ -41,6 +41,10 @@ if TYPE_CHECKING:
 
 #: Constants that hold one entry a listed neuron, and are padded to the hidden size.
 _PER_NEURON = ("neurons", "codes", "scale", "zero", "lower", "upper", "slope", "intercept")
+
+
+#: Bits of fold and rows that are tried where none are given.
+_WIDTHS = ((4, 3), (4, 4), (8, 8))
 
 
 class PartialLinear(Rewrite):
@@ -61,19 +65,37 @@ class PartialLinear(Rewrite):
     def fit(self, observation: Observation, sites: Sequence[ObservedSite], config: Config) -> list[SitePlan]:
         """Three runs over the batches: moments, histograms of the predictor's estimates, residuals.
 
-        The first two do not depend on the budget, and are done once for one observation.
+        The first two depend neither on the budget nor on the bits of fold and rows, and are done once for one
+        observation.
         """
         drafts = self._drafts(observation, sites, config)
         histograms = self._histograms(observation, drafts, config)
+        found: list[list[SitePlan]] = []
+        refusals: list[CalibrationError] = []
+        for widths in _widths(config):
+            for draft in drafts:
+                draft.fold_bits, draft.row_bits = widths
+            try:
+                found.append(self._fit_at(observation, drafts, histograms, config))
+            except CalibrationError as error:  # out of this budget's reach
+                refusals.append(error)
+        if not found:
+            raise refusals[0]
+        return min(found, key=_error if config.target_error is None else _touched)
+
+    def _fit_at(
+        self, observation: Observation, drafts: Sequence[Draft], histograms: Mapping[str, Histogram], config: Config
+    ) -> list[SitePlan]:
+        """Fits all sites at the widths of the drafts, to the config's budget or target."""
         if config.target_error is None:
             return self._fit_within(observation, drafts, histograms, config)
         tried: dict[float, list[SitePlan]] = {}
 
         def error(budget: float) -> float:
             tried[budget] = self._fit_within(observation, drafts, histograms, replace(config, budget=budget))
-            return math.sqrt(sum(plan.error**2 for plan in tried[budget]) / len(tried[budget]))
+            return _error(tried[budget])
 
-        floor = sum(self.floor(draft) for draft in drafts) / sum(site.weights.bytes for site in sites)
+        floor = sum(self.floor(draft) for draft in drafts) / sum(draft.site.weights.bytes for draft in drafts)
         return tried[least_budget(error, floor, config.target_error)]
 
     def _fit_within(
@@ -90,7 +112,7 @@ class PartialLinear(Rewrite):
         for draft, surrogate, ranges in zip(drafts, surrogates, chosen, strict=True):
             draft.settle(surrogate, ranges, histograms[draft.site.fingerprint].edges)
         if not config.sequential:
-            what = f"residuals at {config.budget:.1%}"
+            what = f"residuals at {config.budget:.1%}, {drafts[0].fold_bits} and {drafts[0].row_bits} bits"
             sites = [draft.site for draft in drafts]
             residuals = observation.run(lambda s: ResidualObserver(by_site[s.fingerprint]), sites, what)
             return [self._plan(draft, residuals[draft.site.fingerprint]) for draft in drafts]
@@ -137,15 +159,12 @@ class PartialLinear(Rewrite):
 
     def _plan(self, draft: Draft, observer: ResidualObserver) -> SitePlan:
         weights, site = draft.site.weights, draft.site
+        of_surrogates, bias = draft.fold()
         fitted = observer.residual.solve()
-        folded_weight, folded_bias = draft.fold()
-        if self.regressed:
-            folded_weight, folded_bias = folded_weight + fitted.weight.T, folded_bias + fitted.bias
-        dtype = weights.w1.dtype
-        tensors = draft.tensors | {
-            "folded_weight": folded_weight.to(dtype).contiguous(),
-            "folded_bias": folded_bias.to(dtype),
-        }
+        added = (fitted.weight.T, fitted.bias) if self.regressed else (0, 0)
+        folded_weight, folded_bias = draft.stored(of_surrogates + added[0], bias + added[1])
+        tensors = draft.tensors | {"folded_weight": folded_weight, "folded_bias": folded_bias}
+        error = observer.residual.error((draft.opened(folded_weight) - of_surrogates).T, folded_bias.double() - bias)
         corrected = observer.outliers / max(1, observer.tokens)  # neurons a token, always exact ones included
         plan = SitePlan.of(
             site.site,
@@ -155,8 +174,13 @@ class PartialLinear(Rewrite):
             + draft.costs.predictor * len(tensors["lower"])
             + draft.costs.row * corrected,
             outlier_rate=corrected / weights.w1.shape[0],
-            error=fitted.error if self.regressed else fitted.error_without,
-            settings={"bits": draft.predictor.bits, "activation": site.site.activation},
+            error=error,
+            settings={
+                "bits": draft.bits,
+                "fold_bits": draft.fold_bits,
+                "row_bits": draft.row_bits,
+                "activation": site.site.activation,
+            },
             tensors=tensors,
         )
         own = {p.data_ptr() for p in site.parameters}
@@ -168,8 +192,15 @@ class PartialLinear(Rewrite):
     def constants(self, plan: SitePlan, weights: SiteWeights) -> dict[str, Tensor]:
         """The plan's tensors padded to the hidden size, and the weights by neuron: a copy where stored otherwise."""
         hidden, device = weights.w1.shape[0], weights.w1.device
-        listed, guarded = len(plan.tensors["neurons"]), len(plan.tensors["lower"])
-        constants = {"w1": weights.w1.contiguous(), "w2t": weights.w2.T.contiguous()}
+        neurons = plan.tensors["neurons"]
+        listed, guarded = len(neurons), len(plan.tensors["lower"])
+        if plan.settings["row_bits"] == 16:
+            constants = {"w1": weights.w1.contiguous(), "w2t": weights.w2.T.contiguous()}
+        else:
+            constants = {}
+            for name in ("w1", "w2t"):
+                rows = plan.tensors[name].to(device)
+                constants[name] = rows.new_zeros(hidden, rows.shape[1]).index_copy_(0, neurons.long().to(device), rows)
         if weights.b1 is not None:
             constants["b1"] = weights.b1
         constants["counts"] = torch.tensor([listed, guarded], device=device)
@@ -181,104 +212,30 @@ class PartialLinear(Rewrite):
         return constants | {name: plan.tensors[name].to(device) for name in ("folded_weight", "folded_bias")}
 
     def forward(self, x: Tensor, constants: Mapping[str, Tensor], plan: SitePlan) -> Tensor:
-        """The folded map by whatever Inductor makes of a linear layer, then the corrections in one op."""
-        folded = F.linear(x, constants["folded_weight"], constants["folded_bias"])
+        """The folded map by whatever Inductor makes of a linear layer, then the corrections in one op.
+
+        A quantised fold is part of the op.
+        """
+        settings, weight, bias = plan.settings, constants["folded_weight"], constants["folded_bias"]
+        quantised = settings["fold_bits"] != 16
+        folded, fold = (bias, weight) if quantised else (F.linear(x, weight, bias), None)
         corrected: Tensor = torch.ops.tardis.correct(
             folded, x, constants["w1"], constants.get("b1"), constants["w2t"], constants["counts"],
-            *(constants[name] for name in _PER_NEURON), plan.settings["bits"], plan.settings["activation"],
+            *(constants[name] for name in _PER_NEURON), settings["bits"], settings["activation"],
+            fold, settings["fold_bits"], settings["row_bits"],
         )  # fmt: skip
         return corrected
 
 
-@dataclass
-class Draft:
-    """A site's plan in the making, in float32 on the CPU."""
-
-    site: ObservedSite
-    moments: Moments
-    bits: int
-
-    def __post_init__(self) -> None:
-        weights = self.site.weights
-
-        def real(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor.float().cpu()
-
-        self.w1, self.w2 = weights.w1.float().cpu(), weights.w2.float().cpu()
-        self.b1, self.b2 = real(weights.b1), real(weights.b2)
-        self.activation = ACTIVATIONS[str(self.site.site.activation)]
-        self.predictor: Predictor = quantise(self.w1, self.moments.gram, self.bits)
-
-    @property
-    def costs(self) -> Costs:
-        """Bytes read."""
-        size = self.site.weights.w1.element_size()
-        return Costs.of(self.w1.shape[1], self.w2.shape[0], self.bits, size, bias=self.b1 is not None)
-
-    def histogram(self) -> Histogram:
-        """An empty histogram of the predictor's estimates."""
-        return Histogram(self.moments, self.w1, self.b1, self.predictor, self.activation)
-
-    def settle(self, surrogate: SiteRanges, ranges: Ranges, edges: Tensor) -> None:
-        """Fixes hot ranges, classes and surrogates.
-
-        Args:
-            surrogate: slopes and intercepts.
-            ranges: hot bins and classes.
-            edges: [bins + 1, h] of the bins.
-        """
-        self.slope, self.intercept = surrogate.slope.float(), surrogate.intercept.float()
-        self.guarded, self.exact = ranges.guarded, ranges.exact
-        some = ranges.hot.any(0)
-        start = ranges.hot.byte().argmax(0)
-        stop = start + ranges.hot.sum(0)
-        self.lower = torch.where(some, edges.gather(0, start[None])[0], torch.inf)
-        self.upper = torch.where(some, edges.gather(0, stop[None])[0], -torch.inf)
-
-    @property
-    def tensors(self) -> dict[str, Tensor]:
-        """The guard: guarded neurons first, then the exact ones."""
-        guarded, exact = self.guarded.nonzero()[:, 0], self.exact.nonzero()[:, 0]
-        neurons = torch.cat([guarded, exact])
-        return {
-            "neurons": neurons.int(),
-            "codes": self.predictor.codes[guarded],
-            "scale": self.predictor.scale[guarded],
-            "zero": self.predictor.zero[guarded],
-            "lower": self.lower[guarded],
-            "upper": self.upper[guarded],
-            "slope": self.slope[neurons],
-            "intercept": self.intercept[neurons],
-        }
-
-    def fold(self) -> tuple[Tensor, Tensor]:
-        """Folded weight [d_out, d] and bias [d_out], float64: every neuron by its surrogate."""
-        w1, w2, slope = self.w1.double(), self.w2.double(), self.slope.double()
-        shift = self.intercept.double() if self.b1 is None else self.intercept.double() + slope * self.b1.double()
-        bias = w2 @ shift
-        return (w2 * slope) @ w1, bias if self.b2 is None else bias + self.b2.double()
+def _widths(config: Config) -> list[tuple[int, int]]:
+    """Bits of fold and rows to be tried."""
+    return sorted({(config.fold_bits or fold, config.row_bits or rows) for fold, rows in _WIDTHS})
 
 
-class ResidualObserver:
-    """What the folded map misses where no correction is made, and how often one is."""
+def _error(plans: Sequence[SitePlan]) -> float:
+    """Root mean square of the sites' errors."""
+    return math.sqrt(sum(plan.error**2 for plan in plans) / len(plans))
 
-    def __init__(self, draft: Draft) -> None:
-        """Starts at zero."""
-        self._draft = draft
-        self.residual = Residual(draft.w1.shape[1], draft.w2.shape[0])
-        self.outliers, self.tokens = 0, 0
 
-    def update(self, x: Tensor) -> None:
-        """Adds tokens, [tokens, d], float32."""
-        draft = self._draft
-        z = x @ draft.w1.T
-        if draft.b1 is not None:
-            z += draft.b1
-        z_hat = draft.predictor(x)
-        outlier = draft.exact | draft.guarded & ((z_hat < draft.lower) | (z_hat > draft.upper))
-        activated = draft.activation.eager(z)
-        missing = torch.where(outlier, 0, activated - draft.slope * z - draft.intercept)
-        output = activated @ draft.w2.T
-        self.residual.update(x, missing @ draft.w2.T, output if draft.b2 is None else output + draft.b2)
-        self.outliers += int(outlier.sum())
-        self.tokens += len(x)
+def _touched(plans: Sequence[SitePlan]) -> float:
+    return sum(plan.touched_bytes for plan in plans)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from tardis_fx.calibration.observe import BatchObservation
-from tardis_fx.calibration.predictor import Predictor, quantise
+from tardis_fx.calibration.predictor import Quantised, quantise
 from tardis_fx.calibration.ranges import Costs
 from tardis_fx.config import Config
 from tardis_fx.errors import BenchError
@@ -84,14 +84,14 @@ def _site_plan(site: ObservedSite, x: Tensor, bits: int, rate: float) -> SitePla
     tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     tensors["neurons"] = torch.arange(hidden, dtype=torch.int32)
     tensors |= _fold(weights, tensors["slope"], tensors["intercept"])
-    costs = Costs.of(d, weights.w2.shape[0], bits, weights.w1.element_size(), bias=weights.b1 is not None)
+    costs = Costs.of(d, weights.w2.shape[0], bits, weights.w1.element_size(), 16, 16, bias=weights.b1 is not None)
     return SitePlan.of(
         site.site,
         site.parameters,
         method=PartialLinear.name,
         touched_bytes=costs.fold + (costs.predictor + costs.row * rate) * hidden,
         outlier_rate=rate,
-        settings={"bits": bits, "activation": site.site.activation},
+        settings={"bits": bits, "fold_bits": 16, "row_bits": 16, "activation": site.site.activation},
         tensors=tensors,
     )
 
@@ -126,13 +126,13 @@ def _guard(weights: SiteWeights, rows: slice, x: Tensor, bits: int, rate: float,
     }
 
 
-def _rounded(w1: Tensor, bits: int) -> Predictor:
+def _rounded(w1: Tensor, bits: int) -> Quantised:
     """W1 rounded to a few bits: GPTQ where inputs are uncorrelated, so that groups do not depend on each other."""
     rows, d = w1.shape
     padded = torch.zeros(rows, group_count(d) * GROUP)
     padded[:, :d] = w1
     whole = quantise(padded.view(-1, GROUP), torch.eye(GROUP), bits)
-    return Predictor(
+    return Quantised(
         whole.codes.view(rows, -1).contiguous(), whole.scale.view(rows, -1), whole.zero.view(rows, -1), bits, d
     )
 

@@ -1,4 +1,4 @@
-"""The predictor's weights: W1 in a few bits, by GPTQ."""
+"""Weights in a few bits, by GPTQ: the predictor's, the folded weight's and those of the rows that corrections read."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from tardis_fx.runtime.packing import GROUP, group_count, pack
-from tardis_fx.runtime.reference import estimate
+from tardis_fx.runtime.packing import GROUP, group_count, join, pack
+from tardis_fx.runtime.reference import dequantise
 
 #: Share of the mean diagonal of the Hessian that is added to it (GPTQ, section 3.3).
 DAMPING = 0.01
 
 
 @dataclass(frozen=True)
-class Predictor:
-    """A quantised W1.
+class Quantised:
+    """A matrix in a few bits a weight.
 
     Attributes:
-        codes: [h, packed bytes], uint8, as :mod:`tardis_fx.runtime.packing` lays them out.
-        scale: [h, groups], float16.
-        zero: [h, groups], uint8.
+        codes: [rows, packed bytes], uint8, as :mod:`tardis_fx.runtime.packing` lays them out.
+        scale: [rows, groups], float16.
+        zero: [rows, groups], uint8.
         bits: bits a code.
-        columns: d.
+        columns: of the matrix.
     """
 
     codes: Tensor
@@ -36,27 +36,32 @@ class Predictor:
 
     @cached_property
     def weight(self) -> Tensor:
-        """The quantised W1, [h, d], float32."""
-        return estimate(torch.eye(self.columns), self.codes, self.scale, self.zero, self.bits).T.contiguous()
+        """The matrix, [rows, columns], float32."""
+        return dequantise(self.codes, self.scale, self.zero, self.bits, self.columns)
+
+    @property
+    def rows(self) -> Tensor:
+        """Each row as one run of bytes, [rows, row bytes], uint8."""
+        return join(self.codes, self.scale, self.zero)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Estimates of the pre-activations without bias, [tokens, h]."""
+        """Products with every row: of W1, estimates of the pre-activations without bias; [tokens, rows]."""
         return x @ self.weight.T
 
 
-def quantise(w1: Tensor, gram: Tensor, bits: int) -> Predictor:
-    """Quantises W1 so that the estimates, not the weights, change least: GPTQ (arXiv 2210.17323, algorithm 1).
+def quantise(weight: Tensor, gram: Tensor, bits: int) -> Quantised:
+    """Quantises a matrix so that its products, not its weights, change least: GPTQ (arXiv 2210.17323, algorithm 1).
 
     Asymmetric codes in groups of 64 columns; each group's scale is the one of least squared error among ranges
     clipped to 100% down to 50%, rounded to float16 before the codes are taken.
 
     Args:
-        w1: [h, d].
-        gram: [d, d], sum of x xᵀ over the calibration tokens.
+        weight: [rows, d].
+        gram: [d, d], sum of x xᵀ over the calibration tokens; the identity rounds to nearest.
         bits: 1 to 8.
     """
-    h, d = w1.shape
-    w = w1.float().clone()
+    h, d = weight.shape
+    w = weight.float().clone()
     upper = _inverse_factor(gram.double()).float()
     codes = torch.zeros(h, d, dtype=torch.uint8)
     scales = torch.zeros(h, group_count(d), dtype=torch.float16)
@@ -74,7 +79,7 @@ def quantise(w1: Tensor, gram: Tensor, bits: int) -> Predictor:
             errors[:, i] = (block[:, i] - (code - zero) * scale) / row[0]
             block[:, i:] -= errors[:, i : i + 1] * row
         w[:, stop:] -= errors @ upper[start:stop, stop:]
-    return Predictor(pack(codes, bits), scales, zeros, bits, d)
+    return Quantised(pack(codes, bits), scales, zeros, bits, d)
 
 
 def _inverse_factor(gram: Tensor) -> Tensor:

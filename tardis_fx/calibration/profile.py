@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from tardis_fx.calibration.predictor import Predictor
+    from tardis_fx.calibration.predictor import Quantised
     from tardis_fx.graph.activations import Activation
 
 #: Bins of a neuron's histogram, over ``SPREAD`` standard deviations on both sides of the mean; the outer two are open.
@@ -79,7 +79,7 @@ class Histogram:
     """
 
     def __init__(
-        self, moments: Moments, w1: Tensor, b1: Tensor | None, predictor: Predictor, activation: Activation
+        self, moments: Moments, w1: Tensor, b1: Tensor | None, predictor: Quantised, activation: Activation
     ) -> None:
         """Lays the bins.
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from tardis_fx.runtime.packing import group_count, packed_bytes
+from tardis_fx.runtime.packing import row_bytes
 
 if TYPE_CHECKING:
     from tardis_fx.calibration.profile import Histogram, Sums
@@ -36,20 +36,28 @@ class Costs:
     row: int
 
     @classmethod
-    def of(cls, d: int, d_out: int, bits: int, size: int, *, bias: bool) -> Costs:
-        """Of a site, in the model's own dtype; bounds, surrogates and indices of neurons counted.
+    def of(
+        cls, d: int, d_out: int, bits: int, size: int, fold_bits: int = 16, row_bits: int = 16, *, bias: bool
+    ) -> Costs:
+        """Of a site; scales, zero points, bounds, surrogates and indices of neurons counted.
 
         Args:
             d: columns of W1.
             d_out: rows of W2.
             bits: of the predictor.
-            size: bytes of a weight.
+            size: bytes of a weight in the model's own dtype.
+            fold_bits: of the folded weight; 16 is the model's own dtype.
+            row_bits: of the rows of W1 and columns of W2 that a correction reads; likewise.
             bias: whether the first projection has one.
         """
+
+        def row(columns: int, width: int) -> int:
+            return columns * size if width == 16 else row_bytes(columns, width)
+
         return cls(
-            fold=(d + 1) * d_out * size,
-            predictor=packed_bytes(d, bits) + 3 * group_count(d) + 8,
-            row=(d + d_out) * size + bias * size + 12,
+            fold=(row(d, fold_bits) + size) * d_out,
+            predictor=row_bytes(d, bits) + 8,
+            row=row(d, row_bits) + row(d_out, row_bits) + bias * size + 12,
         )
 
 

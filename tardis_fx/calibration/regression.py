@@ -39,17 +39,24 @@ class Residual:
         self._held.update(x[cut:], residual[cut:], output[cut:])
 
     def solve(self) -> AffineMap:
-        """Ridge regression of the residual on the inputs, and its error on the held-back tokens."""
-        fitted, held = self._fitted, self._held if self._held.inputs.tokens else self._fitted
+        """Ridge regression of the residual on the inputs of the fitted tokens."""
+        fitted = self._fitted
         count = fitted.inputs.tokens
         covariance, mean = fitted.inputs.covariance, fitted.inputs.mean
         covariance.diagonal().add_(RIDGE * covariance.diagonal().mean().clamp(min=1e-30))
         cross = fitted.cross.double() / count - torch.outer(mean, fitted.total / count)
         weight = torch.linalg.solve(covariance, cross, left=True) if covariance.any() else torch.zeros_like(cross)
         bias = fitted.total / count - mean @ weight
-        return AffineMap(
-            weight, bias, held.error(weight, bias), held.error(torch.zeros_like(weight), torch.zeros_like(bias))
-        )
+        return AffineMap(weight, bias)
+
+    def error(self, weight: Tensor, bias: Tensor) -> float:
+        """Root-mean-square error that a map leaves on the held-back tokens, relative to the output's.
+
+        Args:
+            weight: [d, d_out], float64.
+            bias: [d_out], float64.
+        """
+        return (self._held if self._held.inputs.tokens else self._fitted).error(weight, bias)
 
 
 class _Half:
@@ -87,11 +94,7 @@ class AffineMap:
     Attributes:
         weight: [d, d_out], float64.
         bias: [d_out], float64.
-        error: relative root-mean-square error that is left on held-back tokens.
-        error_without: the same if the map were zero.
     """
 
     weight: Tensor
     bias: Tensor
-    error: float
-    error_without: float

@@ -36,7 +36,7 @@ _SOURCE = Path(__file__).with_name("cpu_kernel.cpp")
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC")
 _ACTIVATIONS = {name: number for number, name in enumerate(ACTIVATIONS)}
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_CALL = struct.Struct("24q")  # of the kernel: fifteen pointers and nine integers
+_CALL = struct.Struct("27q")  # of the kernel: sixteen pointers and eleven integers
 
 
 def correct(
@@ -56,6 +56,9 @@ def correct(
     intercept: Tensor,
     bits: int,
     activation: str,
+    fold: Tensor | None = None,
+    fold_bits: int = 16,
+    row_bits: int = 16,
 ) -> Tensor:
     """Adds the exact terms of the predicted outliers: :func:`tardis_fx.runtime.reference.correct`, fast.
 
@@ -64,11 +67,11 @@ def correct(
     every call. Gradients do not flow through it.
 
     Args:
-        folded: [..., d_out], ``x C + B``.
+        folded: [..., d_out], ``x C + B``; or [d_out], B, where ``fold`` is given.
         x: [..., d].
-        w1: [h, d].
+        w1: [h, d], or [h, row bytes], uint8.
         b1: [h] or None.
-        w2t: [h, d_out].
+        w2t: [h, d_out], or [h, row bytes], uint8.
         counts: [2], int64: listed, guarded.
         neurons: [capacity], int32.
         codes: [capacity, packed bytes], uint8.
@@ -80,6 +83,9 @@ def correct(
         intercept: [capacity], float32.
         bits: bits of a code.
         activation: name in the registry.
+        fold: [d_out, row bytes], uint8, or None.
+        fold_bits: bits of a code of ``fold``.
+        row_bits: bits of a code of ``w1`` and ``w2t``; 16 where they are no codes.
 
     Returns:
         [..., d_out], of the dtype of ``folded``.
@@ -87,14 +93,16 @@ def correct(
     plan = (counts, neurons, codes, scale, zero, lower, upper, slope, intercept)
     dtype, tokens = x.dtype, x.shape[:-1].numel()
     eligible = x.numel() > 0 and tokens <= DECODE_TOKENS and dtype in _DTYPES and activation in _ACTIVATIONS
-    alike = len({tensor.dtype for tensor in (folded, x, w1, w2t, b1) if tensor is not None}) == 1
+    plain = (folded, x, b1, *((w1, w2t) if row_bits == 16 else ()))
+    alike = len({tensor.dtype for tensor in plain if tensor is not None}) == 1
     kernel = _kernel() if eligible and alike else None
     if kernel is None:
-        return reference.correct(folded, x, w1, b1, w2t, *plan, bits, activation)
+        return reference.correct(folded, x, w1, b1, w2t, *plan, bits, activation, fold, fold_bits, row_bits)
     w1, w2t = (weight if weight.stride(1) == 1 else weight.contiguous() for weight in (w1, w2t))
-    folded, x, b1 = folded.contiguous(), x.contiguous(), None if b1 is None else b1.contiguous()
+    folded, x = folded.contiguous(), x.contiguous()
+    b1, fold = (None if tensor is None else tensor.contiguous() for tensor in (b1, fold))
     whole = [tensor.contiguous() for tensor in plan]  # by name, since the copies must outlive the call
-    out = torch.empty_like(folded)
+    out = folded.new_empty((*x.shape[:-1], folded.shape[-1]))
     call = _CALL.pack(
         out.data_ptr(),
         folded.data_ptr(),
@@ -103,13 +111,16 @@ def correct(
         0 if b1 is None else b1.data_ptr(),
         w2t.data_ptr(),
         *[tensor.data_ptr() for tensor in whole],
+        0 if fold is None else fold.data_ptr(),
         tokens,
-        w1.shape[1],
-        w2t.shape[1],
+        x.shape[-1],
+        folded.shape[-1],
         w1.stride(0),
         w2t.stride(0),
         bits,
         _ACTIVATIONS[activation],
+        fold_bits,
+        row_bits,
         _DTYPES[dtype],
         torch.get_num_threads(),
     )

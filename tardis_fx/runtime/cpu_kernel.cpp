@@ -2,7 +2,7 @@
 //
 // What is computed is specified by `correct` in reference.py; how the codes lie in memory, by packing.py. The time goes
 // into reading, once for all tokens, (a) the packed codes of every guarded neuron, (b) the rows of W1 and W2 of every
-// outlier. The build (cpu.py) writes activations.inc: one `case <number>: return <expression of z>;` an activation.
+// outlier, which may be codes, too, (c) the folded weight, where it is codes. The build (cpu.py) writes activations.inc: one `case <number>: return <expression of z>;` an activation.
 // Not to be compiled with -ffast-math: a NaN estimate must compare false, and infinite bounds are ordinary.
 
 #include <omp.h>
@@ -116,7 +116,8 @@ Ints dot(Ints sums, Bytes codes, const int8_t* x) {
 #else
 template <class W>
 Floats load(const W* from) {
-  return Floats{to_float(from[0]), to_float(from[1]), to_float(from[2]), to_float(from[3])};
+  const auto one = [from](int i) { return to_float(read<W>(from + i)); };
+  return Floats{one(0), one(1), one(2), one(3)};
 }
 Bytes pairs(const uint8_t* packed, int part) { return read<Bytes>(packed) >> 2 * part; }
 Bytes singles(const uint8_t* packed, int part) {
@@ -170,9 +171,14 @@ void add_scaled(float* out, float factor, const W* row, int64_t size, const W* n
   for (; i < size; ++i) out[i] += factor * to_float(row[i]);
 }
 
+// Every line of a row that is about to be read: a row of codes is too short to ask for along the way.
+void prefetch(const uint8_t* row, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(row + i, 0, SECOND_LEVEL);
+}
+
 // ---- The call.
 
-struct Call {  // cpu.py packs it: fifteen pointers and nine integers
+struct Call {  // cpu.py packs it: sixteen pointers and eleven integers
   void* out;
   const void *folded, *x, *w1, *b1, *w2t;
   const int64_t* counts;
@@ -181,7 +187,8 @@ struct Call {  // cpu.py packs it: fifteen pointers and nine integers
   const Half* scale;
   const uint8_t* zero;
   const float *lower, *upper, *slope, *intercept;
-  int64_t tokens, d, d_out, w1_stride, w2t_stride, bits, activation, dtype, threads;
+  const uint8_t* fold;
+  int64_t tokens, d, d_out, w1_stride, w2t_stride, bits, activation, fold_bits, row_bits, dtype, threads;
 };
 
 struct Outlier {
@@ -256,6 +263,15 @@ struct Inputs {
   }
 };
 
+// The codes of the columns from `part * WIDTH` on of a packed group.
+template <int BITS>
+Bytes codes_of(const uint8_t* packed, int part) {
+  Bytes codes = {};
+  for (int plane = 0; plane < BITS / 2; ++plane) codes = codes << 2 | (pairs(packed + 16 * plane, part) & 3);
+  if (BITS % 2) codes = codes << 1 | singles(packed + BITS / 2 * 16, part);
+  return codes;
+}
+
 // The estimates of one neuron for T tokens from `first` on.
 template <int BITS, int T>
 void estimate(const uint8_t* packed, const float* scale, const float* shift, const Inputs& x, int64_t first,
@@ -269,9 +285,7 @@ void estimate(const uint8_t* packed, const float* scale, const float* shift, con
   for (int64_t g = 0; g < x.groups; ++g, packed += BITS * GROUP / 8) {
     Ints dots[T] = {};
     for (int part = 0; part < GROUP / WIDTH; ++part) {
-      Bytes codes = {};
-      for (int plane = 0; plane < BITS / 2; ++plane) codes = codes << 2 | (pairs(packed + 16 * plane, part) & 3);
-      if (BITS % 2) codes = codes << 1 | singles(packed + BITS / 2 * 16, part);
+      const Bytes codes = codes_of<BITS>(packed, part);
 #pragma GCC unroll 4
       for (int t = 0; t < T; ++t) {
         const int64_t at = ((first + t) * x.groups + g) * GROUP + part * WIDTH;
@@ -318,16 +332,114 @@ Outlier* test(const Call& call, const Inputs& x, int64_t begin, int64_t end, Out
 
 constexpr decltype(test<1>)* TESTS[] = {test<1>, test<2>, test<3>, test<4>, test<5>, test<6>, test<7>, test<8>};
 
+// ---- Rows of codes, each followed by its scales and zero points (packing.join).
+
+template <int BITS>
+constexpr int64_t ROW_GROUP = BITS * GROUP / 8 + 3;  // bytes a group
+
+// A row's scales and scales times zero points, as floats.
+template <int BITS>
+void open(const uint8_t* row, int64_t groups, float* scales, float* shifts) {
+  const uint8_t *const half = row + groups * (BITS * GROUP / 8), *const zero = half + 2 * groups;
+  int64_t g = 0;
+  for (; g + LANES <= groups; g += LANES) {
+    const Floats scale = load((const Half*)(half + 2 * g));
+    put(scale, scales + g);
+    put(scale * load(zero + g), shifts + g);
+  }
+  for (; g < groups; ++g) shifts[g] = (scales[g] = to_float(read<Half>(half + 2 * g))) * zero[g];
+}
+
+// Adds the products of the tokens and the rows of the folded weight from `begin` to `end`.
+template <int BITS>
+void fold(const Call& call, const Inputs& x, int64_t begin, int64_t end, float* sums) {
+  float *const scales = scratch<float, 8>(2 * x.stride), *const shifts = scales + x.stride;
+  std::fill_n(shifts, x.stride, 0.0f);
+  for (int64_t row = begin; row < end; ++row) {
+    const uint8_t* const codes = call.fold + row * x.groups * ROW_GROUP<BITS>;
+    open<BITS>(codes, x.groups, scales, shifts);
+    float products[16];
+    int64_t t = 0;
+    for (; t + 4 <= call.tokens; t += 4) estimate<BITS, 4>(codes, scales, shifts, x, t, products + t);
+    for (; t < call.tokens; ++t) estimate<BITS, 1>(codes, scales, shifts, x, t, products + t);
+    for (t = 0; t < call.tokens; ++t) sums[t * call.d_out + row] += products[t];
+  }
+}
+
+constexpr decltype(fold<1>)* FOLDS[] = {fold<1>, fold<2>, fold<3>, fold<4>, fold<5>, fold<6>, fold<7>, fold<8>};
+
+float beyond_surrogate(const Call& call, int64_t position, float z) {
+  return activate(z, call.activation) - (call.slope[position] * z + call.intercept[position]);
+}
+
+// Adds an outlier's exact terms, and asks for the rows of the neuron `next`, which comes after it.
+template <int BITS>
+void add_coded(const Call& call, const Inputs& x, Outlier outlier, int64_t neuron, int64_t next, float b1,
+               float* sums) {
+  const int64_t groups = (call.d_out + GROUP - 1) / GROUP;
+  float *const scales = scratch<float, 9>(2 * (x.stride + groups)), *const shifts = scales + x.stride;
+  float *const out_scales = shifts + x.stride, *const out_shifts = out_scales + groups;
+  const uint8_t* const row = (const uint8_t*)call.w1 + neuron * call.w1_stride;
+  const uint8_t* column = (const uint8_t*)call.w2t + neuron * call.w2t_stride;
+  prefetch((const uint8_t*)call.w1 + next * call.w1_stride, x.groups * ROW_GROUP<BITS>);
+  prefetch((const uint8_t*)call.w2t + next * call.w2t_stride, groups * ROW_GROUP<BITS>);
+  std::fill_n(shifts, x.stride, 0.0f);
+  open<BITS>(row, x.groups, scales, shifts);
+  float residuals[16] = {};
+  for (int64_t t = 0; t < call.tokens; ++t) {
+    if (!(outlier.tokens >> t & 1)) continue;
+    float z;
+    estimate<BITS, 1>(row, scales, shifts, x, t, &z);
+    residuals[t] = beyond_surrogate(call, outlier.position, z + b1);
+  }
+  open<BITS>(column, groups, out_scales, out_shifts);
+  for (int64_t g = 0; g < groups; ++g, column += BITS * GROUP / 8) {
+    uint8_t codes[GROUP];
+    for (int part = 0; part < GROUP / WIDTH; ++part) {
+      const Bytes some = codes_of<BITS>(column, part);
+      std::memcpy(codes + part * WIDTH, &some, WIDTH);
+    }
+    const int64_t size = std::min<int64_t>(GROUP, call.d_out - g * GROUP);
+    for (int64_t t = 0; t < call.tokens; ++t) {
+      if (!(outlier.tokens >> t & 1)) continue;
+      const float factor = residuals[t] * out_scales[g], shift = residuals[t] * out_shifts[g];
+      float* const out = sums + t * call.d_out + g * GROUP;
+      int64_t i = 0;
+      for (; i + LANES <= size; i += LANES) put(load(out + i) + (factor * load(codes + i) - shift), out + i);
+      for (; i < size; ++i) out[i] += factor * codes[i] - shift;
+    }
+  }
+}
+
+constexpr decltype(add_coded<1>)* ADD_CODED[] = {add_coded<1>, add_coded<2>, add_coded<3>, add_coded<4>,
+                                                 add_coded<5>, add_coded<6>, add_coded<7>, add_coded<8>};
+
+// The same from rows that are stored as they are.
+template <class W>
+void add_plain(const Call& call, const Inputs& x, Outlier outlier, int64_t neuron, int64_t next, float b1,
+               float* sums) {
+  const W *const row = (const W*)call.w1 + neuron * call.w1_stride,
+                *const column = (const W*)call.w2t + neuron * call.w2t_stride;
+  for (int64_t t = 0; t < call.tokens; ++t) {
+    if (!(outlier.tokens >> t & 1)) continue;
+    const float z = dot(row, x.plain + t * x.groups * GROUP, call.d, column) + b1;
+    add_scaled(sums + t * call.d_out, beyond_surrogate(call, outlier.position, z), column, call.d_out,
+               (const W*)call.w1 + next * call.w1_stride);
+  }
+}
+
 // ---- The op.
 
 template <class W>
 void correct(const Call& call) {
-  const int64_t tokens = call.tokens, d = call.d, d_out = call.d_out, size = tokens * d_out;
+  const int64_t tokens = call.tokens, d_out = call.d_out, size = tokens * d_out;
   const int64_t listed = call.counts[0], guarded = call.counts[1], always = listed - guarded;
-  const W *folded = (const W*)call.folded, *w1 = (const W*)call.w1, *b1 = (const W*)call.b1, *w2t = (const W*)call.w2t;
-  const Inputs x((const W*)call.x, tokens, d);
+  const W *const folded = (const W*)call.folded, *const b1 = (const W*)call.b1;
+  const auto add = call.row_bits == 16 ? add_plain<W> : ADD_CODED[call.row_bits - 1];
+  const Inputs x((const W*)call.x, tokens, call.d);
   // One thread or all of them: a team of another size makes libgomp end threads that PyTorch then starts again.
-  const int threads = listed * x.groups * call.bits * (GROUP / 8) < SERIAL_BYTES ? 1 : call.threads;
+  const int64_t bits = listed * call.bits + (call.fold ? d_out * call.fold_bits : 0);
+  const int threads = bits * x.groups * (GROUP / 8) < SERIAL_BYTES ? 1 : call.threads;
   float* const partial = scratch<float, 5>(threads * size);
   Outlier* const list = scratch<Outlier, 6>(listed);
   int64_t *const begins = scratch<int64_t, 7>(2 * threads), *const ends = begins + threads;
@@ -344,6 +456,7 @@ void correct(const Call& call) {
     ends[me] = end - list;
     float* const sums = partial + me * size;
     std::fill_n(sums, size, 0.0f);
+    if (call.fold) FOLDS[call.fold_bits - 1](call, x, share(d_out, me), share(d_out, me + 1), sums);
 #pragma omp barrier
     // The joint list, cut evenly: outliers cluster, and one thread may have found most of them.
     int64_t total = 0, before = 0;
@@ -352,20 +465,14 @@ void correct(const Call& call) {
       const Outlier* outlier = list + begins[thread] + std::max<int64_t>(share(total, me) - before, 0);
       const Outlier* const last = list + std::min(begins[thread] + share(total, me + 1) - before, ends[thread]);
       for (; outlier < last; ++outlier) {
-        const int64_t position = outlier->position, neuron = call.neurons[position];
+        const int64_t neuron = call.neurons[outlier->position];
         const int64_t next = outlier + 1 < last ? call.neurons[outlier[1].position] : neuron;
-        const W *const row = w1 + neuron * call.w1_stride, *const column = w2t + neuron * call.w2t_stride;
-        for (int64_t t = 0; t < tokens; ++t) {
-          if (!(outlier->tokens >> t & 1)) continue;
-          const float z = dot(row, x.plain + t * x.groups * GROUP, d, column) + (b1 ? to_float(b1[neuron]) : 0);
-          const float residual = activate(z, call.activation) - (call.slope[position] * z + call.intercept[position]);
-          add_scaled(sums + t * d_out, residual, column, d_out, w1 + next * call.w1_stride);
-        }
+        add(call, x, *outlier, neuron, next, b1 ? to_float(b1[neuron]) : 0, sums);
       }
     }
 #pragma omp barrier
     for (int64_t i = share(size, me); i < share(size, me + 1); ++i) {
-      float value = to_float(folded[i]);
+      float value = to_float(folded[call.fold ? i % d_out : i]);
       for (int64_t thread = 0; thread < team; ++thread) value += partial[thread * size + i];
       store(value, (W*)call.out + i);
     }

@@ -10,16 +10,16 @@ from tardis_fx.runtime.touched import counted
 _LIBRARY = torch.library.Library("tardis", "DEF")
 _LIBRARY.define(
     "correct(Tensor folded, Tensor x, Tensor w1, Tensor? b1, Tensor w2t, Tensor counts, Tensor neurons, Tensor codes, "
-    "Tensor scale, Tensor zero, Tensor lower, Tensor upper, Tensor slope, Tensor intercept, int bits, str activation) "
-    "-> Tensor",
+    "Tensor scale, Tensor zero, Tensor lower, Tensor upper, Tensor slope, Tensor intercept, int bits, str activation, "
+    "Tensor? fold=None, int fold_bits=16, int row_bits=16) -> Tensor",
     tags=(torch.Tag.needs_fixed_stride_order,),
 )
 _LIBRARY.impl("correct", counted(reference.correct), "CompositeExplicitAutograd")
 _LIBRARY.impl("correct", counted(cpu.correct), "CPU")
 
 
-def _correct_fake(folded: Tensor, *_: object) -> Tensor:
-    return torch.empty_like(folded, memory_format=torch.contiguous_format)
+def _correct_fake(folded: Tensor, x: Tensor, *_: object, **__: object) -> Tensor:
+    return folded.new_empty((*x.shape[:-1], folded.shape[-1]))
 
 
 torch.library.register_fake("tardis::correct", _correct_fake, lib=_LIBRARY)

@@ -5,6 +5,9 @@ code, and, when ``bits`` is odd, one plane of 8 bytes with the lowest bit. Byte 
 of columns ``k, k + 16, k + 32, k + 48``, the first in its lowest bits: one 16-byte load, three shifts and a mask give
 64 codes in order. Byte ``k`` of a 1-bit plane holds the columns ``8k .. 8k + 7``, the first in its lowest bit.
 The first planes of a wide code are therefore a narrower code of the same number.
+
+A row that is read on its own, of a matrix whose rows are not read in order, is one run of bytes: codes, then the
+scales of its groups, float16, then their zero points, uint8.
 """
 
 import torch
@@ -22,6 +25,33 @@ def group_count(columns: int) -> int:
 def packed_bytes(columns: int, bits: int) -> int:
     """Bytes of one packed row of ``columns`` codes: 8 per bit and group."""
     return group_count(columns) * bits * GROUP // 8
+
+
+def row_bytes(columns: int, bits: int) -> int:
+    """Bytes of one row of ``columns`` codes with its scales and zero points."""
+    return packed_bytes(columns, bits) + 3 * group_count(columns)
+
+
+def join(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    """Rows of packed codes, scales and zero points as single runs of bytes.
+
+    Args:
+        codes: [rows, packed bytes], uint8.
+        scale: [rows, groups], float16.
+        zero: [rows, groups], uint8.
+
+    Returns:
+        [rows, row bytes], uint8.
+    """
+    return torch.cat([codes, scale.contiguous().view(torch.uint8), zero], dim=1)
+
+
+def split(rows: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The inverse of :func:`join`."""
+    groups = rows.shape[1] // row_bytes(GROUP, bits)
+    codes, scale, zero = rows.split([groups * bits * GROUP // 8, 2 * groups, groups], dim=1)
+    whole = scale.clone(memory_format=torch.contiguous_format)  # contiguous() would keep the stride of a single row
+    return codes.contiguous(), whole.view(torch.float16), zero
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from tardis_fx.graph.activations import ACTIVATIONS
-from tardis_fx.runtime.packing import GROUP, group_count, unpack
+from tardis_fx.runtime.packing import GROUP, group_count, split, unpack
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -25,10 +25,21 @@ def estimate(x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor, bits: int) -
     Returns:
         [tokens, guarded].
     """
-    columns = x.shape[-1]
-    values = unpack(codes, bits, columns).to(x.dtype)
-    spread = torch.arange(group_count(columns), device=x.device).repeat_interleave(GROUP)[:columns]
-    return x @ ((values - zero.to(x.dtype)[:, spread]) * scale.to(x.dtype)[:, spread]).T
+    return x @ dequantise(codes, scale, zero, bits, x.shape[-1], x.dtype).T
+
+
+def dequantise(
+    codes: Tensor, scale: Tensor, zero: Tensor, bits: int, columns: int, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """The weights ``scale * (code - zero)``, [rows, columns]; arguments as of :func:`estimate`."""
+    values = unpack(codes, bits, columns).to(dtype)
+    spread = torch.arange(group_count(columns), device=codes.device).repeat_interleave(GROUP)[:columns]
+    return (values - zero.to(dtype)[:, spread]) * scale.to(dtype)[:, spread]
+
+
+def rows_of(weight: Tensor, bits: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """A matrix, [rows, columns], that is stored whole (``bits`` is 16) or as rows of :func:`packing.join`."""
+    return weight.to(dtype) if bits == 16 else dequantise(*split(weight, bits), bits, columns, dtype)
 
 
 def outliers(
@@ -59,19 +70,22 @@ def correct(
     intercept: Tensor,
     bits: int,
     activation: str,
+    fold: Tensor | None = None,
+    fold_bits: int = 16,
+    row_bits: int = 16,
 ) -> Tensor:
     """Adds the exact terms of the predicted outliers to the folded output (paper, section 5.3).
 
     The first ``guarded`` neurons of the list are corrected where the estimate leaves their hot range, the rest of
     the ``listed`` ones always. Correcting neuron ``n`` replaces ``slope z + intercept`` by ``activation(z)``, with
-    ``z`` computed from the original weights.
+    ``z`` computed from the original weights, or from quantised rows of them.
 
     Args:
-        folded: [..., d_out], ``x C + B``.
+        folded: [..., d_out], ``x C + B``; or [d_out], B, where ``fold`` is given.
         x: [..., d], of the dtype of ``folded``, as are ``w1``, ``b1`` and ``w2t``.
-        w1: [h, d].
+        w1: [h, d]; with ``row_bits`` below 16, [h, row bytes], uint8, as :func:`packing.join` makes them.
         b1: [h] or None.
-        w2t: [h, d_out], the second matrix, one row a neuron.
+        w2t: [h, d_out], the second matrix, one row a neuron; or as ``w1``.
         counts: [2], int64: listed, guarded.
         neurons: [capacity], int32: rows of ``w1``; like all that follow, only the first ``listed`` (or ``guarded``
             for the predictor and the bounds) entries mean anything.
@@ -84,6 +98,9 @@ def correct(
         intercept: [capacity], float32.
         bits: bits of a code.
         activation: name in the registry.
+        fold: [d_out, row bytes], uint8, quantised C; None where ``folded`` has it.
+        fold_bits: bits of a code of ``fold``.
+        row_bits: bits of a code of ``w1`` and ``w2t``; 16 where they are no codes.
 
     Returns:
         [..., d_out], of the dtype of ``folded``.
@@ -93,10 +110,12 @@ def correct(
     outlier = outliers(tokens, counts, codes, scale, zero, lower, upper, bits)
     listed = outlier.shape[1]
     rows = neurons[:listed].long()
-    z = tokens @ w1[rows].to(dtype).T
+    z = tokens @ rows_of(w1[rows], row_bits, x.shape[-1], dtype).T
     if b1 is not None:
         z = z + b1[rows].to(dtype)
     surrogate = slope[:listed].to(dtype) * z + intercept[:listed].to(dtype)
     residual = torch.where(outlier, ACTIVATIONS[activation].eager(z) - surrogate, 0)
-    correction = residual @ w2t[rows].to(dtype)
-    return (folded.to(dtype) + correction.view(folded.shape)).to(folded.dtype)
+    added = residual @ rows_of(w2t[rows], row_bits, folded.shape[-1], dtype)
+    if fold is not None:
+        added += tokens @ rows_of(fold, fold_bits, x.shape[-1], dtype).T
+    return (folded.to(dtype) + added.view(*x.shape[:-1], folded.shape[-1])).to(folded.dtype)

@@ -38,12 +38,13 @@ class Touched:
     def add(
         self, folded: Tensor, x: Tensor, w1: Tensor, b1: Tensor | None, w2t: Tensor, counts: Tensor, neurons: Tensor,
         codes: Tensor, scale: Tensor, zero: Tensor, lower: Tensor, upper: Tensor, slope: Tensor, intercept: Tensor,
-        bits: int, activation: str,
+        bits: int, activation: str, fold: Tensor | None = None, fold_bits: int = 16, row_bits: int = 16,
     ) -> None:  # fmt: skip
         """Adds one call of the op, as :func:`tardis_fx.runtime.reference.correct` takes it."""
         tokens = x.reshape(-1, x.shape[-1]).to(reference.compute_dtype(x.dtype))
         outlier = reference.outliers(tokens, counts, codes, scale, zero, lower, upper, bits)
-        costs = Costs.of(w1.shape[1], w2t.shape[1], bits, w1.element_size(), bias=b1 is not None)
+        size = folded.element_size()
+        costs = Costs.of(x.shape[-1], folded.shape[-1], bits, size, fold_bits, row_bits, bias=b1 is not None)
         fixed = costs.fold + costs.predictor * int(counts[1])
         site = codes.data_ptr()
         self._tokens[site] = self._tokens.get(site, 0) + len(tokens)

@@ -165,7 +165,7 @@ class Oracle:
         return SitePlan(
             fingerprint=fingerprint(parameters, self.activation), name="ffn", kind="plain", activation=self.activation, dtype=str(w.w1.dtype),
             shapes=tuple(tuple(p.shape) for p in parameters), dense_bytes=w.bytes, method="partial_linear",
-            settings={"bits": 8, "activation": self.activation}, tensors=tensors,
+            settings={"bits": 8, "fold_bits": 16, "row_bits": 16, "activation": self.activation}, tensors=tensors,
         )  # fmt: skip
 
     def rewritten(self, guarded: Sequence[int], exact: Sequence[int], x: Tensor | None = None) -> Tensor:
@@ -258,7 +258,7 @@ def exact_plan(weights: SiteWeights, parameters: Sequence[Tensor], activation: s
     return SitePlan(
         fingerprint=fingerprint(parameters, activation), name="ffn", kind="plain", activation=activation, dtype=str(weights.w1.dtype),
         shapes=tuple(tuple(p.shape) for p in parameters), dense_bytes=weights.bytes, method="partial_linear",
-        settings={"bits": 2, "activation": activation},
+        settings={"bits": 2, "fold_bits": 16, "row_bits": 16, "activation": activation},
         tensors={
             "neurons": torch.arange(hidden, dtype=torch.int32),
             "codes": torch.zeros(0, packed_bytes(d, 2), dtype=torch.uint8),

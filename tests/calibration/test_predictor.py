@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tardis_fx.calibration.predictor import Predictor, quantise
+from tardis_fx.calibration.predictor import Quantised, quantise
 from tardis_fx.runtime.packing import group_count, packed_bytes, unpack
 from tardis_fx.runtime.reference import estimate
 
@@ -22,12 +22,12 @@ def drawn(d: int, seed: int, rows: int = 24) -> tuple[Tensor, Tensor]:
     return torch.randn(rows, d, generator=g) / d**0.5, strong + 0.3 * torch.randn(512, d, generator=g)
 
 
-def error(predictor: Predictor, w1: Tensor, x: Tensor) -> float:
+def error(predictor: Quantised, w1: Tensor, x: Tensor) -> float:
     """Of the estimates, relative."""
     return float((predictor(x) - x @ w1.T).norm() / (x @ w1.T).norm())
 
 
-def dequantised(predictor: Predictor, d: int) -> Tensor:
+def dequantised(predictor: Quantised, d: int) -> Tensor:
     """Weights from codes, scales and zero points, spelt out."""
     group = torch.arange(d) // 64
     codes = unpack(predictor.codes, predictor.bits, d).float()

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tardis_fx.graph.activations import ACTIVATIONS
 from tardis_fx.runtime import cpu, reference
-from tardis_fx.runtime.packing import GROUP, group_count, pack
+from tardis_fx.runtime.packing import GROUP, group_count, join, pack
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 Arguments = dict[str, Tensor | int | str | None]
@@ -35,11 +35,13 @@ def arguments(
     bits: int = 2,
     activation: str = "gelu",
     bias: bool = True,
+    fold_bits: int = 16,
+    row_bits: int = 16,
     seed: int = 0,
 ) -> Arguments:
     """The arguments of the op, with bounds that leave about the given share of the estimates outside.
 
-    A third of the neurons is on no list, ``always`` of the others are corrected always, and the capacity exceeds the
+    Rows of codes of neurons that are on no list hold nonsense. A third of the neurons is on no list, ``always`` of the others are corrected always, and the capacity exceeds the
     list by three entries of nonsense.
     """
     random = torch.Generator().manual_seed(seed)
@@ -59,12 +61,26 @@ def arguments(
     zero = torch.randint(0, top + 1, (capacity, group_count(d)), generator=random).to(torch.uint8)
     codes = pack(torch.randint(0, top + 1, (capacity, d), generator=random).to(torch.uint8), bits)
     lower, upper = bounds(x.reshape(-1, d), codes[:guarded], scale[:guarded], zero[:guarded], bits, outliers, capacity)
+    w2t = (normal(h, d_out) / h**0.5).to(dtype)
+
+    def coded(rows: int, columns: int, bits: int, fan_in: int) -> Tensor:
+        size = (rows, group_count(columns))
+        scale = (normal(*size).abs() + 1) / fan_in**0.5 / 2 ** (bits - 1)
+        zero = torch.randint(0, 2**bits, size, generator=random).to(torch.uint8)
+        codes = torch.randint(0, 2**bits, (rows, columns), generator=random).to(torch.uint8)
+        return join(pack(codes, bits), scale.half(), zero)
+
+    if row_bits < 16:
+        w1, w2t = coded(h, d, row_bits, d), coded(h, d_out, row_bits, h)
+        for rows in (w1, w2t):
+            rows[torch.ones(h, dtype=torch.bool).index_fill(0, neurons[:listed].long(), False)] = 255  # NaN
+    fold = coded(d_out, d, fold_bits, d) if fold_bits < 16 else None
     return {
-        "folded": normal(*shape, d_out).to(dtype),
+        "folded": normal(*(shape if fold is None else ()), d_out).to(dtype),
         "x": x,
         "w1": w1,
         "b1": (normal(h) / 2).to(dtype) if bias else None,
-        "w2t": (normal(h, d_out) / h**0.5).to(dtype),
+        "w2t": w2t,
         "counts": torch.tensor([listed, guarded]),
         "neurons": neurons,
         "codes": codes,
@@ -76,6 +92,9 @@ def arguments(
         "intercept": normal(capacity),
         "bits": bits,
         "activation": activation,
+        "fold": fold,
+        "fold_bits": fold_bits,
+        "row_bits": row_bits,
     }
 
 
@@ -136,10 +155,15 @@ def run(op: Arguments, *, threads: int = 2) -> Tensor:
         return cpu.correct(**op)  # type: ignore[arg-type]
 
 
-def assert_agree(out: Tensor, expected: Tensor) -> None:
+def assert_agree(out: Tensor, expected: Tensor, *, atol: float = 2e-4) -> None:
     assert out.shape == expected.shape
     rounding = torch.finfo(out.dtype).eps
-    torch.testing.assert_close(out.double(), expected, rtol=0.51 * rounding, atol=2e-4, equal_nan=True)
+    torch.testing.assert_close(out.double(), expected, rtol=0.51 * rounding, atol=atol, equal_nan=True)
+
+
+def allowed(op: Arguments) -> float:
+    """Absolute error: products with codes take x rounded to 2^-13 of its group's largest."""
+    return 2e-4 if op["fold_bits"] == op["row_bits"] == 16 else 4e-3
 
 
 @pytest.fixture(scope="module")
@@ -162,6 +186,8 @@ def ops(draw: st.DrawFn) -> Arguments:
         bits=draw(st.integers(1, 8)),
         activation=draw(st.sampled_from(sorted(ACTIVATIONS))),
         bias=draw(st.booleans()),
+        fold_bits=draw(st.sampled_from([16, 4, 8])),
+        row_bits=draw(st.sampled_from([16, 3, 4, 8])),
         seed=draw(st.integers(0, 2**32)),
     )
 
@@ -169,7 +195,19 @@ def ops(draw: st.DrawFn) -> Arguments:
 @pytest.mark.usefixtures("kernel")
 @given(op=ops(), threads=st.integers(1, 4))
 def test_the_kernel_agrees_with_the_reference(op: Arguments, threads: int) -> None:
-    assert_agree(run(op, threads=threads), exact(op))
+    assert_agree(run(op, threads=threads), exact(op), atol=allowed(op))
+
+
+@pytest.mark.usefixtures("kernel")
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_every_width_of_fold_and_rows_agrees(bits: int, dtype: torch.dtype) -> None:
+    for op in (
+        arguments(shape=(6,), fold_bits=bits, row_bits=9 - bits, dtype=dtype),
+        arguments(shape=(5,), fold_bits=16, row_bits=bits, outliers=0.5, dtype=dtype),
+        arguments(shape=(3,), fold_bits=bits, outliers=0, dtype=dtype),
+    ):
+        assert_agree(run(op), exact(op), atol=allowed(op))
 
 
 @pytest.mark.usefixtures("kernel")

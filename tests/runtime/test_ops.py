@@ -9,6 +9,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 
+from tardis_fx.calibration.predictor import quantise
 from tardis_fx.passes.partial_linear import _PER_NEURON, PartialLinear
 from tardis_fx.runtime import reference
 
@@ -17,30 +18,40 @@ every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
 def arguments(
-    dtype: torch.dtype = torch.float32, shape: tuple[int, ...] = (5,), *, bias: bool = True
+    dtype: torch.dtype = torch.float32, shape: tuple[int, ...] = (5,), *, bias: bool = True, quantised: bool = False
 ) -> tuple[Any, ...]:
-    """Of the op, as the pass gives them."""
+    """Of the op, as the pass gives them; ``quantised``, with the fold and the rows in 8 bits."""
     o = oracle(16, 32, 40, d_out=12, bias=bias).to(dtype)
     plan = o.plan(range(20), range(20, 26))
     c = PartialLinear().constants(plan, o.weights)
     x = o.x[: torch.Size(shape).numel()].view(*shape, 16)
     folded = torch.nn.functional.linear(x, c["folded_weight"], c["folded_bias"])
-    return (folded, x, c["w1"], c.get("b1"), c["w2t"], c["counts"], *(c[name] for name in _PER_NEURON), 8, o.activation)
+    rest = (c["counts"], *(c[name] for name in _PER_NEURON), 8, o.activation)
+    if not quantised:
+        return (folded, x, c["w1"], c.get("b1"), c["w2t"], *rest)
+    fold, w1, w2t = (
+        quantise(m, torch.eye(m.shape[1]), 8).rows for m in (c["folded_weight"], o.weights.w1, o.weights.w2.T)
+    )
+    return (c["folded_bias"], x, w1, c.get("b1"), w2t, *rest, fold, 8, 8)
 
 
 @every_dtype
 @pytest.mark.parametrize("shape", [(5,), (1,), (40,), (0,), (2, 3), ()], ids=str)
 def test_the_op_keeps_the_rules_of_torch_library(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     utils = ["test_schema", "test_faketensor", "test_aot_dispatch_static", "test_aot_dispatch_dynamic"]
-    for bias in (True, False):
-        passed = opcheck(torch.ops.tardis.correct.default, arguments(dtype, shape, bias=bias), test_utils=utils)
+    for bias, quantised in ((True, False), (False, False), (True, True)):
+        args = arguments(dtype, shape, bias=bias, quantised=quantised)
+        passed = opcheck(torch.ops.tardis.correct.default, args, test_utils=utils)
         assert set(passed.values()) == {"SUCCESS"}
 
 
 @every_dtype
 @pytest.mark.parametrize("shape", [(5,), (0,), (2, 3), (2, 0), (), (40,)], ids=str)
-def test_the_fake_implementation_agrees_with_the_real_one(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-    args = arguments(dtype, shape)
+@pytest.mark.parametrize("quantised", [False, True])
+def test_the_fake_implementation_agrees_with_the_real_one(
+    dtype: torch.dtype, shape: tuple[int, ...], quantised: bool
+) -> None:
+    args = arguments(dtype, shape, quantised=quantised)
     real = torch.ops.tardis.correct(*args)
     with FakeTensorMode() as mode:
         fake = torch.ops.tardis.correct(*(mode.from_tensor(a) if isinstance(a, Tensor) else a for a in args))
@@ -59,9 +70,10 @@ def test_the_fake_implementation_agrees_on_strides_of_an_input_that_is_not_conti
 
 
 @every_dtype
-def test_the_op_is_the_reference(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("quantised", [False, True])
+def test_the_op_is_the_reference(dtype: torch.dtype, quantised: bool) -> None:
     for shape in [(5,), (40,), (2, 3), ()]:
-        args = arguments(dtype, shape)
+        args = arguments(dtype, shape, quantised=quantised)
         tolerance = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 5e-3}[dtype]
         torch.testing.assert_close(
             torch.ops.tardis.correct(*args), reference.correct(*args), rtol=tolerance, atol=tolerance

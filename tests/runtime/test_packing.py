@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tardis_fx.runtime.packing import GROUP, group_count, pack, packed_bytes, unpack
+from tardis_fx.runtime.packing import GROUP, group_count, join, pack, packed_bytes, row_bytes, split, unpack
 
 many = settings(max_examples=100)
 every_width = pytest.mark.parametrize("bits", range(1, 9))
@@ -89,3 +89,14 @@ def test_the_plane_of_one_bit_holds_eight_neighbours_in_one_byte(column: int) ->
         last = pack(codes, bits)[0, -8:]
         assert last[column // 8] == 1 << column % 8
         assert last.count_nonzero() == 1
+
+
+@many
+@given(st.integers(0, 6), columns_of_interest, st.integers(1, 8), st.integers(0, 2**16))
+def test_a_row_of_bytes_holds_codes_scales_and_zero_points(rows: int, columns: int, bits: int, seed: int) -> None:
+    codes = pack(codes_of(rows, columns, bits, seed), bits)
+    zero = codes_of(rows, group_count(columns), bits, seed + 1)
+    scale = torch.randn(rows, group_count(columns), generator=torch.Generator().manual_seed(seed)).half()
+    joined = join(codes, scale, zero)
+    assert joined.shape == (rows, row_bytes(columns, bits))
+    assert all(torch.equal(a, b) for a, b in zip(split(joined, bits), (codes, scale, zero), strict=True))

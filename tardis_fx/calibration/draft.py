@@ -1,0 +1,165 @@
+"""A site's plan in the making, and what its fold and correction still miss."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from tardis_fx.calibration.predictor import Quantised, quantise
+from tardis_fx.calibration.profile import Histogram, Moments
+from tardis_fx.calibration.ranges import Costs, Ranges, SiteRanges
+from tardis_fx.calibration.regression import Residual
+from tardis_fx.graph.activations import ACTIVATIONS
+from tardis_fx.runtime.reference import rows_of
+
+if TYPE_CHECKING:
+    from tardis_fx.calibration.observe import ObservedSite
+
+
+@dataclass(eq=False)
+class Draft:
+    """A site's plan in the making, in float32 on the CPU.
+
+    Attributes:
+        site: the site.
+        moments: of its inputs.
+        bits: of the predictor.
+        fold_bits: of the folded weight, 16 for the model's own dtype; may be changed from fit to fit.
+        row_bits: of the rows that corrections read; likewise.
+    """
+
+    site: ObservedSite
+    moments: Moments
+    bits: int
+    fold_bits: int = 16
+    row_bits: int = 16
+
+    def __post_init__(self) -> None:
+        weights = self.site.weights
+
+        def real(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.float().cpu()
+
+        self.w1, self.w2 = weights.w1.float().cpu(), weights.w2.float().cpu()
+        self.b1, self.b2 = real(weights.b1), real(weights.b2)
+        self.activation = ACTIVATIONS[str(self.site.site.activation)]
+        self.predictor: Quantised = quantise(self.w1, self.moments.gram, self.bits)
+        self._rows = cache(self._quantised_rows)
+
+    @property
+    def costs(self) -> Costs:
+        """Bytes read."""
+        (d_out, _), d, size = self.w2.shape, self.w1.shape[1], self.site.weights.w1.element_size()
+        return Costs.of(d, d_out, self.bits, size, self.fold_bits, self.row_bits, bias=self.b1 is not None)
+
+    @property
+    def rows(self) -> tuple[Quantised, Quantised] | None:
+        """W1 and W2 transposed as corrections read them; None where they read the original weights."""
+        return None if self.row_bits == 16 else self._rows(self.row_bits)
+
+    def _quantised_rows(self, bits: int) -> tuple[Quantised, Quantised]:
+        return quantise(self.w1, self.moments.gram, bits), quantise(self.w2.T, torch.eye(len(self.w2)), bits)
+
+    def histogram(self) -> Histogram:
+        """An empty histogram of the predictor's estimates."""
+        return Histogram(self.moments, self.w1, self.b1, self.predictor, self.activation)
+
+    def settle(self, surrogate: SiteRanges, ranges: Ranges, edges: Tensor) -> None:
+        """Fixes hot ranges, classes and surrogates.
+
+        Args:
+            surrogate: slopes and intercepts.
+            ranges: hot bins and classes.
+            edges: [bins + 1, h] of the bins.
+        """
+        self.slope, self.intercept = surrogate.slope.float(), surrogate.intercept.float()
+        self.guarded, self.exact = ranges.guarded, ranges.exact
+        some = ranges.hot.any(0)
+        start = ranges.hot.byte().argmax(0)
+        stop = start + ranges.hot.sum(0)
+        self.lower = torch.where(some, edges.gather(0, start[None])[0], torch.inf)
+        self.upper = torch.where(some, edges.gather(0, stop[None])[0], -torch.inf)
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The guard: guarded neurons first, then the exact ones; with quantised rows, those of the same neurons."""
+        guarded, exact = self.guarded.nonzero()[:, 0], self.exact.nonzero()[:, 0]
+        neurons = torch.cat([guarded, exact])
+        rows = {} if self.rows is None else {"w1": self.rows[0].rows[neurons], "w2t": self.rows[1].rows[neurons]}
+        return rows | {
+            "neurons": neurons.int(),
+            "codes": self.predictor.codes[guarded],
+            "scale": self.predictor.scale[guarded],
+            "zero": self.predictor.zero[guarded],
+            "lower": self.lower[guarded],
+            "upper": self.upper[guarded],
+            "slope": self.slope[neurons],
+            "intercept": self.intercept[neurons],
+        }
+
+    def fold(self) -> tuple[Tensor, Tensor]:
+        """Folded weight [d_out, d] and bias [d_out], float64: every neuron by its surrogate."""
+        w1, w2, slope = self.w1.double(), self.w2.double(), self.slope.double()
+        shift = self.intercept.double() if self.b1 is None else self.intercept.double() + slope * self.b1.double()
+        bias = w2 @ shift
+        return (w2 * slope) @ w1, bias if self.b2 is None else bias + self.b2.double()
+
+    def stored(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        """A fold as the plan holds it; what quantisation changes in the mean, the bias makes up for.
+
+        Args:
+            weight: [d_out, d], float64.
+            bias: [d_out], float64.
+
+        Returns:
+            The weight, in the model's dtype or as rows of :func:`tardis_fx.runtime.packing.join`; the bias.
+        """
+        dtype = self.site.weights.w1.dtype
+        if self.fold_bits == 16:
+            return weight.to(dtype).contiguous(), bias.to(dtype)
+        quantised = quantise(weight, self.moments.gram, self.fold_bits)
+        bias = bias + (weight - quantised.weight.double()) @ self.moments.mean
+        return quantised.rows, bias.to(dtype)
+
+    def opened(self, stored: Tensor) -> Tensor:
+        """The folded weight that :meth:`stored` made, [d_out, d], float64."""
+        return rows_of(stored, self.fold_bits, self.w1.shape[1], torch.float64)
+
+
+class ResidualObserver:
+    """What the folded map and the corrections miss, and how often a correction is made."""
+
+    def __init__(self, draft: Draft) -> None:
+        """Starts at zero."""
+        self._draft = draft
+        self.residual = Residual(draft.w1.shape[1], draft.w2.shape[0])
+        self.outliers, self.tokens = 0, 0
+
+    def update(self, x: Tensor) -> None:
+        """Adds tokens, [tokens, d], float32."""
+        draft = self._draft
+        z_hat = draft.predictor(x)
+        outlier = draft.exact | draft.guarded & ((z_hat < draft.lower) | (z_hat > draft.upper))
+        activated, missing = self._beyond_surrogate(x @ draft.w1.T)
+        if draft.rows is None:
+            left = torch.where(outlier, 0, missing) @ draft.w2.T
+        else:
+            w1, w2t = draft.rows
+            corrected = torch.where(outlier, self._beyond_surrogate(w1(x))[1], 0)
+            left = missing @ draft.w2.T - corrected @ w2t.weight
+        output = activated @ draft.w2.T
+        self.residual.update(x, left, output if draft.b2 is None else output + draft.b2)
+        self.outliers += int(outlier.sum())
+        self.tokens += len(x)
+
+    def _beyond_surrogate(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Activations, and what of them the surrogates miss, of pre-activations [tokens, h] without their bias."""
+        draft = self._draft
+        if draft.b1 is not None:
+            z = z + draft.b1
+        activated = draft.activation.eager(z)
+        return activated, activated - draft.slope * z - draft.intercept
