@@ -2,7 +2,8 @@
 //
 // What is computed is specified by `correct` in reference.py; how the codes lie in memory, by packing.py. The time goes
 // into reading, once for all tokens, (a) the packed codes of every guarded neuron, (b) the rows of W1 and W2 of every
-// outlier, which may be codes, too, (c) the folded weight, where it is codes. The build (cpu.py) writes activations.inc: one `case <number>: return <expression of z>;` an activation.
+// outlier, which may be codes, too, (c) the folded weight, where it is codes. The build (cpu.py) writes
+// activations.inc: one `case <number>: return <expression of z>;` an activation.
 // Not to be compiled with -ffast-math: a NaN estimate must compare false, and infinite bounds are ordinary.
 
 #include <omp.h>
