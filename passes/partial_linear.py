@@ -112,7 +112,7 @@ class PartialLinear(Rewrite):
         for draft, surrogate, ranges in zip(drafts, surrogates, chosen, strict=True):
             draft.settle(surrogate, ranges, histograms[draft.site.fingerprint].edges)
         if not config.sequential:
-            what = f"residuals at {config.budget:.1%}, {drafts[0].fold_bits} and {drafts[0].row_bits} bits"
+            what = f"residuals at a budget of {config.budget}, {drafts[0].fold_bits} and {drafts[0].row_bits} bits"
             sites = [draft.site for draft in drafts]
             residuals = observation.run(lambda s: ResidualObserver(by_site[s.fingerprint]), sites, what)
             return [self._plan(draft, residuals[draft.site.fingerprint]) for draft in drafts]

@@ -106,7 +106,7 @@ class _Other:
 
     def __init__(self, gm: fx.GraphModule, options: Options) -> None:
         self._gm, self._options = copy(gm), options
-        self._forget = _forgetter() if options.on_change == "refit" or options.plan is None else None
+        self._forget = _forgetter() if options.observes else None
         self._variant: Callable[..., Any] | None = None
 
     def __call__(self, unknown: list[Unknown]) -> Callable[..., Any]:

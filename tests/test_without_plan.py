@@ -46,7 +46,7 @@ def test_the_original_runs_until_the_rewrite_is_swapped_in() -> None:
     assert stages[0] == "profiling: input moments, 256 of 1,024 tokens"
     assert [s.split(":")[1].split(",")[0].strip() for s in stages[::4]][1:] == [
         "hot ranges",
-        "residuals at 50.0%",
+        "residuals at a budget of 0.5",
         "check",
     ]
     report = explain(fast, None, x)
@@ -55,6 +55,21 @@ def test_the_original_runs_until_the_rewrite_is_swapped_in() -> None:
     assert not torch.equal(found, exact)
     error = (found - exact).norm() / (exact - x).norm()
     assert 0.2 * report.sites[0].error < error < 3 * report.sites[0].error
+
+
+@torch.no_grad()
+def test_a_target_error_is_searched_for_on_live_calls() -> None:
+    """Budgets that lie close to each other are runs of their own."""
+    model = Block(ffn())
+    fast = compiled(model, config=Config(target_error=0.15, prefill="rewritten", progress=False))
+    x = inputs(4, 16, seed=99)
+    calls = 0
+    while explain(fast, None, x).sites[0].status != "rewritten":
+        fast(inputs(256, 16, seed=calls))
+        calls += 1
+        assert calls <= (3 + 8) * TOKENS // 256, "more runs than the search may take"
+    assert explain(fast, None, x).sites[0].error < 0.2
+    assert not torch.equal(fast(x), model(x))
 
 
 @torch.no_grad()

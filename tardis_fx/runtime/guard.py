@@ -32,7 +32,7 @@ _address = Tensor.data_ptr
 
 @dataclass(frozen=True, eq=False)
 class Constants:
-    """One site's constants, shared by all graphs that have the same entry and weights."""
+    """One site's constants, shared by all graphs of the same entry and weights; holds the entry, whose id finds it."""
 
     entry: SitePlan
     tensors: dict[str, Tensor]
