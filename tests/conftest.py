@@ -1,14 +1,23 @@
 """Settings that every test shares."""
 
+from __future__ import annotations
+
+import copy
 import logging
 import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from hypothesis import settings
+
+if TYPE_CHECKING:
+    from builders.ffns import FFN
+
+    from tardis_fx import Plan
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 sys.path.insert(0, str(Path(__file__).parent))  # for `builders`: pytest's importlib mode adds nothing
@@ -45,3 +54,23 @@ def fresh_dynamo() -> Iterator[None]:
     yield
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
+
+
+@pytest.fixture(scope="module")
+def original() -> FFN:
+    from builders.ffns import ffn
+
+    return ffn()
+
+
+@pytest.fixture(scope="module")
+def plan(original: FFN) -> Plan:
+    from builders.ffns import planned
+
+    return planned(original)
+
+
+@pytest.fixture
+def model(original: FFN) -> FFN:
+    """A copy: the same weights elsewhere in memory."""
+    return copy.deepcopy(original)

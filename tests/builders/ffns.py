@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from tardis_fx import Config, Plan, calibrate
 from tardis_fx.fingerprint import fingerprint
 from tardis_fx.graph.site import SiteWeights
+from tardis_fx.passes.base import rewrite_named
 from tardis_fx.passes.partial_linear import PartialLinear
 from tardis_fx.plan import SitePlan
 from tardis_fx.runtime.packing import group_count, pack, packed_bytes
@@ -280,3 +281,12 @@ def classes(draw: st.DrawFn, hidden: int) -> tuple[list[int], list[int]]:
     order = draw(st.permutations(range(hidden)))
     first, second = sorted((draw(st.integers(0, hidden)), draw(st.integers(0, hidden))))
     return order[:first], order[first:second]
+
+
+def expected(model: FFN, plan: Plan, x: Tensor) -> Tensor:
+    """What the eager specification makes of a model that is one FFN."""
+    weights = SiteWeights(*(parameter.detach() for parameter in model.parameters()))
+    entry = plan.sites[0]
+    rewrite = rewrite_named(str(entry.method))
+    with torch.no_grad():
+        return rewrite.forward(x, rewrite.constants(entry, weights), entry)

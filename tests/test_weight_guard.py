@@ -1,0 +1,261 @@
+"""Constants by the weights of each call: one graph for several modules, and weights that change."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from builders.compiled import compiled
+from builders.ffns import FFN, Block, expected, ffn, inputs, planned
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tardis_fx import (
+    Plan,
+    PlanMismatchError,
+    StaleWeightError,
+)
+from tardis_fx.runtime.guard import GuardedGraph
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+FEW, MANY = inputs(4, 16, seed=7), inputs(40, 16, seed=8)
+
+
+# ---- One graph, several modules
+
+
+@torch.no_grad()
+def test_blocks_that_share_one_graph_use_their_own_constants() -> None:
+    blocks = [Block(ffn(seed=seed)) for seed in range(4)]
+    whole = nn.Sequential(*blocks).eval()
+    plan = planned(whole)
+    compilations: list[int] = []
+
+    def counting(gm: torch.fx.GraphModule, _: list[Tensor]) -> Callable[..., Any]:
+        compilations.append(1)
+        return gm.forward
+
+    torch._dynamo.register_backend(counting, name="counting")  # type: ignore[no-untyped-call]
+    for i, block in enumerate(blocks):
+        block.compile(backend="tardis", options={"plan": plan, "inner": "counting"})
+        norm = block.norm(FEW)
+        one = Plan((plan.sites[i],), plan.config)
+        for _ in range(2):
+            torch.testing.assert_close(block(FEW), FEW + expected(block.ffn, one, norm))
+    assert len(compilations) == 1, "not one graph: the test tests nothing"
+
+
+@torch.no_grad()
+def test_two_models_of_equal_weights_share_a_plan(original: FFN, plan: Plan) -> None:
+    for model in (original, copy.deepcopy(original), Block(copy.deepcopy(original)).ffn):
+        torch.testing.assert_close(compiled(model, plan)(FEW), expected(original, plan, FEW))
+
+
+# ---- Weights that change
+
+
+def _load(model: FFN, *, assign: bool) -> None:
+    model.load_state_dict({name: 2 * value for name, value in model.state_dict().items()}, assign=assign)
+
+
+CHANGES: dict[str, Callable[[FFN], Any]] = {
+    "up weight in place": lambda m: m.up.weight.mul_(2),
+    "up bias in place": lambda m: m.up.bias.add_(1),
+    "down weight in place": lambda m: m.down.weight.mul_(2),
+    "down bias in place": lambda m: m.down.bias.add_(1),
+    "one element": lambda m: m.up.weight[3, 4].add_(1e-3),
+    "a view": lambda m: m.up.weight.view(-1)[5:].mul_(2),
+    "load_state_dict": lambda m: _load(m, assign=False),
+    "load_state_dict, assigned": lambda m: _load(m, assign=True),
+    "data replaced": lambda m: setattr(m.up.weight, "data", 2 * m.up.weight.data),
+    "bias data replaced": lambda m: setattr(m.down.bias, "data", 2 * m.down.bias.data),
+    "parameter replaced": lambda m: setattr(m.up, "weight", nn.Parameter(2 * m.up.weight)),
+    "module replaced": lambda m: m.__setitem__(0, ffn(seed=5)[0]),
+    "an optimiser's step": lambda m: _train(m),
+}
+
+
+def _train(model: FFN) -> None:
+    with torch.enable_grad():
+        optimiser = torch.optim.SGD(model.parameters(), 0.1)
+        F.mse_loss(model(FEW), FEW).backward()
+    optimiser.step()
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@torch.no_grad()
+def test_a_changed_weight_raises_and_never_answers(change: str, model: FFN, plan: Plan) -> None:
+    fast = compiled(model, plan)
+    fast(FEW)
+    CHANGES[change](model)
+    for _ in range(3):
+        with pytest.raises(StaleWeightError, match="changed since calibration"):
+            fast(FEW)
+
+
+@pytest.mark.parametrize("change", [name for name in CHANGES if "module" not in name])
+@torch.no_grad()
+def test_weights_put_back_work_again(change: str, model: FFN, plan: Plan) -> None:
+    fast, kept = compiled(model, plan), {name: value.clone() for name, value in model.state_dict().items()}
+    before = fast(FEW)
+    CHANGES[change](model)
+    with pytest.raises(StaleWeightError):
+        fast(FEW)
+    model.load_state_dict(kept)
+    for _ in range(2):
+        assert torch.equal(fast(FEW), before)
+
+
+@torch.no_grad()
+def test_weights_changed_before_compiling_are_refused(model: FFN, plan: Plan) -> None:
+    model.up.weight[0, 0] += 1
+    with pytest.raises(PlanMismatchError, match="changed since calibration"):
+        compiled(model, plan)(FEW)
+
+
+@torch.no_grad()
+def test_one_weight_of_several_changed_before_a_recompilation_is_refused() -> None:
+    model = nn.Sequential(Block(ffn()), Block(ffn(seed=1))).eval()
+    fast = compiled(model, planned(model))
+    with torch.inference_mode():
+        fast(FEW)
+    model[1].ffn.up.weight[0, 0] += 1
+    with pytest.raises(StaleWeightError, match=r"1\.ffn: its weights changed since calibration"):
+        fast(FEW)
+
+
+@torch.no_grad()
+def test_weights_of_another_site_of_the_plan_are_served_with_its_constants(plan: Plan) -> None:
+    """Swapping two sites' weights is a change that the plan covers."""
+    first, second = ffn(seed=1), ffn(seed=2)
+    plan = planned(nn.Sequential(Block(first), Block(second)).eval())
+    fast = compiled(first, plan)
+    fast(FEW)
+    first.load_state_dict(second.state_dict())
+    torch.testing.assert_close(fast(FEW), expected(second, Plan(plan.sites[1:], plan.config), FEW))
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@torch.no_grad()
+def test_on_change_original_runs_the_changed_model(change: str, model: FFN, plan: Plan) -> None:
+    fast = compiled(model, plan, on_change="original")
+    rewritten = fast(FEW)
+    CHANGES[change](model)
+    for _ in range(2):
+        torch.testing.assert_close(fast(FEW), model(FEW))
+    assert not torch.equal(rewritten, model(FEW))
+
+
+@torch.no_grad()
+def test_on_change_original_leaves_the_other_sites_rewritten() -> None:
+    model = nn.Sequential(Block(ffn()), Block(ffn(seed=1))).eval()
+    plan = planned(model)
+    fast = compiled(model, plan, on_change="original")
+    fast(FEW)
+    model[0].ffn.up.weight.mul_(2)
+    first = model[0](FEW)
+    own = Plan((plan.sites[1],), plan.config)
+    torch.testing.assert_close(fast(FEW), first + expected(model[1].ffn, own, model[1].norm(first)))
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@torch.no_grad()
+def test_on_change_refit_observes_the_changed_model_and_fits_it(change: str, model: FFN, plan: Plan) -> None:
+    fast = compiled(model, plan, on_change="refit", profile_tokens=512)
+    stale = fast(FEW)
+    CHANGES[change](model)
+    for i in range(8):  # four runs of two calls
+        x = inputs(256, 16, seed=i)
+        torch.testing.assert_close(fast(x), model(x))
+    found, exact = fast(FEW), model(FEW)
+    assert not torch.equal(found, exact)
+    assert (found - exact).norm() < 0.5 * exact.norm() < 5 * (stale - exact).norm()
+
+
+@torch.no_grad()
+def test_another_instance_in_the_same_graph_runs_its_original(caplog: pytest.LogCaptureFixture) -> None:
+    first, second, third = (Block(ffn(seed=seed)) for seed in range(3))
+    plan = planned(nn.Sequential(first, second).eval())
+    for block in (first, second, third):
+        block.compile(backend="tardis", options={"plan": plan, "inner": "eager"})
+    exact = [block.forward(FEW) for block in (first, second, third)]
+    for _ in range(2):
+        assert not torch.equal(first(FEW), exact[0])
+        torch.testing.assert_close(third(FEW), exact[2])
+        assert not torch.equal(second(FEW), exact[1])
+    assert "the plan has no entry for the weights" in caplog.text
+    third.ffn.up.weight.mul_(2)
+    with pytest.raises(StaleWeightError):
+        third(FEW)
+
+
+@torch.no_grad()
+def test_another_instance_is_an_error_where_strict() -> None:
+    first, second = Block(ffn()), Block(ffn(seed=1))
+    plan = planned(first)
+    for block in (first, second):
+        block.compile(backend="tardis", options={"plan": plan, "inner": "eager", "strict": True})
+    first(FEW)
+    with pytest.raises(PlanMismatchError, match="strict"):
+        second(FEW)
+
+
+@torch.no_grad()
+def test_instances_that_the_plan_treats_differently_share_a_graph() -> None:
+    """A refused entry's instance runs its original whichever came first, and the other keeps its rewrite."""
+    for order in (0, 1), (1, 0):
+        blocks = [Block(ffn(seed=seed)) for seed in range(2)]
+        plan = planned(nn.Sequential(*blocks).eval())
+        refused = replace(plan.sites[1], method=None, reason="for a test")
+        plan = Plan((plan.sites[0], refused), plan.config)
+        for block in blocks:
+            block.compile(backend="tardis", options={"plan": plan, "inner": "eager"})
+        for i in (*order, *order):
+            assert torch.equal(blocks[i](FEW), blocks[i].forward(FEW)) == (i == 1 or order[0] == 1)
+
+
+@torch.no_grad()
+def test_many_tokens_under_original_prefill_follow_the_weights(model: FFN, plan: Plan) -> None:
+    """The original subgraph holds no constants, so a changed weight is served, exact."""
+    fast = compiled(model, plan, prefill="original")
+    fast(MANY)
+    model.up.weight.mul_(2)
+    torch.testing.assert_close(fast(MANY), model(MANY))
+
+
+# ---- The guard itself
+
+
+@torch.no_grad()
+def test_the_guard_looks_at_every_call(model: FFN, plan: Plan) -> None:
+    """The compiled graph is called through its guard, not beside it."""
+    graphs: list[Any] = []
+
+    class Recorded(GuardedGraph):
+        def __call__(self, *args: Any) -> Any:
+            graphs.append(self)
+            return super().__call__(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tardis_fx.backend.GuardedGraph", Recorded)
+        fast = compiled(model, plan)
+        for _ in range(3):
+            fast(FEW)
+    assert len(graphs) == 3
+
+
+@torch.no_grad()
+def test_weights_that_did_not_change_are_not_read_again(
+    model: FFN, plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fast, reads = compiled(model, plan), []
+    fast(FEW)
+    monkeypatch.setattr("tardis_fx.passes.pipeline.fingerprint", lambda weights: reads.append(weights))
+    for _ in range(3):
+        fast(FEW)
+    assert reads == []
