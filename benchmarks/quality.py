@@ -2,8 +2,10 @@
 
 python benchmarks/quality.py                        the methods at several budgets
 python benchmarks/quality.py allocation=per_site    a field of tardis_fx.Config changed, beside the default
+python benchmarks/quality.py bfloat16 ...           the model cast to bfloat16, losses in float32
 
-Every token takes fold and correction. "touched" is counted while the text runs, the plan's own figure beside it.
+Every token takes fold and correction. "touched" is counted on the first quarter of the text,
+the plan's own figure beside it.
 """
 
 from __future__ import annotations
@@ -46,20 +48,22 @@ def configs(changes: list[str]) -> dict[str, Config]:
 def main() -> None:
     """Measures and prints a table as Markdown."""
     demo = load()
+    changes = [argument for argument in sys.argv[1:] if argument != "bfloat16"]
+    if len(changes) < len(sys.argv[1:]):
+        demo.model.bfloat16()
     text = demo.windows("test", WINDOWS)
-    started = time.perf_counter()
     observation = BatchObservation(demo.model, demo.windows("calibration", WINDOWS).split(8), progress=False)
-    dense = measure.logits(demo.model, text)
+    dense = measure.logits(demo.model, text).float()
     base = measure.quality(dense, dense, text).perplexity
     print(f"dense perplexity {base:.3f}; {text.numel():,} held-out tokens\n")
     print("| plan | perplexity | rise | agreement | touched | plan says | fitted in |\n|---|---|---|---|---|---|---|")
-    for label, config in configs(sys.argv[1:]).items():
+    for label, config in configs(changes).items():
         started = time.perf_counter()
         plan = plan_for(observation, config)
         fitted = time.perf_counter() - started
         torch.compiler.reset()
         options: dict[str, Any] = {"plan": plan, "prefill": "rewritten", "inner": "eager"}
-        found = measure.logits(torch.compile(demo.model, backend="tardis", options=options), text)
+        found = measure.logits(torch.compile(demo.model, backend="tardis", options=options), text).float()
         with count_touched() as touched:
             measure.logits(torch.compile(demo.model, backend="tardis", options=options), text[:16])
         quality = measure.quality(found, dense, text)
