@@ -1,12 +1,14 @@
 """Trains the demo's language model: a small GPT-2 on the source of the running Python's standard library.
 
     python examples/train_demo.py --minutes 60 --out tardis_fx/demo/model
+    python examples/train_demo.py --minutes 60 --architecture opt --out models/relu
+    python examples/train_demo.py --minutes 60 --width 512 --layers 4 --out models/wide
 
-Architecture: transformers' GPT2LMHeadModel, 6 layers, d = 256, 8 heads, context 256, byte-level BPE of 4096 tokens,
-5.9M parameters. Data: the modules of the ``train`` split and their unit tests (``tardis_fx/demo/corpus.py``);
-the ``test`` split is never read, the ``calibration`` split is read for the loss printed on the way.
-AdamW, one cosine cycle over the wall-clock time given, bfloat16 autocast, seed 0. What the run that made the
-packaged checkpoint took and reached is written in ``model/config.json`` under ``training``.
+Architecture: transformers' GPT2LMHeadModel (GELU) or OPTForCausalLM (ReLU), 8 heads, context 256, byte-level BPE of
+4096 tokens; the demo's model has 6 layers, d = 256, 5.9M parameters. Data: the modules of the ``train`` split and their
+unit tests (``tardis_fx/demo/corpus.py``); the ``test`` split is never read, the ``calibration`` split is read for the
+loss printed on the way. AdamW, one cosine cycle over the wall-clock time given, bfloat16 autocast, seed 0. What a run
+took and reached is written in ``config.json`` under ``training``.
 """
 
 import argparse
@@ -19,7 +21,7 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, GPT2Config, OPTConfig, PreTrainedConfig, PreTrainedModel
 
 from tardis_fx.demo.corpus import modules
 
@@ -51,7 +53,7 @@ def batch(ids: torch.Tensor, size: int, generator: torch.Generator) -> torch.Ten
 
 
 @torch.no_grad()
-def evaluate(model: GPT2LMHeadModel, ids: torch.Tensor, windows: int = 32) -> float:
+def evaluate(model: PreTrainedModel, ids: torch.Tensor, windows: int = 32) -> float:
     """Mean loss per token, in nats, over windows spread evenly over the text."""
     model.eval()
     starts = torch.linspace(0, len(ids) - CONTEXT - 1, windows).long()
@@ -60,7 +62,7 @@ def evaluate(model: GPT2LMHeadModel, ids: torch.Tensor, windows: int = 32) -> fl
     return sum(losses) / len(losses)
 
 
-def save(folder: Path, model: GPT2LMHeadModel, tokenizer: Tokenizer, run: dict[str, float]) -> None:
+def save(folder: Path, model: PreTrainedModel, tokenizer: Tokenizer, run: dict[str, float]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     state = {
         k: v.to(torch.bfloat16).contiguous() for k, v in model.state_dict().items() if k != "lm_head.weight"
@@ -72,10 +74,26 @@ def save(folder: Path, model: GPT2LMHeadModel, tokenizer: Tokenizer, run: dict[s
     )
 
 
+def config_of(architecture: str, width: int, layers: int) -> PreTrainedConfig:
+    if architecture == "opt":
+        return OPTConfig(
+            vocab_size=4096, max_position_embeddings=CONTEXT, hidden_size=width, ffn_dim=4 * width,
+            num_hidden_layers=layers, num_attention_heads=8, word_embed_proj_dim=width, activation_function="relu",
+            dropout=0.0, attention_dropout=0.0, bos_token_id=0, eos_token_id=0, pad_token_id=None,
+        )  # fmt: skip
+    return GPT2Config(
+        vocab_size=4096, n_positions=CONTEXT, n_embd=width, n_layer=layers, n_head=8,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--out", type=Path, default=Path("tardis_fx/demo/model"))
+    parser.add_argument("--architecture", choices=("gpt2", "opt"), default="gpt2")
+    parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--batch-tokens", type=int, default=4096)
     parser.add_argument("--learning-rate", type=float, default=1.5e-3)
     arguments = parser.parse_args()
@@ -87,11 +105,7 @@ def main() -> None:
     train, held_out = encode(tokenizer, texts), encode(tokenizer, [text for _, text in modules("calibration")])
     print(f"{len(train):,} training tokens, {len(held_out):,} held-out tokens")
 
-    config = GPT2Config(
-        vocab_size=4096, n_positions=CONTEXT, n_embd=256, n_layer=6, n_head=8,
-        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0,
-    )  # fmt: skip
-    model = GPT2LMHeadModel(config)
+    model = AutoModelForCausalLM.from_config(config_of(arguments.architecture, arguments.width, arguments.layers))
     decayed = [p for p in model.parameters() if p.dim() > 1]
     others = [p for p in model.parameters() if p.dim() <= 1]
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]

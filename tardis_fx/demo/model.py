@@ -26,7 +26,7 @@ class DemoModel:
     """Model and tokenizer.
 
     Attributes:
-        model: GPT2LMHeadModel, float32, in eval mode, without gradients.
+        model: transformers' language model (GPT2LMHeadModel in the package), float32, in eval mode, without gradients.
         tokenizer: of the ``tokenizers`` library.
         context: longest sequence, in tokens.
         training: what the run that made the checkpoint took and reached.
@@ -53,7 +53,7 @@ def load(folder: Path = FOLDER) -> DemoModel:
     """
     try:
         from tokenizers import Tokenizer
-        from transformers import GPT2Config, GPT2LMHeadModel
+        from transformers import AutoConfig, AutoModelForCausalLM
     except ImportError as error:
         raise DemoError(f"the demo needs {error.name}: pip install 'tardis-fx[demo]'") from error
     logging.getLogger("transformers").setLevel(logging.ERROR)
@@ -64,7 +64,8 @@ def load(folder: Path = FOLDER) -> DemoModel:
     except (OSError, ValueError) as error:
         raise DemoError(f"no demo checkpoint in {folder}: {error}") from error
     training = settings.pop("training")
-    model = GPT2LMHeadModel(GPT2Config.from_dict(settings)).eval().requires_grad_(False)
+    config = AutoConfig.for_model(**settings)
+    model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
     model.load_state_dict({name: tensor.float() for name, tensor in weights.items()}, strict=False)
     model.tie_weights()
-    return DemoModel(model, tokenizer, int(settings["n_positions"]), training)
+    return DemoModel(model, tokenizer, config.max_position_embeddings, training)
