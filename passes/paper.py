@@ -28,6 +28,7 @@ class Paper(PartialLinear):
 
     name: ClassVar[str] = "paper"
     regressed: ClassVar[bool] = False
+    widths: ClassVar[tuple[tuple[int, int], ...]] = ((16, 16),)
 
     def floor(self, draft: Draft) -> int:
         """The fold and a predictor for every neuron."""

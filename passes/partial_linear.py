@@ -22,11 +22,12 @@ from torch.nn import functional as F  # noqa: N812
 from tqdm import tqdm
 
 from tardis_fx.calibration.budget import allocate
-from tardis_fx.calibration.draft import Draft, ResidualObserver
+from tardis_fx.calibration.draft import Draft, ResidualObserver, Several
 from tardis_fx.calibration.observe import BatchObservation
 from tardis_fx.calibration.profile import Histogram, Moments
 from tardis_fx.calibration.ranges import Ranges, SiteRanges
 from tardis_fx.calibration.target import least_budget
+from tardis_fx.calibration.widths import Fitted, mix
 from tardis_fx.errors import CalibrationError
 from tardis_fx.passes.base import Rewrite
 from tardis_fx.plan import SitePlan
@@ -43,16 +44,14 @@ if TYPE_CHECKING:
 _PER_NEURON = ("neurons", "codes", "scale", "zero", "lower", "upper", "slope", "intercept")
 
 
-#: Bits of fold and rows that are tried where none are given.
-_WIDTHS = ((4, 3), (4, 4), (8, 8))
-
-
 class PartialLinear(Rewrite):
     """The main rewrite; see the module's docstring for its rules."""
 
     name: ClassVar[str] = "partial_linear"
     #: Whether the folded map is regressed on what fold and correction miss.
     regressed: ClassVar[bool] = True
+    #: Bits of fold and rows that are tried where none are given.
+    widths: ClassVar[tuple[tuple[int, int], ...]] = ((3, 3), (4, 4), (8, 8), (16, 16))
 
     def refuse(self, site: Site) -> str | None:
         """Gated sites and sites without an activation are refused."""
@@ -63,47 +62,62 @@ class PartialLinear(Rewrite):
         return None
 
     def fit(self, observation: Observation, sites: Sequence[ObservedSite], config: Config) -> list[SitePlan]:
-        """Three runs over the batches: moments, histograms of the predictor's estimates, residuals.
+        """Three runs over the batches: moments, histograms of the predictor's estimates, residuals at every width.
 
-        The first two depend neither on the budget nor on the bits of fold and rows, and are done once for one
-        observation.
+        The first two do not depend on the budget, and are done once for one observation.
         """
         drafts = self._drafts(observation, sites, config)
         histograms = self._histograms(observation, drafts, config)
-        found: list[list[SitePlan]] = []
-        refusals: list[CalibrationError] = []
-        for widths in _widths(config):
-            for draft in drafts:
-                draft.fold_bits, draft.row_bits = widths
-            try:
-                found.append(self._fit_at(observation, drafts, histograms, config))
-            except CalibrationError as error:  # out of this budget's reach
-                refusals.append(error)
-        if not found:
-            raise refusals[0]
-        return min(found, key=_error if config.target_error is None else _touched)
-
-    def _fit_at(
-        self, observation: Observation, drafts: Sequence[Draft], histograms: Mapping[str, Histogram], config: Config
-    ) -> list[SitePlan]:
-        """Fits all sites at the widths of the drafts, to the config's budget or target."""
         if config.target_error is None:
             return self._fit_within(observation, drafts, histograms, config)
         tried: dict[float, list[SitePlan]] = {}
 
         def error(budget: float) -> float:
             tried[budget] = self._fit_within(observation, drafts, histograms, replace(config, budget=budget))
-            return _error(tried[budget])
+            return math.sqrt(sum(plan.error**2 for plan in tried[budget]) / len(drafts))
 
-        floor = sum(self.floor(draft) for draft in drafts) / sum(draft.site.weights.bytes for draft in drafts)
-        return tried[least_budget(error, floor, config.target_error)]
+        widths = self._widths(config)
+        floor = sum(min(self.floor(draft.at(*w)) for w in widths) for draft in drafts)
+        return tried[
+            least_budget(error, floor / sum(draft.site.weights.bytes for draft in drafts), config.target_error)
+        ]
 
     def _fit_within(
         self, observation: Observation, drafts: Sequence[Draft], histograms: Mapping[str, Histogram], config: Config
     ) -> list[SitePlan]:
-        """Fits all sites at the config's budget."""
-        by_site = {draft.site.fingerprint: draft for draft in drafts}
-        surrogates = [SiteRanges(histograms[d.site.fingerprint], d.w2.norm(dim=0), d.costs) for d in drafts]
+        """Fits all sites at the config's budget, at every width, and takes of each site what is best for all."""
+        settled: list[list[Draft]] = []
+        refusals: list[CalibrationError] = []
+        for widths in self._widths(config):
+            try:
+                settled.append(self._settled([draft.at(*widths) for draft in drafts], histograms, config))
+            except CalibrationError as error:  # out of this budget's reach
+                refusals.append(error)
+        if not settled:
+            raise refusals[0]
+        by_site = {site[0].site.fingerprint: site for site in zip(*settled, strict=True)}
+        if not config.sequential or len(settled) > 1:
+            what = f"residuals at a budget of {config.budget}"
+            sites = [draft.site for draft in drafts]
+            found = observation.run(
+                lambda s: Several([ResidualObserver(draft) for draft in by_site[s.fingerprint]]), sites, what
+            )
+            fitted = [
+                [self._fitted(d, o) for d, o in zip(by_site[key], found[key].observers, strict=True)] for key in by_site
+            ]
+            chosen = mix(fitted) if config.allocation == "joint" else [min(f, key=lambda c: c.missed) for f in fitted]
+            if not config.sequential:
+                return [choice.plan for choice in chosen]
+            by_site = {choice.draft.site.fingerprint: (choice.draft,) for choice in chosen}
+        assert isinstance(observation, BatchObservation)  # Options refuses it elsewhere
+        try:
+            return [self._fit_next(observation, draft) for (draft,) in by_site.values()]
+        finally:
+            observation.restore()
+
+    def _settled(self, drafts: list[Draft], histograms: Mapping[str, Histogram], config: Config) -> list[Draft]:
+        """Chooses ranges, classes and surrogates at the widths of the drafts."""
+        surrogates = [self.ranges(draft, histograms[draft.site.fingerprint]) for draft in drafts]
         allowed = [config.budget * draft.site.weights.bytes for draft in drafts]
         if config.allocation == "joint":
             chosen = self.choose(surrogates, sum(allowed))
@@ -111,22 +125,17 @@ class PartialLinear(Rewrite):
             chosen = [self.choose([s], a)[0] for s, a in zip(surrogates, allowed, strict=True)]
         for draft, surrogate, ranges in zip(drafts, surrogates, chosen, strict=True):
             draft.settle(surrogate, ranges, histograms[draft.site.fingerprint].edges)
-        if not config.sequential:
-            what = f"residuals at a budget of {config.budget}, {drafts[0].fold_bits} and {drafts[0].row_bits} bits"
-            sites = [draft.site for draft in drafts]
-            residuals = observation.run(lambda s: ResidualObserver(by_site[s.fingerprint]), sites, what)
-            return [self._plan(draft, residuals[draft.site.fingerprint]) for draft in drafts]
-        assert isinstance(observation, BatchObservation)  # Options refuses it elsewhere
-        try:
-            return [self._fit_next(observation, draft) for draft in drafts]
-        finally:
-            observation.restore()
+        return drafts
+
+    def _widths(self, config: Config) -> list[tuple[int, int]]:
+        """Bits of fold and rows to be tried."""
+        return sorted({(config.fold_bits or fold, config.row_bits or rows) for fold, rows in self.widths})
 
     def _fit_next(self, observation: BatchObservation, draft: Draft) -> SitePlan:
         """Fits one site and rewrites it for all runs to come."""
         site = draft.site
         observers = observation.run(lambda _: ResidualObserver(draft), [site], f"residual of {site.site.name}")
-        plan = self._plan(draft, observers[site.fingerprint])
+        plan = self._fitted(draft, observers[site.fingerprint]).plan
         constants = self.constants(plan, site.weights)
         observation.replace(site, lambda x: self.forward(x, constants, plan))
         return plan
@@ -153,11 +162,15 @@ class PartialLinear(Rewrite):
         """Bytes that a site reads at the least."""
         return draft.costs.fold
 
+    def ranges(self, draft: Draft, histogram: Histogram) -> SiteRanges:
+        """What a site's hot ranges are chosen from; an error counts as the norm of its W2 column."""
+        return SiteRanges(histogram, draft.w2.norm(dim=0), draft.costs)
+
     def choose(self, sites: Sequence[SiteRanges], allowed: float) -> list[Ranges]:
         """Ranges of all sites within ``allowed`` bytes per token; fits the surrogates to them."""
         return allocate(sites, allowed)
 
-    def _plan(self, draft: Draft, observer: ResidualObserver) -> SitePlan:
+    def _fitted(self, draft: Draft, observer: ResidualObserver) -> Fitted:
         weights, site = draft.site.weights, draft.site
         of_surrogates, bias = draft.fold()
         fitted = observer.residual.solve()
@@ -185,9 +198,8 @@ class PartialLinear(Rewrite):
         )
         own = {p.data_ptr() for p in site.parameters}
         extra = [c for c in self.constants(plan, weights).values() if c.data_ptr() not in own]
-        return SitePlan(
-            **vars(plan) | {"stored_bytes": weights.bytes + sum(c.numel() * c.element_size() for c in extra)}
-        )
+        plan = replace(plan, stored_bytes=weights.bytes + sum(c.numel() * c.element_size() for c in extra))
+        return Fitted(draft, plan, error**2 * observer.residual.energy)
 
     def constants(self, plan: SitePlan, weights: SiteWeights) -> dict[str, Tensor]:
         """The plan's tensors padded to the hidden size, and the weights by neuron: a copy where stored otherwise."""
@@ -225,17 +237,3 @@ class PartialLinear(Rewrite):
             fold, settings["fold_bits"], settings["row_bits"],
         )  # fmt: skip
         return corrected
-
-
-def _widths(config: Config) -> list[tuple[int, int]]:
-    """Bits of fold and rows to be tried."""
-    return sorted({(config.fold_bits or fold, config.row_bits or rows) for fold, rows in _WIDTHS})
-
-
-def _error(plans: Sequence[SitePlan]) -> float:
-    """Root mean square of the sites' errors."""
-    return math.sqrt(sum(plan.error**2 for plan in plans) / len(plans))
-
-
-def _touched(plans: Sequence[SitePlan]) -> float:
-    return sum(plan.touched_bytes for plan in plans)

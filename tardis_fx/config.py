@@ -26,8 +26,9 @@ class Config:
         prefill: ``"original"`` sends steps of more than 8 tokens through the original subgraph, exact;
             ``"rewritten"`` sends every token through fold and correction (encoders, and every measurement of quality).
         predictor_bits: 2, 3, 4 or 8 bits a weight in the predictor.
-        fold_bits: 4 or 8 bits a weight in the folded matrix; 16 is the model's own dtype; None takes what errs least.
-        row_bits: 3, 4 or 8 bits a weight in the rows that corrections read; 16 is the original weights; None likewise.
+        fold_bits: 3, 4 or 8 bits a weight in the folded matrix, 16 for the model's own dtype; None chooses
+            site by site, for the least error of all sites (``paper``: 16).
+        row_bits: 3, 4 or 8 bits a weight in the rows that corrections read, 16 for the original weights; None likewise.
         sequential: fit the sites in order, each on the inputs that the rewritten sites before it give.
         progress: show progress bars.
 
@@ -41,8 +42,8 @@ class Config:
     method: str = "partial_linear"
     prefill: Prefill = "original"
     predictor_bits: int = 2
-    fold_bits: int | None = 16
-    row_bits: int | None = 16
+    fold_bits: int | None = None
+    row_bits: int | None = None
     sequential: bool = False
     progress: bool = True
 
@@ -64,7 +65,7 @@ class Config:
             raise ConfigError(f"method must be the name of a rewrite, not {self.method!r}")
         _one_of("prefill", self.prefill, ("original", "rewritten"))
         _one_of("predictor_bits", self.predictor_bits, (2, 3, 4, 8))
-        _one_of("fold_bits", self.fold_bits, (4, 8, 16, None))
+        _one_of("fold_bits", self.fold_bits, (3, 4, 8, 16, None))
         _one_of("row_bits", self.row_bits, (3, 4, 8, 16, None))
         for name in ("sequential", "progress"):
             if not isinstance(getattr(self, name), bool):

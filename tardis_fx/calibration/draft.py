@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
@@ -14,6 +15,7 @@ from tardis_fx.calibration.profile import Histogram, Moments
 from tardis_fx.calibration.ranges import Costs, Ranges, SiteRanges
 from tardis_fx.calibration.regression import Residual
 from tardis_fx.graph.activations import ACTIVATIONS
+from tardis_fx.runtime.packing import low_bits
 from tardis_fx.runtime.reference import rows_of
 
 if TYPE_CHECKING:
@@ -28,7 +30,7 @@ class Draft:
         site: the site.
         moments: of its inputs.
         bits: of the predictor.
-        fold_bits: of the folded weight, 16 for the model's own dtype; may be changed from fit to fit.
+        fold_bits: of the folded weight, 16 for the model's own dtype.
         row_bits: of the rows that corrections read; likewise.
     """
 
@@ -48,7 +50,14 @@ class Draft:
         self.b1, self.b2 = real(weights.b1), real(weights.b2)
         self.activation = ACTIVATIONS[str(self.site.site.activation)]
         self.predictor: Quantised = quantise(self.w1, self.moments.gram, self.bits)
-        self._rows = cache(self._quantised_rows)
+        self._low = cache(lambda bits: quantise(self.w1 - self.predictor.weight, self.moments.gram, bits))
+        self._columns = cache(lambda bits: quantise(self.w2.T, torch.eye(len(self.w2)), bits))
+
+    def at(self, fold_bits: int, row_bits: int) -> Draft:
+        """The same draft at other widths, nothing settled; what is costly is shared."""
+        other = copy.copy(self)
+        other.fold_bits, other.row_bits = fold_bits, row_bits
+        return other
 
     @property
     def costs(self) -> Costs:
@@ -58,11 +67,10 @@ class Draft:
 
     @property
     def rows(self) -> tuple[Quantised, Quantised] | None:
-        """W1 and W2 transposed as corrections read them; None where they read the original weights."""
-        return None if self.row_bits == 16 else self._rows(self.row_bits)
-
-    def _quantised_rows(self, bits: int) -> tuple[Quantised, Quantised]:
-        return quantise(self.w1, self.moments.gram, bits), quantise(self.w2.T, torch.eye(len(self.w2)), bits)
+        """What corrections read of W1, beside the predictor, and of W2 transposed; None for the original weights."""
+        if self.row_bits == 16:
+            return None
+        return self._low(low_bits(self.bits, self.row_bits)), self._columns(self.row_bits)
 
     def histogram(self) -> Histogram:
         """An empty histogram of the predictor's estimates."""
@@ -86,10 +94,16 @@ class Draft:
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """The guard: guarded neurons first, then the exact ones; with quantised rows, those of the same neurons."""
+        """The guard: guarded neurons first, then the exact ones; with quantised rows, those of the same neurons.
+
+        There exact neurons are guarded ones that no estimate satisfies, for their rows are nested in the predictor's.
+        """
         guarded, exact = self.guarded.nonzero()[:, 0], self.exact.nonzero()[:, 0]
         neurons = torch.cat([guarded, exact])
-        rows = {} if self.rows is None else {"w1": self.rows[0].rows[neurons], "w2t": self.rows[1].rows[neurons]}
+        rows = {}
+        if self.rows is not None:
+            guarded = neurons
+            rows = {"w1": self.rows[0].rows[neurons], "w2t": self.rows[1].rows[neurons]}
         return rows | {
             "neurons": neurons.int(),
             "codes": self.predictor.codes[guarded],
@@ -149,7 +163,7 @@ class ResidualObserver:
             left = torch.where(outlier, 0, missing) @ draft.w2.T
         else:
             w1, w2t = draft.rows
-            corrected = torch.where(outlier, self._beyond_surrogate(w1(x))[1], 0)
+            corrected = torch.where(outlier, self._beyond_surrogate(z_hat + w1(x))[1], 0)
             left = missing @ draft.w2.T - corrected @ w2t.weight
         output = activated @ draft.w2.T
         self.residual.update(x, left, output if draft.b2 is None else output + draft.b2)
@@ -163,3 +177,16 @@ class ResidualObserver:
             z = z + draft.b1
         activated = draft.activation.eager(z)
         return activated, activated - draft.slope * z - draft.intercept
+
+
+class Several:
+    """Observers that share a site's inputs."""
+
+    def __init__(self, observers: list[ResidualObserver]) -> None:
+        """Takes the observers."""
+        self.observers = observers
+
+    def update(self, x: Tensor) -> None:
+        """Shows tokens, [tokens, d], to all."""
+        for observer in self.observers:
+            observer.update(x)

@@ -4,7 +4,7 @@ Everything follows from one price. With ``e`` the squared error that the surroga
 histogram (times ``‖W2[:, n]‖²``) and a price ``λ`` for a byte read, a neuron costs
 
     folded    Σ e                                        no predictor row, never corrected
-    exact     λ · tokens · row                           no predictor row, always corrected
+    exact     λ · tokens · row                           always corrected, and no predictor row where it is not read
     guarded   Σ_hot e + λ · (tokens · predictor + Σ_cold count · row)
 
 and takes the cheapest. Of a guarded neuron, the best hot range is the run of neighbouring bins with the least
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from tardis_fx.runtime.packing import row_bytes
+from tardis_fx.runtime.packing import low_bits, row_bytes
 
 if TYPE_CHECKING:
     from tardis_fx.calibration.profile import Histogram, Sums
@@ -29,11 +29,24 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Costs:
-    """Bytes read for one token: by the fold, by a guarded neuron's predictor row, by one correction."""
+    """Bytes read for one token.
+
+    Attributes:
+        fold: by the folded weight and bias.
+        predictor: by a predictor row.
+        row: by a correction.
+        nested: whether a correction needs the predictor row, too.
+    """
 
     fold: int
     predictor: int
     row: int
+    nested: bool = False
+
+    @property
+    def exact(self) -> int:
+        """By a neuron that is always corrected."""
+        return self.row + self.nested * self.predictor
 
     @classmethod
     def of(
@@ -47,18 +60,18 @@ class Costs:
             bits: of the predictor.
             size: bytes of a weight in the model's own dtype.
             fold_bits: of the folded weight; 16 is the model's own dtype.
-            row_bits: of the rows of W1 and columns of W2 that a correction reads; likewise.
+            row_bits: of the rows of W1 and columns of W2 that a correction reads; likewise. Below 16, a row of W1
+                is the predictor's and what the correction reads beside it.
             bias: whether the first projection has one.
         """
 
         def row(columns: int, width: int) -> int:
             return columns * size if width == 16 else row_bytes(columns, width)
 
-        return cls(
-            fold=(row(d, fold_bits) + size) * d_out,
-            predictor=row_bytes(d, bits) + 8,
-            row=row(d, row_bits) + row(d_out, row_bits) + bias * size + 12,
-        )
+        nested = row_bits < 16
+        predictor = row_bytes(d, bits) + 8
+        correction = row(d, low_bits(bits, row_bits) if nested else 16) + row(d_out, row_bits) + bias * size + 12
+        return cls((row(d, fold_bits) + size) * d_out, predictor, correction, nested)
 
 
 @dataclass(frozen=True)
@@ -108,14 +121,15 @@ class SiteRanges:
         bins = torch.arange(len(error))[:, None]
         hot = (bins >= start) & (bins < stop)
         folded_cost = error.sum(0)
-        exact_cost = torch.full_like(folded_cost, row * self._tokens)
+        exact_cost = torch.full_like(folded_cost, price * self.costs.exact * self._tokens)
         guarded_cost = (
             torch.where(hot, error, row * self.sums.count).sum(0) + price * self.costs.predictor * self._tokens
         )
         choice = torch.stack([folded_cost, exact_cost, guarded_cost]).argmin(0)
         hot = (hot | (choice == 0)) & (choice != 1)
         cold = torch.where(hot, 0, self.sums.count).sum().item() / self._tokens
-        touched = self.costs.fold + self.costs.predictor * int((choice == 2).sum()) + self.costs.row * cold
+        read = (choice == 2) | (choice == 1) & self.costs.nested
+        touched = self.costs.fold + self.costs.predictor * int(read.sum()) + self.costs.row * cold
         return Ranges(hot, choice == 2, choice == 1, touched)
 
 

@@ -49,6 +49,12 @@ class Residual:
         bias = fitted.total / count - mean @ weight
         return AffineMap(weight, bias)
 
+    @property
+    def energy(self) -> float:
+        """Mean square of the exact output, summed over its features, on the held-back tokens."""
+        held = self._held if self._held.inputs.tokens else self._fitted
+        return held.output_square / max(1, held.inputs.tokens)
+
     def error(self, weight: Tensor, bias: Tensor) -> float:
         """Root-mean-square error that a map leaves on the held-back tokens, relative to the output's.
 

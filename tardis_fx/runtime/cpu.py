@@ -25,6 +25,7 @@ from torch import Tensor
 
 from tardis_fx.graph.activations import ACTIVATIONS
 from tardis_fx.runtime import reference
+from tardis_fx.runtime.packing import low_bits
 
 logger = logging.getLogger("tardis_fx")
 
@@ -36,7 +37,7 @@ _SOURCE = Path(__file__).with_name("cpu_kernel.cpp")
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC")
 _ACTIVATIONS = {name: number for number, name in enumerate(ACTIVATIONS)}
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_CALL = struct.Struct("27q")  # of the kernel: sixteen pointers and eleven integers
+_CALL = struct.Struct("28q")  # of the kernel: sixteen pointers and twelve integers
 
 
 def correct(
@@ -85,7 +86,7 @@ def correct(
         activation: name in the registry.
         fold: [d_out, row bytes], uint8, or None.
         fold_bits: bits of a code of ``fold``.
-        row_bits: bits of a code of ``w1`` and ``w2t``; 16 where they are no codes.
+        row_bits: bits a weight of the rows; 16 where they are no codes.
 
     Returns:
         [..., d_out], of the dtype of ``folded``.
@@ -121,6 +122,7 @@ def correct(
         _ACTIVATIONS[activation],
         fold_bits,
         row_bits,
+        low_bits(bits, row_bits),
         _DTYPES[dtype],
         torch.get_num_threads(),
     )

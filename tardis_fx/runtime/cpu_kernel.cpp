@@ -2,7 +2,7 @@
 //
 // What is computed is specified by `correct` in reference.py; how the codes lie in memory, by packing.py. The time goes
 // into reading, once for all tokens, (a) the packed codes of every guarded neuron, (b) the rows of W1 and W2 of every
-// outlier, which may be codes, too, (c) the folded weight, where it is codes. The build (cpu.py) writes
+// outlier, which may be codes, too, those of W1 nested in (a), (c) the folded weight, where it is codes. The build (cpu.py) writes
 // activations.inc: one `case <number>: return <expression of z>;` an activation.
 // Not to be compiled with -ffast-math: a NaN estimate must compare false, and infinite bounds are ordinary.
 
@@ -179,7 +179,7 @@ void prefetch(const uint8_t* row, int64_t bytes) {
 
 // ---- The call.
 
-struct Call {  // cpu.py packs it: sixteen pointers and eleven integers
+struct Call {  // cpu.py packs it: sixteen pointers and twelve integers
   void* out;
   const void *folded, *x, *w1, *b1, *w2t;
   const int64_t* counts;
@@ -189,7 +189,7 @@ struct Call {  // cpu.py packs it: sixteen pointers and eleven integers
   const uint8_t* zero;
   const float *lower, *upper, *slope, *intercept;
   const uint8_t* fold;
-  int64_t tokens, d, d_out, w1_stride, w2t_stride, bits, activation, fold_bits, row_bits, dtype, threads;
+  int64_t tokens, d, d_out, w1_stride, w2t_stride, bits, activation, fold_bits, row_bits, low_bits, dtype, threads;
 };
 
 struct Outlier {
@@ -301,9 +301,10 @@ void estimate(const uint8_t* packed, const float* scale, const float* shift, con
   for (int t = 0; t < T; ++t) z_hat[t] = sum(total[t]);
 }
 
-// Lists the outliers among the guarded neurons from `begin` to `end`, returns the end of the list.
+// Lists the outliers among the guarded neurons from `begin` to `end`, returns the end of the list. Their estimates are
+// kept, [guarded, tokens].
 template <int BITS>
-Outlier* test(const Call& call, const Inputs& x, int64_t begin, int64_t end, Outlier* list) {
+Outlier* test(const Call& call, const Inputs& x, int64_t begin, int64_t end, Outlier* list, float* estimates) {
   const int64_t together = 1 + (GROUP - 1) / x.groups;  // neurons whose scales are converted at once
   std::vector<float> scales(together * x.groups), shifts(together * x.groups + LANES);
   for (int64_t row = begin; row < end; ++row) {
@@ -326,7 +327,9 @@ Outlier* test(const Call& call, const Inputs& x, int64_t begin, int64_t end, Out
     for (; t < call.tokens; ++t) estimate<BITS, 1>(packed, &scales[at], &shifts[at], x, t, z_hat + t);
     uint32_t tokens = 0;
     for (t = 0; t < call.tokens; ++t) tokens |= uint32_t(z_hat[t] < call.lower[row] || z_hat[t] > call.upper[row]) << t;
-    if (tokens) *list++ = {int32_t(row), tokens};
+    if (!tokens) continue;
+    *list++ = {int32_t(row), tokens};
+    std::copy_n(z_hat, call.tokens, estimates + row * call.tokens);
   }
   return list;
 }
@@ -373,27 +376,26 @@ float beyond_surrogate(const Call& call, int64_t position, float z) {
   return activate(z, call.activation) - (call.slope[position] * z + call.intercept[position]);
 }
 
-// Adds an outlier's exact terms, and asks for the rows of the neuron `next`, which comes after it.
+// What the low planes of a row of W1 add to the estimates, [tokens], of an outlier.
 template <int BITS>
-void add_coded(const Call& call, const Inputs& x, Outlier outlier, int64_t neuron, int64_t next, float b1,
-               float* sums) {
-  const int64_t groups = (call.d_out + GROUP - 1) / GROUP;
-  float *const scales = scratch<float, 9>(2 * (x.stride + groups)), *const shifts = scales + x.stride;
-  float *const out_scales = shifts + x.stride, *const out_shifts = out_scales + groups;
-  const uint8_t* const row = (const uint8_t*)call.w1 + neuron * call.w1_stride;
-  const uint8_t* column = (const uint8_t*)call.w2t + neuron * call.w2t_stride;
-  prefetch((const uint8_t*)call.w1 + next * call.w1_stride, x.groups * ROW_GROUP<BITS>);
-  prefetch((const uint8_t*)call.w2t + next * call.w2t_stride, groups * ROW_GROUP<BITS>);
+void refine(const Call& call, const Inputs& x, uint32_t tokens, const uint8_t* row, float* z) {
+  float *const scales = scratch<float, 9>(2 * x.stride), *const shifts = scales + x.stride;
   std::fill_n(shifts, x.stride, 0.0f);
   open<BITS>(row, x.groups, scales, shifts);
-  float residuals[16] = {};
   for (int64_t t = 0; t < call.tokens; ++t) {
-    if (!(outlier.tokens >> t & 1)) continue;
-    float z;
-    estimate<BITS, 1>(row, scales, shifts, x, t, &z);
-    residuals[t] = beyond_surrogate(call, outlier.position, z + b1);
+    if (!(tokens >> t & 1)) continue;
+    float low;
+    estimate<BITS, 1>(row, scales, shifts, x, t, &low);
+    z[t] += low;
   }
-  open<BITS>(column, groups, out_scales, out_shifts);
+}
+
+// Adds a column of W2 times the residuals, [tokens], of an outlier.
+template <int BITS>
+void add_column(const Call& call, uint32_t tokens, const uint8_t* column, const float* residuals, float* sums) {
+  const int64_t groups = (call.d_out + GROUP - 1) / GROUP;
+  float *const scales = scratch<float, 10>(2 * groups), *const shifts = scales + groups;
+  open<BITS>(column, groups, scales, shifts);
   for (int64_t g = 0; g < groups; ++g, column += BITS * GROUP / 8) {
     uint8_t codes[GROUP];
     for (int part = 0; part < GROUP / WIDTH; ++part) {
@@ -402,8 +404,8 @@ void add_coded(const Call& call, const Inputs& x, Outlier outlier, int64_t neuro
     }
     const int64_t size = std::min<int64_t>(GROUP, call.d_out - g * GROUP);
     for (int64_t t = 0; t < call.tokens; ++t) {
-      if (!(outlier.tokens >> t & 1)) continue;
-      const float factor = residuals[t] * out_scales[g], shift = residuals[t] * out_shifts[g];
+      if (!(tokens >> t & 1)) continue;
+      const float factor = residuals[t] * scales[g], shift = residuals[t] * shifts[g];
       float* const out = sums + t * call.d_out + g * GROUP;
       int64_t i = 0;
       for (; i + LANES <= size; i += LANES) put(load(out + i) + (factor * load(codes + i) - shift), out + i);
@@ -412,8 +414,23 @@ void add_coded(const Call& call, const Inputs& x, Outlier outlier, int64_t neuro
   }
 }
 
-constexpr decltype(add_coded<1>)* ADD_CODED[] = {add_coded<1>, add_coded<2>, add_coded<3>, add_coded<4>,
-                                                 add_coded<5>, add_coded<6>, add_coded<7>, add_coded<8>};
+constexpr decltype(refine<1>)* REFINE[] = {refine<1>, refine<2>, refine<3>, refine<4>,
+                                           refine<5>, refine<6>, refine<7>, refine<8>};
+constexpr decltype(add_column<1>)* ADD_COLUMN[] = {add_column<1>, add_column<2>, add_column<3>, add_column<4>,
+                                                   add_column<5>, add_column<6>, add_column<7>, add_column<8>};
+
+// Adds an outlier's exact terms, and asks for the rows of the neuron `next`, which comes after it. The outlier's
+// estimates become its pre-activations.
+void add_coded(const Call& call, const Inputs& x, Outlier outlier, int64_t neuron, int64_t next, float b1, float* z,
+               float* sums) {
+  const auto *const w1 = (const uint8_t*)call.w1, *const w2t = (const uint8_t*)call.w2t;
+  prefetch(w1 + next * call.w1_stride, x.groups * (call.low_bits * GROUP / 8 + 3));
+  prefetch(w2t + next * call.w2t_stride, (call.d_out + GROUP - 1) / GROUP * (call.row_bits * GROUP / 8 + 3));
+  REFINE[call.low_bits - 1](call, x, outlier.tokens, w1 + neuron * call.w1_stride, z);
+  for (int64_t t = 0; t < call.tokens; ++t)
+    if (outlier.tokens >> t & 1) z[t] = beyond_surrogate(call, outlier.position, z[t] + b1);
+  ADD_COLUMN[call.row_bits - 1](call, outlier.tokens, w2t + neuron * call.w2t_stride, z, sums);
+}
 
 // The same from rows that are stored as they are.
 template <class W>
@@ -436,13 +453,13 @@ void correct(const Call& call) {
   const int64_t tokens = call.tokens, d_out = call.d_out, size = tokens * d_out;
   const int64_t listed = call.counts[0], guarded = call.counts[1], always = listed - guarded;
   const W *const folded = (const W*)call.folded, *const b1 = (const W*)call.b1;
-  const auto add = call.row_bits == 16 ? add_plain<W> : ADD_CODED[call.row_bits - 1];
   const Inputs x((const W*)call.x, tokens, call.d);
   // One thread or all of them: a team of another size makes libgomp end threads that PyTorch then starts again.
   const int64_t bits = listed * call.bits + (call.fold ? d_out * call.fold_bits : 0);
   const int threads = bits * x.groups * (GROUP / 8) < SERIAL_BYTES ? 1 : call.threads;
   float* const partial = scratch<float, 5>(threads * size);
   Outlier* const list = scratch<Outlier, 6>(listed);
+  float* const estimates = scratch<float, 11>(guarded * tokens);
   int64_t *const begins = scratch<int64_t, 7>(2 * threads), *const ends = begins + threads;
 
 #pragma omp parallel num_threads(threads)
@@ -451,7 +468,8 @@ void correct(const Call& call) {
     const auto share = [team](int64_t of, int64_t thread) { return of * thread / team; };
 
     begins[me] = share(guarded, me) + share(always, me);
-    Outlier* end = TESTS[call.bits - 1](call, x, share(guarded, me), share(guarded, me + 1), list + begins[me]);
+    Outlier* end = TESTS[call.bits - 1](call, x, share(guarded, me), share(guarded, me + 1), list + begins[me],
+                                          estimates);
     for (int64_t i = share(always, me); i < share(always, me + 1); ++i)
       *end++ = {int32_t(guarded + i), (1u << tokens) - 1};
     ends[me] = end - list;
@@ -468,7 +486,11 @@ void correct(const Call& call) {
       for (; outlier < last; ++outlier) {
         const int64_t neuron = call.neurons[outlier->position];
         const int64_t next = outlier + 1 < last ? call.neurons[outlier[1].position] : neuron;
-        add(call, x, *outlier, neuron, next, b1 ? to_float(b1[neuron]) : 0, sums);
+        const float bias = b1 ? to_float(b1[neuron]) : 0;
+        if (call.row_bits == 16)
+          add_plain<W>(call, x, *outlier, neuron, next, bias, sums);
+        else
+          add_coded(call, x, *outlier, neuron, next, bias, estimates + outlier->position * tokens, sums);
       }
     }
 #pragma omp barrier

@@ -4,10 +4,12 @@ A group of 64 codes of ``bits`` bits is stored as ``bits // 2`` planes of 16 byt
 code, and, when ``bits`` is odd, one plane of 8 bytes with the lowest bit. Byte ``k`` of a 2-bit plane holds the codes
 of columns ``k, k + 16, k + 32, k + 48``, the first in its lowest bits: one 16-byte load, three shifts and a mask give
 64 codes in order. Byte ``k`` of a 1-bit plane holds the columns ``8k .. 8k + 7``, the first in its lowest bit.
-The first planes of a wide code are therefore a narrower code of the same number.
 
 A row that is read on its own, of a matrix whose rows are not read in order, is one run of bytes: codes, then the
 scales of its groups, float16, then their zero points, uint8.
+
+Rows of W1 in a few bits are nested in the predictor: its codes are the high planes, and the row that a correction reads
+holds the low ones, which are codes, with a scale of their own, of what the predictor leaves.
 """
 
 import torch
@@ -30,6 +32,14 @@ def packed_bytes(columns: int, bits: int) -> int:
 def row_bytes(columns: int, bits: int) -> int:
     """Bytes of one row of ``columns`` codes with its scales and zero points."""
     return packed_bytes(columns, bits) + 3 * group_count(columns)
+
+
+def low_bits(bits: int, row_bits: int) -> int:
+    """Bits a weight that a row of W1 holds beside a predictor's of ``bits``, for a row of ``row_bits``; at least 2.
+
+    One bit has no code for what lies in the middle, and would add more error than it takes away.
+    """
+    return max(2, row_bits - bits)
 
 
 def join(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:

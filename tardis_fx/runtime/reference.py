@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from tardis_fx.graph.activations import ACTIVATIONS
-from tardis_fx.runtime.packing import GROUP, group_count, split, unpack
+from tardis_fx.runtime.packing import GROUP, group_count, low_bits, split, unpack
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -78,14 +78,16 @@ def correct(
 
     The first ``guarded`` neurons of the list are corrected where the estimate leaves their hot range, the rest of
     the ``listed`` ones always. Correcting neuron ``n`` replaces ``slope z + intercept`` by ``activation(z)``, with
-    ``z`` computed from the original weights, or from quantised rows of them.
+    ``z`` computed from the original weights; or, with quantised rows, the estimate of ``z`` and what a row of low
+    planes adds to it, for which every listed neuron is a guarded one (a bound may be infinite).
 
     Args:
         folded: [..., d_out], ``x C + B``; or [d_out], B, where ``fold`` is given.
         x: [..., d], of the dtype of ``folded``, as are ``w1``, ``b1`` and ``w2t``.
-        w1: [h, d]; with ``row_bits`` below 16, [h, row bytes], uint8, as :func:`packing.join` makes them.
+        w1: [h, d]; with ``row_bits`` below 16, [h, row bytes], uint8, as :func:`packing.join` makes them, of
+            :func:`packing.low_bits` a weight.
         b1: [h] or None.
-        w2t: [h, d_out], the second matrix, one row a neuron; or as ``w1``.
+        w2t: [h, d_out], the second matrix, one row a neuron; or [h, row bytes], uint8, of ``row_bits`` a weight.
         counts: [2], int64: listed, guarded.
         neurons: [capacity], int32: rows of ``w1``; like all that follow, only the first ``listed`` (or ``guarded``
             for the predictor and the bounds) entries mean anything.
@@ -100,7 +102,7 @@ def correct(
         activation: name in the registry.
         fold: [d_out, row bytes], uint8, quantised C; None where ``folded`` has it.
         fold_bits: bits of a code of ``fold``.
-        row_bits: bits of a code of ``w1`` and ``w2t``; 16 where they are no codes.
+        row_bits: bits a weight of the rows; 16 where they are no codes.
 
     Returns:
         [..., d_out], of the dtype of ``folded``.
@@ -110,7 +112,11 @@ def correct(
     outlier = outliers(tokens, counts, codes, scale, zero, lower, upper, bits)
     listed = outlier.shape[1]
     rows = neurons[:listed].long()
-    z = tokens @ rows_of(w1[rows], row_bits, x.shape[-1], dtype).T
+    if row_bits == 16:
+        z = tokens @ w1[rows].to(dtype).T
+    else:
+        low = rows_of(w1[rows], low_bits(bits, row_bits), x.shape[-1], dtype)
+        z = estimate(tokens, codes[:listed], scale[:listed], zero[:listed], bits) + tokens @ low.T
     if b1 is not None:
         z = z + b1[rows].to(dtype)
     surrogate = slope[:listed].to(dtype) * z + intercept[:listed].to(dtype)

@@ -93,8 +93,8 @@ def batches(count: int = 4, tokens: int = 256, d: int = 16) -> list[Tensor]:
 
 
 def config(**changed: Any) -> Config:
-    """A config for tests: silent, and every token on the rewritten path."""
-    chosen: dict[str, Any] = {"budget": 0.5, "prefill": "rewritten", "progress": False}
+    """A config for tests: silent, every token on the rewritten path, nothing but the predictor quantised."""
+    chosen: dict[str, Any] = {"budget": 0.5, "prefill": "rewritten", "progress": False, "fold_bits": 16, "row_bits": 16}
     return Config(**(chosen | changed))
 
 

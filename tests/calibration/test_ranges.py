@@ -27,7 +27,8 @@ class Neurons:
         bins = (z + torch.randn(TOKENS, hidden, generator=g) / 2 + BINS / 2).clamp(0, BINS - 1).long()
         one = torch.nn.functional.one_hot(bins, BINS).double()
         sums = Sums(*(torch.einsum("thb,th->bh", one, v) for v in (torch.ones_like(z), z, z * z, a, a * z, a * a)))
-        self.costs = costs or Costs(fold=100, predictor=int(torch.randint(1, 40, (), generator=g)), row=40)
+        predictor, nested = int(torch.randint(1, 40, (), generator=g)), seed % 2 == 1
+        self.costs = costs or Costs(fold=100, predictor=predictor, row=40, nested=nested)
         self.norm = torch.rand(hidden, generator=g) * 3
         self.ranges = SiteRanges(cast("Histogram", SimpleNamespace(sums=sums)), self.norm, self.costs)
         self.sums = sums
@@ -41,7 +42,8 @@ class Neurons:
         error, count = self.error()[:, n].tolist(), self.sums.count[:, n].tolist()
         left = sum(e for e, h in zip(error, hot, strict=True) if h)
         corrected = sum(c for c, h in zip(count, hot, strict=True) if not h)
-        return float(left + price * (corrected * self.costs.row + guarded * TOKENS * self.costs.predictor))
+        read = guarded or (self.costs.nested and not any(hot))
+        return float(left + price * (corrected * self.costs.row + read * TOKENS * self.costs.predictor))
 
     def total_error(self, ranges: Ranges) -> float:
         return float(torch.where(ranges.hot, self.error(), 0).sum())
@@ -90,7 +92,8 @@ def test_touched_bytes_are_fold_predictor_rows_and_corrections(seed: int, price:
     site = Neurons(seed)
     ranges = site.ranges.at(price)
     corrected = float(torch.where(ranges.hot, 0, site.sums.count).sum()) / TOKENS
-    expected = site.costs.fold + site.costs.predictor * int(ranges.guarded.sum()) + site.costs.row * corrected
+    read = ranges.guarded | ranges.exact if site.costs.nested else ranges.guarded
+    expected = site.costs.fold + site.costs.predictor * int(read.sum()) + site.costs.row * corrected
     assert abs(ranges.touched - expected) < 1e-6
 
 

@@ -17,8 +17,8 @@ from tardis_fx import CalibrationError, Plan, calibrate, count_touched
 from tardis_fx.graph.site import SiteWeights
 from tardis_fx.passes.partial_linear import PartialLinear
 from tardis_fx.plan import SitePlan
-from tardis_fx.runtime.packing import row_bytes
-from tardis_fx.runtime.reference import rows_of
+from tardis_fx.runtime.packing import low_bits, row_bytes
+from tardis_fx.runtime.reference import dequantise, rows_of
 
 D, HIDDEN = 80, 160  # two groups of input columns, the second in part
 every_width = pytest.mark.parametrize(("fold_bits", "row_bits"), [(16, 8), (8, 16), (8, 8), (4, 4), (4, 3)])
@@ -52,7 +52,7 @@ def test_with_rows_of_8_bits_computing_every_neuron_is_close_to_the_original(
 
 def test_more_bits_in_a_row_err_less() -> None:
     errors = [planned(ffn(D, HIDDEN), D, budget=1, row_bits=bits).sites[0].error for bits in (3, 4, 8)]
-    assert errors[0] > 1.5 * errors[1] > 5 * errors[2]
+    assert errors[0] > 1.2 * errors[1] > 5 * errors[2]
 
 
 def test_more_bits_in_the_fold_err_less() -> None:
@@ -98,26 +98,34 @@ def planned_in(model: FFN, xs: list[Tensor], fold_bits: int, row_bits: int) -> S
 
 @pytest.mark.parametrize(("fold_bits", "row_bits"), [(8, 8), (4, 3)])
 def test_a_quantised_fold_and_rows_are_what_is_stored(fold_bits: int, row_bits: int) -> None:
-    (plan,) = planned(ffn(D, HIDDEN), D, budget=0.2, fold_bits=fold_bits, row_bits=row_bits).sites
+    (plan,) = planned(ffn(D, HIDDEN), D, budget=0.15, fold_bits=fold_bits, row_bits=row_bits).sites
     listed = len(plan.tensors["neurons"])
     assert 0 < listed < HIDDEN
     assert plan.tensors["folded_weight"].shape == (D, row_bytes(D, fold_bits))
-    for name in ("w1", "w2t"):
-        assert plan.tensors[name].shape == (listed, row_bytes(D, row_bits))
+    for name, bits in (("w1", low_bits(2, row_bits)), ("w2t", row_bits)):
+        assert plan.tensors[name].shape == (listed, row_bytes(D, bits))
         assert plan.tensors[name].dtype == torch.uint8
-    codes = HIDDEN * 2 * row_bytes(D, row_bits) + D * row_bytes(D, fold_bits)
+    codes = HIDDEN * (row_bytes(D, low_bits(2, row_bits)) + row_bytes(D, row_bits)) + D * row_bytes(D, fold_bits)
     predictor = HIDDEN * (row_bytes(D, 2) + 4 * 5)  # bounds, slope, intercept, number; all padded
     assert plan.stored_bytes == plan.dense_bytes + codes + D * 4 + predictor + 16
 
 
-def test_stored_rows_are_the_weights_of_the_listed_neurons() -> None:
+def test_the_predictor_and_the_rows_nested_in_it_are_the_weights_of_the_listed_neurons() -> None:
     model = ffn(D, HIDDEN)
     (plan,) = planned(model, D, budget=0.4, row_bits=8).sites
-    listed = plan.tensors["neurons"].long()
-    for name, weight in (("w1", model.up.weight), ("w2t", model.down.weight.T)):
+    tensors, listed = plan.tensors, plan.tensors["neurons"].long()
+    high = dequantise(tensors["codes"], tensors["scale"], tensors["zero"], 2, D)
+    w1, w2t = high + rows_of(tensors["w1"], 6, D, torch.float32), rows_of(tensors["w2t"], 8, D, torch.float32)
+    for found, weight in ((w1, model.up.weight), (w2t, model.down.weight.T)):
         step = (weight.amax() - weight.amin()) / 255
-        found = rows_of(plan.tensors[name], 8, D, torch.float32)
         assert (found - weight[listed]).abs().max() < 3 * step
+
+
+def test_neurons_that_are_always_exact_have_a_predictor_that_no_estimate_satisfies() -> None:
+    (plan,) = planned(ffn(D, HIDDEN), D, budget=0.5, row_bits=4).sites
+    always = plan.tensors["lower"] == torch.inf
+    assert 0 < always.sum() < len(always) == len(plan.tensors["neurons"])
+    assert (plan.tensors["upper"][always] == -torch.inf).all()
 
 
 def test_the_bias_makes_up_for_what_quantising_the_fold_changes_in_the_mean() -> None:
@@ -170,6 +178,6 @@ def test_open_widths_become_those_of_least_error(budget: float, expected: int) -
 def test_open_widths_become_those_of_least_bytes_under_a_target() -> None:
     model = ffn(D, HIDDEN)
     found = planned(model, D, target_error=0.2, fold_bits=None, row_bits=None).sites[0]
-    whole = planned(model, D, target_error=0.2).sites[0]
+    whole = planned(model, D, target_error=0.2).sites[0]  # of 16 bits
     assert found.error <= 0.2
     assert found.touched_bytes < whole.touched_bytes / 2

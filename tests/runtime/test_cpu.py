@@ -17,7 +17,8 @@ from torch import Tensor
 
 from tardis_fx.graph.activations import ACTIVATIONS
 from tardis_fx.runtime import cpu, reference
-from tardis_fx.runtime.packing import GROUP, group_count, join, pack
+from tardis_fx.runtime.packing import GROUP, group_count, join, low_bits, pack
+from tardis_fx.runtime.reference import dequantise, rows_of
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 Arguments = dict[str, Tensor | int | str | None]
@@ -41,8 +42,9 @@ def arguments(
 ) -> Arguments:
     """The arguments of the op, with bounds that leave about the given share of the estimates outside.
 
-    Rows of codes of neurons that are on no list hold nonsense. A third of the neurons is on no list, ``always`` of the others are corrected always, and the capacity exceeds the
-    list by three entries of nonsense.
+    Rows of codes of neurons that are on no list hold nonsense. A third of the neurons is on no list, ``always`` of the
+    others are corrected always (with rows of codes, by bounds that nothing meets), and the capacity exceeds the list by
+    three entries of nonsense.
     """
     random = torch.Generator().manual_seed(seed)
 
@@ -50,7 +52,7 @@ def arguments(
         return torch.randn(*size, generator=random)
 
     listed = math.ceil(h * 2 / 3)
-    guarded = max(listed - always, 0)
+    guarded = max(listed - always, 0) if row_bits == 16 else listed
     capacity = listed + 3
     x, w1 = normal(*shape, d).to(dtype), (normal(h, d) / d**0.5).to(dtype)
     neurons = torch.full((capacity,), 2**30, dtype=torch.int32)
@@ -71,7 +73,9 @@ def arguments(
         return join(pack(codes, bits), scale.half(), zero)
 
     if row_bits < 16:
-        w1, w2t = coded(h, d, row_bits, d), coded(h, d_out, row_bits, h)
+        always = min(always, listed)
+        lower[listed - always : listed], upper[listed - always : listed] = math.inf, -math.inf
+        w1, w2t = coded(h, d, low_bits(bits, row_bits), d), coded(h, d_out, row_bits, h)
         for rows in (w1, w2t):
             rows[torch.ones(h, dtype=torch.bool).index_fill(0, neurons[:listed].long(), False)] = 255  # NaN
     fold = coded(d_out, d, fold_bits, d) if fold_bits < 16 else None
@@ -186,7 +190,7 @@ def ops(draw: st.DrawFn) -> Arguments:
         bits=draw(st.integers(1, 8)),
         activation=draw(st.sampled_from(sorted(ACTIVATIONS))),
         bias=draw(st.booleans()),
-        fold_bits=draw(st.sampled_from([16, 4, 8])),
+        fold_bits=draw(st.sampled_from([16, 3, 4, 8])),
         row_bits=draw(st.sampled_from([16, 3, 4, 8])),
         seed=draw(st.integers(0, 2**32)),
     )
@@ -208,6 +212,19 @@ def test_every_width_of_fold_and_rows_agrees(bits: int, dtype: torch.dtype) -> N
         arguments(shape=(3,), fold_bits=bits, outliers=0, dtype=dtype),
     ):
         assert_agree(run(op), exact(op), atol=allowed(op))
+
+
+@given(op=ops())
+def test_rows_nested_in_the_predictor_give_what_whole_rows_of_the_same_values_give(op: Arguments) -> None:
+    if op["row_bits"] == 16:
+        return
+    nested = exact(op)
+    row_bits, bits, d, d_out = (int(n) for n in (op["row_bits"], op["bits"], op["x"].shape[-1], op["folded"].shape[-1]))
+    listed = op["neurons"][: int(op["counts"][0])].long()
+    w1 = rows_of(op["w1"], low_bits(bits, row_bits), d, torch.float64)
+    w1[listed] += dequantise(*(op[n][: len(listed)] for n in ("codes", "scale", "zero")), bits, d, torch.float64)
+    whole = changed(op, w1=w1, w2t=rows_of(op["w2t"], row_bits, d_out, torch.float64)) | {"row_bits": 16}
+    torch.testing.assert_close(exact(whole), nested, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.usefixtures("kernel")

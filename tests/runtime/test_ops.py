@@ -12,6 +12,7 @@ from torch.library import opcheck
 from tardis_fx.calibration.predictor import quantise
 from tardis_fx.passes.partial_linear import _PER_NEURON, PartialLinear
 from tardis_fx.runtime import reference
+from tardis_fx.runtime.packing import low_bits
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -22,16 +23,15 @@ def arguments(
 ) -> tuple[Any, ...]:
     """Of the op, as the pass gives them; ``quantised``, with the fold and the rows in 8 bits."""
     o = oracle(16, 32, 40, d_out=12, bias=bias).to(dtype)
-    plan = o.plan(range(20), range(20, 26))
+    plan = o.plan(range(26), []) if quantised else o.plan(range(20), range(20, 26))
     c = PartialLinear().constants(plan, o.weights)
     x = o.x[: torch.Size(shape).numel()].view(*shape, 16)
     folded = torch.nn.functional.linear(x, c["folded_weight"], c["folded_bias"])
     rest = (c["counts"], *(c[name] for name in _PER_NEURON), 8, o.activation)
     if not quantised:
         return (folded, x, c["w1"], c.get("b1"), c["w2t"], *rest)
-    fold, w1, w2t = (
-        quantise(m, torch.eye(m.shape[1]), 8).rows for m in (c["folded_weight"], o.weights.w1, o.weights.w2.T)
-    )
+    fold, w2t = (quantise(m, torch.eye(m.shape[1]), 8).rows for m in (c["folded_weight"], o.weights.w2.T))
+    w1 = quantise(torch.zeros(32, 16), torch.eye(16), low_bits(8, 8)).rows
     return (c["folded_bias"], x, w1, c.get("b1"), w2t, *rest, fold, 8, 8)
 
 

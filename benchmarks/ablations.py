@@ -1,0 +1,144 @@
+"""What the choice of neurons and ranges gives: one change a row, on the demo's model cast to bfloat16.
+
+    python benchmarks/ablations.py 0.15 0.1        budgets, as shares of the bfloat16 FFN bytes
+
+Calibrated on the first half of the calibration split and measured on the second, every token through fold and
+correction: changes were chosen here, so that the test split has no part in them. Fisher: the Gram matrix of the loss's
+gradients with respect to a site's output, on the calibration text with labels drawn from the model; a neuron's error
+then counts as the matrix takes its W2 column, in full, by its diagonal, or by its trace alone (a weight a layer).
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+from tardis_fx import Config, Plan
+from tardis_fx.calibration.observe import BatchObservation
+from tardis_fx.calibration.ranges import Ranges, SiteRanges, _cheapest_run
+from tardis_fx.demo import measure
+from tardis_fx.demo.model import load
+from tardis_fx.passes.partial_linear import PartialLinear
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from tardis_fx.calibration.draft import Draft
+    from tardis_fx.calibration.profile import Histogram
+
+WINDOWS = 64
+WIDTHS = Config(fold_bits=4, row_bits=4, progress=False)
+
+
+class Guarded(SiteRanges):
+    """Every neuron has a predictor row."""
+
+    def at(self, price: float) -> Ranges:
+        """As the base class has it, with one class only."""
+        error, count = self._error, self.sums.count
+        start, stop = _cheapest_run(error - price * self.costs.row * count)
+        bins = torch.arange(len(error))[:, None]
+        hot = (bins >= start) & (bins < stop)
+        every = torch.ones(count.shape[1], dtype=torch.bool)
+        cold = torch.where(hot, 0, count).sum().item() / self._tokens
+        return Ranges(hot, every, ~every, self.costs.fold + self.costs.predictor * len(every) + self.costs.row * cold)
+
+
+class AllGuarded(PartialLinear):
+    """Without the classes of neurons that need no predictor row."""
+
+    def ranges(self, draft: Draft, histogram: Histogram) -> SiteRanges:
+        """What hot ranges are chosen from."""
+        return Guarded(histogram, draft.w2.norm(dim=0), draft.costs)
+
+
+class Fisher(PartialLinear):
+    """Errors weighed by what the loss makes of them."""
+
+    def __init__(self, grams: dict[str, Tensor], part: Callable[[Tensor], Tensor]) -> None:
+        self._grams, self._part = grams, part
+
+    def ranges(self, draft: Draft, histogram: Histogram) -> SiteRanges:
+        """What hot ranges are chosen from."""
+        gram = self._part(self._grams[draft.site.site.name])
+        return SiteRanges(histogram, ((gram @ draft.w2) * draft.w2).sum(0).clamp(min=0).sqrt(), draft.costs)
+
+
+def gradient_grams(model: nn.Module, names: Sequence[str], windows: Tensor) -> dict[str, Tensor]:
+    """By site: sum of g gᵀ over the tokens, [d_out, d_out]; the sites are modules of these names."""
+    grams: dict[str, Tensor] = {}
+
+    def watch(name: str) -> Callable[..., None]:
+        def gradient(g: Tensor) -> None:
+            g = g.reshape(-1, g.shape[-1]).float()
+            grams[name] = grams.get(name, 0) + g.T @ g
+
+        return lambda module, args, output: output.register_hook(gradient)
+
+    hooks = [model.get_submodule(name).register_forward_hook(watch(name)) for name in names]
+    torch.manual_seed(0)
+    for batch in windows.split(4):
+        embedded = model.get_input_embeddings()(batch).detach().requires_grad_()
+        logits = model(inputs_embeds=embedded, use_cache=False).logits.float().flatten(0, 1)
+        labels = torch.distributions.Categorical(logits=logits.detach()).sample()
+        F.cross_entropy(logits, labels, reduction="sum").backward()
+    for hook in hooks:
+        hook.remove()
+    return grams
+
+
+def variants(grams: dict[str, Tensor]) -> dict[str, tuple[PartialLinear, dict[str, Any]]]:
+    """By label: a rewrite and the changes of the config."""
+    return {
+        "as shipped": (PartialLinear(), {}),
+        "widths chosen site by site": (PartialLinear(), {"fold_bits": None, "row_bits": None}),
+        "rows of 3 bits": (PartialLinear(), {"row_bits": 3}),
+        "rows of 8 bits": (PartialLinear(), {"row_bits": 8}),
+        "fold of 8 bits": (PartialLinear(), {"fold_bits": 8}),
+        "predictor of 3 bits": (PartialLinear(), {"predictor_bits": 3}),
+        "every site the same share": (PartialLinear(), {"allocation": "per_site"}),
+        "a predictor row for every neuron": (AllGuarded(), {}),
+        "Fisher, full": (Fisher(grams, lambda g: g), {}),
+        "Fisher, diagonal": (Fisher(grams, lambda g: g.diagonal().diag()), {}),
+        "Fisher, a weight a layer": (Fisher(grams, lambda g: g.trace() / len(g) * torch.eye(len(g))), {}),
+        "sites fitted in order": (PartialLinear(), {"sequential": True}),
+    }
+
+
+def main() -> None:
+    """Measures and prints a table as Markdown."""
+    demo = load()
+    calibration, text = demo.windows("calibration", 2 * WINDOWS).split(WINDOWS)
+    observation = BatchObservation(demo.model.bfloat16(), calibration.split(8), progress=False)
+    grams = gradient_grams(demo.model, [s.site.name for s in observation.sites], calibration)
+    dense = measure.logits(demo.model, text).float()
+    base = measure.quality(dense, dense, text).perplexity
+    print(f"dense perplexity {base:.3f}; {text.numel():,} tokens\n")
+    print(
+        "| change | budget | perplexity rise | agreement | corrected | error of the sites |\n|---|---|---|---|---|---|"
+    )
+    for budget in map(float, sys.argv[1:] or ["0.15"]):
+        for label, (rewrite, changes) in variants(grams).items():
+            config = replace(WIDTHS, budget=budget, **changes)
+            plan = Plan(tuple(rewrite.fit(observation, observation.sites, config)), config)
+            torch.compiler.reset()
+            options: dict[str, Any] = {"plan": plan, "prefill": "rewritten", "inner": "eager"}
+            found = measure.logits(torch.compile(demo.model, backend="tardis", options=options), text).float()
+            quality = measure.quality(found, dense, text)
+            error = math.sqrt(sum(site.error**2 for site in plan.sites) / len(plan.sites))
+            corrected = sum(site.outlier_rate for site in plan.sites) / len(plan.sites)
+            print(
+                f"| {label} | {budget:.0%} | {quality.perplexity / base - 1:+.2%} | {quality.agreement:.1%} | "
+                f"{corrected:.1%} | {error:.3f} |",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
