@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm import tqdm
@@ -15,11 +15,12 @@ from tardis_fx.errors import CalibrationError
 from tardis_fx.runtime.touched import count_touched
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from tardis_fx.bench.cases import Case
     from tardis_fx.bench.records import Records
     from tardis_fx.bench.subjects import Subject
+    from tardis_fx.plan import Plan
 
 #: Of the batches that are measured on, the first few in which touched bytes are counted.
 COUNTED = 2
@@ -75,7 +76,8 @@ def _measured(key: str, case: Case, trial: Trial, *, decode: bool) -> Record:
     except CalibrationError as error:
         return Record(key, subject.name, case.label, case.budget, trial.seed, reason=str(error))
     fitted = time.perf_counter()
-    metrics, counted = subject.evaluate(contender.every_token()), _counted(subject, contender)
+    run = contender.every_token()
+    metrics, counted = subject.evaluate(run), _counted(subject, contender.plan, run)
     measured = time.perf_counter()
     return Record(
         key,
@@ -89,30 +91,28 @@ def _measured(key: str, case: Case, trial: Trial, *, decode: bool) -> Record:
         flops=contender.flops,
         metrics=metrics,
         decode=_decode(subject, contender) if decode else None,
-        seconds=(fitted - started, measured - fitted),
+        seconds=[fitted - started, measured - fitted],
     )
 
 
 @torch.no_grad()
-def _counted(subject: Subject, contender: Contender) -> float | None:
-    """Bytes read per token over the dense FFNs', as counted; None where no rewritten site can be counted."""
-    if contender.plan is None:
+def _counted(subject: Subject, plan: Plan | None, run: Callable[..., Any]) -> float | None:
+    """Bytes read per token over the dense FFNs', as counted; None where a rewritten site cannot be counted."""
+    if plan is None:
         return None
-    run = contender.every_token()
     with count_touched() as touched:
         for batch in subject.text()[:COUNTED]:
             subject.call(run, batch)
-    sites = contender.plan.sites
-    if touched.sites < sum(site.method is not None for site in sites):
+    if touched.sites < sum(site.method is not None for site in plan.sites):
         return None
-    refused = sum(site.dense_bytes for site in sites if site.method is None)
-    return (touched.per_token + refused) / sum(site.dense_bytes for site in sites)
+    refused = sum(site.dense_bytes for site in plan.sites if site.method is None)
+    return (touched.per_token + refused) / sum(site.dense_bytes for site in plan.sites)
 
 
-def _decode(subject: Subject, contender: Contender) -> tuple[float, float, float]:
+def _decode(subject: Subject, contender: Contender) -> list[float]:
     """Least, median and greatest ratio of Inductor's seconds per token to the contender's, in turns."""
     torch.compiler.reset()
     forms = {"Inductor": Contender(subject.model), "contender": contender}
     runs = {name: subject.decoder(form.step()) for name, form in forms.items()}
     seconds = in_turn(runs, LEAST_ROUNDS)
-    return ratio(seconds["Inductor"], seconds["contender"])
+    return list(ratio(seconds["Inductor"], seconds["contender"]))

@@ -51,8 +51,8 @@ class Record:
     counted: float | None = None
     flops: float = 1.0
     metrics: dict[str, float] = field(default_factory=dict)
-    decode: tuple[float, float, float] | None = None
-    seconds: tuple[float, float] = (0.0, 0.0)
+    decode: list[float] | None = None
+    seconds: list[float] = field(default_factory=list)
 
 
 class Records:
