@@ -16,14 +16,16 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from typer.testing import CliRunner
 
-from tardis_fx import Config, cli
-from tardis_fx.bench import compare_cli, report
-from tardis_fx.bench.cases import Case, Contender, Dense, Planned, Trial
+import tardis_fx
+from tardis_fx import Config, Plan, cli
+from tardis_fx.bench import compare_cli, intx, report
+from tardis_fx.bench.cases import Case, Contender, Dense, Planned, Torchao, Trial
 from tardis_fx.bench.compare import compare
 from tardis_fx.bench.records import Record, Records, digest
 from tardis_fx.bench.subjects import Encoder, LanguageModel
 from tardis_fx.demo.model import DemoModel, cut, load
 from tardis_fx.errors import BenchError, CalibrationError, ConfigError, DemoError, TardisError
+from tardis_fx.runtime.packing import row_bytes
 
 TEXT = tokens(2000)
 
@@ -122,6 +124,49 @@ def test_what_is_out_of_reach_is_recorded_and_shown_with_its_reason(tmp_path: Pa
     assert len({line.count("|") for line in lines}) == 1
     report.draw(records, subject(), tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_two_cases_of_one_label_and_budget_are_two_rows_and_the_seeds_of_a_case_are_one(tmp_path: Path) -> None:
+    def record(case: str, seed: int, kl: float) -> Record:
+        metrics = {"perplexity": 2.0, "rise": 0.5, "agreement": 0.75, "kl": kl}
+        return Record(f"{case}{seed}", case, "tiny", "label", 0.2, seed, touched=0.2, metrics=metrics)
+
+    records = [record(case, seed, kl) for case, kl in (("a", 0.25), ("b", 4.0)) for seed in (1, 2)]
+    records[1] = record("a", 2, 0.75)
+    first, second = report.table(records, subject()).splitlines()[2:]
+    assert "| 0.5000 (0.2500 to 0.7500) |" in first
+    assert "| 4.0000 |" in second
+
+
+def test_torchao_quantises_the_matrices_of_the_ffns_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[torch.nn.Linear] = []
+    monkeypatch.setattr(intx, "quantiser", lambda bits: seen.append)
+    tiny = subject(gpt2(width=64).bfloat16())
+    contender = Torchao("torchao", 4).prepare(Trial(tiny, 1))
+    assert [(layer.in_features, layer.out_features) for layer in seen] == [(64, 256), (256, 64)] * 2
+    codes, dense = 256 * row_bytes(64, 4) + 64 * row_bytes(256, 4), 2 * 2 * 64 * 256
+    biases = 2 * (256 + 64)
+    assert contender.touched == pytest.approx((codes + biases) / (dense + biases))
+    assert tiny.evaluate(contender.every_token())["agreement"] > 0.99
+    with pytest.raises(CalibrationError, match="groups of 64"):
+        Torchao("torchao", 4).prepare(Trial(subject(), 1))
+
+
+def test_a_healed_case_is_another_one_and_heals_on_the_calibration_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    healed: list[Sequence[Tensor]] = []
+
+    def heal(model: object, plan: Plan, batches: Sequence[Tensor], *, progress: bool) -> Plan:
+        healed.append(batches)
+        return dataclasses.replace(plan)
+
+    monkeypatch.setattr(tardis_fx, "heal", heal, raising=False)
+    config = Config(budget=0.9)
+    plain, case = Planned("ours", config), Planned("ours, healed", config, healed=True)
+    assert plain.identity != case.identity
+    trial = Trial(subject(), 1)
+    assert case.prepare(trial).touched <= 0.9
+    assert len(healed) == 1
+    assert healed[0] is trial.batches
 
 
 def test_the_dense_model_loses_nothing(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -70,21 +71,18 @@ def compare(
 def _measured(key: str, case: Case, trial: Trial, *, decode: bool) -> Record:
     """Fits and measures one case."""
     subject = trial.subject
+    record = Record(key, case.identity, subject.name, case.label, case.budget, trial.seed)
     started = time.perf_counter()
     try:
         contender = case.prepare(trial)
     except CalibrationError as error:
-        return Record(key, subject.name, case.label, case.budget, trial.seed, reason=str(error))
+        return replace(record, reason=str(error))
     fitted = time.perf_counter()
     run = contender.every_token()
     metrics, counted = subject.evaluate(run), _counted(subject, contender.plan, run)
     measured = time.perf_counter()
-    return Record(
-        key,
-        subject.name,
-        case.label,
-        case.budget,
-        trial.seed,
+    return replace(
+        record,
         stored=contender.stored,
         touched=contender.touched,
         counted=counted,

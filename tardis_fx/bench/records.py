@@ -25,7 +25,8 @@ class Record:
     """One case with one seed.
 
     Attributes:
-        key: hash of all that decides the figures; see :func:`digest`.
+        key: hash of all that decides the figures: model, text and case; see :func:`digest`.
+        case: hash of the case alone.
         subject: name of the model.
         label: of the method.
         budget: asked for, or None.
@@ -41,6 +42,7 @@ class Record:
     """
 
     key: str
+    case: str
     subject: str
     label: str
     budget: float | None

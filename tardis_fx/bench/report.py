@@ -93,9 +93,9 @@ def _rows(records: Sequence[Record]) -> Iterator[list[Record]]:
 
     A case that is out of reach with one seed and not with another is two rows.
     """
-    rows: dict[tuple[str, float | None, bool], list[Record]] = {}
+    rows: dict[tuple[str, bool], list[Record]] = {}
     for record in records:
-        rows.setdefault((record.label, record.budget, record.reason is None), []).append(record)
+        rows.setdefault((record.case, record.reason is None), []).append(record)
     yield from rows.values()
 
 
