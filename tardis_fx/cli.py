@@ -8,12 +8,14 @@ from typing import Annotated
 import typer
 
 from tardis_fx.bench.cli import bench
+from tardis_fx.bench.compare_cli import compare
 from tardis_fx.errors import TardisError
 
 app = typer.Typer(
     help="Makes transformer feed-forward networks partially linear.", no_args_is_help=True, add_completion=False
 )
 app.add_typer(bench, name="bench")
+app.command()(compare)
 
 
 @app.command()

@@ -35,16 +35,16 @@ def quantised(model: nn.Module, quantise: Callable[[nn.Module], None]) -> tuple[
     saved = 0
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            linear = _linear(child)
-            if linear is not None:
-                setattr(parent, name, linear)
-                w = linear.weight
+            layer = linear(child)
+            if layer is not None:
+                setattr(parent, name, layer)
+                w = layer.weight
                 saved += w.numel() * (w.element_size() - 1) - len(w) * w.element_size()  # a scale for every row
     quantise(model)
     return model, saved
 
 
-def _linear(module: Any) -> nn.Linear | None:
+def linear(module: Any) -> nn.Linear | None:
     """The same projection as a plain linear layer, or None for any other module."""
     if type(module) is nn.Linear:
         return module
@@ -54,6 +54,6 @@ def _linear(module: Any) -> nn.Linear | None:
         weight = nn.Parameter(module.weight.T.contiguous(), requires_grad=False)
     else:
         return None
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=module.bias is not None, device="meta")
-    linear.weight, linear.bias = weight, module.bias
-    return linear.eval()
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=module.bias is not None, device="meta")
+    layer.weight, layer.bias = weight, module.bias
+    return layer.eval()

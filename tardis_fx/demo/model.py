@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import load_file
 
 from tardis_fx.demo.corpus import Split, modules
 from tardis_fx.errors import DemoError
@@ -37,35 +36,58 @@ class DemoModel:
     context: int
     training: dict[str, float]
 
+    def tokens(self, split: Split) -> Tensor:
+        """Token ids of a split's modules in a row, each behind a separator, [length]."""
+        encoded = self.tokenizer.encode_batch([SEPARATOR + text for _, text in modules(split)])
+        return torch.tensor([i for text in encoded for i in text.ids])
+
     def windows(self, split: Split, count: int) -> Tensor:
         """Windows of text spread evenly over a split, [count, context]."""
-        encoded = self.tokenizer.encode_batch([SEPARATOR + text for _, text in modules(split)])
-        ids = torch.tensor([i for text in encoded for i in text.ids])
-        starts = torch.linspace(0, len(ids) - self.context, count).long()
-        return torch.stack([ids[start : start + self.context] for start in starts])
+        return cut(self.tokens(split), count, self.context)
+
+
+def cut(ids: Tensor, count: int, length: int, seed: int = 0) -> Tensor:
+    """Windows of a text, [count, length].
+
+    Args:
+        ids: token ids, [at least length].
+        count: of windows.
+        length: of a window.
+        seed: 0 spreads them evenly; any other draws where each begins.
+    """
+    last = len(ids) - length
+    if seed:
+        starts = torch.randint(last + 1, (count,), generator=torch.Generator().manual_seed(seed))
+    else:
+        starts = torch.linspace(0, last, count).long()
+    return torch.stack([ids[start : start + length] for start in starts])
 
 
 def load(folder: Path = FOLDER) -> DemoModel:
-    """Loads the packaged checkpoint.
+    """Loads a causal language model in the form of ``transformers``; the packaged one by default.
+
+    Args:
+        folder: holds ``config.json``, the weights and ``tokenizer.json``.
 
     Raises:
-        DemoError: ``transformers`` or ``tokenizers`` is not installed, or the checkpoint is not there.
+        DemoError: ``transformers`` or ``tokenizers`` is not installed, or the folder holds no whole checkpoint.
     """
     try:
+        import transformers
         from tokenizers import Tokenizer
-        from transformers import AutoConfig, AutoModelForCausalLM
     except ImportError as error:
         raise DemoError(f"the demo needs {error.name}: pip install 'tardis-fx[demo]'") from error
     logging.getLogger("transformers").setLevel(logging.ERROR)
+    transformers.utils.logging.disable_progress_bar()
     try:
-        settings = json.loads((folder / "config.json").read_text())
-        weights = load_file(folder / "model.safetensors")
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    except (OSError, ValueError) as error:
-        raise DemoError(f"no demo checkpoint in {folder}: {error}") from error
-    training = settings.pop("training")
-    config = AutoConfig.for_model(**settings)
-    model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
-    model.load_state_dict({name: tensor.float() for name, tensor in weights.items()}, strict=False)
-    model.tie_weights()
-    return DemoModel(model, tokenizer, config.max_position_embeddings, training)
+        training = json.loads((folder / "config.json").read_text()).get("training", {})
+        model, found = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
+        )
+    except Exception as error:  # tokenizers raises nothing narrower
+        raise DemoError(f"no checkpoint of a language model in {folder}: {error}") from error
+    if missing := sorted(found["missing_keys"]):
+        raise DemoError(f"the checkpoint in {folder} lacks {', '.join(missing[:4])}")
+    model.requires_grad_(False)
+    return DemoModel(model, tokenizer, model.config.max_position_embeddings, training)

@@ -31,6 +31,11 @@ class Touched:
         return sum(self._bytes[site] / tokens for site, tokens in self._tokens.items() if tokens)
 
     @property
+    def sites(self) -> int:
+        """Number of sites that were counted."""
+        return len(self._tokens)
+
+    @property
     def outlier_rate(self) -> float:
         """Share of (token, neuron) pairs that were corrected, over all sites."""
         return self._corrected / max(1, self._pairs)

@@ -1,0 +1,129 @@
+"""What a comparison found, case by case, in a file that an interrupted run goes on from: JSON lines."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from tardis_fx.errors import BenchError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+#: How every record begins.
+_START = '{"key": "'
+
+
+@dataclass(frozen=True)
+class Record:
+    """One case with one seed.
+
+    Attributes:
+        key: hash of all that decides the figures: model, text and case; see :func:`digest`.
+        case: hash of the case alone.
+        subject: name of the model.
+        label: of the method.
+        budget: asked for, or None.
+        seed: of the calibration text.
+        reason: why the case is out of reach, or None; where there is one, nothing was measured.
+        stored: weight bytes kept, over those of the dense FFNs.
+        touched: weight bytes read per decoded token, likewise; the plan's expectation.
+        counted: the same counted while text ran, or None where the rewrite's bytes do not depend on the text.
+        flops: of a prefill in which every token takes the rewritten path, over those of the dense FFNs.
+        metrics: quality, by name.
+        decode: least, median and greatest ratio of Inductor's time per token to this one's, or None.
+        seconds: taken to fit and to measure.
+    """
+
+    key: str
+    case: str
+    subject: str
+    label: str
+    budget: float | None
+    seed: int
+    reason: str | None = None
+    stored: float = 1.0
+    touched: float = 1.0
+    counted: float | None = None
+    flops: float = 1.0
+    metrics: dict[str, float] = field(default_factory=dict)
+    decode: list[float] | None = None
+    seconds: list[float] = field(default_factory=list)
+
+
+class Records:
+    """The records of a file, the last one of each key."""
+
+    def __init__(self, path: Path) -> None:
+        """Reads what is there; an unfinished last line, of a run that was killed as it wrote, is dropped.
+
+        Raises:
+            BenchError: the file cannot be read or written, or holds something else.
+        """
+        self._path, self._found = path, dict[str, Record]()
+        try:
+            with path.open("a+b") as file:  # creates it, and shows now whether it can be written
+                file.seek(0)
+                content = file.read()
+                whole = content.rfind(b"\n") + 1
+                rest = content[whole:]
+                if not rest.startswith(_START.encode()[: len(rest)]):
+                    raise BenchError(f"{path} holds something else than records of a comparison: name another file")
+                lines = content[:whole].decode().splitlines()
+                for number, line in enumerate(lines, 1):
+                    self._read(number, line)
+                if rest:
+                    file.truncate(whole)
+        except (OSError, UnicodeDecodeError) as error:
+            raise BenchError(f"cannot keep records in {path}: {error}") from error
+
+    def _read(self, number: int, line: str) -> None:
+        try:
+            record = Record(**json.loads(line))
+        except (ValueError, TypeError) as error:
+            raise BenchError(f"line {number} of {self._path} is no record of a comparison: {error}") from error
+        self._found[record.key] = record
+
+    def get(self, key: str) -> Record | None:
+        """The record of a key, or None."""
+        return self._found.get(key)
+
+    def add(self, record: Record) -> None:
+        """Appends a record.
+
+        Raises:
+            BenchError: the file cannot be written.
+        """
+        try:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(asdict(record)) + "\n")
+        except OSError as error:
+            raise BenchError(f"cannot write to {self._path}: {error}") from error
+        self._found[record.key] = record
+
+
+def digest(*parts: Any) -> str:
+    """Hash of tensors, mappings, sequences and plain values, contents and all."""
+    sha = hashlib.sha256()
+    _feed(sha, parts)
+    return sha.hexdigest()[:32]
+
+
+def _feed(sha: Any, part: Any) -> None:
+    if isinstance(part, Tensor):
+        sha.update(f"tensor {part.dtype} {tuple(part.shape)}".encode())
+        sha.update(part.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    elif isinstance(part, Mapping):
+        _feed(sha, [item for name in sorted(part) for item in (name, part[name])])
+    elif isinstance(part, Sequence) and not isinstance(part, str):
+        sha.update(f"sequence {len(part)}".encode())
+        for item in part:
+            _feed(sha, item)
+    else:
+        sha.update(f"value {part!r}".encode())
