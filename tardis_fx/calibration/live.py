@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tardis_fx.calibrate import plan_for, refused
+from tardis_fx.calibration.check import Check
 from tardis_fx.calibration.observe import O, Observation, ObservedSite, SiteObserver
 from tardis_fx.config import Config
 from tardis_fx.errors import CalibrationError, TardisError
 from tardis_fx.fingerprint import fingerprint
-from tardis_fx.graph.activations import ACTIVATIONS
 from tardis_fx.passes.base import rewrite_named
 from tardis_fx.plan import Plan, SitePlan
 
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     from torch import Tensor
-
-    from tardis_fx.graph.site import SiteWeights
 
 _log = logging.getLogger("tardis_fx")
 
@@ -175,7 +173,7 @@ class Profile:
         fitted = [site for identity, site in sites.items() if entries[identity].method is not None]
         if not fitted:
             return plan
-        checks = self._observation.run(lambda s: Check(s, entries[s.fingerprint]), fitted, "check")
+        checks = self._observation.run(lambda s: Check(s, _replacement(s, entries[s.fingerprint])), fitted, "check")
         for identity, check in checks.items():
             entry = entries[identity]
             if not check.error <= self._settings.tolerance:
@@ -193,35 +191,11 @@ class Profile:
         del self._observation
 
 
-class Check:
-    """The error of a rewritten site on inputs that it was not fitted on."""
-
-    def __init__(self, site: ObservedSite, entry: SitePlan) -> None:
-        """Starts at zero."""
-        self._site, self._entry = site, entry
-        self._rewrite = rewrite_named(str(entry.method))
-        self._constants = self._rewrite.constants(entry, site.weights)
-        self._missed, self._total = 0.0, 0.0
-
-    def update(self, x: Tensor) -> None:
-        """Adds tokens, [tokens, d], float32."""
-        weights = self._site.weights
-        given = x.to(weights.w1.device, weights.w1.dtype)
-        exact = original(weights, str(self._site.site.activation), given).float()
-        found = self._rewrite.forward(given, self._constants, self._entry).float()
-        self._missed += float((found - exact).double().square().sum())
-        self._total += float(exact.double().square().sum())
-
-    @property
-    def error(self) -> float:
-        """Root of the mean square error, relative to the output's."""
-        return (self._missed / self._total) ** 0.5 if self._total else 0.0
-
-
-def original(weights: SiteWeights, activation: str, x: Tensor) -> Tensor:
-    """A plain site as it was, [tokens, d] to [tokens, d_out]."""
-    linear = torch.nn.functional.linear
-    return linear(ACTIVATIONS[activation].eager(linear(x, weights.w1, weights.b1)), weights.w2, weights.b2)
+def _replacement(site: ObservedSite, entry: SitePlan) -> Callable[[Tensor], Tensor]:
+    """What an entry puts in a site's place."""
+    rewrite = rewrite_named(str(entry.method))
+    constants = rewrite.constants(entry, site.weights)
+    return lambda x: rewrite.forward(x, constants, entry)
 
 
 _PROFILES: dict[tuple[str, Settings], Profile] = {}

@@ -62,7 +62,7 @@ def quantise(weight: Tensor, gram: Tensor, bits: int) -> Quantised:
     """
     h, d = weight.shape
     w = weight.float().clone()
-    upper = _inverse_factor(gram.double()).float()
+    upper = inverse_factor(gram).float()
     codes = torch.zeros(h, d, dtype=torch.uint8)
     scales = torch.zeros(h, group_count(d), dtype=torch.float16)
     zeros = torch.zeros(h, group_count(d), dtype=torch.uint8)
@@ -82,15 +82,20 @@ def quantise(weight: Tensor, gram: Tensor, bits: int) -> Quantised:
     return Quantised(pack(codes, bits), scales, zeros, bits, d)
 
 
-def _inverse_factor(gram: Tensor) -> Tensor:
-    """Upper Cholesky factor of the damped inverse Hessian."""
-    hessian = gram.clone()
-    dead = hessian.diagonal() == 0
-    hessian.diagonal()[dead] = 1
-    hessian.diagonal().add_(DAMPING * hessian.diagonal().mean())
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
-    factor: Tensor = torch.linalg.cholesky(inverse, upper=True)
-    return factor
+def inverse_factor(gram: Tensor) -> Tensor:
+    """Upper Cholesky factor of the inverse of the damped Gram matrix, [d, d], float64."""
+    inverse = torch.cholesky_inverse(factor(gram))
+    upper: Tensor = torch.linalg.cholesky(inverse, upper=True)
+    return upper
+
+
+def factor(gram: Tensor) -> Tensor:
+    """Lower Cholesky factor of a Gram matrix, damped so that it exists, [d, d], float64."""
+    damped = gram.double().clone()
+    damped.diagonal()[damped.diagonal() == 0] = 1
+    damped.diagonal().add_(DAMPING * damped.diagonal().mean())
+    lower: Tensor = torch.linalg.cholesky(damped)
+    return lower
 
 
 def _range(block: Tensor, bits: int) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,11 @@ RIDGE = 1e-3
 HELD_BACK = 1 / 8
 
 
+def fitted_tokens(tokens: int) -> int:
+    """How many of a batch's tokens, from its first on, are fitted on; the others measure the error."""
+    return tokens - int(tokens * HELD_BACK)
+
+
 class Residual:
     """Sums of a residual against the inputs, apart for fitted and for held-back tokens.
 
@@ -34,7 +39,7 @@ class Residual:
             residual: [tokens, d_out], the exact output less what is already there.
             output: [tokens, d_out], the exact output.
         """
-        cut = len(x) - int(len(x) * HELD_BACK)
+        cut = fitted_tokens(len(x))
         self._fitted.update(x[:cut], residual[:cut], output[:cut])
         self._held.update(x[cut:], residual[cut:], output[cut:])
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx
+from torch._guards import TracingContext
 
 from tardis_fx.graph.forms import same_tokens, shape_of
 
@@ -44,6 +45,11 @@ def add_input(graph: fx.Graph, name: str, value: Tensor) -> fx.Node:
         node = graph.placeholder(name)
     node.meta = {"example_value": value, "tensor_dict": {"_dynamo_static_input_type": "unguarded"}}
     node._dynamo_source = None  # type: ignore[attr-defined]  # AOTAutograd asks every input for it
+    context = TracingContext.try_get()
+    if context is not None and context.fake_mode is not None:
+        # AOTAutograd finds it there as long as it lives. By itself it would make symbols of the sizes, and Dynamo can
+        # write no guards on those of an input that it does not know.
+        node.meta["static"] = context.fake_mode.from_tensor(value, static_shapes=True)
     return node
 
 

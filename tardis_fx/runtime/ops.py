@@ -16,10 +16,21 @@ _LIBRARY.define(
 )
 _LIBRARY.impl("correct", counted(reference.correct), "CompositeExplicitAutograd")
 _LIBRARY.impl("correct", counted(cpu.correct), "CPU")
+_LIBRARY.define(
+    "dequantise(Tensor codes, Tensor scale, Tensor zero, int bits, int columns, ScalarType dtype) -> Tensor"
+)
+_LIBRARY.impl("dequantise", reference.dequantise, "CompositeExplicitAutograd")
 
 
 def _correct_fake(folded: Tensor, x: Tensor, *_: object, **__: object) -> Tensor:
     return folded.new_empty((*x.shape[:-1], folded.shape[-1]))
 
 
+def _dequantise_fake(
+    codes: Tensor, _scale: Tensor, _zero: Tensor, _bits: int, columns: int, dtype: torch.dtype
+) -> Tensor:
+    return codes.new_empty((codes.shape[0], columns), dtype=dtype)
+
+
 torch.library.register_fake("tardis::correct", _correct_fake, lib=_LIBRARY)
+torch.library.register_fake("tardis::dequantise", _dequantise_fake, lib=_LIBRARY)

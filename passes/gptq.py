@@ -1,0 +1,34 @@
+"""GPTQ (arXiv 2210.17323): weight-only quantisation of both matrices that changes their products least.
+
+As :mod:`tardis_fx.passes.rtn`, but each column makes up for what rounding did to those before it, by the Gram matrix of
+what the matrix multiplies: of the site's inputs for W1, of the neurons' activations for W2.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+from tardis_fx.calibration.operands import Grams
+from tardis_fx.passes.rtn import Rtn
+from tardis_fx.passes.static import measured
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from tardis_fx.calibration.observe import Observation, ObservedSite
+    from tardis_fx.config import Config
+
+
+class Gptq(Rtn):
+    """The rule of the module's docstring."""
+
+    name: ClassVar[str] = "gptq"
+
+    def grams(
+        self, observation: Observation, sites: Sequence[ObservedSite], config: Config
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Measured."""
+        found = measured(observation, Grams, sites, config)
+        return [(found[s.fingerprint].up.gram, found[s.fingerprint].down.gram) for s in sites]

@@ -1,0 +1,106 @@
+"""Both matrices by products of two thin ones, whose outputs on the calibration tokens are nearest.
+
+1. With ``L Lᵀ`` the Gram matrix of what W multiplies, the best rank r in ``‖X Wᵀ - X (A B)ᵀ‖`` is the truncated SVD of
+   ``W L = U S Vᵀ``: ``A = U_r S_r``, ``B = V_rᵀ L⁻¹`` (truncation-aware whitening, SVD-LLM, arXiv 2403.07378).
+2. Both matrices get the same share of their full rank, the largest that the budget allows.
+3. A budget of all bytes keeps the matrices as they are: in factors, full rank costs more than they do.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch.nn import functional as F  # noqa: N812
+
+from tardis_fx.calibration.operands import Grams
+from tardis_fx.calibration.predictor import factor
+from tardis_fx.graph.activations import ACTIVATIONS
+from tardis_fx.passes.static import Choice, StaticRewrite, bias_bytes, biases, measured
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from torch import Tensor
+
+    from tardis_fx.calibration.observe import Observation, ObservedSite
+    from tardis_fx.config import Config
+    from tardis_fx.graph.site import SiteWeights
+    from tardis_fx.plan import SitePlan
+
+
+class LowRank(StaticRewrite):
+    """The rules of the module's docstring."""
+
+    name: ClassVar[str] = "low_rank"
+
+    def floor(self, weights: SiteWeights) -> int:
+        """Both of rank 1."""
+        return _bytes(weights, (1, 1))
+
+    def choose(self, observation: Observation, sites: Sequence[ObservedSite], config: Config) -> list[Choice]:
+        """Factors of every site."""
+        grams = measured(observation, Grams, sites, config)
+        found = []
+        for site in sites:
+            weights, gram = site.weights, grams[site.fingerprint]
+            if config.budget == 1:
+                found.append(Choice(weights.bytes, settings={"ranks": None}))
+                continue
+            ranks = _ranks(weights, config.budget)
+            tensors: dict[str, Tensor] = {}
+            for name, weight, moments, rank in (
+                ("w1", weights.w1, gram.up, ranks[0]),
+                ("w2", weights.w2, gram.down, ranks[1]),
+            ):
+                a, b = truncated(weight.double().cpu(), rank, moments.gram)
+                tensors |= {f"{name}_a": a.to(weight.dtype), f"{name}_b": b.to(weight.dtype)}
+            found.append(Choice(_bytes(weights, ranks), tensors, {"ranks": list(ranks)}))
+        return found
+
+    def constants(self, plan: SitePlan, weights: SiteWeights) -> dict[str, Tensor]:
+        """Factors ``w1_a`` [h, r1], ``w1_b`` [r1, d], ``w2_a`` [d_out, r2], ``w2_b`` [r2, h], or the matrices."""
+        found = {name: tensor.to(weights.w1.device) for name, tensor in plan.tensors.items()} | biases(weights)
+        return found if plan.settings["ranks"] else found | {"w1": weights.w1, "w2": weights.w2}
+
+    def forward(self, x: Tensor, constants: Mapping[str, Tensor], plan: SitePlan) -> Tensor:
+        """Four thin linear layers for two."""
+
+        def linear(x: Tensor, name: str, bias: str) -> Tensor:
+            if plan.settings["ranks"] is None:
+                return F.linear(x, constants[name], constants.get(bias))
+            return F.linear(F.linear(x, constants[f"{name}_b"]), constants[f"{name}_a"], constants.get(bias))
+
+        return linear(ACTIVATIONS[str(plan.activation)].eager(linear(x, "w1", "b1")), "w2", "b2")
+
+
+def truncated(weight: Tensor, rank: int, gram: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Factors [rows, rank] and [rank, columns], the singular values split evenly between them.
+
+    Args:
+        weight: [rows, columns], float64.
+        rank: of the product.
+        gram: [columns, columns] of what the matrix multiplies; None looks at the weights alone.
+    """
+    lower = None if gram is None else factor(gram)
+    u, s, vt = torch.linalg.svd(weight if lower is None else weight @ lower, full_matrices=False)
+    root = s[:rank].sqrt()
+    a, b = u[:, :rank] * root, root[:, None] * vt[:rank]
+    if lower is not None:
+        b = torch.linalg.solve_triangular(lower, b, upper=False, left=False)
+    return a.contiguous(), b.contiguous()
+
+
+def _ranks(weights: SiteWeights, budget: float) -> tuple[int, int]:
+    """The largest ranks within a budget that are the same share of full rank."""
+    full = [min(w.shape) for w in (weights.w1, weights.w2)]
+    for step in range(max(full), 0, -1):
+        up, down = (max(1, f * step // max(full)) for f in full)
+        if _bytes(weights, (up, down)) <= budget * weights.bytes:
+            break
+    return up, down
+
+
+def _bytes(weights: SiteWeights, ranks: tuple[int, int]) -> int:
+    numbers = sum(rank * sum(w.shape) for rank, w in zip(ranks, (weights.w1, weights.w2), strict=True))
+    return numbers * weights.w1.element_size() + bias_bytes(weights)

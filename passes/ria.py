@@ -1,0 +1,37 @@
+"""RIA (Zhang et al., "Plug-and-Play", ICLR 2024): pruned by relative importance and activations.
+
+Quality baseline, no speed-up.
+
+    score[i, j] = (|W[i, j]| / Σ_k |W[i, k]| + |W[i, j]| / Σ_k |W[k, j]|) ‖x_j‖₂^½
+
+compared over the whole matrix; ``ria_2_4`` keeps two of each four neighbours of a row. The paper's permutation of
+channels before 2:4 pruning is left out.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+from tardis_fx.passes.sparse import Scored
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Ria(Scored):
+    """The rule of the module's docstring."""
+
+    name: ClassVar[str] = "ria"
+
+    def score(self, weight: Tensor, norms: Tensor) -> Tensor:
+        """Relative importance times the root of the norms."""
+        size = weight.abs()
+        in_row, in_column = (size / size.sum(axis, keepdim=True).clamp(min=1e-30) for axis in (1, 0))
+        return (in_row + in_column) * norms.sqrt()
+
+
+class Ria24(Ria):
+    """Two of four."""
+
+    name: ClassVar[str] = "ria_2_4"
+    two_of_four: ClassVar[bool] = True

@@ -1,0 +1,146 @@
+"""What rewrites have in common that do the same for every token: no guard, no predictor, bytes known beforehand.
+
+1. Every site gets the same fraction of its bytes, whatever ``Config.allocation`` says, so that sites of one shape get
+   constants of one shape.
+2. The error is that of the finished replacement on the held-back tokens, in the model's own dtype.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from tardis_fx.calibration.check import Check
+from tardis_fx.calibration.observe import BatchObservation
+from tardis_fx.calibration.target import least_budget
+from tardis_fx.errors import CalibrationError
+from tardis_fx.passes.base import Rewrite
+from tardis_fx.plan import SitePlan
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from tardis_fx.calibration.observe import Observation, ObservedSite
+    from tardis_fx.calibration.operands import Operands
+    from tardis_fx.config import Config
+    from tardis_fx.graph.site import Site, SiteWeights
+
+O = TypeVar("O", bound="Operands")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a rewrite has settled on for one site; the fields are those of :class:`tardis_fx.plan.SitePlan`."""
+
+    touched_bytes: int
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+class StaticRewrite(Rewrite):
+    """A rewrite that does the same for every token; see the module's docstring."""
+
+    @abstractmethod
+    def floor(self, weights: SiteWeights) -> int:
+        """The least bytes per token that this rewrite can read at a site."""
+
+    @abstractmethod
+    def choose(self, observation: Observation, sites: Sequence[ObservedSite], config: Config) -> list[Choice]:
+        """What to do at each site within ``config.budget``, which is no less than any site's floor."""
+
+    def refuse(self, site: Site) -> str | None:
+        """Gated sites and sites without an activation are refused."""
+        if site.kind == "gated":
+            return f"gated FFN: not yet rewritten by {self.name}"
+        if site.affine is not None:
+            return "no activation between its projections"
+        return None
+
+    def fit(self, observation: Observation, sites: Sequence[ObservedSite], config: Config) -> list[SitePlan]:
+        """Chooses, and runs the batches once more for the error.
+
+        Raises:
+            CalibrationError: the budget is below a site's floor, or the target is out of reach.
+        """
+        if config.target_error is None:
+            return self._fit_within(observation, sites, config)
+        tried: dict[float, list[SitePlan]] = {}
+
+        def error(budget: float) -> float:
+            tried[budget] = self._fit_within(observation, sites, replace(config, budget=budget))
+            return math.sqrt(sum(plan.error**2 for plan in tried[budget]) / len(sites))
+
+        floor = max(self.floor(site.weights) / site.weights.bytes for site in sites)
+        return tried[least_budget(error, floor, config.target_error)]
+
+    def _fit_within(self, observation: Observation, sites: Sequence[ObservedSite], config: Config) -> list[SitePlan]:
+        for site in sites:
+            floor = self.floor(site.weights)
+            if floor > config.budget * site.weights.bytes:
+                raise CalibrationError(
+                    f"a budget of {config.budget:.2%} is too small for {self.name}: {site.site.name or 'an FFN'} reads "
+                    f"{floor:,} bytes per token at the least, {floor / site.weights.bytes:.2%} of the original's"
+                )
+        if not config.sequential:
+            return self._fit_together(observation, sites, config)
+        assert isinstance(observation, BatchObservation)  # Options refuses it elsewhere
+        try:
+            return [self._fit_next(observation, site, config) for site in sites]
+        finally:
+            observation.restore()
+
+    def _fit_together(self, observation: Observation, sites: Sequence[ObservedSite], config: Config) -> list[SitePlan]:
+        choices = self.choose(observation, sites, config)
+        plans = {s.fingerprint: self._plan(s, choice) for s, choice in zip(sites, choices, strict=True)}
+        functions = {s.fingerprint: self._function(s, plans[s.fingerprint]) for s in sites}
+        checks = observation.run(
+            lambda s: Check(s, functions[s.fingerprint], held_back=True),
+            sites,
+            f"error of {self.name} at a budget of {config.budget}",
+        )
+        return [replace(plans[s.fingerprint], error=checks[s.fingerprint].error) for s in sites]
+
+    def _fit_next(self, observation: BatchObservation, site: ObservedSite, config: Config) -> SitePlan:
+        """Fits one site and rewrites it for all runs to come."""
+        (plan,) = self._fit_together(observation, [site], config)
+        observation.replace(site, self._function(site, plan))
+        return plan
+
+    def _function(self, site: ObservedSite, plan: SitePlan) -> partial[Tensor]:
+        return partial(self.forward, constants=self.constants(plan, site.weights), plan=plan)
+
+    def _plan(self, site: ObservedSite, choice: Choice) -> SitePlan:
+        plan = SitePlan.of(site.site, site.parameters, method=self.name, **vars(choice))
+        own = {p.data_ptr() for p in site.parameters}
+        extra = [c for c in self.constants(plan, site.weights).values() if c.data_ptr() not in own]
+        return replace(plan, stored_bytes=site.weights.bytes + sum(c.numel() * c.element_size() for c in extra))
+
+
+def measured(observation: Observation, kind: type[O], sites: Sequence[ObservedSite], config: Config) -> dict[str, O]:
+    """What an observer of this kind saw of each site, by fingerprint; once for one observation and the same sites.
+
+    A sequential fit sees what the rewritten sites before it give, and measures anew.
+    """
+    names = ", ".join(site.site.name for site in sites)
+    what = f"{kind.__name__.lower()} of the operands of {names}"
+    if config.sequential:
+        return observation.run(kind, sites, what)
+    if what not in observation.memo:
+        observation.memo[what] = observation.run(kind, sites, what)
+    found: dict[str, O] = observation.memo[what]
+    return found
+
+
+def bias_bytes(weights: SiteWeights) -> int:
+    """Size of both biases."""
+    return sum(b.numel() * b.element_size() for b in (weights.b1, weights.b2) if b is not None)
+
+
+def biases(weights: SiteWeights) -> dict[str, Tensor]:
+    """The biases that there are, as constants ``b1`` and ``b2``."""
+    return {name: b for name, b in (("b1", weights.b1), ("b2", weights.b2)) if b is not None}

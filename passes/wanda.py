@@ -1,0 +1,32 @@
+"""Wanda (arXiv 2306.11695): weights are pruned by their size times that of what they multiply.
+
+Quality baseline, no speed-up. ``score[i, j] = |W[i, j]| ‖x_j‖₂`` (section 3, equation 1), compared within each row;
+``wanda_2_4`` keeps two of each four neighbours of a row.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+from tardis_fx.passes.sparse import Scored
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Wanda(Scored):
+    """The rule of the module's docstring."""
+
+    name: ClassVar[str] = "wanda"
+    by_row: ClassVar[bool] = True
+
+    def score(self, weight: Tensor, norms: Tensor) -> Tensor:
+        """``|W| ‖x‖``."""
+        return weight.abs() * norms
+
+
+class Wanda24(Wanda):
+    """Two of four."""
+
+    name: ClassVar[str] = "wanda_2_4"
+    two_of_four: ClassVar[bool] = True

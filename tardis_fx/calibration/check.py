@@ -1,0 +1,54 @@
+"""The error of whatever replaces a site, measured against the original on inputs that nothing was fitted on."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch.nn import functional as F  # noqa: N812
+
+from tardis_fx.calibration.regression import fitted_tokens
+from tardis_fx.graph.activations import ACTIVATIONS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
+
+    from tardis_fx.calibration.observe import ObservedSite
+    from tardis_fx.graph.site import SiteWeights
+
+
+class Check:
+    """The error of a replacement, in the model's own dtype."""
+
+    def __init__(self, site: ObservedSite, replacement: Callable[[Tensor], Tensor], *, held_back: bool = False) -> None:
+        """Starts at zero.
+
+        Args:
+            site: the original.
+            replacement: [tokens, d] to [tokens, d_out].
+            held_back: look only at the tokens that :mod:`tardis_fx.calibration.regression` holds back, and at all of a
+                batch too small for that.
+        """
+        self._site, self._replacement, self._held_back = site, replacement, held_back
+        self._missed, self._total = 0.0, 0.0
+
+    def update(self, x: Tensor) -> None:
+        """Adds tokens, [tokens, d], float32."""
+        weights = self._site.weights
+        cut = fitted_tokens(len(x)) if self._held_back else 0
+        given = x[cut if cut < len(x) else 0 :].to(weights.w1.device, weights.w1.dtype)
+        exact = original(weights, str(self._site.site.activation), given).float()
+        found = self._replacement(given).float()
+        self._missed += float((found - exact).double().square().sum())
+        self._total += float(exact.double().square().sum())
+
+    @property
+    def error(self) -> float:
+        """Root of the mean square error, relative to the output's."""
+        return (self._missed / self._total) ** 0.5 if self._total else 0.0
+
+
+def original(weights: SiteWeights, activation: str, x: Tensor) -> Tensor:
+    """A plain site as it was, [tokens, d] to [tokens, d_out]."""
+    return F.linear(ACTIVATIONS[activation].eager(F.linear(x, weights.w1, weights.b1)), weights.w2, weights.b2)

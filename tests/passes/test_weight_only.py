@@ -1,0 +1,38 @@
+"""Weight-only quantisation: rounding to nearest, and GPTQ."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from builders.ffns import batches, config, ffn, inputs
+
+from tardis_fx.calibrate import plan_for
+from tardis_fx.calibration.observe import BatchObservation
+
+D, HIDDEN = 80, 160
+
+
+def observed(seed: int = 0) -> BatchObservation:
+    """An FFN whose inputs are correlated."""
+    mixing = inputs(D, D, seed=seed + 50) / 6 + torch.eye(D)
+    model = ffn(D, HIDDEN, seed=seed)
+    return BatchObservation(model, [batch @ mixing for batch in batches(d=D)], progress=False)
+
+
+def test_the_budget_picks_the_widest_codes_that_fit() -> None:
+    observation = observed()
+    found = {}
+    for budget in (0.12, 0.16, 0.3, 0.5):
+        (plan,) = plan_for(observation, config(method="rtn", budget=budget)).sites
+        found[plan.settings["bits"]] = plan.error
+        assert plan.touched_bytes <= budget * plan.dense_bytes
+    assert list(found) == [2, 3, 4, 8]
+    assert found[2] > 1.5 * found[3] > 2 * found[4] > 10 * found[8]
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("budget", [0.12, 0.2, 0.3])
+def test_gptq_errs_less_than_rounding_where_inputs_are_correlated(seed: int, budget: float) -> None:
+    observation = observed(seed)
+    gptq, rtn = (plan_for(observation, config(method=m, budget=budget)).sites[0].error for m in ("gptq", "rtn"))
+    assert gptq < 0.95 * rtn
