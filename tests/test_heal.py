@@ -1,0 +1,345 @@
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from builders import models
+from builders.compiled import compiled
+from builders.ffns import Block, batches, config, ffn, inputs, planned
+from torch import Tensor, nn
+from transformers.modeling_outputs import CausalLMOutput
+
+from tardis_fx import (
+    CalibrationError,
+    CheckpointError,
+    ConfigError,
+    Plan,
+    PlanMismatchError,
+    StaleWeightError,
+    calibrate,
+    heal,
+)
+from tardis_fx.calibrate import refused
+from tardis_fx.calibration.observe import BatchObservation
+from tardis_fx.healing import checkpoint as checkpoints
+from tardis_fx.healing.student import Student, divergence
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+STEPS = 40
+
+
+class Language(nn.Module):
+    """Token numbers to logits, with two FFNs between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.head = nn.Embedding(models.VOCABULARY, 16), nn.Linear(16, models.VOCABULARY)
+        self.blocks = nn.Sequential(*(Block(ffn(seed=i)) for i in range(2)))
+        self.eval()
+
+    def forward(self, ids: Tensor) -> CausalLMOutput:
+        return CausalLMOutput(logits=self.head(self.blocks(self.embedding(ids))))
+
+
+TEXT = [models.tokens(4, 32, seed=i) for i in range(8)]
+every_width = pytest.mark.parametrize(("fold_bits", "row_bits"), [(16, 16), (4, 4)])
+
+
+def language_plan(model: nn.Module, **changed: Any) -> Plan:
+    return calibrate(model, TEXT, config=config(**changed))
+
+
+def healed(model: nn.Module, plan: Plan, given: Any = TEXT, **changed: Any) -> Plan:
+    chosen: dict[str, Any] = {"steps": STEPS, "learning_rate": 1e-2, "progress": False}
+    return heal(model, plan, given, **(chosen | changed))
+
+
+@torch.no_grad()
+def loss(model: nn.Module, plan: Plan, given: list[Tensor]) -> float:
+    torch._dynamo.reset()
+    run = compiled(model, plan)
+    return sum(float(divergence(run(batch), model(batch))) for batch in given) / len(given)
+
+
+def same(a: Plan, b: Plan) -> bool:
+    return all(
+        x.touched_bytes == y.touched_bytes
+        and x.error == y.error
+        and all(torch.equal(tensor, y.tensors[name]) for name, tensor in x.tensors.items())
+        for x, y in zip(a.sites, b.sites, strict=True)
+    )
+
+
+# ---- What healing does
+
+
+@every_width
+def test_a_healed_plan_is_closer_to_the_dense_model_and_reads_no_more(fold_bits: int, row_bits: int) -> None:
+    model = Language()
+    plan = language_plan(model, fold_bits=fold_bits, row_bits=row_bits)
+    better = healed(model, plan)
+    assert loss(model, better, TEXT[-1:]) < 0.95 * loss(model, plan, TEXT[-1:])
+    assert better.touched_fraction <= plan.touched_fraction * (1 + 1e-6)
+    fresh = [models.tokens(4, 32, seed=100 + i) for i in range(4)]
+    assert loss(model, better, fresh) < loss(model, plan, fresh)
+
+
+def test_a_model_without_logits_is_healed_by_its_output() -> None:
+    model = nn.Sequential(Block(ffn(seed=1)), Block(ffn(seed=2))).eval()
+    plan = planned(model, budget=0.4)
+    better = healed(model, plan, batches())
+    assert loss(model, better, batches()[-1:]) < loss(model, plan, batches()[-1:])
+
+
+@pytest.mark.parametrize("learning_rate", [1e-6, 0.9])
+def test_the_loss_on_the_tuning_split_is_never_worse_than_before(learning_rate: float) -> None:
+    model = Language()
+    plan = language_plan(model)
+    better = healed(model, plan, learning_rate=learning_rate)
+    assert loss(model, better, TEXT[-1:]) <= loss(model, plan, TEXT[-1:]) * (1 + 1e-5)
+
+
+def test_where_nothing_gets_better_the_plan_stays_as_it_was(caplog: pytest.LogCaptureFixture) -> None:
+    model = Language()
+    plan = language_plan(model)
+    assert healed(model, plan, learning_rate=0.9) is plan
+    assert "nothing better" in caplog.text
+
+
+def test_the_tuning_split_is_the_last_eighth_and_never_trained_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    trained, tuned = set(), set()
+
+    def record(student: Student, batch: Tensor, *, gradients: bool = False) -> Any:
+        (trained if gradients else tuned).add(int(batch[0, 0]))
+        return student._capture(batch, gradients=gradients)
+
+    monkeypatch.setattr(Student, "__call__", record)
+    model = Language()
+    given = [torch.full((1, 32), i) for i in range(16)]
+    healed(model, language_plan(model), given)
+    assert trained == set(range(14))
+    assert tuned == {14, 15}
+
+
+def test_the_error_is_that_of_the_healed_site() -> None:
+    model = ffn(32, 128)
+    given = batches(d=32)
+    plan = planned(model, 32, budget=0.4)
+    better = healed(model, plan, given)
+    x = given[-1]
+    with torch.no_grad():
+        expected = model(x)
+        found = compiled(model, better)(x)
+    assert better.sites[0].error == pytest.approx(float((found - expected).norm() / expected.norm()), rel=1e-3)
+
+
+def test_the_outlier_rate_and_the_bytes_tell_the_same() -> None:
+    model = Language()
+    plan = language_plan(model)
+    better = healed(model, plan)
+    for old, new in zip(plan.sites, better.sites, strict=True):
+        row = 4 * (16 + 16 + 1) + 12
+        assert new.touched_bytes - old.touched_bytes == pytest.approx(row * 64 * (new.outlier_rate - old.outlier_rate))
+
+
+# ---- What it leaves alone
+
+
+def test_model_plan_and_batches_are_left_as_they_were() -> None:
+    model = Language()
+    model.head.requires_grad_(False)
+    plan = language_plan(model)
+    tensors = copy.deepcopy([dict(site.tensors) for site in plan.sites])
+    state = [(n, p.data_ptr(), p._version, p.requires_grad, p.grad) for n, p in model.named_parameters()]
+    weights, given = copy.deepcopy(model.state_dict()), copy.deepcopy(TEXT)
+    with torch.no_grad():
+        output = model(TEXT[0]).logits
+    better = healed(model, plan)
+    assert better is not plan
+    assert [(n, p.data_ptr(), p._version, p.requires_grad, p.grad) for n, p in model.named_parameters()] == state
+    assert all(torch.equal(t, weights[name]) for name, t in model.state_dict().items())
+    with torch.no_grad():
+        assert torch.equal(model(TEXT[0]).logits, output)
+    assert all(torch.equal(a, b) for a, b in zip(TEXT, given, strict=True))
+    for site, before in zip(plan.sites, tensors, strict=True):
+        assert all(torch.equal(t, before[name]) for name, t in site.tensors.items())
+    for old, new in zip(plan.sites, better.sites, strict=True):
+        assert (old.fingerprint, old.settings, old.method, old.stored_bytes) == (
+            new.fingerprint, new.settings, new.method, new.stored_bytes,
+        )  # fmt: skip
+
+
+@every_width
+def test_a_healed_plan_saves_loads_and_compiles(tmp_path: Path, fold_bits: int, row_bits: int) -> None:
+    model = Language().bfloat16()
+    better = healed(model, language_plan(model, fold_bits=fold_bits, row_bits=row_bits))
+    better.save(tmp_path / "healed.plan")
+    loaded = Plan.load(tmp_path / "healed.plan")
+    assert same(better, loaded)
+    with torch.no_grad():
+        assert torch.equal(compiled(model, loaded)(TEXT[0]).logits, compiled(model, better)(TEXT[0]).logits)
+
+
+def test_healing_repeats_to_the_bit() -> None:
+    model = Language()
+    plan = language_plan(model)
+    assert same(healed(model, plan), healed(model, plan))
+
+
+def test_a_refused_site_is_left_as_it_is() -> None:
+    model = Language()
+    plan = language_plan(model)
+    observed = BatchObservation(model, TEXT, progress=False).sites[0]
+    partly = Plan((refused(observed, "not wanted"), plan.sites[1]), plan.config)
+    better = healed(model, partly)
+    assert better.sites[0] is partly.sites[0]
+    assert loss(model, better, TEXT[-1:]) < loss(model, partly, TEXT[-1:])
+
+
+# ---- Checkpoints
+
+
+def interrupted(monkeypatch: pytest.MonkeyPatch, *args: Any, **changed: Any) -> None:
+    """Stops after the first checkpoint."""
+    save = checkpoints.save
+
+    def stop(*given: Any) -> None:
+        save(*given)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "save", stop)
+        with pytest.raises(KeyboardInterrupt):
+            healed(*args, **changed)
+
+
+def test_a_resumed_healing_ends_where_an_uninterrupted_one_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, path = Language(), tmp_path / "healing"
+    plan = language_plan(model, fold_bits=4, row_bits=4)
+    interrupted(monkeypatch, model, plan, checkpoint=path)
+    assert path.exists()
+    resumed = healed(model, plan, checkpoint=path)
+    assert same(resumed, healed(model, plan))
+    assert same(resumed, healed(model, plan, checkpoint=path))
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("changed", [{"steps": STEPS + 1}, {"learning_rate": 0.02}, {"given": TEXT[1:]}])
+def test_a_checkpoint_of_another_healing_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: dict[str, Any]
+) -> None:
+    model, path = Language(), tmp_path / "healing"
+    plan = language_plan(model)
+    interrupted(monkeypatch, model, plan, checkpoint=path)
+    with pytest.raises(CheckpointError, match="another plan"):
+        healed(model, plan, checkpoint=path, **changed)
+
+
+def test_a_damaged_checkpoint_is_refused(tmp_path: Path) -> None:
+    model, path = Language(), tmp_path / "healing"
+    path.write_bytes(b"nothing of the kind")
+    with pytest.raises(CheckpointError, match="no checkpoint"):
+        healed(model, language_plan(model), checkpoint=path)
+
+
+def test_a_checkpoint_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
+    model = Language()
+    with pytest.raises(CheckpointError, match="cannot write"):
+        healed(model, language_plan(model), checkpoint=tmp_path / "nowhere" / "healing")
+
+
+# ---- What is refused
+
+
+@pytest.fixture(scope="module")
+def pair() -> tuple[Language, Plan]:
+    model = Language()
+    return model, language_plan(model)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"steps": 0}, "steps"),
+        ({"steps": 1.5}, "steps"),
+        ({"learning_rate": 0}, "learning_rate"),
+        ({"learning_rate": float("nan")}, "learning_rate"),
+        ({"plan": 3}, "plan"),
+    ],
+)
+def test_arguments_out_of_range_are_named(pair: tuple[Language, Plan], wrong: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        healed(pair[0], **({"plan": pair[1]} | wrong))
+
+
+@pytest.mark.parametrize(
+    ("given", "said"), [([], "no calibration batches"), (TEXT[:1], "two batches"), (TEXT[0], "iterable"), (3, "iterable")]
+)
+def test_batches_that_will_not_do_are_refused(pair: tuple[Language, Plan], given: Any, said: str) -> None:
+    with pytest.raises(CalibrationError, match=said):
+        healed(*pair, given)
+
+
+def test_a_model_in_training_mode_is_refused(pair: tuple[Language, Plan]) -> None:
+    with pytest.raises(CalibrationError, match="training mode"):
+        healed(copy.deepcopy(pair[0]).train(), pair[1])
+
+
+def test_a_loss_that_is_no_number_names_the_batch() -> None:
+    model = nn.Sequential(Block(ffn(seed=1))).eval()
+    plan = planned(model)
+    for at, said in ((1, "batch 1"), (-1, "tuning split")):
+        given = batches()
+        given[at] = torch.full_like(given[at], torch.nan)
+        with pytest.raises(CalibrationError, match=said):
+            healed(model, plan, given)
+
+
+def test_a_plan_for_another_model_is_refused(pair: tuple[Language, Plan]) -> None:
+    changed = copy.deepcopy(pair[0])
+    with torch.no_grad():
+        for parameter in changed.parameters():
+            parameter.add_(1)
+    with pytest.raises((PlanMismatchError, StaleWeightError), match="sites"):
+        healed(changed, pair[1])
+
+
+def test_a_rewrite_that_cannot_be_healed_is_named(pair: tuple[Language, Plan]) -> None:
+    model, plan = pair
+    from dataclasses import replace
+
+    only_exact = Plan(tuple(replace(site, method="exact_fold") for site in plan.sites), plan.config)
+    with pytest.raises(ConfigError, match="no site to heal"):
+        healed(model, only_exact)
+    with pytest.raises(ConfigError, match="no rewrite named 'unknown'"):
+        healed(model, Plan(tuple(replace(site, method="unknown") for site in plan.sites), plan.config))
+
+
+def test_a_failed_healing_leaves_gradients_as_they_were(pair: tuple[Language, Plan]) -> None:
+    model = copy.deepcopy(pair[0])
+    with pytest.raises(PlanMismatchError):
+        healed(model, planned(ffn(8, 32), 8))
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    model(TEXT[0]).logits.sum().backward()
+    assert model.head.weight.grad is not None
+
+
+def test_the_paper_recipe_heals_too() -> None:
+    model = Language()
+    plan = language_plan(model, method="paper", budget=0.9)
+    assert loss(model, healed(model, plan), TEXT[-1:]) < loss(model, plan, TEXT[-1:])
+
+
+def test_inputs_may_differ_in_shape(pair: tuple[Language, Plan]) -> None:
+    model, plan = pair
+    given = [models.tokens(2, 20 + i, seed=i) for i in range(4)]
+    better = healed(model, plan, given, steps=8)
+    assert len(better.sites) == len(plan.sites)
+    assert inputs(1).shape == (1,)
