@@ -29,6 +29,8 @@ _log = logging.getLogger("tardis_fx")
 
 #: Steps between evaluations, and evaluations without a better one after which it ends.
 INTERVAL, PATIENCE = 20, 5
+#: Steps in which the learning rate rises.
+WARM_UP = 20
 #: Share of the batches, the last ones, that are the tuning split.
 TUNING = 1 / 8
 
@@ -39,7 +41,7 @@ def heal(
     batches: Iterable[Batch],
     *,
     steps: int = 300,
-    learning_rate: float = 3e-3,
+    learning_rate: float = 1e-2,
     checkpoint: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> Plan:
@@ -51,7 +53,8 @@ def heal(
     they are as frequent as the unhealed plan's.
 
     The loss is the Kullback-Leibler divergence from the dense model's ``logits``, over all positions; of a model whose
-    output has none, the mean squared error of its first tensor. Adam, its rate falling to zero as a cosine.
+    output has none, the mean squared error of its first tensor. The optimiser is Adam, its rate rising for 20 steps and
+    then falling to zero as a cosine.
 
     Time: a step runs the dense model, and the rewritten one forward and backward, on one batch; batches of 2,000 to
     4,000 tokens are about right. Memory beyond the model's: W1 and W2 of the listed neurons and the predictors in
@@ -62,7 +65,7 @@ def heal(
         plan: of ``partial_linear`` or ``paper``, or the path of its file; it is left as it was.
         batches: as :func:`tardis_fx.calibrate` takes them, two or more; those of calibration will do.
         steps: at the most.
-        learning_rate: of Adam, in units of each tensor's root mean square; of bounds, in widths of the hot range.
+        learning_rate: of Adam, in units of each tensor's root mean square; of bounds, in tenths of the hot range's width.
         checkpoint: a file that holds the state as of the last evaluation, and is gone on from where it exists.
         progress: show a progress bar.
 
@@ -157,14 +160,15 @@ class _Run:
 
     def _step(self, step: int) -> None:
         for group in self._optimiser.param_groups:
-            group["lr"] = self._rate * (1 + math.cos(math.pi * step / self._steps)) / 2
+            group["lr"] = self._rate * min(1, (step + 1) / WARM_UP) * (1 + math.cos(math.pi * step / self._steps)) / 2
         epoch, position = divmod(step, len(self._batches))
         order = torch.randperm(len(self._batches), generator=torch.Generator().manual_seed(epoch))
         batch = self._batches[int(order[position])]
         loss = divergence(self._student(batch, gradients=True), dense(self._model, batch))
         _finite(float(loss.detach()), f"batch {int(order[position])}")
         parameters = self._student.parameters
-        for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters, retain_graph=True), strict=True):
+        gradients = torch.autograd.grad(loss, parameters, retain_graph=True)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient
         self._hold_bytes()
         self._optimiser.step()
@@ -173,13 +177,14 @@ class _Run:
     def _hold_bytes(self) -> None:
         """Takes out of the bounds' gradient what would change the expected bytes, at one price for all sites."""
         sites = self._student.sites.values()
-        read = sum(site.costs.row * site.corrected for site in sites)
         bounds = [bound for site in sites for bound in site.bounds]
+        read = torch.stack([site.costs.row * site.corrected for site in sites]).sum()
         slopes = torch.autograd.grad(read, bounds)
-        gained = sum(float((bound.grad * slope).sum()) for bound, slope in zip(bounds, slopes, strict=True))
+        found = [bound.grad for bound in bounds if bound.grad is not None]
+        gained = sum(float((gradient * slope).sum()) for gradient, slope in zip(found, slopes, strict=True))
         paid = sum(float(slope.square().sum()) for slope in slopes)
-        for bound, slope in zip(bounds, slopes, strict=True):
-            bound.grad -= slope * (gained / paid if paid else 0)
+        for bound, gradient, slope in zip(bounds, found, slopes, strict=True):
+            bound.grad = gradient - slope * (gained / paid if paid else 0)
 
     def _copies(self) -> list[torch.Tensor]:
         return [parameter.detach().cpu().clone() for parameter in self._student.parameters]

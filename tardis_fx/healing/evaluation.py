@@ -13,13 +13,13 @@ from tardis_fx.calibration.observe import BatchObservation
 from tardis_fx.graph.activations import ACTIVATIONS
 from tardis_fx.graph.capture import arguments
 from tardis_fx.healing.student import Student, divergence
-from tardis_fx.plan import Plan, SitePlan
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from tardis_fx.calibration.observe import Batch, ObservedSite
     from tardis_fx.healing.site import TrainableSite
+    from tardis_fx.plan import Plan, SitePlan
 
 
 class Evaluation:

@@ -62,7 +62,7 @@ class TrainableSite(nn.Module):
         width = self._base["upper"] - self._base["lower"]
         self._width = torch.where(width.isfinite() & (width > 0), width, 0)  # an empty range stays empty
         self._unit = {name: tensor.square().mean().sqrt() if tensor.numel() else 0 for name, tensor in real.items()}
-        self._unit |= {name: BOUND_UNIT * self._width for name in ("lower", "upper")}
+        self._unit |= dict.fromkeys(("lower", "upper"), BOUND_UNIT * self._width)
         for name, tensor in self._base.items():
             self.register_parameter(name, nn.Parameter(torch.zeros_like(tensor)))
         self.corrected = torch.zeros(())
@@ -115,8 +115,8 @@ class TrainableSite(nn.Module):
     def widen(self, step: int) -> None:
         """Moves both bounds outwards, to the widening of this index in :meth:`corrections`."""
         lower, upper = self.bounds
-        lower -= step * _WIDEST / _STEPS / BOUND_UNIT
-        upper += step * _WIDEST / _STEPS / BOUND_UNIT
+        lower.sub_(step * _WIDEST / _STEPS / BOUND_UNIT)
+        upper.add_(step * _WIDEST / _STEPS / BOUND_UNIT)
 
     @torch.no_grad()
     def planned(self) -> SitePlan:
@@ -139,11 +139,12 @@ class TrainableSite(nn.Module):
         settings, columns = self.entry.settings, self.weights.w1.shape[1]
         listed, guarded = constants["counts"].tolist()
         rows = constants["neurons"][:listed].long()
-        bits, predictor = settings["row_bits"], [constants[name][:guarded] for name in ("codes", "scale", "zero")]
+        codes, scale, zero = (constants[name][:guarded] for name in ("codes", "scale", "zero"))
+        bits = settings["row_bits"]
         self._w1 = reference.rows_of(constants["w1"][rows], bits, columns, self._dtype)
         self._w2t = reference.rows_of(constants["w2t"][rows], bits, len(self.weights.w2), self._dtype)
         self._b1 = constants["b1"][rows].to(self._dtype) if "b1" in constants else None
-        self._predictor = reference.dequantise(*predictor, settings["bits"], columns, self._dtype)
+        self._predictor = reference.dequantise(codes, scale, zero, settings["bits"], columns, self._dtype)
 
     def _folded_weight(self, stored: Tensor) -> Tensor:
         if self._fold_bits == 16:

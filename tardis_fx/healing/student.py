@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from torch import fx
 
     from tardis_fx.calibration.observe import Batch
-    from tardis_fx.plan import Plan, SitePlan
+    from tardis_fx.plan import Plan
 
 _log = logging.getLogger("tardis_fx")
 

@@ -18,9 +18,9 @@ D, HIDDEN = 80, 160  # two groups of input columns, the second in part
 
 def quantised(fold_bits: int, row_bits: int, activation: str = "gelu") -> TrainableSite:
     model = ffn(D, HIDDEN, activation)
-    budget = 0.12 if max(fold_bits, row_bits) < 16 else 0.5
+    budget = (0.1 if fold_bits < 16 else 0.3) + (0.02 if row_bits < 16 else 0.2)
     (entry,) = planned(model, D, budget=budget, fold_bits=fold_bits, row_bits=row_bits).sites
-    assert 0 < len(entry.tensors["lower"])
+    assert len(entry.tensors["lower"]) > 0
     weights = SiteWeights(*(p.detach() for p in model.parameters()))
     return TrainableSite(entry, weights, PartialLinear())
 
@@ -35,13 +35,15 @@ def changed(site: TrainableSite, seed: int, amount: float = 0.1) -> TrainableSit
 
 @settings(max_examples=20)
 @given(st.data(), oracles())
-def test_the_differentiable_forward_is_the_specification_whatever_the_classes(data: st.DataObject, case: Oracle) -> None:
+def test_the_differentiable_forward_is_the_specification_whatever_the_classes(
+    data: st.DataObject, case: Oracle
+) -> None:
     guarded, exact = data.draw(classes(len(case.lower)))
     site = TrainableSite(case.plan(guarded, exact), case.weights, PartialLinear()).train()
     torch.testing.assert_close(site(case.x), case.rewritten(guarded, exact), atol=1e-4, rtol=1e-4)
 
 
-@settings(max_examples=6)
+@settings(max_examples=4)
 @given(st.sampled_from([4, 8, 16]), st.sampled_from([3, 4, 8, 16]), st.sampled_from(NAMES), st.integers(0, 2**16))
 def test_the_differentiable_forward_is_what_the_stored_plan_runs_after_any_change(
     fold_bits: int, row_bits: int, activation: str, seed: int
