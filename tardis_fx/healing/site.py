@@ -65,7 +65,6 @@ class TrainableSite(nn.Module):
         self._unit |= dict.fromkeys(("lower", "upper"), BOUND_UNIT * self._width)
         for name, tensor in self._base.items():
             self.register_parameter(name, nn.Parameter(torch.zeros_like(tensor)))
-        self.corrected = torch.zeros(())
         self.eval()
 
     @property
@@ -81,8 +80,9 @@ class TrainableSite(nn.Module):
         return [self.get_parameter("lower"), self.get_parameter("upper")]
 
     def train(self, mode: bool = True) -> TrainableSite:
-        """Chooses what ``forward`` does; leaving training fixes the stored plan and starts counting at zero."""
+        """Chooses what ``forward`` does, and starts counting at zero; leaving training fixes the stored plan."""
         super().train(mode)
+        self.corrected = torch.zeros((), device=self.weights.w1.device)
         if not mode:
             self._constants = self._rewrite.constants(self.planned(), self.weights)
             self.tokens, self._beyond = 0, torch.zeros(_STEPS, device=self.weights.w1.device)
@@ -95,7 +95,7 @@ class TrainableSite(nn.Module):
             return self._rewrite.forward(x, self._constants, self.entry)
         tokens = x.reshape(-1, x.shape[-1]).to(self._dtype)
         outlier = self._outliers(tokens)
-        self.corrected = outlier.sum()
+        self.corrected = self.corrected + outlier.sum()
         z = F.linear(tokens, self._w1, self._b1)
         activated = ACTIVATIONS[self.entry.settings["activation"]].eager(z)
         added = (outlier * (activated - self._now("slope") * z - self._now("intercept"))) @ self._w2t
@@ -174,8 +174,8 @@ class TrainableSite(nn.Module):
         """Ones where listed neurons are corrected, [tokens, listed], straight-through."""
         lower, upper = self._now("lower"), self._now("upper")
         z_hat = tokens.detach() @ self._predictor.T
-        sharpness = 1 / (TEMPERATURE * self._width).clamp(min=torch.finfo(torch.float32).tiny)
-        soft = torch.sigmoid((z_hat - upper) * sharpness) + torch.sigmoid((lower - z_hat) * sharpness)
+        spread = torch.where(self._width > 0, TEMPERATURE * self._width, 1)
+        soft = torch.sigmoid((z_hat - upper) / spread) + torch.sigmoid((lower - z_hat) / spread)
         hard = (z_hat < lower) | (z_hat > upper)
         return F.pad(hard + (soft - soft.detach()), (0, len(self._w1) - len(self._predictor)), value=1.0)
 
