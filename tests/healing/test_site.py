@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import pytest
 import torch
 from builders.ffns import ACTIVATIONS as NAMES
@@ -12,17 +14,22 @@ from hypothesis import strategies as st
 from tardis_fx.graph.site import SiteWeights
 from tardis_fx.healing.site import TrainableSite
 from tardis_fx.passes.partial_linear import PartialLinear
+from tardis_fx.plan import SitePlan
 
 D, HIDDEN = 80, 160  # two groups of input columns, the second in part
 
 
-def quantised(fold_bits: int, row_bits: int, activation: str = "gelu") -> TrainableSite:
+@cache
+def opened(fold_bits: int, row_bits: int, activation: str = "gelu") -> tuple[SitePlan, SiteWeights]:
     model = ffn(D, HIDDEN, activation)
     budget = (0.1 if fold_bits < 16 else 0.3) + (0.02 if row_bits < 16 else 0.2)
     (entry,) = planned(model, D, budget=budget, fold_bits=fold_bits, row_bits=row_bits).sites
     assert len(entry.tensors["lower"]) > 0
-    weights = SiteWeights(*(p.detach() for p in model.parameters()))
-    return TrainableSite(entry, weights, PartialLinear())
+    return entry, SiteWeights(*(p.detach() for p in model.parameters()))
+
+
+def quantised(fold_bits: int, row_bits: int, activation: str = "gelu") -> TrainableSite:
+    return TrainableSite(*opened(fold_bits, row_bits, activation), PartialLinear())
 
 
 def changed(site: TrainableSite, seed: int, amount: float = 0.1) -> TrainableSite:
@@ -44,7 +51,7 @@ def test_the_differentiable_forward_is_the_specification_whatever_the_classes(
 
 
 @settings(max_examples=4)
-@given(st.sampled_from([4, 8, 16]), st.sampled_from([3, 4, 8, 16]), st.sampled_from(NAMES), st.integers(0, 2**16))
+@given(st.sampled_from([4, 8, 16]), st.sampled_from([3, 4, 16]), st.sampled_from(NAMES), st.integers(0, 2**16))
 def test_the_differentiable_forward_is_what_the_stored_plan_runs_after_any_change(
     fold_bits: int, row_bits: int, activation: str, seed: int
 ) -> None:
