@@ -3,7 +3,7 @@
 python benchmarks/heal.py                 the model cast to bfloat16, 4-bit fold and rows, at several budgets
 python benchmarks/heal.py 0.15            at this budget only
 python benchmarks/heal.py float32 0.2     in float32, with fold and rows in the model's own dtype
-python benchmarks/heal.py windows=256 ... healed on more of the calibration text than the plan was fitted to
+python benchmarks/heal.py 0.15 windows=256 steps=300    healed on more of the calibration text, and for longer
 
 Plans are fitted to 64 windows of 256 tokens of the calibration split, and healed on the same ones, two windows a step,
 the last eighth held back. The test split is read for the table alone. Every token takes fold and correction; "touched"
@@ -48,7 +48,8 @@ def main() -> None:
     """Measures and prints a table as Markdown."""
     demo, arguments = load(), sys.argv[1:]
     whole = "float32" in arguments
-    windows = next((int(a.partition("=")[2]) for a in arguments if a.startswith("windows=")), WINDOWS)
+    given = {name: int(value) for name, _, value in (a.partition("=") for a in arguments) if value}
+    windows, steps = given.get("windows", WINDOWS), given.get("steps", 200)
     budgets = [float(a) for a in arguments if a[0].isdigit()] or ([0.2] if whole else [0.1, 0.12, 0.15, 0.2])
     bits = 16 if whole else 4
     if not whole:
@@ -66,7 +67,7 @@ def main() -> None:
         fitted = time.perf_counter()
         print(f"| {budget:.0%} | {row(demo.model, plan, text, dense)} | {fitted - started:.0f} s |", flush=True)
         started = time.perf_counter()
-        better = heal(demo.model, plan, batches, progress=False)
+        better = heal(demo.model, plan, batches, steps=steps, progress=False)
         healed = time.perf_counter()
         print(
             f"| {budget:.0%}, healed | {row(demo.model, better, text, dense)} | {healed - started:.0f} s |", flush=True
