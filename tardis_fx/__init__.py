@@ -7,6 +7,7 @@ from tardis_fx.calibrate import calibrate
 from tardis_fx.config import Config
 from tardis_fx.errors import (
     CalibrationError,
+    CheckpointError,
     ConfigError,
     DemoError,
     PlanFileError,
@@ -15,11 +16,13 @@ from tardis_fx.errors import (
     TardisError,
 )
 from tardis_fx.explain import Report, explain
+from tardis_fx.heal import heal
 from tardis_fx.plan import Plan
 from tardis_fx.runtime.touched import count_touched
 
 __all__ = [
     "CalibrationError",
+    "CheckpointError",
     "Config",
     "ConfigError",
     "DemoError",
@@ -32,4 +35,5 @@ __all__ = [
     "calibrate",
     "count_touched",
     "explain",
+    "heal",
 ]

@@ -17,6 +17,10 @@ class PlanFileError(TardisError, ValueError):
     """A plan file is missing, truncated, foreign, or written by a newer version."""
 
 
+class CheckpointError(TardisError, ValueError):
+    """A checkpoint of a healing is damaged, cannot be written, or is of another plan, other batches or settings."""
+
+
 class PlanMismatchError(TardisError, ValueError):
     """A plan was made for other weights, another dtype or another device than the model's."""
 

@@ -92,19 +92,7 @@ class BatchObservation(Observation):
         Raises:
             CalibrationError: no batches, a model in training mode, or a model without any FFN.
         """
-        training = next(
-            (name or type(module).__name__ for name, module in model.named_modules() if module.training), None
-        )
-        if training is not None:
-            raise CalibrationError(f"{training} is in training mode: call model.eval() first")
-        if isinstance(batches, (Tensor, Mapping)):
-            raise CalibrationError("batches must be an iterable of batches: wrap a single one in a list")
-        try:
-            self._batches, self._progress = list(batches), progress
-        except TypeError:
-            raise CalibrationError(f"batches must be an iterable of batches, not {type(batches).__name__}") from None
-        if not self._batches:
-            raise CalibrationError("no calibration batches")
+        self._batches, self._progress = checked(model, batches), progress
         self.memo: dict[str, Any] = {}
         self._sites: dict[str, ObservedSite] = {}
         self._known: dict[tuple[Any, ...], str] = {}
@@ -189,6 +177,26 @@ class BatchObservation(Observation):
     def rewritten(self, site: Site, parameters: list[Tensor]) -> Callable[[Tensor], Tensor] | None:
         """What replaces a site's output, or None."""
         return self._rewritten.get(self._admit(site, parameters))
+
+
+def checked(model: nn.Module, batches: Iterable[Batch]) -> list[Batch]:
+    """The batches as a list.
+
+    Raises:
+        CalibrationError: there are none, or the model is in training mode.
+    """
+    training = next((name or type(module).__name__ for name, module in model.named_modules() if module.training), None)
+    if training is not None:
+        raise CalibrationError(f"{training} is in training mode: call model.eval() first")
+    if isinstance(batches, (Tensor, Mapping)):
+        raise CalibrationError("batches must be an iterable of batches: wrap a single one in a list")
+    try:
+        found = list(batches)
+    except TypeError:
+        raise CalibrationError(f"batches must be an iterable of batches, not {type(batches).__name__}") from None
+    if not found:
+        raise CalibrationError("no calibration batches")
+    return found
 
 
 class _Enter(nn.Module):

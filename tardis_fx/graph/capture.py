@@ -43,21 +43,22 @@ class Capture:
         self._model = model
         self._call = torch.compile(own_code(_call), backend=observer)
 
-    def __call__(self, batch: Tensor | Mapping[str, Any]) -> Any:
-        """Runs one batch, without gradients.
+    def __call__(self, batch: Tensor | Mapping[str, Any], *, gradients: bool = False) -> Any:
+        """Runs one batch.
 
         Args:
             batch: the model's first argument, or all of them by keyword.
+            gradients: whether they are recorded.
 
         Raises:
             CalibrationError: the batch is neither, or lies on another device than the model.
         """
-        args, kwargs = _arguments(batch)
+        args, kwargs = arguments(batch)
         self._check_devices([v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)])
         dynamo = torch._dynamo.config.patch(
             recompile_limit=256, accumulated_recompile_limit=1024, fail_on_recompile_limit_hit=True
         )
-        with dynamo, torch.no_grad():
+        with dynamo, torch.set_grad_enabled(gradients):
             return self._call(self._model, args, kwargs)
 
     def _check_devices(self, tensors: list[Tensor]) -> None:
@@ -69,7 +70,12 @@ class Capture:
                 )
 
 
-def _arguments(batch: Tensor | Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def arguments(batch: Tensor | Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A batch as positional and keyword arguments of the model.
+
+    Raises:
+        CalibrationError: it is neither a tensor nor a mapping.
+    """
     if isinstance(batch, Tensor):
         return (batch,), {}
     if isinstance(batch, Mapping):

@@ -1,0 +1,95 @@
+"""The state of a healing that may be interrupted, in a file."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import pickle
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from tardis_fx.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from tardis_fx.calibration.observe import Batch
+    from tardis_fx.plan import Plan
+
+
+@dataclass
+class State:
+    """Where a healing is.
+
+    Attributes:
+        step: steps taken.
+        best: loss of the best evaluation.
+        best_step: when that was; 0 is the unhealed plan.
+        kept: the parameters at the best evaluation.
+        parameters: as they are now.
+        optimiser: the optimiser's state.
+    """
+
+    step: int
+    best: float
+    best_step: int
+    kept: list[Tensor]
+    parameters: list[Tensor]
+    optimiser: dict[str, Any]
+
+
+def identity(plan: Plan, batches: Sequence[Batch], **settings: float) -> str:
+    """Hash of all that a healing depends on beside the model, whose weights the plan knows."""
+    digest = hashlib.sha256(repr(sorted(settings.items())).encode())
+    named = [(name, t) for site in plan.sites for name, t in [(site.fingerprint, None), *sorted(site.tensors.items())]]
+    for value in pytree.tree_leaves([named, list(batches)]):
+        if isinstance(value, Tensor):
+            digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
+            digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        else:
+            digest.update(repr(value).encode())
+    return digest.hexdigest()
+
+
+def save(path: str | os.PathLike[str], owner: str, state: State) -> None:
+    """Writes a state; the file appears whole or not at all.
+
+    Raises:
+        CheckpointError: the file cannot be written.
+    """
+    temporary = f"{os.fspath(path)}.{uuid.uuid4().hex}.part"
+    try:
+        torch.save({"identity": owner, **vars(state)}, temporary)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise CheckpointError(f"cannot write checkpoint {path}: {error}") from error
+
+
+def load(path: str | os.PathLike[str], owner: str) -> State | None:
+    """Reads a state, or None where there is no file.
+
+    Raises:
+        CheckpointError: the file is no checkpoint, or one of another healing.
+    """
+    if not Path(path).exists():
+        return None
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        found = content.pop("identity")
+        state = State(**content)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, AttributeError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is damaged or no checkpoint: {type(error).__name__}: {error}") from error
+    if found != owner:
+        raise CheckpointError(
+            f"{path} is of another plan, other batches or other settings: delete it, or name another checkpoint"
+        )
+    return state

@@ -1,0 +1,117 @@
+"""What a student is worth: its loss on the tuning split at the bytes that the plan promised, and the healed plan."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+from tardis_fx.calibration.observe import BatchObservation
+from tardis_fx.graph.activations import ACTIVATIONS
+from tardis_fx.graph.capture import arguments
+from tardis_fx.healing.student import Student, divergence
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from tardis_fx.calibration.observe import Batch, ObservedSite
+    from tardis_fx.healing.site import TrainableSite
+    from tardis_fx.plan import Plan, SitePlan
+
+
+class Evaluation:
+    """The tuning split, and what the unhealed plan does on it.
+
+    Attributes:
+        before: its loss.
+    """
+
+    def __init__(self, model: nn.Module, student: Student, batches: Sequence[Batch]) -> None:
+        """Runs the unhealed plan.
+
+        Args:
+            model: the dense model.
+            student: with no change made yet.
+            batches: the tuning split.
+        """
+        self._model, self._student, self._batches = model, student, batches
+        self._promised = {key: s.entry.outlier_rate * s.weights.w1.shape[0] for key, s in student.sites.items()}
+        self.before = self._run()
+        self._corrected = {key: float(s.corrections()[0]) for key, s in student.sites.items()}
+
+    def __call__(self) -> float:
+        """The loss, after hot ranges were widened alike until no more bytes are read than promised."""
+        while True:
+            loss = self._run()
+            within = self._bytes() <= self._allowed
+            if within[0]:
+                return loss
+            step = int(within.byte().argmax()) or len(within) - 1
+            for site in self._student.sites.values():
+                site.widen(step)
+
+    def _run(self) -> float:
+        self._student.train(False)
+        with torch.no_grad():
+            losses = [float(divergence(self._student(b), dense(self._model, b))) for b in self._batches]
+        return sum(losses) / len(losses)
+
+    def _bytes(self) -> Tensor:
+        return sum(
+            (site.costs.row * self._healed(key, site) for key, site in self._student.sites.items()), torch.zeros(1)
+        )
+
+    @property
+    def _allowed(self) -> float:
+        return sum(site.costs.row * self._promised[key] for key, site in self._student.sites.items()) * (1 + 1e-6)
+
+    def _healed(self, key: str, site: TrainableSite) -> Tensor:
+        """Corrections a token, at every widening: the plan's figure, as much less as fewer are made on these tokens."""
+        before = self._corrected[key]
+        return site.corrections().cpu() * (self._promised[key] / before if before else 1)
+
+    def plan(self, plan: Plan) -> Plan:
+        """The plan with the student's tensors and with figures to match."""
+        self._run()
+        entries = {key: self._figures(key, site) for key, site in self._student.sites.items()}
+        observation = BatchObservation(self._model, self._batches, progress=False)
+        sites = [site for site in observation.sites if site.fingerprint in entries]
+        missed = observation.run(lambda s: _Missed(s, self._student.sites[s.fingerprint]), sites, "errors")
+        entries = {key: replace(entry, error=missed[key].error) for key, entry in entries.items()}
+        return replace(plan, sites=tuple(entries.get(entry.fingerprint, entry) for entry in plan.sites))
+
+    def _figures(self, key: str, site: TrainableSite) -> SitePlan:
+        entry, now = site.planned(), float(self._healed(key, site)[0])
+        touched = entry.touched_bytes + site.costs.row * (now - self._promised[key])
+        return replace(entry, touched_bytes=touched, outlier_rate=now / site.weights.w1.shape[0])
+
+
+def dense(model: nn.Module, batch: Batch) -> Any:
+    """What the dense model returns."""
+    args, kwargs = arguments(batch)
+    with torch.no_grad():
+        return model(*args, **kwargs)
+
+
+class _Missed:
+    """What a healed site misses of the original's output, on the inputs that the dense model gives it."""
+
+    def __init__(self, observed: ObservedSite, site: TrainableSite) -> None:
+        self._site, self._activation = site, ACTIVATIONS[str(observed.site.activation)].eager
+        self._missed = self._output = 0.0
+
+    @property
+    def error(self) -> float:
+        """Relative root-mean-square error."""
+        return (self._missed / self._output) ** 0.5 if self._output else 0.0
+
+    def update(self, x: Tensor) -> None:
+        """Adds tokens, [tokens, d], float32."""
+        weights = self._site.weights
+        x = x.to(weights.w1)
+        output = F.linear(self._activation(F.linear(x, weights.w1, weights.b1)), weights.w2, weights.b2).double()
+        self._missed += float((self._site(x).double() - output).square().sum())
+        self._output += float(output.square().sum())

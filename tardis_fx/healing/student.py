@@ -1,0 +1,155 @@
+"""The model with its planned sites made trainable, and how far its output is from the dense model's."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+from torch.utils import _pytree as pytree
+
+from tardis_fx.errors import CalibrationError, ConfigError, PlanMismatchError
+from tardis_fx.graph.capture import Capture
+from tardis_fx.graph.site import SiteWeights
+from tardis_fx.graph.surgery import copy, replace
+from tardis_fx.healing.site import TrainableSite
+from tardis_fx.passes import pipeline
+from tardis_fx.passes.base import rewrite_named
+from tardis_fx.passes.exact_fold import ExactFold
+from tardis_fx.passes.partial_linear import PartialLinear
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from torch import fx
+
+    from tardis_fx.calibration.observe import Batch
+    from tardis_fx.plan import Plan
+
+_log = logging.getLogger("tardis_fx")
+
+
+class Student:
+    """A model as its plan would have it, through the capture and the matcher that compilation uses."""
+
+    def __init__(self, model: nn.Module, plan: Plan, example: Batch) -> None:
+        """Finds the planned sites by running a batch.
+
+        Args:
+            model: the dense model, in eval mode.
+            plan: sites of other rewrites than ``partial_linear`` and ``paper`` it may not have; exact folds it may.
+            example: a batch.
+
+        Raises:
+            CalibrationError: the batch cannot be used.
+            ConfigError: the plan has nothing to heal, or a site of a rewrite that cannot be healed.
+            PlanMismatchError: the plan knows none of the model's sites.
+            StaleWeightError: a weight changed since the plan was made.
+        """
+        self._plan, self._rewrites = plan, _healable(plan)
+        self.sites: dict[str, TrainableSite] = {}
+        self._outcomes: list[pipeline.Outcome] = []
+        self._capture = Capture(model, self._rewrite)
+        self._capture(example)
+        for outcome in pipeline.check(self._outcomes, plan, strict=False):
+            _log.warning("%s is not healed: %s", outcome.site.name or "an FFN", outcome.reason)
+        if not self.sites:
+            raise PlanMismatchError("none of the plan's sites can be healed in this model")
+        if missing := [s.name for s in plan.sites if s.fingerprint in self._rewrites.keys() - self.sites.keys()]:
+            _log.warning("the plan's entries of %s stay as they are: no batch reached them", ", ".join(missing))
+
+    def __call__(self, batch: Batch, *, gradients: bool = False) -> Any:
+        """What the model returns, with gradients or without."""
+        return self._capture(batch, gradients=gradients)
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """What is trained."""
+        return [parameter for site in self.sites.values() for parameter in site.parameters()]
+
+    def train(self, mode: bool = True) -> None:
+        """Sets the mode of all sites; see :class:`TrainableSite`."""
+        for site in self.sites.values():
+            site.train(mode)
+
+    def _rewrite(self, gm: fx.GraphModule, example_inputs: list[Tensor]) -> Callable[..., Any]:
+        gm = copy(gm)
+        values = dict(zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True))
+        with torch.no_grad():  # the matcher refuses what records gradients, for compilation would lose them
+            found = pipeline.outcomes(gm, example_inputs, self._plan)
+        self._outcomes += found
+        moved: dict[fx.Node, fx.Node] = {}  # outputs of sites, where one feeds the next
+        for i, (site, entry, reason) in enumerate((o.site, o.plan, o.reason) for o in found):
+            rewrite = self._rewrites.get(entry.fingerprint) if entry and not reason else None
+            if entry is None or rewrite is None:
+                continue
+            if entry.fingerprint not in self.sites:
+                weights = SiteWeights.of(site, [values[p] for p in site.parameters])
+                self.sites[entry.fingerprint] = TrainableSite(entry, weights, rewrite)
+            name = f"tardis_{i}"
+            gm.add_submodule(name, self.sites[entry.fingerprint])
+
+            def forward(x: Any, _: Any, name: str = name) -> Any:
+                return x.tracer.create_proxy("call_module", name, (x,), {})
+
+            moved[site.output] = replace(gm.graph, site, moved.get(site.input, site.input), forward, {})
+        gm.graph.lint()
+        gm.recompile()
+        return gm.forward
+
+
+def _healable(plan: Plan) -> dict[str, PartialLinear]:
+    """The rewrite of every site that can be healed, by fingerprint."""
+    found: dict[str, PartialLinear] = {}
+    for entry in plan.sites:
+        rewrite = None if entry.method is None else rewrite_named(entry.method)
+        if isinstance(rewrite, PartialLinear):
+            found[entry.fingerprint] = rewrite
+        elif rewrite is not None and not isinstance(rewrite, ExactFold):
+            raise ConfigError(
+                f"{entry.name} is rewritten by {entry.method!r}, which cannot be healed: "
+                f"plans of 'partial_linear' and 'paper' can"
+            )
+    if not found:
+        raise ConfigError("the plan has no site to heal: every one is refused or exact")
+    return found
+
+
+def divergence(output: Any, dense: Any) -> Tensor:
+    """How far an output is from the dense model's, a scalar.
+
+    Of outputs with ``logits``, the Kullback-Leibler divergence of the healed from the dense distribution, in nats a
+    position; of others, the mean squared error of the first tensor of floating point.
+
+    Args:
+        output: what the healed model returned.
+        dense: what the dense model returned.
+    """
+    if isinstance(getattr(dense, "logits", None), Tensor):
+        found, wanted = (F.log_softmax(o.logits.float(), -1) for o in (output, dense))
+        return F.kl_div(found, wanted, log_target=True, reduction="none").sum(-1).mean()
+    return F.mse_loss(_first(output).float(), _first(dense).float())
+
+
+def _first(output: Any) -> Tensor:
+    tensors = (t for t in pytree.tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point())
+    found = next(tensors, None)
+    if found is None:
+        raise CalibrationError(f"the model returns {type(output).__name__} without any floating-point tensor to match")
+    return found
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Switches gradients off for the model's parameters, and back to what they were."""
+    wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        for parameter in wanted:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in wanted:
+            parameter.requires_grad_(True)

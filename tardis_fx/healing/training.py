@@ -1,0 +1,141 @@
+"""The training of a student: steps of Adam that leave the expected bytes alone, and evaluations between them."""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import TYPE_CHECKING
+
+import torch
+
+from tardis_fx.errors import CalibrationError
+from tardis_fx.healing.checkpoint import State
+from tardis_fx.healing.evaluation import dense
+from tardis_fx.healing.student import divergence
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import nn
+
+    from tardis_fx.calibration.observe import Batch
+    from tardis_fx.healing.evaluation import Evaluation
+    from tardis_fx.healing.student import Student
+
+_log = logging.getLogger("tardis_fx")
+
+#: Steps between evaluations, and evaluations without a better one after which it ends.
+INTERVAL, PATIENCE = 20, 5
+#: Steps in which the learning rate rises.
+WARM_UP = 20
+
+
+class Training:
+    """The optimisation, from one evaluation to the next.
+
+    Attributes:
+        state: as of the last evaluation.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        student: Student,
+        evaluation: Evaluation,
+        batches: Sequence[Batch],
+        steps: int,
+        learning_rate: float,
+        state: State | None,
+    ) -> None:
+        """Begins, or goes on.
+
+        Args:
+            model: the dense model.
+            student: what is trained.
+            evaluation: of the student, on the tuning split.
+            batches: to train on, in an order that each pass over them shuffles.
+            steps: at the most.
+            learning_rate: the greatest.
+            state: of an earlier training that was interrupted, or None.
+        """
+        self._model, self._student, self._evaluation, self._batches = model, student, evaluation, batches
+        self._steps, self._rate = steps, learning_rate
+        self._optimiser = torch.optim.Adam(student.parameters, betas=(0.9, 0.99))
+        if state is None:
+            _finite(evaluation.before, "the tuning split")
+            now = self._copies()
+            state = State(0, evaluation.before, 0, now, now, self._optimiser.state_dict())
+        self.state = state
+        self._put(state.parameters)
+        self._optimiser.load_state_dict(state.optimiser)
+
+    @property
+    def finished(self) -> bool:
+        """Whether all steps are taken, or the last evaluations were no better."""
+        return self.state.step >= self._steps or self.state.step - self.state.best_step >= PATIENCE * INTERVAL
+
+    def go_on(self) -> None:
+        """Takes the steps up to the next evaluation, and evaluates."""
+        state = self.state
+        while state.step < self._steps:
+            self._step(state.step)
+            state.step += 1
+            if state.step % INTERVAL == 0:
+                break
+        loss = _finite(self._evaluation(), "the tuning split")
+        _log.debug("healing, step %d: loss on the tuning split %.4g", state.step, loss)
+        state.parameters, state.optimiser = self._copies(), self._optimiser.state_dict()
+        if loss < state.best:
+            state.best, state.best_step, state.kept = loss, state.step, state.parameters
+
+    def restore(self) -> None:
+        """Goes back to the best evaluation."""
+        self._put(self.state.kept)
+
+    def _step(self, step: int) -> None:
+        for group in self._optimiser.param_groups:
+            group["lr"] = self._rate * min(1, (step + 1) / WARM_UP) * (1 + math.cos(math.pi * step / self._steps)) / 2
+        epoch, position = divmod(step, len(self._batches))
+        order = torch.randperm(len(self._batches), generator=torch.Generator().manual_seed(epoch))
+        batch = self._batches[int(order[position])]
+        self._student.train()
+        loss = divergence(self._student(batch, gradients=True), dense(self._model, batch))
+        _finite(float(loss.detach()), f"batch {int(order[position])}")
+        for site in self._student.sites.values():
+            if not site.corrected.requires_grad:
+                raise CalibrationError(f"no gradient reached {site.entry.name}: every batch must run every site")
+        parameters = self._student.parameters
+        gradients = torch.autograd.grad(loss, parameters, retain_graph=True)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
+        self._hold_bytes()
+        self._optimiser.step()
+        self._optimiser.zero_grad()
+
+    def _hold_bytes(self) -> None:
+        """Takes out of the bounds' gradient what would change the expected bytes, at one price for all sites."""
+        sites = self._student.sites.values()
+        bounds = [bound for site in sites for bound in site.bounds]
+        read = torch.stack([site.costs.row * site.corrected for site in sites]).sum()
+        slopes = torch.autograd.grad(read, bounds)
+        found = [bound.grad for bound in bounds if bound.grad is not None]
+        gained = sum(float((gradient * slope).sum()) for gradient, slope in zip(found, slopes, strict=True))
+        paid = sum(float(slope.square().sum()) for slope in slopes)
+        for bound, gradient, slope in zip(bounds, found, slopes, strict=True):
+            bound.grad = gradient - slope * (gained / paid if paid else 0)
+
+    def _copies(self) -> list[torch.Tensor]:
+        return [parameter.detach().cpu().clone() for parameter in self._student.parameters]
+
+    def _put(self, values: Sequence[torch.Tensor]) -> None:
+        with torch.no_grad():
+            for parameter, value in zip(self._student.parameters, values, strict=True):
+                parameter.copy_(value)
+
+
+def _finite(loss: float, where: str) -> float:
+    if not math.isfinite(loss):
+        raise CalibrationError(
+            f"the loss on {where} is {loss}: look at the batch, or lower the learning rate if it came in mid-training"
+        )
+    return loss

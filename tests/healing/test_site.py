@@ -1,0 +1,113 @@
+"""The trainable site beside the specification."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+import torch
+from builders.ffns import ACTIVATIONS as NAMES
+from builders.ffns import Oracle, classes, ffn, inputs, oracles, planned
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tardis_fx.graph.site import SiteWeights
+from tardis_fx.healing.site import TrainableSite
+from tardis_fx.passes.partial_linear import PartialLinear
+from tardis_fx.plan import SitePlan
+
+D, HIDDEN = 80, 160  # two groups of input columns, the second in part
+
+
+@cache
+def opened(fold_bits: int, row_bits: int, activation: str = "gelu") -> tuple[SitePlan, SiteWeights]:
+    model = ffn(D, HIDDEN, activation)
+    budget = (0.1 if fold_bits < 16 else 0.3) + (0.02 if row_bits < 16 else 0.2)
+    (entry,) = planned(model, D, budget=budget, fold_bits=fold_bits, row_bits=row_bits).sites
+    assert len(entry.tensors["lower"]) > 0
+    return entry, SiteWeights(*(p.detach() for p in model.parameters()))
+
+
+def quantised(fold_bits: int, row_bits: int, activation: str = "gelu") -> TrainableSite:
+    return TrainableSite(*opened(fold_bits, row_bits, activation), PartialLinear())
+
+
+def changed(site: TrainableSite, seed: int, amount: float = 0.1) -> TrainableSite:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in site.parameters():
+            parameter += amount * torch.randn(parameter.shape, generator=generator)
+    return site
+
+
+@settings(max_examples=20)
+@given(st.data(), oracles())
+def test_the_differentiable_forward_is_the_specification_whatever_the_classes(
+    data: st.DataObject, case: Oracle
+) -> None:
+    guarded, exact = data.draw(classes(len(case.lower)))
+    site = TrainableSite(case.plan(guarded, exact), case.weights, PartialLinear()).train()
+    torch.testing.assert_close(site(case.x), case.rewritten(guarded, exact), atol=1e-4, rtol=1e-4)
+
+
+@settings(max_examples=4)
+@given(st.sampled_from([4, 8, 16]), st.sampled_from([3, 4, 16]), st.sampled_from(NAMES), st.integers(0, 2**16))
+def test_the_differentiable_forward_is_what_the_stored_plan_runs_after_any_change(
+    fold_bits: int, row_bits: int, activation: str, seed: int
+) -> None:
+    site, x = changed(quantised(fold_bits, row_bits, activation), seed), inputs(3, 20, D, seed=seed)
+    with torch.no_grad():
+        torch.testing.assert_close(site.train()(x), site.eval()(x), atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("fold_bits", [4, 8, 16])
+def test_without_a_change_the_plan_is_the_old_one_to_the_bit(fold_bits: int) -> None:
+    site = quantised(fold_bits, 4)
+    before, after = site.entry.tensors, site.planned().tensors
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        assert tensor.dtype == after[name].dtype
+        assert torch.equal(tensor, after[name]), name
+
+
+def test_only_the_small_tensors_change() -> None:
+    site = quantised(4, 4)
+    after = changed(site, 0).planned().tensors
+    kept = {name for name, tensor in site.entry.tensors.items() if torch.equal(tensor, after[name])}
+    assert kept == {"neurons", "codes", "scale", "zero", "w1", "w2t"}
+
+
+@pytest.mark.parametrize(("fold_bits", "row_bits"), [(4, 4), (16, 16)])
+def test_every_small_tensor_gets_a_gradient(fold_bits: int, row_bits: int) -> None:
+    site = quantised(fold_bits, row_bits).train()
+    site(inputs(200, D)).square().sum().backward()
+    for name, parameter in site.named_parameters():
+        assert parameter.grad is not None
+        assert parameter.grad.abs().max() > 0, name
+
+
+def test_the_gradient_of_the_continuous_tensors_is_the_slope_of_the_specification() -> None:
+    site, x = quantised(8, 8), inputs(50, D)
+    for name in ("folded_bias", "slope", "intercept"):
+        parameter, step = site.get_parameter(name), 1e-2
+        direction = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+        (gradient,) = torch.autograd.grad(site.train()(x).sum(), parameter)
+        values = []
+        for sign in (1, -1):
+            with torch.no_grad():
+                parameter += sign * step * direction
+                values.append(float(site.eval()(x).double().sum()))
+                parameter -= sign * step * direction
+        slope = (values[0] - values[1]) / (2 * step)
+        assert float((gradient * direction).sum()) == pytest.approx(slope, rel=1e-2, abs=1e-2)
+
+
+def test_wider_ranges_correct_as_many_as_was_foretold() -> None:
+    site, x = quantised(16, 16), inputs(500, D)
+    site(x)
+    foretold = site.corrections()
+    assert (foretold.diff() <= 0).all()
+    for step in (100, 50):
+        site.widen(step)
+        site.eval()(x)
+        assert float(site.corrections()[0]) == pytest.approx(float(foretold[100 if step == 100 else 150]), abs=0.01)

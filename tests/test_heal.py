@@ -1,0 +1,390 @@
+from __future__ import annotations
+
+import copy
+import shutil
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from builders import models
+from builders.compiled import compiled
+from builders.ffns import Block, batches, config, ffn, planned
+from torch import Tensor, nn
+from transformers.modeling_outputs import CausalLMOutput
+
+from tardis_fx import (
+    CalibrationError,
+    CheckpointError,
+    ConfigError,
+    Plan,
+    PlanMismatchError,
+    StaleWeightError,
+    calibrate,
+    count_touched,
+    heal,
+)
+from tardis_fx.calibrate import refused
+from tardis_fx.calibration.observe import BatchObservation
+from tardis_fx.graph.site import SiteWeights
+from tardis_fx.healing import checkpoint as checkpoints
+from tardis_fx.healing import student, training
+from tardis_fx.healing.evaluation import Evaluation
+from tardis_fx.healing.student import Student, divergence
+from tardis_fx.passes.base import rewrite_named
+from tardis_fx.runtime.packing import row_bytes
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+STEPS = 40  # two evaluations
+
+
+class Language(nn.Module):
+    """Token numbers to logits, with two FFNs between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.head = nn.Embedding(models.VOCABULARY, 16), nn.Linear(16, models.VOCABULARY)
+        self.blocks = nn.Sequential(*(Block(ffn(seed=i)) for i in range(2)))
+        self.eval()
+
+    def forward(self, ids: Tensor) -> CausalLMOutput:
+        return CausalLMOutput(logits=self.head(self.blocks(self.embedding(ids))))
+
+
+TEXT = [models.tokens(4, 32, seed=i) for i in range(8)]
+
+
+@cache
+def language_plan(bits: int = 16, dtype: torch.dtype = torch.float32) -> Plan:
+    """Of any :class:`Language`: all have the same weights."""
+    return calibrate(Language().to(dtype), TEXT, config=config(fold_bits=bits, row_bits=bits))
+
+
+def healed(model: nn.Module, plan: Plan, given: Any = TEXT, **changed: Any) -> Plan:
+    chosen: dict[str, Any] = {"steps": STEPS, "learning_rate": 1e-2, "progress": False}
+    return heal(model, plan, given, **(chosen | changed))
+
+
+@torch.no_grad()
+def loss(model: nn.Module, plan: Plan, given: list[Tensor]) -> float:
+    torch._dynamo.reset()
+    run = compiled(model, plan)
+    return sum(float(divergence(run(batch), model(batch))) for batch in given) / len(given)
+
+
+def same(a: Plan, b: Plan) -> bool:
+    return all(
+        x.touched_bytes == y.touched_bytes
+        and x.error == y.error
+        and all(torch.equal(tensor, y.tensors[name]) for name, tensor in x.tensors.items())
+        for x, y in zip(a.sites, b.sites, strict=True)
+    )
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, its plan, and the plan healed."""
+
+    model: nn.Module
+    plan: Plan
+    better: Plan
+
+
+@pytest.fixture(scope="module", params=[16, 4], ids=["whole", "quantised"])
+def case(request: pytest.FixtureRequest) -> Case:
+    model, plan = Language(), language_plan(request.param)
+    return Case(model, plan, healed(model, plan))
+
+
+@pytest.fixture(scope="module")
+def paper() -> Case:
+    """A model without logits, and a plan that is easily bettered."""
+    model = nn.Sequential(Block(ffn(seed=1)), Block(ffn(seed=2))).eval()
+    plan = planned(model, budget=0.45, method="paper")
+    return Case(model, plan, healed(model, plan, batches(), learning_rate=3e-2))
+
+
+# ---- What healing does
+
+
+def test_a_healed_plan_is_closer_to_the_dense_model(case: Case) -> None:
+    fresh = [models.tokens(4, 32, seed=100 + i) for i in range(4)]
+    for given in (TEXT[-1:], fresh):
+        assert loss(case.model, case.better, given) < 0.98 * loss(case.model, case.plan, given)
+
+
+def test_a_healed_plan_reads_no_more_bytes(case: Case) -> None:
+    assert case.better.touched_fraction <= case.plan.touched_fraction * (1 + 1e-5)
+    read = []
+    for plan in (case.plan, case.better):
+        torch._dynamo.reset()
+        with torch.no_grad(), count_touched() as touched:
+            compiled(case.model, plan)(TEXT[-1])
+        read.append(touched.per_token)
+    assert read[1] <= read[0] * (1 + 1e-2)
+
+
+def test_the_outlier_rate_and_the_bytes_tell_the_same(case: Case) -> None:
+    for old, new in zip(case.plan.sites, case.better.sites, strict=True):
+        bits = old.settings["row_bits"]
+        row = 4 + 12 + (2 * 16 * 4 if bits == 16 else 2 * row_bytes(16, bits))
+        assert new.touched_bytes - old.touched_bytes == pytest.approx(row * 64 * (new.outlier_rate - old.outlier_rate))
+
+
+def test_a_model_without_logits_is_healed_by_its_output_and_so_is_the_papers_recipe(paper: Case) -> None:
+    given = batches()[-1:]
+    assert loss(paper.model, paper.better, given) < 0.98 * loss(paper.model, paper.plan, given)
+
+
+def test_the_error_is_that_of_the_healed_site(paper: Case) -> None:
+    block, x = paper.model[0], batches()[-1]  # type: ignore[index]
+    weights = SiteWeights(*(parameter.detach() for parameter in block.ffn.parameters()))
+    entry, rewrite = paper.better.sites[0], rewrite_named("paper")
+    with torch.no_grad():
+        entering = block.norm(x)
+        expected = block.ffn(entering)
+        missed = rewrite.forward(entering, rewrite.constants(entry, weights), entry) - expected
+    assert entry.error == pytest.approx(float(missed.norm() / expected.norm()), rel=1e-3)
+    assert entry.error != paper.plan.sites[0].error
+
+
+@pytest.mark.parametrize("learning_rate", [1e-6, 0.9])
+def test_the_loss_on_the_tuning_split_is_never_worse_than_before(learning_rate: float) -> None:
+    model = Language()
+    plan = language_plan()
+    better = healed(model, plan, learning_rate=learning_rate, steps=20)
+    assert loss(model, better, TEXT[-1:]) <= loss(model, plan, TEXT[-1:]) * (1 + 1e-5)
+
+
+def test_where_nothing_gets_better_it_stops_early_and_the_plan_stays_as_it_was(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[float] = []
+
+    def worse(evaluation: Evaluation) -> float:
+        asked.append(evaluation.before + 1)
+        return asked[-1]
+
+    monkeypatch.setattr(Evaluation, "__call__", worse)
+    monkeypatch.setattr(training, "INTERVAL", 2)
+    model = Language()
+    plan = language_plan()
+    assert healed(model, plan, steps=1000) is plan
+    assert len(asked) == 5
+    assert "nothing better" in caplog.text
+
+
+def test_the_tuning_split_is_the_last_eighth_and_never_trained_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    trained, tuned = set(), set()
+
+    def record(self: Student, batch: Tensor, *, gradients: bool = False) -> Any:
+        (trained if gradients else tuned).add(int(batch[0, 0]))
+        return self._capture(batch, gradients=gradients)
+
+    monkeypatch.setattr(Student, "__call__", record)
+    model = Language()
+    given = [torch.full((1, 32), i) for i in range(16)]
+    healed(model, language_plan(), given, steps=20)
+    assert trained == set(range(14))
+    assert tuned == {14, 15}
+
+
+# ---- What it leaves alone
+
+
+def test_model_plan_and_batches_are_left_as_they_were() -> None:
+    model = Language()
+    model.head.requires_grad_(False)
+    plan = language_plan(4)
+    tensors = copy.deepcopy([dict(site.tensors) for site in plan.sites])
+    state = [(n, p.data_ptr(), p._version, p.requires_grad, p.grad) for n, p in model.named_parameters()]
+    weights, given = copy.deepcopy(model.state_dict()), copy.deepcopy(TEXT)
+    with torch.no_grad():
+        output = model(TEXT[0]).logits
+    better = healed(model, plan)
+    assert better is not plan
+    assert [(n, p.data_ptr(), p._version, p.requires_grad, p.grad) for n, p in model.named_parameters()] == state
+    assert all(torch.equal(t, weights[name]) for name, t in model.state_dict().items())
+    with torch.no_grad():
+        assert torch.equal(model(TEXT[0]).logits, output)
+    assert all(torch.equal(a, b) for a, b in zip(TEXT, given, strict=True))
+    for site, before in zip(plan.sites, tensors, strict=True):
+        assert all(torch.equal(t, before[name]) for name, t in site.tensors.items())
+    for old, new in zip(plan.sites, better.sites, strict=True):
+        for name in ("fingerprint", "settings", "method", "stored_bytes", "dense_bytes"):
+            assert getattr(old, name) == getattr(new, name)
+
+
+def test_a_healed_plan_saves_loads_and_compiles(tmp_path: Path, case: Case) -> None:
+    case.better.save(tmp_path / "healed.plan")
+    loaded = Plan.load(tmp_path / "healed.plan")
+    assert same(case.better, loaded)
+    with torch.no_grad():
+        assert torch.equal(
+            compiled(case.model, loaded)(TEXT[0]).logits, compiled(case.model, case.better)(TEXT[0]).logits
+        )
+
+
+def test_a_model_in_half_precision_gets_tensors_of_its_own_dtype() -> None:
+    model, plan = Language().bfloat16(), language_plan(dtype=torch.bfloat16)
+    better = healed(model, plan, steps=20)
+    assert better is not plan
+    for old, new in zip(plan.sites, better.sites, strict=True):
+        assert {name: t.dtype for name, t in old.tensors.items()} == {name: t.dtype for name, t in new.tensors.items()}
+    assert loss(model, better, TEXT[-1:]) < loss(model, plan, TEXT[-1:])
+
+
+def test_a_refused_site_is_left_as_it_is(paper: Case) -> None:
+    observed = BatchObservation(paper.model, batches(), progress=False).sites[0]
+    partly = Plan((refused(observed, "not wanted"), paper.plan.sites[1]), paper.plan.config)
+    better = healed(paper.model, partly, batches(), learning_rate=3e-2)
+    assert better.sites[0] is partly.sites[0]
+    assert better.sites[1] is not partly.sites[1]
+
+
+# ---- Checkpoints
+
+
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a healing leaves behind that stops after its first evaluation."""
+    path, save = tmp_path_factory.mktemp("interrupted") / "healing", checkpoints.save
+
+    def stop(*given: Any) -> None:
+        save(*given)
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoints, "save", stop)
+        with pytest.raises(KeyboardInterrupt):
+            healed(Language(), language_plan(4), checkpoint=path)
+    return path
+
+
+def test_a_resumed_healing_ends_where_an_uninterrupted_one_does(tmp_path: Path, interrupted: Path) -> None:
+    model, plan, path = Language(), language_plan(4), tmp_path / "healing"
+    shutil.copy(interrupted, path)
+    resumed = healed(model, plan, checkpoint=path)
+    assert path.read_bytes() != interrupted.read_bytes()
+    assert same(resumed, healed(model, plan))
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    "changed", [{"steps": STEPS + 1}, {"learning_rate": 0.02}, {"given": TEXT[1:]}, {"plan": language_plan}]
+)
+def test_a_checkpoint_of_another_healing_is_refused(interrupted: Path, changed: dict[str, Any]) -> None:
+    arguments = {"plan": language_plan(4)} | changed
+    if callable(arguments["plan"]):
+        arguments["plan"] = language_plan()
+    with pytest.raises(CheckpointError, match="another plan"):
+        healed(Language(), checkpoint=interrupted, **arguments)
+
+
+def test_a_damaged_checkpoint_is_refused(tmp_path: Path) -> None:
+    model, path = Language(), tmp_path / "healing"
+    path.write_bytes(b"nothing of the kind")
+    with pytest.raises(CheckpointError, match="no checkpoint"):
+        healed(model, language_plan(), checkpoint=path)
+
+
+def test_a_checkpoint_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="cannot write"):
+        healed(Language(), language_plan(), checkpoint=tmp_path / "nowhere" / "healing", steps=1)
+
+
+# ---- What is refused
+
+
+@pytest.fixture(scope="module")
+def pair() -> tuple[Language, Plan]:
+    model = Language()
+    return model, language_plan()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"steps": 0}, "steps"),
+        ({"steps": 1.5}, "steps"),
+        ({"learning_rate": 0}, "learning_rate"),
+        ({"learning_rate": float("nan")}, "learning_rate"),
+        ({"plan": 3}, "plan"),
+    ],
+)
+def test_arguments_out_of_range_are_named(pair: tuple[Language, Plan], wrong: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        healed(pair[0], **({"plan": pair[1]} | wrong))
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [([], "no calibration batches"), (TEXT[:1], "two batches"), (TEXT[0], "iterable"), (3, "iterable")],
+)
+def test_batches_that_will_not_do_are_refused(pair: tuple[Language, Plan], given: Any, said: str) -> None:
+    with pytest.raises(CalibrationError, match=said):
+        healed(*pair, given)
+
+
+def test_a_model_in_training_mode_is_refused(pair: tuple[Language, Plan]) -> None:
+    with pytest.raises(CalibrationError, match="training mode"):
+        healed(copy.deepcopy(pair[0]).train(), pair[1])
+
+
+def test_a_loss_that_is_no_number_names_the_batch() -> None:
+    model = nn.Sequential(Block(ffn(seed=1))).eval()
+    plan = planned(model)
+    for at, said in ((1, "batch 1"), (-1, "tuning split")):
+        given = batches()
+        given[at] = torch.full_like(given[at], torch.nan)
+        with pytest.raises(CalibrationError, match=said):
+            healed(model, plan, given)
+
+
+def test_a_plan_for_another_model_is_refused(pair: tuple[Language, Plan]) -> None:
+    changed = copy.deepcopy(pair[0])
+    with torch.no_grad():
+        for parameter in changed.parameters():
+            parameter.add_(1)
+    with pytest.raises((PlanMismatchError, StaleWeightError), match="sites"):
+        healed(changed, pair[1])
+
+
+def test_a_rewrite_that_cannot_be_healed_is_named(pair: tuple[Language, Plan], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, plan = pair
+    only_exact = Plan(tuple(replace(site, method="exact_fold") for site in plan.sites), plan.config)
+    with pytest.raises(ConfigError, match="no site to heal"):
+        healed(model, only_exact)
+    monkeypatch.setattr(student, "rewrite_named", lambda _: object())
+    with pytest.raises(ConfigError, match="'dropping', which cannot be healed"):
+        healed(model, Plan(tuple(replace(site, method="dropping") for site in plan.sites), plan.config))
+
+
+def test_a_batch_that_misses_a_site_is_refused(pair: tuple[Language, Plan]) -> None:
+    class Half(Language):
+        def forward(self, ids: Tensor, *, whole: bool = True) -> CausalLMOutput:
+            x = self.embedding(ids)
+            return CausalLMOutput(logits=self.head(self.blocks(x) if whole else self.blocks[0](x)))
+
+    given = [{"ids": TEXT[0], "whole": False}, {"ids": TEXT[1]}]
+    with pytest.raises(CalibrationError, match=r"no gradient reached blocks\.1\.ffn"):
+        healed(Half(), pair[1], given)
+
+
+def test_a_failed_healing_leaves_gradients_as_they_were(pair: tuple[Language, Plan]) -> None:
+    model = copy.deepcopy(pair[0])
+    with pytest.raises(PlanMismatchError):
+        healed(model, planned(ffn(8, 32), 8))
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    model(TEXT[0]).logits.sum().backward()
+    assert model.head.weight.grad is not None
+
+
+def test_inputs_may_differ_in_shape(pair: tuple[Language, Plan]) -> None:
+    model, plan = pair
+    given = [models.tokens(2, 20 + i, seed=i) for i in range(3)]
+    assert len(healed(model, plan, given, steps=4).sites) == len(plan.sites)
