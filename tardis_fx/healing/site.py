@@ -12,7 +12,7 @@ from torch.nn import functional as F  # noqa: N812
 from tardis_fx.calibration.ranges import Costs
 from tardis_fx.graph.activations import ACTIVATIONS
 from tardis_fx.runtime import reference
-from tardis_fx.runtime.packing import GROUP, join, pack, split, unpack
+from tardis_fx.runtime.packing import GROUP, join, low_bits, pack, split, unpack
 
 if TYPE_CHECKING:
     from tardis_fx.graph.site import SiteWeights
@@ -140,11 +140,15 @@ class TrainableSite(nn.Module):
         listed, guarded = constants["counts"].tolist()
         rows = constants["neurons"][:listed].long()
         codes, scale, zero = (constants[name][:guarded] for name in ("codes", "scale", "zero"))
-        bits = settings["row_bits"]
-        self._w1 = reference.rows_of(constants["w1"][rows], bits, columns, self._dtype)
-        self._w2t = reference.rows_of(constants["w2t"][rows], bits, len(self.weights.w2), self._dtype)
+        bits, row_bits = settings["bits"], settings["row_bits"]
+        self._predictor = reference.dequantise(codes, scale, zero, bits, columns, self._dtype)
+        self._w2t = reference.rows_of(constants["w2t"][rows], row_bits, len(self.weights.w2), self._dtype)
+        if row_bits == 16:
+            self._w1 = constants["w1"][rows].to(self._dtype)
+        else:  # nested in the predictor
+            low = reference.rows_of(constants["w1"][rows], low_bits(bits, row_bits), columns, self._dtype)
+            self._w1 = self._predictor + low
         self._b1 = constants["b1"][rows].to(self._dtype) if "b1" in constants else None
-        self._predictor = reference.dequantise(codes, scale, zero, settings["bits"], columns, self._dtype)
 
     def _folded_weight(self, stored: Tensor) -> Tensor:
         if self._fold_bits == 16:
