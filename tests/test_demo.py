@@ -16,7 +16,8 @@ def test_the_demo_measures_every_method_writes_its_picture_and_beats_the_paper(
 ) -> None:
     monkeypatch.setattr(run, "WINDOWS", 16)
     monkeypatch.setattr(run, "ROUNDS", 1)
-    monkeypatch.setattr(run, "PARETO", {"paper": (0.2,), "partial_linear": (0.2, 0.3)})
+    monkeypatch.setattr(run, "PARETO", {"paper": (0.2,), "partial_linear": (0.06, 0.2)})
+    monkeypatch.setattr(run, "SHOWN", [("paper", 0.2), ("partial_linear", 0.06)])
     console = Console(record=True, width=160)
 
     results = run.run(tmp_path / "pareto.png", console)
@@ -24,10 +25,12 @@ def test_the_demo_measures_every_method_writes_its_picture_and_beats_the_paper(
     assert (tmp_path / "pareto.png").read_bytes().startswith(b"\x89PNG")
     quality = {key: found for key, (_, found) in results.plans.items()}
     assert results.dense.agreement == 1
-    assert results.dense.perplexity < quality["partial_linear", 0.2].perplexity < quality["paper", 0.2].perplexity
-    assert quality["partial_linear", 0.3].perplexity < quality["partial_linear", 0.2].perplexity
+    ours, smaller, paper = (quality[key] for key in (("partial_linear", 0.2), ("partial_linear", 0.06), ("paper", 0.2)))
+    assert ours.perplexity < smaller.perplexity < paper.perplexity
+    assert ours.perplexity < 1.01 * results.dense.perplexity
+    assert ours.agreement > smaller.agreement > paper.agreement
     assert all(plan.touched_fraction <= budget + 1e-3 for (_, budget), (plan, _) in results.plans.items())
-    assert set(results.texts) == {"dense", "paper", "partial_linear"}
+    assert len(results.texts) == len(results.seconds) == 3
     table = console.export_text()
     assert all(label in table for label in ("dense (Inductor)", "TARDIS (paper)", "TARDIS (ours)", "tokens of prompt"))
 
