@@ -179,7 +179,8 @@ def test_where_nothing_gets_better_it_stops_early_and_the_plan_stays_as_it_was(
 
 
 def test_the_tuning_split_is_the_last_eighth_and_never_trained_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    trained, tuned = set(), set()
+    trained: set[int] = set()
+    tuned: set[int] = set()
 
     def record(self: Student, batch: Tensor, *, gradients: bool = False) -> Any:
         (trained if gradients else tuned).add(int(batch[0, 0]))

@@ -36,7 +36,7 @@ def changed(site: TrainableSite, seed: int, amount: float = 0.1) -> TrainableSit
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in site.parameters():
-            parameter += amount * torch.randn(parameter.shape, generator=generator)
+            parameter.add_(amount * torch.randn(parameter.shape, generator=generator))
     return site
 
 
@@ -95,9 +95,9 @@ def test_the_gradient_of_the_continuous_tensors_is_the_slope_of_the_specificatio
         values = []
         for sign in (1, -1):
             with torch.no_grad():
-                parameter += sign * step * direction
+                parameter.add_(sign * step * direction)
                 values.append(float(site.eval()(x).double().sum()))
-                parameter -= sign * step * direction
+                parameter.sub_(sign * step * direction)
         slope = (values[0] - values[1]) / (2 * step)
         assert float((gradient * direction).sum()) == pytest.approx(slope, rel=1e-2, abs=1e-2)
 
