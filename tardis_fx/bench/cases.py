@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils import _pytree as pytree
 
-import tardis_fx
 from tardis_fx.bench import intx
 from tardis_fx.bench.flops import prefill_share
 from tardis_fx.bench.records import digest
 from tardis_fx.calibrate import plan_for
 from tardis_fx.calibration.observe import BatchObservation
-from tardis_fx.errors import CalibrationError, ConfigError
+from tardis_fx.errors import CalibrationError
+from tardis_fx.heal import heal
 from tardis_fx.passes.base import rewrite_named
 
 if TYPE_CHECKING:
@@ -169,8 +170,6 @@ class Planned(Case):
     def check(self) -> None:
         """Raises ConfigError where no such rewrite is registered."""
         rewrite_named(self.config.method)
-        if self.healed and not hasattr(tardis_fx, "heal"):
-            raise ConfigError("this tardis_fx cannot heal a plan")
 
     def prepare(self, trial: Trial) -> Contender:
         """Fits the plan, and heals it where asked."""
@@ -179,12 +178,17 @@ class Planned(Case):
             reasons = Counter(str(site.reason) for site in plan.sites)
             raise CalibrationError(f"no site is rewritten: {reasons.most_common(1)[0][0]}")
         if self.healed:
-            heal: Callable[..., Plan] = vars(tardis_fx)["heal"]
-            plan = heal(trial.subject.model, plan, trial.batches, progress=False)
+            plan = heal(trial.subject.model, plan, [p for b in trial.batches for p in _parts(b)], progress=False)
         dense = sum(site.dense_bytes for site in plan.sites)
         stored = sum(site.stored_bytes if site.method else site.dense_bytes for site in plan.sites)
         flops = prefill_share(plan, trial.observation)
         return Contender(trial.subject.model, plan, stored / dense, plan.touched_fraction, flops)
+
+
+def _parts(batch: Batch) -> list[Batch]:
+    """Two rows at a time: steps of healing are many and small."""
+    leaves, structure = pytree.tree_flatten(batch)
+    return [pytree.tree_unflatten(part, structure) for part in zip(*(leaf.split(2) for leaf in leaves), strict=True)]
 
 
 @dataclass(frozen=True)
