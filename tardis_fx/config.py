@@ -25,7 +25,7 @@ class Config:
         method: name of a rewrite registered under the entry-point group ``tardis_fx.passes``.
         prefill: ``"original"`` sends steps of more than 8 tokens through the original subgraph, exact;
             ``"rewritten"`` sends every token through fold and correction (encoders, and every measurement of quality).
-        predictor_bits: 2, 3, 4 or 8 bits a weight in the predictor.
+        predictor_bits: 1 to 8 bits a weight in the predictor.
         fold_bits: 3, 4 or 8 bits a weight in the folded matrix, 16 for the model's own dtype; None chooses
             site by site, for the least error of all sites (``paper``: 16).
         row_bits: 3, 4 or 8 bits a weight in the rows that corrections read, 16 for the original weights; None likewise.
@@ -64,7 +64,7 @@ class Config:
         if not isinstance(self.method, str) or not self.method:
             raise ConfigError(f"method must be the name of a rewrite, not {self.method!r}")
         _one_of("prefill", self.prefill, ("original", "rewritten"))
-        _one_of("predictor_bits", self.predictor_bits, (2, 3, 4, 8))
+        _one_of("predictor_bits", self.predictor_bits, tuple(range(1, 9)))
         _one_of("fold_bits", self.fold_bits, (3, 4, 8, 16, None))
         _one_of("row_bits", self.row_bits, (3, 4, 8, 16, None))
         for name in ("sequential", "progress"):

@@ -80,7 +80,7 @@ configs = st.builds(
     budget=st.floats(0, 1, exclude_min=True),
     method=st.text(min_size=1),
     prefill=st.sampled_from(["original", "rewritten"]),
-    predictor_bits=st.sampled_from([2, 3, 4, 8]),
+    predictor_bits=st.integers(1, 8),
     sequential=st.booleans(),
     progress=st.booleans(),
 )
