@@ -21,25 +21,25 @@ from tardis_fx.passes.base import Rewrite
 from tardis_fx.plan import SitePlan
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor
 
-    from tardis_fx.calibration.observe import Observation, ObservedSite
-    from tardis_fx.calibration.operands import Operands
+    from tardis_fx.calibration.observe import Observation, ObservedSite, SiteObserver
     from tardis_fx.config import Config
     from tardis_fx.graph.site import Site, SiteWeights
 
-O = TypeVar("O", bound="Operands")
+O = TypeVar("O", bound="SiteObserver")
 
 
 @dataclass(frozen=True)
 class Choice:
     """What a rewrite has settled on for one site; the fields are those of :class:`tardis_fx.plan.SitePlan`."""
 
-    touched_bytes: int
+    touched_bytes: float
     tensors: dict[str, Tensor] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
+    outlier_rate: float = 0.0
 
 
 class StaticRewrite(Rewrite):
@@ -50,8 +50,22 @@ class StaticRewrite(Rewrite):
         """The least bytes per token that this rewrite can read at a site."""
 
     @abstractmethod
-    def choose(self, observation: Observation, sites: Sequence[ObservedSite], config: Config) -> list[Choice]:
-        """What to do at each site within ``config.budget``, which is no less than any site's floor."""
+    def choose(self, observation: Observation, sites: Sequence[ObservedSite], config: Config) -> Sequence[Choice | str]:
+        """What to do at each site within ``config.budget``, or why it stays as it is."""
+
+    def afford(self, sites: Sequence[ObservedSite], config: Config) -> None:
+        """Compares the budget with each site's floor.
+
+        Raises:
+            CalibrationError: the budget is too small.
+        """
+        for site in sites:
+            floor, whole = self.floor(site.weights), site.weights.bytes
+            if floor > config.budget * whole:
+                raise CalibrationError(
+                    f"a budget of {config.budget:.2%} is too small for {self.name}: {site.site.name or 'an FFN'} reads "
+                    f"{floor:,} bytes per token at the least, {floor / whole:.2%} of the original's"
+                )
 
     def refuse(self, site: Site) -> str | None:
         """Gated sites and sites without an activation are refused."""
@@ -79,13 +93,7 @@ class StaticRewrite(Rewrite):
         return tried[least_budget(error, floor, config.target_error)]
 
     def _fit_within(self, observation: Observation, sites: Sequence[ObservedSite], config: Config) -> list[SitePlan]:
-        for site in sites:
-            floor = self.floor(site.weights)
-            if floor > config.budget * site.weights.bytes:
-                raise CalibrationError(
-                    f"a budget of {config.budget:.2%} is too small for {self.name}: {site.site.name or 'an FFN'} reads "
-                    f"{floor:,} bytes per token at the least, {floor / site.weights.bytes:.2%} of the original's"
-                )
+        self.afford(sites, config)
         if not config.sequential:
             return self._fit_together(observation, sites, config)
         assert isinstance(observation, BatchObservation)  # Options refuses it elsewhere
@@ -97,37 +105,44 @@ class StaticRewrite(Rewrite):
     def _fit_together(self, observation: Observation, sites: Sequence[ObservedSite], config: Config) -> list[SitePlan]:
         choices = self.choose(observation, sites, config)
         plans = {s.fingerprint: self._plan(s, choice) for s, choice in zip(sites, choices, strict=True)}
-        functions = {s.fingerprint: self._function(s, plans[s.fingerprint]) for s in sites}
-        checks = observation.run(
-            lambda s: Check(s, functions[s.fingerprint], held_back=True),
-            sites,
-            f"error of {self.name} at a budget of {config.budget}",
-        )
-        return [replace(plans[s.fingerprint], error=checks[s.fingerprint].error) for s in sites]
+        chosen = [s for s in sites if plans[s.fingerprint].method is not None]
+        if chosen:
+            functions = {s.fingerprint: self._function(s, plans[s.fingerprint]) for s in chosen}
+            checks = observation.run(
+                lambda s: Check(s, functions[s.fingerprint], held_back=True),
+                chosen,
+                f"error of {self.name} at a budget of {config.budget}",
+            )
+            plans |= {identity: replace(plans[identity], error=check.error) for identity, check in checks.items()}
+        return [plans[s.fingerprint] for s in sites]
 
     def _fit_next(self, observation: BatchObservation, site: ObservedSite, config: Config) -> SitePlan:
         """Fits one site and rewrites it for all runs to come."""
         (plan,) = self._fit_together(observation, [site], config)
-        observation.replace(site, self._function(site, plan))
+        if plan.method is not None:
+            observation.replace(site, self._function(site, plan))
         return plan
 
     def _function(self, site: ObservedSite, plan: SitePlan) -> partial[Tensor]:
         return partial(self.forward, constants=self.constants(plan, site.weights), plan=plan)
 
-    def _plan(self, site: ObservedSite, choice: Choice) -> SitePlan:
+    def _plan(self, site: ObservedSite, choice: Choice | str) -> SitePlan:
+        if isinstance(choice, str):
+            return SitePlan.of(site.site, site.parameters, reason=choice)
         plan = SitePlan.of(site.site, site.parameters, method=self.name, **vars(choice))
         own = {p.data_ptr() for p in site.parameters}
         extra = [c for c in self.constants(plan, site.weights).values() if c.data_ptr() not in own]
         return replace(plan, stored_bytes=site.weights.bytes + sum(c.numel() * c.element_size() for c in extra))
 
 
-def measured(observation: Observation, kind: type[O], sites: Sequence[ObservedSite], config: Config) -> dict[str, O]:
-    """What an observer of this kind saw of each site, by fingerprint; once for one observation and the same sites.
+def measured(
+    observation: Observation, kind: Callable[[ObservedSite], O], sites: Sequence[ObservedSite], config: Config
+) -> dict[str, O]:
+    """What observers that take a site saw of each, by fingerprint; once for one observation and the same sites.
 
     A sequential fit sees what the rewritten sites before it give, and measures anew.
     """
-    names = ", ".join(site.site.name for site in sites)
-    what = f"{kind.__name__.lower()} of the operands of {names}"
+    what = f"{kind.__name__.lower()} of {', '.join(site.site.name for site in sites)}"
     if config.sequential:
         return observation.run(kind, sites, what)
     if what not in observation.memo:

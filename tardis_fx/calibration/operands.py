@@ -22,20 +22,37 @@ if TYPE_CHECKING:
     from tardis_fx.calibration.observe import ObservedSite
 
 
+class Dense:
+    """A site as it is, in float32 on the CPU."""
+
+    def __init__(self, site: ObservedSite) -> None:
+        """Copies the weights."""
+        weights = site.weights
+        self.w1, self.w2 = weights.w1.float().cpu(), weights.w2.float().cpu()
+        self.b1, self.b2 = (None if bias is None else bias.float().cpu() for bias in (weights.b1, weights.b2))
+        self._activation = ACTIVATIONS[str(site.site.activation)]
+
+    def hidden(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Pre-activations and activations of the neurons, [tokens, h], from [tokens, d]."""
+        z = F.linear(x, self.w1, self.b1)
+        return z, self._activation.eager(z)
+
+    def output(self, activated: Tensor) -> Tensor:
+        """The site's output, [tokens, d_out], from activations, [tokens, h]."""
+        return F.linear(activated, self.w2, self.b2)
+
+
 class Operands:
     """Shows the fitted tokens to :meth:`add` as what each matrix multiplies."""
 
     def __init__(self, site: ObservedSite) -> None:
         """Starts with no tokens."""
-        weights = site.weights
-        self._w1 = weights.w1.float().cpu()
-        self._b1 = None if weights.b1 is None else weights.b1.float().cpu()
-        self._activation = ACTIVATIONS[str(site.site.activation)]
+        self._dense = Dense(site)
 
     def update(self, x: Tensor) -> None:
         """Adds tokens, [tokens, d], float32."""
         x = x[: fitted_tokens(len(x))]
-        self.add(x, self._activation.eager(F.linear(x, self._w1, self._b1)))
+        self.add(x, self._dense.hidden(x)[1])
 
     def add(self, x: Tensor, hidden: Tensor) -> None:
         """Adds inputs, [tokens, d], and the neurons' activations, [tokens, h], both float32."""
@@ -53,7 +70,7 @@ class Sizes(Operands):
     def __init__(self, site: ObservedSite) -> None:
         """Starts at zero."""
         super().__init__(site)
-        (h, d), self.tokens = self._w1.shape, 0
+        (h, d), self.tokens = self._dense.w1.shape, 0
         self._up, self._down, self.magnitude = (torch.zeros(n, dtype=torch.float64) for n in (d, h, h))
 
     def add(self, x: Tensor, hidden: Tensor) -> None:
@@ -83,7 +100,7 @@ class Grams(Operands):
     def __init__(self, site: ObservedSite) -> None:
         """Starts at zero."""
         super().__init__(site)
-        h, d = self._w1.shape
+        h, d = self._dense.w1.shape
         self.up, self.down = Moments(d), Moments(h)
 
     def add(self, x: Tensor, hidden: Tensor) -> None:

@@ -67,7 +67,28 @@ class Residual:
             weight: [d, d_out], float64.
             bias: [d_out], float64.
         """
-        return (self._held if self._held.inputs.tokens else self._fitted).error(weight, bias)
+        half = self._measuring
+        return (half.missed(weight, bias) / half.output_square) ** 0.5 if half.output_square else 0.0
+
+    def missed(self, weight: Tensor, bias: Tensor) -> float:
+        """Mean square of what a map leaves of the residual on the held-back tokens; arguments as of :meth:`error`."""
+        half = self._measuring
+        return half.missed(weight, bias) / max(1, half.inputs.tokens)
+
+    def explained(self, weight: Tensor, bias: Tensor) -> float:
+        """R²: the share of the residual's variance on the held-back tokens that a map explains."""
+        half = self._measuring
+        variance = half.square - float(half.total.square().sum()) / max(1, half.inputs.tokens)
+        return 1 - half.missed(weight, bias) / variance if variance > 0 else 1.0
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean residual of the fitted tokens, [d_out], float64."""
+        return self._fitted.total / self._fitted.inputs.tokens
+
+    @property
+    def _measuring(self) -> _Half:
+        return self._held if self._held.inputs.tokens else self._fitted
 
 
 class _Half:
@@ -87,15 +108,14 @@ class _Half:
         self.square += residual.double().square().sum().item()
         self.output_square += output.double().square().sum().item()
 
-    def error(self, weight: Tensor, bias: Tensor) -> float:
-        """Root of the mean square of residual - (x weight + bias), relative to the output's, from the sums."""
+    def missed(self, weight: Tensor, bias: Tensor) -> float:
+        """Sum of the squares of residual - (x weight + bias), from the sums."""
         count, inputs = self.inputs.tokens, self.inputs.total
         predicted = (
             ((self.inputs.gram.double() @ weight) * weight).sum() + 2 * (inputs @ weight) @ bias + count * bias @ bias
         )
         crossed = (self.cross.double() * weight).sum() + self.total @ bias
-        left = max(0.0, self.square - 2 * crossed.item() + predicted.item())
-        return float((left / self.output_square) ** 0.5) if self.output_square else 0.0
+        return max(0.0, self.square - 2 * crossed.item() + predicted.item())
 
 
 @dataclass(frozen=True)

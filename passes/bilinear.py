@@ -1,0 +1,64 @@
+"""The activation becomes one line for all neurons, and both matrices fold into one: the crudest fold there is.
+
+``act(z) ≈ s z + t`` with s and t by least squares over all neurons and tokens; ``C = s W2 W1``, ``B = W2 (s b1 + t) +
+b2``. The GLU paper (arXiv 2002.05202, section 2) trains gated FFNs without an activation, as bilinear layers. Here
+nothing is trained, and a plain FFN without its activation is but one matrix.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch.nn import functional as F  # noqa: N812
+
+from tardis_fx.calibration.affine import Neurons
+from tardis_fx.calibration.profile import Sums
+from tardis_fx.passes.hot_fold import folded, map_bytes
+from tardis_fx.passes.static import Choice, StaticRewrite, measured
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from torch import Tensor
+
+    from tardis_fx.calibration.observe import Observation, ObservedSite
+    from tardis_fx.config import Config
+    from tardis_fx.graph.site import SiteWeights
+    from tardis_fx.plan import SitePlan
+
+
+class Bilinear(StaticRewrite):
+    """The rule of the module's docstring."""
+
+    name: ClassVar[str] = "bilinear"
+
+    def floor(self, weights: SiteWeights) -> int:
+        """The map."""
+        return map_bytes(weights)
+
+    def choose(self, observation: Observation, sites: Sequence[ObservedSite], config: Config) -> list[Choice]:
+        """Folds every site, whatever the budget leaves over."""
+        neurons = measured(observation, Neurons, sites, config)
+        return [Choice(map_bytes(s.weights), tensors=_fold(s.weights, neurons[s.fingerprint].sums)) for s in sites]
+
+    def constants(self, plan: SitePlan, weights: SiteWeights) -> dict[str, Tensor]:
+        """Folded weight [d_out, d] and bias [d_out]."""
+        return {name: tensor.to(weights.w1.device) for name, tensor in plan.tensors.items()}
+
+    def forward(self, x: Tensor, constants: Mapping[str, Tensor], plan: SitePlan) -> Tensor:
+        """One linear layer."""
+        return F.linear(x, constants["folded_weight"], constants["folded_bias"])
+
+
+def _fold(weights: SiteWeights, sums: Sums) -> dict[str, Tensor]:
+    together = Sums(*(s.sum(1, keepdim=True) for s in vars(sums).values()))
+    slope, intercept = together.regress(torch.ones(1, 1, dtype=torch.bool))
+    w1, w2 = weights.w1.double().cpu(), weights.w2.double().cpu()
+    shift = intercept.expand(len(w1))
+    if weights.b1 is not None:
+        shift = shift + slope * weights.b1.double().cpu()
+    bias = w2 @ shift
+    if weights.b2 is not None:
+        bias = bias + weights.b2.double().cpu()
+    return folded((slope * w2 @ w1).T, bias, weights)

@@ -1,0 +1,106 @@
+"""Some neurons stay exact, all others become one affine map: no predictor, no branch, for prefill and batches too.
+
+1. Kept are the neurons of which an affine surrogate would leave the most error in the output, ``Σ (a_n - s z_n - t)²
+   ‖W2[:, n]‖²`` with s and t by least squares; as many as the budget allows beside the map.
+2. The map is the ridge regression of what all other neurons give, b2 included, on the site's input.
+3. A budget of all bytes keeps every neuron and needs no map.
+
+This is the first class of neurons of :mod:`tardis_fx.passes.partial_linear`, alone: what a fold gives without guard.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch.nn import functional as F  # noqa: N812
+
+from tardis_fx.calibration.affine import Neurons, Outputs
+from tardis_fx.graph.activations import ACTIVATIONS
+from tardis_fx.passes.static import Choice, StaticRewrite, measured
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from torch import Tensor
+
+    from tardis_fx.calibration.observe import Observation, ObservedSite
+    from tardis_fx.config import Config
+    from tardis_fx.graph.site import SiteWeights
+    from tardis_fx.plan import SitePlan
+
+
+class HotFold(StaticRewrite):
+    """The rules of the module's docstring."""
+
+    name: ClassVar[str] = "hot_fold"
+
+    def floor(self, weights: SiteWeights) -> int:
+        """The map alone."""
+        return map_bytes(weights)
+
+    def choose(self, observation: Observation, sites: Sequence[ObservedSite], config: Config) -> list[Choice]:
+        """Two runs: surrogates, and the regression."""
+        neurons = measured(observation, Neurons, sites, config)
+        kept = {s.fingerprint: _kept(s.weights, neurons[s.fingerprint].missed, config.budget) for s in sites}
+        if config.budget == 1:
+            return [
+                Choice(s.weights.bytes, {"kept": kept[s.fingerprint].int()}, {"kept": len(s.weights.w1)}) for s in sites
+            ]
+        make = partial(_rest, kept)
+        what = f"what is not kept by hot_fold at a budget of {config.budget}"
+        rest = observation.run(make, sites, f"{what} of {sites[0].site.name}" if config.sequential else what)
+        found = []
+        for site in sites:
+            fitted, own = rest[site.fingerprint].residual.solve(), kept[site.fingerprint]
+            tensors = folded(fitted.weight, fitted.bias, site.weights) | {"kept": own.int()}
+            touched = map_bytes(site.weights) + len(own) * _row_bytes(site.weights)
+            found.append(Choice(touched, tensors, {"kept": len(own)}))
+        return found
+
+    def constants(self, plan: SitePlan, weights: SiteWeights) -> dict[str, Tensor]:
+        """Kept neurons ``w1`` [k, d], ``b1`` [k], ``w2`` [d_out, k]; the others' ``folded_weight``, ``folded_bias``."""
+        device = weights.w1.device
+        kept = plan.tensors["kept"].long().to(device)
+        found = {"w1": weights.w1[kept], "w2": weights.w2[:, kept].contiguous()}
+        if weights.b1 is not None:
+            found["b1"] = weights.b1[kept]
+        if "folded_weight" in plan.tensors:
+            return found | {name: plan.tensors[name].to(device) for name in ("folded_weight", "folded_bias")}
+        return found if weights.b2 is None else found | {"b2": weights.b2}
+
+    def forward(self, x: Tensor, constants: Mapping[str, Tensor], plan: SitePlan) -> Tensor:
+        """A narrow FFN and a linear layer."""
+        activated = ACTIVATIONS[str(plan.activation)].eager(F.linear(x, constants["w1"], constants.get("b1")))
+        exact = F.linear(activated, constants["w2"], constants.get("b2"))
+        if "folded_weight" not in constants:
+            return exact
+        return exact + F.linear(x, constants["folded_weight"], constants["folded_bias"])
+
+
+def map_bytes(weights: SiteWeights) -> int:
+    """Size of an affine map from a site's input to its output."""
+    return len(weights.w2) * (weights.w1.shape[1] + 1) * weights.w1.element_size()
+
+
+def folded(weight: Tensor, bias: Tensor, weights: SiteWeights) -> dict[str, Tensor]:
+    """An affine map, [d, d_out] and [d_out], as a plan's tensors in the model's dtype."""
+    dtype = weights.w1.dtype
+    return {"folded_weight": weight.T.to(dtype).contiguous(), "folded_bias": bias.to(dtype)}
+
+
+def _kept(weights: SiteWeights, missed: Tensor, budget: float) -> Tensor:
+    """Numbers of the neurons that stay exact, ascending."""
+    allowed = len(missed) if budget == 1 else int((budget * weights.bytes - map_bytes(weights)) / _row_bytes(weights))
+    return missed.topk(min(allowed, len(missed))).indices.sort().values
+
+
+def _row_bytes(weights: SiteWeights) -> int:
+    return (weights.w1.shape[1] + len(weights.w2) + (weights.b1 is not None)) * weights.w1.element_size()
+
+
+def _rest(kept: Mapping[str, Tensor], site: ObservedSite) -> Outputs:
+    exact = torch.zeros(len(site.weights.w1), dtype=torch.bool)
+    exact[kept[site.fingerprint]] = True
+    return Outputs(site, exact)

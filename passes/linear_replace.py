@@ -1,0 +1,36 @@
+"""Whole FFNs by their best affine map, where one explains them well (arXiv 2606.19379; ReplaceMe, arXiv 2505.02819).
+
+1. The map is the ridge regression of the FFN's output on its input, in closed form from sums over the tokens.
+2. The sites of the highest R² on held-back tokens are replaced first, until the model's bytes are within the budget.
+   The budget stands in for a threshold on R².
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+from tardis_fx.passes.hot_fold import folded, map_bytes
+from tardis_fx.passes.whole import WholeSites
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from tardis_fx.calibration.regression import Residual
+    from tardis_fx.graph.site import SiteWeights
+
+
+class LinearReplace(WholeSites):
+    """The rules of the module's docstring."""
+
+    name: ClassVar[str] = "linear_replace"
+
+    def floor(self, weights: SiteWeights) -> int:
+        """The map."""
+        return map_bytes(weights)
+
+    def replaced(self, output: Residual, weights: SiteWeights) -> tuple[float, str, dict[str, Tensor]]:
+        """Lost is the variance that the map does not explain."""
+        fitted = output.solve()
+        explained = output.explained(fitted.weight, fitted.bias)
+        words = f"R² of its best affine map {explained:.3f}"
+        return 1 - explained, words, folded(fitted.weight, fitted.bias, weights)

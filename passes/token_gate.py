@@ -1,0 +1,113 @@
+"""A gate of d + 1 numbers sends each token through the whole FFN or through an affine map (after arXiv 2603.03459).
+
+1. The map is the ridge regression of the FFN's output on its input.
+2. The gate is the ridge regression of the logarithm of the map's squared error on the input; tokens above a threshold
+   take the FFN. The threshold gives them the share that the budget allows beside gate and map.
+3. ``forward`` computes both and chooses, as the specification does; ``touched_bytes`` counts what a runtime reads that
+   computes one: the gate always, the FFN for its share of tokens, the map for the others.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch.nn import functional as F  # noqa: N812
+
+from tardis_fx.calibration.affine import Outputs
+from tardis_fx.calibration.operands import Dense
+from tardis_fx.calibration.regression import AffineMap, Residual, fitted_tokens
+from tardis_fx.graph.activations import ACTIVATIONS
+from tardis_fx.passes.hot_fold import folded, map_bytes
+from tardis_fx.passes.static import Choice, StaticRewrite, biases, measured
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from torch import Tensor
+
+    from tardis_fx.calibration.observe import Observation, ObservedSite
+    from tardis_fx.config import Config
+    from tardis_fx.graph.site import SiteWeights
+    from tardis_fx.plan import SitePlan
+
+
+class TokenGate(StaticRewrite):
+    """The rules of the module's docstring."""
+
+    name: ClassVar[str] = "token_gate"
+
+    def floor(self, weights: SiteWeights) -> int:
+        """Gate and map."""
+        return _gate_bytes(weights) + map_bytes(weights)
+
+    def choose(self, observation: Observation, sites: Sequence[ObservedSite], config: Config) -> list[Choice]:
+        """Three runs: the maps, their errors, the gates' scores."""
+        outputs = measured(observation, Outputs, sites, config)
+        maps = {s.fingerprint: outputs[s.fingerprint].residual.solve() for s in sites}
+        names = ", ".join(site.site.name for site in sites)
+        errors = observation.run(lambda s: _Errors(s, maps[s.fingerprint]), sites, f"errors of affine maps of {names}")
+        gates = {s.fingerprint: errors[s.fingerprint].residual.solve() for s in sites}
+        scores = observation.run(lambda s: _Scores(gates[s.fingerprint]), sites, f"gate scores of {names}")
+        return [
+            _choice(s.weights, maps[s.fingerprint], gates[s.fingerprint], scores[s.fingerprint].all, config.budget)
+            for s in sites
+        ]
+
+    def constants(self, plan: SitePlan, weights: SiteWeights) -> dict[str, Tensor]:
+        """The FFN, the map, and ``gate`` [1, d], ``gate_bias`` [1], float32."""
+        found = {name: tensor.to(weights.w1.device) for name, tensor in plan.tensors.items()}
+        return found | {"w1": weights.w1, "w2": weights.w2} | biases(weights)
+
+    def forward(self, x: Tensor, constants: Mapping[str, Tensor], plan: SitePlan) -> Tensor:
+        """Both, and the choice between them."""
+        whole = F.linear(
+            ACTIVATIONS[str(plan.activation)].eager(F.linear(x, constants["w1"], constants.get("b1"))),
+            constants["w2"],
+            constants.get("b2"),
+        )
+        affine = F.linear(x, constants["folded_weight"], constants["folded_bias"])
+        return torch.where(F.linear(x.float(), constants["gate"], constants["gate_bias"]) > 0, whole, affine)
+
+
+class _Errors:
+    """The regression of the logarithm of a map's squared error."""
+
+    def __init__(self, site: ObservedSite, affine: AffineMap) -> None:
+        self._dense, self._weight, self._bias = Dense(site), affine.weight.float(), affine.bias.float()
+        self.residual = Residual(len(self._weight), 1)
+
+    def update(self, x: Tensor) -> None:
+        missed = self._dense.output(self._dense.hidden(x)[1]) - (x @ self._weight + self._bias)
+        logarithm = missed.square().sum(1, keepdim=True).clamp(min=1e-30).log()
+        self.residual.update(x, logarithm, logarithm)
+
+
+class _Scores:
+    """A gate's score of every fitted token: one number a token is kept."""
+
+    def __init__(self, gate: AffineMap) -> None:
+        self._weight, self._found = gate.weight.float(), list[torch.Tensor]()
+
+    def update(self, x: Tensor) -> None:
+        self._found.append((x[: fitted_tokens(len(x))] @ self._weight)[:, 0])
+
+    @property
+    def all(self) -> Tensor:
+        return torch.cat(self._found)
+
+
+def _choice(weights: SiteWeights, affine: AffineMap, gate: AffineMap, scores: Tensor, budget: float) -> Choice:
+    fixed, whole = _gate_bytes(weights) + map_bytes(weights), weights.bytes
+    share = min(1.0, (budget * whole - fixed) / (whole - map_bytes(weights)))
+    above = int(share * len(scores))
+    ordered = scores.sort(descending=True).values
+    threshold = ordered[above] if above < len(scores) else ordered[-1] - 1
+    rate = float((scores > threshold).float().mean())
+    tensors = {"gate": gate.weight.T.float().contiguous(), "gate_bias": -threshold.float().view(1)}
+    touched = fixed + rate * (whole - map_bytes(weights))
+    return Choice(touched, outlier_rate=rate, tensors=tensors | folded(affine.weight, affine.bias, weights))
+
+
+def _gate_bytes(weights: SiteWeights) -> int:
+    return 4 * (weights.w1.shape[1] + 1)

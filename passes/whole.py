@@ -1,0 +1,79 @@
+"""What rewrites have in common that replace whole FFNs by a map of few bytes, and leave the others as they are.
+
+1. The budget is the model's, not each site's: sites are replaced, those first that lose least by it, until the bytes of
+   all of them are within the budget. The number of sites replaced, or the loss at which to stop, is not asked for.
+2. A site that stays says in its reason what it would have lost.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import TYPE_CHECKING
+
+from torch.nn import functional as F  # noqa: N812
+
+from tardis_fx.calibration.affine import Outputs
+from tardis_fx.errors import CalibrationError
+from tardis_fx.passes.static import Choice, StaticRewrite, measured
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from torch import Tensor
+
+    from tardis_fx.calibration.observe import Observation, ObservedSite
+    from tardis_fx.calibration.regression import Residual
+    from tardis_fx.config import Config
+    from tardis_fx.graph.site import SiteWeights
+    from tardis_fx.plan import SitePlan
+
+
+class WholeSites(StaticRewrite):
+    """A rewrite of whole FFNs; see the module's docstring."""
+
+    @abstractmethod
+    def replaced(self, output: Residual, weights: SiteWeights) -> tuple[float, str, dict[str, Tensor]]:
+        """What a site loses by its replacement (the least first), the same in words, and the plan's tensors.
+
+        Args:
+            output: the regression of the site's output.
+            weights: of the site.
+        """
+
+    def afford(self, sites: Sequence[ObservedSite], config: Config) -> None:
+        """Compares the budget with all sites replaced.
+
+        Raises:
+            CalibrationError: the budget is too small, or the sites are to be fitted in turn.
+        """
+        if config.sequential:
+            raise CalibrationError(f"{self.name} compares all sites before it replaces one: fit without sequential")
+        floor, whole = sum(self.floor(s.weights) for s in sites), sum(s.weights.bytes for s in sites)
+        if floor > config.budget * whole:
+            raise CalibrationError(
+                f"a budget of {config.budget:.2%} is too small for {self.name}: with every FFN replaced it reads "
+                f"{floor:,} bytes per token, {floor / whole:.2%} of the original's"
+            )
+
+    def choose(self, observation: Observation, sites: Sequence[ObservedSite], config: Config) -> list[Choice | str]:
+        """One run, of regressions."""
+        outputs = measured(observation, Outputs, sites, config)
+        candidates = [self.replaced(outputs[s.fingerprint].residual, s.weights) for s in sites]
+        touched = sum(site.weights.bytes for site in sites)
+        allowed = config.budget * touched
+        choices: list[Choice | str] = [f"kept, for the budget is met without it: {words}" for _, words, _ in candidates]
+        for i in sorted(range(len(sites)), key=lambda i: candidates[i][0]):
+            if touched <= allowed:
+                break
+            size = self.floor(sites[i].weights)
+            touched -= sites[i].weights.bytes - size
+            choices[i] = Choice(size, tensors=candidates[i][2])
+        return choices
+
+    def constants(self, plan: SitePlan, weights: SiteWeights) -> dict[str, Tensor]:
+        """The plan's tensors."""
+        return {name: tensor.to(weights.w1.device) for name, tensor in plan.tensors.items()}
+
+    def forward(self, x: Tensor, constants: Mapping[str, Tensor], plan: SitePlan) -> Tensor:
+        """One linear layer."""
+        return F.linear(x, constants["folded_weight"], constants["folded_bias"])
