@@ -77,10 +77,14 @@ def predict(
                 mask += (outside & tested & (first + t < tokens)).to(tl.int32) << first + t
             first += TOKENS
     found = (mask != 0).to(tl.int32)
-    place = segment * ROWS + tl.cumsum(found, 0) - found
-    tl.store(positions + place, position, mask=mask != 0)
-    tl.store(chosen + place, tl.load(neurons + position, mask=position < listed, other=0), mask=mask != 0)
-    tl.store(masks + place, mask, mask=mask != 0)
+    # Not a store to places that depend on what was read: Inductor would take the weights for written to, and copy them.
+    slot = tl.arange(0, ROWS)
+    taken = (tl.cumsum(found, 0) - found)[None, :] == slot[:, None]
+    taken = taken & (mask != 0)[None, :]
+    neuron = tl.load(neurons + position, mask=position < listed, other=0)
+    tl.store(positions + segment * ROWS + slot, tl.sum(tl.where(taken, position[None, :], 0), axis=1))
+    tl.store(chosen + segment * ROWS + slot, tl.sum(tl.where(taken, neuron[None, :], 0), axis=1))
+    tl.store(masks + segment * ROWS + slot, tl.sum(tl.where(taken, mask[None, :], 0), axis=1))
     tl.store(sizes + segment, tl.sum(found, axis=0))
 
 
