@@ -26,8 +26,9 @@ def correct(*args: Any) -> Tensor:
     Up to ``DECODE_TOKENS`` tokens of float32, bfloat16 or float16 take the kernels of
     :mod:`tardis_fx.runtime.triton_op`; the reference does the rest, waiting for the device.
     """
+    folded, x, w1, b1, w2t = args[:5]
     row_bits = args[18] if len(args) > 18 else 16
-    if eligible(*args[:5], args[15], row_bits) and available():
+    if eligible(folded, x, w1, b1, w2t, args[15], row_bits) and available():
         corrected: Tensor = torch.ops.tardis.correct_triton(*args)
         return corrected
     return reference.correct(*args)

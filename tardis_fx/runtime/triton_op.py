@@ -62,7 +62,7 @@ def correct(
     together = next((few for few in TOGETHER if tokens <= few), TOGETHER[-1])
     segments = -(-capacity // SEGMENT)
     w1, w2t = (weight if weight.stride(1) == 1 else weight.contiguous() for weight in (w1, w2t))
-    
+
     def scratch(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=x.device)
 
@@ -81,16 +81,15 @@ def correct(
         BIASED=b1 is not None, ACTIVATION=activation,
     )  # fmt: skip
     partial = scratch(SHARES, tokens, d_out, dtype=torch.float32)
-    wrap_triton(accumulate)[lambda chosen: (-(-d_out // (64 * chosen["GROUPS"])), SHARES)](
+    wrap_triton(accumulate)[lambda config: (-(-d_out // (64 * config["GROUPS"])), SHARES)](
         w2t, rows, residuals, count, partial, tokens, w2t.stride(0), capacity,
         D_OUT=d_out, TOKENS=together, BITS=row_bits,
-    )
+    )  # fmt: skip
     added = partial.sum(0)
     if fold is not None:
         product = scratch(tokens, d_out, dtype=torch.float32)
-        wrap_triton(multiply)[lambda chosen: (-(-d_out // chosen["ROWS"]),)](
-            flat, fold.contiguous(), product, tokens, fold.shape[1],
-            D=d, D_OUT=d_out, TOKENS=together, BITS=fold_bits,
+        wrap_triton(multiply)[lambda config: (-(-d_out // config["ROWS"]),)](
+            flat, fold.contiguous(), product, tokens, fold.shape[1], D=d, D_OUT=d_out, TOKENS=together, BITS=fold_bits
         )
         added = added + product
     return (folded.float() + added.view(*x.shape[:-1], d_out)).to(folded.dtype)
