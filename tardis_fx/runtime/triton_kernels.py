@@ -7,7 +7,7 @@ depend on timing, and no kernel adds to memory: results repeat bit for bit, auto
 old memory holds cannot matter.
 
 Sizes in capitals are known at compile time: D and D_OUT, columns; TOKENS, ROWS and GROUPS, how many are taken
-together; TILE, the product of the last two, or columns. Sums are of float32.
+together; TILE, the product of them, with columns in the place of groups where rows are no codes. Sums are of float32.
 """
 
 import os
@@ -59,6 +59,7 @@ def predict(
         BITS: of a code.
         TILE: see above.
     """
+    GROUPS: tl.constexpr = TILE // (ROWS * TOKENS)
     segment = tl.program_id(0)
     position = segment * ROWS + tl.arange(0, ROWS)
     listed, guarded = tl.load(counts), tl.load(counts + 1)
@@ -70,7 +71,7 @@ def predict(
         first = tokens * 0
         while first < tokens:
             z_hat = products_of_split(
-                x + first * D, codes, scale, zero, position, tested, tokens - first, D, TOKENS, BITS, TILE // ROWS
+                x + first * D, codes, scale, zero, position, tested, tokens - first, D, TOKENS, BITS, GROUPS
             )
             for t in tl.static_range(TOKENS):
                 outside = (z_hat[t] < low) | (z_hat[t] > high)
@@ -289,12 +290,13 @@ def multiply(
         ROWS: see above.
         TILE: see above.
     """
+    GROUPS: tl.constexpr = TILE // (ROWS * TOKENS)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     pointers = weight + row.to(tl.int64) * stride
     first = tokens * 0
     while first < tokens:
         products = products_of_joined(
-            x + first * D, pointers, row < D_OUT, tokens - first, D, TOKENS, BITS, TILE // ROWS
+            x + first * D, pointers, row < D_OUT, tokens - first, D, TOKENS, BITS, GROUPS
         )  # fmt: skip
         for t in tl.static_range(TOKENS):
             into = out + (first + t) * D_OUT + row
