@@ -4,7 +4,9 @@ import torch
 from torch import Tensor
 
 from tardis_fx.runtime.cuda import eligible
-from tardis_fx.runtime.triton_kernels import INTERPRETED, accumulate, activate, multiply, predict
+from tardis_fx.runtime.triton_correction import accumulate, activate
+from tardis_fx.runtime.triton_predictor import multiply, predict
+from tardis_fx.runtime.triton_tuning import INTERPRETED
 
 if INTERPRETED:  # kernels are no JITFunction then, which is all that wrap_triton of PyTorch 2.11 takes
 

@@ -109,7 +109,8 @@ def test_the_kernels_compile_for_a_gpu(tokens: int) -> None:
     from triton import compiler
     from triton.backends.compiler import GPUTarget
 
-    from tardis_fx.runtime import triton_kernels as kernels
+    from tardis_fx.runtime.triton_correction import accumulate, activate
+    from tardis_fx.runtime.triton_predictor import multiply, predict
 
     sizes = {
         "D": 128,
@@ -124,7 +125,7 @@ def test_the_kernels_compile_for_a_gpu(tokens: int) -> None:
     types |= {"weight": "*u8", "w1": "*bf16", "w2t": "*bf16"}
     types |= dict.fromkeys(["lower", "upper", "slope", "intercept", "residuals", "partial", "out"], "*fp32")
     types |= dict.fromkeys(["tokens", "w1_stride", "w2t_stride", "capacity", "segments", "stride"], "i32")
-    cases = [(kernels.predict, 3), (kernels.activate, 16), (kernels.accumulate, 16), (kernels.multiply, 4)]
+    cases = [(predict, 3), (activate, 16), (accumulate, 16), (multiply, 4)]
     for tuned, bits in cases:
         names = tuned.fn.arg_names
         given = {"ROWS": 32, **sizes, "BITS": bits} | tuned.configs[0].kwargs
