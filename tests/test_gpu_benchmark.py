@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import sys
 import time
 import tomllib
@@ -16,6 +17,7 @@ import torch
 from tardis_fx.bench.machine import Gpu
 from tardis_fx.bench.table import Row
 
+needs_none = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")
 HERE = Gpu("A Device 80GB", 132, 50 << 20, 2500.0, 3000.0)
 
 
@@ -48,6 +50,12 @@ def test_every_case_has_its_rows_and_a_ratio_to_the_floor(gpu: ModuleType) -> No
     assert text.count("×") == 2 * 2
     fast = rows[1]
     assert fast.values(HERE)["floor_ms"] == pytest.approx(fast.touched / 2500e9 * 1e3)
+
+
+@needs_none
+def test_it_says_how_the_gpu_tests_ended(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "TESTS", gpu.TESTS[:1])
+    assert re.fullmatch(r"\d+ skipped in .*", gpu.tested(300))
 
 
 def test_a_case_that_time_does_not_allow_or_that_fails_is_a_remark(
