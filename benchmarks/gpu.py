@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 import tomllib
+from contextlib import ExitStack
 from dataclasses import replace
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -70,23 +71,25 @@ def tested(seconds: float) -> str:
     """Runs the GPU tests, several parts at once, since compiling takes most of the time; what each says in the end."""
     until = time.monotonic() + seconds
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider"]
-    running = []
-    for file, chosen in TESTS:
-        log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - read when the process has ended
-        process = subprocess.Popen([*command, file, "-k", chosen], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
-        running.append((process, log))
     said = []
-    for process, log in running:
-        try:
-            process.wait(max(0, until - time.monotonic()))
-            end = ""
-        except subprocess.TimeoutExpired:
-            process.kill()
-            end = f"not finished in {seconds:.0f} s"
-        log.seek(0)
-        output = log.read().strip()
-        print(output[-4000:])
-        said.append(end or (output.splitlines() or [f"exit code {process.returncode}"])[-1])
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        running = []
+        for number, (file, chosen) in enumerate(TESTS):
+            log = stack.enter_context(Path(folder, f"{number}.log").open("w+"))
+            part = [*command, file, "-k", chosen]
+            running.append((subprocess.Popen(part, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT), log))
+        for process, log in running:
+            try:
+                process.wait(max(0, until - time.monotonic()))
+                end = ""
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+                end = f"not finished in {seconds:.0f} s"
+            log.seek(0)
+            output = log.read().strip()
+            print(output[-4000:])
+            said.append(end or (output.splitlines() or [f"exit code {process.returncode}"])[-1])
     return "; ".join(said)
 
 
