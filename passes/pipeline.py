@@ -13,6 +13,7 @@ from tardis_fx.graph.surgery import add_input, copy, replace
 from tardis_fx.graph.unfuse import unfuse
 from tardis_fx.passes.base import rewrite_named
 from tardis_fx.passes.exact_fold import ExactFold
+from tardis_fx.runtime import cuda
 from tardis_fx.runtime.guard import SiteGuard
 
 if TYPE_CHECKING:
@@ -26,10 +27,15 @@ if TYPE_CHECKING:
     from tardis_fx.passes.base import Rewrite
     from tardis_fx.plan import Plan, SitePlan
 
-#: Steps of up to this many tokens take fold and correction under ``prefill="original"``.
+#: Steps of up to this many tokens take fold and correction under ``prefill="original"``; on a CUDA device, of twice.
 DECODE_TOKENS = 8
 
 _FOLD = ExactFold()
+
+
+def decode_tokens(device: torch.device) -> int:
+    """Tokens of a step that still counts as decoding on a device."""
+    return cuda.DECODE_TOKENS if device.type == "cuda" else DECODE_TOKENS
 
 
 @dataclass(frozen=True)
@@ -97,11 +103,12 @@ def apply(gm: fx.GraphModule, example_inputs: Sequence[Tensor], plan: Plan, pref
         if entry is None or outcome.reason:
             continue
         rewrite = rewrite_named(str(entry.method))
-        if not rewrite.exact and prefill == "original" and _tokens(site) > DECODE_TOKENS:
-            continue
         positions = [position[node] for node in site.parameters]
+        weights = [example_inputs[p] for p in positions]
+        if not rewrite.exact and prefill == "original" and _tokens(site) > decode_tokens(weights[0].device):
+            continue
         guard = SiteGuard(site, positions, entry, partial(_find, plan), rewrite)
-        own = guard.constants(entry, [example_inputs[p] for p in positions]).tensors
+        own = guard.constants(entry, weights).tensors
         inputs = {name: add_input(gm.graph, f"tardis_{len(guards)}_{name}", value) for name, value in own.items()}
         x = moved.get(site.input, site.input)
         moved[site.output] = replace(gm.graph, site, x, partial(_forward, rewrite, entry), inputs)

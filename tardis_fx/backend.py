@@ -20,6 +20,7 @@ from tardis_fx.graph.capture import own_code
 from tardis_fx.graph.surgery import copy
 from tardis_fx.passes import pipeline
 from tardis_fx.plan import resolve
+from tardis_fx.runtime.cuda import show_kernels
 from tardis_fx.runtime.guard import GuardedGraph, Unknown
 from tardis_fx.runtime.profiled import ProfiledGraph, return_inputs
 
@@ -81,6 +82,8 @@ def _compile(
         lenient = options.observes or options.on_change == "original"
         for outcome in pipeline.check(rewritten.outcomes, plan, strict=options.strict, lenient=lenient):
             _log.warning("%s is not rewritten: %s", outcome.site.name or "an FFN", outcome.reason)
+    if options.inner == "inductor" and any(tensor.is_cuda for tensor in rewritten.constants):
+        show_kernels(rewritten.gm)
     compiled: Callable[..., Any] = inner(rewritten.gm, [*example_inputs, *rewritten.constants])
     if not rewritten.modified:
         return compiled

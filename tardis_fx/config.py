@@ -23,7 +23,7 @@ class Config:
         allocation: ``"joint"`` splits the bytes over the sites so that the error of all is least; ``"per_site"`` gives
             each site the same fraction, for comparison.
         method: name of a rewrite registered under the entry-point group ``tardis_fx.passes``.
-        prefill: ``"original"`` sends steps of more than 8 tokens through the original subgraph, exact;
+        prefill: ``"original"`` sends steps of more than 8 tokens, 16 on a GPU, through the original, exact;
             ``"rewritten"`` sends every token through fold and correction (encoders, and every measurement of quality).
         predictor_bits: 1 to 8 bits a weight in the predictor.
         fold_bits: 3, 4 or 8 bits a weight in the folded matrix, 16 for the model's own dtype; None chooses

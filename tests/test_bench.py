@@ -11,7 +11,7 @@ from builders.ffns import ffn, inputs
 from typer.testing import CliRunner
 
 from tardis_fx import cli
-from tardis_fx.bench import int8, machine, shapes, table
+from tardis_fx.bench import machine, shapes, table, weight_only
 from tardis_fx.bench import model as models
 from tardis_fx.bench.ffn import COLD, copies_for
 from tardis_fx.bench.machine import Machine
@@ -143,7 +143,7 @@ def test_ratios_are_taken_round_by_round() -> None:
 def test_int8_takes_every_projection_and_counts_what_it_saves() -> None:
     model = shapes.build(shapes.config_of("demo", 1), torch.float32, 1)
     seen: list[torch.nn.Module] = []
-    copied, saved = int8.quantised(model, seen.append)
+    copied, saved = weight_only.quantised(model, seen.append)
     tokens = torch.arange(8)[None]
     assert seen == [copied]
     linears = [m for m in copied.modules() if isinstance(m, torch.nn.Linear)]
@@ -185,7 +185,7 @@ def test_wrong_options_are_typed_errors_and_exit_code_1(
 
 
 def test_a_model_that_does_not_fit_in_memory_is_refused_before_it_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shapes, "available_memory", lambda: 1 << 20)
+    monkeypatch.setattr(shapes, "available_memory", lambda _: 1 << 20)
     with pytest.raises(BenchError, match="choose fewer layers"):
         models.compare("falcon-7b", torch.bfloat16, [2], 0.05, 9)
 

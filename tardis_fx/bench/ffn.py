@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from tardis_fx.bench.machine import last_level_cache
+from tardis_fx.bench.machine import last_level_cache, wait
 from tardis_fx.bench.plans import random_plans
 from tardis_fx.bench.table import Row, in_turn
 from tardis_fx.calibration.ranges import Costs
 from tardis_fx.graph.capture import own_code
-from tardis_fx.passes.pipeline import DECODE_TOKENS
+from tardis_fx.passes.pipeline import decode_tokens
 from tardis_fx.runtime import reference
 
 if TYPE_CHECKING:
@@ -72,6 +72,7 @@ def compare(
     rate: float,
     rounds: int,
     copies: int | None = None,
+    device: str = "cpu",
 ) -> list[Row]:
     """Times one FFN of d inputs and 4 d neurons with GELU.
 
@@ -80,20 +81,23 @@ def compare(
     Args:
         d: inputs and outputs.
         dtype: of weights and inputs.
-        tokens: of a step, one case each; above 8 the rewritten model runs the original FFN.
+        tokens: of a step, one case each; above 8, or 16 on a CUDA device, the rewritten model runs the original FFN.
         bits: of the predictor, one contender each.
         rate: share of (token, neuron) pairs that are outliers.
         rounds: timed, after one that is not.
         copies: of the FFN; as many as leave the last-level cache cold when None.
+        device: "cpu" or "cuda", where all copies make one CUDA graph.
     """
     torch.manual_seed(0)
     size = torch.empty(0, dtype=dtype).element_size()
-    copies = copies or copies_for(d, size, min(bits), rate, last_level_cache())
-    model = _Copies(copies, d, dtype)
-    plans = random_plans(model, torch.randn(copies, SAMPLES, d, dtype=dtype), bits, rate)
+    copies = copies or copies_for(d, size, min(bits), rate, last_level_cache(device))
+    with torch.device(device):
+        model = _Copies(copies, d, dtype)
+        batch = torch.randn(copies, SAMPLES, d, dtype=dtype)
+    plans = random_plans(model, batch, bits, rate)
     rows: list[Row] = []
     for count in tokens:
-        rows += _case(model, plans, torch.randn(copies, count, d, dtype=dtype), rounds)
+        rows += _case(model, plans, torch.randn(copies, count, d, dtype=dtype, device=device), rounds)
     return rows
 
 
@@ -107,11 +111,12 @@ def _case(model: _Copies, plans: dict[int, Plan], xs: Tensor, rounds: int) -> li
     for step in steps.values():
         step(model.ffns[0], xs[0])
     with torch._dynamo.config.patch(error_on_recompile=True):
-        once = min(_seconds(steps["Inductor"], model, xs, 1) for _ in range(2))
+        over_all = {name: _over_all(step, model, xs) for name, step in steps.items()}
+        once = min(_seconds(over_all["Inductor"], xs, 1) for _ in range(2))
         passes = max(1, math.ceil(ROUND / (once * copies)))
-        runs = {name: partial(_seconds, step, model, xs, passes) for name, step in steps.items()}
+        runs = {name: partial(_seconds, run, xs, passes) for name, run in over_all.items()}
         seconds = in_turn(runs, rounds)
-    base, rewritten = seconds["Inductor"], tokens <= DECODE_TOKENS
+    base, rewritten = seconds["Inductor"], tokens <= decode_tokens(xs.device)
     dtype = str(xs.dtype).removeprefix("torch.")
     case = f"d {d}, {dtype}, {tokens} token{'s' * (tokens > 1)}, {copies} copies"
     dense = next(iter(plans.values())).sites[0].dense_bytes
@@ -135,13 +140,43 @@ def _call(ffn: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     return ffn(x)
 
 
-def _seconds(step: Callable[..., Tensor], model: _Copies, xs: Tensor, passes: int) -> float:
+def _over_all(step: Callable[..., Tensor], model: _Copies, xs: Tensor) -> Callable[[], object]:
+    """A step of each copy in turn; on a CUDA device as one graph, so that no launch is waited for."""
+    calls = list(zip(model.ffns, xs, strict=True))
+
+    def run() -> list[Tensor]:
+        return [step(ffn, x) for ffn, x in calls]
+
+    return captured(run) if xs.is_cuda else run
+
+
+def captured(run: Callable[[], object]) -> Callable[[], object]:
+    """A CUDA graph's replay of what is run; three runs before it leave nothing to compile or to tune."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kept = run()
+
+    def replay() -> object:
+        graph.replay()
+        return kept
+
+    return replay
+
+
+def _seconds(run: Callable[[], object], xs: Tensor, passes: int) -> float:
     """Seconds of one call, over all copies in turn."""
-    calls = list(zip(model.ffns, xs, strict=True)) * passes
+    wait(xs.device)
     started = time.perf_counter()
-    for ffn, x in calls:
-        step(ffn, x)
-    return (time.perf_counter() - started) / len(calls)
+    for _ in range(passes):
+        run()
+    wait(xs.device)
+    return (time.perf_counter() - started) / (passes * len(xs))
 
 
 def _reads(entry: SitePlan, x: Tensor) -> tuple[float, float]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from tardis_fx.bench.int8 import linear
+from tardis_fx.bench.weight_only import linear
 from tardis_fx.errors import BenchError, CalibrationError
 from tardis_fx.runtime.packing import GROUP, row_bytes
 

@@ -7,7 +7,7 @@ import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
@@ -53,9 +53,12 @@ class Machine:
         size = source.nbytes / 1e9
         return cls(_processor(), torch.get_num_threads(), cache, 2 * size / copy, size / read)
 
+    #: What a floor is computed from; decoding mostly reads.
+    roof: ClassVar[str] = "the faster of copy and sum"
+
     @property
     def bandwidth(self) -> float:
-        """Bytes a second that a floor is computed from: the faster of copy and sum, for decoding mostly reads."""
+        """Bytes a second that a floor is computed from."""
         return max(self.copy, self.read) * 1e9
 
     def __str__(self) -> str:
@@ -66,8 +69,40 @@ class Machine:
         )
 
 
-def last_level_cache() -> int:
-    """Bytes of the largest cache that the first core sees, or a usual size where the system does not tell."""
+@dataclass(frozen=True)
+class Gpu(Machine):
+    """The current CUDA device as measured; ``threads`` are its multiprocessors."""
+
+    roof: ClassVar[str] = "the copy"
+
+    @classmethod
+    def measured(cls, rounds: int = 9) -> Gpu:
+        """This device; arguments as of a machine."""
+        found = torch.cuda.get_device_properties(torch.cuda.current_device())
+        source = torch.ones(1 << 28, device="cuda")  # 1 GiB: many caches
+        target = torch.empty_like(source)
+        copy = min(_seconds(lambda: target.copy_(source), torch.cuda.synchronize) for _ in range(rounds))
+        read = min(_seconds(lambda: source.sum(), torch.cuda.synchronize) for _ in range(rounds))
+        size = source.nbytes / 1e9
+        return cls(found.name, found.multi_processor_count, last_level_cache("cuda"), 2 * size / copy, size / read)
+
+    @property
+    def bandwidth(self) -> float:
+        """Bytes a second that a floor is computed from."""
+        return self.copy * 1e9
+
+    def __str__(self) -> str:
+        """One line."""
+        return (
+            f"{self.name}, {self.threads} multiprocessors, second-level cache {self.cache / 2**20:.0f} MiB, torch "
+            f"{torch.__version__}; copy {self.copy:.0f} GB/s (read and written), sum {self.read:.0f} GB/s"
+        )
+
+
+def last_level_cache(device: str = "cpu") -> int:
+    """Bytes of the largest cache of a device or that the first core sees; a usual size where the system is silent."""
+    if device == "cuda":
+        return int(torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size)
     sizes = [_bytes(path.read_text()) for path in _CACHES.glob("index*/size")]
     return max(sizes, default=UNKNOWN_CACHE)
 
@@ -83,14 +118,24 @@ def _processor() -> str:
     return found[1] if found else platform.processor() or platform.machine()
 
 
-def _seconds(run: Callable[[], object]) -> float:
+def _seconds(run: Callable[[], object], wait: Callable[[], object] = lambda: None) -> float:
+    wait()
     started = time.perf_counter()
     run()
+    wait()
     return time.perf_counter() - started
 
 
-def available_memory() -> int | None:
-    """Bytes that can be had without swapping, or None where the system does not tell."""
+def available_memory(device: str = "cpu") -> int | None:
+    """Bytes that can be had on a device, without swapping, or None where the system does not tell."""
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0]
     info = Path("/proc/meminfo")
     found = re.search(r"MemAvailable:\s*(\d+) kB", info.read_text() if info.exists() else "")
     return int(found[1]) << 10 if found else None
+
+
+def wait(device: torch.device) -> None:
+    """Until a device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

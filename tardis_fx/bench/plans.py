@@ -82,7 +82,7 @@ def _site_plan(site: ObservedSite, x: Tensor, bits: int, rate: float) -> SitePla
     hidden, d = weights.w1.shape
     parts = [_guard(weights, rows, x, bits, rate, str(site.site.activation)) for rows in _rows(hidden)]
     tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    tensors["neurons"] = torch.arange(hidden, dtype=torch.int32)
+    tensors["neurons"] = torch.arange(hidden, dtype=torch.int32, device=x.device)
     tensors |= _fold(weights, tensors["slope"], tensors["intercept"])
     costs = Costs.of(d, weights.w2.shape[0], bits, weights.w1.element_size(), 16, 16, bias=weights.b1 is not None)
     return SitePlan.of(
@@ -129,9 +129,9 @@ def _guard(weights: SiteWeights, rows: slice, x: Tensor, bits: int, rate: float,
 def _rounded(w1: Tensor, bits: int) -> Quantised:
     """W1 rounded to a few bits: GPTQ where inputs are uncorrelated, so that groups do not depend on each other."""
     rows, d = w1.shape
-    padded = torch.zeros(rows, group_count(d) * GROUP)
+    padded = w1.new_zeros(rows, group_count(d) * GROUP)
     padded[:, :d] = w1
-    whole = quantise(padded.view(-1, GROUP), torch.eye(GROUP), bits)
+    whole = quantise(padded.view(-1, GROUP), torch.eye(GROUP, device=w1.device), bits)
     return Quantised(
         whole.codes.view(rows, -1).contiguous(), whole.scale.view(rows, -1), whole.zero.view(rows, -1), bits, d
     )
@@ -139,7 +139,7 @@ def _rounded(w1: Tensor, bits: int) -> Quantised:
 
 def _fold(weights: SiteWeights, slope: Tensor, intercept: Tensor) -> dict[str, Tensor]:
     """Folded weight and bias, in the model's dtype."""
-    folded = torch.zeros(weights.w2.shape[0], weights.w1.shape[1])
+    folded = slope.new_zeros(weights.w2.shape[0], weights.w1.shape[1])
     shift = intercept if weights.b1 is None else intercept + slope * weights.b1.float()
     for rows in _rows(weights.w1.shape[0]):
         folded += (weights.w2[:, rows].float() * slope[rows]) @ weights.w1[rows].float()

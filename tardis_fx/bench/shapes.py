@@ -18,6 +18,16 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "demo": ("GPT2Config", {}),
     "gpt2": ("GPT2Config", {}),
     "gpt2-xl": ("GPT2Config", {"n_embd": 1600, "n_layer": 48, "n_head": 25}),
+    "opt-6.7b": (
+        "OPTConfig",
+        {
+            "hidden_size": 4096,
+            "word_embed_proj_dim": 4096,
+            "ffn_dim": 16384,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+        },
+    ),
     "falcon-7b": ("FalconConfig", {}),
 }
 
@@ -53,13 +63,14 @@ def config_of(shape: str, layers: int | None = None) -> Any:
     return config
 
 
-def build(config: Any, dtype: torch.dtype, room: float) -> nn.Module:
+def build(config: Any, dtype: torch.dtype, room: float, device: str = "cpu") -> nn.Module:
     """A model of random weights, in eval mode, without gradients.
 
     Args:
         config: of transformers.
         dtype: of all weights.
         room: memory that the comparison takes at its most, over that of the weights.
+        device: that the model is made on.
 
     Raises:
         BenchError: the memory is not there.
@@ -68,14 +79,15 @@ def build(config: Any, dtype: torch.dtype, room: float) -> nn.Module:
 
     with torch.device("meta"):
         weights = weight_bytes(AutoModelForCausalLM.from_config(config, dtype=dtype))
-    need, free = weights * room, available_memory()
+    need, free = weights * room, available_memory(device)
     if free is not None and need > free:
         raise BenchError(
             f"the comparison takes about {need / 1e9:.1f} GB and {free / 1e9:.1f} GB are free: choose fewer layers "
             f"(of {config.num_hidden_layers}), another dtype, or fewer predictors"
         )
     torch.manual_seed(0)
-    model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    with torch.device(device):
+        model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype)
     return model.eval().requires_grad_(False)
 
 

@@ -88,23 +88,25 @@ def markdown(rows: Sequence[Row], machine: Machine) -> str:
         machine: on which they were measured.
     """
     lines = [
-        "| case | contender | ms | against Inductor (min to max) | outliers | MB touched | GB/s | floor, ms |",
-        "|---|---|--:|--:|--:|--:|--:|--:|",
+        "| case | contender | ms | against Inductor (min to max) | outliers | MB touched | GB/s | floor, ms "
+        "| of floor |",
+        "|---|---|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for row in rows:
         v = row.values(machine)
         share = "" if row.outliers is None else f"{row.outliers:.2%}"
         lines.append(
             f"| {row.case} | {row.name} | {v['ms']:.3f} | {v['ratio']:.2f}× ({v['ratio_min']:.2f} to "
-            f"{v['ratio_max']:.2f}) | {share} | {v['MB']:.2f} | {v['GB/s']:.1f} | {v['floor_ms']:.3f} |"
+            f"{v['ratio_max']:.2f}) | {share} | {v['MB']:.2f} | {v['GB/s']:.1f} | {v['floor_ms']:.3f} "
+            f"| {v['of_floor']:.2f}× |"
         )
     rounds = min((len(row.seconds) for row in rows), default=0)
     return "\n".join(
         [
             *lines,
             "",
-            f"Medians of {rounds} rounds in turn after one to warm up. Roofline: floor = MB touched over the faster of "
-            f"copy and sum.",
+            f"Medians of {rounds} rounds in turn after one to warm up. Roofline: floor = MB touched over "
+            f"{machine.roof}.",
             str(machine),
         ]
     )

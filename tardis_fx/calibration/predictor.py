@@ -63,12 +63,12 @@ def quantise(weight: Tensor, gram: Tensor, bits: int) -> Quantised:
     h, d = weight.shape
     w = weight.float().clone()
     upper = inverse_factor(gram).float()
-    codes = torch.zeros(h, d, dtype=torch.uint8)
-    scales = torch.zeros(h, group_count(d), dtype=torch.float16)
-    zeros = torch.zeros(h, group_count(d), dtype=torch.uint8)
+    codes = torch.zeros(h, d, dtype=torch.uint8, device=w.device)
+    scales = torch.zeros(h, group_count(d), dtype=torch.float16, device=w.device)
+    zeros = torch.zeros(h, group_count(d), dtype=torch.uint8, device=w.device)
     for group, start in enumerate(range(0, d, GROUP)):
         stop = min(start + GROUP, d)
-        block, errors = w[:, start:stop].clone(), torch.zeros(h, stop - start)
+        block, errors = w[:, start:stop].clone(), torch.zeros(h, stop - start, device=w.device)
         scale, zero = _range(block, bits)
         scales[:, group], zeros[:, group] = scale.half(), zero.to(torch.uint8)
         for i in range(stop - start):
@@ -102,8 +102,8 @@ def _range(block: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Scale and zero point of each row of a group, of least squared error over clipped ranges: [h], [h]."""
     levels = 2**bits - 1
     low, high = block.amin(1).clamp(max=0), block.amax(1).clamp(min=0)
-    best = torch.full((len(block),), torch.inf)
-    best_scale, best_zero = torch.zeros(len(block)), torch.zeros(len(block))
+    best = low.new_full((len(block),), torch.inf)
+    best_scale, best_zero = torch.zeros_like(low), torch.zeros_like(low)
     for shrink in torch.linspace(1, 0.5, 11):
         scale = ((high - low) * shrink / levels).half().float()
         zero = torch.where(scale > 0, (-low * shrink / scale).round(), 0).clamp(0, levels)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from tardis_fx.runtime import cpu, reference
+from tardis_fx.runtime import cpu, cuda, reference
 from tardis_fx.runtime.touched import counted
 
 # Held for the life of the process: dropping it takes its ops away. Library.impl dispatches faster than custom_op.
@@ -16,6 +16,7 @@ _LIBRARY.define(
 )
 _LIBRARY.impl("correct", counted(reference.correct), "CompositeExplicitAutograd")
 _LIBRARY.impl("correct", counted(cpu.correct), "CPU")
+_LIBRARY.impl("correct", counted(cuda.correct), "CUDA")
 _LIBRARY.define(
     "dequantise(Tensor codes, Tensor scale, Tensor zero, int bits, int columns, ScalarType dtype) -> Tensor"
 )

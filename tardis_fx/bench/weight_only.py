@@ -1,4 +1,4 @@
-"""The weight-only int8 model of torchao that a user could run instead."""
+"""The weight-only int8 and int4 models of torchao that a user could run instead."""
 
 from __future__ import annotations
 
@@ -12,24 +12,31 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 
-def quantiser() -> Callable[[nn.Module], None] | str:
-    """What quantises a model in place, or why there is nothing that could."""
+#: Columns that share a scale and a zero point in torchao's int4.
+GROUP = 128
+
+
+def quantiser(bits: int = 8) -> Callable[[nn.Module], None] | str:
+    """What quantises a model in place to 8 or 4 bits, or why there is nothing that could."""
     try:
-        from torchao.quantization import Int8WeightOnlyConfig, quantize_
+        from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
     except Exception as error:  # torchao built for another torch fails in ways of its own
         return f"torchao cannot be imported: {type(error).__name__}: {error}"
-    return lambda model: quantize_(model, Int8WeightOnlyConfig())
+    if bits == 8:
+        return lambda model: quantize_(model, Int8WeightOnlyConfig())
+    return lambda model: quantize_(model, Int4WeightOnlyConfig(group_size=GROUP))
 
 
 @torch.no_grad()
-def quantised(model: nn.Module, quantise: Callable[[nn.Module], None]) -> tuple[nn.Module, int]:
-    """A copy of a model with all projections in int8, and by how many bytes less a decoded token reads.
+def quantised(model: nn.Module, quantise: Callable[[nn.Module], None], bits: int = 8) -> tuple[nn.Module, int]:
+    """A copy of a model with all projections in a few bits, and by how many bytes less a decoded token reads.
 
     Conv1D of transformers and subclasses of ``nn.Linear`` become ``nn.Linear`` first, which is all that torchao takes.
 
     Args:
         model: to be copied.
         quantise: of :func:`quantiser`.
+        bits: 8, with a scale for every row, or 4, with a scale and a zero point for every group.
     """
     model = copy.deepcopy(model)
     saved = 0
@@ -39,7 +46,8 @@ def quantised(model: nn.Module, quantise: Callable[[nn.Module], None]) -> tuple[
             if layer is not None:
                 setattr(parent, name, layer)
                 w = layer.weight
-                saved += w.numel() * (w.element_size() - 1) - len(w) * w.element_size()  # a scale for every row
+                scales = len(w) if bits == 8 else 2 * w.numel() // GROUP
+                saved += w.numel() * w.element_size() - w.numel() * bits // 8 - scales * w.element_size()
     quantise(model)
     return model, saved
 

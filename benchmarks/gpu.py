@@ -1,0 +1,171 @@
+"""On a CUDA device: the GPU tests, one FFN, and whole models beside Inductor and torchao, in less than 8 minutes.
+
+python benchmarks/gpu.py
+
+Prints one table and puts it on top of benchmarks/results/<device>.md. Runs from a checkout too, with ``PYTHONPATH=.``.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+import tomllib
+from contextlib import ExitStack
+from dataclasses import replace
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from tardis_fx.bench import ffn, model
+from tardis_fx.bench.machine import Gpu
+from tardis_fx.bench.table import LEAST_ROUNDS, markdown
+from tardis_fx.errors import TardisError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from tardis_fx.bench.table import Row
+
+ROOT = Path(__file__).resolve().parents[1]
+#: Seconds in all, and what a case is given to finish in: none is begun later.
+TIME, ALL_TESTS, ONE_FFN, ONE_MODEL = 470, 120, 25, 70
+#: What the goals are set on comes first, so that it is there if time runs out.
+FFNS = [(d, rate, tokens) for d in (4096, 2048, 8192) for rate in (0.05, 0.02, 0.1) for tokens in ([1], [4], [16])]
+MODELS = ("falcon-7b", "opt-6.7b", "gpt2-xl")
+#: File and tests of each process.
+TESTS = (
+    ("tests/runtime/test_gpu.py", ""),
+    ("tests/runtime/test_triton.py", "activation"),
+    ("tests/runtime/test_triton.py", "width"),
+    ("tests/runtime/test_triton.py", "not activation and not width"),
+)
+BITS = 2
+
+
+def register_checkout() -> None:
+    """Makes the entry points of a checkout known that was never installed, to this process and those it starts."""
+    if any(entry.name == "tardis" for entry in entry_points(group="torch_dynamo_backends")):
+        return
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    folder = Path(tempfile.mkdtemp())
+    info = folder / f"tardis_fx-{project['version']}.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n")
+    groups = [
+        "\n".join([f"[{group}]", *(f"{name} = {target}" for name, target in entries.items())])
+        for group, entries in project["entry-points"].items()
+    ]
+    (info / "entry_points.txt").write_text("\n\n".join(groups) + "\n")
+    sys.path.insert(0, str(folder))
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(folder), str(ROOT), os.environ.get("PYTHONPATH", "")])
+
+
+def tested(seconds: float) -> str:
+    """Runs the GPU tests, several parts at once, since compiling takes most of the time; what each says in the end."""
+    until = time.monotonic() + seconds
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider"]
+    said = []
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        running = []
+        for number, (file, chosen) in enumerate(TESTS):
+            log = stack.enter_context(Path(folder, f"{number}.log").open("w+"))
+            part = [*command, file, "-k", chosen]
+            running.append((subprocess.Popen(part, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT), log))
+        for process, log in running:
+            try:
+                process.wait(max(0, until - time.monotonic()))
+                end = ""
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+                end = f"not finished in {seconds:.0f} s"
+            log.seek(0)
+            output = log.read().strip()
+            print(output[-4000:])
+            said.append(end or (output.splitlines() or [f"exit code {process.returncode}"])[-1])
+    return "; ".join(said)
+
+
+def cases(device: str) -> list[tuple[str, float, Callable[[], tuple[list[Row], list[str]]]]]:
+    """Name, seconds and run of every case."""
+
+    def one_ffn(d: int, rate: float, tokens: Sequence[int]) -> tuple[list[Row], list[str]]:
+        rows = ffn.compare(d, torch.bfloat16, tokens, [BITS], rate, LEAST_ROUNDS, device=device)
+        return [replace(row, case=f"FFN, {row.case}, {rate:.0%}") for row in rows], []
+
+    def one_model(shape: str) -> tuple[list[Row], list[str]]:
+        return model.compare(
+            shape, torch.bfloat16, [BITS], 0.05, LEAST_ROUNDS, device=device, mode="max-autotune", weight_bits=(8, 4)
+        )
+
+    ffns = [
+        (f"FFN of {d}, {tokens[0]} tokens, {rate:.0%}", ONE_FFN, lambda d=d, r=rate, t=tokens: one_ffn(d, r, t))
+        for d, rate, tokens in FFNS
+    ]
+    models = [(shape, ONE_MODEL, lambda shape=shape: one_model(shape)) for shape in MODELS]
+    return [*ffns[:1], *models[:1], *ffns[1:9], *models[1:], *ffns[9:]]
+
+
+def measured(device: str, until: float) -> tuple[list[Row], list[str]]:
+    """Rows of the cases that time allows, and remarks: which it does not, and which failed, with what."""
+    rows: list[Row] = []
+    remarks: list[str] = []
+    for name, seconds, run in cases(device):
+        if time.monotonic() + seconds > until:
+            remarks.append(f"Not reached in time: {name}.")
+            continue
+        started = time.monotonic()
+        try:
+            found, said = run()
+        except (TardisError, RuntimeError, ImportError) as error:  # one case that fails takes no other along
+            remarks.append(f"Failed: {name}: {type(error).__name__}: {str(error).strip().splitlines()[0]}")
+        else:
+            rows += found
+            remarks += [f"{name}: {one}" for one in said]
+        print(f"{name}: {time.monotonic() - started:.0f} s", file=sys.stderr)
+        torch.compiler.reset()
+        gc.collect()
+        if device == "cuda":
+            torch.cuda.empty_cache()
+    return sorted(rows, key=lambda row: not row.case.startswith("FFN")), remarks
+
+
+def report(rows: Sequence[Row], remarks: Sequence[str], machine: Gpu, tests: str) -> str:
+    """The table, with commit, command and conditions above it."""
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
+    head = f"## {time.strftime('%Y-%m-%d')}, commit {commit}\n\n`python benchmarks/gpu.py`. GPU tests: {tests}."
+    said = "\n".join(f"- {remark}" for remark in remarks)
+    return "\n\n".join(part for part in (head, markdown(rows, machine), said) if part) + "\n"
+
+
+def record(text: str, device: str, folder: Path) -> Path:
+    """Puts a report on top of the device's file."""
+    folder.mkdir(exist_ok=True)
+    path = folder / f"{re.sub(r'[^a-z0-9]+', '-', device.lower()).strip('-')}.md"
+    title, _, older = (path.read_text() if path.exists() else f"# {device}\n\n").partition("\n\n")
+    path.write_text(f"{title}\n\n{text}" + (f"\n{older}" if older else ""))
+    return path
+
+
+def main() -> None:
+    if not torch.cuda.is_available():
+        sys.exit("benchmarks/gpu.py measures on a CUDA device, and PyTorch finds none here: see docs/gpu.md")
+    until = time.monotonic() + TIME
+    register_checkout()
+    tests = tested(ALL_TESTS)
+    machine = Gpu.measured()
+    text = report(*measured("cuda", until), machine, tests)
+    print(text)
+    print(f"written to {record(text, machine.name, ROOT / 'benchmarks' / 'results')}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

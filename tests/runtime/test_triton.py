@@ -1,0 +1,167 @@
+"""The Triton kernels against the eager reference in float64: on a GPU, or in Triton's interpreter.
+
+``TRITON_INTERPRET=1 pytest tests/runtime/test_triton.py`` interprets; test_triton_without_gpu.py does so in a process of
+its own, since Triton must know before it is first imported.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from builders.correction import Arguments, arguments, assert_agree, changed, exact
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tardis_fx.graph.activations import ACTIVATIONS
+from tardis_fx.runtime import ops as _registered  # noqa: F401
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+pytestmark = [
+    *([] if INTERPRETED else [pytest.mark.gpu]),
+    pytest.mark.skipif(not INTERPRETED and not torch.cuda.is_available(), reason="no CUDA device"),
+]
+FLOATS = [torch.float32, torch.bfloat16, torch.float16]
+TOKENS = 16
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_programs() -> Iterator[None]:
+    """Fewer programs than outliers, so that each takes several, and so that the interpreter is done some day."""
+    triton_op = pytest.importorskip("tardis_fx.runtime.triton_op")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton_op, "GATHERING", 3)
+        patch.setattr(triton_op, "SHARES", 2)
+        patch.setattr(triton_op, "SEGMENT", 16)
+        for kernel in (triton_op.predict, triton_op.activate, triton_op.accumulate, triton_op.multiply):
+            patch.setattr(kernel, "configs", kernel.configs[:1])  # else most of the time on a GPU is spent on tuning
+        yield
+
+
+def run(op: Arguments) -> Tensor:
+    """The kernels and never the reference, on memory full of NaN."""
+    from tardis_fx.runtime import triton_op
+
+    moved = {name: value.to(DEVICE) if isinstance(value, Tensor) else value for name, value in op.items()}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton_op.torch, "empty", poisoned)
+        patch.setattr(torch.ops.tardis, "correct", None)  # which takes what the kernels do not
+        return triton_op.correct(**moved).cpu()  # type: ignore[arg-type]
+
+
+def poisoned(shape: tuple[int, ...], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Memory of old."""
+    return torch.full(shape, math.nan if dtype.is_floating_point else 2**30 + 1, dtype=dtype, device=device)
+
+
+def allowed(op: Arguments) -> float:
+    """Absolute error: a code is read as a fraction of 256, which costs float32 eight of its bits."""
+    return 2e-4 if op["fold_bits"] == op["row_bits"] == 16 else 2e-3
+
+
+def assert_right(op: Arguments) -> None:
+    assert_agree(run(op), exact(op), atol=allowed(op))
+
+
+@st.composite
+def ops(draw: st.DrawFn) -> Arguments:
+    h = draw(st.sampled_from([1, 2, 30]))
+    return arguments(
+        shape=draw(st.sampled_from([(), (1,), (1, 1), (2,), (3,), (2, 3)])),
+        d=draw(st.sampled_from([1, 15, 63, 64, 65, 128, 200])),
+        d_out=draw(st.sampled_from([1, 2, 17, 64, 130])),
+        h=h,
+        always=draw(st.sampled_from([0, 1, h // 3, h])),
+        outliers=draw(st.sampled_from([0, 0.05, 0.5, 1])),
+        dtype=draw(st.sampled_from(FLOATS)),
+        bits=draw(st.integers(1, 8)),
+        activation=draw(st.sampled_from(sorted(ACTIVATIONS))),
+        bias=draw(st.booleans()),
+        fold_bits=draw(st.sampled_from([16, 16, 4, 8])),
+        row_bits=draw(st.sampled_from([16, 16, 3, 4, 8])),
+        seed=draw(st.integers(0, 2**32)),
+    )
+
+
+@settings(max_examples=10)
+@given(op=ops())
+def test_the_kernels_agree_with_the_reference(op: Arguments) -> None:
+    assert_right(op)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_every_width_and_dtype_agrees(bits: int, dtype: torch.dtype) -> None:
+    assert_right(arguments(shape=(2,), d=130, h=30, bits=bits, dtype=dtype))
+
+
+@pytest.mark.parametrize("bits", [3, 4, 8])
+def test_every_width_of_fold_and_rows_agrees(bits: int) -> None:
+    assert_right(arguments(h=20, d=130, d_out=70, always=3, fold_bits=bits, row_bits=bits, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_every_activation_agrees(activation: str) -> None:
+    assert_right(arguments(h=20, d=20, d_out=5, activation=activation, outliers=1))
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_with_no_outliers_the_folded_output_comes_back_bit_for_bit(dtype: torch.dtype) -> None:
+    op = arguments(shape=(3,), d=70, h=60, outliers=0, dtype=dtype)
+    assert torch.equal(run(op), op["folded"])  # type: ignore[arg-type]
+
+
+def test_with_an_empty_list_the_folded_output_comes_back() -> None:
+    op = changed(arguments(shape=(5,), h=60), counts=torch.tensor([0, 0]))
+    assert torch.equal(run(op), op["folded"])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("always", [0, 200])
+def test_every_neuron_may_be_an_outlier_of_every_token(always: int) -> None:
+    assert_right(arguments(shape=(3,), d=70, h=30, always=always, outliers=1))
+
+
+def test_as_many_tokens_as_are_taken_agree() -> None:
+    assert_right(arguments(shape=(TOKENS,), d=70, h=12, d_out=70, outliers=0.3))
+
+
+def test_outliers_may_all_lie_together_at_the_end() -> None:
+    op = arguments(shape=(2,), d=70, h=90, outliers=0)
+    lower = op["lower"]
+    assert isinstance(lower, Tensor)
+    lower[55:] = math.inf
+    assert_right(op)
+
+
+def test_strided_arguments_give_the_same() -> None:
+    op = arguments(shape=(2,), d=70, h=30)
+    strided = {
+        name: torch.stack([value, value], -1)[..., 0] if isinstance(value, Tensor) else value
+        for name, value in op.items()
+    }
+    assert torch.equal(run(strided), run(op))
+
+
+@pytest.mark.parametrize("always", [0, 5])
+def test_a_nan_estimate_is_no_outlier_and_a_nan_stays_with_its_token(always: int) -> None:
+    op = arguments(shape=(6,), d=70, h=20, always=always)
+    x = op["x"]
+    assert isinstance(x, Tensor)
+    x[2, 7] = torch.nan
+    out = run(op)
+    assert_agree(out, exact(op))
+    assert out[2].isnan().all() == (always > 0)
+    assert out[[0, 1, 3, 4, 5]].isfinite().all()
+
+
+def test_results_repeat_bit_for_bit() -> None:
+    op = arguments(shape=(2,), d=70, h=20, d_out=70, outliers=0.5)
+    assert torch.equal(run(op), run(op))

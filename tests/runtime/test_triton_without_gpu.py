@@ -1,0 +1,184 @@
+"""What can be said of the Triton kernels without a GPU: right in the interpreter, compiled for one, traced for one."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from builders.correction import Arguments, arguments
+from torch import Tensor, fx
+from torch._functorch.aot_autograd import aot_export_joint_simple
+from torch._subclasses import FakeTensorMode
+
+from tardis_fx.runtime import cuda, ops, reference  # noqa: F401 - ops registers the op
+from tardis_fx.runtime.cuda import show_kernels
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+with_triton = pytest.mark.usefixtures("h100")
+
+
+def test_the_kernels_are_right_in_the_interpreter() -> None:
+    pytest.importorskip("triton")
+    suite = Path(__file__).with_name("test_triton.py")
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-x", str(suite)]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, env=environment, cwd=suite.parents[2], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " passed" in done.stdout
+    assert "skipped" not in done.stdout
+
+
+@pytest.fixture
+def h100(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton compiles for an H100, whether or not there is one."""
+    triton = pytest.importorskip("triton")
+    if INTERPRETED:
+        pytest.skip("the interpreter compiles nothing")
+    from triton.backends.compiler import GPUTarget
+
+    class Driver:
+        """As much as compiling asks for."""
+
+        def get_current_target(self) -> Any:
+            return GPUTarget("cuda", 90, 32)
+
+        def get_current_device(self) -> int:
+            return 0
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(triton.runtime.driver, "_active", Driver())
+
+
+def on_cuda(op: Arguments, mode: FakeTensorMode) -> dict[str, Any]:
+    """Tensors of the same shapes on a device that need not be there."""
+    with mode:
+        return {
+            name: torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="cuda")
+            if isinstance(value, Tensor)
+            else value
+            for name, value in op.items()
+        }
+
+
+def traced(op: Arguments) -> fx.GraphModule:
+    """What Inductor is given of the op."""
+    from tardis_fx.runtime import triton_op  # noqa: F401 - registers it
+
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    fake = on_cuda(op, mode)
+    names = [name for name, value in fake.items() if isinstance(value, Tensor)]
+
+    def call(*tensors: Tensor) -> tuple[Tensor]:
+        return (torch.ops.tardis.correct_triton(**fake | dict(zip(names, tensors, strict=True))),)
+
+    with mode:
+        return aot_export_joint_simple(call, [fake[name] for name in names], trace_joint=False)
+
+
+@with_triton
+@pytest.mark.parametrize(("quantised", "kernels"), [({}, 3), ({"fold_bits": 4, "row_bits": 3}, 4)], ids=str)
+def test_inductor_sees_the_kernels_and_that_they_write_to_scratch_alone(
+    quantised: dict[str, int], kernels: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    graph = traced(arguments(shape=(3,), d=128, d_out=70, h=60, **quantised)).graph
+    seen = [node for node in graph.nodes if "triton_kernel_wrapper" in str(node.target)]
+    assert len(seen) == kernels
+    for node in seen:
+        written = [node.kwargs["kwargs"][name] for name in node.kwargs["tensors_to_clone"]]
+        assert all(argument.target == torch.ops.aten.empty.memory_format for argument in written)
+    assert not [node for node in graph.nodes if "tardis" in str(node.target)]
+    assert not [r for r in caplog.records if r.levelno >= logging.WARNING]
+
+
+@with_triton
+def test_many_tokens_stay_one_opaque_op() -> None:
+    targets = [str(node.target) for node in traced(arguments(shape=(17,))).graph.nodes]
+    assert "tardis.correct.default" in targets
+    assert not [target for target in targets if "triton_kernel_wrapper" in target]
+
+
+@with_triton
+@pytest.mark.parametrize("tokens", [1, 2])
+def test_the_kernels_compile_for_a_gpu(tokens: int) -> None:
+    from triton import compiler
+    from triton.backends.compiler import GPUTarget
+
+    from tardis_fx.runtime.triton_correction import accumulate, activate
+    from tardis_fx.runtime.triton_predictor import multiply, predict
+
+    sizes = {
+        "D": 128,
+        "D_OUT": 128,
+        "TOKENS": tokens,
+        "SEGMENT": 32,
+        "SEGMENTS": 4,
+        "BIASED": True,
+        "KEPT": True,
+        "ACTIVATION": "gelu",
+    }
+    types = {"x": "*bf16", "b1": "*bf16", "counts": "*i64", "codes": "*u8", "scale": "*fp16", "zero": "*u8"}
+    types["weight"] = "*u8"
+    types |= dict.fromkeys(
+        ["lower", "upper", "slope", "intercept", "residuals", "partial", "out", "estimates"], "*fp32"
+    )
+    types |= dict.fromkeys(["tokens", "w1_stride", "w2t_stride", "capacity", "segments", "stride"], "i32")
+    cases = [(predict, 3), (activate, 16), (activate, 2), (accumulate, 16), (accumulate, 4), (multiply, 4)]
+    for tuned, bits in cases:
+        types |= dict.fromkeys(["w1", "w2t"], "*bf16" if bits == 16 else "*u8")
+        names = tuned.fn.arg_names
+        given = {"ROWS": 32, **sizes, "BITS": bits} | tuned.configs[0].kwargs
+        constants = {(i,): given[name] for i, name in enumerate(names) if name.isupper()}
+        signature = {name: "constexpr" if name.isupper() else types.get(name, "*i32") for name in names}
+        if tokens == 1:  # Triton makes a constant of a number that is 1
+            constants[names.index("tokens"),], signature["tokens"] = 1, "constexpr"
+        built = compiler.compile(compiler.ASTSource(tuned.fn, signature, constants), target=GPUTarget("cuda", 90, 32))
+        assert built.asm["cubin"], tuned.fn.__name__
+
+
+@with_triton
+def test_a_graph_for_inductor_calls_the_triton_op_in_the_place_of_the_op() -> None:
+    graph = fx.Graph()
+    graph.output(graph.call_function(torch.ops.tardis.correct, tuple(graph.placeholder(f"a{i}") for i in range(16))))
+    gm = fx.GraphModule({}, graph)
+    show_kernels(gm)
+    assert [n.target for n in gm.graph.find_nodes(op="call_function", target=torch.ops.tardis.correct)] == []
+    assert len(gm.graph.find_nodes(op="call_function", target=torch.ops.tardis.correct_triton.default)) == 1
+
+
+def test_without_triton_the_reference_runs_after_one_warning(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "tardis_fx.runtime.triton_op", None)
+    cuda.available.cache_clear()
+    op = arguments()
+    with caplog.at_level(logging.WARNING, logger="tardis_fx"):
+        for _ in range(2):
+            assert torch.equal(cuda.correct(*op.values()), reference.correct(**op))  # type: ignore[arg-type]
+    cuda.available.cache_clear()
+    (record,) = caplog.records
+    assert "eager implementation" in record.getMessage()
+
+
+@pytest.mark.parametrize(
+    "op",
+    [
+        pytest.param(arguments(shape=(cuda.DECODE_TOKENS + 1,)), id="many tokens"),
+        pytest.param(arguments(shape=(2, 0)), id="no tokens"),
+        pytest.param(arguments(dtype=torch.float64), id="float64"),
+        pytest.param(arguments(dtype=torch.float16) | {"b1": torch.zeros(400)}, id="mixed dtypes"),
+    ],
+)
+def test_what_the_kernels_do_not_take_goes_to_the_reference(op: Arguments, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "available", lambda: pytest.fail("the kernels were asked for"))
+    assert torch.equal(cuda.correct(*op.values()), reference.correct(**op))  # type: ignore[arg-type]
+
+
+def test_the_op_is_registered_for_both_devices() -> None:
+    for device in ("CPU", "CUDA"):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key("tardis::correct", device)
