@@ -22,10 +22,11 @@ from torch.nn import functional as F  # noqa: N812
 from tqdm import tqdm
 
 from tardis_fx.calibration.budget import allocate
-from tardis_fx.calibration.draft import Draft, ResidualObserver, Several
+from tardis_fx.calibration.draft import Draft
 from tardis_fx.calibration.observe import BatchObservation
 from tardis_fx.calibration.profile import Histogram, Moments
 from tardis_fx.calibration.ranges import Ranges, SiteRanges
+from tardis_fx.calibration.residuals import ResidualObserver, Several
 from tardis_fx.calibration.target import least_budget
 from tardis_fx.calibration.widths import Fitted, mix
 from tardis_fx.errors import CalibrationError
@@ -97,11 +98,9 @@ class PartialLinear(Rewrite):
             raise refusals[0]
         by_site = {site[0].site.fingerprint: site for site in zip(*settled, strict=True)}
         if not config.sequential or len(settled) > 1:
-            what = f"residuals at a budget of {config.budget}"
+            what = f"residuals at a budget of {config.budget}, bits {self._widths(config)}"
             sites = [draft.site for draft in drafts]
-            found = observation.run(
-                lambda s: Several([ResidualObserver(draft) for draft in by_site[s.fingerprint]]), sites, what
-            )
+            found = observation.run(lambda s: Several(by_site[s.fingerprint]), sites, what)
             fitted = [
                 [self._fitted(d, o) for d, o in zip(by_site[key], found[key].observers, strict=True)] for key in by_site
             ]
@@ -134,8 +133,8 @@ class PartialLinear(Rewrite):
     def _fit_next(self, observation: BatchObservation, draft: Draft) -> SitePlan:
         """Fits one site and rewrites it for all runs to come."""
         site = draft.site
-        observers = observation.run(lambda _: ResidualObserver(draft), [site], f"residual of {site.site.name}")
-        plan = self._fitted(draft, observers[site.fingerprint]).plan
+        found = observation.run(lambda _: Several([draft]), [site], f"residual of {site.site.name}")
+        plan = self._fitted(draft, found[site.fingerprint].observers[0]).plan
         constants = self.constants(plan, site.weights)
         observation.replace(site, lambda x: self.forward(x, constants, plan))
         return plan

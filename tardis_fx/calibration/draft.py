@@ -1,4 +1,4 @@
-"""A site's plan in the making, and what its fold and correction still miss."""
+"""A site's plan in the making."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from torch import Tensor
 from tardis_fx.calibration.predictor import Quantised, quantise
 from tardis_fx.calibration.profile import Histogram, Moments
 from tardis_fx.calibration.ranges import Costs, Ranges, SiteRanges
-from tardis_fx.calibration.regression import Residual
 from tardis_fx.graph.activations import ACTIVATIONS
 from tardis_fx.runtime.packing import low_bits
 from tardis_fx.runtime.reference import rows_of
@@ -142,51 +141,3 @@ class Draft:
     def opened(self, stored: Tensor) -> Tensor:
         """The folded weight that :meth:`stored` made, [d_out, d], float64."""
         return rows_of(stored, self.fold_bits, self.w1.shape[1], torch.float64)
-
-
-class ResidualObserver:
-    """What the folded map and the corrections miss, and how often a correction is made."""
-
-    def __init__(self, draft: Draft) -> None:
-        """Starts at zero."""
-        self._draft = draft
-        self.residual = Residual(draft.w1.shape[1], draft.w2.shape[0])
-        self.outliers, self.tokens = 0, 0
-
-    def update(self, x: Tensor) -> None:
-        """Adds tokens, [tokens, d], float32."""
-        draft = self._draft
-        z_hat = draft.predictor(x)
-        outlier = draft.exact | draft.guarded & ((z_hat < draft.lower) | (z_hat > draft.upper))
-        activated, missing = self._beyond_surrogate(x @ draft.w1.T)
-        if draft.rows is None:
-            left = torch.where(outlier, 0, missing) @ draft.w2.T
-        else:
-            w1, w2t = draft.rows
-            corrected = torch.where(outlier, self._beyond_surrogate(z_hat + w1(x))[1], 0)
-            left = missing @ draft.w2.T - corrected @ w2t.weight
-        output = activated @ draft.w2.T
-        self.residual.update(x, left, output if draft.b2 is None else output + draft.b2)
-        self.outliers += int(outlier.sum())
-        self.tokens += len(x)
-
-    def _beyond_surrogate(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Activations, and what of them the surrogates miss, of pre-activations [tokens, h] without their bias."""
-        draft = self._draft
-        if draft.b1 is not None:
-            z = z + draft.b1
-        activated = draft.activation.eager(z)
-        return activated, activated - draft.slope * z - draft.intercept
-
-
-class Several:
-    """Observers that share a site's inputs."""
-
-    def __init__(self, observers: list[ResidualObserver]) -> None:
-        """Takes the observers."""
-        self.observers = observers
-
-    def update(self, x: Tensor) -> None:
-        """Shows tokens, [tokens, d], to all."""
-        for observer in self.observers:
-            observer.update(x)
