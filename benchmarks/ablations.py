@@ -79,7 +79,10 @@ def gradient_grams(model: nn.Module, names: Sequence[str], windows: Tensor) -> d
             g = g.reshape(-1, g.shape[-1]).float()
             grams[name] = grams.get(name, 0) + g.T @ g
 
-        return lambda module, args, output: output.register_hook(gradient)
+        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            output.register_hook(gradient)
+
+        return hook
 
     hooks = [model.get_submodule(name).register_forward_hook(watch(name)) for name in names]
     torch.manual_seed(0)
