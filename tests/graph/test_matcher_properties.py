@@ -4,7 +4,6 @@ from random import Random
 
 import pytest
 import torch
-from builders.graphs import HIDDEN, SPELLINGS, TOKENS, WIDTH, Drawn, Graph, graphs, reordered
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import fx
@@ -12,6 +11,9 @@ from torch.nn import functional as F
 
 from tardis_fx.graph.matcher import find_sites
 from tardis_fx.graph.site import Site
+from tardis_fx.testing.building import Graph
+from tardis_fx.testing.graphs import HIDDEN, TOKENS, WIDTH, Drawn, graphs, reordered
+from tardis_fx.testing.spellings import SPELLINGS
 
 many = settings(max_examples=100)
 
