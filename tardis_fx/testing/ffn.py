@@ -30,6 +30,12 @@ class FFN(nn.Sequential):
     """Up projection, activation, down projection."""
 
     @property
+    def activation(self) -> str:
+        """Its name in the registry."""
+        assert isinstance(self[1], Activation)
+        return self[1].name
+
+    @property
     def up(self) -> nn.Linear:
         """[d] to [hidden]."""
         assert isinstance(self[0], nn.Linear)
