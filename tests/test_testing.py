@@ -11,9 +11,11 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+import typer
 from hypothesis import given, settings
 from torch import Tensor
 from torch.nn import functional as F
+from typer.testing import CliRunner
 
 from tardis_fx import Config
 from tardis_fx.calibrate import plan_for
@@ -35,16 +37,20 @@ from tardis_fx.testing import (
     rewritten,
     sites,
 )
+from tardis_fx.testing.__main__ import main
 from tardis_fx.testing.observation import SiteObservation
 from tardis_fx.testing.strategies import STREAMS, STRUCTURES, Calibration, Specimen, Weights
-from tardis_fx.testing.suite import NEVER_TAKEN
+from tardis_fx.testing.suite import NEVER_TAKEN, Verdict
+
+command = typer.Typer()
+command.command()(main)
 
 WORDS = {law: law.__name__.replace("_", " ") for law in LAWS}
 
 
 @pytest.mark.parametrize("method", ["partial_linear", "low_rank", "hot_fold"])
 def test_the_projects_own_rewrites_keep_every_law(method: str) -> None:
-    verdicts = examine(method, examples=3)
+    verdicts = examine(method, examples=2)
     assert [verdict.law for verdict in verdicts] == list(WORDS.values())
     assert not [str(verdict) for verdict in verdicts if not verdict.passed]
 
@@ -197,20 +203,25 @@ def test_every_law_has_a_rewrite_that_breaks_it() -> None:
 
 
 def test_a_rewrite_that_takes_no_site_is_not_passed() -> None:
-    (verdict,) = examine("exact_fold", examples=3, laws=[laws.bytes_are_plausible])
+    (verdict,) = examine("exact_fold", examples=1, laws=[laws.bytes_are_plausible])
     assert verdict.failure == NEVER_TAKEN
 
 
-def command(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "tardis_fx.testing", *arguments], capture_output=True, text=True, check=False
-    )
-
-
 def test_the_command_says_what_is_registered_where_a_name_is_not() -> None:
-    result = command("no_such_pass")
-    assert result.returncode == 2
+    result = CliRunner().invoke(command, ["no_such_pass"])
+    assert result.exit_code == 2
     assert "no rewrite named 'no_such_pass'" in result.stderr
+
+
+def test_the_command_shows_every_law_and_fails_where_one_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    verdicts = [Verdict("one"), Verdict("other", "a | b", Specimen(Weights(8, 32)))]
+    monkeypatch.setattr("tardis_fx.testing.__main__.examine", lambda *_, **__: verdicts)
+    result = CliRunner().invoke(command, ["own"])
+    assert result.exit_code == 1
+    assert [line.split(" | ")[1] for line in result.stdout.splitlines()[2:]] == ["pass", "FAIL"]
+    assert r"a \| b; Specimen(weights=Weights(d=8, hidden=32" in result.stdout
+    verdicts.pop()
+    assert CliRunner().invoke(command, ["own"]).exit_code == 0
 
 
 def test_the_package_needs_no_hypothesis_and_the_kit_says_that_it_does() -> None:
@@ -291,7 +302,9 @@ def test_the_rewritten_graph_has_what_took_the_ffns_place_and_not_the_activation
 
 def test_a_plan_that_runs_differently_is_no_round_trip() -> None:
     specimen = Specimen(Weights(8, 32))
-    plan = plan_for(SiteObservation(specimen.ffns(), specimen.batches()), Config(method="low_rank", progress=False))
+    plan = plan_for(
+        SiteObservation(specimen.ffns(), specimen.batches()), Config(method="low_rank", budget=0.5, progress=False)
+    )
     assert_plan_roundtrip(plan)
     with pytest.raises(AssertionError, match="differently"):
         assert_plan_roundtrip(plan, lambda p: torch.zeros(()) if p is plan else torch.ones(()))

@@ -60,7 +60,8 @@ def rewritten(model: nn.Module, inputs: Tensor, plan: Plan) -> Rewritten:
         plan: of this model.
     """
     captured = capture(model, inputs)
-    return pipeline.apply(captured.gm, captured.inputs, plan, "rewritten")
+    with torch.no_grad():
+        return pipeline.apply(captured.gm, captured.inputs, plan, "rewritten")
 
 
 def assert_matches(
