@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from tardis_fx.graph.matcher import find_sites
 from tardis_fx.graph.site import Site
+from tardis_fx.testing import assert_matches
 from tardis_fx.testing.building import Graph
 from tardis_fx.testing.graphs import HIDDEN, TOKENS, WIDTH, Drawn, graphs, reordered
 from tardis_fx.testing.spellings import SPELLINGS
@@ -40,6 +41,7 @@ def summary(site: Site, original: dict[fx.Node, fx.Node] | None = None) -> tuple
 @many
 @given(graphs())
 def test_exactly_the_planted_ffns_are_found(drawn: Drawn) -> None:
+    assert_matches(drawn.graph, count=sum(not planted.leaks for planted in drawn.planted))
     accepted = [(s.input, s.output, s.activation) for s in matched(drawn.graph) if s.reason is None]
     assert accepted == [(p.input, p.output, p.activation) for p in drawn.planted if not p.leaks]
 
