@@ -6,11 +6,12 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from builders.capture import sites_of
 from builders.exact import Exact, assert_same
 from builders.forms import NO_ACTIVATION, Form, Model, X
 from torch import Tensor
 from torch.nn import functional as F
+
+from tardis_fx.testing.capture import sites_of
 
 gelu = F.gelu
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 from builders import models
 from builders.architectures import FAMILIES, made
-from builders.capture import capture, sites_of
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tardis_fx.graph.matcher import find_sites
+from tardis_fx.testing.capture import capture, sites_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -4,7 +4,6 @@ from random import Random
 
 import pytest
 import torch
-from builders.graphs import HIDDEN, SPELLINGS, TOKENS, WIDTH, Drawn, Graph, graphs, reordered
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import fx
@@ -12,6 +11,10 @@ from torch.nn import functional as F
 
 from tardis_fx.graph.matcher import find_sites
 from tardis_fx.graph.site import Site
+from tardis_fx.testing import assert_matches
+from tardis_fx.testing.building import Graph
+from tardis_fx.testing.graphs import HIDDEN, TOKENS, WIDTH, Drawn, graphs, reordered
+from tardis_fx.testing.spellings import SPELLINGS
 
 many = settings(max_examples=100)
 
@@ -38,6 +41,7 @@ def summary(site: Site, original: dict[fx.Node, fx.Node] | None = None) -> tuple
 @many
 @given(graphs())
 def test_exactly_the_planted_ffns_are_found(drawn: Drawn) -> None:
+    assert_matches(drawn.graph, count=sum(not planted.leaks for planted in drawn.planted))
     accepted = [(s.input, s.output, s.activation) for s in matched(drawn.graph) if s.reason is None]
     assert accepted == [(p.input, p.output, p.activation) for p in drawn.planted if not p.leaks]
 

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 from builders.architectures import FAMILIES, made
-from builders.capture import sites_of
 from builders.compiled import compiled
 from builders.exact import assert_same, run
 from builders.ffns import config, ffn, inputs
 from torch import Tensor, nn
 
 from tardis_fx import calibrate, explain
+from tardis_fx.testing.capture import sites_of
 
 if TYPE_CHECKING:
     pass

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from builders.capture import sites_of
 from builders.forms import NO_ACTIVATION, Form, Model, X
 from torch import Tensor
 from torch.nn import functional as F
+
+from tardis_fx.testing.capture import sites_of
 
 gelu = F.gelu
 

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from builders.capture import capture
 from builders.ffns import Block, config, ffn, inputs, planned
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,6 +16,7 @@ from tardis_fx import explain
 from tardis_fx.graph.matcher import find_sites
 from tardis_fx.passes import pipeline
 from tardis_fx.plan import Plan
+from tardis_fx.testing.capture import capture
 
 if TYPE_CHECKING:
     from collections.abc import Callable

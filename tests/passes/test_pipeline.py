@@ -4,9 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from builders.capture import capture
 from builders.ffns import Block, config, exact_plan, ffn, inputs, oracle
-from builders.graphs import Drawn, graphs
 from hypothesis import given, note, settings
 from torch import Tensor, fx, nn
 
@@ -16,6 +14,8 @@ from tardis_fx.graph.matcher import find_sites
 from tardis_fx.graph.site import SiteWeights
 from tardis_fx.passes import pipeline
 from tardis_fx.plan import SitePlan
+from tardis_fx.testing.capture import capture
+from tardis_fx.testing.graphs import Drawn, graphs
 
 CLASSES = list(range(20)), list(range(20, 26))  # of 32 neurons
 LIMIT = pipeline.DECODE_TOKENS

@@ -1,62 +1,24 @@
-"""Graphs built by hand in the form that Dynamo gives them: nodes carry an example value, parameters are placeholders."""
+"""Drawn graphs: FFNs, each spelt in a drawn way, among other operations."""
 
 from __future__ import annotations
 
-import math
 import operator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from hypothesis import strategies as st
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn import functional as F
+from torch.nn import functional as F  # noqa: N812
+
+from tardis_fx.testing.building import Graph
+from tardis_fx.testing.spellings import SPELLINGS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from random import Random
 
 TOKENS, WIDTH, HIDDEN = 3, 8, 32
-
-
-class Graph:
-    """An ``fx.Graph`` in the making."""
-
-    def __init__(self) -> None:
-        self.graph = fx.Graph()
-        self._mode = FakeTensorMode()
-
-    def input(self, *shape: int, parameter: bool = False) -> fx.Node:
-        """A graph input, or a parameter as Dynamo lifts it: all of them before the first computation."""
-        first = next((node for node in self.graph.nodes if node.op != "placeholder"), None)
-        with self.graph.inserting_before(first):
-            node = self.graph.placeholder(f"{'p' if parameter else 'x'}{len(self.graph.nodes)}")
-        with self._mode:
-            node.meta["example_value"] = torch.empty(shape)
-        if parameter:
-            node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
-        return node
-
-    def parameter(self, *shape: int) -> fx.Node:
-        """A parameter."""
-        return self.input(*shape, parameter=True)
-
-    def call(self, target: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> fx.Node:
-        """Calls a function, or a method by its name."""
-        node = (
-            self.graph.call_method(target, args, kwargs)
-            if isinstance(target, str)
-            else self.graph.call_function(target, args, kwargs)
-        )
-        values, named = fx.node.map_arg((args, kwargs), lambda n: n.meta["example_value"])
-        with self._mode:
-            node.meta["example_value"] = (
-                getattr(values[0], target)(*values[1:], **named)
-                if isinstance(target, str)
-                else target(*values, **named)
-            )
-        return node
 
 
 class Planted(NamedTuple):
@@ -80,55 +42,6 @@ class Drawn:
 
     def __repr__(self) -> str:
         return f"{self.planted} in {self.graph}"
-
-
-Spelling = "Callable[[Graph, fx.Node], fx.Node]"
-
-
-def _gelu_tanh_spelt(cube: Callable[[Graph, fx.Node], fx.Node]) -> Callable[[Graph, fx.Node], fx.Node]:
-    def spell(g: Graph, z: fx.Node) -> fx.Node:
-        inner = g.call(torch.add, z, g.call(operator.mul, 0.044715, cube(g, z)))
-        tanh = g.call(torch.tanh, g.call(operator.mul, math.sqrt(2 / math.pi), inner))
-        return g.call(operator.mul, g.call(operator.mul, 0.5, z), g.call(operator.add, 1.0, tanh))
-
-    return spell
-
-
-def _gelu_erf_spelt(g: Graph, z: fx.Node) -> fx.Node:
-    erf = g.call(torch.erf, g.call(operator.truediv, z, math.sqrt(2)))
-    return g.call("mul", g.call("mul", z, 0.5), g.call(operator.add, erf, 1.0))
-
-
-#: Ways to write each activation.
-SPELLINGS: dict[str, list[Callable[[Graph, fx.Node], fx.Node]]] = {
-    "relu": [
-        lambda g, z: g.call(F.relu, z),
-        lambda g, z: g.call("relu", z),
-        lambda g, z: g.call(torch.clamp, z, min=0),
-        lambda g, z: g.call("clamp_min", z, 0),
-        lambda g, z: g.call(operator.mul, g.call(operator.add, z, g.call(torch.abs, z)), 0.5),
-        lambda g, z: g.call(torch.threshold, z, 0, 0),
-        lambda g, z: g.call(torch.where, g.call(operator.gt, z, 0), z, 0),
-        lambda g, z: g.call(operator.mul, z, g.call("to", g.call(operator.gt, z, 0), torch.float32)),
-    ],
-    "relu2": [
-        lambda g, z: g.call(torch.square, g.call(F.relu, z)),
-        lambda g, z: g.call(torch.pow, g.call(torch.relu, z), 2),
-        lambda g, z: g.call(operator.mul, r := g.call(F.relu, z), r),
-    ],
-    "gelu": [lambda g, z: g.call(F.gelu, z), lambda g, z: g.call(F.gelu, z, approximate="none"), _gelu_erf_spelt],
-    "gelu_tanh": [
-        lambda g, z: g.call(F.gelu, z, approximate="tanh"),
-        _gelu_tanh_spelt(lambda g, z: g.call(torch.pow, z, 3.0)),
-        _gelu_tanh_spelt(lambda g, z: g.call(operator.mul, g.call(operator.mul, z, z), z)),
-    ],
-    "gelu_quick": [lambda g, z: g.call(operator.mul, z, g.call(torch.sigmoid, g.call(operator.mul, 1.702, z)))],
-    "silu": [
-        lambda g, z: g.call(F.silu, z),
-        lambda g, z: g.call(torch.mul, g.call("sigmoid", z), z),
-        lambda g, z: g.call(operator.truediv, z, g.call(operator.add, g.call(torch.exp, g.call(operator.neg, z)), 1)),
-    ],
-}
 
 
 class _Linear(NamedTuple):

@@ -1,0 +1,57 @@
+"""Neurons whose output hardly varies become part of the bias; as many of the others stay as the budget allows."""
+
+from torch.nn import functional as F
+
+from tardis_fx.calibration.operands import Operands
+from tardis_fx.graph.activations import ACTIVATIONS
+from tardis_fx.passes.static import Choice, StaticRewrite, measured
+
+
+class Spread(Operands):
+    """Mean of every neuron's activation, and how much of the output varies with it; both [h]."""
+
+    def __init__(self, site):
+        super().__init__(site)
+        self.tokens, self.total, self.square = 0, 0.0, 0.0
+
+    def add(self, x, hidden):
+        self.tokens += len(hidden)
+        self.total += hidden.double().sum(0)
+        self.square += hidden.double().square().sum(0)
+
+    def mean(self):
+        return self.total / self.tokens
+
+    def varying(self, w2):
+        return (self.square / self.tokens - self.mean() ** 2) * w2.double().square().sum(0)
+
+
+class MyRewrite(StaticRewrite):
+    name = "my_rewrite"
+
+    def floor(self, weights):
+        return len(weights.w2) * weights.w2.element_size()  # no neuron, and the bias
+
+    def choose(self, observation, sites, config):
+        spreads = measured(observation, Spread, sites, config)
+        return [self.choice(site.weights, spreads[site.fingerprint], config.budget) for site in sites]
+
+    def choice(self, weights, spread, budget):
+        (h, d), w2, size = weights.w1.shape, weights.w2, weights.w1.element_size()
+        row = (d + len(w2) + (weights.b1 is not None)) * size
+        count = min(h, int((budget * weights.bytes - self.floor(weights)) / row))
+        order = spread.varying(w2).argsort(descending=True)
+        kept, gone = order[:count].sort().values, order[count:]
+        bias = w2[:, gone].double() @ spread.mean()[gone] + (0 if weights.b2 is None else weights.b2.double())
+        tensors = {"kept": kept.int(), "bias": bias.to(w2.dtype)}
+        return Choice(self.floor(weights) + count * row, tensors, {"kept": count})
+
+    def constants(self, plan, weights):
+        kept = plan.tensors["kept"].long().to(weights.w1.device)
+        found = {"w1": weights.w1[kept], "w2": weights.w2[:, kept].contiguous()}
+        found["b2"] = plan.tensors["bias"].to(kept.device)
+        return found if weights.b1 is None else found | {"b1": weights.b1[kept]}
+
+    def forward(self, x, constants, plan):
+        hidden = ACTIVATIONS[plan.activation].eager(F.linear(x, constants["w1"], constants.get("b1")))
+        return F.linear(hidden, constants["w2"], constants["b2"])

@@ -1,0 +1,38 @@
+"""``python -m tardis_fx.testing NAME``: a table of the laws that a registered rewrite keeps and breaks."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from tardis_fx.errors import TardisError
+from tardis_fx.testing.suite import Verdict, examine
+
+
+def main(
+    method: Annotated[str, typer.Argument(help="Name of a rewrite in the entry-point group tardis_fx.passes.")],
+    examples: Annotated[int, typer.Option(min=1, help="Drawn for each law.")] = 10,
+) -> None:
+    """Try a rewrite against every law and print what became of each; exit code 1 where one is broken."""
+    try:
+        verdicts = examine(method, examples=examples)
+    except TardisError as error:
+        typer.echo(f"tardis_fx.testing: {error}", err=True)
+        raise typer.Exit(2) from None
+    typer.echo(table(verdicts))
+    if not all(verdict.passed for verdict in verdicts):
+        raise typer.Exit(1)
+
+
+def table(verdicts: list[Verdict]) -> str:
+    """Markdown."""
+    lines = ["| law | result | smallest failing example |", "|---|---|---|"]
+    for verdict in verdicts:
+        told = "" if verdict.failure is None else f"{verdict.failure.strip().splitlines()[0]}; {verdict.example}"
+        lines.append(f"| {verdict.law} | {'pass' if verdict.passed else 'FAIL'} | {told.replace('|', chr(92) + '|')} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,51 @@
+"""Graphs built by hand in the form that Dynamo gives them: an example value on every node, parameters as inputs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+class Graph:
+    """An ``fx.Graph`` in the making."""
+
+    def __init__(self) -> None:
+        self.graph = fx.Graph()
+        self._mode = FakeTensorMode()
+
+    def input(self, *shape: int, parameter: bool = False) -> fx.Node:
+        """A graph input, or a parameter as Dynamo lifts it: all of them before the first computation."""
+        first = next((node for node in self.graph.nodes if node.op != "placeholder"), None)
+        with self.graph.inserting_before(first):
+            node = self.graph.placeholder(f"{'p' if parameter else 'x'}{len(self.graph.nodes)}")
+        with self._mode:
+            node.meta["example_value"] = torch.empty(shape)
+        if parameter:
+            node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
+        return node
+
+    def parameter(self, *shape: int) -> fx.Node:
+        """A parameter."""
+        return self.input(*shape, parameter=True)
+
+    def call(self, target: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> fx.Node:
+        """Calls a function, or a method by its name."""
+        node = (
+            self.graph.call_method(target, args, kwargs)
+            if isinstance(target, str)
+            else self.graph.call_function(target, args, kwargs)
+        )
+        values, named = fx.node.map_arg((args, kwargs), lambda n: n.meta["example_value"])
+        with self._mode:
+            node.meta["example_value"] = (
+                getattr(values[0], target)(*values[1:], **named)
+                if isinstance(target, str)
+                else target(*values, **named)
+            )
+        return node

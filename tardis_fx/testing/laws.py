@@ -1,0 +1,237 @@
+"""What every rewrite must do, whatever it does: the laws of the contract :class:`tardis_fx.passes.base.Rewrite`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from hypothesis import reject
+
+from tardis_fx.calibrate import plan_for
+from tardis_fx.calibration.check import original
+from tardis_fx.calibration.regression import fitted_tokens
+from tardis_fx.config import Config
+from tardis_fx.errors import CalibrationError
+from tardis_fx.passes.base import rewrite_named
+from tardis_fx.testing.assertions import (
+    TOLERANCES,
+    assert_equivalent,
+    assert_error_within,
+    assert_plan_roundtrip,
+    contents,
+    relative_error,
+)
+from tardis_fx.testing.observation import SiteObservation, affine, gated
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
+
+    from tardis_fx.calibration.observe import ObservedSite
+    from tardis_fx.plan import Plan, SitePlan
+    from tardis_fx.testing.strategies import Specimen
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A rewrite fitted to drawn sites; at all bytes where the drawn budget is out of reach."""
+
+    method: str
+    specimen: Specimen
+    count: int = 1
+
+    @cached_property
+    def observation(self) -> SiteObservation:
+        """Of fresh FFNs."""
+        return SiteObservation(self.specimen.ffns(self.count), self.specimen.batches())
+
+    @cached_property
+    def plan(self) -> Plan:
+        """Of all sites; examples of which the rewrite takes none are put aside."""
+        try:
+            plan = plan_for(self.observation, self.config(self.specimen.budget))
+        except CalibrationError:
+            plan = plan_for(self.observation, self.config(1.0))
+        if all(entry.method is None for entry in plan.sites):
+            reject()
+        return plan
+
+    def config(self, budget: float) -> Config:
+        """Every token on the rewritten path, and no progress bars."""
+        return Config(method=self.method, budget=budget, prefill="rewritten", progress=False)
+
+    @property
+    def taken(self) -> list[tuple[ObservedSite, SitePlan]]:
+        """The sites that are rewritten, with their plans."""
+        return [(s, e) for s, e in zip(self.observation.sites, self.plan.sites, strict=True) if e.method]
+
+    @property
+    def first(self) -> tuple[ObservedSite, SitePlan]:
+        """The first of them."""
+        return self.taken[0]
+
+
+@torch.no_grad()
+def output(site: ObservedSite, entry: SitePlan, x: Tensor) -> Tensor:
+    """A rewritten site by its eager specification, [..., d] to [..., d_out]."""
+    rewrite = rewrite_named(str(entry.method))
+    return rewrite.forward(x, rewrite.constants(entry, site.weights), entry)
+
+
+def the_plan_meets_its_budget_or_says_that_it_cannot(method: str, specimen: Specimen) -> None:
+    """CalibrationError is what says so, and a budget of all bytes is never too small."""
+    fit = Fit(method, specimen, 2)
+    try:
+        plan = plan_for(fit.observation, fit.config(specimen.budget))
+    except CalibrationError:
+        assert specimen.budget < 1, "a budget of all bytes is refused"
+        return
+    touched, budget = plan.touched_fraction, specimen.budget
+    if any(entry.method is None for entry in plan.sites):
+        reject()
+    assert touched <= budget * 1.01, f"reads {touched:.2%} of the bytes at a budget of {budget:.0%}"
+
+
+def bytes_are_plausible(method: str, specimen: Specimen) -> None:
+    """Touched are more than none; stored are the constants, and the original weights or not."""
+    for site, entry in (fit := Fit(method, specimen)).taken:
+        assert 0 < entry.touched_bytes <= entry.stored_bytes + entry.dense_bytes, f"touched: {entry.touched_bytes:,}"
+        own = {p.untyped_storage().data_ptr() for p in site.parameters}
+        constants = rewrite_named(method).constants(entry, site.weights).values()
+        added = sum(c.nbytes for c in constants if c.untyped_storage().data_ptr() not in own)
+        most = sum(c.nbytes for c in constants) + entry.dense_bytes
+        assert added <= entry.stored_bytes <= most, f"stored: {entry.stored_bytes:,}, constants: {added:,}"
+        assert entry.dense_bytes == site.weights.bytes
+    assert fit.plan.sites
+
+
+def forward_is_finite_and_shaped_for_any_number_of_tokens(method: str, specimen: Specimen) -> None:
+    """For 1, 5 and 40 tokens, and [batch, length, d]."""
+    site, entry = Fit(method, specimen).first
+    for shape in ((1,), (5,), (40,), (2, 3), (1, 7)):
+        x = specimen.unseen(*shape)
+        found = output(site, entry, x)
+        wanted = (*shape, len(site.weights.w2))
+        assert found.shape == wanted, f"{tuple(x.shape)} becomes {tuple(found.shape)}, not {wanted}"
+        assert found.dtype == x.dtype, f"{x.dtype} becomes {found.dtype}"
+        assert torch.isfinite(found).all(), f"NaN or infinity for {tuple(x.shape)}"
+
+
+def a_token_gives_the_same_in_any_company(method: str, specimen: Specimen) -> None:
+    """All at once, one by one, and as [batch, length, d]."""
+    site, entry = Fit(method, specimen).first
+    x = specimen.unseen(12)
+    whole = output(site, entry, x)
+    assert_equivalent(torch.cat([output(site, entry, part) for part in x.split([1, 1, 3, 7])]), whole)
+    assert_equivalent(output(site, entry, x.view(3, 4, -1)), whole.view(3, 4, -1))
+
+
+def the_compiled_model_is_the_eager_forward(method: str, specimen: Specimen) -> None:
+    """Through the backend, strictly; for few tokens and for many."""
+    fit = Fit(method, specimen)
+    site, entry = fit.first
+    (model,) = specimen.ffns()
+    torch._dynamo.reset()
+    options: Any = {"plan": fit.plan, "inner": "eager", "strict": True}
+    compiled = torch.compile(model, backend="tardis", options=options, fullgraph=True)
+    for shape in ((1,), (2, 20)):
+        x = specimen.unseen(*shape)
+        with torch.no_grad():
+            found = compiled(x)
+        assert_equivalent(found, output(site, entry, x))
+
+
+def the_error_told_is_the_error_measured(method: str, specimen: Specimen) -> None:
+    """On the held-back tokens of the calibration set, each way within 5% and rounding."""
+    site, entry = Fit(method, specimen).first
+    x = torch.cat([batch[fitted_tokens(len(batch)) :] for batch in specimen.batches()])
+    found = output(site, entry, x).float()
+    wanted = original(site.weights, str(entry.activation), x).float()
+    rounding = TOLERANCES[x.dtype] / 2
+    assert_error_within(entry.error + rounding, found, wanted, slack=0.05)
+    measured = relative_error(found, wanted)
+    assert entry.error <= measured * 1.05 + rounding, f"tells {entry.error:.4g}, and errs {measured:.4g}"
+
+
+def a_plan_comes_back_from_its_file_and_runs_alike(method: str, specimen: Specimen) -> None:
+    """Bit for bit."""
+    fit = Fit(method, specimen)
+    site, _ = fit.first
+    x = specimen.unseen(5)
+    assert_plan_roundtrip(fit.plan, lambda plan: output(site, _entry(plan, site), x))
+
+
+def _entry(plan: Plan, site: ObservedSite) -> SitePlan:
+    entry = plan.find(site.fingerprint)
+    assert entry is not None
+    return entry
+
+
+def sites_alike_have_constants_alike(method: str, specimen: Specimen) -> None:
+    """Equal shapes and settings give equal names, shapes and dtypes, for one compiled graph may serve both."""
+    fit = Fit(method, specimen, 2)
+    if len(fit.taken) < 2 or fit.plan.sites[0].settings != fit.plan.sites[1].settings:
+        reject()
+    first, second = (
+        {name: (tuple(t.shape), t.dtype) for name, t in rewrite_named(method).constants(e, s.weights).items()}
+        for s, e in fit.taken
+    )
+    assert first == second, f"{first} and {second}"
+
+
+def fitting_twice_gives_the_same_plan(method: str, specimen: Specimen) -> None:
+    """Bit for bit, from observations that share nothing."""
+    first, second = (contents(Fit(method, specimen).plan) for _ in range(2))
+    assert first == second
+
+
+def inputs_and_weights_stay_what_they_are(method: str, specimen: Specimen) -> None:
+    """Neither fit nor constants nor forward writes to them."""
+    fit = Fit(method, specimen)
+    site, entry = fit.first
+    x = specimen.unseen(40)
+    before = x.clone()
+    output(site, entry, x)
+    assert torch.equal(x, before), "the input changed"
+    (untouched,) = specimen.ffns()
+    for (name, wanted), found in zip(untouched.named_parameters(), site.parameters, strict=True):
+        assert torch.equal(found, wanted), f"the weight {name} changed"
+    kept = [tensor.clone() for tensor in entry.tensors.values()]
+    output(site, entry, x)
+    assert all(map(torch.equal, kept, entry.tensors.values())), "the plan changed"
+
+
+def gated_and_affine_sites_are_refused_with_a_reason_or_handled(method: str, specimen: Specimen) -> None:
+    """Handled is what has a finite output of the right shape."""
+    rewrite, d = rewrite_named(method), specimen.weights.d
+    for site in (gated(d), affine(d)):
+        reason = rewrite.refuse(site.site)
+        if reason is not None:
+            assert reason.strip(), "refused without a reason"
+            continue
+        observation = SiteObservation([site], [specimen.calibration.batch(256, d)])
+        (entry,) = rewrite.fit(observation, [site], Fit(method, specimen).config(1.0))
+        assert entry.method or entry.reason, "neither rewritten nor refused with a reason"
+        if entry.method:
+            found = output(site, entry, specimen.calibration.batch(5, d))
+            assert found.shape == (5, len(site.weights.w2))
+            assert torch.isfinite(found).all(), "NaN or infinity"
+
+
+#: Each takes the name of a registered rewrite and drawn sites, and raises where the rewrite breaks it.
+LAWS: tuple[Callable[[str, Specimen], None], ...] = (
+    the_plan_meets_its_budget_or_says_that_it_cannot,
+    bytes_are_plausible,
+    forward_is_finite_and_shaped_for_any_number_of_tokens,
+    a_token_gives_the_same_in_any_company,
+    the_compiled_model_is_the_eager_forward,
+    the_error_told_is_the_error_measured,
+    a_plan_comes_back_from_its_file_and_runs_alike,
+    sites_alike_have_constants_alike,
+    fitting_twice_gives_the_same_plan,
+    inputs_and_weights_stay_what_they_are,
+    gated_and_affine_sites_are_refused_with_a_reason_or_handled,
+)

@@ -1,0 +1,107 @@
+"""Sites with their inputs at hand: what a rewrite is fitted to, without a model around it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn import functional as F  # noqa: N812
+
+from tardis_fx.calibration.observe import Observation, ObservedSite
+from tardis_fx.errors import CalibrationError
+from tardis_fx.fingerprint import fingerprint
+from tardis_fx.graph.matcher import find_sites
+from tardis_fx.graph.site import SiteWeights
+from tardis_fx.testing.building import Graph
+from tardis_fx.testing.spellings import SPELLINGS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from torch import Tensor
+
+    from tardis_fx.calibration.observe import O
+    from tardis_fx.graph.site import Site
+    from tardis_fx.testing.ffn import FFN
+
+
+class SiteObservation(Observation):
+    """FFNs that all see the same batches; nothing is captured, so that a fit takes milliseconds."""
+
+    def __init__(self, ffns: Sequence[FFN | ObservedSite], batches: Sequence[Tensor]) -> None:
+        """Matches each FFN in a graph of its own.
+
+        Args:
+            ffns: or sites; their weights are those of the sites, no copies.
+            batches: each [tokens, d].
+        """
+        self.memo: dict[str, Any] = {}
+        self._batches = batches
+        self._sites = [ffn if isinstance(ffn, ObservedSite) else observed(ffn) for ffn in ffns]
+
+    @property
+    def sites(self) -> list[ObservedSite]:
+        """One an FFN, in their order."""
+        return self._sites
+
+    def run(self, make: Callable[[ObservedSite], O], sites: Sequence[ObservedSite], what: str) -> dict[str, O]:
+        """Shows every batch to every site's observer; see :meth:`Observation.run`."""
+        observers = {site.fingerprint: make(site) for site in sites}
+        for batch in self._batches:
+            tokens = batch.detach().reshape(-1, batch.shape[-1]).float()
+            if not torch.isfinite(tokens).all():
+                raise CalibrationError(f"the inputs hold NaN or infinity ({what})")
+            for observer in observers.values():
+                observer.update(tokens.clone())
+        return observers
+
+
+def observed(ffn: FFN) -> ObservedSite:
+    """An FFN as the matcher sees it, with its own weights."""
+    g = Graph()
+    x = g.input(1, ffn.up.in_features)
+
+    def linear(x: Any, module: torch.nn.Linear) -> Any:
+        bias = () if module.bias is None else (g.parameter(*module.bias.shape),)
+        return g.call(F.linear, x, g.parameter(*module.weight.shape), *bias)
+
+    z = linear(x, ffn.up)
+    g.graph.output(linear(SPELLINGS[ffn.activation][0](g, z), ffn.down))
+    parameters = tuple(parameter.detach() for parameter in ffn.parameters())
+    return of(site_of(g), parameters, ffn.activation)
+
+
+def site_of(g: Graph) -> Site:
+    """The one site of a graph."""
+    with torch.no_grad():
+        (site,) = find_sites(g.graph)
+    return site
+
+
+def of(site: Site, parameters: Sequence[Tensor], activation: str | None) -> ObservedSite:
+    """A site with values for ``site.parameters``."""
+    identity = fingerprint(parameters, activation)
+    return ObservedSite(site, identity, SiteWeights.of(site, parameters), tuple(parameters))
+
+
+def gated(d: int = 8, hidden: int = 32) -> ObservedSite:
+    """A gated site with random weights."""
+    g = Graph()
+    x = g.input(1, d)
+    gate, up = (g.call(F.linear, x, g.parameter(hidden, d)) for _ in range(2))
+    g.graph.output(g.call(F.linear, g.call("mul", g.call(F.silu, gate), up), g.parameter(d, hidden)))
+    return _random(site_of(g))
+
+
+def affine(d: int = 8, hidden: int = 32) -> ObservedSite:
+    """A site without an activation, with random weights."""
+    g = Graph()
+    up = g.call(F.linear, g.input(1, d), g.parameter(hidden, d), g.parameter(hidden))
+    g.graph.output(g.call(F.linear, up, g.parameter(d, hidden), g.parameter(d)))
+    return _random(site_of(g))
+
+
+def _random(site: Site) -> ObservedSite:
+    torch.manual_seed(0)
+    values = [torch.randn(node.meta["example_value"].shape) for node in site.parameters]
+    return of(site, values, site.activation)

@@ -1,0 +1,188 @@
+"""What Hypothesis draws: weights with planted structure, calibration sets, sites of both, and whole graphs.
+
+All that is drawn is a record of a few numbers and names, so that the smallest failing example fits one line.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from hypothesis import strategies as st
+
+from tardis_fx.testing.ffn import ACTIVATIONS, FFN, ffn, inputs
+from tardis_fx.testing.graphs import graphs
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+__all__ = [
+    "STREAMS",
+    "STRUCTURES",
+    "Calibration",
+    "Specimen",
+    "Weights",
+    "calibration_sets",
+    "graphs",
+    "sites",
+    "weights",
+]
+
+#: What is planted in an FFN's weights.
+STRUCTURES = ("none", "low rank", "loud neurons", "dead neurons", "nearly affine", "twins", "sparse")
+#: What inputs are like.
+STREAMS = ("normal", "correlated", "scaled", "shifted")
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The weights of an FFN.
+
+    Attributes:
+        d: input and output width.
+        hidden: neurons.
+        activation: one of :data:`tardis_fx.testing.ffn.ACTIVATIONS`.
+        bias: whether the projections have biases.
+        structure: one of :data:`STRUCTURES`: both matrices of rank 2; 30 times the output of a quarter of the neurons;
+            pre-activations of half of the neurons far below zero; those of all far above it; every neuron's W1 twice;
+            nine tenths of the weights zero. Pre-activations are moved by biases, and stay where there are none.
+        dtype: of all tensors.
+        seed: of the random numbers.
+    """
+
+    d: int
+    hidden: int
+    activation: str = "gelu"
+    bias: bool = True
+    structure: str = "none"
+    dtype: torch.dtype = torch.float32
+    seed: int = 0
+
+    @torch.no_grad()
+    def ffn(self) -> FFN:
+        """A module with these weights."""
+        model = ffn(self.d, self.hidden, self.activation, bias=self.bias, seed=self.seed)
+        up, down = model.up, model.down
+        some = slice(0, self.hidden // 4), slice(0, self.hidden // 2)
+        if self.structure == "low rank":
+            for linear in (up, down):
+                u, s, vt = torch.linalg.svd(linear.weight, full_matrices=False)
+                linear.weight.copy_((u[:, :2] * s[:2]) @ vt[:2])
+        elif self.structure == "loud neurons":
+            down.weight[:, some[0]].mul_(30)
+        elif self.structure == "dead neurons" and self.bias:
+            up.bias[some[1]].sub_(6)
+        elif self.structure == "nearly affine" and self.bias:
+            up.bias.add_(6)
+        elif self.structure == "twins":
+            half = self.hidden // 2
+            for tensor in (up.weight, up.bias) if self.bias else (up.weight,):
+                tensor[half : 2 * half] = tensor[:half].clone()
+        elif self.structure == "sparse":
+            for linear in (up, down):
+                linear.weight.mul_(torch.rand(linear.weight.shape) < 0.1)
+        return model.to(self.dtype)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Batches of one site's inputs.
+
+    Attributes:
+        batches: how many.
+        tokens: in each.
+        stream: one of :data:`STREAMS`: normal; of two strong directions beside weak noise; two features 20 times as
+            large as the others; two standard deviations off zero.
+        seed: of the random numbers.
+    """
+
+    batches: int = 2
+    tokens: int = 128
+    stream: str = "normal"
+    seed: int = 0
+
+    def batch(self, *shape: int, number: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Inputs of a shape [..., d]: a batch by its number; numbers from ``batches`` on were not calibrated on."""
+        x = inputs(*shape, seed=1000 * self.seed + number)
+        if self.stream == "correlated":
+            directions = inputs(2, shape[-1], seed=self.seed)
+            x = inputs(*shape[:-1], 2, seed=1000 * self.seed + number + 500) @ directions + 0.1 * x
+        elif self.stream == "scaled":
+            x[..., :2] *= 20
+        elif self.stream == "shifted":
+            x = x + 2
+        return x.to(dtype)
+
+    def all(self, d: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+        """The batches, each [tokens, d]."""
+        return [self.batch(self.tokens, d, number=i, dtype=dtype) for i in range(self.batches)]
+
+
+@dataclass(frozen=True)
+class Specimen:
+    """FFNs of one shape with what they are calibrated on and a budget.
+
+    Attributes:
+        weights: of the first; the others have the next seeds.
+        calibration: of every one of them.
+        budget: as in :class:`tardis_fx.Config`.
+    """
+
+    weights: Weights
+    calibration: Calibration = Calibration()
+    budget: float = 0.5
+
+    def ffns(self, count: int = 1) -> list[FFN]:
+        """The FFNs, made anew by every call."""
+        return [replace(self.weights, seed=self.weights.seed + i).ffn() for i in range(count)]
+
+    def batches(self) -> list[Tensor]:
+        """The calibration batches in the dtype of the weights."""
+        return self.calibration.all(self.weights.d, self.weights.dtype)
+
+    def unseen(self, *shape: int) -> Tensor:
+        """Inputs [*shape, d] like those of the calibration, which are not among them."""
+        calibration, weights = self.calibration, self.weights
+        return calibration.batch(*shape, weights.d, number=calibration.batches, dtype=weights.dtype)
+
+
+def weights(*, dtypes: Sequence[torch.dtype] = (torch.float32, torch.bfloat16)) -> st.SearchStrategy[Weights]:
+    """Weights of small FFNs; sizes are such that every group of four neighbours is whole."""
+    return st.builds(
+        Weights,
+        d=st.sampled_from([8, 12, 20]),
+        hidden=st.sampled_from([32, 48, 80]),
+        activation=st.sampled_from(ACTIVATIONS),
+        bias=st.booleans(),
+        structure=st.sampled_from(STRUCTURES),
+        dtype=st.sampled_from(list(dtypes)),
+        seed=st.integers(0, 2**10),
+    )
+
+
+def calibration_sets() -> st.SearchStrategy[Calibration]:
+    """One to three batches of 64 to 200 tokens."""
+    return st.builds(
+        Calibration,
+        batches=st.integers(1, 3),
+        tokens=st.integers(64, 200),
+        stream=st.sampled_from(STREAMS),
+        seed=st.integers(0, 2**10),
+    )
+
+
+def sites(
+    *,
+    dtypes: Sequence[torch.dtype] = (torch.float32, torch.bfloat16),
+    budgets: Sequence[float] = (0.5, 0.25, 0.8, 1.0),
+) -> st.SearchStrategy[Specimen]:
+    """FFN sites with weights, calibration set and budget.
+
+    Args:
+        dtypes: of the weights.
+        budgets: to draw from.
+    """
+    return st.builds(Specimen, weights(dtypes=dtypes), calibration_sets(), st.sampled_from(list(budgets)))

@@ -1,0 +1,84 @@
+"""Tries a rewrite against every law and says which it breaks, with the smallest example that was found."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis.errors import Unsatisfiable
+
+from tardis_fx.passes.base import rewrite_named
+from tardis_fx.testing.laws import LAWS
+from tardis_fx.testing.strategies import Specimen, sites
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+NEVER_TAKEN = "no drawn site was taken"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What came of one law.
+
+    Attributes:
+        law: in words.
+        failure: what was wrong, or None; also where the rewrite took none of the drawn sites.
+        example: the smallest one that fails, or None.
+    """
+
+    law: str
+    failure: str | None = None
+    example: Specimen | None = None
+
+    @property
+    def passed(self) -> bool:
+        """Whether the law held for every example."""
+        return self.failure is None
+
+    def __str__(self) -> str:
+        """One line."""
+        return self.law if self.passed else f"{self.law}: {self.failure}, with {self.example}"
+
+
+def examine(
+    method: str, *, examples: int = 10, laws: Sequence[Callable[[str, Specimen], None]] = LAWS
+) -> list[Verdict]:
+    """Tries a registered rewrite against laws.
+
+    Args:
+        method: its name in the entry-point group.
+        examples: for each law; the same ones every time.
+        laws: all of them, or some.
+
+    Raises:
+        ConfigError: no such rewrite is registered.
+    """
+    rewrite_named(method)
+    return [_verdict(method, law, examples) for law in laws]
+
+
+def _verdict(method: str, law: Callable[[str, Specimen], None], examples: int) -> Verdict:
+    failing: list[Specimen] = []  # Hypothesis ends with the smallest
+
+    @settings(
+        max_examples=examples, deadline=None, database=None, derandomize=True, report_multiple_bugs=False,
+        suppress_health_check=list(HealthCheck), phases=(Phase.generate, Phase.shrink),
+    )  # fmt: skip
+    @given(sites())
+    def tried(specimen: Specimen) -> None:
+        try:
+            law(method, specimen)
+        except Exception:
+            failing.append(specimen)
+            raise
+
+    words = law.__name__.replace("_", " ")
+    try:
+        tried()
+    except Unsatisfiable:
+        return Verdict(words, NEVER_TAKEN)
+    except Exception as error:
+        return Verdict(words, f"{type(error).__name__}: {error}", failing[-1] if failing else None)
+    return Verdict(words)
