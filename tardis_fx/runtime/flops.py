@@ -21,3 +21,9 @@ def correct_flops(
     listed, guarded = (len(neurons),) * 2 if isinstance(counts, FakeTensor) else counts.tolist()
     fold = (rest + (None,) * 10)[9] if "fold" not in named else named["fold"]
     return 2 * tokens * (guarded * d + listed * (d + d_out) + (d * d_out if fold is not None else 0))
+
+
+@register_flop_formula(torch.ops.tardis.dequantise, get_raw=True)
+def dequantise_flops(*_: object, **__: object) -> int:
+    """None: PyTorch counts products of matrices alone, and there is none in it."""
+    return 0
