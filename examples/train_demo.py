@@ -2,13 +2,14 @@
 
     python examples/train_demo.py --minutes 60 --out tardis_fx/demo/model
     python examples/train_demo.py --minutes 60 --architecture opt --out models/relu
+    python examples/train_demo.py --minutes 60 --architecture llama --out models/swiglu
     python examples/train_demo.py --minutes 60 --width 512 --layers 4 --out models/wide
 
-Architecture: transformers' GPT2LMHeadModel (GELU) or OPTForCausalLM (ReLU), 8 heads, context 256, byte-level BPE of
-4096 tokens; the demo's model has 6 layers, d = 256, 5.9M parameters. Data: the modules of the ``train`` split and their
-unit tests (``tardis_fx/demo/corpus.py``); the ``test`` split is never read, the ``calibration`` split is read for the
-loss printed on the way. AdamW, one cosine cycle over the wall-clock time given, bfloat16 autocast, seed 0. What a run
-took and reached is written in ``config.json`` under ``training``.
+Architecture: transformers' GPT2LMHeadModel (GELU), OPTForCausalLM (ReLU) or LlamaForCausalLM (SwiGLU), 8 heads, context
+256, byte-level BPE of 4096 tokens; the demo's model has 6 layers, d = 256, 5.9M parameters. Data: the modules of the
+``train`` split and their unit tests (``tardis_fx/demo/corpus.py``); the ``test`` split is never read, the
+``calibration`` split is read for the loss printed on the way. AdamW, one cosine cycle over the wall-clock time given,
+bfloat16 autocast, seed 0. What a run took and reached is written in ``config.json`` under ``training``.
 """
 
 import argparse
@@ -21,7 +22,7 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, GPT2Config, OPTConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, OPTConfig, PreTrainedConfig, PreTrainedModel
 
 from tardis_fx.demo.corpus import modules
 
@@ -81,6 +82,11 @@ def config_of(architecture: str, width: int, layers: int) -> PreTrainedConfig:
             num_hidden_layers=layers, num_attention_heads=8, word_embed_proj_dim=width, activation_function="relu",
             dropout=0.0, attention_dropout=0.0, bos_token_id=0, eos_token_id=0, pad_token_id=None,
         )  # fmt: skip
+    if architecture == "llama":
+        return LlamaConfig(
+            vocab_size=4096, max_position_embeddings=CONTEXT, hidden_size=width, intermediate_size=11 * width // 4,
+            num_hidden_layers=layers, num_attention_heads=8, tie_word_embeddings=True, bos_token_id=0, eos_token_id=0,
+        )  # fmt: skip
     return GPT2Config(
         vocab_size=4096, n_positions=CONTEXT, n_embd=width, n_layer=layers, n_head=8,
         resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0,
@@ -91,7 +97,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--out", type=Path, default=Path("tardis_fx/demo/model"))
-    parser.add_argument("--architecture", choices=("gpt2", "opt"), default="gpt2")
+    parser.add_argument("--architecture", choices=("gpt2", "opt", "llama"), default="gpt2")
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--batch-tokens", type=int, default=4096)
