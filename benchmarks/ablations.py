@@ -99,7 +99,7 @@ def gradient_grams(model: nn.Module, names: Sequence[str], windows: Tensor) -> d
 def variants(grams: dict[str, Tensor]) -> dict[str, tuple[PartialLinear, dict[str, Any]]]:
     """By label: a rewrite and the changes of the config."""
     return {
-        "as shipped": (PartialLinear(), {}),
+        "fold and rows of 4 bits": (PartialLinear(), {}),
         "widths chosen site by site": (PartialLinear(), {"fold_bits": None, "row_bits": None}),
         "rows of 3 bits": (PartialLinear(), {"row_bits": 3}),
         "rows of 8 bits": (PartialLinear(), {"row_bits": 8}),
