@@ -25,6 +25,7 @@ import torch
 
 from tardis_fx.bench import ffn, model
 from tardis_fx.bench.machine import Gpu
+from tardis_fx.bench.plans import Widths
 from tardis_fx.bench.table import LEAST_ROUNDS, markdown
 from tardis_fx.errors import TardisError
 
@@ -97,12 +98,12 @@ def cases(device: str) -> list[tuple[str, float, Callable[[], tuple[list[Row], l
     """Name, seconds and run of every case."""
 
     def one_ffn(d: int, rate: float, tokens: Sequence[int]) -> tuple[list[Row], list[str]]:
-        rows = ffn.compare(d, torch.bfloat16, tokens, [BITS], rate, LEAST_ROUNDS, device=device)
+        rows = ffn.compare(d, torch.bfloat16, tokens, [Widths(BITS)], rate, LEAST_ROUNDS, device=device)
         return [replace(row, case=f"FFN, {row.case}, {rate:.0%}") for row in rows], []
 
     def one_model(shape: str) -> tuple[list[Row], list[str]]:
         return model.compare(
-            shape, torch.bfloat16, [BITS], 0.05, LEAST_ROUNDS, device=device, mode="max-autotune", weight_bits=(8, 4)
+            shape, torch.bfloat16, [Widths(BITS)], 0.05, LEAST_ROUNDS, device=device, mode="max-autotune"
         )
 
     ffns = [

@@ -15,7 +15,7 @@ from tardis_fx.bench import machine, shapes, table, weight_only
 from tardis_fx.bench import model as models
 from tardis_fx.bench.ffn import COLD, copies_for
 from tardis_fx.bench.machine import Machine
-from tardis_fx.bench.plans import random_plans
+from tardis_fx.bench.plans import Widths, random_plans
 from tardis_fx.bench.table import Row
 from tardis_fx.calibration.ranges import Costs
 from tardis_fx.errors import BenchError
@@ -71,8 +71,9 @@ def test_model_has_a_row_for_every_contender_or_says_why_not(tmp_path: Path, mon
     out = tmp_path / "model.csv"
     text = _run("model", "--shape", "demo", "--layers", 1, "--steps", 16, "--context", 16, "--csv", out)
 
-    dense, fast = _rows(out)
-    assert (dense["contender"], fast["contender"]) == ("Inductor", "tardis, 2 bits")
+    dense, frozen, fast = _rows(out)
+    assert dense["contender"] == "Inductor"
+    assert (frozen["contender"], fast["contender"]) == ("Inductor, freezing", "tardis, 2 bits")
     assert "No row for torchao's int8 weights: torchao cannot be imported" in text
     assert "do not fill the last-level cache" in text
     costs, rate = Costs.of(256, 256, 2, 4, bias=True), float(fast["outliers"])
@@ -82,12 +83,18 @@ def test_model_has_a_row_for_every_contender_or_says_why_not(tmp_path: Path, mon
 
 
 @pytest.mark.parametrize(
-    ("bits", "rate", "dtype"),
-    [(2, 0.05, torch.float32), (4, 0.05, torch.bfloat16), (3, 0.2, torch.float32), (2, 0.01, torch.float32)],
+    ("widths", "rate", "dtype"),
+    [
+        (Widths(2), 0.05, torch.float32),
+        (Widths(4), 0.05, torch.bfloat16),
+        (Widths(3), 0.2, torch.float32),
+        (Widths(2), 0.01, torch.float32),
+        (Widths(2, 4, 8), 0.05, torch.float32),
+    ],
 )
-def test_a_plan_has_the_outliers_that_were_asked_for(bits: int, rate: float, dtype: torch.dtype) -> None:
+def test_a_plan_has_the_outliers_that_were_asked_for(widths: Widths, rate: float, dtype: torch.dtype) -> None:
     model = ffn(64, 256).to(dtype)
-    plan = random_plans(model, inputs(1024, 64).to(dtype), [bits], rate)[bits]
+    plan = random_plans(model, inputs(1024, 64).to(dtype), [widths], rate)[widths]
     options: dict[str, Any] = {"plan": plan, "inner": "eager", "prefill": "rewritten"}
     fast, x = torch.compile(model, backend="tardis", options=options), inputs(2048, 64, seed=7).to(dtype)
     with torch.no_grad(), count_touched() as touched:
@@ -107,15 +114,15 @@ def test_a_model_without_an_ffn_that_can_be_rewritten_is_refused() -> None:
             return self.down(torch.nn.functional.silu(self.gate(x)) * self.up(x))  # type: ignore[no-any-return]
 
     with pytest.raises(BenchError, match="no FFN that partial linearity takes"):
-        random_plans(Gated().eval(), inputs(16, 8), [2], 0.05)
+        random_plans(Gated().eval(), inputs(16, 8), [Widths(2)], 0.05)
 
 
 def test_copies_fill_the_cache_with_what_the_rewritten_ffns_read() -> None:
     costs = Costs.of(256, 256, 2, 4, bias=True)
     read = costs.fold + 1024 * (costs.predictor + 0.05 * costs.row)
-    count = copies_for(256, 4, 2, 0.05, 1 << 25)
+    count = copies_for(256, 4, Widths(2), 0.05, 1 << 25)
     assert (count - 1) * read < COLD << 25 <= count * read
-    assert copies_for(8192, 4, 2, 0.05, 1 << 20) == 2
+    assert copies_for(8192, 4, Widths(2), 0.05, 1 << 20) == 2
 
 
 def test_contenders_run_in_turn_and_the_first_round_is_not_counted() -> None:
@@ -145,11 +152,21 @@ def test_int8_takes_every_projection_and_counts_what_it_saves() -> None:
     seen: list[torch.nn.Module] = []
     copied, saved = weight_only.quantised(model, seen.append)
     tokens = torch.arange(8)[None]
-    assert seen == [copied]
     linears = [m for m in copied.modules() if isinstance(m, torch.nn.Linear)]
+    assert set(linears) == set(seen)
     assert len(linears) == 5  # attention's two, the FFN's two, the head
     assert saved == sum(3 * m.weight.numel() - 4 * len(m.weight) for m in linears)
     torch.testing.assert_close(copied(tokens).logits, model(tokens).logits)
+
+
+def test_what_is_left_out_of_int8_shares_its_weights_with_the_model() -> None:
+    model = shapes.build(shapes.config_of("demo", 1), torch.float32, 1)
+    seen: list[torch.nn.Module] = []
+    copied, saved = weight_only.quantised(model, seen.append, but=["transformer.h.0.mlp"])
+    pairs = [m.get_submodule("transformer.h.0.mlp").parameters() for m in (copied, model)]
+    assert all(p is q for p, q in zip(*pairs, strict=True))
+    assert len(seen) == 3
+    assert 0 < saved < weight_only.quantised(model, seen.append)[1]
 
 
 def test_a_step_reads_all_but_the_tables_of_embeddings() -> None:
@@ -164,6 +181,7 @@ def test_a_step_reads_all_but_the_tables_of_embeddings() -> None:
         (["ffn", "--d", "0"], "d must be positive"),
         (["ffn", "--dtype", "float64"], "dtype must be float32"),
         (["ffn", "--bits", "2,5"], "bits must be 2, 3, 4 or 8, not 5"),
+        (["ffn", "--bits", "2/4"], "behind the predictor's come bits of fold and rows"),
         (["ffn", "--outliers", "0.5"], "outliers must lie in"),
         (["ffn", "--rounds", "8"], "rounds must be 9 or more"),
         (["ffn", "--copies", "0"], "copies must be positive"),
@@ -187,7 +205,7 @@ def test_wrong_options_are_typed_errors_and_exit_code_1(
 def test_a_model_that_does_not_fit_in_memory_is_refused_before_it_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shapes, "available_memory", lambda _: 1 << 20)
     with pytest.raises(BenchError, match="choose fewer layers"):
-        models.compare("falcon-7b", torch.bfloat16, [2], 0.05, 9)
+        models.compare("falcon-7b", torch.bfloat16, [Widths(2)], 0.05, 9)
 
 
 def test_without_transformers_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

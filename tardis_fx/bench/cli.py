@@ -15,11 +15,17 @@ if TYPE_CHECKING:
 
     import torch
 
+    from tardis_fx.bench.plans import Widths
     from tardis_fx.bench.table import Row
 
 bench = typer.Typer(help="Time decoding beside Inductor, with random weights: a Markdown table.", no_args_is_help=True)
 
-Bits = Annotated[str, typer.Option(help="Bits of the predictor: 2, 3, 4 or 8, with commas between.")]
+Bits = Annotated[
+    str,
+    typer.Option(
+        help="Bits of the predictor (2, 3, 4 or 8); as 2/4/3 also of fold and rows (3, 4, 8 or 16); commas between."
+    ),
+]
 Outliers = Annotated[float, typer.Option(help="Share of the (token, neuron) pairs that are corrected.")]
 Rounds = Annotated[int, typer.Option(help="Rounds in turn, after one to warm up; 9 or more.")]
 Csv = Annotated[Path | None, typer.Option(help="Where the figures go, as CSV.")]
@@ -61,7 +67,7 @@ def model(
     layers: Annotated[int | None, typer.Option(help="As many of the shape's layers; all by default.")] = None,
     csv: Csv = None,
 ) -> None:
-    """A whole model at batch 1 with a static cache; also beside torchao's int8 weights, where it is installed."""
+    """A whole model at batch 1 with a static cache; also beside and with torchao's integers, where it is installed."""
     dtypes, widths = _dtypes(dtype), _bits(bits)
     _check(outliers, rounds, csv)
     if len(dtypes) > 1:
@@ -92,11 +98,18 @@ def _numbers(name: str, text: str) -> list[int]:
     return numbers
 
 
-def _bits(text: str) -> list[int]:
-    numbers = _numbers("bits", text)
-    if wrong := sorted(set(numbers) - {2, 3, 4, 8}):
-        raise ConfigError(f"bits must be 2, 3, 4 or 8, not {wrong[0]}")
-    return numbers
+def _bits(text: str) -> list[Widths]:
+    from tardis_fx.bench.plans import Widths
+
+    found = []
+    for part in text.split(","):
+        predictor, *rest = _numbers("bits", part.replace("/", ","))
+        if predictor not in (2, 3, 4, 8):
+            raise ConfigError(f"bits must be 2, 3, 4 or 8, not {predictor}")
+        if len(rest) not in (0, 2) or not set(rest) <= {3, 4, 8, 16}:
+            raise ConfigError(f"behind the predictor's come bits of fold and rows, of 3, 4, 8 or 16, not {part!r}")
+        found.append(Widths(predictor, *rest))
+    return found
 
 
 def _dtypes(text: str) -> list[torch.dtype]:

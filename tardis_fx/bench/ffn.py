@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tardis_fx.bench.machine import last_level_cache, wait
-from tardis_fx.bench.plans import random_plans
+from tardis_fx.bench.plans import Widths, random_plans
 from tardis_fx.bench.table import Row, in_turn
 from tardis_fx.calibration.ranges import Costs
 from tardis_fx.graph.capture import own_code
@@ -49,17 +49,17 @@ class _Copies(nn.Module):
         return [ffn(x) for ffn, x in zip(self.ffns, xs, strict=True)]
 
 
-def copies_for(d: int, size: int, bits: int, rate: float, cache: int) -> int:
+def copies_for(d: int, size: int, widths: Widths, rate: float, cache: int) -> int:
     """How many FFNs it takes that the bytes the rewritten ones read fill the cache :data:`COLD` times.
 
     Args:
         d: input size; 4 d neurons.
         size: bytes of a weight.
-        bits: of the predictor.
+        widths: of the plan.
         rate: of outliers.
         cache: bytes.
     """
-    costs = Costs.of(d, d, bits, size, bias=True)
+    costs = Costs.of(d, d, widths.predictor, size, widths.fold, widths.rows, bias=True)
     return max(2, math.ceil(COLD * cache / (costs.fold + 4 * d * (costs.predictor + rate * costs.row))))
 
 
@@ -68,7 +68,7 @@ def compare(
     d: int,
     dtype: torch.dtype,
     tokens: Sequence[int],
-    bits: Sequence[int],
+    widths: Sequence[Widths],
     rate: float,
     rounds: int,
     copies: int | None = None,
@@ -82,7 +82,7 @@ def compare(
         d: inputs and outputs.
         dtype: of weights and inputs.
         tokens: of a step, one case each; above 8, or 16 on a CUDA device, the rewritten model runs the original FFN.
-        bits: of the predictor, one contender each.
+        widths: of the plans, one contender each.
         rate: share of (token, neuron) pairs that are outliers.
         rounds: timed, after one that is not.
         copies: of the FFN; as many as leave the last-level cache cold when None.
@@ -90,24 +90,24 @@ def compare(
     """
     torch.manual_seed(0)
     size = torch.empty(0, dtype=dtype).element_size()
-    copies = copies or copies_for(d, size, min(bits), rate, last_level_cache(device))
+    copies = copies or max(copies_for(d, size, w, rate, last_level_cache(device)) for w in widths)
     with torch.device(device):
         model = _Copies(copies, d, dtype)
         batch = torch.randn(copies, SAMPLES, d, dtype=dtype)
-    plans = random_plans(model, batch, bits, rate)
+    plans = random_plans(model, batch, widths, rate)
     rows: list[Row] = []
     for count in tokens:
         rows += _case(model, plans, torch.randn(copies, count, d, dtype=dtype, device=device), rounds)
     return rows
 
 
-def _case(model: _Copies, plans: dict[int, Plan], xs: Tensor, rounds: int) -> list[Row]:
+def _case(model: _Copies, plans: dict[Widths, Plan], xs: Tensor, rounds: int) -> list[Row]:
     torch.compiler.reset()  # or Dynamo would make the number of tokens symbolic
     copies, tokens, d = xs.shape
     steps: dict[str, Callable[..., Tensor]] = {"Inductor": torch.compile(own_code(_call), fullgraph=True)}
-    for bits, plan in plans.items():
+    for widths, plan in plans.items():
         options: dict[str, Any] = {"plan": plan}
-        steps[_name(bits)] = torch.compile(own_code(_call), backend="tardis", options=options, fullgraph=True)
+        steps[f"tardis, {widths}"] = torch.compile(own_code(_call), backend="tardis", options=options, fullgraph=True)
     for step in steps.values():
         step(model.ffns[0], xs[0])
     with torch._dynamo.config.patch(error_on_recompile=True):
@@ -121,19 +121,15 @@ def _case(model: _Copies, plans: dict[int, Plan], xs: Tensor, rounds: int) -> li
     case = f"d {d}, {dtype}, {tokens} token{'s' * (tokens > 1)}, {copies} copies"
     dense = next(iter(plans.values())).sites[0].dense_bytes
     rows = [Row(case, "Inductor", base, base, dense)]
-    for bits, plan in plans.items():
-        name = _name(bits)
+    for widths, plan in plans.items():
+        name = f"tardis, {widths}"
         if rewritten:
-            found = [_reads(entry, x) for entry, x in zip(plan.sites, xs, strict=True)]
+            found = [_reads(entry, widths, x) for entry, x in zip(plan.sites, xs, strict=True)]
             touched, share = (sum(part) / copies for part in zip(*found, strict=True))
             rows.append(Row(case, name, seconds[name], base, touched, share))
         else:
             rows.append(Row(case, f"{name} (original runs)", seconds[name], base, dense))
     return rows
-
-
-def _name(bits: int) -> str:
-    return f"tardis, {bits} bits"
 
 
 def _call(ffn: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -179,13 +175,13 @@ def _seconds(run: Callable[[], object], xs: Tensor, passes: int) -> float:
     return (time.perf_counter() - started) / (passes * len(xs))
 
 
-def _reads(entry: SitePlan, x: Tensor) -> tuple[float, float]:
+def _reads(entry: SitePlan, widths: Widths, x: Tensor) -> tuple[float, float]:
     """Bytes that a step reads, an outlier of several tokens read once, and the share of pairs that are outliers."""
-    t, (d_out, d) = entry.tensors, entry.tensors["folded_weight"].shape
-    counts, bits = torch.tensor([len(t["neurons"]), len(t["lower"])]), entry.settings["bits"]
+    t, d_out, bits = entry.tensors, len(entry.tensors["folded_bias"]), widths.predictor
+    counts = torch.tensor([len(t["neurons"]), len(t["lower"])])
     outlier = reference.outliers(
         x.float(), counts, t["codes"], t["scale"], t["zero"], t["lower"], t["upper"], bits
     )  # fmt: skip
-    costs = Costs.of(d, d_out, bits, x.element_size(), bias=True)
+    costs = Costs.of(x.shape[-1], d_out, bits, x.element_size(), widths.fold, widths.rows, bias=True)
     read = costs.fold + costs.predictor * len(t["lower"]) + costs.row * int(outlier.any(0).sum())
     return read, float(outlier.float().mean())

@@ -1,15 +1,17 @@
-"""Decoding with a whole model of random weights: rewritten, beside Inductor and beside torchao's int8 and int4."""
+"""Decoding with a whole model of random weights: rewritten, beside Inductor, and beside and with torchao's integers."""
 
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch._inductor import config as inductor_config
 
 from tardis_fx.bench import shapes, weight_only
 from tardis_fx.bench.ffn import COLD
-from tardis_fx.bench.machine import last_level_cache, wait
+from tardis_fx.bench.machine import available_memory, last_level_cache, wait
 from tardis_fx.bench.plans import random_plans
 from tardis_fx.bench.table import Row, in_turn
 from tardis_fx.errors import BenchError, ConfigError
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from tardis_fx.bench.plans import Widths
     from tardis_fx.plan import Plan
     from tardis_fx.runtime.touched import Touched
 
@@ -29,11 +32,15 @@ SAMPLES = 1024
 
 
 class _Decoder:
-    """Steps of one token each from an empty static cache; the tokens are given, so that all contenders do one job."""
+    """Steps of one token each from an empty static cache; the tokens are given, so that all contenders do one job.
 
-    def __init__(self, model: Any, tokens: Tensor, context: int, **options: Any) -> None:
+    Freezing is no option of ``torch.compile``: Dynamo reads the setting, too, and at every compilation.
+    """
+
+    def __init__(self, model: Any, tokens: Tensor, context: int, freezing: bool = False, **options: Any) -> None:
         from transformers import StaticCache
 
+        self._frozen: dict[str, Any] = {"freezing": True} if freezing else {}
         self._step: Callable[..., Any] = torch.compile(own_code(_call), fullgraph=True, **options)
         self._model = model
         self.cache, self._tokens = StaticCache(config=model.config, max_cache_len=context), tokens
@@ -45,6 +52,10 @@ class _Decoder:
     @torch.no_grad()
     def __call__(self) -> float:
         """Seconds a step."""
+        with inductor_config.patch(self._frozen):
+            return self._seconds()
+
+    def _seconds(self) -> float:
         self.cache.reset()
         steps = list(zip(self._tokens.view(-1, 1, 1), self._positions, strict=True))
         wait(self._tokens.device)
@@ -59,6 +70,15 @@ def _call(model: Callable[..., Any], tokens: Tensor, **rest: Any) -> Any:
     return model(tokens, **rest).logits
 
 
+@dataclass(frozen=True)
+class _Contender:
+    """What is timed, the weight bytes that a step reads, and the share of outliers."""
+
+    decoder: _Decoder
+    touched: float
+    outliers: float | None = None
+
+
 @torch.no_grad()
 def _counted(model: Any, plan: Plan, tokens: Tensor) -> Touched:
     """What the steps read: all at once, for counting computes every estimate once more."""
@@ -68,10 +88,16 @@ def _counted(model: Any, plan: Plan, tokens: Tensor) -> Touched:
     return touched
 
 
+def _room(model: Any, device: str) -> bool:
+    """Whether the memory for another copy of the weights, and half as much, is there."""
+    free = available_memory(device)
+    return free is None or free > 1.5 * shapes.weight_bytes(model)
+
+
 def compare(
     shape: str,
     dtype: torch.dtype,
-    bits: Sequence[int],
+    widths: Sequence[Widths],
     rate: float,
     rounds: int,
     steps: int = 32,
@@ -79,14 +105,14 @@ def compare(
     layers: int | None = None,
     device: str = "cpu",
     mode: str | None = None,
-    weight_bits: Sequence[int] = (8,),
+    weight_bits: Sequence[int] = (8, 4),
 ) -> tuple[list[Row], list[str]]:
     """Times decoding at batch 1, every contender with a static cache of its own.
 
     Args:
         shape: of the model, a key of :data:`tardis_fx.bench.shapes.SHAPES`.
         dtype: of weights and cache.
-        bits: of the predictor, one contender each.
+        widths: of the plans, one contender each, and one more for each of torchao's, whose the other projections are.
         rate: share of (token, neuron) pairs that are outliers, at the thresholds' setting.
         rounds: timed, after one that is not.
         steps: tokens decoded in a round.
@@ -106,38 +132,46 @@ def compare(
     if not 2 <= steps <= context:
         raise ConfigError(f"steps must lie between 2 and the context of {context}, not {steps}")
     config = shapes.config_of(shape, layers)
-    quantisers = {b: weight_only.quantiser(b) for b in weight_bits}
-    possible = any(callable(quantise) for quantise in quantisers.values())
-    # Beside the weights: of each plan the folds, codes and a copy of one matrix; of int8 a whole copy while it is made.
-    room = max(1 + 0.75 * len(bits), 2.0) + 0.5 * len(weight_bits) if possible else 1 + 0.75 * len(bits)
-    model: Any = shapes.build(config, dtype, room, device)
-    base_bytes, tokens = shapes.step_bytes(model), torch.randint(config.vocab_size, (steps,), device=device)
-    decoders = {"Inductor": _Decoder(model, tokens, context, mode=mode)}
-    touched, remarks, rates = {"Inductor": float(base_bytes)}, [], {}
-    for b, quantise in quantisers.items():
-        try:
-            if isinstance(quantise, str):
-                raise BenchError(quantise)
-            quantised, saved = weight_only.quantised(model, quantise, b)
-        except Exception as error:  # of what torchao needs beside itself, and says in ways of its own
-            remarks.append(f"No row for torchao's int{b} weights: {error}.")
-            continue
-        name = f"torchao int{b} + Inductor"
-        decoders[name], touched[name] = _Decoder(quantised, tokens, context, mode=mode), float(base_bytes - saved)
+    model: Any = shapes.build(config, dtype, 1 + len(widths), device)  # of each plan folds, codes and rows
+    tokens = torch.randint(config.vocab_size, (steps,), device=device)
     batch = torch.randint(config.vocab_size, (-(-SAMPLES // steps), steps), device=device)
-    for b, plan in random_plans(model, batch, bits, rate).items():
-        name = f"tardis, {b} bits"
-        decoders[name] = _Decoder(model, tokens, context, backend="tardis", options={"plan": plan, "mode": mode})
+    plans = random_plans(model, batch, widths, rate)
+    base, remarks = float(shapes.step_bytes(model)), []
+
+    def decoder(model: Any, **options: Any) -> _Decoder:
+        return _Decoder(model, tokens, context, **options)
+
+    contenders = {"Inductor": _Contender(decoder(model, mode=mode), base)}
+    if device == "cpu" and _room(model, device):  # for a frozen graph's copy of the weights
+        contenders["Inductor, freezing"] = _Contender(decoder(model, mode=mode, freezing=True), base)
+    for w, plan in plans.items():
         counted = _counted(model, plan, tokens)
-        dense = sum(site.dense_bytes for site in plan.sites)
-        touched[name], rates[name] = base_bytes - dense + counted.per_token, counted.outlier_rate
-    seconds = in_turn(decoders, rounds)
-    cache = sum(layer.keys.nbytes + layer.values.nbytes for layer in decoders["Inductor"].cache.layers)
-    if base_bytes < COLD * last_level_cache(device):
+        read = base - sum(site.dense_bytes for site in plan.sites) + counted.per_token
+        options = {"backend": "tardis", "options": {"plan": plan, "mode": mode}}
+        contenders[f"tardis, {w}"] = _Contender(decoder(model, **options), read, counted.outlier_rate)
+    for b in weight_bits:
+        try:
+            if not _room(model, device):
+                raise BenchError("its copy of the weights does not fit in memory")
+            quantise = weight_only.quantiser(b, device)
+            whole, saved = weight_only.quantised(model, quantise, b)
+            contenders[f"torchao int{b} + Inductor"] = _Contender(decoder(whole, mode=mode), base - saved)
+            for w, plan in plans.items():
+                of = contenders[f"tardis, {w}"]
+                rest, saved = weight_only.quantised(model, quantise, b, {site.name for site in plan.sites})
+                decoding = decoder(rest, backend="tardis", options={"plan": plan, "mode": mode})
+                contenders[f"tardis, {w}; else torchao int{b}"] = replace(
+                    of, decoder=decoding, touched=of.touched - saved
+                )
+        except BenchError as error:
+            remarks.append(f"No row for torchao's int{b} weights: {error}.")
+    seconds = in_turn({name: one.decoder for name, one in contenders.items()}, rounds)
+    cache = sum(layer.keys.nbytes + layer.values.nbytes for layer in contenders["Inductor"].decoder.cache.layers)
+    if base < COLD * last_level_cache(device):
         remarks.append("The weights do not fill the last-level cache several times: in part this is its speed.")
     depth = f"{config.num_hidden_layers} layer{'s' * (config.num_hidden_layers > 1)}"
     case = f"{shape}, {depth}, {str(dtype).removeprefix('torch.')}, {steps} steps, cache of {context}"
-    rows = [
-        Row(case, name, seconds[name], seconds["Inductor"], touched[name] + cache, rates.get(name)) for name in decoders
-    ]
-    return rows, remarks
+    return [
+        Row(case, name, seconds[name], seconds["Inductor"], one.touched + cache, one.outliers)
+        for name, one in contenders.items()
+    ], remarks

@@ -6,7 +6,7 @@ the hot range of each neuron ends at the quantiles of its own estimates, so that
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -18,7 +18,7 @@ from tardis_fx.errors import BenchError
 from tardis_fx.graph.activations import ACTIVATIONS
 from tardis_fx.passes.partial_linear import PartialLinear
 from tardis_fx.plan import Plan, SitePlan
-from tardis_fx.runtime.packing import GROUP, group_count
+from tardis_fx.runtime.packing import GROUP, group_count, low_bits
 from tardis_fx.runtime.reference import estimate
 
 if TYPE_CHECKING:
@@ -31,6 +31,23 @@ if TYPE_CHECKING:
 
 #: Neurons made at once: the temporaries of a large site do not fit in memory.
 _CHUNK = 2048
+
+
+class Widths(NamedTuple):
+    """Bits of a plan's parts: of the predictor, of the folded weight, of the rows that corrections read.
+
+    16 stands for the model's own dtype.
+    """
+
+    predictor: int
+    fold: int = 16
+    rows: int = 16
+
+    def __str__(self) -> str:
+        """As contenders are named."""
+        parts = [f"{self.predictor} bits"]
+        parts += [f"{part} {bits}" for part, bits in (("fold", self.fold), ("rows", self.rows)) if bits != 16]
+        return ", ".join(parts)
 
 
 class _Kept:
@@ -50,13 +67,13 @@ class _Kept:
 
 
 @torch.no_grad()
-def random_plans(model: nn.Module, batch: Tensor, bits: Sequence[int], rate: float) -> dict[int, Plan]:
-    """Plans of every plain FFN of a model, by the predictor's bits.
+def random_plans(model: nn.Module, batch: Tensor, widths: Sequence[Widths], rate: float) -> dict[Widths, Plan]:
+    """Plans of every plain FFN of a model, by their widths.
 
     Args:
         model: in eval mode.
         batch: its first argument; thresholds are set on the inputs that its FFNs then see, 500 tokens or more.
-        bits: of the predictors.
+        widths: of the plans.
         rate: share of (token, neuron) pairs that are outliers.
 
     Raises:
@@ -69,29 +86,35 @@ def random_plans(model: nn.Module, batch: Tensor, bits: Sequence[int], rate: flo
         raise BenchError("the model has no FFN that partial linearity takes")
     kept = observation.run(lambda _: _Kept(), sites, "inputs of the FFNs")
     return {
-        b: Plan(
-            tuple(_site_plan(site, kept[site.fingerprint].x, b, rate) for site in sites),
-            Config(predictor_bits=b, progress=False),
+        w: Plan(
+            tuple(_site_plan(site, kept[site.fingerprint].x, w, rate) for site in sites),
+            Config(predictor_bits=w.predictor, fold_bits=w.fold, row_bits=w.rows, progress=False),
         )
-        for b in bits
+        for w in widths
     }
 
 
-def _site_plan(site: ObservedSite, x: Tensor, bits: int, rate: float) -> SitePlan:
+def _site_plan(site: ObservedSite, x: Tensor, widths: Widths, rate: float) -> SitePlan:
     weights = site.weights
     hidden, d = weights.w1.shape
-    parts = [_guard(weights, rows, x, bits, rate, str(site.site.activation)) for rows in _rows(hidden)]
+    parts = [_guard(weights, rows, x, widths, rate, str(site.site.activation)) for rows in _rows(hidden)]
     tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     tensors["neurons"] = torch.arange(hidden, dtype=torch.int32, device=x.device)
-    tensors |= _fold(weights, tensors["slope"], tensors["intercept"])
-    costs = Costs.of(d, weights.w2.shape[0], bits, weights.w1.element_size(), 16, 16, bias=weights.b1 is not None)
+    tensors |= _fold(weights, tensors["slope"], tensors["intercept"], widths.fold)
+    size, bias = weights.w1.element_size(), weights.b1 is not None
+    costs = Costs.of(d, weights.w2.shape[0], widths.predictor, size, widths.fold, widths.rows, bias=bias)
     return SitePlan.of(
         site.site,
         site.parameters,
         method=PartialLinear.name,
         touched_bytes=costs.fold + (costs.predictor + costs.row * rate) * hidden,
         outlier_rate=rate,
-        settings={"bits": bits, "fold_bits": 16, "row_bits": 16, "activation": site.site.activation},
+        settings={
+            "bits": widths.predictor,
+            "fold_bits": widths.fold,
+            "row_bits": widths.rows,
+            "activation": site.site.activation,
+        },
         tensors=tensors,
     )
 
@@ -100,8 +123,11 @@ def _rows(hidden: int) -> list[slice]:
     return [slice(start, min(start + _CHUNK, hidden)) for start in range(0, hidden, _CHUNK)]
 
 
-def _guard(weights: SiteWeights, rows: slice, x: Tensor, bits: int, rate: float, activation: str) -> dict[str, Tensor]:
-    """Predictor, hot ranges and surrogates of some neurons."""
+def _guard(
+    weights: SiteWeights, rows: slice, x: Tensor, widths: Widths, rate: float, activation: str
+) -> dict[str, Tensor]:
+    """Predictor, hot ranges, surrogates and, where they are codes, rows of some neurons."""
+    bits = widths.predictor
     w1 = weights.w1[rows].float().contiguous()
     b1 = 0 if weights.b1 is None else weights.b1[rows].float()
     rounded = _rounded(w1, bits)
@@ -113,9 +139,13 @@ def _guard(weights: SiteWeights, rows: slice, x: Tensor, bits: int, rate: float,
     hot = ((z_hat >= lower) & (z_hat <= upper)).float()
     activated = ACTIVATIONS[activation].eager(z)
     count = hot.sum(0)
+    stored = {}
+    if widths.rows != 16:
+        low = _rounded(w1 - rounded.weight, low_bits(bits, widths.rows))
+        stored = {"w1": low.rows, "w2t": _rounded(weights.w2[:, rows].float().T, widths.rows).rows}
     mean_z, mean_a = (hot * z).sum(0) / count, (hot * activated).sum(0) / count
     slope = (hot * (z - mean_z) * (activated - mean_a)).sum(0) / (hot * (z - mean_z).square()).sum(0)
-    return {
+    return stored | {
         "codes": rounded.codes,
         "scale": rounded.scale,
         "zero": rounded.zero,
@@ -126,19 +156,19 @@ def _guard(weights: SiteWeights, rows: slice, x: Tensor, bits: int, rate: float,
     }
 
 
-def _rounded(w1: Tensor, bits: int) -> Quantised:
-    """W1 rounded to a few bits: GPTQ where inputs are uncorrelated, so that groups do not depend on each other."""
-    rows, d = w1.shape
-    padded = w1.new_zeros(rows, group_count(d) * GROUP)
-    padded[:, :d] = w1
-    whole = quantise(padded.view(-1, GROUP), torch.eye(GROUP, device=w1.device), bits)
+def _rounded(weight: Tensor, bits: int) -> Quantised:
+    """A matrix rounded to a few bits: GPTQ with uncorrelated inputs, where groups do not depend on each other."""
+    rows, d = weight.shape
+    padded = weight.new_zeros(rows, group_count(d) * GROUP)
+    padded[:, :d] = weight
+    whole = quantise(padded.view(-1, GROUP), torch.eye(GROUP, device=weight.device), bits)
     return Quantised(
         whole.codes.view(rows, -1).contiguous(), whole.scale.view(rows, -1), whole.zero.view(rows, -1), bits, d
     )
 
 
-def _fold(weights: SiteWeights, slope: Tensor, intercept: Tensor) -> dict[str, Tensor]:
-    """Folded weight and bias, in the model's dtype."""
+def _fold(weights: SiteWeights, slope: Tensor, intercept: Tensor, bits: int) -> dict[str, Tensor]:
+    """Folded weight and bias, in the model's dtype, or the weight as codes."""
     folded = slope.new_zeros(weights.w2.shape[0], weights.w1.shape[1])
     shift = intercept if weights.b1 is None else intercept + slope * weights.b1.float()
     for rows in _rows(weights.w1.shape[0]):
@@ -146,4 +176,5 @@ def _fold(weights: SiteWeights, slope: Tensor, intercept: Tensor) -> dict[str, T
     bias = weights.w2.float() @ shift
     if weights.b2 is not None:
         bias += weights.b2.float()
-    return {"folded_weight": folded.to(weights.w1.dtype), "folded_bias": bias.to(weights.w1.dtype)}
+    stored = folded.to(weights.w1.dtype) if bits == 16 else _rounded(folded, bits).rows
+    return {"folded_weight": stored, "folded_bias": bias.to(weights.w1.dtype)}

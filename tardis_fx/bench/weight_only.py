@@ -8,28 +8,43 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from tardis_fx.errors import BenchError
+
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection
 
 
 #: Columns that share a scale and a zero point in torchao's int4.
 GROUP = 128
 
 
-def quantiser(bits: int = 8) -> Callable[[nn.Module], None] | str:
-    """What quantises a model in place to 8 or 4 bits, or why there is nothing that could."""
+def quantiser(bits: int = 8, device: str = "cpu") -> Callable[[nn.Module], None]:
+    """What quantises a model in place to 8 or 4 bits; on a CPU, 4 bits are a prototype of torchao's.
+
+    Raises:
+        BenchError: torchao cannot be imported.
+    """
     try:
         from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
+
+        if bits == 8:
+            config: Any = Int8WeightOnlyConfig()
+        elif device == "cpu":
+            from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
+
+            config = PrototypeInt4WeightOnlyConfig(group_size=GROUP, set_inductor_config=False)
+        else:
+            config = Int4WeightOnlyConfig(group_size=GROUP)
     except Exception as error:  # torchao built for another torch fails in ways of its own
-        return f"torchao cannot be imported: {type(error).__name__}: {error}"
-    if bits == 8:
-        return lambda model: quantize_(model, Int8WeightOnlyConfig())
-    return lambda model: quantize_(model, Int4WeightOnlyConfig(group_size=GROUP))
+        raise BenchError(f"torchao cannot be imported: {type(error).__name__}: {error}") from error
+    return lambda layer: quantize_(layer, config)
 
 
 @torch.no_grad()
-def quantised(model: nn.Module, quantise: Callable[[nn.Module], None], bits: int = 8) -> tuple[nn.Module, int]:
-    """A copy of a model with all projections in a few bits, and by how many bytes less a decoded token reads.
+def quantised(
+    model: nn.Module, quantise: Callable[[nn.Module], None], bits: int = 8, but: Collection[str] = ()
+) -> tuple[nn.Module, int]:
+    """A copy of a model with its projections in a few bits, and by how many bytes less a decoded token reads.
 
     Conv1D of transformers and subclasses of ``nn.Linear`` become ``nn.Linear`` first, which is all that torchao takes.
 
@@ -37,18 +52,27 @@ def quantised(model: nn.Module, quantise: Callable[[nn.Module], None], bits: int
         model: to be copied.
         quantise: of :func:`quantiser`.
         bits: 8, with a scale for every row, or 4, with a scale and a zero point for every group.
+        but: names of modules that stay as they are, and share their weights with the model's.
+
+    Raises:
+        BenchError: torchao lacks something for it.
     """
-    model = copy.deepcopy(model)
+    shared = {id(p): p for name in but for p in model.get_submodule(name).parameters()}
+    model = copy.deepcopy(model, dict(shared))
     saved = 0
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             layer = linear(child)
-            if layer is not None:
-                setattr(parent, name, layer)
-                w = layer.weight
-                scales = len(w) if bits == 8 else 2 * w.numel() // GROUP
-                saved += w.numel() * w.element_size() - w.numel() * bits // 8 - scales * w.element_size()
-    quantise(model)
+            if layer is None or any(id(p) in shared for p in child.parameters()):
+                continue
+            setattr(parent, name, layer)
+            w = layer.weight
+            scales = len(w) if bits == 8 else 2 * w.numel() // GROUP
+            saved += w.numel() * w.element_size() - w.numel() * bits // 8 - scales * w.element_size()
+            try:
+                quantise(layer)
+            except Exception as error:  # of what torchao needs beside itself, and says in ways of its own
+                raise BenchError(f"{type(error).__name__}: {error}") from error
     return model, saved
 
 
