@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from tardis_fx.errors import PlanMismatchError, StaleWeightError
 from tardis_fx.fingerprint import fingerprint
 from tardis_fx.graph.matcher import find_sites
+from tardis_fx.graph.site import is_released
 from tardis_fx.graph.surgery import add_input, copy, replace
 from tardis_fx.graph.unfuse import unfuse
 from tardis_fx.passes.base import rewrite_named
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 DECODE_TOKENS = 8
 
 _FOLD = ExactFold()
+_HINT = "compile with prefill='rewritten'"
 
 
 def decode_tokens(device: torch.device) -> int:
@@ -91,6 +93,9 @@ def apply(gm: fx.GraphModule, example_inputs: Sequence[Tensor], plan: Plan, pref
         example_inputs: what it is about to be called with.
         plan: what to do.
         prefill: which steps are rewritten.
+
+    Raises:
+        PlanMismatchError: a site would stay as it is, and its weights were released.
     """
     original, gm = gm, copy(gm)
     position = {node: i for i, node in enumerate(gm.graph.find_nodes(op="placeholder"))}
@@ -100,12 +105,14 @@ def apply(gm: fx.GraphModule, example_inputs: Sequence[Tensor], plan: Plan, pref
     moved: dict[fx.Node, fx.Node] = {}  # outputs of sites, where one feeds the next
     for outcome in found:
         site, entry = outcome.site, outcome.plan
-        if entry is None or outcome.reason:
-            continue
-        rewrite = rewrite_named(str(entry.method))
-        positions = [position[node] for node in site.parameters]
+        rewrite = None if entry is None or outcome.reason else rewrite_named(str(entry.method))
+        positions = [position[node] for node in site.parameters if node in position]
         weights = [example_inputs[p] for p in positions]
-        if not rewrite.exact and prefill == "original" and _tokens(site) > decode_tokens(weights[0].device):
+        if rewrite is None or entry is None or _stays(site, rewrite, weights, prefill):
+            if any(map(is_released, weights)):
+                raise PlanMismatchError(
+                    f"{site.name} would run with its original weights, which were released: {outcome.reason or _HINT}"
+                )
             continue
         guard = SiteGuard(site, positions, entry, partial(_find, plan), rewrite)
         own = guard.constants(entry, weights).tensors
@@ -118,6 +125,11 @@ def apply(gm: fx.GraphModule, example_inputs: Sequence[Tensor], plan: Plan, pref
         gm.graph.lint()
         gm.recompile()
     return Rewritten(gm if guards else original, tuple(found), tuple(guards), tuple(constants))
+
+
+def _stays(site: Site, rewrite: Rewrite, weights: Sequence[Tensor], prefill: Prefill) -> bool:
+    """Whether a step of so many tokens runs the original."""
+    return not rewrite.exact and prefill == "original" and bool(_tokens(site) > decode_tokens(weights[0].device))
 
 
 def _find(plan: Plan, site: Site, weights: Sequence[Tensor]) -> SitePlan | None:

@@ -18,6 +18,7 @@ from tardis_fx.errors import (
 from tardis_fx.explain import Report, explain
 from tardis_fx.heal import heal
 from tardis_fx.plan import Plan
+from tardis_fx.release import release
 from tardis_fx.runtime.touched import count_touched
 
 __all__ = [
@@ -36,4 +37,5 @@ __all__ = [
     "count_touched",
     "explain",
     "heal",
+    "release",
 ]

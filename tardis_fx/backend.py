@@ -17,11 +17,12 @@ from tardis_fx.calibration.live import Settings, extended, reset
 from tardis_fx.config import Config, Options
 from tardis_fx.errors import ConfigError, PlanMismatchError, StaleWeightError, TardisError
 from tardis_fx.graph.capture import own_code
+from tardis_fx.graph.frozen import freeze, lift
 from tardis_fx.graph.surgery import copy
 from tardis_fx.passes import pipeline
 from tardis_fx.plan import resolve
 from tardis_fx.runtime.cuda import show_kernels
-from tardis_fx.runtime.guard import GuardedGraph, Unknown
+from tardis_fx.runtime.guard import FrozenGraph, GuardedGraph, Unknown
 from tardis_fx.runtime.profiled import ProfiledGraph, return_inputs
 
 if TYPE_CHECKING:
@@ -77,16 +78,20 @@ def _compile(
         profiled = _profiled(gm, example_inputs, plan, settings, inner)
         if profiled is not None:
             return profiled
-    rewritten = pipeline.apply(gm, example_inputs, plan, options.prefill or plan.config.prefill)
+    lifted, held = (gm, []) if options.observes else lift(gm)
+    rewritten = pipeline.apply(lifted, [*example_inputs, *held], plan, options.prefill or plan.config.prefill)
     if not nested:
         lenient = options.observes or options.on_change == "original"
         for outcome in pipeline.check(rewritten.outcomes, plan, strict=options.strict, lenient=lenient):
             _log.warning("%s is not rewritten: %s", outcome.site.name or "an FFN", outcome.reason)
     if options.inner == "inductor" and any(tensor.is_cuda for tensor in rewritten.constants):
         show_kernels(rewritten.gm)
-    compiled: Callable[..., Any] = inner(rewritten.gm, [*example_inputs, *rewritten.constants])
     if not rewritten.modified:
-        return compiled
+        return inner(gm, list(example_inputs))  # type: ignore[no-any-return]
+    if held:
+        freeze(rewritten.gm, [*held, *rewritten.constants])
+        return FrozenGraph(inner(rewritten.gm, list(example_inputs)), held)
+    compiled: Callable[..., Any] = inner(rewritten.gm, [*example_inputs, *rewritten.constants])
     return GuardedGraph(compiled, rewritten.guards, _Other(gm, options), example_inputs)
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from tardis_fx.calibration import live
 from tardis_fx.graph.capture import Capture
+from tardis_fx.graph.site import is_released
 from tardis_fx.passes import pipeline
 from tardis_fx.plan import resolve
 
@@ -132,6 +133,10 @@ def explain(model: nn.Module, plan: Plan | str | os.PathLike[str] | None, exampl
             site, entry = outcome.site, outcome.plan
             dense = sum(v.numel() * v.element_size() for p in site.parameters if (v := values.get(p)) is not None)
             report = _planned(entry) if entry and not outcome.reason else None
+            gone = [v for p in site.parameters if (v := values.get(p)) is not None and is_released(v)]
+            if report and gone:
+                stored = report.stored_bytes - sum(v.numel() * v.element_size() for v in gone)
+                report = replace(report, stored_bytes=stored)
             report = report or _refused(site.name, site.kind, site.activation, outcome.reason, dense)
             if (
                 plan is None

@@ -25,13 +25,29 @@ def fingerprint(weights: Sequence[Tensor], activation: str | None) -> str:
     """
     if any(weight.is_inference() for weight in weights):
         return _hash(weights, activation)
-    key, state = (activation, *map(id, weights)), [v for w in weights for v in (w.data_ptr(), w._version)]
-    known = _KNOWN.get(key)
-    if known is None or known[0] != state:
-        aliases = [weight.detach() for weight in weights]
-        ends = [weakref.ref(weight, lambda _: _KNOWN.pop(key, None)) for weight in weights]
-        known = _KNOWN[key] = state, _hash(weights, activation), aliases, ends
+    known = _KNOWN.get((activation, *map(id, weights)))
+    if known is None or known[0] != _state(weights):
+        remember(weights, activation, found := _hash(weights, activation))
+        return found
     return known[1]
+
+
+def remember(weights: Sequence[Tensor], activation: str | None, identity: str) -> None:
+    """Takes a hash for that of a site's weights, until one of them changes.
+
+    Args:
+        weights: as of :func:`fingerprint`.
+        activation: likewise.
+        identity: the hash of what the weights were.
+    """
+    key = (activation, *map(id, weights))
+    aliases = [weight.detach() for weight in weights]
+    ends = [weakref.ref(weight, lambda _: _KNOWN.pop(key, None)) for weight in weights]
+    _KNOWN[key] = _state(weights), identity, aliases, ends
+
+
+def _state(weights: Sequence[Tensor]) -> list[int]:
+    return [v for w in weights for v in (w.data_ptr(), w._version)]
 
 
 def _hash(weights: Sequence[Tensor], activation: str | None) -> str:

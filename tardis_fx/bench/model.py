@@ -142,13 +142,18 @@ def compare(
         return _Decoder(model, tokens, context, **options)
 
     contenders = {"Inductor": _Contender(decoder(model, mode=mode), base)}
+    freezing = [False]
     if device == "cpu" and _room(model, device):  # for a frozen graph's copy of the weights
+        freezing.append(True)
         contenders["Inductor, freezing"] = _Contender(decoder(model, mode=mode, freezing=True), base)
     for w, plan in plans.items():
         counted = _counted(model, plan, tokens)
         read = base - sum(site.dense_bytes for site in plan.sites) + counted.per_token
         options = {"backend": "tardis", "options": {"plan": plan, "mode": mode}}
-        contenders[f"tardis, {w}"] = _Contender(decoder(model, **options), read, counted.outlier_rate)
+        for frozen in freezing:
+            decoding = decoder(model, freezing=frozen, **options)
+            name = f"tardis, {w}; freezing" if frozen else f"tardis, {w}"
+            contenders[name] = _Contender(decoding, read, counted.outlier_rate)
     for b in weight_bits:
         try:
             if not _room(model, device):

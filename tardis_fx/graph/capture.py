@@ -58,7 +58,10 @@ class Capture:
         dynamo = torch._dynamo.config.patch(
             recompile_limit=256, accumulated_recompile_limit=1024, fail_on_recompile_limit_hit=True
         )
-        with dynamo, torch.set_grad_enabled(gradients):
+        from torch._inductor import config as inductor_config  # takes its time
+
+        inductor = inductor_config.patch(freezing=False)  # Dynamo asks it whether weights are inputs
+        with dynamo, inductor, torch.set_grad_enabled(gradients):
             return self._call(self._model, args, kwargs)
 
     def _check_devices(self, tensors: list[Tensor]) -> None:

@@ -43,6 +43,8 @@ def checked(site: Site) -> Site:
         if strangers := [user for user in node.users if user not in own]:
             return site.refused(f"its intermediate value {node.name} is also used by {strangers[0].name}")
     for node in site.parameters:
+        if node.op == "get_attr":
+            return site.refused("its weights are part of the graph (freezing): that takes a plan")
         if not is_parameter(node):
             return site.refused(f"{node.name} is not a parameter of a module, or is computed in the graph")
         if _written(node):

@@ -99,6 +99,11 @@ class Site:
         return self if self.reason else replace(self, reason=reason)
 
 
+def is_released(weight: Tensor) -> bool:
+    """Whether a weight is one value in many places, as :func:`tardis_fx.release` leaves it."""
+    return weight.numel() > 1 and not any(weight.stride())
+
+
 @dataclass(frozen=True)
 class SiteWeights:
     """The weights of a site, each matrix as [out, in] whatever way it is stored.

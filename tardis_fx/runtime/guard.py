@@ -183,6 +183,29 @@ class GuardedGraph:
         )
 
 
+class FrozenGraph:
+    """A compiled graph with its weights inside, as Inductor's freezing leaves it."""
+
+    def __init__(self, compiled: Callable[..., Any], weights: Sequence[Tensor]) -> None:
+        """Notes the weights' versions.
+
+        Args:
+            compiled: the graph.
+            weights: that it was made from.
+        """
+        self._compiled, self._weights, self._made_from = compiled, tuple(weights), _versions(weights)
+
+    def __call__(self, *inputs: Any) -> Any:
+        """Runs the graph.
+
+        Raises:
+            StaleWeightError: a weight was changed in place.
+        """
+        if _versions(self._weights) != self._made_from:
+            raise StaleWeightError("a weight changed, and freezing holds copies: call torch.compiler.reset() first")
+        return self._compiled(*inputs)
+
+
 def _versions(weights: Sequence[Tensor]) -> tuple[int, ...]:
     try:
         return tuple(map(_version, weights))

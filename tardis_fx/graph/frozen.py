@@ -1,0 +1,76 @@
+"""Weights inside the graph: under Inductor's freezing Dynamo makes no inputs of them.
+
+The rewrite knows weights as inputs. So they are lifted before it, and what it has added is put into the graph with them
+afterwards, where Inductor packs all of it. That no weight will change is what freezing takes for granted: there is
+nothing left to guard.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, fx
+
+from tardis_fx.graph.surgery import copy
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+def lift(gm: fx.GraphModule) -> tuple[fx.GraphModule, list[Tensor]]:
+    """Makes inputs of a graph's tensors, behind the inputs that there are.
+
+    Args:
+        gm: a Dynamo graph module.
+
+    Returns:
+        A copy, and the tensors; the graph itself and no tensors where it holds none.
+    """
+    if not _held(gm):
+        return gm, []
+    gm = copy(gm)
+    sources = getattr(gm, "_param_name_to_source", {})
+    last = next(reversed(gm.graph.find_nodes(op="placeholder")))
+    values = []
+    for node, value in _held(gm):
+        with gm.graph.inserting_after(last):
+            last = gm.graph.placeholder(node.name)
+        last.meta = node.meta | {"tensor_dict": {"_dynamo_static_input_type": "unguarded"}}
+        last._dynamo_source = sources.get(node.target)  # type: ignore[attr-defined]
+        node.replace_all_uses_with(last)
+        gm.graph.erase_node(node)
+        values.append(value)
+    gm.recompile()
+    return gm, values
+
+
+def freeze(gm: fx.GraphModule, values: Sequence[Tensor]) -> None:
+    """Puts tensors into a graph, in place of its last inputs.
+
+    Args:
+        gm: the graph, changed in place.
+        values: of its last inputs.
+    """
+    for i, (node, value) in enumerate(zip(gm.graph.find_nodes(op="placeholder")[-len(values) :], values, strict=True)):
+        name = f"frozen_{i}"
+        gm.register_buffer(name, value)
+        with gm.graph.inserting_before(node):
+            held = gm.graph.get_attr(name)
+        held.meta = node.meta
+        node.replace_all_uses_with(held)
+        gm.graph.erase_node(node)
+    if hasattr(gm, "_param_name_to_source"):  # AOTAutograd would look the new ones up there
+        del gm._param_name_to_source
+    gm.recompile()
+
+
+def _held(gm: fx.GraphModule) -> list[tuple[fx.Node, Tensor]]:
+    """The graph's own tensors and the nodes that read them."""
+    found: list[tuple[fx.Node, Tensor]] = []
+    for node in gm.graph.find_nodes(op="get_attr"):
+        value: Any = gm
+        for part in str(node.target).split("."):
+            value = getattr(value, part)
+        if isinstance(value, Tensor):
+            found.append((node, value))
+    return found

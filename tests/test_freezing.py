@@ -1,0 +1,72 @@
+"""Inductor's freezing, which leaves the weights in the graph."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from builders.ffns import config, ffn, inputs
+from torch import nn
+from torch._inductor import config as inductor_config
+
+import tardis_fx
+from tardis_fx import Plan
+from tardis_fx.errors import StaleWeightError
+
+
+@pytest.fixture(autouse=True)
+def freezing() -> Iterator[None]:
+    with torch.no_grad(), inductor_config.patch(freezing=True):
+        yield
+
+
+def _model(dtype: torch.dtype) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(16, 16), ffn(16, 64), nn.Linear(16, 16)).to(dtype).eval().requires_grad_(False)
+
+
+def _plan(model: nn.Module, dtype: torch.dtype) -> Plan:
+    return tardis_fx.calibrate(model, [inputs(256, 16).to(dtype)], config=config(budget=0.6, prefill="rewritten"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_frozen_model_gives_what_the_rewritten_one_gives(dtype: torch.dtype) -> None:
+    model = _model(dtype)
+    plan, x = _plan(model, dtype), inputs(4, 16, seed=1).to(dtype)
+    options: dict[str, Any] = {"plan": plan, "strict": True}
+    frozen = torch.compile(model, backend="tardis", options=options)(x)
+    torch.compiler.reset()
+    with inductor_config.patch(freezing=False):
+        free = torch.compile(model, backend="tardis", options=options)(x)
+    torch.testing.assert_close(frozen, free)
+    assert not torch.equal(frozen, model(x))  # or nothing was folded
+
+
+def test_a_weight_written_to_is_refused() -> None:
+    model = _model(torch.float32)
+    x = inputs(4, 16)
+    fast = torch.compile(model, backend="tardis", options={"plan": _plan(model, torch.float32)})
+    fast(x)
+    model[1][0].weight.mul_(1.5)  # type: ignore[index,operator,union-attr]
+    with pytest.raises(StaleWeightError, match="freezing holds copies"):
+        fast(x)
+
+
+def test_another_instance_is_compiled_anew() -> None:
+    model, other = _model(torch.float32), _model(torch.float32)
+    other[1][0].weight.mul_(1.5)  # type: ignore[index,operator,union-attr]
+    x = inputs(4, 16)
+
+    def call(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return model(x)  # type: ignore[no-any-return]
+
+    options: dict[str, Any] = {"plan": _plan(model, torch.float32), "on_change": "original"}
+    fast = torch.compile(call, backend="tardis", options=options)
+    fast(model, x)
+    torch.testing.assert_close(fast(other, x), other(x))
+
+
+def test_without_a_plan_the_original_runs_and_the_log_says_why(caplog: pytest.LogCaptureFixture) -> None:
+    model, x = _model(torch.float32), inputs(4, 16)
+    torch.testing.assert_close(torch.compile(model, backend="tardis")(x), model(x))
+    assert "its weights are part of the graph (freezing)" in caplog.text

@@ -1,0 +1,118 @@
+"""Weights that a rewritten model does not read can go, or be mapped from files; nothing else reads what is gone."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from builders.ffns import config, ffn, inputs
+from torch import nn
+
+import tardis_fx
+from tardis_fx import Plan
+from tardis_fx.errors import PlanMismatchError
+
+D, HIDDEN = 16, 64
+
+
+def _planned(model: nn.Module, **changes: Any) -> Plan:
+    settings = {"budget": 0.6, "prefill": "rewritten", "fold_bits": 8, "row_bits": 8} | changes
+    return tardis_fx.calibrate(model, [inputs(512, D)], config=config(**settings))
+
+
+def _fast(model: nn.Module, plan: Plan, **options: Any) -> Any:
+    return torch.compile(model, backend="tardis", options={"plan": plan, "inner": "eager", "strict": True} | options)
+
+
+@torch.no_grad()
+def test_a_model_without_its_matrices_gives_what_it_gave_and_holds_a_number_in_their_place() -> None:
+    model, x = ffn(D, HIDDEN), inputs(32, D, seed=1)
+    plan = _planned(model)
+    before = _fast(model, plan)(x)
+    matrices = [p for p in model.parameters() if p.dim() == 2]
+    assert tardis_fx.release(model, plan, x) == 4 * 2 * D * HIDDEN
+    assert all(p.untyped_storage().nbytes() == 4 for p in matrices)
+    torch.compiler.reset()
+    assert torch.equal(_fast(model, plan)(x), before)
+    assert model(x).isnan().all()
+    assert tardis_fx.release(model, plan, x) == 0
+
+
+@torch.no_grad()
+def test_a_model_that_was_compiled_before_goes_on() -> None:
+    model, x = ffn(D, HIDDEN), inputs(32, D, seed=1)
+    plan = _planned(model)
+    fast = _fast(model, plan)
+    before = fast(x)
+    tardis_fx.release(model, plan, x)
+    assert torch.equal(fast(x), before)
+
+
+@torch.no_grad()
+def test_what_is_stored_falls_by_what_was_released() -> None:
+    model, x = ffn(D, HIDDEN), inputs(32, D)
+    plan = _planned(model)
+    stored = tardis_fx.explain(model, plan, x).sites[0].stored_bytes
+    freed = tardis_fx.release(model, plan, x)
+    assert tardis_fx.explain(model, plan, x).sites[0].stored_bytes == stored - freed
+
+
+@torch.no_grad()
+def test_a_released_ffn_never_runs_as_it_was() -> None:
+    model, x = ffn(D, HIDDEN), inputs(32, D)
+    plan = _planned(model)
+    tardis_fx.release(model, plan, x)
+    with pytest.raises(PlanMismatchError, match="released: compile with prefill='rewritten'"):
+        _fast(model, plan, prefill="original")(x)
+    model[0].bias.add_(1)  # type: ignore[index,operator,union-attr]
+    torch.compiler.reset()
+    with pytest.raises(tardis_fx.TardisError):
+        _fast(model, plan)(x)
+
+
+@torch.no_grad()
+def test_rows_of_the_original_weights_keep_them(caplog: pytest.LogCaptureFixture) -> None:
+    model, x = ffn(D, HIDDEN), inputs(32, D)
+    plan = _planned(model, row_bits=16)
+    with caplog.at_level(logging.WARNING, "tardis_fx"):
+        assert tardis_fx.release(model, plan, x) == 0
+    assert "keeps its weights" in caplog.text
+    assert not model(x).isnan().any()
+
+
+@torch.no_grad()
+def test_a_matrix_that_something_else_reads_stays() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.ffn, self.head = ffn(D, HIDDEN), nn.Linear(D, HIDDEN)
+            self.head.weight = self.ffn[0].weight
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(self.ffn(x))  # type: ignore[no-any-return]
+
+    model, x = Tied().eval().requires_grad_(False), inputs(32, D)
+    plan = _planned(model)
+    assert tardis_fx.release(model, plan, x) == 4 * D * HIDDEN
+    assert not model.head.weight.isnan().any()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_mapped_weights_are_the_same_weights(tmp_path: Path, dtype: torch.dtype) -> None:
+    model, x = ffn(D, HIDDEN).to(dtype), inputs(32, D).to(dtype)
+    plan = tardis_fx.calibrate(model, [inputs(512, D).to(dtype)], config=config(budget=0.6))
+    before = model(x)
+    assert tardis_fx.release(model, plan, x, folder=tmp_path) == dtype.itemsize * 2 * D * HIDDEN
+    assert sum(file.stat().st_size for file in tmp_path.iterdir()) == dtype.itemsize * 2 * D * HIDDEN
+    assert torch.equal(model(x), before)
+    assert torch.equal(_fast(model, plan, prefill="original")(x), before)
+    assert (_fast(model, plan, prefill="rewritten")(x) - before).norm() < 0.3 * before.norm()
+
+
+def test_a_plan_of_another_model_releases_nothing() -> None:
+    plan = _planned(ffn(D, HIDDEN, seed=3))
+    model = ffn(D, HIDDEN)
+    with pytest.raises(PlanMismatchError, match="nothing to release"):
+        tardis_fx.release(model, plan, inputs(4, D))
