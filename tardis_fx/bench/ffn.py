@@ -14,6 +14,7 @@ from tardis_fx.bench.machine import last_level_cache, wait
 from tardis_fx.bench.plans import random_plans
 from tardis_fx.bench.table import Row, in_turn
 from tardis_fx.calibration.ranges import Costs
+from tardis_fx.config import Config
 from tardis_fx.graph.capture import own_code
 from tardis_fx.passes.pipeline import decode_tokens
 from tardis_fx.runtime import reference
@@ -59,7 +60,7 @@ def copies_for(d: int, size: int, bits: int, rate: float, cache: int) -> int:
         rate: of outliers.
         cache: bytes.
     """
-    costs = Costs.of(d, d, bits, size, bias=True)
+    costs = Costs.of(d, d, bits, size, group_size=Config().group_size, bias=True)
     return max(2, math.ceil(COLD * cache / (costs.fold + 4 * d * (costs.predictor + rate * costs.row))))
 
 
@@ -186,6 +187,6 @@ def _reads(entry: SitePlan, x: Tensor) -> tuple[float, float]:
     outlier = reference.outliers(
         x.float(), counts, t["codes"], t["scale"], t["zero"], t["lower"], t["upper"], bits
     )  # fmt: skip
-    costs = Costs.of(d, d_out, bits, x.element_size(), bias=True)
+    costs = Costs.of(d, d_out, bits, x.element_size(), group_size=entry.settings["group_size"], bias=True)
     read = costs.fold + costs.predictor * len(t["lower"]) + costs.row * int(outlier.any(0).sum())
     return read, float(outlier.float().mean())

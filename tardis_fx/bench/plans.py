@@ -11,14 +11,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from tardis_fx.calibration.observe import BatchObservation
-from tardis_fx.calibration.predictor import Quantised, quantise
+from tardis_fx.calibration.predictor import quantise
 from tardis_fx.calibration.ranges import Costs
 from tardis_fx.config import Config
 from tardis_fx.errors import BenchError
 from tardis_fx.graph.activations import ACTIVATIONS
 from tardis_fx.passes.partial_linear import PartialLinear
 from tardis_fx.plan import Plan, SitePlan
-from tardis_fx.runtime.packing import GROUP, group_count
 from tardis_fx.runtime.reference import estimate
 
 if TYPE_CHECKING:
@@ -80,18 +79,26 @@ def random_plans(model: nn.Module, batch: Tensor, bits: Sequence[int], rate: flo
 def _site_plan(site: ObservedSite, x: Tensor, bits: int, rate: float) -> SitePlan:
     weights = site.weights
     hidden, d = weights.w1.shape
-    parts = [_guard(weights, rows, x, bits, rate, str(site.site.activation)) for rows in _rows(hidden)]
+    group_size = Config().group_size
+    parts = [_guard(weights, rows, x, bits, group_size, rate, str(site.site.activation)) for rows in _rows(hidden)]
     tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     tensors["neurons"] = torch.arange(hidden, dtype=torch.int32, device=x.device)
     tensors |= _fold(weights, tensors["slope"], tensors["intercept"])
-    costs = Costs.of(d, weights.w2.shape[0], bits, weights.w1.element_size(), 16, 16, bias=weights.b1 is not None)
+    size, bias = weights.w1.element_size(), weights.b1 is not None
+    costs = Costs.of(d, weights.w2.shape[0], bits, size, group_size=group_size, bias=bias)
     return SitePlan.of(
         site.site,
         site.parameters,
         method=PartialLinear.name,
         touched_bytes=costs.fold + (costs.predictor + costs.row * rate) * hidden,
         outlier_rate=rate,
-        settings={"bits": bits, "fold_bits": 16, "row_bits": 16, "activation": site.site.activation},
+        settings={
+            "bits": bits,
+            "fold_bits": 16,
+            "row_bits": 16,
+            "group_size": group_size,
+            "activation": site.site.activation,
+        },
         tensors=tensors,
     )
 
@@ -100,11 +107,13 @@ def _rows(hidden: int) -> list[slice]:
     return [slice(start, min(start + _CHUNK, hidden)) for start in range(0, hidden, _CHUNK)]
 
 
-def _guard(weights: SiteWeights, rows: slice, x: Tensor, bits: int, rate: float, activation: str) -> dict[str, Tensor]:
+def _guard(
+    weights: SiteWeights, rows: slice, x: Tensor, bits: int, group_size: int, rate: float, activation: str
+) -> dict[str, Tensor]:
     """Predictor, hot ranges and surrogates of some neurons."""
     w1 = weights.w1[rows].float().contiguous()
     b1 = 0 if weights.b1 is None else weights.b1[rows].float()
-    rounded = _rounded(w1, bits)
+    rounded = quantise(w1, None, bits, group_size)
     z_hat = estimate(x, rounded.codes, rounded.scale, rounded.zero, bits)
     ordered = z_hat.sort(0).values
     cut = max(1, round(rate / 2 * len(x)))  # so many tokens fall on each side
@@ -124,17 +133,6 @@ def _guard(weights: SiteWeights, rows: slice, x: Tensor, bits: int, rate: float,
         "slope": slope,
         "intercept": mean_a - slope * mean_z,
     }
-
-
-def _rounded(w1: Tensor, bits: int) -> Quantised:
-    """W1 rounded to a few bits: GPTQ where inputs are uncorrelated, so that groups do not depend on each other."""
-    rows, d = w1.shape
-    padded = w1.new_zeros(rows, group_count(d) * GROUP)
-    padded[:, :d] = w1
-    whole = quantise(padded.view(-1, GROUP), torch.eye(GROUP, device=w1.device), bits)
-    return Quantised(
-        whole.codes.view(rows, -1).contiguous(), whole.scale.view(rows, -1), whole.zero.view(rows, -1), bits, d
-    )
 
 
 def _fold(weights: SiteWeights, slope: Tensor, intercept: Tensor) -> dict[str, Tensor]:

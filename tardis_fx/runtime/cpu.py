@@ -25,7 +25,7 @@ from torch import Tensor
 
 from tardis_fx.graph.activations import ACTIVATIONS
 from tardis_fx.runtime import reference
-from tardis_fx.runtime.packing import low_bits
+from tardis_fx.runtime.packing import groups_of_row, low_bits
 
 logger = logging.getLogger("tardis_fx")
 
@@ -37,7 +37,7 @@ _SOURCE = Path(__file__).with_name("cpu_kernel.cpp")
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC")
 _ACTIVATIONS = {name: number for number, name in enumerate(ACTIVATIONS)}
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_CALL = struct.Struct("28q")  # of the kernel: sixteen pointers and twelve integers
+_CALL = struct.Struct("30q")  # of the kernel: sixteen pointers and fourteen integers
 
 
 def correct(
@@ -116,6 +116,8 @@ def correct(
         tokens,
         x.shape[-1],
         folded.shape[-1],
+        scale.shape[1],
+        0 if row_bits == 16 else groups_of_row(w2t.shape[1], row_bits, folded.shape[-1]),
         w1.stride(0),
         w2t.stride(0),
         bits,
