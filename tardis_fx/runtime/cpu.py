@@ -65,31 +65,7 @@ def correct(
 
     The kernel takes up to ``DECODE_TOKENS`` tokens of float32, bfloat16 or float16; the reference does the rest. Sums
     are taken in float32 and rounded once. Rows of ``w1`` and ``w2t`` should be contiguous: others are copied, whole, at
-    every call. Gradients do not flow through it.
-
-    Args:
-        folded: [..., d_out], ``x C + B``; or [d_out], B, where ``fold`` is given.
-        x: [..., d].
-        w1: [h, d], or [h, row bytes], uint8.
-        b1: [h] or None.
-        w2t: [h, d_out], or [h, row bytes], uint8.
-        counts: [2], int64: listed, guarded.
-        neurons: [capacity], int32.
-        codes: [capacity, packed bytes], uint8.
-        scale: [capacity, groups], float16.
-        zero: [capacity, groups], uint8.
-        lower: [capacity], float32.
-        upper: [capacity], float32.
-        slope: [capacity], float32.
-        intercept: [capacity], float32.
-        bits: bits of a code.
-        activation: name in the registry.
-        fold: [d_out, row bytes], uint8, or None.
-        fold_bits: bits of a code of ``fold``.
-        row_bits: bits a weight of the rows; 16 where they are no codes.
-
-    Returns:
-        [..., d_out], of the dtype of ``folded``.
+    every call. Gradients do not flow through it. Arguments and result are those of the reference.
     """
     plan = (counts, neurons, codes, scale, zero, lower, upper, slope, intercept)
     dtype, tokens = x.dtype, x.shape[:-1].numel()
