@@ -28,7 +28,7 @@ class Gptq(Rtn):
 
     def grams(
         self, observation: Observation, sites: Sequence[ObservedSite], config: Config
-    ) -> list[tuple[Tensor, Tensor]]:
+    ) -> list[tuple[Tensor | None, Tensor | None]]:
         """Measured."""
         found = measured(observation, Grams, sites, config)
         return [(found[s.fingerprint].up.gram, found[s.fingerprint].down.gram) for s in sites]

@@ -140,16 +140,17 @@ class PartialLinear(Rewrite):
         return plan
 
     def _drafts(self, observation: Observation, sites: Sequence[ObservedSite], config: Config) -> list[Draft]:
-        key = f"partial_linear drafts, {config.predictor_bits} bits"
+        quantisation = config.predictor_bits, config.group_size, config.rounding
+        key = f"partial_linear drafts, {quantisation}"
         if key not in observation.memo:
             moments = observation.run(lambda s: Moments(s.weights.w1.shape[1]), sites, "input moments")
             bar = tqdm(sites, desc="predictors", unit="site", disable=not config.progress, leave=False)
-            observation.memo[key] = [Draft(s, moments[s.fingerprint], config.predictor_bits) for s in bar]
+            observation.memo[key] = [Draft(s, moments[s.fingerprint], *quantisation) for s in bar]
         drafts: list[Draft] = observation.memo[key]
         return drafts
 
     def _histograms(self, observation: Observation, drafts: Sequence[Draft], config: Config) -> dict[str, Histogram]:
-        key = f"partial_linear histograms, {config.predictor_bits} bits"
+        key = f"partial_linear histograms, {config.predictor_bits, config.group_size, config.rounding}"
         if key not in observation.memo:
             by_site = {draft.site.fingerprint: draft for draft in drafts}
             sites = [draft.site for draft in drafts]
@@ -191,6 +192,7 @@ class PartialLinear(Rewrite):
                 "bits": draft.bits,
                 "fold_bits": draft.fold_bits,
                 "row_bits": draft.row_bits,
+                "group_size": draft.group_size,
                 "activation": site.site.activation,
             },
             tensors=tensors,

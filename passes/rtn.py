@@ -1,7 +1,8 @@
 """Weight-only quantisation of both matrices by rounding to nearest.
 
-1. Asymmetric codes in groups of 64 columns, each group's range clipped to where its squared error is least.
-2. The budget picks the widest of 2, 3, 4 and 8 bits that fits; scales and zero points are counted.
+1. Asymmetric codes in groups of 64 or 128 columns, each group's range clipped to where its squared error is least.
+2. The budget picks the widest of 2, 3, 4 and 8 bits that fits, and groups of 64 where these fit, too; scales and zero
+   points are counted.
 3. ``forward`` makes dense matrices of the codes at every call: a quality baseline, no speed-up on CPU. Rounding to
    nearest is what torchao's weight-only quantisation does, whose kernels run 4 and 8 bits at speed.
 """
@@ -17,7 +18,7 @@ from tardis_fx.calibration.predictor import Quantised, quantise
 from tardis_fx.graph.activations import ACTIVATIONS
 from tardis_fx.passes.static import Choice, StaticRewrite, bias_bytes, biases
 from tardis_fx.runtime import ops  # noqa: F401 - registers torch.ops.tardis
-from tardis_fx.runtime.packing import row_bytes
+from tardis_fx.runtime.packing import GROUP_SIZES, row_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -29,8 +30,8 @@ if TYPE_CHECKING:
     from tardis_fx.graph.site import SiteWeights
     from tardis_fx.plan import SitePlan
 
-#: Bits a weight that are tried.
-WIDTHS = (2, 3, 4, 8)
+#: Bits a weight and columns of a group that are tried, by rising bytes.
+WIDTHS = tuple((bits, group_size) for bits in (2, 3, 4, 8) for group_size in sorted(GROUP_SIZES, reverse=True))
 
 
 class Rtn(StaticRewrite):
@@ -40,29 +41,27 @@ class Rtn(StaticRewrite):
 
     def floor(self, weights: SiteWeights) -> int:
         """Both matrices in the fewest bits."""
-        return _bytes(weights, min(WIDTHS))
+        return _bytes(weights, *WIDTHS[0])
 
     def choose(self, observation: Observation, sites: Sequence[ObservedSite], config: Config) -> list[Choice]:
         """Quantises every site."""
         found = []
         for site, grams in zip(sites, self.grams(observation, sites, config), strict=True):
             weights = site.weights
-            bits = max(width for width in WIDTHS if _bytes(weights, width) <= config.budget * weights.bytes)
+            bits, group_size = [w for w in WIDTHS if _bytes(weights, *w) <= config.budget * weights.bytes][-1]
             tensors: dict[str, Tensor] = {}
             for name, weight, gram in (("w1", weights.w1, grams[0]), ("w2", weights.w2, grams[1])):
-                tensors |= _tensors(name, quantise(weight.float().cpu(), gram, bits))
-            found.append(
-                Choice(
-                    _bytes(weights, bits), tensors, {"bits": bits, "d": weights.w1.shape[1], "hidden": len(weights.w1)}
-                )
-            )
+                tensors |= _tensors(name, quantise(weight.float().cpu(), gram, bits, group_size))
+            shape = {"d": weights.w1.shape[1], "hidden": len(weights.w1)}
+            settings = {"bits": bits, "group_size": group_size, **shape}
+            found.append(Choice(_bytes(weights, bits, group_size), tensors, settings))
         return found
 
     def grams(
         self, observation: Observation, sites: Sequence[ObservedSite], config: Config
-    ) -> list[tuple[Tensor, Tensor]]:
-        """Of each site, the Gram matrices that W1 and W2 are quantised by: identities, which round to nearest."""
-        return [(torch.eye(s.weights.w1.shape[1]), torch.eye(len(s.weights.w1))) for s in sites]
+    ) -> list[tuple[Tensor | None, Tensor | None]]:
+        """Of each site, the Gram matrices that W1 and W2 are quantised by: none, to round to nearest."""
+        return [(None, None) for _ in sites]
 
     def constants(self, plan: SitePlan, weights: SiteWeights) -> dict[str, Tensor]:
         """Codes, scales and zero points of both matrices, and the biases."""
@@ -89,6 +88,6 @@ def _tensors(name: str, quantised: Quantised) -> dict[str, Tensor]:
     return {f"{name}_{part}": getattr(quantised, part) for part in _PARTS}
 
 
-def _bytes(weights: SiteWeights, bits: int) -> int:
+def _bytes(weights: SiteWeights, bits: int, group_size: int) -> int:
     (h, d), d_out = weights.w1.shape, len(weights.w2)
-    return h * row_bytes(d, bits) + d_out * row_bytes(h, bits) + bias_bytes(weights)
+    return h * row_bytes(d, bits, group_size) + d_out * row_bytes(h, bits, group_size) + bias_bytes(weights)

@@ -7,8 +7,10 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from tardis_fx.errors import ConfigError
+from tardis_fx.runtime.packing import GROUP_SIZES
 
 Prefill = Literal["original", "rewritten"]
+Rounding = Literal["gptq", "nearest"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +31,10 @@ class Config:
         fold_bits: 3, 4 or 8 bits a weight in the folded matrix, 16 for the model's own dtype; None chooses
             site by site, for the least error of all sites (``paper``: 16).
         row_bits: 3, 4 or 8 bits a weight in the rows that corrections read, 16 for the original weights; None likewise.
+        group_size: 64 or 128 columns share a scale and a zero point in predictor, folded matrix and rows; ``rtn`` and
+            ``gptq`` take 64 where these fit the budget.
+        rounding: of these to codes: ``"gptq"``, by the calibration inputs, or ``"nearest"``, for comparison (rows of W2
+            always are to nearest).
         sequential: fit the sites in order, each on the inputs that the rewritten sites before it give.
         progress: show progress bars.
 
@@ -44,6 +50,8 @@ class Config:
     predictor_bits: int = 2
     fold_bits: int | None = None
     row_bits: int | None = None
+    group_size: int = 128
+    rounding: Rounding = "gptq"
     sequential: bool = False
     progress: bool = True
 
@@ -67,6 +75,8 @@ class Config:
         _one_of("predictor_bits", self.predictor_bits, tuple(range(1, 9)))
         _one_of("fold_bits", self.fold_bits, (3, 4, 8, 16, None))
         _one_of("row_bits", self.row_bits, (3, 4, 8, 16, None))
+        _one_of("group_size", self.group_size, GROUP_SIZES)
+        _one_of("rounding", self.rounding, ("gptq", "nearest"))
         for name in ("sequential", "progress"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be True or False, not {getattr(self, name)!r}")

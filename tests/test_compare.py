@@ -143,7 +143,7 @@ def test_torchao_quantises_the_matrices_of_the_ffns_and_nothing_else(monkeypatch
     tiny = subject(gpt2(width=64).bfloat16())
     contender = Torchao("torchao", 4).prepare(Trial(tiny, 1))
     assert [(layer.in_features, layer.out_features) for layer in seen] == [(64, 256), (256, 64)] * 2
-    codes, dense = 256 * row_bytes(64, 4) + 64 * row_bytes(256, 4), 2 * 2 * 64 * 256
+    codes, dense = 256 * row_bytes(64, 4, 64) + 64 * row_bytes(256, 4, 64), 2 * 2 * 64 * 256
     biases = 2 * (256 + 64)
     assert contender.touched == pytest.approx((codes + biases) / (dense + biases))
     assert tiny.evaluate(contender.every_token())["agreement"] > 0.99

@@ -131,7 +131,7 @@ def test_a_healed_plan_reads_no_more_bytes(case: Case) -> None:
 def test_the_outlier_rate_and_the_bytes_tell_the_same(case: Case) -> None:
     for old, new in zip(case.plan.sites, case.better.sites, strict=True):
         bits = old.settings["row_bits"]
-        row = 4 + 12 + (2 * 16 * 4 if bits == 16 else row_bytes(16, low_bits(2, bits)) + row_bytes(16, bits))
+        row = 4 + 12 + (2 * 16 * 4 if bits == 16 else row_bytes(16, low_bits(2, bits), 64) + row_bytes(16, bits, 64))
         assert new.touched_bytes - old.touched_bytes == pytest.approx(row * 64 * (new.outlier_rate - old.outlier_rate))
 
 

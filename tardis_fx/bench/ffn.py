@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from tardis_fx.bench.machine import last_level_cache, wait
 from tardis_fx.bench.plans import Widths, random_plans
 from tardis_fx.bench.table import Row, in_turn
-from tardis_fx.calibration.ranges import Costs
 from tardis_fx.graph.capture import own_code
 from tardis_fx.passes.pipeline import decode_tokens
 from tardis_fx.runtime import reference
@@ -59,7 +58,7 @@ def copies_for(d: int, size: int, widths: Widths, rate: float, cache: int) -> in
         rate: of outliers.
         cache: bytes.
     """
-    costs = Costs.of(d, d, widths.predictor, size, widths.fold, widths.rows, bias=True)
+    costs = widths.costs(d, d, size, bias=True)
     return max(2, math.ceil(COLD * cache / (costs.fold + 4 * d * (costs.predictor + rate * costs.row))))
 
 
@@ -182,6 +181,6 @@ def _reads(entry: SitePlan, widths: Widths, x: Tensor) -> tuple[float, float]:
     outlier = reference.outliers(
         x.float(), counts, t["codes"], t["scale"], t["zero"], t["lower"], t["upper"], bits
     )  # fmt: skip
-    costs = Costs.of(x.shape[-1], d_out, bits, x.element_size(), widths.fold, widths.rows, bias=True)
+    costs = widths.costs(x.shape[-1], d_out, x.element_size(), bias=True)
     read = costs.fold + costs.predictor * len(t["lower"]) + costs.row * int(outlier.any(0).sum())
     return read, float(outlier.float().mean())

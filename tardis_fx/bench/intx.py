@@ -9,7 +9,7 @@ import torch
 
 from tardis_fx.bench.weight_only import linear
 from tardis_fx.errors import BenchError, CalibrationError
-from tardis_fx.runtime.packing import GROUP, row_bytes
+from tardis_fx.runtime.packing import row_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from torch import nn
 
     from tardis_fx.calibration.observe import ObservedSite
+
+#: Columns that share a scale and a zero point.
+GROUP = 64
 
 
 def quantiser(bits: int) -> Callable[[nn.Module], None]:
@@ -62,7 +65,7 @@ def quantised(model: nn.Module, sites: Sequence[ObservedSite], bits: int) -> tup
         layer = linear(model.get_submodule(name))
         if layer is None or layer.in_features % GROUP:
             raise CalibrationError(f"torchao cannot quantise {name} in groups of {GROUP}")
-        took += layer.out_features * row_bytes(layer.in_features, bits) - layer.weight.nbytes
+        took += layer.out_features * row_bytes(layer.in_features, bits, GROUP) - layer.weight.nbytes
         quantise(layer)
         model.set_submodule(name, layer)
     if len(names) < len(matrices):

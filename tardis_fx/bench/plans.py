@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from tardis_fx.calibration.observe import BatchObservation
-from tardis_fx.calibration.predictor import Quantised, quantise
+from tardis_fx.calibration.predictor import quantise
 from tardis_fx.calibration.ranges import Costs
 from tardis_fx.config import Config
 from tardis_fx.errors import BenchError
 from tardis_fx.graph.activations import ACTIVATIONS
 from tardis_fx.passes.partial_linear import PartialLinear
 from tardis_fx.plan import Plan, SitePlan
-from tardis_fx.runtime.packing import GROUP, group_count, low_bits
+from tardis_fx.runtime.packing import low_bits
 from tardis_fx.runtime.reference import estimate
 
 if TYPE_CHECKING:
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from tardis_fx.calibration.observe import ObservedSite
     from tardis_fx.graph.site import SiteWeights
 
+#: Columns that share a scale and a zero point.
+GROUP_SIZE = Config().group_size
 #: Neurons made at once: the temporaries of a large site do not fit in memory.
 _CHUNK = 2048
 
@@ -42,6 +44,10 @@ class Widths(NamedTuple):
     predictor: int
     fold: int = 16
     rows: int = 16
+
+    def costs(self, d: int, d_out: int, size: int, *, bias: bool) -> Costs:
+        """Bytes of a site of such a plan; arguments as of :meth:`tardis_fx.calibration.ranges.Costs.of`."""
+        return Costs.of(d, d_out, self.predictor, size, self.fold, self.rows, group_size=GROUP_SIZE, bias=bias)
 
     def __str__(self) -> str:
         """As contenders are named."""
@@ -101,8 +107,7 @@ def _site_plan(site: ObservedSite, x: Tensor, widths: Widths, rate: float) -> Si
     tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     tensors["neurons"] = torch.arange(hidden, dtype=torch.int32, device=x.device)
     tensors |= _fold(weights, tensors["slope"], tensors["intercept"], widths.fold)
-    size, bias = weights.w1.element_size(), weights.b1 is not None
-    costs = Costs.of(d, weights.w2.shape[0], widths.predictor, size, widths.fold, widths.rows, bias=bias)
+    costs = widths.costs(d, weights.w2.shape[0], weights.w1.element_size(), bias=weights.b1 is not None)
     return SitePlan.of(
         site.site,
         site.parameters,
@@ -113,6 +118,7 @@ def _site_plan(site: ObservedSite, x: Tensor, widths: Widths, rate: float) -> Si
             "bits": widths.predictor,
             "fold_bits": widths.fold,
             "row_bits": widths.rows,
+            "group_size": GROUP_SIZE,
             "activation": site.site.activation,
         },
         tensors=tensors,
@@ -130,7 +136,7 @@ def _guard(
     bits = widths.predictor
     w1 = weights.w1[rows].float().contiguous()
     b1 = 0 if weights.b1 is None else weights.b1[rows].float()
-    rounded = _rounded(w1, bits)
+    rounded = quantise(w1, None, bits, GROUP_SIZE)
     z_hat = estimate(x, rounded.codes, rounded.scale, rounded.zero, bits)
     ordered = z_hat.sort(0).values
     cut = max(1, round(rate / 2 * len(x)))  # so many tokens fall on each side
@@ -141,8 +147,8 @@ def _guard(
     count = hot.sum(0)
     stored = {}
     if widths.rows != 16:
-        low = _rounded(w1 - rounded.weight, low_bits(bits, widths.rows))
-        stored = {"w1": low.rows, "w2t": _rounded(weights.w2[:, rows].float().T, widths.rows).rows}
+        low = quantise(w1 - rounded.weight, None, low_bits(bits, widths.rows), GROUP_SIZE)
+        stored = {"w1": low.rows, "w2t": quantise(weights.w2[:, rows].float().T, None, widths.rows, GROUP_SIZE).rows}
     mean_z, mean_a = (hot * z).sum(0) / count, (hot * activated).sum(0) / count
     slope = (hot * (z - mean_z) * (activated - mean_a)).sum(0) / (hot * (z - mean_z).square()).sum(0)
     return stored | {
@@ -156,17 +162,6 @@ def _guard(
     }
 
 
-def _rounded(weight: Tensor, bits: int) -> Quantised:
-    """A matrix rounded to a few bits: GPTQ with uncorrelated inputs, where groups do not depend on each other."""
-    rows, d = weight.shape
-    padded = weight.new_zeros(rows, group_count(d) * GROUP)
-    padded[:, :d] = weight
-    whole = quantise(padded.view(-1, GROUP), torch.eye(GROUP, device=weight.device), bits)
-    return Quantised(
-        whole.codes.view(rows, -1).contiguous(), whole.scale.view(rows, -1), whole.zero.view(rows, -1), bits, d
-    )
-
-
 def _fold(weights: SiteWeights, slope: Tensor, intercept: Tensor, bits: int) -> dict[str, Tensor]:
     """Folded weight and bias, in the model's dtype, or the weight as codes."""
     folded = slope.new_zeros(weights.w2.shape[0], weights.w1.shape[1])
@@ -176,5 +171,5 @@ def _fold(weights: SiteWeights, slope: Tensor, intercept: Tensor, bits: int) -> 
     bias = weights.w2.float() @ shift
     if weights.b2 is not None:
         bias += weights.b2.float()
-    stored = folded.to(weights.w1.dtype) if bits == 16 else _rounded(folded, bits).rows
+    stored = folded.to(weights.w1.dtype) if bits == 16 else quantise(folded, None, bits, GROUP_SIZE).rows
     return {"folded_weight": stored, "folded_bias": bias.to(weights.w1.dtype)}

@@ -19,6 +19,7 @@ from tardis_fx.runtime.reference import rows_of
 
 if TYPE_CHECKING:
     from tardis_fx.calibration.observe import ObservedSite
+    from tardis_fx.config import Rounding
 
 
 @dataclass(eq=False)
@@ -29,6 +30,8 @@ class Draft:
         site: the site.
         moments: of its inputs.
         bits: of the predictor.
+        group_size: columns that share a scale and a zero point, in the predictor, the folded weight and the rows.
+        rounding: of all of them but W2: ``"gptq"``, or ``"nearest"``.
         fold_bits: of the folded weight, 16 for the model's own dtype.
         row_bits: of the rows that corrections read; likewise.
     """
@@ -36,6 +39,8 @@ class Draft:
     site: ObservedSite
     moments: Moments
     bits: int
+    group_size: int
+    rounding: Rounding
     fold_bits: int = 16
     row_bits: int = 16
 
@@ -48,9 +53,9 @@ class Draft:
         self.w1, self.w2 = weights.w1.float().cpu(), weights.w2.float().cpu()
         self.b1, self.b2 = real(weights.b1), real(weights.b2)
         self.activation = ACTIVATIONS[str(self.site.site.activation)]
-        self.predictor: Quantised = quantise(self.w1, self.moments.gram, self.bits)
-        self._low = cache(lambda bits: quantise(self.w1 - self.predictor.weight, self.moments.gram, bits))
-        self._columns = cache(lambda bits: quantise(self.w2.T, torch.eye(len(self.w2)), bits))
+        self.predictor: Quantised = self._quantised(self.w1, self.bits)
+        self._low = cache(lambda bits: self._quantised(self.w1 - self.predictor.weight, bits))
+        self._columns = cache(lambda bits: quantise(self.w2.T, None, bits, self.group_size))
 
     def at(self, fold_bits: int, row_bits: int) -> Draft:
         """The same draft at other widths, nothing settled; what is costly is shared."""
@@ -62,7 +67,16 @@ class Draft:
     def costs(self) -> Costs:
         """Bytes read."""
         (d_out, _), d, size = self.w2.shape, self.w1.shape[1], self.site.weights.w1.element_size()
-        return Costs.of(d, d_out, self.bits, size, self.fold_bits, self.row_bits, bias=self.b1 is not None)
+        return Costs.of(
+            d,
+            d_out,
+            self.bits,
+            size,
+            self.fold_bits,
+            self.row_bits,
+            group_size=self.group_size,
+            bias=self.b1 is not None,
+        )
 
     @property
     def rows(self) -> tuple[Quantised, Quantised] | None:
@@ -134,10 +148,15 @@ class Draft:
         dtype = self.site.weights.w1.dtype
         if self.fold_bits == 16:
             return weight.to(dtype).contiguous(), bias.to(dtype)
-        quantised = quantise(weight, self.moments.gram, self.fold_bits)
+        quantised = self._quantised(weight, self.fold_bits)
         bias = bias + (weight - quantised.weight.double()) @ self.moments.mean
         return quantised.rows, bias.to(dtype)
 
     def opened(self, stored: Tensor) -> Tensor:
         """The folded weight that :meth:`stored` made, [d_out, d], float64."""
         return rows_of(stored, self.fold_bits, self.w1.shape[1], torch.float64)
+
+    def _quantised(self, weight: Tensor, bits: int) -> Quantised:
+        """A matrix that multiplies the site's inputs, [rows, d]."""
+        gram = self.moments.gram if self.rounding == "gptq" else None
+        return quantise(weight, gram, bits, self.group_size)

@@ -1,4 +1,7 @@
-"""Weights in a few bits, by GPTQ: the predictor's, the folded weight's and those of the rows that corrections read."""
+"""Weights in a few bits, by GPTQ or rounded to nearest.
+
+The predictor's, the folded weight's and those of the rows that corrections read.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from tardis_fx.runtime.packing import GROUP, group_count, join, pack
+from tardis_fx.runtime.packing import group_count, join, pack
 from tardis_fx.runtime.reference import dequantise
 
 #: Share of the mean diagonal of the Hessian that is added to it (GPTQ, section 3.3).
@@ -49,32 +52,35 @@ class Quantised:
         return x @ self.weight.T
 
 
-def quantise(weight: Tensor, gram: Tensor, bits: int) -> Quantised:
+def quantise(weight: Tensor, gram: Tensor | None, bits: int, group_size: int) -> Quantised:
     """Quantises a matrix so that its products, not its weights, change least: GPTQ (arXiv 2210.17323, algorithm 1).
 
-    Asymmetric codes in groups of 64 columns; each group's scale is the one of least squared error among ranges
-    clipped to 100% down to 50%, rounded to float16 before the codes are taken.
+    Asymmetric codes; each group's scale is the one of least squared error among ranges clipped to 100% down to 50%,
+    rounded to float16 before the codes are taken.
 
     Args:
         weight: [rows, d].
-        gram: [d, d], sum of x xᵀ over the calibration tokens; the identity rounds to nearest.
+        gram: [d, d], sum of x xᵀ over the calibration tokens; None rounds every weight to the nearest code.
         bits: 1 to 8.
+        group_size: columns that share a scale and a zero point, one of :data:`tardis_fx.runtime.packing.GROUP_SIZES`.
     """
     h, d = weight.shape
     w = weight.float().clone()
-    upper = inverse_factor(gram).float()
+    upper = None if gram is None else inverse_factor(gram).float()
     codes = torch.zeros(h, d, dtype=torch.uint8, device=w.device)
-    scales = torch.zeros(h, group_count(d), dtype=torch.float16, device=w.device)
-    zeros = torch.zeros(h, group_count(d), dtype=torch.uint8, device=w.device)
-    for group, start in enumerate(range(0, d, GROUP)):
-        stop = min(start + GROUP, d)
-        block, errors = w[:, start:stop].clone(), torch.zeros(h, stop - start, device=w.device)
-        scale, zero = _range(block, bits)
+    scales = torch.zeros(h, group_count(d, group_size), dtype=torch.float16, device=w.device)
+    zeros = torch.zeros_like(scales, dtype=torch.uint8)
+    for group, start in enumerate(range(0, d, group_size)):
+        stop = min(start + group_size, d)
+        scale, zero = _range(w[:, start:stop], bits)
         scales[:, group], zeros[:, group] = scale.half(), zero.to(torch.uint8)
+        if upper is None:
+            codes[:, start:stop] = _nearest(w[:, start:stop], scale[:, None], zero[:, None], bits).to(torch.uint8)
+            continue
+        block, errors = w[:, start:stop].clone(), torch.zeros(h, stop - start, device=w.device)
         for i in range(stop - start):
             row = upper[start + i, start + i : stop]
-            code = (block[:, i] / scale + zero).round_().clamp_(0, 2**bits - 1)
-            code = torch.where(scale > 0, code, zero)
+            code = _nearest(block[:, i], scale, zero, bits)
             codes[:, start + i] = code.to(torch.uint8)
             errors[:, i] = (block[:, i] - (code - zero) * scale) / row[0]
             block[:, i:] -= errors[:, i : i + 1] * row
@@ -107,11 +113,14 @@ def _range(block: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     for shrink in torch.linspace(1, 0.5, 11):
         scale = ((high - low) * shrink / levels).half().float()
         zero = torch.where(scale > 0, (-low * shrink / scale).round(), 0).clamp(0, levels)
-        code = torch.where(
-            scale[:, None] > 0, (block / scale[:, None] + zero[:, None]).round().clamp(0, levels), zero[:, None]
-        )
+        code = _nearest(block, scale[:, None], zero[:, None], bits)
         loss = ((code - zero[:, None]) * scale[:, None] - block).square().sum(1)
         better = loss < best
         best = torch.where(better, loss, best)
         best_scale, best_zero = torch.where(better, scale, best_scale), torch.where(better, zero, best_zero)
     return best_scale, best_zero
+
+
+def _nearest(weight: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
+    """The codes of least error, elementwise; where the scale is zero, the one that stands for zero."""
+    return torch.where(scale > 0, (weight / scale + zero).round().clamp(0, 2**bits - 1), zero)

@@ -50,7 +50,16 @@ class Costs:
 
     @classmethod
     def of(
-        cls, d: int, d_out: int, bits: int, size: int, fold_bits: int = 16, row_bits: int = 16, *, bias: bool
+        cls,
+        d: int,
+        d_out: int,
+        bits: int,
+        size: int,
+        fold_bits: int = 16,
+        row_bits: int = 16,
+        *,
+        group_size: int,
+        bias: bool,
     ) -> Costs:
         """Of a site; scales, zero points, bounds, surrogates and indices of neurons counted.
 
@@ -62,14 +71,15 @@ class Costs:
             fold_bits: of the folded weight; 16 is the model's own dtype.
             row_bits: of the rows of W1 and columns of W2 that a correction reads; likewise. Below 16, a row of W1
                 is the predictor's and what the correction reads beside it.
+            group_size: columns that share a scale and a zero point.
             bias: whether the first projection has one.
         """
 
         def row(columns: int, width: int) -> int:
-            return columns * size if width == 16 else row_bytes(columns, width)
+            return columns * size if width == 16 else row_bytes(columns, width, group_size)
 
         nested = row_bits < 16
-        predictor = row_bytes(d, bits) + 8
+        predictor = row_bytes(d, bits, group_size) + 8
         correction = row(d, low_bits(bits, row_bits) if nested else 16) + row(d_out, row_bits) + bias * size + 12
         return cls((row(d, fold_bits) + size) * d_out, predictor, correction, nested)
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F  # noqa: N812
 from tardis_fx.calibration.ranges import Costs
 from tardis_fx.graph.activations import ACTIVATIONS
 from tardis_fx.runtime import reference
-from tardis_fx.runtime.packing import GROUP, join, low_bits, pack, split, unpack
+from tardis_fx.runtime.packing import join, low_bits, pack, split, spread, unpack
 
 if TYPE_CHECKING:
     from tardis_fx.graph.site import SiteWeights
@@ -72,7 +72,16 @@ class TrainableSite(nn.Module):
         """Bytes read."""
         (d_out, _), (_, d), settings = self.weights.w2.shape, self.weights.w1.shape, self.entry.settings
         size, bias = self.weights.w1.element_size(), self.weights.b1 is not None
-        return Costs.of(d, d_out, settings["bits"], size, self._fold_bits, settings["row_bits"], bias=bias)
+        return Costs.of(
+            d,
+            d_out,
+            settings["bits"],
+            size,
+            self._fold_bits,
+            settings["row_bits"],
+            group_size=settings["group_size"],
+            bias=bias,
+        )
 
     @property
     def bounds(self) -> list[nn.Parameter]:
@@ -154,10 +163,10 @@ class TrainableSite(nn.Module):
         if self._fold_bits == 16:
             return stored.to(self._dtype)
         columns = self.weights.w1.shape[1]
-        codes, self._scale, self._zero = split(stored, self._fold_bits)
-        whole = [t.to(self._dtype).repeat_interleave(GROUP, 1)[:, :columns] for t in (self._scale, self._zero)]
-        self._grid = whole[0], whole[1]
-        return (unpack(codes, self._fold_bits, columns).to(self._dtype) - whole[1]) * whole[0]
+        codes, self._scale, self._zero = split(stored, self._fold_bits, columns)
+        scale, zero = (spread(t.to(self._dtype), columns) for t in (self._scale, self._zero))
+        self._grid = scale, zero
+        return (unpack(codes, self._fold_bits, columns).to(self._dtype) - zero) * scale
 
     def _now(self, name: str) -> Tensor:
         return self._base[name] + self._unit[name] * self.get_parameter(name)

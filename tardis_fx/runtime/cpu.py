@@ -25,7 +25,7 @@ from torch import Tensor
 
 from tardis_fx.graph.activations import ACTIVATIONS
 from tardis_fx.runtime import reference
-from tardis_fx.runtime.packing import low_bits
+from tardis_fx.runtime.packing import groups_of_row, low_bits
 
 logger = logging.getLogger("tardis_fx")
 
@@ -37,7 +37,7 @@ _SOURCE = Path(__file__).with_name("cpu_kernel.cpp")
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC")
 _ACTIVATIONS = {name: number for number, name in enumerate(ACTIVATIONS)}
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_CALL = struct.Struct("28q")  # of the kernel: sixteen pointers and twelve integers
+_CALL = struct.Struct("30q")  # of the kernel: sixteen pointers and fourteen integers
 
 
 def correct(
@@ -65,31 +65,7 @@ def correct(
 
     The kernel takes up to ``DECODE_TOKENS`` tokens of float32, bfloat16 or float16; the reference does the rest. Sums
     are taken in float32 and rounded once. Rows of ``w1`` and ``w2t`` should be contiguous: others are copied, whole, at
-    every call. Gradients do not flow through it.
-
-    Args:
-        folded: [..., d_out], ``x C + B``; or [d_out], B, where ``fold`` is given.
-        x: [..., d].
-        w1: [h, d], or [h, row bytes], uint8.
-        b1: [h] or None.
-        w2t: [h, d_out], or [h, row bytes], uint8.
-        counts: [2], int64: listed, guarded.
-        neurons: [capacity], int32.
-        codes: [capacity, packed bytes], uint8.
-        scale: [capacity, groups], float16.
-        zero: [capacity, groups], uint8.
-        lower: [capacity], float32.
-        upper: [capacity], float32.
-        slope: [capacity], float32.
-        intercept: [capacity], float32.
-        bits: bits of a code.
-        activation: name in the registry.
-        fold: [d_out, row bytes], uint8, or None.
-        fold_bits: bits of a code of ``fold``.
-        row_bits: bits a weight of the rows; 16 where they are no codes.
-
-    Returns:
-        [..., d_out], of the dtype of ``folded``.
+    every call. Gradients do not flow through it. Arguments and result are those of the reference.
     """
     plan = (counts, neurons, codes, scale, zero, lower, upper, slope, intercept)
     dtype, tokens = x.dtype, x.shape[:-1].numel()
@@ -116,6 +92,8 @@ def correct(
         tokens,
         x.shape[-1],
         folded.shape[-1],
+        scale.shape[1],
+        0 if row_bits == 16 else groups_of_row(w2t.shape[1], row_bits, folded.shape[-1]),
         w1.stride(0),
         w2t.stride(0),
         bits,

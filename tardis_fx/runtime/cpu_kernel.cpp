@@ -28,7 +28,7 @@
 
 namespace {
 
-constexpr int GROUP = 64;                // columns that share a scale and a zero point
+constexpr int BLOCK = 64;                // columns whose codes lie together; one block, or two, share a scale
 constexpr int64_t SERIAL_BYTES = 32768;  // of packed codes: below, waking other threads costs more than it saves
 
 // ---- Vectors.
@@ -179,7 +179,7 @@ void prefetch(const uint8_t* row, int64_t bytes) {
 
 // ---- The call.
 
-struct Call {  // cpu.py packs it: sixteen pointers and twelve integers
+struct Call {  // cpu.py packs it: sixteen pointers and fourteen integers
   void* out;
   const void *folded, *x, *w1, *b1, *w2t;
   const int64_t* counts;
@@ -189,7 +189,19 @@ struct Call {  // cpu.py packs it: sixteen pointers and twelve integers
   const uint8_t* zero;
   const float *lower, *upper, *slope, *intercept;
   const uint8_t* fold;
-  int64_t tokens, d, d_out, w1_stride, w2t_stride, bits, activation, fold_bits, row_bits, low_bits, dtype, threads;
+  int64_t tokens, d, d_out, d_groups, d_out_groups, w1_stride, w2t_stride, bits, activation, fold_bits, row_bits,
+      low_bits, dtype, threads;
+};
+
+// The blocks of a row of codes, and how many of its scales lie one behind the other.
+struct Row {
+  int64_t blocks, groups;
+  int shift;  // block b has the scale b >> shift
+
+  Row(int64_t columns, int64_t groups)
+      : blocks((columns + BLOCK - 1) / BLOCK), groups(groups), shift(groups < blocks) {}
+  // Of a row that its scales and zero points follow (packing.join).
+  int64_t bytes(int64_t bits) const { return blocks * bits * (BLOCK / 8) + 3 * groups; }
 };
 
 struct Outlier {
@@ -219,44 +231,46 @@ float activate(float z, int64_t activation) {
 // ---- The predictor.
 
 // The tokens, as floats and in fixed point: x = unit * (128 high + low), which errs by less than 2^-13 of the largest
-// |x| of its group. That is far below the error of the codes, and integers take half the time of floats.
+// |x| of its block. That is far below the error of the codes, and integers take half the time of floats.
 struct Inputs {
-  int64_t groups, stride;
-  float* plain;        // [tokens, groups, GROUP], zeros after the last column
-  int8_t *high, *low;  // [tokens, groups, GROUP]
-  float* units;        // [tokens, groups]
-  float* sums;         // [tokens, stride], zeros after the last group
+  Row row;             // of codes to be multiplied with
+  int64_t blocks, stride;
+  float* plain;        // [tokens, blocks, BLOCK], zeros after the last column
+  int8_t *high, *low;  // [tokens, blocks, BLOCK]
+  float* units;        // [tokens, blocks]
+  float* sums;         // [tokens, stride]: of each group, zeros after the last one
 
   template <class W>
-  Inputs(const W* x, int64_t tokens, int64_t d)
-      : groups((d + GROUP - 1) / GROUP),
+  Inputs(const W* x, int64_t tokens, int64_t d, int64_t groups)
+      : row(d, groups),
+        blocks(row.blocks),
         stride((groups + LANES - 1) / LANES * LANES),
-        plain(scratch<float, 0>(tokens * groups * GROUP)),
-        high(scratch<int8_t, 1>(tokens * groups * GROUP)),
-        low(scratch<int8_t, 2>(tokens * groups * GROUP)),
-        units(scratch<float, 3>(tokens * groups)),
+        plain(scratch<float, 0>(tokens * blocks * BLOCK)),
+        high(scratch<int8_t, 1>(tokens * blocks * BLOCK)),
+        low(scratch<int8_t, 2>(tokens * blocks * BLOCK)),
+        units(scratch<float, 3>(tokens * blocks)),
         sums(scratch<float, 4>(tokens * stride)) {
-    std::fill_n(plain, tokens * groups * GROUP, 0.0f);
+    std::fill_n(plain, tokens * blocks * BLOCK, 0.0f);
     std::fill_n(sums, tokens * stride, 0.0f);
     for (int64_t t = 0; t < tokens; ++t)
-      for (int64_t i = 0; i < d; ++i) plain[t * groups * GROUP + i] = to_float(x[t * d + i]);
-    for (int64_t g = 0; g < tokens * groups; ++g) {
-      const float* const group = plain + g * GROUP;
-      int8_t *const highs = high + g * GROUP, *const lows = low + g * GROUP;
+      for (int64_t i = 0; i < d; ++i) plain[t * blocks * BLOCK + i] = to_float(x[t * d + i]);
+    for (int64_t b = 0; b < tokens * blocks; ++b) {
+      const float* const block = plain + b * BLOCK;
+      int8_t *const highs = high + b * BLOCK, *const lows = low + b * BLOCK;
       Floats total = {}, most = {};
-      for (int k = 0; k < GROUP; k += LANES) {
-        const Floats values = load(group + k), sizes = values < 0 ? -values : values;
+      for (int k = 0; k < BLOCK; k += LANES) {
+        const Floats values = load(block + k), sizes = values < 0 ? -values : values;
         total += values;
         most = most < sizes ? sizes : most;
       }
       float largest = 0;
       for (int i = 0; i < LANES; ++i) largest = std::max(largest, most[i]);
-      sums[g / groups * stride + g % groups] = sum(total);
-      units[g] = largest / (63 * 128);
-      const float factor = units[g] >= FLT_MIN ? 1 / units[g] : 0;
+      sums[b / blocks * stride + (b % blocks >> row.shift)] += sum(total);
+      units[b] = largest / (63 * 128);
+      const float factor = units[b] >= FLT_MIN ? 1 / units[b] : 0;
 #pragma omp simd
-      for (int k = 0; k < GROUP; ++k) {
-        const int32_t fixed = int32_t(std::rint(group[k] * factor));
+      for (int k = 0; k < BLOCK; ++k) {
+        const int32_t fixed = int32_t(std::rint(block[k] * factor));
         highs[k] = (fixed + 64) >> 7;
         lows[k] = ((fixed + 64) & 127) - 64;
       }
@@ -264,7 +278,7 @@ struct Inputs {
   }
 };
 
-// The codes of the columns from `part * WIDTH` on of a packed group.
+// The codes of the columns from `part * WIDTH` on of a packed block.
 template <int BITS>
 Bytes codes_of(const uint8_t* packed, int part) {
   Bytes codes = {};
@@ -283,19 +297,20 @@ void estimate(const uint8_t* packed, const float* scale, const float* shift, con
     const float* const sums = x.sums + (first + t) * x.stride;
     for (int64_t g = 0; g < x.stride; g += LANES) total[t] -= load(shift + g) * load(sums + g);
   }
-  for (int64_t g = 0; g < x.groups; ++g, packed += BITS * GROUP / 8) {
+  for (int64_t b = 0; b < x.blocks; ++b, packed += BITS * BLOCK / 8) {
     Ints dots[T] = {};
-    for (int part = 0; part < GROUP / WIDTH; ++part) {
+    for (int part = 0; part < BLOCK / WIDTH; ++part) {
       const Bytes codes = codes_of<BITS>(packed, part);
 #pragma GCC unroll 4
       for (int t = 0; t < T; ++t) {
-        const int64_t at = ((first + t) * x.groups + g) * GROUP + part * WIDTH;
+        const int64_t at = ((first + t) * x.blocks + b) * BLOCK + part * WIDTH;
         dots[t] += dot(dot(Ints{}, codes, x.high + at) << 7, codes, x.low + at);
       }
     }
 #pragma GCC unroll 4
     for (int t = 0; t < T; ++t)
-      total[t] += __builtin_convertvector(dots[t], Floats) * x.units[(first + t) * x.groups + g] * scale[g];
+      total[t] +=
+          __builtin_convertvector(dots[t], Floats) * x.units[(first + t) * x.blocks + b] * scale[b >> x.row.shift];
   }
 #pragma GCC unroll 4
   for (int t = 0; t < T; ++t) z_hat[t] = sum(total[t]);
@@ -305,14 +320,14 @@ void estimate(const uint8_t* packed, const float* scale, const float* shift, con
 // kept, [guarded, tokens].
 template <int BITS>
 Outlier* test(const Call& call, const Inputs& x, int64_t begin, int64_t end, Outlier* list, float* estimates) {
-  const int64_t together = 1 + (GROUP - 1) / x.groups;  // neurons whose scales are converted at once
-  std::vector<float> scales(together * x.groups), shifts(together * x.groups + LANES);
+  const int64_t groups = x.row.groups, together = 1 + 63 / groups;  // neurons whose scales are converted at once
+  std::vector<float> scales(together * groups), shifts(together * groups + LANES);
   for (int64_t row = begin; row < end; ++row) {
-    const int64_t at = (row - begin) % together * x.groups;
+    const int64_t at = (row - begin) % together * groups;
     if (at == 0) {
-      const Half* const scale = call.scale + row * x.groups;
-      const uint8_t* const zero = call.zero + row * x.groups;
-      const int64_t size = std::min(together, end - row) * x.groups;
+      const Half* const scale = call.scale + row * groups;
+      const uint8_t* const zero = call.zero + row * groups;
+      const int64_t size = std::min(together, end - row) * groups;
       int64_t i = 0;
       for (; i + LANES <= size; i += LANES) {
         put(load(scale + i), &scales[i]);
@@ -320,7 +335,7 @@ Outlier* test(const Call& call, const Inputs& x, int64_t begin, int64_t end, Out
       }
       for (; i < size; ++i) shifts[i] = (scales[i] = to_float(scale[i])) * zero[i];
     }
-    const uint8_t* const packed = call.codes + row * x.groups * (BITS * GROUP / 8);
+    const uint8_t* const packed = call.codes + row * x.blocks * (BITS * BLOCK / 8);
     float z_hat[16];
     int64_t t = 0;
     for (; t + 4 <= call.tokens; t += 4) estimate<BITS, 4>(packed, &scales[at], &shifts[at], x, t, z_hat + t);
@@ -338,20 +353,17 @@ constexpr decltype(test<1>)* TESTS[] = {test<1>, test<2>, test<3>, test<4>, test
 
 // ---- Rows of codes, each followed by its scales and zero points (packing.join).
 
-template <int BITS>
-constexpr int64_t ROW_GROUP = BITS * GROUP / 8 + 3;  // bytes a group
-
 // A row's scales and scales times zero points, as floats.
 template <int BITS>
-void open(const uint8_t* row, int64_t groups, float* scales, float* shifts) {
-  const uint8_t *const half = row + groups * (BITS * GROUP / 8), *const zero = half + 2 * groups;
+void open(const uint8_t* codes, const Row& row, float* scales, float* shifts) {
+  const uint8_t *const half = codes + row.blocks * (BITS * BLOCK / 8), *const zero = half + 2 * row.groups;
   int64_t g = 0;
-  for (; g + LANES <= groups; g += LANES) {
+  for (; g + LANES <= row.groups; g += LANES) {
     const Floats scale = load((const Half*)(half + 2 * g));
     put(scale, scales + g);
     put(scale * load(zero + g), shifts + g);
   }
-  for (; g < groups; ++g) shifts[g] = (scales[g] = to_float(read<Half>(half + 2 * g))) * zero[g];
+  for (; g < row.groups; ++g) shifts[g] = (scales[g] = to_float(read<Half>(half + 2 * g))) * zero[g];
 }
 
 // Adds the products of the tokens and the rows of the folded weight from `begin` to `end`.
@@ -360,8 +372,8 @@ void fold(const Call& call, const Inputs& x, int64_t begin, int64_t end, float* 
   float *const scales = scratch<float, 8>(2 * x.stride), *const shifts = scales + x.stride;
   std::fill_n(shifts, x.stride, 0.0f);
   for (int64_t row = begin; row < end; ++row) {
-    const uint8_t* const codes = call.fold + row * x.groups * ROW_GROUP<BITS>;
-    open<BITS>(codes, x.groups, scales, shifts);
+    const uint8_t* const codes = call.fold + row * x.row.bytes(BITS);
+    open<BITS>(codes, x.row, scales, shifts);
     float products[16];
     int64_t t = 0;
     for (; t + 4 <= call.tokens; t += 4) estimate<BITS, 4>(codes, scales, shifts, x, t, products + t);
@@ -381,7 +393,7 @@ template <int BITS>
 void refine(const Call& call, const Inputs& x, uint32_t tokens, const uint8_t* row, float* z) {
   float *const scales = scratch<float, 9>(2 * x.stride), *const shifts = scales + x.stride;
   std::fill_n(shifts, x.stride, 0.0f);
-  open<BITS>(row, x.groups, scales, shifts);
+  open<BITS>(row, x.row, scales, shifts);
   for (int64_t t = 0; t < call.tokens; ++t) {
     if (!(tokens >> t & 1)) continue;
     float low;
@@ -393,20 +405,21 @@ void refine(const Call& call, const Inputs& x, uint32_t tokens, const uint8_t* r
 // Adds a column of W2 times the residuals, [tokens], of an outlier.
 template <int BITS>
 void add_column(const Call& call, uint32_t tokens, const uint8_t* column, const float* residuals, float* sums) {
-  const int64_t groups = (call.d_out + GROUP - 1) / GROUP;
-  float *const scales = scratch<float, 10>(2 * groups), *const shifts = scales + groups;
-  open<BITS>(column, groups, scales, shifts);
-  for (int64_t g = 0; g < groups; ++g, column += BITS * GROUP / 8) {
-    uint8_t codes[GROUP];
-    for (int part = 0; part < GROUP / WIDTH; ++part) {
+  const Row row(call.d_out, call.d_out_groups);
+  float *const scales = scratch<float, 10>(2 * row.groups), *const shifts = scales + row.groups;
+  open<BITS>(column, row, scales, shifts);
+  for (int64_t b = 0; b < row.blocks; ++b, column += BITS * BLOCK / 8) {
+    const int64_t g = b >> row.shift;
+    uint8_t codes[BLOCK];
+    for (int part = 0; part < BLOCK / WIDTH; ++part) {
       const Bytes some = codes_of<BITS>(column, part);
       std::memcpy(codes + part * WIDTH, &some, WIDTH);
     }
-    const int64_t size = std::min<int64_t>(GROUP, call.d_out - g * GROUP);
+    const int64_t size = std::min<int64_t>(BLOCK, call.d_out - b * BLOCK);
     for (int64_t t = 0; t < call.tokens; ++t) {
       if (!(tokens >> t & 1)) continue;
       const float factor = residuals[t] * scales[g], shift = residuals[t] * shifts[g];
-      float* const out = sums + t * call.d_out + g * GROUP;
+      float* const out = sums + t * call.d_out + b * BLOCK;
       int64_t i = 0;
       for (; i + LANES <= size; i += LANES) put(load(out + i) + (factor * load(codes + i) - shift), out + i);
       for (; i < size; ++i) out[i] += factor * codes[i] - shift;
@@ -424,8 +437,8 @@ constexpr decltype(add_column<1>)* ADD_COLUMN[] = {add_column<1>, add_column<2>,
 void add_coded(const Call& call, const Inputs& x, Outlier outlier, int64_t neuron, int64_t next, float b1, float* z,
                float* sums) {
   const auto *const w1 = (const uint8_t*)call.w1, *const w2t = (const uint8_t*)call.w2t;
-  prefetch(w1 + next * call.w1_stride, x.groups * (call.low_bits * GROUP / 8 + 3));
-  prefetch(w2t + next * call.w2t_stride, (call.d_out + GROUP - 1) / GROUP * (call.row_bits * GROUP / 8 + 3));
+  prefetch(w1 + next * call.w1_stride, x.row.bytes(call.low_bits));
+  prefetch(w2t + next * call.w2t_stride, Row(call.d_out, call.d_out_groups).bytes(call.row_bits));
   REFINE[call.low_bits - 1](call, x, outlier.tokens, w1 + neuron * call.w1_stride, z);
   for (int64_t t = 0; t < call.tokens; ++t)
     if (outlier.tokens >> t & 1) z[t] = beyond_surrogate(call, outlier.position, z[t] + b1);
@@ -440,7 +453,7 @@ void add_plain(const Call& call, const Inputs& x, Outlier outlier, int64_t neuro
                 *const column = (const W*)call.w2t + neuron * call.w2t_stride;
   for (int64_t t = 0; t < call.tokens; ++t) {
     if (!(outlier.tokens >> t & 1)) continue;
-    const float z = dot(row, x.plain + t * x.groups * GROUP, call.d, column) + b1;
+    const float z = dot(row, x.plain + t * x.blocks * BLOCK, call.d, column) + b1;
     add_scaled(sums + t * call.d_out, beyond_surrogate(call, outlier.position, z), column, call.d_out,
                (const W*)call.w1 + next * call.w1_stride);
   }
@@ -453,10 +466,10 @@ void correct(const Call& call) {
   const int64_t tokens = call.tokens, d_out = call.d_out, size = tokens * d_out;
   const int64_t listed = call.counts[0], guarded = call.counts[1], always = listed - guarded;
   const W *const folded = (const W*)call.folded, *const b1 = (const W*)call.b1;
-  const Inputs x((const W*)call.x, tokens, call.d);
+  const Inputs x((const W*)call.x, tokens, call.d, call.d_groups);
   // One thread or all of them: a team of another size makes libgomp end threads that PyTorch then starts again.
   const int64_t bits = listed * call.bits + (call.fold ? d_out * call.fold_bits : 0);
-  const int threads = bits * x.groups * (GROUP / 8) < SERIAL_BYTES ? 1 : call.threads;
+  const int threads = bits * x.blocks * (BLOCK / 8) < SERIAL_BYTES ? 1 : call.threads;
   float* const partial = scratch<float, 5>(threads * size);
   Outlier* const list = scratch<Outlier, 6>(listed);
   float* const estimates = scratch<float, 11>(guarded * tokens);

@@ -1,9 +1,12 @@
-"""How low-bit codes lie in memory: 2-bit planes, high bits first, in groups of 64 columns.
+"""How low-bit codes lie in memory: 2-bit planes, high bits first, in blocks of 64 columns.
 
-A group of 64 codes of ``bits`` bits is stored as ``bits // 2`` planes of 16 bytes, each holding two bits of every
+A block of 64 codes of ``bits`` bits is stored as ``bits // 2`` planes of 16 bytes, each holding two bits of every
 code, and, when ``bits`` is odd, one plane of 8 bytes with the lowest bit. Byte ``k`` of a 2-bit plane holds the codes
 of columns ``k, k + 16, k + 32, k + 48``, the first in its lowest bits: one 16-byte load, three shifts and a mask give
 64 codes in order. Byte ``k`` of a 1-bit plane holds the columns ``8k .. 8k + 7``, the first in its lowest bit.
+
+A scale and a zero point belong to a group: one block, or two neighbours. Which of these follows from the number of
+scales that a row has for its columns.
 
 A row that is read on its own, of a matrix whose rows are not read in order, is one run of bytes: codes, then the
 scales of its groups, float16, then their zero points, uint8.
@@ -15,23 +18,46 @@ holds the low ones, which are codes, with a scale of their own, of what the pred
 import torch
 from torch import Tensor
 
-#: Columns that share a scale and a zero point.
-GROUP = 64
+#: Columns whose codes lie together.
+BLOCK = 64
+#: How many columns may share a scale and a zero point.
+GROUP_SIZES = (BLOCK, 2 * BLOCK)
 
 
-def group_count(columns: int) -> int:
-    """Number of groups that ``columns`` columns take, the last one padded."""
-    return -(-columns // GROUP)
+def block_count(columns: int) -> int:
+    """Number of blocks that ``columns`` columns take, the last one padded."""
+    return -(-columns // BLOCK)
+
+
+def group_count(columns: int, group_size: int) -> int:
+    """Number of groups that ``columns`` columns take; the last one may have fewer."""
+    return -(-columns // group_size)
 
 
 def packed_bytes(columns: int, bits: int) -> int:
-    """Bytes of one packed row of ``columns`` codes: 8 per bit and group."""
-    return group_count(columns) * bits * GROUP // 8
+    """Bytes of one packed row of ``columns`` codes: 8 per bit and block."""
+    return block_count(columns) * bits * BLOCK // 8
 
 
-def row_bytes(columns: int, bits: int) -> int:
+def row_bytes(columns: int, bits: int, group_size: int) -> int:
     """Bytes of one row of ``columns`` codes with its scales and zero points."""
-    return packed_bytes(columns, bits) + 3 * group_count(columns)
+    return packed_bytes(columns, bits) + 3 * group_count(columns, group_size)
+
+
+def groups_of_row(length: int, bits: int, columns: int) -> int:
+    """Number of groups of a row of ``length`` bytes: the inverse of :func:`row_bytes`."""
+    return (length - packed_bytes(columns, bits)) // 3
+
+
+def blocks_per_group(columns: int, groups: int) -> int:
+    """How many blocks share a scale in rows of ``columns`` codes and ``groups`` scales: 1 or 2."""
+    return -(-block_count(columns) // groups)
+
+
+def spread(values: Tensor, columns: int) -> Tensor:
+    """Scales or zero points at every column of their group: [rows, groups] to [rows, columns]."""
+    width = blocks_per_group(columns, values.shape[1]) * BLOCK
+    return values.repeat_interleave(width, dim=1)[:, :columns]
 
 
 def low_bits(bits: int, row_bits: int) -> int:
@@ -56,10 +82,10 @@ def join(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     return torch.cat([codes, scale.contiguous().view(torch.uint8), zero], dim=1)
 
 
-def split(rows: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The inverse of :func:`join`."""
-    groups = rows.shape[1] // row_bytes(GROUP, bits)
-    codes, scale, zero = rows.split([groups * bits * GROUP // 8, 2 * groups, groups], dim=1)
+def split(rows: Tensor, bits: int, columns: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The inverse of :func:`join`, of rows of ``columns`` codes."""
+    groups = groups_of_row(rows.shape[1], bits, columns)
+    codes, scale, zero = rows.split([packed_bytes(columns, bits), 2 * groups, groups], dim=1)
     whole = scale.clone(memory_format=torch.contiguous_format)  # contiguous() would keep the stride of a single row
     return codes.contiguous(), whole.view(torch.float16), zero
 
@@ -75,29 +101,29 @@ def pack(codes: Tensor, bits: int) -> Tensor:
         [rows, packed_bytes(columns, bits)], uint8.
     """
     rows, columns = codes.shape
-    groups = group_count(columns)
-    padded = torch.zeros(rows, groups * GROUP, dtype=torch.uint8, device=codes.device)
+    blocks = block_count(columns)
+    padded = torch.zeros(rows, blocks * BLOCK, dtype=torch.uint8, device=codes.device)
     padded[:, :columns] = codes
-    padded = padded.view(rows, groups, GROUP)
+    padded = padded.view(rows, blocks, BLOCK)
     planes = []
     for shift in range(bits - 2, -1, -2):
-        quarters = (padded >> shift & 3).view(rows, groups, 4, 16)
+        quarters = (padded >> shift & 3).view(rows, blocks, 4, 16)
         planes.append(quarters[:, :, 0] | quarters[:, :, 1] << 2 | quarters[:, :, 2] << 4 | quarters[:, :, 3] << 6)
     if bits % 2:
-        ones = (padded & 1).view(rows, groups, 8, 8)
+        ones = (padded & 1).view(rows, blocks, 8, 8)
         planes.append((ones << torch.arange(8, dtype=torch.uint8, device=codes.device)).sum(-1).to(torch.uint8))
-    return torch.cat(planes, dim=-1).view(rows, groups * bits * GROUP // 8)
+    return torch.cat(planes, dim=-1).view(rows, blocks * bits * BLOCK // 8)
 
 
 def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
     """The inverse of :func:`pack`: [rows, packed bytes] to codes [rows, columns], uint8."""
-    rows, groups = len(packed), group_count(columns)
-    blocks = packed.view(rows, groups, bits * GROUP // 8)
-    codes = torch.zeros(rows, groups, GROUP, dtype=torch.uint8, device=packed.device)
+    rows, blocks = len(packed), block_count(columns)
+    packed = packed.view(rows, blocks, bits * BLOCK // 8)
+    codes = torch.zeros(rows, blocks, BLOCK, dtype=torch.uint8, device=packed.device)
     for plane, shift in enumerate(range(bits - 2, -1, -2)):
-        quarters = blocks[:, :, 16 * plane : 16 * plane + 16]
+        quarters = packed[:, :, 16 * plane : 16 * plane + 16]
         codes |= torch.cat([quarters >> 2 * k & 3 for k in range(4)], dim=-1) << shift
     if bits % 2:
-        ones = blocks[:, :, -8:, None] >> torch.arange(8, dtype=torch.uint8, device=packed.device) & 1
-        codes |= ones.view(rows, groups, GROUP)
-    return codes.view(rows, groups * GROUP)[:, :columns]
+        ones = packed[:, :, -8:, None] >> torch.arange(8, dtype=torch.uint8, device=packed.device) & 1
+        codes |= ones.view(rows, blocks, BLOCK)
+    return codes.view(rows, blocks * BLOCK)[:, :columns]

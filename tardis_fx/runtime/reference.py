@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from tardis_fx.graph.activations import ACTIVATIONS
-from tardis_fx.runtime.packing import GROUP, group_count, low_bits, split, unpack
+from tardis_fx.runtime.packing import low_bits, split, spread, unpack
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -33,13 +33,12 @@ def dequantise(
 ) -> Tensor:
     """The weights ``scale * (code - zero)``, [rows, columns]; arguments as of :func:`estimate`."""
     values = unpack(codes, bits, columns).to(dtype)
-    spread = torch.arange(group_count(columns), device=codes.device).repeat_interleave(GROUP)[:columns]
-    return (values - zero.to(dtype)[:, spread]) * scale.to(dtype)[:, spread]
+    return (values - spread(zero.to(dtype), columns)) * spread(scale.to(dtype), columns)
 
 
 def rows_of(weight: Tensor, bits: int, columns: int, dtype: torch.dtype) -> Tensor:
     """A matrix, [rows, columns], that is stored whole (``bits`` is 16) or as rows of :func:`packing.join`."""
-    return weight.to(dtype) if bits == 16 else dequantise(*split(weight, bits), bits, columns, dtype)
+    return weight.to(dtype) if bits == 16 else dequantise(*split(weight, bits, columns), bits, columns, dtype)
 
 
 def outliers(
@@ -91,7 +90,7 @@ def correct(
         counts: [2], int64: listed, guarded.
         neurons: [capacity], int32: rows of ``w1``; like all that follow, only the first ``listed`` (or ``guarded``
             for the predictor and the bounds) entries mean anything.
-        codes: [capacity, packed bytes]: see :func:`estimate`.
+        codes: [capacity, packed bytes]: see :func:`estimate`; groups are of the same size in all codes of a call.
         scale: [capacity, groups], float16.
         zero: [capacity, groups], uint8.
         lower: [capacity], float32: an estimate below it is an outlier.

@@ -5,7 +5,6 @@ from __future__ import annotations
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from tardis_fx.calibration.ranges import Costs
 from tardis_fx.runtime import reference
 
 if TYPE_CHECKING:
@@ -48,12 +47,13 @@ class Touched:
         """Adds one call of the op, as :func:`tardis_fx.runtime.reference.correct` takes it."""
         tokens = x.reshape(-1, x.shape[-1]).to(reference.compute_dtype(x.dtype))
         outlier = reference.outliers(tokens, counts, codes, scale, zero, lower, upper, bits)
-        size = folded.element_size()
-        costs = Costs.of(x.shape[-1], folded.shape[-1], bits, size, fold_bits, row_bits, bias=b1 is not None)
-        fixed = costs.fold + costs.predictor * int(counts[1])
+        corrected = [t for t in (w1, w2t, b1, slope, intercept, neurons) if t is not None]
+        row, tested = _bytes_a_row(*corrected), _bytes_a_row(codes, scale, zero, lower, upper)
+        weight = folded.shape[-1] * x.shape[-1] * folded.element_size() if fold is None else fold.nbytes
+        fixed = weight + folded.shape[-1] * folded.element_size() + tested * int(counts[1])
         site = codes.data_ptr()
         self._tokens[site] = self._tokens.get(site, 0) + len(tokens)
-        self._bytes[site] = self._bytes.get(site, 0) + fixed * len(tokens) + costs.row * int(outlier.sum())
+        self._bytes[site] = self._bytes.get(site, 0) + fixed * len(tokens) + row * int(outlier.sum())
         self._corrected += int(outlier.sum())
         self._pairs += len(tokens) * len(w1)
 
@@ -82,3 +82,7 @@ def counted(correct: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return correct(*args)
 
     return run
+
+
+def _bytes_a_row(*tensors: Tensor) -> int:
+    return sum(tensor.nbytes // len(tensor) for tensor in tensors)

@@ -1,7 +1,7 @@
 # mypy: ignore-errors
 """Rows of codes in Triton: how they are opened, and their products with tokens. The layout is packing.py's.
 
-Tiles are [ROWS, GROUPS, 16]: sixteen columns, a quarter of a group, of some groups of some rows. So one thread reads
+Tiles are [ROWS, BLOCKS, 16]: sixteen columns, a quarter of a block, of some blocks of some rows. So one thread reads
 the 16 bytes of a plane at once and keeps to them. A weight is ``scale * (code - zero)``.
 """
 
@@ -10,58 +10,60 @@ import triton.language as tl
 
 
 @triton.jit
-def pairs_of(groups, present, PLANE: tl.constexpr):
-    """Bytes of a plane of two bits a code, [ROWS, GROUPS, 16]: byte k has columns k, k + 16, k + 32, k + 48.
+def pairs_of(blocks, present, PLANE: tl.constexpr):
+    """Bytes of a plane of two bits a code, [ROWS, BLOCKS, 16]: byte k has columns k, k + 16, k + 32, k + 48.
 
     With :func:`singles_of` the only place that knows where codes lie.
 
     Args:
-        groups: [ROWS, GROUPS], pointers to the first byte of a group each.
-        present: [ROWS, GROUPS], whether it is to be read; zeros otherwise.
+        blocks: [ROWS, BLOCKS], pointers to the first byte of a block each.
+        present: [ROWS, BLOCKS], whether it is to be read; zeros otherwise.
         PLANE: its number, the highest bits first.
     """
-    at = groups[:, :, None] + 16 * PLANE + tl.arange(0, 16)[None, None, :]
+    at = blocks[:, :, None] + 16 * PLANE + tl.arange(0, 16)[None, None, :]
     return tl.load(at, mask=present[:, :, None], other=0).to(tl.int32)
 
 
 @triton.jit
-def singles_of(groups, present, QUARTER: tl.constexpr, BITS: tl.constexpr):
-    """The lowest bits of codes of an odd number of bits, [ROWS, GROUPS, 16]; arguments as of :func:`pairs_of`."""
+def singles_of(blocks, present, QUARTER: tl.constexpr, BITS: tl.constexpr):
+    """The lowest bits of codes of an odd number of bits, [ROWS, BLOCKS, 16]; arguments as of :func:`pairs_of`."""
     k = tl.arange(0, 16)[None, None, :]
-    at = groups[:, :, None] + BITS // 2 * 16 + 2 * QUARTER + k // 8
+    at = blocks[:, :, None] + BITS // 2 * 16 + 2 * QUARTER + k // 8
     return tl.load(at, mask=present[:, :, None], other=0).to(tl.int32) >> k % 8 & 1
 
 
 @triton.jit
-def codes_of(groups, present, QUARTER: tl.constexpr, BITS: tl.constexpr):
-    """Codes of a quarter as floats, [ROWS, GROUPS, 16]; arguments as of :func:`pairs_of`."""
-    codes = tl.zeros((groups.shape[0], groups.shape[1], 16), tl.int32)
+def codes_of(blocks, present, QUARTER: tl.constexpr, BITS: tl.constexpr):
+    """Codes of a quarter as floats, [ROWS, BLOCKS, 16]; arguments as of :func:`pairs_of`."""
+    codes = tl.zeros((blocks.shape[0], blocks.shape[1], 16), tl.int32)
     for plane in tl.static_range(BITS // 2):
-        codes = codes * 4 + (pairs_of(groups, present, plane) >> 2 * QUARTER & 3)
+        codes = codes * 4 + (pairs_of(blocks, present, plane) >> 2 * QUARTER & 3)
     if BITS % 2 == 1:
-        codes = codes * 2 + singles_of(groups, present, QUARTER, BITS)
+        codes = codes * 2 + singles_of(blocks, present, QUARTER, BITS)
     return codes.to(tl.float32)
 
 
 @triton.jit
-def scales_of(rows, group, present, D: tl.constexpr, BITS: tl.constexpr):
-    """Scales and zero points behind the codes of rows of ``packing.join``, float32, [ROWS, GROUPS] twice.
+def scales_of(rows, block, present, D: tl.constexpr, SPAN: tl.constexpr, BITS: tl.constexpr):
+    """Scales and zero points behind the codes of rows of ``packing.join``, float32, [ROWS, BLOCKS] twice.
 
     A scale may lie at an odd address, and is read byte by byte.
 
     Args:
         rows: [ROWS], pointers.
-        group: [GROUPS], numbers of the groups.
-        present: [ROWS, GROUPS].
+        block: [BLOCKS], numbers of the blocks.
+        present: [ROWS, BLOCKS].
         D: columns of a row.
+        SPAN: blocks that share a scale.
         BITS: of a code.
     """
-    GROUPS: tl.constexpr = (D + 63) // 64
-    at = rows[:, None] + GROUPS * (8 * BITS) + group[None, :]
-    low = tl.load(at + group[None, :], mask=present, other=0).to(tl.uint16)
-    high = tl.load(at + group[None, :] + 1, mask=present, other=0).to(tl.uint16)
+    WHOLE: tl.constexpr = (D + 63) // 64
+    group = block[None, :] // SPAN
+    at = rows[:, None] + WHOLE * (8 * BITS) + group
+    low = tl.load(at + group, mask=present, other=0).to(tl.uint16)
+    high = tl.load(at + group + 1, mask=present, other=0).to(tl.uint16)
     scale = (low | high << 8).to(tl.float16, bitcast=True).to(tl.float32)
-    return scale, tl.load(at + 2 * GROUPS, mask=present, other=0).to(tl.float32)
+    return scale, tl.load(at + 2 * ((WHOLE + SPAN - 1) // SPAN), mask=present, other=0).to(tl.float32)
 
 
 @triton.jit
@@ -80,26 +82,26 @@ def one_plus(byte, QUARTER: tl.constexpr):
 
 
 @triton.jit
-def quarter_of(x, group, live, D: tl.constexpr, QUARTER: tl.constexpr):
-    """Sixteen columns of every group of a token, float32, [GROUPS, 16]; zeros beyond the last column."""
-    column = group[:, None] * 64 + 16 * QUARTER + tl.arange(0, 16)[None, :]
+def quarter_of(x, block, live, D: tl.constexpr, QUARTER: tl.constexpr):
+    """Sixteen columns of every block of a token, float32, [BLOCKS, 16]; zeros beyond the last column."""
+    column = block[:, None] * 64 + 16 * QUARTER + tl.arange(0, 16)[None, :]
     return tl.load(x + column, mask=(column < D) & live, other=0).to(tl.float32)
 
 
 @triton.jit
 def add_products(
-    sums, x, group, codes, scale, zero, present, tokens, D: tl.constexpr, TOKENS: tl.constexpr, BITS: tl.constexpr
+    sums, x, block, codes, scale, zero, present, tokens, D: tl.constexpr, TOKENS: tl.constexpr, BITS: tl.constexpr
 ):
-    """Adds products of tokens with some groups of rows of codes.
+    """Adds products of tokens with some blocks of rows of codes.
 
     Args:
-        sums: [ROWS, GROUPS] for each token.
+        sums: [ROWS, BLOCKS] for each token.
         x: pointer to [tokens, D].
-        group: [GROUPS], numbers of the groups.
-        codes: [ROWS, GROUPS], pointers.
-        scale: [ROWS, GROUPS], float32.
-        zero: [ROWS, GROUPS], float32.
-        present: [ROWS, GROUPS].
+        block: [BLOCKS], numbers of the blocks.
+        codes: [ROWS, BLOCKS], pointers.
+        scale: [ROWS, BLOCKS], float32.
+        zero: [ROWS, BLOCKS], float32.
+        present: [ROWS, BLOCKS].
         tokens: number of tokens.
         D: number of columns.
         TOKENS: so many, the first, at the most.
@@ -115,10 +117,10 @@ def add_products(
         for quarter in tl.static_range(4):
             singles += (singles_of(codes, present, quarter, BITS).to(tl.float32),)
     for t in tl.static_range(TOKENS):
-        x0 = quarter_of(x + t * D, group, t < tokens, D, 0)
-        x1 = quarter_of(x + t * D, group, t < tokens, D, 1)
-        x2 = quarter_of(x + t * D, group, t < tokens, D, 2)
-        x3 = quarter_of(x + t * D, group, t < tokens, D, 3)
+        x0 = quarter_of(x + t * D, block, t < tokens, D, 0)
+        x1 = quarter_of(x + t * D, block, t < tokens, D, 1)
+        x2 = quarter_of(x + t * D, block, t < tokens, D, 2)
+        x3 = quarter_of(x + t * D, block, t < tokens, D, 3)
         y0, y1, y2, y3 = x0 * 256, x1 * 64, x2 * 16, x3 * 4  # what one_plus divides by
         ones = tl.sum(y0 + y1 + y2 + y3, axis=1)
         products = tl.zeros((codes.shape[0], codes.shape[1]), tl.float32)
@@ -137,17 +139,17 @@ def add_products(
 
 
 @triton.jit
-def nothing(ROWS: tl.constexpr, GROUPS: tl.constexpr, TOKENS: tl.constexpr):
-    """Zeros, [ROWS, GROUPS] for each token."""
+def nothing(ROWS: tl.constexpr, BLOCKS: tl.constexpr, TOKENS: tl.constexpr):
+    """Zeros, [ROWS, BLOCKS] for each token."""
     sums = ()
     for _ in tl.static_range(TOKENS):
-        sums += (tl.zeros((ROWS, GROUPS), tl.float32),)
+        sums += (tl.zeros((ROWS, BLOCKS), tl.float32),)
     return sums
 
 
 @triton.jit
-def over_groups(sums, TOKENS: tl.constexpr):
-    """The sums over the groups, [ROWS] for each token."""
+def over_blocks(sums, TOKENS: tl.constexpr):
+    """The sums over the blocks, [ROWS] for each token."""
     totals = ()
     for t in tl.static_range(TOKENS):
         totals += (tl.sum(sums[t], axis=1),)
@@ -156,8 +158,8 @@ def over_groups(sums, TOKENS: tl.constexpr):
 
 @triton.jit
 def products_of_split(
-    x, codes, scale, zero, row, live, tokens, D: tl.constexpr, TOKENS: tl.constexpr, BITS: tl.constexpr,
-    GROUPS: tl.constexpr,
+    x, codes, scale, zero, row, live, tokens, D: tl.constexpr, TOKENS: tl.constexpr, SPAN: tl.constexpr,
+    BITS: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """Products of tokens with rows whose codes, scales and zero points are matrices of their own.
 
@@ -171,34 +173,37 @@ def products_of_split(
         tokens: number of tokens.
         D: number of columns.
         TOKENS: so many, the first, at the most.
+        SPAN: blocks that share a scale.
         BITS: of a code.
-        GROUPS: taken together.
+        BLOCKS: taken together.
 
     Returns:
         [ROWS] for each token.
     """
-    sums = nothing(row.shape[0], GROUPS, TOKENS)
-    for start in range(0, (D + 63) // 64, GROUPS):
-        group = start + tl.arange(0, GROUPS)
-        at = row.to(tl.int64)[:, None] * ((D + 63) // 64) + group[None, :]
-        present = live[:, None] & (group * 64 < D)[None, :]
-        scales = tl.load(scale + at, mask=present, other=0).to(tl.float32)
-        zeros = tl.load(zero + at, mask=present, other=0).to(tl.float32)
-        packed = codes + at * (8 * BITS)
-        sums = add_products(sums, x, group, packed, scales, zeros, present, tokens, D, TOKENS, BITS)
-    return over_groups(sums, TOKENS)
+    sums = nothing(row.shape[0], BLOCKS, TOKENS)
+    for start in range(0, (D + 63) // 64, BLOCKS):
+        block = start + tl.arange(0, BLOCKS)
+        number = row.to(tl.int64)[:, None]
+        group = number * (((D + 63) // 64 + SPAN - 1) // SPAN) + block[None, :] // SPAN
+        present = live[:, None] & (block * 64 < D)[None, :]
+        scales = tl.load(scale + group, mask=present, other=0).to(tl.float32)
+        zeros = tl.load(zero + group, mask=present, other=0).to(tl.float32)
+        packed = codes + (number * ((D + 63) // 64) + block[None, :]) * (8 * BITS)
+        sums = add_products(sums, x, block, packed, scales, zeros, present, tokens, D, TOKENS, BITS)
+    return over_blocks(sums, TOKENS)
 
 
 @triton.jit
 def products_of_joined(
-    x, rows, live, tokens, D: tl.constexpr, TOKENS: tl.constexpr, BITS: tl.constexpr, GROUPS: tl.constexpr
-):
+    x, rows, live, tokens, D: tl.constexpr, TOKENS: tl.constexpr, SPAN: tl.constexpr, BITS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):  # fmt: skip
     """The same with rows of ``packing.join``; rows: [ROWS], pointers."""
-    sums = nothing(rows.shape[0], GROUPS, TOKENS)
-    for start in range(0, (D + 63) // 64, GROUPS):
-        group = start + tl.arange(0, GROUPS)
-        present = live[:, None] & (group * 64 < D)[None, :]
-        scale, zero = scales_of(rows, group, present, D, BITS)
-        codes = rows[:, None] + group[None, :] * (8 * BITS)
-        sums = add_products(sums, x, group, codes, scale, zero, present, tokens, D, TOKENS, BITS)
-    return over_groups(sums, TOKENS)
+    sums = nothing(rows.shape[0], BLOCKS, TOKENS)
+    for start in range(0, (D + 63) // 64, BLOCKS):
+        block = start + tl.arange(0, BLOCKS)
+        present = live[:, None] & (block * 64 < D)[None, :]
+        scale, zero = scales_of(rows, block, present, D, SPAN, BITS)
+        codes = rows[:, None] + block[None, :] * (8 * BITS)
+        sums = add_products(sums, x, block, codes, scale, zero, present, tokens, D, TOKENS, BITS)
+    return over_blocks(sums, TOKENS)

@@ -1,7 +1,7 @@
 # mypy: ignore-errors
 """The Triton kernels that read outliers' rows of W1 and W2, stored as they are or as codes.
 
-The rules are those of :mod:`tardis_fx.runtime.triton_predictor`. TILE counts columns in the place of groups.
+The rules are those of :mod:`tardis_fx.runtime.triton_predictor`. TILE counts columns in the place of blocks.
 """
 
 import triton
@@ -21,8 +21,8 @@ from tardis_fx.runtime.triton_tuning import space
 def activate(
     x, w1, b1, slope, intercept, positions, chosen, masks, sizes, estimates, rows, residuals, count,
     tokens, w1_stride, capacity, segments,
-    D: tl.constexpr, TOKENS: tl.constexpr, SEGMENT: tl.constexpr, SEGMENTS: tl.constexpr, BITS: tl.constexpr,
-    BIASED: tl.constexpr, ACTIVATION: tl.constexpr, TILE: tl.constexpr,
+    D: tl.constexpr, TOKENS: tl.constexpr, SEGMENT: tl.constexpr, SEGMENTS: tl.constexpr, SPAN: tl.constexpr,
+    BITS: tl.constexpr, BIASED: tl.constexpr, ACTIVATION: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """What the surrogate of every outlier misses; each program takes one outlier in so many as there are programs.
 
@@ -50,6 +50,7 @@ def activate(
         TOKENS: see above.
         SEGMENT: positions of a segment.
         SEGMENTS: segments, rounded up.
+        SPAN: blocks of w1 that share a scale.
         BITS: of the codes of w1; 16 where they are none.
         BIASED: whether there is a bias.
         ACTIVATION: its name.
@@ -76,7 +77,7 @@ def activate(
             else:
                 only = tl.zeros((1,), tl.int32)
                 z = products_of_joined(
-                    x + first * D, row + only, only == 0, tokens - first, D, TOKENS, BITS, COLUMNS // 64
+                    x + first * D, row + only, only == 0, tokens - first, D, TOKENS, SPAN, BITS, COLUMNS // 64
                 )  # fmt: skip
             for t in tl.static_range(TOKENS):
                 pre = tl.sum(z[t], axis=0)
@@ -112,10 +113,10 @@ def products_of_row(x, row, tokens, D: tl.constexpr, TOKENS: tl.constexpr, COLUM
 
 @triton.autotune(
     space(
-        ({"GROUPS": 1, "TILE": 2048}, 4),
-        ({"GROUPS": 2, "TILE": 2048}, 4),
-        ({"GROUPS": 2, "TILE": 4096}, 4),
-        ({"GROUPS": 4, "TILE": 4096}, 8),
+        ({"BLOCKS": 1, "TILE": 2048}, 4),
+        ({"BLOCKS": 2, "TILE": 2048}, 4),
+        ({"BLOCKS": 2, "TILE": 4096}, 4),
+        ({"BLOCKS": 4, "TILE": 4096}, 8),
     ),
     key=["D_OUT", "TOKENS", "BITS"],
     cache_results=True,
@@ -123,11 +124,12 @@ def products_of_row(x, row, tokens, D: tl.constexpr, TOKENS: tl.constexpr, COLUM
 @triton.jit
 def accumulate(
     w2t, rows, residuals, count, partial, tokens, w2t_stride, capacity,
-    D_OUT: tl.constexpr, TOKENS: tl.constexpr, BITS: tl.constexpr, GROUPS: tl.constexpr, TILE: tl.constexpr,
+    D_OUT: tl.constexpr, TOKENS: tl.constexpr, SPAN: tl.constexpr, BITS: tl.constexpr, BLOCKS: tl.constexpr,
+    TILE: tl.constexpr,
 ):  # fmt: skip
-    """The residuals of a share of the outliers times their rows of W2, in GROUPS groups of columns.
+    """The residuals of a share of the outliers times their rows of W2, in BLOCKS blocks of columns.
 
-    Programs: [column blocks, shares]. Tiles are [rows, GROUPS, columns]: of plain rows all columns of a group, of codes
+    Programs: [column blocks, shares]. Tiles are [rows, BLOCKS, columns]: of plain rows all columns of a block, of codes
     those of a quarter.
 
     Args:
@@ -139,37 +141,38 @@ def accumulate(
         tokens: number of tokens.
         w2t_stride: see above.
         capacity: length of the lists.
-        D_OUT: see above, as are TOKENS and GROUPS.
+        D_OUT: see above, as are TOKENS and BLOCKS.
         TOKENS: see above.
+        SPAN: blocks of w2t that share a scale.
         BITS: of the codes of w2t; 16 where they are none.
-        GROUPS: see above.
+        BLOCKS: see above.
         TILE: tokens, rows and columns of a step.
     """
-    ROWS: tl.constexpr = max(TILE // (TOKENS * GROUPS * 64), 1)
+    ROWS: tl.constexpr = max(TILE // (TOKENS * BLOCKS * 64), 1)
     QUARTERS: tl.constexpr = 1 if BITS == 16 else 4
     share, shares = tl.program_id(1), tl.num_programs(1)
     total = tl.load(count)
     start, end = total * share // shares, total * (share + 1) // shares
-    group = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)
-    column = group[:, None] * 64 + tl.arange(0, 64 // QUARTERS)[None, :]
+    block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
+    column = block[:, None] * 64 + tl.arange(0, 64 // QUARTERS)[None, :]
     first = tokens * 0
     while first < tokens:
         sums = ()
         for _ in tl.static_range(QUARTERS * TOKENS):
-            sums += (tl.zeros((ROWS, GROUPS, 64 // QUARTERS), tl.float32),)
+            sums += (tl.zeros((ROWS, BLOCKS, 64 // QUARTERS), tl.float32),)
         done = start
         while done < end:
             i = done + tl.arange(0, ROWS)
             row = w2t + tl.load(rows + i, mask=i < end, other=0).to(tl.int64) * w2t_stride
-            present = (i < end)[:, None] & (group * 64 < D_OUT)[None, :]
+            present = (i < end)[:, None] & (block * 64 < D_OUT)[None, :]
             added = ()
             for quarter in tl.static_range(QUARTERS):
                 if BITS == 16:
                     at = row[:, None, None] + column[None]
                     weight = tl.load(at, mask=present[:, :, None] & (column < D_OUT)[None], other=0).to(tl.float32)
                 else:
-                    scale, zero = scales_of(row, group, present, D_OUT, BITS)
-                    codes = codes_of(row[:, None] + group[None, :] * (8 * BITS), present, quarter, BITS)
+                    scale, zero = scales_of(row, block, present, D_OUT, SPAN, BITS)
+                    codes = codes_of(row[:, None] + block[None, :] * (8 * BITS), present, quarter, BITS)
                     weight = scale[:, :, None] * (codes - zero[:, :, None])
                 for t in tl.static_range(TOKENS):
                     at = residuals + (first + t) * capacity + i

@@ -6,7 +6,7 @@ launches them. Every array that a kernel writes it writes whole, in an order tha
 kernel adds to memory: results repeat bit for bit, autotuning may run a kernel twice, and what old memory holds cannot
 matter. Sums are of float32.
 
-Sizes in capitals are known at compile time: D and D_OUT, columns; TOKENS, ROWS and GROUPS, how many are taken
+Sizes in capitals are known at compile time: D and D_OUT, columns; TOKENS, ROWS and BLOCKS, how many are taken
 together; TILE, their product.
 """
 
@@ -25,8 +25,8 @@ from tardis_fx.runtime.triton_tuning import space
 @triton.jit
 def predict(
     x, counts, neurons, codes, scale, zero, lower, upper, positions, chosen, masks, sizes, estimates, tokens,
-    D: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, BITS: tl.constexpr, KEPT: tl.constexpr,
-    TILE: tl.constexpr,
+    D: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, SPAN: tl.constexpr, BITS: tl.constexpr,
+    KEPT: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Estimates, tests and lists: each program the outliers among ROWS positions, in their order.
 
@@ -48,11 +48,12 @@ def predict(
         D: see above, as are TOKENS, ROWS and TILE.
         TOKENS: see above.
         ROWS: see above.
+        SPAN: blocks that share a scale.
         BITS: of a code.
         KEPT: whether rows of W1 are nested in the predictor, and need its estimates.
         TILE: see above.
     """
-    GROUPS: tl.constexpr = TILE // (ROWS * TOKENS)
+    BLOCKS: tl.constexpr = TILE // (ROWS * TOKENS)
     segment = tl.program_id(0)
     position = segment * ROWS + tl.arange(0, ROWS)
     listed, guarded = tl.load(counts), tl.load(counts + 1)
@@ -64,7 +65,7 @@ def predict(
         first = tokens * 0
         while first < tokens:
             z_hat = products_of_split(
-                x + first * D, codes, scale, zero, position, tested, tokens - first, D, TOKENS, BITS, GROUPS
+                x + first * D, codes, scale, zero, position, tested, tokens - first, D, TOKENS, SPAN, BITS, BLOCKS
             )
             for t in tl.static_range(TOKENS):
                 outside = (z_hat[t] < low) | (z_hat[t] > high)
@@ -98,8 +99,8 @@ def predict(
 @triton.jit
 def multiply(
     x, weight, out, tokens, stride,
-    D: tl.constexpr, D_OUT: tl.constexpr, TOKENS: tl.constexpr, BITS: tl.constexpr, ROWS: tl.constexpr,
-    TILE: tl.constexpr,
+    D: tl.constexpr, D_OUT: tl.constexpr, TOKENS: tl.constexpr, SPAN: tl.constexpr, BITS: tl.constexpr,
+    ROWS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """A product with a matrix of codes, ROWS rows of which each program takes.
 
@@ -112,17 +113,18 @@ def multiply(
         D: see above, as are D_OUT, TOKENS, ROWS and TILE.
         D_OUT: see above.
         TOKENS: see above.
+        SPAN: blocks that share a scale.
         BITS: of a code.
         ROWS: see above.
         TILE: see above.
     """
-    GROUPS: tl.constexpr = TILE // (ROWS * TOKENS)
+    BLOCKS: tl.constexpr = TILE // (ROWS * TOKENS)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     pointers = weight + row.to(tl.int64) * stride
     first = tokens * 0
     while first < tokens:
         products = products_of_joined(
-            x + first * D, pointers, row < D_OUT, tokens - first, D, TOKENS, BITS, GROUPS
+            x + first * D, pointers, row < D_OUT, tokens - first, D, TOKENS, SPAN, BITS, BLOCKS
         )  # fmt: skip
         for t in tl.static_range(TOKENS):
             into = out + (first + t) * D_OUT + row

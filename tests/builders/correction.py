@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tardis_fx.runtime import reference
-from tardis_fx.runtime.packing import GROUP, group_count, join, low_bits, pack
+from tardis_fx.runtime.packing import BLOCK, block_count, group_count, join, low_bits, pack, spread
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 Arguments = dict[str, Tensor | int | str | None]
@@ -28,6 +28,7 @@ def arguments(
     bias: bool = True,
     fold_bits: int = 16,
     row_bits: int = 16,
+    group_size: int = 64,
     seed: int = 0,
 ) -> Arguments:
     """The arguments of the op, with bounds that leave about the given share of the estimates outside.
@@ -48,15 +49,15 @@ def arguments(
     neurons = torch.full((capacity,), 2**30, dtype=torch.int32)
     neurons[:listed] = torch.randperm(h, generator=random)[:listed]
     top = 2**bits - 1
-    scale = torch.full((capacity, group_count(d)), torch.nan, dtype=torch.float16)
-    scale[:guarded] = (normal(guarded, group_count(d)).abs() + 1) * 2 / (d**0.5 * top)
-    zero = torch.randint(0, top + 1, (capacity, group_count(d)), generator=random).to(torch.uint8)
+    scale = torch.full((capacity, group_count(d, group_size)), torch.nan, dtype=torch.float16)
+    scale[:guarded] = (normal(guarded, group_count(d, group_size)).abs() + 1) * 2 / (d**0.5 * top)
+    zero = torch.randint(0, top + 1, (capacity, group_count(d, group_size)), generator=random).to(torch.uint8)
     codes = pack(torch.randint(0, top + 1, (capacity, d), generator=random).to(torch.uint8), bits)
     lower, upper = bounds(x.reshape(-1, d), codes[:guarded], scale[:guarded], zero[:guarded], bits, outliers, capacity)
     w2t = (normal(h, d_out) / h**0.5).to(dtype)
 
     def coded(rows: int, columns: int, bits: int, fan_in: int) -> Tensor:
-        size = (rows, group_count(columns))
+        size = (rows, group_count(columns, group_size))
         scale = (normal(*size).abs() + 1) / fan_in**0.5 / 2 ** (bits - 1)
         zero = torch.randint(0, 2**bits, size, generator=random).to(torch.uint8)
         codes = torch.randint(0, 2**bits, (rows, columns), generator=random).to(torch.uint8)
@@ -122,11 +123,11 @@ def bounds(
 
 
 def margin(x: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
-    """[tokens, guarded]: what an estimate may err by in float32 and with x rounded to 2^-13 of its group's largest."""
+    """[tokens, guarded]: what an estimate may err by in float32 and with x rounded to 2^-13 of its block's largest."""
     columns = x.shape[-1]
-    padded = torch.nn.functional.pad(x.abs(), (0, -columns % GROUP)).view(len(x), group_count(columns), GROUP)
-    error: Tensor = padded.amax(-1) * GROUP * 2**-13 + padded.sum(-1) * 2**-20
-    largest: Tensor = error @ (scale * 2**bits).T
+    padded = torch.nn.functional.pad(x.abs(), (0, -columns % BLOCK)).view(len(x), block_count(columns), BLOCK)
+    error: Tensor = padded.amax(-1) * BLOCK * 2**-13 + padded.sum(-1) * 2**-20
+    largest: Tensor = error @ (spread(scale, columns)[:, ::BLOCK] * 2**bits).T
     return largest
 
 

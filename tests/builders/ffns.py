@@ -91,8 +91,8 @@ class Oracle:
         tensors = {
             "neurons": listed,
             "codes": pack(self.codes, 8)[rows],
-            "scale": torch.full((len(rows), group_count(w.w1.shape[1])), SCALE, dtype=torch.float16),
-            "zero": torch.full((len(rows), group_count(w.w1.shape[1])), ZERO, dtype=torch.uint8),
+            "scale": torch.full((len(rows), group_count(w.w1.shape[1], 64)), SCALE, dtype=torch.float16),
+            "zero": torch.full((len(rows), group_count(w.w1.shape[1], 64)), ZERO, dtype=torch.uint8),
             "lower": self.lower[rows],
             "upper": self.upper[rows],
             "slope": self.slope[listed.long()],
@@ -104,7 +104,7 @@ class Oracle:
         return SitePlan(
             fingerprint=fingerprint(parameters, self.activation), name="ffn", kind="plain", activation=self.activation, dtype=str(w.w1.dtype),
             shapes=tuple(tuple(p.shape) for p in parameters), dense_bytes=w.bytes, method="partial_linear",
-            settings={"bits": 8, "fold_bits": 16, "row_bits": 16, "activation": self.activation}, tensors=tensors,
+            settings={"bits": 8, "fold_bits": 16, "row_bits": 16, "group_size": 64, "activation": self.activation}, tensors=tensors,
         )  # fmt: skip
 
     def rewritten(self, guarded: Sequence[int], exact: Sequence[int], x: Tensor | None = None) -> Tensor:
@@ -197,12 +197,12 @@ def exact_plan(weights: SiteWeights, parameters: Sequence[Tensor], activation: s
     return SitePlan(
         fingerprint=fingerprint(parameters, activation), name="ffn", kind="plain", activation=activation, dtype=str(weights.w1.dtype),
         shapes=tuple(tuple(p.shape) for p in parameters), dense_bytes=weights.bytes, method="partial_linear",
-        settings={"bits": 2, "fold_bits": 16, "row_bits": 16, "activation": activation},
+        settings={"bits": 2, "fold_bits": 16, "row_bits": 16, "group_size": 64, "activation": activation},
         tensors={
             "neurons": torch.arange(hidden, dtype=torch.int32),
             "codes": torch.zeros(0, packed_bytes(d, 2), dtype=torch.uint8),
-            "scale": torch.zeros(0, group_count(d), dtype=torch.float16),
-            "zero": torch.zeros(0, group_count(d), dtype=torch.uint8),
+            "scale": torch.zeros(0, group_count(d, 64), dtype=torch.float16),
+            "zero": torch.zeros(0, group_count(d, 64), dtype=torch.uint8),
             "lower": torch.zeros(0),
             "upper": torch.zeros(0),
             "slope": slope,

@@ -7,11 +7,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tardis_fx.calibration.predictor import Quantised, quantise
-from tardis_fx.runtime.packing import group_count, packed_bytes, unpack
+from tardis_fx.runtime.packing import GROUP_SIZES, group_count, packed_bytes, unpack
 from tardis_fx.runtime.reference import estimate
 
 widths = st.sampled_from([2, 3, 4, 8])
-columns = st.sampled_from([3, 16, 64, 65, 100, 128])
+columns = st.sampled_from([3, 16, 64, 65, 100, 128, 192, 200])
+group_sizes = st.sampled_from(GROUP_SIZES)
 seeds = st.integers(0, 2**16)
 
 
@@ -27,37 +28,43 @@ def error(predictor: Quantised, w1: Tensor, x: Tensor) -> float:
     return float((predictor(x) - x @ w1.T).norm() / (x @ w1.T).norm())
 
 
-def dequantised(predictor: Quantised, d: int) -> Tensor:
+def dequantised(predictor: Quantised, d: int, group_size: int = 64) -> Tensor:
     """Weights from codes, scales and zero points, spelt out."""
-    group = torch.arange(d) // 64
+    group = torch.arange(d) // group_size
     codes = unpack(predictor.codes, predictor.bits, d).float()
     return predictor.scale.float()[:, group] * (codes - predictor.zero.float()[:, group])
 
 
-@given(widths, columns, seeds)
-def test_the_estimate_is_the_product_with_the_dequantised_weights(bits: int, d: int, seed: int) -> None:
+@given(widths, columns, group_sizes, seeds)
+def test_the_estimate_is_the_product_with_the_dequantised_weights(
+    bits: int, d: int, group_size: int, seed: int
+) -> None:
     w1, x = drawn(d, seed)
-    predictor = quantise(w1, x.T @ x, bits)
-    torch.testing.assert_close(predictor(x), x @ dequantised(predictor, d).T, rtol=1e-4, atol=1e-4)
+    predictor = quantise(w1, x.T @ x, bits, group_size)
+    torch.testing.assert_close(predictor(x), x @ dequantised(predictor, d, group_size).T, rtol=1e-4, atol=1e-4)
     reference = estimate(x, predictor.codes, predictor.scale, predictor.zero, bits)
     torch.testing.assert_close(predictor(x), reference, rtol=1e-4, atol=1e-4)
 
 
-@given(widths, columns, seeds)
-def test_codes_scales_and_zero_points_are_stored_as_the_kernels_read_them(bits: int, d: int, seed: int) -> None:
+@given(widths, columns, group_sizes, st.booleans(), seeds)
+def test_codes_scales_and_zero_points_are_stored_as_the_kernels_read_them(
+    bits: int, d: int, group_size: int, nearest: bool, seed: int
+) -> None:
     w1, x = drawn(d, seed)
-    predictor = quantise(w1, x.T @ x, bits)
+    predictor = quantise(w1, None if nearest else x.T @ x, bits, group_size)
     assert (predictor.codes.dtype, predictor.codes.shape) == (torch.uint8, (24, packed_bytes(d, bits)))
-    assert (predictor.scale.dtype, predictor.scale.shape) == (torch.float16, (24, group_count(d)))
-    assert (predictor.zero.dtype, predictor.zero.shape) == (torch.uint8, (24, group_count(d)))
+    assert (predictor.scale.dtype, predictor.scale.shape) == (torch.float16, (24, group_count(d, group_size)))
+    assert (predictor.zero.dtype, predictor.zero.shape) == (torch.uint8, (24, group_count(d, group_size)))
     assert int(predictor.zero.max()) < 2**bits
 
 
-@given(st.sampled_from([2, 3, 4]), st.sampled_from([16, 64, 100]), seeds)
-def test_on_correlated_inputs_gptq_errs_less_than_rounding_to_nearest(bits: int, d: int, seed: int) -> None:
+@given(st.sampled_from([2, 3, 4]), st.sampled_from([16, 64, 100, 200]), group_sizes, seeds)
+def test_on_correlated_inputs_gptq_errs_less_than_rounding_to_nearest(
+    bits: int, d: int, group_size: int, seed: int
+) -> None:
     w1, x = drawn(d, seed)
-    rounded = quantise(w1, torch.eye(d), bits)  # no correlation to make use of
-    assert error(quantise(w1, x.T @ x, bits), w1, x) < 0.9 * error(rounded, w1, x)
+    rounded = quantise(w1, None, bits, group_size)
+    assert error(quantise(w1, x.T @ x, bits, group_size), w1, x) < 0.9 * error(rounded, w1, x)
 
 
 @given(st.sampled_from([2, 3, 4]), seeds)
@@ -65,18 +72,21 @@ def test_errors_of_one_group_are_made_up_for_in_the_next(bits: int, seed: int) -
     w1, _ = drawn(128, seed)
     half = torch.randn(512, 64, generator=torch.Generator().manual_seed(seed))
     x = torch.cat([half, half + 0.1 * half.roll(1, 0)], 1)  # no correlation within a group, all of it between the two
-    rounded = quantise(w1, torch.eye(128), bits)
-    assert error(quantise(w1, x.T @ x, bits), w1, x) < 0.9 * error(rounded, w1, x)
+    rounded = quantise(w1, None, bits, 64)
+    assert error(quantise(w1, x.T @ x, bits, 64), w1, x) < 0.9 * error(rounded, w1, x)
 
 
-@given(widths, columns, seeds)
-def test_on_uncorrelated_inputs_gptq_is_rounding_to_nearest(bits: int, d: int, seed: int) -> None:
+@given(widths, columns, group_sizes, seeds)
+def test_rounding_takes_the_nearest_code_and_gptq_does_where_inputs_are_uncorrelated(
+    bits: int, d: int, group_size: int, seed: int
+) -> None:
     w1, _ = drawn(d, seed)
-    predictor = quantise(w1, torch.eye(d), bits)
-    group = torch.arange(d) // 64
-    scale, zero = predictor.scale.float()[:, group], predictor.zero.float()[:, group]
+    rounded, gptq = (quantise(w1, gram, bits, group_size) for gram in (None, torch.eye(d)))
+    group = torch.arange(d) // group_size
+    scale, zero = rounded.scale.float()[:, group], rounded.zero.float()[:, group]
     nearest = (w1 / scale + zero).round().clamp(0, 2**bits - 1)
-    difference = (unpack(predictor.codes, bits, d).float() - nearest).abs()
+    assert torch.equal(unpack(rounded.codes, bits, d).float(), nearest)
+    difference = (unpack(gptq.codes, bits, d).float() - nearest).abs()
     assert difference.max() <= 1
     assert (difference != 0).float().mean() < 0.01  # ties, to rounding
 
@@ -84,14 +94,14 @@ def test_on_uncorrelated_inputs_gptq_is_rounding_to_nearest(bits: int, d: int, s
 @given(columns, seeds)
 def test_more_bits_err_less(d: int, seed: int) -> None:
     w1, x = drawn(d, seed)
-    errors = [error(quantise(w1, x.T @ x, bits), w1, x) for bits in (2, 3, 4, 8)]
+    errors = [error(quantise(w1, x.T @ x, bits, 64), w1, x) for bits in (2, 3, 4, 8)]
     assert errors == sorted(errors, reverse=True)
 
 
 @given(columns, seeds)
 def test_8_bits_are_nearly_exact(d: int, seed: int) -> None:
     w1, x = drawn(d, seed)
-    assert error(quantise(w1, x.T @ x, 8), w1, x) < 0.01
+    assert error(quantise(w1, x.T @ x, 8, 64), w1, x) < 0.01
 
 
 @given(widths, st.integers(0, 2**16))
@@ -102,7 +112,7 @@ def test_weights_that_the_codes_can_hold_are_held_exactly(bits: int, seed: int) 
     zero = torch.randint(0, 2**bits, (24, 1), generator=g)
     w1 = (codes - zero) * 2.0**-5
     x = torch.randn(100, 64, generator=g)
-    assert torch.equal(dequantised(quantise(w1, x.T @ x, bits), 64), w1)
+    assert torch.equal(dequantised(quantise(w1, x.T @ x, bits, 64), 64), w1)
 
 
 @given(widths, seeds)
@@ -110,7 +120,7 @@ def test_columns_that_no_input_ever_uses_do_no_harm(bits: int, seed: int) -> Non
     w1, x = drawn(70, seed)
     used = torch.arange(70) % 3 != 0
     x = torch.where(used, x, 0)
-    predictor = quantise(w1, x.T @ x, bits)
+    predictor = quantise(w1, x.T @ x, bits, 64)
     weight = dequantised(predictor, 70)
     assert torch.isfinite(weight).all()
     scale = predictor.scale.float()[:, torch.arange(70) // 64]
@@ -123,7 +133,7 @@ def test_columns_that_no_input_ever_uses_do_no_harm(bits: int, seed: int) -> Non
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_inputs_that_are_all_zero_do_no_harm(bits: int) -> None:
     w1, _ = drawn(70, 0)
-    assert torch.isfinite(dequantised(quantise(w1, torch.zeros(70, 70), bits), 70)).all()
+    assert torch.isfinite(dequantised(quantise(w1, torch.zeros(70, 70), bits, 64), 70)).all()
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -131,7 +141,7 @@ def test_inputs_that_are_all_zero_do_no_harm(bits: int) -> None:
 def test_rows_of_one_value_are_exact_to_the_rounding_of_their_scale(bits: int, value: float) -> None:
     w1, x = drawn(70, 0)
     w1[3], w1[4, :64] = value, value
-    weight = dequantised(quantise(w1, x.T @ x, bits), 70)
+    weight = dequantised(quantise(w1, x.T @ x, bits, 64), 70)
     assert torch.isfinite(weight).all()
     assert weight[4, 64:].any(), "the group behind is quantised as ever"
     torch.testing.assert_close(weight[3], w1[3], rtol=2**-10, atol=0)
@@ -140,7 +150,7 @@ def test_rows_of_one_value_are_exact_to_the_rounding_of_their_scale(bits: int, v
 
 def test_weights_below_half_precision_are_zero_and_not_nan() -> None:
     w1, x = drawn(64, 0)
-    weight = dequantised(quantise(w1 * 1e-9, x.T @ x, 2), 64)
+    weight = dequantised(quantise(w1 * 1e-9, x.T @ x, 2, 64), 64)
     assert not weight.any()
 
 
@@ -149,6 +159,6 @@ def test_quantising_leaves_its_inputs_alone(d: int, seed: int) -> None:
     w1, x = drawn(d, seed)
     gram = x.T @ x
     before = w1.clone(), gram.clone()
-    quantise(w1, gram, 2)
+    quantise(w1, gram, 2, 64)
     assert torch.equal(w1, before[0])
     assert torch.equal(gram, before[1])

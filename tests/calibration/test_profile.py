@@ -59,7 +59,7 @@ def test_moments_are_mean_and_covariance_whatever_the_batches(seed: int, sizes: 
 def test_histogram_sums_are_direct_sums(seed: int, bias: bool, name: str) -> None:
     x, w1, b1 = site(seed)
     moments, activation = moments_of(x), ACTIVATIONS[name]
-    predictor = quantise(w1, moments.gram, 3)
+    predictor = quantise(w1, moments.gram, 3, 64)
     histogram = Histogram(moments, w1, b1 if bias else None, predictor, activation)
     estimates, inner = predictor(x), histogram.edges[1:-1]
     width = inner[1] - inner[0]
@@ -78,7 +78,7 @@ def test_histogram_sums_are_direct_sums(seed: int, bias: bool, name: str) -> Non
 def test_the_outer_edges_are_the_extreme_estimates_where_these_lie_beyond(seed: int) -> None:
     x, w1, b1 = site(seed)
     moments = moments_of(x)
-    predictor = quantise(w1, moments.gram, 3)
+    predictor = quantise(w1, moments.gram, 3, 64)
     histogram = Histogram(moments, w1, b1, predictor, ACTIVATIONS["gelu"])
     laid = histogram.edges[1:-1]
     histogram.update(x)
@@ -95,7 +95,7 @@ def test_a_neuron_whose_estimate_never_changes_has_one_full_bin() -> None:
     x, w1, b1 = site(0)
     w1[2] = 0
     moments = moments_of(x)
-    histogram = Histogram(moments, w1, b1, quantise(w1, moments.gram, 3), ACTIVATIONS["gelu"])
+    histogram = Histogram(moments, w1, b1, quantise(w1, moments.gram, 3, 64), ACTIVATIONS["gelu"])
     histogram.update(x)
     assert torch.isfinite(histogram.edges).all()
     assert histogram.sums.count[:, 2].max() == len(x)
@@ -105,7 +105,7 @@ def test_a_neuron_whose_estimate_never_changes_has_one_full_bin() -> None:
 def test_most_tokens_lie_within_the_inner_bins() -> None:
     x, w1, b1 = site(0, tokens=3000)
     moments = moments_of(x)
-    histogram = Histogram(moments, w1, b1, quantise(w1, moments.gram, 3), ACTIVATIONS["gelu"])
+    histogram = Histogram(moments, w1, b1, quantise(w1, moments.gram, 3, 64), ACTIVATIONS["gelu"])
     histogram.update(x)
     assert histogram.sums.count[1:-1].sum() == histogram.sums.count.sum()
     assert torch.all((histogram.sums.count > 0).sum(0) > BINS / 4), "too coarse"

@@ -16,14 +16,14 @@ from tardis_fx.healing.site import TrainableSite
 from tardis_fx.passes.partial_linear import PartialLinear
 from tardis_fx.plan import SitePlan
 
-D, HIDDEN = 80, 160  # two groups of input columns, the second in part
+D, HIDDEN = 80, 160  # two blocks of input columns, the second in part
 
 
 @cache
 def opened(fold_bits: int, row_bits: int, activation: str = "gelu") -> tuple[SitePlan, SiteWeights]:
-    model = ffn(D, HIDDEN, activation)
+    model, group_size = ffn(D, HIDDEN, activation), 128 if fold_bits == 4 else 64
     budget = (0.1 if fold_bits < 16 else 0.3) + (0.02 if row_bits < 16 else 0.2)
-    (entry,) = planned(model, D, budget=budget, fold_bits=fold_bits, row_bits=row_bits).sites
+    (entry,) = planned(model, D, budget=budget, fold_bits=fold_bits, row_bits=row_bits, group_size=group_size).sites
     assert len(entry.tensors["lower"]) > 0
     return entry, SiteWeights(*(p.detach() for p in model.parameters()))
 

@@ -30,6 +30,15 @@ def test_the_budget_picks_the_widest_codes_that_fit() -> None:
     assert found[2] > 1.5 * found[3] > 2 * found[4] > 10 * found[8]
 
 
+@pytest.mark.parametrize(("budget", "group_size"), [(0.11, 128), (0.12, 64)])
+def test_groups_are_as_small_as_the_budget_allows(budget: float, group_size: int) -> None:
+    (plan,) = plan_for(observed(), config(method="rtn", budget=budget)).sites
+    assert (plan.settings["bits"], plan.settings["group_size"]) == (2, group_size)
+    assert plan.touched_bytes <= budget * plan.dense_bytes
+    constants = sum(tensor.nbytes for tensor in plan.tensors.values()) + 4 * (D + HIDDEN)
+    assert plan.touched_bytes == constants
+
+
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("budget", [0.12, 0.2, 0.3])
 def test_gptq_errs_less_than_rounding_where_inputs_are_correlated(seed: int, budget: float) -> None:

@@ -30,8 +30,8 @@ def arguments(
     rest = (c["counts"], *(c[name] for name in _PER_NEURON), 8, o.activation)
     if not quantised:
         return (folded, x, c["w1"], c.get("b1"), c["w2t"], *rest)
-    fold, w2t = (quantise(m, torch.eye(m.shape[1]), 8).rows for m in (c["folded_weight"], o.weights.w2.T))
-    w1 = quantise(torch.zeros(32, 16), torch.eye(16), low_bits(8, 8)).rows
+    fold, w2t = (quantise(m, None, 8, 64).rows for m in (c["folded_weight"], o.weights.w2.T))
+    w1 = quantise(torch.zeros(32, 16), None, low_bits(8, 8), 64).rows
     return (c["folded_bias"], x, w1, c.get("b1"), w2t, *rest, fold, 8, 8)
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from tardis_fx.graph.activations import ACTIVATIONS
 from tardis_fx.runtime import ops as _registered  # noqa: F401
+from tardis_fx.runtime.packing import GROUP_SIZES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -76,8 +77,8 @@ def ops(draw: st.DrawFn) -> Arguments:
     h = draw(st.sampled_from([1, 2, 30]))
     return arguments(
         shape=draw(st.sampled_from([(), (1,), (1, 1), (2,), (3,), (2, 3)])),
-        d=draw(st.sampled_from([1, 15, 63, 64, 65, 128, 200])),
-        d_out=draw(st.sampled_from([1, 2, 17, 64, 130])),
+        d=draw(st.sampled_from([1, 15, 63, 64, 65, 96, 128, 200])),
+        d_out=draw(st.sampled_from([1, 2, 17, 64, 130, 192])),
         h=h,
         always=draw(st.sampled_from([0, 1, h // 3, h])),
         outliers=draw(st.sampled_from([0, 0.05, 0.5, 1])),
@@ -87,6 +88,7 @@ def ops(draw: st.DrawFn) -> Arguments:
         bias=draw(st.booleans()),
         fold_bits=draw(st.sampled_from([16, 16, 4, 8])),
         row_bits=draw(st.sampled_from([16, 16, 3, 4, 8])),
+        group_size=draw(st.sampled_from(GROUP_SIZES)),
         seed=draw(st.integers(0, 2**32)),
     )
 
@@ -103,9 +105,12 @@ def test_every_width_and_dtype_agrees(bits: int, dtype: torch.dtype) -> None:
     assert_right(arguments(shape=(2,), d=130, h=30, bits=bits, dtype=dtype))
 
 
-@pytest.mark.parametrize("bits", [3, 4, 8])
-def test_every_width_of_fold_and_rows_agrees(bits: int) -> None:
-    assert_right(arguments(h=20, d=130, d_out=70, always=3, fold_bits=bits, row_bits=bits, dtype=torch.bfloat16))
+@pytest.mark.parametrize(("bits", "group_size"), [(3, 64), (4, 128), (8, 128)])
+def test_every_width_of_fold_and_rows_agrees(bits: int, group_size: int) -> None:
+    op = arguments(
+        h=20, d=130, d_out=70, always=3, fold_bits=bits, row_bits=bits, group_size=group_size, dtype=torch.bfloat16
+    )
+    assert_right(op)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

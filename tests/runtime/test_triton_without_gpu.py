@@ -116,6 +116,7 @@ def test_the_kernels_compile_for_a_gpu(tokens: int) -> None:
         "D": 128,
         "D_OUT": 128,
         "TOKENS": tokens,
+        "SPAN": 2,
         "SEGMENT": 32,
         "SEGMENTS": 4,
         "BIASED": True,
