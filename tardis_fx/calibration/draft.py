@@ -48,8 +48,8 @@ class Draft:
         self.w1, self.w2 = weights.w1.float().cpu(), weights.w2.float().cpu()
         self.b1, self.b2 = real(weights.b1), real(weights.b2)
         self.activation = ACTIVATIONS[str(self.site.site.activation)]
-        self.predictor: Quantised = quantise(self.w1, self.moments.gram, self.bits)
-        self._low = cache(lambda bits: quantise(self.w1 - self.predictor.weight, self.moments.gram, bits))
+        self.predictor: Quantised = self._quantised(self.w1, self.bits)
+        self._low = cache(lambda bits: self._quantised(self.w1 - self.predictor.weight, bits))
         self._columns = cache(lambda bits: quantise(self.w2.T, torch.eye(len(self.w2)), bits))
 
     def at(self, fold_bits: int, row_bits: int) -> Draft:
@@ -134,10 +134,14 @@ class Draft:
         dtype = self.site.weights.w1.dtype
         if self.fold_bits == 16:
             return weight.to(dtype).contiguous(), bias.to(dtype)
-        quantised = quantise(weight, self.moments.gram, self.fold_bits)
+        quantised = self._quantised(weight, self.fold_bits)
         bias = bias + (weight - quantised.weight.double()) @ self.moments.mean
         return quantised.rows, bias.to(dtype)
 
     def opened(self, stored: Tensor) -> Tensor:
         """The folded weight that :meth:`stored` made, [d_out, d], float64."""
         return rows_of(stored, self.fold_bits, self.w1.shape[1], torch.float64)
+
+    def _quantised(self, weight: Tensor, bits: int) -> Quantised:
+        """A matrix that multiplies the site's inputs, [rows, d]."""
+        return quantise(weight, self.moments.gram, bits)
