@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from tardis_fx.runtime import cpu, cuda, reference, reference_gated
+from tardis_fx.runtime import cpu, cpu_gated, cuda, reference, reference_gated
 from tardis_fx.runtime.touched import Touched, counted
 
 # Held for the life of the process: dropping it takes its ops away. Library.impl dispatches faster than custom_op.
@@ -24,6 +24,7 @@ _LIBRARY.define(
     tags=(torch.Tag.needs_fixed_stride_order,),
 )
 _LIBRARY.impl("correct_gated", counted(reference_gated.correct, Touched.add_gated), "CompositeExplicitAutograd")
+_LIBRARY.impl("correct_gated", counted(cpu_gated.correct, Touched.add_gated), "CPU")
 _LIBRARY.define(
     "dequantise(Tensor codes, Tensor scale, Tensor zero, int bits, int columns, ScalarType dtype) -> Tensor"
 )
