@@ -21,6 +21,8 @@ LEAST = 1 / 128
 
 #: Ridge, as a share of the variance of a pre-activation.
 RIDGE = 1e-4
+#: A pre-activation whose variance is below this share of its mean square is taken for constant: sums are in float32.
+CONSTANT = 1e-6
 
 #: Gives pre-activations of gate and up projection and their product, [tokens, h] each, from [tokens, d].
 Neurons = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
@@ -59,12 +61,13 @@ class ProductSums:
         )
         some = count.clamp(min=1)
         g, u, p = g / some, u / some, p / some
-        var_g, var_u = ((square / some - mean**2).clamp(min=0) for square, mean in ((gg, g), (uu, u)))
+        var_g, var_u = (
+            (1 + RIDGE) * (square / some - mean**2).clamp(min=0) + CONSTANT * square / some
+            for square, mean in ((gg, g), (uu, u))
+        )
         cov_gu, cov_gp, cov_up = gu / some - g * u, gp / some - g * p, up / some - u * p
-        var_g, var_u = var_g * (1 + RIDGE), var_u * (1 + RIDGE)
         determinant = var_g * var_u - cov_gu**2
-        known = determinant > 1e-12 * (gg / some) * (uu / some)
-        inverse = torch.where(known, 1 / determinant.clamp(min=1e-30), 0)
+        inverse = torch.where(determinant > 0, 1 / determinant, 0)
         alpha, beta = (cov_gp * var_u - cov_up * cov_gu) * inverse, (cov_up * var_g - cov_gp * cov_gu) * inverse
         return alpha, beta, p - alpha * g - beta * u
 

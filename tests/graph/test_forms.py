@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from tardis_fx.graph.activations import ACTIVATIONS
 from tardis_fx.graph.site import SiteWeights
-from tardis_fx.testing.capture import capture, sites_of
+from tardis_fx.testing.capture import capture
 
 gelu = F.gelu
 
@@ -199,10 +199,15 @@ def test_an_accepted_form_is_one_plain_site_and_gives_the_same_when_rewritten(na
 
 
 @pytest.mark.parametrize("name", GATED)
-def test_an_accepted_gate_is_one_gated_site(name: str) -> None:
-    (site,) = sites_of(Model(GATED[name].accepted), X)
+@torch.no_grad()
+def test_an_accepted_gate_is_one_gated_site_and_gives_the_same_when_rewritten(name: str) -> None:
+    model, backend = Model(GATED[name].accepted).eval(), Exact()
+    output = torch.compile(model, backend=backend, fullgraph=True)(X)
+    (site,) = backend.sites
     assert (site.kind, site.reason) == ("gated", None)
     assert site.activation == ("sigmoid" if name == "glu" else "gelu")
+    assert backend.rewritten == 1
+    assert_same(output, model(X))
 
 
 def _multiplied(transposed: bool, gate: int) -> Form:
