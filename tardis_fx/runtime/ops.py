@@ -21,10 +21,12 @@ _LIBRARY.define(
     "correct_gated(Tensor folded, Tensor x, Tensor gate, Tensor up, Tensor w2t, Tensor counts, Tensor neurons, "
     "Tensor codes, Tensor scale, Tensor zero, Tensor? biases, Tensor guard, Tensor surrogate, int bits, "
     "str activation, Tensor? fold=None, int fold_bits=16, int row_bits=16) -> Tensor",
-    tags=(torch.Tag.needs_fixed_stride_order,),
+    # On a CUDA device the reference waits for the device, which no CUDA graph can hold.
+    tags=(torch.Tag.needs_fixed_stride_order, torch.Tag.cudagraph_unsafe),
 )
 _LIBRARY.impl("correct_gated", counted(reference_gated.correct, Touched.add_gated), "CompositeExplicitAutograd")
 _LIBRARY.impl("correct_gated", counted(cpu_gated.correct, Touched.add_gated), "CPU")
+_LIBRARY.impl("correct_gated", counted(cuda.correct_gated, Touched.add_gated), "CUDA")
 _LIBRARY.define(
     "dequantise(Tensor codes, Tensor scale, Tensor zero, int bits, int columns, ScalarType dtype) -> Tensor"
 )
