@@ -46,6 +46,8 @@ if TYPE_CHECKING:
     from tardis_fx.config import Config
     from tardis_fx.graph.site import Site, SiteWeights
 
+    Histograms = Mapping[str, Histogram | ScoreHistogram]
+
 #: Constants that hold one entry a listed neuron, and are padded to the hidden size.
 _PER_NEURON = ("neurons", "codes", "scale", "zero", "lower", "upper", "slope", "intercept")
 
@@ -88,11 +90,7 @@ class PartialLinear(Rewrite):
         ]
 
     def _fit_within(
-        self,
-        observation: Observation,
-        drafts: Sequence[Draft],
-        histograms: Mapping[str, Histogram | ScoreHistogram],
-        config: Config,
+        self, observation: Observation, drafts: Sequence[Draft], histograms: Histograms, config: Config
     ) -> list[SitePlan]:
         """Fits all sites at the config's budget, at every width, and takes of each site what is best for all."""
         settled: list[list[Draft]] = []
@@ -122,9 +120,7 @@ class PartialLinear(Rewrite):
         finally:
             observation.restore()
 
-    def _settled(
-        self, drafts: list[Draft], histograms: Mapping[str, Histogram | ScoreHistogram], config: Config
-    ) -> list[Draft]:
+    def _settled(self, drafts: list[Draft], histograms: Histograms, config: Config) -> list[Draft]:
         """Chooses ranges, classes and surrogates at the widths of the drafts."""
         surrogates = [self.ranges(draft, histograms[draft.site.fingerprint]) for draft in drafts]
         allowed = [config.budget * draft.site.weights.bytes for draft in drafts]
@@ -153,14 +149,13 @@ class PartialLinear(Rewrite):
         key = f"partial_linear drafts, {config.predictor_bits} bits"
         if key not in observation.memo:
             moments = observation.run(lambda s: Moments(s.weights.w1.shape[1]), sites, "input moments")
+            kinds = {"plain": Draft, "gated": GatedDraft}
             bar = tqdm(sites, desc="predictors", unit="site", disable=not config.progress, leave=False)
-            observation.memo[key] = [_draft(s, moments[s.fingerprint], config.predictor_bits) for s in bar]
+            observation.memo[key] = [kinds[s.site.kind](s, moments[s.fingerprint], config.predictor_bits) for s in bar]
         drafts: list[Draft] = observation.memo[key]
         return drafts
 
-    def _histograms(
-        self, observation: Observation, drafts: Sequence[Draft], config: Config
-    ) -> dict[str, Histogram | ScoreHistogram]:
+    def _histograms(self, observation: Observation, drafts: Sequence[Draft], config: Config) -> Histograms:
         key = f"partial_linear histograms, {config.predictor_bits} bits"
         if key not in observation.memo:
             by_site = {draft.site.fingerprint: draft for draft in drafts}
@@ -170,8 +165,8 @@ class PartialLinear(Rewrite):
                 found = observation.run(lambda s: own[s.fingerprint].products(), with_gate, "products of gate and up")
                 for identity, draft in own.items():
                     draft.prepare(found[identity])
-            observation.memo[key] = observation.run(lambda s: _histogram(by_site[s.fingerprint]), sites, "hot ranges")
-        histograms: dict[str, Histogram | ScoreHistogram] = observation.memo[key]
+            observation.memo[key] = observation.run(lambda s: by_site[s.fingerprint].histogram(), sites, "hot ranges")
+        histograms: Histograms = observation.memo[key]
         return histograms
 
     def floor(self, draft: Draft) -> int:
@@ -259,11 +254,3 @@ class PartialLinear(Rewrite):
             fold, settings["fold_bits"], settings["row_bits"],
         )  # fmt: skip
         return corrected
-
-
-def _draft(site: ObservedSite, moments: Moments, bits: int) -> Draft:
-    return (GatedDraft if site.site.kind == "gated" else Draft)(site, moments, bits)
-
-
-def _histogram(draft: Draft) -> Histogram | ScoreHistogram:
-    return draft.scores() if isinstance(draft, GatedDraft) else draft.histogram()

@@ -101,7 +101,7 @@ class GatedDraft(Draft):
         """Fixes the score."""
         self.line, self._missed = products.plane, products.missed
 
-    def scores(self) -> ScoreHistogram:
+    def histogram(self) -> ScoreHistogram:
         """An empty histogram of the scores."""
         return ScoreHistogram(self._missed, self.neurons, lambda x: self.score(*self.estimates(x)))
 
