@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from tardis_fx.calibration.draft import Draft
+    from tardis_fx.graph.site import Site
 
 
 class Paper(PartialLinear):
@@ -29,6 +30,12 @@ class Paper(PartialLinear):
     name: ClassVar[str] = "paper"
     regressed: ClassVar[bool] = False
     widths: ClassVar[tuple[tuple[int, int], ...]] = ((16, 16),)
+
+    def refuse(self, site: Site) -> str | None:
+        """Gated sites are refused, too."""
+        if site.kind == "gated":
+            return "gated FFN: the paper's surrogate is a line in one pre-activation, and a gated neuron has two"
+        return super().refuse(site)
 
     def floor(self, draft: Draft) -> int:
         """The fold and a predictor for every neuron."""

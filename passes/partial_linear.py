@@ -8,6 +8,8 @@
    split over layers minimise the error at a given number of bytes (:mod:`tardis_fx.calibration.ranges`); C and B are
    regressed on what is still missing (:mod:`tardis_fx.calibration.regression`); C and the rows that corrections read
    may be quantised (:mod:`tardis_fx.calibration.draft`).
+4. Gated sites take the same path with a plane in the line's place (:mod:`tardis_fx.passes.gated`), at the same price of
+   a byte.
 """
 
 from __future__ import annotations
@@ -23,13 +25,16 @@ from tqdm import tqdm
 
 from tardis_fx.calibration.budget import allocate
 from tardis_fx.calibration.draft import Draft
+from tardis_fx.calibration.gated_draft import GatedDraft, GatedRanges
 from tardis_fx.calibration.observe import BatchObservation
+from tardis_fx.calibration.products import ScoreHistogram
 from tardis_fx.calibration.profile import Histogram, Moments
 from tardis_fx.calibration.ranges import Ranges, SiteRanges
 from tardis_fx.calibration.residuals import ResidualObserver, Several
 from tardis_fx.calibration.target import least_budget
 from tardis_fx.calibration.widths import Fitted, mix
 from tardis_fx.errors import CalibrationError
+from tardis_fx.passes import gated
 from tardis_fx.passes.base import Rewrite
 from tardis_fx.plan import SitePlan
 from tardis_fx.runtime import ops  # noqa: F401 - registers torch.ops.tardis
@@ -40,6 +45,8 @@ if TYPE_CHECKING:
     from tardis_fx.calibration.observe import Observation, ObservedSite
     from tardis_fx.config import Config
     from tardis_fx.graph.site import Site, SiteWeights
+
+    Histograms = Mapping[str, Histogram | ScoreHistogram]
 
 #: Constants that hold one entry a listed neuron, and are padded to the hidden size.
 _PER_NEURON = ("neurons", "codes", "scale", "zero", "lower", "upper", "slope", "intercept")
@@ -55,9 +62,7 @@ class PartialLinear(Rewrite):
     widths: ClassVar[tuple[tuple[int, int], ...]] = ((3, 3), (4, 4), (8, 8), (16, 16))
 
     def refuse(self, site: Site) -> str | None:
-        """Gated sites and sites without an activation are refused."""
-        if site.kind == "gated":
-            return "gated FFN: not yet rewritten by partial_linear"
+        """Sites without an activation are refused."""
         if site.affine is not None:
             return "no activation between its projections"
         return None
@@ -65,7 +70,8 @@ class PartialLinear(Rewrite):
     def fit(self, observation: Observation, sites: Sequence[ObservedSite], config: Config) -> list[SitePlan]:
         """Three runs over the batches: moments, histograms of the predictor's estimates, residuals at every width.
 
-        The first two do not depend on the budget, and are done once for one observation.
+        The first two do not depend on the budget, and are done once for one observation. Gated sites take one more
+        between these two, for the planes that their scores are measured from.
         """
         drafts = self._drafts(observation, sites, config)
         histograms = self._histograms(observation, drafts, config)
@@ -84,7 +90,7 @@ class PartialLinear(Rewrite):
         ]
 
     def _fit_within(
-        self, observation: Observation, drafts: Sequence[Draft], histograms: Mapping[str, Histogram], config: Config
+        self, observation: Observation, drafts: Sequence[Draft], histograms: Histograms, config: Config
     ) -> list[SitePlan]:
         """Fits all sites at the config's budget, at every width, and takes of each site what is best for all."""
         settled: list[list[Draft]] = []
@@ -114,7 +120,7 @@ class PartialLinear(Rewrite):
         finally:
             observation.restore()
 
-    def _settled(self, drafts: list[Draft], histograms: Mapping[str, Histogram], config: Config) -> list[Draft]:
+    def _settled(self, drafts: list[Draft], histograms: Histograms, config: Config) -> list[Draft]:
         """Chooses ranges, classes and surrogates at the widths of the drafts."""
         surrogates = [self.ranges(draft, histograms[draft.site.fingerprint]) for draft in drafts]
         allowed = [config.budget * draft.site.weights.bytes for draft in drafts]
@@ -144,27 +150,36 @@ class PartialLinear(Rewrite):
         key = f"partial_linear drafts, {quantisation}"
         if key not in observation.memo:
             moments = observation.run(lambda s: Moments(s.weights.w1.shape[1]), sites, "input moments")
+            kinds = {"plain": Draft, "gated": GatedDraft}
             bar = tqdm(sites, desc="predictors", unit="site", disable=not config.progress, leave=False)
-            observation.memo[key] = [Draft(s, moments[s.fingerprint], *quantisation) for s in bar]
+            observation.memo[key] = [kinds[s.site.kind](s, moments[s.fingerprint], *quantisation) for s in bar]
         drafts: list[Draft] = observation.memo[key]
         return drafts
 
-    def _histograms(self, observation: Observation, drafts: Sequence[Draft], config: Config) -> dict[str, Histogram]:
+    def _histograms(self, observation: Observation, drafts: Sequence[Draft], config: Config) -> Histograms:
         key = f"partial_linear histograms, {config.predictor_bits, config.group_size, config.rounding}"
         if key not in observation.memo:
             by_site = {draft.site.fingerprint: draft for draft in drafts}
             sites = [draft.site for draft in drafts]
+            if own := {key: draft for key, draft in by_site.items() if isinstance(draft, GatedDraft)}:
+                with_gate = [draft.site for draft in own.values()]
+                found = observation.run(lambda s: own[s.fingerprint].products(), with_gate, "products of gate and up")
+                for identity, draft in own.items():
+                    draft.prepare(found[identity])
             observation.memo[key] = observation.run(lambda s: by_site[s.fingerprint].histogram(), sites, "hot ranges")
-        histograms: dict[str, Histogram] = observation.memo[key]
+        histograms: Histograms = observation.memo[key]
         return histograms
 
     def floor(self, draft: Draft) -> int:
         """Bytes that a site reads at the least."""
         return draft.costs.fold
 
-    def ranges(self, draft: Draft, histogram: Histogram) -> SiteRanges:
+    def ranges(self, draft: Draft, histogram: Histogram | ScoreHistogram) -> SiteRanges:
         """What a site's hot ranges are chosen from; an error counts as the norm of its W2 column."""
-        return SiteRanges(histogram, draft.w2.norm(dim=0), draft.costs)
+        norm = draft.w2.norm(dim=0)
+        if isinstance(histogram, ScoreHistogram):
+            return GatedRanges(histogram.sums, norm, draft.costs)
+        return SiteRanges(histogram, norm, draft.costs)
 
     def choose(self, sites: Sequence[SiteRanges], allowed: float) -> list[Ranges]:
         """Ranges of all sites within ``allowed`` bytes per token; fits the surrogates to them."""
@@ -184,7 +199,7 @@ class PartialLinear(Rewrite):
             site.parameters,
             method=self.name,
             touched_bytes=draft.costs.fold
-            + draft.costs.predictor * len(tensors["lower"])
+            + draft.costs.predictor * len(tensors["codes"])
             + draft.costs.row * corrected,
             outlier_rate=corrected / weights.w1.shape[0],
             error=error,
@@ -197,8 +212,8 @@ class PartialLinear(Rewrite):
             },
             tensors=tensors,
         )
-        own = {p.data_ptr() for p in site.parameters}
-        extra = [c for c in self.constants(plan, weights).values() if c.data_ptr() not in own]
+        own = {p.untyped_storage().data_ptr() for p in site.parameters}
+        extra = [c for c in self.constants(plan, weights).values() if c.untyped_storage().data_ptr() not in own]
         plan = replace(plan, stored_bytes=weights.bytes + sum(c.numel() * c.element_size() for c in extra))
         return Fitted(draft, plan, error**2 * observer.residual.energy)
 
@@ -206,18 +221,19 @@ class PartialLinear(Rewrite):
         """The plan's tensors padded to the hidden size, and the weights by neuron: a copy where stored otherwise."""
         hidden, device = weights.w1.shape[0], weights.w1.device
         neurons = plan.tensors["neurons"]
-        listed, guarded = len(neurons), len(plan.tensors["lower"])
-        if plan.settings["row_bits"] == 16:
-            constants = {"w1": weights.w1.contiguous(), "w2t": weights.w2.T.contiguous()}
-        else:
-            constants = {}
-            for name in ("w1", "w2t"):
+        listed, guarded = len(neurons), len(plan.tensors["codes"])
+        first = {"w1": weights.w1} if weights.gate is None else {"gate": weights.gate, "up": weights.w1}
+        constants = {name: weight.contiguous() for name, weight in (first | {"w2t": weights.w2.T}).items()}
+        if plan.settings["row_bits"] != 16:
+            for name in constants:
                 rows = plan.tensors[name].to(device)
                 constants[name] = rows.new_zeros(hidden, rows.shape[1]).index_copy_(0, neurons.long().to(device), rows)
-        if weights.b1 is not None:
+        if weights.gate is not None:
+            constants |= gated.biases(plan, weights)
+        elif weights.b1 is not None:
             constants["b1"] = weights.b1
         constants["counts"] = torch.tensor([listed, guarded], device=device)
-        for name in _PER_NEURON:
+        for name in _PER_NEURON if weights.gate is None else gated.PER_NEURON:
             tensor = plan.tensors[name]
             padded = torch.zeros(hidden, *tensor.shape[1:], dtype=tensor.dtype, device=device)
             padded[: len(tensor)] = tensor
@@ -229,6 +245,8 @@ class PartialLinear(Rewrite):
 
         A quantised fold is part of the op.
         """
+        if plan.kind == "gated":
+            return gated.forward(x, constants, plan)
         settings, weight, bias = plan.settings, constants["folded_weight"], constants["folded_bias"]
         quantised = settings["fold_bits"] != 16
         folded, fold = (bias, weight) if quantised else (F.linear(x, weight, bias), None)

@@ -57,7 +57,7 @@ def heal(
 
     Args:
         model: the dense model that the plan was made for, in eval mode; it is left as it was.
-        plan: of ``partial_linear`` or ``paper``, or the path of its file; it is left as it was.
+        plan: of ``partial_linear`` or ``paper``, no FFN of it gated, or the path of its file; it is left as it was.
         batches: as :func:`tardis_fx.calibrate` takes them, two or more; those of calibration will do.
         steps: at the most.
         learning_rate: of Adam, in units of each tensor's root mean square; of bounds, in tenths of the hot
@@ -69,7 +69,7 @@ def heal(
         A plan of the same sites and settings; the one given where training makes nothing better.
 
     Raises:
-        ConfigError: an argument is out of its range, or a site's rewrite cannot be healed.
+        ConfigError: an argument is out of its range, or a site is gated or of a rewrite that cannot be healed.
         CalibrationError: the model is in training mode, fewer than two batches, a batch that does not run every site, a
             loss that is NaN or infinite, or a model whose output holds no tensor.
         PlanMismatchError: the plan does not fit the model.

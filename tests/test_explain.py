@@ -41,7 +41,7 @@ class Mixed(nn.Module):
 @pytest.fixture(scope="module")
 def mixed() -> tuple[Mixed, Plan]:
     model = Mixed()
-    return model, planned(model, budget=0.6)
+    return model, planned(model, method="paper", budget=0.6)
 
 
 # ---- Fields
@@ -84,7 +84,7 @@ def test_every_refused_site_is_listed_with_its_reason(mixed: tuple[Mixed, Plan])
             assert site.touched_bytes == site.stored_bytes == site.dense_bytes > 0
 
 
-def test_a_gated_model_is_listed_and_refused() -> None:
+def test_a_gated_model_that_the_plan_does_not_know_is_listed_and_refused() -> None:
     model = models.llama()
     plan = Plan((), config())
     report = explain(model, plan, models.tokens(2, 5))

@@ -83,13 +83,14 @@ def random_plans(model: nn.Module, batch: Tensor, widths: Sequence[Widths], rate
         rate: share of (token, neuron) pairs that are outliers.
 
     Raises:
-        BenchError: the model has no FFN that partial linearity takes.
+        BenchError: the model has no plain FFN that partial linearity takes.
     """
     observation = BatchObservation(model, [batch], progress=False)
     rewrite = PartialLinear()
-    sites = [s for s in observation.sites if s.site.reason is None and rewrite.refuse(s.site) is None]
+    plain = [s for s in observation.sites if s.site.kind == "plain" and s.site.reason is None]
+    sites = [s for s in plain if rewrite.refuse(s.site) is None]
     if not sites:
-        raise BenchError("the model has no FFN that partial linearity takes")
+        raise BenchError("the model has no plain FFN that partial linearity takes")
     kept = observation.run(lambda _: _Kept(), sites, "inputs of the FFNs")
     return {
         w: Plan(

@@ -50,5 +50,7 @@ class Check:
 
 
 def original(weights: SiteWeights, activation: str, x: Tensor) -> Tensor:
-    """A plain site as it was, [tokens, d] to [tokens, d_out]."""
-    return F.linear(ACTIVATIONS[activation].eager(F.linear(x, weights.w1, weights.b1)), weights.w2, weights.b2)
+    """A site as it was, [tokens, d] to [tokens, d_out]."""
+    act, up = ACTIVATIONS[activation].eager, F.linear(x, weights.w1, weights.b1)
+    hidden = act(up) if weights.gate is None else act(F.linear(x, weights.gate, weights.gate_bias)) * up
+    return F.linear(hidden, weights.w2, weights.b2)

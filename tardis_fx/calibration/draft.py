@@ -19,6 +19,7 @@ from tardis_fx.runtime.reference import rows_of
 
 if TYPE_CHECKING:
     from tardis_fx.calibration.observe import ObservedSite
+    from tardis_fx.calibration.products import ScoreHistogram
     from tardis_fx.config import Rounding
 
 
@@ -85,7 +86,7 @@ class Draft:
             return None
         return self._low(low_bits(self.bits, self.row_bits)), self._columns(self.row_bits)
 
-    def histogram(self) -> Histogram:
+    def histogram(self) -> Histogram | ScoreHistogram:
         """An empty histogram of the predictor's estimates."""
         return Histogram(self.moments, self.w1, self.b1, self.predictor, self.activation)
 

@@ -113,10 +113,13 @@ class SiteRanges:
             costs: bytes.
         """
         self.sums: Sums = histogram.sums
-        self.costs = costs
+        self._begin(self.sums.count, w2_norm, costs)
+
+    def _begin(self, count: Tensor, w2_norm: Tensor, costs: Costs) -> None:
+        self.costs, self._count = costs, count
         self._importance = w2_norm.double() ** 2
-        self._tokens = float(self.sums.count[:, 0].sum())
-        self.refit(torch.ones_like(self.sums.count, dtype=torch.bool))
+        self._tokens = float(count[:, 0].sum())
+        self.refit(torch.ones_like(count, dtype=torch.bool))
 
     def refit(self, hot: Tensor) -> None:
         """Fits the surrogates to the hot bins; an exact neuron's is zero, which keeps it out of the fold."""
@@ -125,22 +128,24 @@ class SiteRanges:
 
     def at(self, price: float) -> Ranges:
         """The ranges of least cost at a price per byte read."""
-        error = self._error
+        error, count = self._error, self._count
         row = price * self.costs.row
-        start, stop = _cheapest_run(error - row * self.sums.count)
+        start, stop = self._cheapest(error - row * count)
         bins = torch.arange(len(error))[:, None]
         hot = (bins >= start) & (bins < stop)
         folded_cost = error.sum(0)
         exact_cost = torch.full_like(folded_cost, price * self.costs.exact * self._tokens)
-        guarded_cost = (
-            torch.where(hot, error, row * self.sums.count).sum(0) + price * self.costs.predictor * self._tokens
-        )
+        guarded_cost = torch.where(hot, error, row * count).sum(0) + price * self.costs.predictor * self._tokens
         choice = torch.stack([folded_cost, exact_cost, guarded_cost]).argmin(0)
         hot = (hot | (choice == 0)) & (choice != 1)
-        cold = torch.where(hot, 0, self.sums.count).sum().item() / self._tokens
+        cold = torch.where(hot, 0, count).sum().item() / self._tokens
         read = (choice == 2) | (choice == 1) & self.costs.nested
         touched = self.costs.fold + self.costs.predictor * int(read.sum()) + self.costs.row * cold
         return Ranges(hot, choice == 2, choice == 1, touched)
+
+    def _cheapest(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Start and stop of every neuron's hot bins: of the least sum over [bins, h]."""
+        return _cheapest_run(values)
 
 
 def _cheapest_run(values: Tensor) -> tuple[Tensor, Tensor]:

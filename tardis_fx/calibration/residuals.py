@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from tardis_fx.calibration.gated_draft import GatedDraft
+from tardis_fx.calibration.gated_residuals import GatedTokens
 from tardis_fx.calibration.regression import Residual
 
 if TYPE_CHECKING:
@@ -32,7 +34,8 @@ class Several:
 
     def update(self, x: Tensor) -> None:
         """Shows tokens, [tokens, d], float32, to all."""
-        tokens = _Tokens(self._draft, x)
+        draft = self._draft
+        tokens = GatedTokens(draft, x) if isinstance(draft, GatedDraft) else _Tokens(draft, x)
         for observer in self.observers:
             observer.add(tokens)
 
@@ -66,6 +69,20 @@ class _Tokens:
             self._refined[low.bits] = self._activated(self.estimate + low(self.x))
         return self._refined[low.bits]
 
+    def left(self, draft: Draft) -> tuple[Tensor, Tensor]:
+        """What fold and correction of a draft miss, [tokens, d_out], and what is corrected, [tokens, h]."""
+
+        def beyond(z: Tensor, activated: Tensor) -> Tensor:
+            return activated - draft.slope * z - draft.intercept
+
+        outlier = draft.exact | draft.guarded & ((self.estimate < draft.lower) | (self.estimate > draft.upper))
+        missing = beyond(*self.exact)
+        if draft.rows is None:
+            return torch.where(outlier, 0, missing) @ draft.w2.T, outlier
+        low, w2t = draft.rows
+        corrected = torch.where(outlier, beyond(*self.refined(low)), 0)
+        return missing @ draft.w2.T - corrected @ w2t.weight, outlier
+
     def _activated(self, z: Tensor) -> tuple[Tensor, Tensor]:
         if self._draft.b1 is not None:
             z = z + self._draft.b1
@@ -87,21 +104,9 @@ class ResidualObserver:
         self.residual = Residual(draft.w1.shape[1], draft.w2.shape[0])
         self.outliers, self.tokens = 0, 0
 
-    def add(self, tokens: _Tokens) -> None:
+    def add(self, tokens: _Tokens | GatedTokens) -> None:
         """Adds tokens."""
-        draft, z_hat = self._draft, tokens.estimate
-        outlier = draft.exact | draft.guarded & ((z_hat < draft.lower) | (z_hat > draft.upper))
-        missing = self._beyond_surrogate(*tokens.exact)
-        if draft.rows is None:
-            left = torch.where(outlier, 0, missing) @ draft.w2.T
-        else:
-            low, w2t = draft.rows
-            corrected = torch.where(outlier, self._beyond_surrogate(*tokens.refined(low)), 0)
-            left = missing @ draft.w2.T - corrected @ w2t.weight
+        left, outlier = tokens.left(self._draft)  # type: ignore[arg-type]  # tokens and draft are of one site
         self.residual.update(tokens.x, left, tokens.output)
         self.outliers += int(outlier.sum())
         self.tokens += len(tokens.x)
-
-    def _beyond_surrogate(self, z: Tensor, activated: Tensor) -> Tensor:
-        """What the surrogates miss of activations, [tokens, h]."""
-        return activated - self._draft.slope * z - self._draft.intercept

@@ -106,6 +106,8 @@ def _healable(plan: Plan) -> dict[str, PartialLinear]:
     found: dict[str, PartialLinear] = {}
     for entry in plan.sites:
         rewrite = None if entry.method is None else rewrite_named(entry.method)
+        if isinstance(rewrite, PartialLinear) and entry.kind == "gated":
+            raise ConfigError(f"{entry.name} is a gated FFN: its surrogates and thresholds cannot be healed yet")
         if isinstance(rewrite, PartialLinear):
             found[entry.fingerprint] = rewrite
         elif rewrite is not None and not isinstance(rewrite, ExactFold):

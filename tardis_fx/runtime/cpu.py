@@ -15,10 +15,9 @@ import shutil
 import struct
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -32,11 +31,12 @@ logger = logging.getLogger("tardis_fx")
 #: More tokens than this are a prefill, for which the kernel's row by row work is not made; its arrays are this long.
 DECODE_TOKENS = 16
 
-_SOURCE = Path(__file__).with_name("cpu_kernel.cpp")
+_SOURCE, _INCLUDED = (Path(__file__).with_name(name) for name in ("cpu_kernel.cpp", "cpu_gated.h"))
 # No -ffast-math: NaN and infinity must compare as they should. The two that are safe let conversions be vectorised.
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC")
-_ACTIVATIONS = {name: number for number, name in enumerate(ACTIVATIONS)}
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+#: How the kernel numbers activations and dtypes.
+ACTIVATION_NUMBERS = {name: number for number, name in enumerate(ACTIVATIONS)}
+DTYPE_NUMBERS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _CALL = struct.Struct("30q")  # of the kernel: sixteen pointers and fourteen integers
 
 
@@ -69,10 +69,7 @@ def correct(
     """
     plan = (counts, neurons, codes, scale, zero, lower, upper, slope, intercept)
     dtype, tokens = x.dtype, x.shape[:-1].numel()
-    eligible = x.numel() > 0 and tokens <= DECODE_TOKENS and dtype in _DTYPES and activation in _ACTIVATIONS
-    plain = (folded, x, b1, *((w1, w2t) if row_bits == 16 else ()))
-    alike = len({tensor.dtype for tensor in plain if tensor is not None}) == 1
-    kernel = _kernel() if eligible and alike else None
+    kernel = kernel_for(x, activation, (folded, b1, *((w1, w2t) if row_bits == 16 else ())))
     if kernel is None:
         return reference.correct(folded, x, w1, b1, w2t, *plan, bits, activation, fold, fold_bits, row_bits)
     w1, w2t = (weight if weight.stride(1) == 1 else weight.contiguous() for weight in (w1, w2t))
@@ -97,37 +94,54 @@ def correct(
         w1.stride(0),
         w2t.stride(0),
         bits,
-        _ACTIVATIONS[activation],
+        ACTIVATION_NUMBERS[activation],
         fold_bits,
         row_bits,
         low_bits(bits, row_bits),
-        _DTYPES[dtype],
+        DTYPE_NUMBERS[dtype],
         torch.get_num_threads(),
     )
-    kernel(call)
+    kernel.tardis_correct(call)
     return out
 
 
+def kernel_for(x: Tensor, activation: str, whole: Sequence[Tensor | None]) -> ctypes.CDLL | None:
+    """The compiled functions, or None where they do not take such a call.
+
+    Args:
+        x: the tokens.
+        activation: name in the registry.
+        whole: the tensors that must be of its dtype.
+    """
+    few = x.numel() > 0 and x.shape[:-1].numel() <= DECODE_TOKENS
+    alike = all(tensor is None or tensor.dtype == x.dtype for tensor in whole)
+    known = x.dtype in DTYPE_NUMBERS and activation in ACTIVATION_NUMBERS
+    return _kernel() if few and alike and known else None
+
+
 @cache
-def _kernel() -> Callable[[bytes], None] | None:
-    """The compiled function, or None (with one warning) where it cannot be had."""
+def _kernel() -> ctypes.CDLL | None:
+    """The compiled functions, or None (with one warning) where they cannot be had."""
     try:
-        function = ctypes.CDLL(str(_build())).tardis_correct
+        library = ctypes.CDLL(str(_build()))
     except (OSError, subprocess.CalledProcessError) as error:
         said = error.stderr if isinstance(error, subprocess.CalledProcessError) else ""
         logger.warning("no CPU kernel, the (slow) eager implementation runs instead: %s\n%s", error, said)
         return None
-    function.argtypes = [ctypes.c_char_p]
-    function.restype = None
-    return cast("Callable[[bytes], None]", function)
+    for function in (library.tardis_correct, library.tardis_correct_gated):
+        function.argtypes = [ctypes.c_char_p]
+        function.restype = None
+    return library
 
 
 def _build() -> Path:
     """The path of the shared library, compiled now unless the cache has it."""
     compiler = _compiler()
     version = subprocess.run([*compiler, "--version"], check=True, capture_output=True, text=True).stdout
-    cases = "".join(f"case {_ACTIVATIONS[name]}: return {ACTIVATIONS[name].cxx};\n" for name in _ACTIVATIONS)
-    parts = [_SOURCE.read_text(), cases, *compiler, version, *_FLAGS, _processor()]
+    cases = "".join(
+        f"case {ACTIVATION_NUMBERS[name]}: return {ACTIVATIONS[name].cxx};\n" for name in ACTIVATION_NUMBERS
+    )
+    parts = [_SOURCE.read_text(), _INCLUDED.read_text(), cases, *compiler, version, *_FLAGS, _processor()]
     folder = _cache_folder()
     library = folder / f"cpu_kernel-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}.so"
     if not library.exists():

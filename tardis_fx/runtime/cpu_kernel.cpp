@@ -1,6 +1,6 @@
 // Adds the exact terms of the predicted outliers to the output of a folded FFN, for a few tokens, on a CPU.
 //
-// What is computed is specified by `correct` in reference.py; how the codes lie in memory, by packing.py. The time goes
+// What is computed is specified by `correct` in reference.py, of gated sites in reference_gated.py; how the codes lie in memory, by packing.py. The time goes
 // into reading, once for all tokens, (a) the packed codes of every guarded neuron, (b) the rows of W1 and W2 of every
 // outlier, which may be codes, too, those of W1 nested in (a), (c) the folded weight, where it is codes. The build (cpu.py) writes
 // activations.inc: one `case <number>: return <expression of z>;` an activation.
@@ -179,7 +179,8 @@ void prefetch(const uint8_t* row, int64_t bytes) {
 
 // ---- The call.
 
-struct Call {  // cpu.py packs it: sixteen pointers and fourteen integers
+struct Call {  // of a plain site; cpu.py packs it: sixteen pointers and fourteen integers
+  static constexpr int PROJECTIONS = 1;  // in front of the activation
   void* out;
   const void *folded, *x, *w1, *b1, *w2t;
   const int64_t* counts;
@@ -351,6 +352,10 @@ Outlier* test(const Call& call, const Inputs& x, int64_t begin, int64_t end, Out
 
 constexpr decltype(test<1>)* TESTS[] = {test<1>, test<2>, test<3>, test<4>, test<5>, test<6>, test<7>, test<8>};
 
+Outlier* find(const Call& call, const Inputs& x, int64_t begin, int64_t end, Outlier* list, float* estimates) {
+  return TESTS[call.bits - 1](call, x, begin, end, list, estimates);
+}
+
 // ---- Rows of codes, each followed by its scales and zero points (packing.join).
 
 // A row's scales and scales times zero points, as floats.
@@ -459,20 +464,35 @@ void add_plain(const Call& call, const Inputs& x, Outlier outlier, int64_t neuro
   }
 }
 
-// ---- The op.
-
 template <class W>
-void correct(const Call& call) {
+void add(const Call& call, const Inputs& x, Outlier outlier, int64_t neuron, int64_t next, float* estimates,
+         float* sums) {
+  const float bias = call.b1 ? to_float(((const W*)call.b1)[neuron]) : 0;
+  if (call.row_bits == 16)
+    add_plain<W>(call, x, outlier, neuron, next, bias, sums);
+  else
+    add_coded(call, x, outlier, neuron, next, bias, estimates, sums);
+}
+
+// ---- Gated sites.
+
+#include "cpu_gated.h"
+
+// ---- The ops.
+
+template <class W, class AnyCall>
+void correct(const AnyCall& call) {
   const int64_t tokens = call.tokens, d_out = call.d_out, size = tokens * d_out;
   const int64_t listed = call.counts[0], guarded = call.counts[1], always = listed - guarded;
-  const W *const folded = (const W*)call.folded, *const b1 = (const W*)call.b1;
+  const W* const folded = (const W*)call.folded;
   const Inputs x((const W*)call.x, tokens, call.d, call.d_groups);
   // One thread or all of them: a team of another size makes libgomp end threads that PyTorch then starts again.
-  const int64_t bits = listed * call.bits + (call.fold ? d_out * call.fold_bits : 0);
+  const int64_t kept = AnyCall::PROJECTIONS * tokens;  // estimates of a neuron
+  const int64_t bits = AnyCall::PROJECTIONS * listed * call.bits + (call.fold ? d_out * call.fold_bits : 0);
   const int threads = bits * x.blocks * (BLOCK / 8) < SERIAL_BYTES ? 1 : call.threads;
   float* const partial = scratch<float, 5>(threads * size);
   Outlier* const list = scratch<Outlier, 6>(listed);
-  float* const estimates = scratch<float, 11>(guarded * tokens);
+  float* const estimates = scratch<float, 11>(guarded * kept);
   int64_t *const begins = scratch<int64_t, 7>(2 * threads), *const ends = begins + threads;
 
 #pragma omp parallel num_threads(threads)
@@ -481,8 +501,7 @@ void correct(const Call& call) {
     const auto share = [team](int64_t of, int64_t thread) { return of * thread / team; };
 
     begins[me] = share(guarded, me) + share(always, me);
-    Outlier* end = TESTS[call.bits - 1](call, x, share(guarded, me), share(guarded, me + 1), list + begins[me],
-                                          estimates);
+    Outlier* end = find(call, x, share(guarded, me), share(guarded, me + 1), list + begins[me], estimates);
     for (int64_t i = share(always, me); i < share(always, me + 1); ++i)
       *end++ = {int32_t(guarded + i), (1u << tokens) - 1};
     ends[me] = end - list;
@@ -499,11 +518,7 @@ void correct(const Call& call) {
       for (; outlier < last; ++outlier) {
         const int64_t neuron = call.neurons[outlier->position];
         const int64_t next = outlier + 1 < last ? call.neurons[outlier[1].position] : neuron;
-        const float bias = b1 ? to_float(b1[neuron]) : 0;
-        if (call.row_bits == 16)
-          add_plain<W>(call, x, *outlier, neuron, next, bias, sums);
-        else
-          add_coded(call, x, *outlier, neuron, next, bias, estimates + outlier->position * tokens, sums);
+        add<W>(call, x, *outlier, neuron, next, estimates + outlier->position * kept, sums);
       }
     }
 #pragma omp barrier
@@ -515,8 +530,14 @@ void correct(const Call& call) {
   }
 }
 
+template <class AnyCall>
+void any_dtype(const AnyCall& call) {
+  (call.dtype == 0   ? correct<float, AnyCall>
+   : call.dtype == 1 ? correct<Bfloat16, AnyCall>
+                     : correct<Half, AnyCall>)(call);
+}
+
 }  // namespace
 
-extern "C" void tardis_correct(const Call* call) {
-  (call->dtype == 0 ? correct<float> : call->dtype == 1 ? correct<Bfloat16> : correct<Half>)(*call);
-}
+extern "C" void tardis_correct(const Call* call) { any_dtype(*call); }
+extern "C" void tardis_correct_gated(const GatedCall* call) { any_dtype(*call); }

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from tardis_fx.graph.activations import ACTIVATIONS
-from tardis_fx.runtime import reference
+from tardis_fx.runtime import reference, reference_gated
 
 logger = logging.getLogger("tardis_fx")
 
@@ -32,6 +32,17 @@ def correct(*args: Any) -> Tensor:
         corrected: Tensor = torch.ops.tardis.correct_triton(*args)
         return corrected
     return reference.correct(*args)
+
+
+def correct_gated(*args: Any) -> Tensor:
+    """:func:`tardis_fx.runtime.reference_gated.correct`: gated sites have no kernel on a CUDA device yet."""
+    _warn_of_gated_sites()
+    return reference_gated.correct(*args)
+
+
+@cache
+def _warn_of_gated_sites() -> None:
+    logger.warning("no kernel for gated FFNs on a CUDA device, the (slow) eager implementation runs instead")
 
 
 def eligible(

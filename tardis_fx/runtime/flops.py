@@ -23,6 +23,18 @@ def correct_flops(
     return 2 * tokens * (guarded * d + listed * (d + d_out) + (d * d_out if fold is not None else 0))
 
 
+@register_flop_formula(torch.ops.tardis.correct_gated, get_raw=True)
+def correct_gated_flops(
+    folded: Tensor, x: Tensor, gate: Tensor, up: Tensor, w2t: Tensor, counts: Tensor, neurons: Tensor,
+    *rest: object, out_val: object = None, **named: object,
+) -> int:  # fmt: skip
+    """Of :func:`tardis_fx.runtime.reference_gated.correct`, counted as :func:`correct_flops` counts."""
+    tokens, d, d_out = x.shape[:-1].numel(), x.shape[-1], folded.shape[-1]
+    listed, guarded = (len(neurons),) * 2 if isinstance(counts, FakeTensor) else counts.tolist()
+    fold = (rest + (None,) * 9)[8] if "fold" not in named else named["fold"]
+    return 2 * tokens * (2 * guarded * d + listed * (2 * d + d_out) + (d * d_out if fold is not None else 0))
+
+
 @register_flop_formula(torch.ops.tardis.dequantise, get_raw=True)
 def dequantise_flops(*_: object, **__: object) -> int:
     """None: PyTorch counts products of matrices alone, and there is none in it."""

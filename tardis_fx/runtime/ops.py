@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from tardis_fx.runtime import cpu, cuda, reference
-from tardis_fx.runtime.touched import counted
+from tardis_fx.runtime import cpu, cpu_gated, cuda, reference, reference_gated
+from tardis_fx.runtime.touched import Touched, counted
 
 # Held for the life of the process: dropping it takes its ops away. Library.impl dispatches faster than custom_op.
 _LIBRARY = torch.library.Library("tardis", "DEF")
@@ -14,9 +14,19 @@ _LIBRARY.define(
     "Tensor? fold=None, int fold_bits=16, int row_bits=16) -> Tensor",
     tags=(torch.Tag.needs_fixed_stride_order,),
 )
-_LIBRARY.impl("correct", counted(reference.correct), "CompositeExplicitAutograd")
-_LIBRARY.impl("correct", counted(cpu.correct), "CPU")
-_LIBRARY.impl("correct", counted(cuda.correct), "CUDA")
+_LIBRARY.impl("correct", counted(reference.correct, Touched.add), "CompositeExplicitAutograd")
+_LIBRARY.impl("correct", counted(cpu.correct, Touched.add), "CPU")
+_LIBRARY.impl("correct", counted(cuda.correct, Touched.add), "CUDA")
+_LIBRARY.define(
+    "correct_gated(Tensor folded, Tensor x, Tensor gate, Tensor up, Tensor w2t, Tensor counts, Tensor neurons, "
+    "Tensor codes, Tensor scale, Tensor zero, Tensor? biases, Tensor guard, Tensor surrogate, int bits, "
+    "str activation, Tensor? fold=None, int fold_bits=16, int row_bits=16) -> Tensor",
+    # On a CUDA device the reference waits for the device, which no CUDA graph can hold.
+    tags=(torch.Tag.needs_fixed_stride_order, torch.Tag.cudagraph_unsafe),
+)
+_LIBRARY.impl("correct_gated", counted(reference_gated.correct, Touched.add_gated), "CompositeExplicitAutograd")
+_LIBRARY.impl("correct_gated", counted(cpu_gated.correct, Touched.add_gated), "CPU")
+_LIBRARY.impl("correct_gated", counted(cuda.correct_gated, Touched.add_gated), "CUDA")
 _LIBRARY.define(
     "dequantise(Tensor codes, Tensor scale, Tensor zero, int bits, int columns, ScalarType dtype) -> Tensor"
 )
@@ -34,4 +44,5 @@ def _dequantise_fake(
 
 
 torch.library.register_fake("tardis::correct", _correct_fake, lib=_LIBRARY)
+torch.library.register_fake("tardis::correct_gated", _correct_fake, lib=_LIBRARY)
 torch.library.register_fake("tardis::dequantise", _dequantise_fake, lib=_LIBRARY)

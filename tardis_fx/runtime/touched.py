@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from tardis_fx.runtime import reference
+from tardis_fx.runtime import reference, reference_gated
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -57,6 +57,25 @@ class Touched:
         self._corrected += int(outlier.sum())
         self._pairs += len(tokens) * len(w1)
 
+    def add_gated(
+        self, folded: Tensor, x: Tensor, gate: Tensor, up: Tensor, w2t: Tensor, counts: Tensor, neurons: Tensor,
+        codes: Tensor, scale: Tensor, zero: Tensor, biases: Tensor | None, guard: Tensor, surrogate: Tensor,
+        bits: int, activation: str, fold: Tensor | None = None, fold_bits: int = 16, row_bits: int = 16,
+    ) -> None:  # fmt: skip
+        """Adds one call of the op, as :func:`tardis_fx.runtime.reference_gated.correct` takes it."""
+        tokens = x.reshape(-1, x.shape[-1]).to(reference.compute_dtype(x.dtype))
+        outlier = reference_gated.outliers(tokens, counts, codes, scale, zero, biases, guard, bits, activation)
+        own = () if biases is None else (biases,)
+        weight = folded.shape[-1] * x.shape[-1] * folded.element_size() if fold is None else fold.nbytes
+        fixed = weight + folded.shape[-1] * folded.element_size()
+        fixed += _bytes_a_row(codes, scale, zero, guard, *own) * int(counts[1])
+        row = _bytes_a_row(gate, up, w2t, neurons, surrogate, *own)
+        site = codes.data_ptr()
+        self._tokens[site] = self._tokens.get(site, 0) + len(tokens)
+        self._bytes[site] = self._bytes.get(site, 0) + fixed * len(tokens) + row * int(outlier.sum())
+        self._corrected += int(outlier.sum())
+        self._pairs += len(tokens) * len(gate)
+
 
 @contextmanager
 def count_touched() -> Iterator[Touched]:
@@ -73,12 +92,12 @@ def count_touched() -> Iterator[Touched]:
         _COUNTING.remove(touched)
 
 
-def counted(correct: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """An implementation of the op that also shows its calls to whatever is counting."""
+def counted(correct: Callable[..., Tensor], add: Callable[..., None]) -> Callable[..., Tensor]:
+    """An implementation of an op that also shows its calls, by a method of Touched, to whatever is counting."""
 
     def run(*args: object) -> Tensor:
         for touched in _COUNTING:
-            touched.add(*args)  # type: ignore[arg-type]
+            add(touched, *args)
         return correct(*args)
 
     return run

@@ -191,6 +191,8 @@ def oracles(draw: st.DrawFn, *, identity: bool = False, expanding: bool = False)
 
 def exact_plan(weights: SiteWeights, parameters: Sequence[Tensor], activation: str) -> SitePlan:
     """A plan that computes every neuron exactly: its rewritten site gives what the original gives."""
+    if weights.gate is not None:
+        return exact_gated_plan(weights, parameters, activation)
     hidden, d = weights.w1.shape
     slope, intercept = torch.linspace(-1, 1, hidden), torch.linspace(-2, 2, hidden)
     shift = intercept if weights.b1 is None else intercept + slope * weights.b1
@@ -208,6 +210,31 @@ def exact_plan(weights: SiteWeights, parameters: Sequence[Tensor], activation: s
             "slope": slope,
             "intercept": intercept,
             "folded_weight": (weights.w2 * slope) @ weights.w1,
+            "folded_bias": weights.w2 @ shift + (0 if weights.b2 is None else weights.b2),
+        },
+    )  # fmt: skip
+
+
+def exact_gated_plan(weights: SiteWeights, parameters: Sequence[Tensor], activation: str) -> SitePlan:
+    """The same of a gated site."""
+    assert weights.gate is not None
+    hidden, d = weights.w1.shape
+    alpha, beta, gamma = torch.linspace(-1, 1, hidden), torch.linspace(2, -1, hidden), torch.linspace(-2, 2, hidden)
+    shift = gamma.clone()
+    for slope, bias in ((alpha, weights.gate_bias), (beta, weights.b1)):
+        shift += 0 if bias is None else slope * bias
+    return SitePlan(
+        fingerprint=fingerprint(parameters, activation), name="ffn", kind="gated", activation=activation, dtype=str(weights.w1.dtype),
+        shapes=tuple(tuple(p.shape) for p in parameters), dense_bytes=weights.bytes, method="partial_linear",
+        settings={"bits": 2, "fold_bits": 16, "row_bits": 16, "activation": activation},
+        tensors={
+            "neurons": torch.arange(hidden, dtype=torch.int32),
+            "codes": torch.zeros(0, 2, packed_bytes(d, 2), dtype=torch.uint8),
+            "scale": torch.zeros(0, 2, group_count(d, 64), dtype=torch.float16),
+            "zero": torch.zeros(0, 2, group_count(d, 64), dtype=torch.uint8),
+            "guard": torch.zeros(0, 4),
+            "surrogate": torch.stack([alpha, beta, gamma], 1),
+            "folded_weight": (weights.w2 * alpha) @ weights.gate + (weights.w2 * beta) @ weights.w1,
             "folded_bias": weights.w2 @ shift + (0 if weights.b2 is None else weights.b2),
         },
     )  # fmt: skip

@@ -7,8 +7,6 @@ import torch
 from builders.architectures import FAMILIES, made
 from builders.exact import Exact, assert_same
 
-from tardis_fx.passes.partial_linear import PartialLinear
-
 
 @pytest.mark.parametrize("name", FAMILIES)
 @torch.no_grad()
@@ -21,13 +19,11 @@ def test_every_ffn_is_found_and_the_rewritten_model_gives_what_the_original_give
         assert (site.name, site.kind, site.activation) == (found, kind, activation)
         assert reason in str(site.reason) if reason else site.reason is None, site.reason
         assert site.name in dict(model.named_modules())
-    plain = [site for site in backend.sites if site.kind == "plain" and site.reason is None]
-    assert backend.rewritten == len(plain)
-    assert all("gated" in str(PartialLinear().refuse(s)) for s in backend.sites if s.kind == "gated")
+    assert backend.rewritten == len([site for site in backend.sites if site.reason is None])
     assert_same(output, model(**family.inputs))
 
 
-@pytest.mark.parametrize("name", ["gpt2", "t5 v1.0", "clip, both towers", "wav2vec2"])
+@pytest.mark.parametrize("name", ["gpt2", "t5 v1.0", "clip, both towers", "wav2vec2", "llama", "phi3, fused"])
 @torch.no_grad()
 def test_a_wrong_fold_would_show(name: str) -> None:
     family = FAMILIES[name]

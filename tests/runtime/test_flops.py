@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from builders import gated_correction
 from builders.ffns import batches, config, ffn, oracle
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
@@ -12,7 +13,7 @@ from tardis_fx.bench.flops import prefill_share
 from tardis_fx.calibrate import plan_for
 from tardis_fx.calibration.observe import BatchObservation
 from tardis_fx.passes.partial_linear import _PER_NEURON, PartialLinear
-from tardis_fx.runtime import flops, ops, reference  # noqa: F401 - flops registers the formulas
+from tardis_fx.runtime import flops, ops, reference, reference_gated  # noqa: F401 - flops registers the formulas
 
 
 @pytest.mark.parametrize(("guarded", "exact"), [(0, 0), (20, 6), (0, 9), (32, 0)])
@@ -31,8 +32,18 @@ def test_the_op_counts_what_the_reference_computes(guarded: int, exact: int) -> 
     assert most.get_total_flops() == 2 * 40 * 32 * (16 + 16 + 12)
 
 
+@pytest.mark.parametrize(("fold_bits", "row_bits"), [(16, 16), (4, 16)])
+def test_the_op_of_gated_sites_counts_what_its_reference_computes(fold_bits: int, row_bits: int) -> None:
+    given = gated_correction.arguments(shape=(40,), always=9, fold_bits=fold_bits, row_bits=row_bits)
+    with FlopCounterMode(display=False) as expected:
+        reference_gated.correct(**given)  # type: ignore[arg-type]
+    with FlopCounterMode(display=False) as found:
+        torch.ops.tardis.correct_gated(**given)
+    assert found.get_total_flops() == expected.get_total_flops() > 0
+
+
 def test_every_op_has_a_formula_for_none_would_count_as_nothing() -> None:
-    assert {"tardis::correct", "tardis::dequantise"} <= ops._LIBRARY._op_defs
+    assert {"tardis::correct", "tardis::correct_gated", "tardis::dequantise"} <= ops._LIBRARY._op_defs
     for name in ops._LIBRARY._op_defs:
         assert getattr(torch.ops.tardis, name.removeprefix("tardis::")) in flop_registry, name
 

@@ -1,0 +1,286 @@
+"""``partial_linear`` at gated sites."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+import transformers as hf
+from builders import models
+from builders.compiled import compiled
+from builders.ffns import batches, classes, config, ffn, inputs
+from builders.gated import Gated, observed
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from tardis_fx import (
+    CalibrationError,
+    Config,
+    ConfigError,
+    Plan,
+    StaleWeightError,
+    calibrate,
+    count_touched,
+    explain,
+    heal,
+)
+from tardis_fx.calibration.check import Check
+from tardis_fx.calibration.gated_draft import GatedDraft
+from tardis_fx.calibration.profile import Moments
+from tardis_fx.passes.paper import Paper
+from tardis_fx.passes.partial_linear import PartialLinear
+from tardis_fx.plan import SitePlan
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tardis_fx.calibration.observe import ObservedSite
+
+X = inputs(4, 16)
+
+
+def drafted(site: ObservedSite, x: Tensor, bits: int = 2) -> GatedDraft:
+    """A draft that has seen tokens, nothing settled."""
+    moments = Moments(x.shape[1])
+    moments.update(x)
+    draft = GatedDraft(site, moments, bits, 64, "gptq")
+    products = draft.products()
+    products.update(x)
+    draft.prepare(products)
+    return draft
+
+
+def output(draft: GatedDraft, x: Tensor, guarded: list[int], exact: list[int], threshold: Tensor) -> Tensor:
+    """What the plan of some classes and thresholds gives."""
+    h = len(draft.w1)
+    draft.plane = draft.line.flip(0)  # any planes will do
+    draft.guarded, draft.exact = (
+        torch.zeros(h, dtype=torch.bool).index_fill(0, torch.tensor(own, dtype=torch.long), True)
+        for own in (guarded, exact)
+    )
+    draft.threshold = threshold
+    weight, bias = draft.stored(*draft.fold())
+    site = draft.site
+    plan = SitePlan.of(
+        site.site, site.parameters, method="partial_linear",
+        settings={"bits": draft.bits, "fold_bits": 16, "row_bits": 16, "activation": site.site.activation},
+        tensors=draft.tensors | {"folded_weight": weight, "folded_bias": bias},
+    )  # fmt: skip
+    rewrite = PartialLinear()
+    return rewrite.forward(x, rewrite.constants(plan, site.weights), plan)
+
+
+@st.composite
+def sites(draw: st.DrawFn) -> tuple[Gated, GatedDraft, Tensor]:
+    d = draw(st.sampled_from([1, 5, 64, 65]))
+    hidden = draw(st.integers(d + 1, d + 20))
+    activation = draw(st.sampled_from(["silu", "gelu", "relu", "sigmoid"]))
+    seed = draw(st.integers(0, 2**16))
+    model = Gated(d, hidden, activation, bias=draw(st.booleans()), d_out=hidden, seed=seed)
+    model.down.weight.data = torch.eye(hidden)  # each output is one neuron's
+    x = inputs(40, d, seed=seed)
+    return model, drafted(observed(model), x), x
+
+
+@settings(max_examples=10)
+@given(sites(), st.data())
+def test_neurons_beyond_the_threshold_and_exact_ones_are_the_original_and_all_others_their_planes(
+    drawn: tuple[Gated, GatedDraft, Tensor], data: st.DataObject
+) -> None:
+    model, draft, x = drawn
+    guarded, exact = data.draw(classes(len(draft.w1)))
+    scores = draft.score(*draft.estimates(x))
+    threshold = scores.sort(0).values[19:21].mean(0)
+    clear = (scores - threshold).abs() > 1e-4 * (1 + threshold)
+    with torch.no_grad():
+        found, dense = output(draft, x, guarded, exact, threshold), model(x)
+        g, u, p = draft.neurons(x)
+        bias = 0 if model.down.bias is None else model.down.bias
+    alpha, beta, gamma = draft.plane.unbind(1)
+    corrected = draft.exact | draft.guarded & (scores > threshold)
+    wanted = torch.where(corrected, dense, alpha * g + beta * u + gamma + bias)
+    atol = 1e-4 * (1 + p.abs().max().item())
+    torch.testing.assert_close(found[clear], wanted[clear], rtol=1e-4, atol=atol)
+
+
+@settings(max_examples=6)
+@given(sites(), st.booleans())
+def test_correcting_everything_gives_the_original(drawn: tuple[Gated, GatedDraft, Tensor], guarded: bool) -> None:
+    model, draft, x = drawn
+    every = list(range(len(draft.w1)))
+    below = torch.full((len(every),), -torch.inf)
+    with torch.no_grad():
+        dense, found = model(x), output(draft, x, *((every, []) if guarded else ([], every)), below)
+    torch.testing.assert_close(found, dense, rtol=1e-4, atol=1e-4 * (1 + dense.abs().max().item()))
+
+
+def test_a_product_that_is_a_plane_needs_no_more_than_the_fold() -> None:
+    model = Gated(activation="relu")
+    model.gate.bias.data += 100  # always open
+    model.up.weight.data.zero_()
+    (plan,) = calibrate(model, batches(), config=config(budget=0.115)).sites  # 0.1126 is the fold
+    assert plan.error < 1e-3
+    assert len(plan.tensors["neurons"]) <= 1
+
+
+# ---- The fit
+
+
+@pytest.mark.parametrize(("fold_bits", "row_bits", "budget"), [(16, 16, 0.6), (4, 4, 0.12), (8, 3, 0.12)])
+def test_the_error_told_is_the_error_measured_and_the_bytes_are_those_touched(
+    fold_bits: int, row_bits: int, budget: float
+) -> None:
+    model, text = Gated(64, 200), batches(d=64)
+    plan = calibrate(model, text, config=config(budget=budget, fold_bits=fold_bits, row_bits=row_bits))
+    (entry,), site = plan.sites, observed(model)
+    assert len(entry.tensors["codes"]) > 0
+    assert 0 < entry.outlier_rate < 1
+    rewrite = PartialLinear()
+    constants = rewrite.constants(entry, site.weights)
+    check = Check(site, lambda x: rewrite.forward(x, constants, entry), held_back=True)
+    for batch in text:
+        check.update(batch)
+    assert check.error == pytest.approx(entry.error, rel=0.02)
+    assert entry.touched_bytes <= budget * entry.dense_bytes * (1 + 1e-6)
+    with torch.no_grad(), count_touched() as touched:
+        fast = compiled(model, plan)
+        for batch in text:
+            fast(batch)
+    assert touched.per_token == pytest.approx(entry.touched_bytes, rel=1e-3)
+    assert touched.outlier_rate == pytest.approx(entry.outlier_rate, rel=1e-3)
+
+
+def test_more_bytes_err_less_and_correction_beats_the_fold_alone() -> None:
+    errors = [
+        calibrate(Gated(64, 200), batches(d=64), config=config(budget=b, fold_bits=None, row_bits=None)).sites[0].error
+        for b in (0.06, 0.2, 0.4)
+    ]
+    assert errors[0] > 1.5 * errors[1] > 3 * errors[2]
+
+
+@pytest.mark.parametrize("bits", [16, 4])
+@pytest.mark.parametrize("bias", [True, False])
+def test_fused_matrices_give_the_same_plan_as_matrices_apart(bits: int, bias: bool) -> None:
+    apart, fused = (
+        calibrate(Gated(fused=fused, bias=bias), batches(), config=config(fold_bits=bits, row_bits=bits)).sites[0]
+        for fused in (False, True)
+    )
+    assert apart.dense_bytes == fused.dense_bytes
+    assert (apart.touched_bytes, apart.stored_bytes) == pytest.approx((fused.touched_bytes, fused.stored_bytes))
+    for name, tensor in apart.tensors.items():
+        torch.testing.assert_close(fused.tensors[name], tensor)
+
+
+def test_plain_and_gated_sites_share_one_budget() -> None:
+    model = nn.Sequential(ffn(seed=1), Gated(), ffn(seed=2)).eval()
+    plan = calibrate(model, batches(), config=config(budget=0.5))
+    assert [(site.kind, site.method) for site in plan.sites] == [
+        (kind, "partial_linear") for kind in ("plain", "gated", "plain")
+    ]
+    assert plan.touched_fraction <= 0.5 + 1e-6
+    assert plan.touched_fraction > 0.45
+    assert len({round(site.touched_bytes / site.dense_bytes, 3) for site in plan.sites}) == 3, "split by the price"
+
+
+@pytest.mark.parametrize("changed", [{"target_error": 0.3}, {"sequential": True}, {"allocation": "per_site"}])
+def test_all_ways_to_fit_take_gated_sites(changed: dict[str, Any]) -> None:
+    model = nn.Sequential(Gated(seed=1), Gated(seed=2)).eval()
+    plan = calibrate(model, batches(), config=config(**changed))
+    assert all(site.method == "partial_linear" for site in plan.sites)
+    assert all(0 < site.error < 0.7 for site in plan.sites)
+    if "target_error" in changed:
+        assert sum(site.error**2 for site in plan.sites) ** 0.5 <= 0.3 * 2**0.5 + 1e-9
+
+
+def test_a_budget_below_the_folded_weights_is_refused() -> None:
+    with pytest.raises(CalibrationError, match="the folded weights alone"):
+        calibrate(Gated(), batches(), config=config(budget=0.05))
+
+
+# ---- What runs
+
+
+@torch.no_grad()
+def test_a_plan_comes_back_from_its_file_and_runs_alike(tmp_path: Path) -> None:
+    model = Gated()
+    plan = calibrate(model, batches(), config=config(fold_bits=4, row_bits=4))
+    plan.save(tmp_path / "plan.safetensors")
+    loaded = Plan.load(tmp_path / "plan.safetensors")
+    found = compiled(model, plan, inner=None)(X)
+    assert torch.equal(found, compiled(model, loaded, inner=None)(X))
+    assert not torch.equal(found, model(X))
+    torch.testing.assert_close(found, compiled(model, plan)(X), rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+def test_prefill_keeps_the_original_and_decoding_takes_the_rewritten_form() -> None:
+    model = Gated()
+    fast = compiled(model, calibrate(model, batches(), config=config(prefill="original")))
+    many = inputs(32, 16)
+    assert torch.equal(fast(many), model(many))
+    assert not torch.equal(fast(X), model(X))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("half", ["gate", "up"])
+@torch.no_grad()
+def test_a_changed_weight_is_refused(half: str, fused: bool) -> None:
+    model = Gated(fused=fused)
+    fast = compiled(model, calibrate(model, batches(), config=config()))
+    fast(X)
+    weight = model.both.weight[(half == "up") * 48 :] if fused else getattr(model, half).weight
+    weight[0, 0] += 1
+    with pytest.raises(StaleWeightError):
+        fast(X)
+
+
+@torch.no_grad()
+def test_without_a_plan_a_gated_site_is_observed_fitted_and_swapped_in() -> None:
+    model, tokens = Gated(), 512
+    options = {"config": Config(budget=0.5, progress=False, prefill="rewritten"), "profile_tokens": tokens}
+    fast = compiled(model, None, tolerance=0.6, **options)
+    stages = []
+    for i in range(5):
+        fast(inputs(tokens, 16, seed=i))
+        stages.append(explain(fast, None, X).sites[0].reason.removeprefix("profiling: ").split(",")[0])
+    assert stages[:3] == ["products of gate and up", "hot ranges", "residuals at a budget of 0.5"]
+    (site,) = explain(fast, None, X).sites
+    assert (site.kind, site.status, site.method) == ("gated", "rewritten", "partial_linear")
+    assert not torch.equal(fast(X), model(X))
+
+
+def test_what_does_not_take_gated_sites_says_why() -> None:
+    model = Gated()
+    assert "two" in str(Paper().refuse(observed(model).site))
+    with pytest.raises(ConfigError, match="gated"):
+        heal(model, calibrate(model, batches(), config=config()), batches(), steps=1, progress=False)
+
+
+_TINY: dict[str, Any] = {
+    "vocab_size": models.VOCABULARY, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "intermediate_size": 96, "max_position_embeddings": 64, "pad_token_id": 0,
+}  # fmt: skip
+CAUSAL = {
+    "llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**_TINY)),
+    "mistral": lambda: hf.MistralForCausalLM(hf.MistralConfig(**_TINY)),
+    "qwen2": lambda: hf.Qwen2ForCausalLM(hf.Qwen2Config(**_TINY)),
+    "gemma": lambda: hf.GemmaForCausalLM(hf.GemmaConfig(**_TINY, head_dim=16)),
+    "phi3": lambda: hf.Phi3ForCausalLM(hf.Phi3Config(**_TINY, eos_token_id=2, bos_token_id=1)),
+}
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+@torch.no_grad()
+def test_a_transformers_model_at_a_generous_budget_gives_nearly_what_it_gave(name: str) -> None:
+    torch.manual_seed(0)
+    model = CAUSAL[name]().eval()
+    text = [models.tokens(4, 32, seed=i) for i in range(3)]
+    plan = calibrate(model, text, config=config(budget=0.9, fold_bits=8, row_bits=8))
+    assert [(site.kind, site.method) for site in plan.sites] == [("gated", "partial_linear")]
+    unseen = models.tokens(2, 16, seed=9)
+    dense = model(unseen, use_cache=False).logits
+    found = compiled(model, plan, strict=True)(unseen, use_cache=False).logits
+    assert not torch.equal(found, dense)
+    assert (found - dense).norm() < 0.02 * dense.norm()
