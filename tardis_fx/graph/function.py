@@ -29,8 +29,10 @@ def activation_of(region: Sequence[fx.Node], up: Projection, down: Projection) -
 
 def gate_of(
     region: Sequence[fx.Node], ups: Sequence[Projection], down: Projection
-) -> tuple[Projection | None, Activation | None]:
-    """Which projection of ``activation(gate) * up`` the activation sees, and the activation; None where neither.
+) -> tuple[Projection | None, Activation | None, int | None]:
+    """Which projection of ``activation(gate) * up`` the activation sees, the activation, and which half of a fused one.
+
+    None where neither; the half is None, too, of a gate that is a matrix of its own.
 
     Args:
         region: as above.
@@ -48,8 +50,9 @@ def gate_of(
         if activation is None or activation.affine is not None:
             continue
         if recognise(lambda gate, product=product: product(gate, -2.5) / -2.5) is activation:  # type: ignore[misc]
-            return ups[0 if first else -1], activation
-    return None, None
+            half_seen = None if len(ups) == 2 else 1 - first
+            return ups[0 if first else -1], activation, half_seen
+    return None, None, None
 
 
 def _run(region: Sequence[fx.Node], down: Projection, values: dict[fx.Node, Any]) -> Tensor:

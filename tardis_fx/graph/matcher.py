@@ -96,11 +96,15 @@ def _site(down: Projection, projections: dict[fx.Node, Projection]) -> Site | No
         return None
     kind = PATTERNS[matched][0] if matched else "plain"
     region, ups = cone.region, cone.ups
-    gate, activation = gate_of(region, ups, down) if kind == "gated" else (None, activation_of(region, ups[0], down))
+    if kind == "gated":
+        gate, activation, gate_half = gate_of(region, ups, down)
+    else:
+        gate, activation, gate_half = None, activation_of(region, ups[0], down), None
     up = next((p for p in ups if p is not gate), ups[0])
     inner = frozenset({*region, *(n for p in ups for n in (p.product, p.node)), down.product} - {down.node})
     name, affine = (activation.name, activation.affine) if activation else (None, None)
-    site = Site("", kind, name, up, down, gate, inner, affine=affine, bounds=bounds_of(up.input))
+    bounds = bounds_of(up.input)
+    site = Site("", kind, name, up, down, gate, inner, affine=affine, bounds=bounds, gate_half=gate_half)
     if unread := next((p.reason for p in (*ups, down) if p.reason), None):
         return site.refused(unread) if matched != "linear" else None
     entering, hidden = up.sizes

@@ -61,6 +61,7 @@ class Site:
         up: first projection; of a gated site, the one that the activation does not see.
         down: last projection.
         gate: of a gated site the projection that the activation sees; ``up`` itself when both are one fused matrix.
+        gate_half: of a fused matrix, which half of its columns out is the gate: 0 or 1. None of any other site.
         inner: all nodes strictly between input and output, ``up`` and ``gate`` included.
         reason: why the site cannot be rewritten, or None.
         affine: slope and intercept of the activation where it is an affine function, else None.
@@ -77,6 +78,7 @@ class Site:
     reason: str | None = None
     affine: tuple[float, float] | None = None
     bounds: tuple[float, float] = (-math.inf, math.inf)
+    gate_half: int | None = None
 
     @property
     def input(self) -> fx.Node:
@@ -104,11 +106,11 @@ class SiteWeights:
     """The weights of a site, each matrix as [out, in] whatever way it is stored.
 
     Attributes:
-        w1: [h, d], of the up projection.
+        w1: [h, d], of the up projection; of a fused matrix, its half.
         b1: [h] or None.
         w2: [d_out, h], of the down projection.
         b2: [d_out] or None.
-        gate: [h, d] of a gated site with a gate of its own, or None.
+        gate: [h, d], what the activation sees of a gated site; None of a plain one.
         gate_bias: [h] or None.
     """
 
@@ -131,11 +133,13 @@ class SiteWeights:
         def bias(projection: Projection) -> Tensor | None:
             return None if projection.bias is None else values[projection.bias]
 
-        gate = site.gate if site.gate is not site.up else None
-        return cls(
-            matrix(site.up), bias(site.up), matrix(site.down), bias(site.down),
-            matrix(gate) if gate else None, bias(gate) if gate else None,
-        )  # fmt: skip
+        w1, b1, gate = matrix(site.up), bias(site.up), site.gate
+        if site.gate_half is None:
+            own = (None, None) if gate is None else (matrix(gate), bias(gate))
+            return cls(w1, b1, matrix(site.down), bias(site.down), *own)
+        up, seen = 1 - site.gate_half, site.gate_half
+        matrices, biases = w1.tensor_split(2, -2), (None, None) if b1 is None else b1.tensor_split(2, -1)
+        return cls(matrices[up], biases[up], matrix(site.down), bias(site.down), matrices[seen], biases[seen])
 
     @property
     def bytes(self) -> int:

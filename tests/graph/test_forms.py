@@ -11,7 +11,9 @@ from builders.forms import NO_ACTIVATION, Form, Model, X
 from torch import Tensor
 from torch.nn import functional as F
 
-from tardis_fx.testing.capture import sites_of
+from tardis_fx.graph.activations import ACTIVATIONS
+from tardis_fx.graph.site import SiteWeights
+from tardis_fx.testing.capture import capture, sites_of
 
 gelu = F.gelu
 
@@ -201,6 +203,42 @@ def test_an_accepted_gate_is_one_gated_site(name: str) -> None:
     (site,) = sites_of(Model(GATED[name].accepted), X)
     assert (site.kind, site.reason) == ("gated", None)
     assert site.activation == ("sigmoid" if name == "glu" else "gelu")
+
+
+def _multiplied(transposed: bool, gate: int) -> Form:
+    """A fused matrix stored either way, its first or second half the gate."""
+
+    def forward(m: Model, x: Tensor) -> Tensor:
+        halves = (x @ m.fused.weight.t() if transposed else m.fused(x)).chunk(2, -1)
+        return m.down(halves[1 - gate] * gelu(halves[gate]))  # type: ignore[no-any-return]
+
+    return forward
+
+
+SEPARATE: dict[str, Form] = {
+    "its own gate": lambda m, x: m.down(gelu(m.up(x)) * (x @ m.w1)),
+    "its own gate, first": lambda m, x: m.down((x @ m.w1) * gelu(m.up(x))),
+    "fused, gate first": _multiplied(False, 0),
+    "fused and transposed, gate second": _multiplied(True, 1),
+}
+
+
+@pytest.mark.parametrize(
+    "form", [*(GATED[name].accepted for name in GATED), *SEPARATE.values()], ids=[*GATED, *SEPARATE]
+)
+@torch.no_grad()
+def test_the_weights_of_a_gated_site_are_two_matrices_of_one_shape_that_give_its_output(form: Form) -> None:
+    model = Model(form)
+    gm, inputs, (site,) = capture(model, X)
+    values = dict(zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True))
+    parameters = [values[node] for node in site.parameters]
+    weights = SiteWeights.of(site, parameters)
+    assert weights.gate is not None
+    assert weights.gate.shape == weights.w1.shape == (32, 8)
+    assert weights.bytes == sum(p.numel() * p.element_size() for p in parameters)
+    activated = ACTIVATIONS[str(site.activation)].eager(F.linear(X, weights.gate, weights.gate_bias))
+    hidden = activated * F.linear(X, weights.w1, weights.b1)
+    assert_same(F.linear(hidden, weights.w2, weights.b2), model(X))
 
 
 @pytest.mark.parametrize("name", PLAIN | GATED)
