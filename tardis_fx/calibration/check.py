@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from torch.nn import functional as F  # noqa: N812
-
 from tardis_fx.calibration.regression import fitted_tokens
-from tardis_fx.graph.activations import ACTIVATIONS
+from tardis_fx.graph.feed_forward import biases, dense, matrices
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -50,5 +48,5 @@ class Check:
 
 
 def original(weights: SiteWeights, activation: str, x: Tensor) -> Tensor:
-    """A plain site as it was, [tokens, d] to [tokens, d_out]."""
-    return F.linear(ACTIVATIONS[activation].eager(F.linear(x, weights.w1, weights.b1)), weights.w2, weights.b2)
+    """A site as it was, [tokens, d] to [tokens, d_out]."""
+    return dense(x, matrices(weights) | biases(weights), activation)
