@@ -2,18 +2,17 @@
 
 ``act(z) ≈ s z + t`` with s and t by least squares over all neurons and tokens; ``C = s W2 W1``, ``B = W2 (s b1 + t) +
 b2``. The GLU paper (arXiv 2002.05202, section 2) trains gated FFNs without an activation, as bilinear layers. Here
-nothing is trained, and a plain FFN without its activation is but one matrix.
+nothing is trained, and a plain FFN without its activation is but one matrix. A gated one without its activation is the
+product of two projections, which is not affine: it is refused.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-import torch
 from torch.nn import functional as F  # noqa: N812
 
-from tardis_fx.calibration.affine import Neurons
-from tardis_fx.calibration.profile import Sums
+from tardis_fx.calibration.affine import Neurons, regress
 from tardis_fx.passes.hot_fold import folded, map_bytes
 from tardis_fx.passes.static import Choice, StaticRewrite, measured
 
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
 
     from tardis_fx.calibration.observe import Observation, ObservedSite
     from tardis_fx.config import Config
-    from tardis_fx.graph.site import SiteWeights
+    from tardis_fx.graph.site import Site, SiteWeights
     from tardis_fx.plan import SitePlan
 
 
@@ -32,6 +31,12 @@ class Bilinear(StaticRewrite):
     """The rule of the module's docstring."""
 
     name: ClassVar[str] = "bilinear"
+
+    def refuse(self, site: Site) -> str | None:
+        """Without its activation a gated FFN is no affine map."""
+        if site.kind == "gated":
+            return "gated FFN: without its activation it is the product of two projections, which does not fold"
+        return super().refuse(site)
 
     def floor(self, weights: SiteWeights) -> int:
         """The map."""
@@ -51,9 +56,9 @@ class Bilinear(StaticRewrite):
         return F.linear(x, constants["folded_weight"], constants["folded_bias"])
 
 
-def _fold(weights: SiteWeights, sums: Sums) -> dict[str, Tensor]:
-    together = Sums(*(s.sum(1, keepdim=True) for s in vars(sums).values()))
-    slope, intercept = together.regress(torch.ones(1, 1, dtype=torch.bool))
+def _fold(weights: SiteWeights, sums: Tensor) -> dict[str, Tensor]:
+    slopes, intercept, _ = regress(sums.sum(0, keepdim=True))
+    slope = slopes[:, 0]
     w1, w2 = weights.w1.double().cpu(), weights.w2.double().cpu()
     shift = intercept.expand(len(w1))
     if weights.b1 is not None:

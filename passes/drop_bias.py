@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-from torch.nn import functional as F  # noqa: N812
-
-from tardis_fx.graph.activations import ACTIVATIONS
+from tardis_fx.graph.feed_forward import dense, matrices
 from tardis_fx.passes.static import Choice, StaticRewrite, bias_bytes
 
 if TYPE_CHECKING:
@@ -27,12 +25,12 @@ class DropBias(StaticRewrite):
 
     def refuse(self, site: Site) -> str | None:
         """A site without biases has none to lose."""
-        if site.up.bias is None and site.down.bias is None:
+        if all(projection is None or projection.bias is None for projection in (site.up, site.gate, site.down)):
             return "it has no bias"
         return super().refuse(site)
 
     def floor(self, weights: SiteWeights) -> int:
-        """Both matrices."""
+        """The matrices."""
         return weights.bytes - bias_bytes(weights)
 
     def choose(self, observation: Observation, sites: Sequence[ObservedSite], config: Config) -> list[Choice]:
@@ -41,8 +39,8 @@ class DropBias(StaticRewrite):
 
     def constants(self, plan: SitePlan, weights: SiteWeights) -> dict[str, Tensor]:
         """The matrices as they are."""
-        return {"w1": weights.w1, "w2": weights.w2}
+        return matrices(weights)
 
     def forward(self, x: Tensor, constants: Mapping[str, Tensor], plan: SitePlan) -> Tensor:
         """The FFN without biases."""
-        return F.linear(ACTIVATIONS[str(plan.activation)].eager(F.linear(x, constants["w1"])), constants["w2"])
+        return dense(x, constants, str(plan.activation))

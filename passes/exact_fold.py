@@ -35,7 +35,9 @@ class ExactFold(Rewrite):
 
     def refuse(self, site: Site) -> str | None:
         """Whatever is no affine function, as far as the graph shows."""
-        if site.kind == "plain" and (site.affine is not None or site.activation == "relu"):
+        if site.kind == "gated":
+            return "it is gated, and the product of two projections is not affine"
+        if site.affine is not None or site.activation == "relu":
             return None
         return "it is not affine"
 

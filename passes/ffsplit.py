@@ -1,7 +1,8 @@
 """FFSplit (arXiv 2401.04044), without its fine-tuning: heavy hitters stay dense, the rest gets low rank.
 
 1. Heavy hitters are the neurons of the largest output norm, ``mean |a_n| ‖W2[:, n]‖`` over the calibration tokens.
-2. Of all other neurons, the rows of W1 and the columns of W2 each become a product of two thin matrices, by plain SVD.
+2. Of all other neurons, the rows of W1 and of a gate and the columns of W2 each become a product of two thin
+   matrices, by plain SVD.
 3. The paper keeps 25% of the neurons and 10% of the rank. The budget scales both by one factor: with k of h neurons
    kept, the rank is 0.4 k / h of the full one, and k is the largest that fits; all kept is the original.
 """
@@ -10,11 +11,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-from torch.nn import functional as F  # noqa: N812
-
 from tardis_fx.calibration.operands import Sizes
-from tardis_fx.graph.activations import ACTIVATIONS
-from tardis_fx.passes.low_rank import truncated
+from tardis_fx.graph.feed_forward import BIASES, biases, dense, feed_forward, matrices, narrowed
+from tardis_fx.passes.low_rank import thin, truncated
 from tardis_fx.passes.static import Choice, StaticRewrite, bias_bytes, measured
 
 if TYPE_CHECKING:
@@ -46,48 +45,49 @@ class FFSplit(StaticRewrite):
         return [self._split(site.weights, sizes[site.fingerprint].magnitude, config.budget) for site in sites]
 
     def _split(self, weights: SiteWeights, magnitude: Tensor, budget: float) -> Choice:
-        w1, w2 = weights.w1.double().cpu(), weights.w2.double().cpu()
-        h = len(w1)
+        h = len(weights.w1)
         heavy = max(k for k in range(1, h + 1) if _bytes(weights, k) <= budget * weights.bytes)
-        order = (magnitude * w2.norm(dim=0)).argsort(descending=True, stable=True)
-        tensors, rest = {"neurons": order.int()}, order[heavy:]
+        order = (magnitude * weights.w2.double().cpu().norm(dim=0)).argsort(descending=True, stable=True)
+        tensors = {"neurons": order.int()}
         if heavy < h:
-            for name, weight, rank in zip(("w1", "w2"), (w1[rest], w2[:, rest]), _ranks(weights, heavy), strict=True):
-                a, b = truncated(weight, rank)
-                tensors |= {f"{name}_a": a.to(weights.w1.dtype), f"{name}_b": b.to(weights.w1.dtype)}
+            rest = matrices(narrowed(weights, order[heavy:].to(weights.w1.device)))
+            for (name, weight), rank in zip(rest.items(), _ranks(weights, heavy), strict=True):
+                a, b = truncated(weight.double().cpu(), rank)
+                tensors |= {f"{name}_a": a.to(weight.dtype), f"{name}_b": b.to(weight.dtype)}
         return Choice(_bytes(weights, heavy), tensors, {"heavy": heavy})
 
     def constants(self, plan: SitePlan, weights: SiteWeights) -> dict[str, Tensor]:
-        """Heavy hitters ``w1`` [k, d], ``w2`` [d_out, k]; factors of the rest; ``b1`` cut in two alike."""
+        """Heavy hitters ``w1`` [k, d], ``w2`` [d_out, k], ...; factors of the rest; biases cut in two alike."""
         device, heavy = weights.w1.device, plan.settings["heavy"]
         order = plan.tensors["neurons"].long().to(device)
         found = {name: tensor.to(device) for name, tensor in plan.tensors.items() if name != "neurons"}
-        found |= {"w1": weights.w1[order[:heavy]], "w2": weights.w2[:, order[:heavy]].contiguous()}
-        if weights.b1 is not None:
-            found |= {"b1": weights.b1[order[:heavy]], "b1_rest": weights.b1[order[heavy:]]}
-        return found if weights.b2 is None else found | {"b2": weights.b2}
+        kept, rest = (narrowed(weights, part) for part in (order[:heavy], order[heavy:]))
+        found |= {f"{name}_rest": bias for name, bias in biases(rest).items() if name != BIASES["w2"]}
+        return found | matrices(kept) | biases(kept)
 
     def forward(self, x: Tensor, constants: Mapping[str, Tensor], plan: SitePlan) -> Tensor:
         """A narrow FFN, and one of thin matrices."""
-        activation = ACTIVATIONS[str(plan.activation)].eager
-        dense = activation(F.linear(x, constants["w1"], constants.get("b1")))
-        found = F.linear(dense, constants["w2"], constants.get("b2"))
+        activation = str(plan.activation)
+        found = dense(x, constants, activation)
         if "w1_a" not in constants:
             return found
-        rest = activation(F.linear(F.linear(x, constants["w1_b"]), constants["w1_a"], constants.get("b1_rest")))
-        return found + F.linear(F.linear(rest, constants["w2_b"]), constants["w2_a"])
+
+        def project(x: Tensor, name: str) -> Tensor:
+            return thin(x, constants, name, f"{BIASES[name]}_rest")
+
+        return found + feed_forward(x, project, activation, gated=plan.kind == "gated")
 
 
-def _ranks(weights: SiteWeights, heavy: int) -> tuple[int, int]:
-    """Ranks of the rest of W1 and of W2."""
-    (h, d), d_out = weights.w1.shape, len(weights.w2)
+def _ranks(weights: SiteWeights, heavy: int) -> list[int]:
+    """Ranks of the rest of each matrix."""
+    h = len(weights.w1)
     share = PROPORTION * heavy / h
-    up, down = (min(h - heavy, max(1, round(share * min(h, side)))) for side in (d, d_out))
-    return up, down
+    return [min(h - heavy, max(1, round(share * min(w.shape)))) for w in matrices(weights).values()]
 
 
 def _bytes(weights: SiteWeights, heavy: int) -> int:
-    (h, d), d_out = weights.w1.shape, len(weights.w2)
-    up, down = _ranks(weights, heavy)
-    numbers = heavy * (d + d_out) + (h - heavy) * (up + down) + up * d + down * d_out
+    h, numbers = len(weights.w1), 0
+    for weight, rank in zip(matrices(weights).values(), _ranks(weights, heavy), strict=True):
+        side = weight.numel() // h
+        numbers += heavy * side + rank * (h - heavy + side)
     return numbers * weights.w1.element_size() + bias_bytes(weights)

@@ -1,7 +1,7 @@
-"""GPTQ (arXiv 2210.17323): weight-only quantisation of both matrices that changes their products least.
+"""GPTQ (arXiv 2210.17323): weight-only quantisation of all matrices that changes their products least.
 
 As :mod:`tardis_fx.passes.rtn`, but each column makes up for what rounding did to those before it, by the Gram matrix of
-what the matrix multiplies: of the site's inputs for W1, of the neurons' activations for W2.
+what the matrix multiplies: of the site's inputs for W1 and a gate, of what the neurons give for W2.
 """
 
 from __future__ import annotations
@@ -9,11 +9,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar
 
 from tardis_fx.calibration.operands import Grams
+from tardis_fx.graph.feed_forward import matrices
 from tardis_fx.passes.rtn import Rtn
 from tardis_fx.passes.static import measured
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from torch import Tensor
 
@@ -28,7 +29,7 @@ class Gptq(Rtn):
 
     def grams(
         self, observation: Observation, sites: Sequence[ObservedSite], config: Config
-    ) -> list[tuple[Tensor | None, Tensor | None]]:
+    ) -> Sequence[Mapping[str, Tensor | None]]:
         """Measured."""
         found = measured(observation, Grams, sites, config)
-        return [(found[s.fingerprint].up.gram, found[s.fingerprint].down.gram) for s in sites]
+        return [{name: found[site.fingerprint].of(name) for name in matrices(site.weights)} for site in sites]

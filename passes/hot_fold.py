@@ -1,7 +1,8 @@
 """Some neurons stay exact, all others become one affine map: no predictor, no branch, for prefill and batches too.
 
 1. Kept are the neurons of which an affine surrogate would leave the most error in the output, ``Σ (a_n - s z_n - t)²
-   ‖W2[:, n]‖²`` with s and t by least squares; as many as the budget allows beside the map.
+   ‖W2[:, n]‖²`` with s and t by least squares; as many as the budget allows beside the map. The surrogate of a gated
+   neuron has two slopes, for the two pre-activations that it multiplies.
 2. The map is the ridge regression of what all other neurons give, b2 included, on the site's input.
 3. A budget of all bytes keeps every neuron and needs no map.
 
@@ -10,6 +11,7 @@ This is the first class of neurons of :mod:`tardis_fx.passes.partial_linear`, al
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
@@ -17,7 +19,7 @@ import torch
 from torch.nn import functional as F  # noqa: N812
 
 from tardis_fx.calibration.affine import Neurons, Outputs
-from tardis_fx.graph.activations import ACTIVATIONS
+from tardis_fx.graph.feed_forward import biases, dense, matrices, narrowed
 from tardis_fx.passes.static import Choice, StaticRewrite, measured
 
 if TYPE_CHECKING:
@@ -60,20 +62,17 @@ class HotFold(StaticRewrite):
         return found
 
     def constants(self, plan: SitePlan, weights: SiteWeights) -> dict[str, Tensor]:
-        """Kept neurons ``w1`` [k, d], ``b1`` [k], ``w2`` [d_out, k]; the others' ``folded_weight``, ``folded_bias``."""
+        """Kept neurons ``w1`` [k, d], ``w2`` [d_out, k], ...; the others' ``folded_weight`` and ``folded_bias``."""
         device = weights.w1.device
-        kept = plan.tensors["kept"].long().to(device)
-        found = {"w1": weights.w1[kept], "w2": weights.w2[:, kept].contiguous()}
-        if weights.b1 is not None:
-            found["b1"] = weights.b1[kept]
-        if "folded_weight" in plan.tensors:
-            return found | {name: plan.tensors[name].to(device) for name in ("folded_weight", "folded_bias")}
-        return found if weights.b2 is None else found | {"b2": weights.b2}
+        kept = narrowed(weights, plan.tensors["kept"].long().to(device))
+        if "folded_weight" not in plan.tensors:
+            return matrices(kept) | biases(kept)
+        affine = {name: plan.tensors[name].to(device) for name in ("folded_weight", "folded_bias")}
+        return matrices(kept) | biases(replace(kept, b2=None)) | affine
 
     def forward(self, x: Tensor, constants: Mapping[str, Tensor], plan: SitePlan) -> Tensor:
         """A narrow FFN and a linear layer."""
-        activated = ACTIVATIONS[str(plan.activation)].eager(F.linear(x, constants["w1"], constants.get("b1")))
-        exact = F.linear(activated, constants["w2"], constants.get("b2"))
+        exact = dense(x, constants, str(plan.activation))
         if "folded_weight" not in constants:
             return exact
         return exact + F.linear(x, constants["folded_weight"], constants["folded_bias"])
@@ -97,7 +96,8 @@ def _kept(weights: SiteWeights, missed: Tensor, budget: float) -> Tensor:
 
 
 def _row_bytes(weights: SiteWeights) -> int:
-    return (weights.w1.shape[1] + len(weights.w2) + (weights.b1 is not None)) * weights.w1.element_size()
+    own = [*matrices(weights).values(), *biases(replace(weights, b2=None)).values()]
+    return sum(tensor.numel() for tensor in own) // len(weights.w1) * weights.w1.element_size()
 
 
 def _rest(kept: Mapping[str, Tensor], site: ObservedSite) -> Outputs:

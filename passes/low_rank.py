@@ -1,8 +1,8 @@
-"""Both matrices by products of two thin ones, whose outputs on the calibration tokens are nearest.
+"""All matrices by products of two thin ones, whose outputs on the calibration tokens are nearest.
 
 1. With ``L Lᵀ`` the Gram matrix of what W multiplies, the best rank r in ``‖X Wᵀ - X (A B)ᵀ‖`` is the truncated SVD of
    ``W L = U S Vᵀ``: ``A = U_r S_r``, ``B = V_rᵀ L⁻¹`` (truncation-aware whitening, SVD-LLM, arXiv 2403.07378).
-2. Both matrices get the same share of their full rank, the largest that the budget allows.
+2. All matrices get the same share of their full rank, the largest that the budget allows.
 3. A budget of all bytes keeps the matrices as they are: in factors, full rank costs more than they do.
 """
 
@@ -15,8 +15,8 @@ from torch.nn import functional as F  # noqa: N812
 
 from tardis_fx.calibration.operands import Grams
 from tardis_fx.calibration.predictor import factor
-from tardis_fx.graph.activations import ACTIVATIONS
-from tardis_fx.passes.static import Choice, StaticRewrite, bias_bytes, biases, measured
+from tardis_fx.graph.feed_forward import BIASES, biases, feed_forward, linear, matrices
+from tardis_fx.passes.static import Choice, StaticRewrite, bias_bytes, measured
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -35,8 +35,8 @@ class LowRank(StaticRewrite):
     name: ClassVar[str] = "low_rank"
 
     def floor(self, weights: SiteWeights) -> int:
-        """Both of rank 1."""
-        return _bytes(weights, (1, 1))
+        """All of rank 1."""
+        return _bytes(weights, [1] * len(matrices(weights)))
 
     def choose(self, observation: Observation, sites: Sequence[ObservedSite], config: Config) -> list[Choice]:
         """Factors of every site."""
@@ -49,29 +49,31 @@ class LowRank(StaticRewrite):
                 continue
             ranks = _ranks(weights, config.budget)
             tensors: dict[str, Tensor] = {}
-            for name, weight, moments, rank in (
-                ("w1", weights.w1, gram.up, ranks[0]),
-                ("w2", weights.w2, gram.down, ranks[1]),
-            ):
-                a, b = truncated(weight.double().cpu(), rank, moments.gram)
+            for (name, weight), rank in zip(matrices(weights).items(), ranks, strict=True):
+                a, b = truncated(weight.double().cpu(), rank, gram.of(name))
                 tensors |= {f"{name}_a": a.to(weight.dtype), f"{name}_b": b.to(weight.dtype)}
-            found.append(Choice(_bytes(weights, ranks), tensors, {"ranks": list(ranks)}))
+            found.append(Choice(_bytes(weights, ranks), tensors, {"ranks": ranks}))
         return found
 
     def constants(self, plan: SitePlan, weights: SiteWeights) -> dict[str, Tensor]:
-        """Factors ``w1_a`` [h, r1], ``w1_b`` [r1, d], ``w2_a`` [d_out, r2], ``w2_b`` [r2, h], or the matrices."""
+        """Factors ``w1_a`` [h, r1], ``w1_b`` [r1, d], ``w2_a`` [d_out, r2], ``w2_b`` [r2, h], ..., or the matrices."""
         found = {name: tensor.to(weights.w1.device) for name, tensor in plan.tensors.items()} | biases(weights)
-        return found if plan.settings["ranks"] else found | {"w1": weights.w1, "w2": weights.w2}
+        return found if plan.settings["ranks"] else found | matrices(weights)
 
     def forward(self, x: Tensor, constants: Mapping[str, Tensor], plan: SitePlan) -> Tensor:
-        """Four thin linear layers for two."""
+        """Two thin linear layers for each."""
 
-        def linear(x: Tensor, name: str, bias: str) -> Tensor:
+        def project(x: Tensor, name: str) -> Tensor:
             if plan.settings["ranks"] is None:
-                return F.linear(x, constants[name], constants.get(bias))
-            return F.linear(F.linear(x, constants[f"{name}_b"]), constants[f"{name}_a"], constants.get(bias))
+                return linear(x, constants, name)
+            return thin(x, constants, name, BIASES[name])
 
-        return linear(ACTIVATIONS[str(plan.activation)].eager(linear(x, "w1", "b1")), "w2", "b2")
+        return feed_forward(x, project, str(plan.activation), gated=plan.kind == "gated")
+
+
+def thin(x: Tensor, constants: Mapping[str, Tensor], name: str, bias: str) -> Tensor:
+    """A projection by factors ``{name}_a`` [rows, rank] and ``{name}_b`` [rank, columns], and its bias if any."""
+    return F.linear(F.linear(x, constants[f"{name}_b"]), constants[f"{name}_a"], constants.get(bias))
 
 
 def truncated(weight: Tensor, rank: int, gram: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -91,16 +93,16 @@ def truncated(weight: Tensor, rank: int, gram: Tensor | None = None) -> tuple[Te
     return a.contiguous(), b.contiguous()
 
 
-def _ranks(weights: SiteWeights, budget: float) -> tuple[int, int]:
-    """The largest ranks within a budget that are the same share of full rank."""
-    full = [min(w.shape) for w in (weights.w1, weights.w2)]
+def _ranks(weights: SiteWeights, budget: float) -> list[int]:
+    """The largest ranks within a budget that are the same share of full rank, in the order of the matrices."""
+    full = [min(w.shape) for w in matrices(weights).values()]
     for step in range(max(full), 0, -1):
-        up, down = (max(1, f * step // max(full)) for f in full)
-        if _bytes(weights, (up, down)) <= budget * weights.bytes:
+        ranks = [max(1, f * step // max(full)) for f in full]
+        if _bytes(weights, ranks) <= budget * weights.bytes:
             break
-    return up, down
+    return ranks
 
 
-def _bytes(weights: SiteWeights, ranks: tuple[int, int]) -> int:
-    numbers = sum(rank * sum(w.shape) for rank, w in zip(ranks, (weights.w1, weights.w2), strict=True))
+def _bytes(weights: SiteWeights, ranks: Sequence[int]) -> int:
+    numbers = sum(rank * sum(w.shape) for rank, w in zip(ranks, matrices(weights).values(), strict=True))
     return numbers * weights.w1.element_size() + bias_bytes(weights)

@@ -1,4 +1,4 @@
-"""Weight-only quantisation of both matrices by rounding to nearest.
+"""Weight-only quantisation of all matrices by rounding to nearest.
 
 1. Asymmetric codes in groups of 64 or 128 columns, each group's range clipped to where its squared error is least.
 2. The budget picks the widest of 2, 3, 4 and 8 bits that fits, and groups of 64 where these fit, too; scales and zero
@@ -15,8 +15,8 @@ import torch
 from torch.nn import functional as F  # noqa: N812
 
 from tardis_fx.calibration.predictor import Quantised, quantise
-from tardis_fx.graph.activations import ACTIVATIONS
-from tardis_fx.passes.static import Choice, StaticRewrite, bias_bytes, biases
+from tardis_fx.graph.feed_forward import BIASES, biases, feed_forward, matrices
+from tardis_fx.passes.static import Choice, StaticRewrite, bias_bytes
 from tardis_fx.runtime import ops  # noqa: F401 - registers torch.ops.tardis
 from tardis_fx.runtime.packing import GROUP_SIZES, row_bytes
 
@@ -40,7 +40,7 @@ class Rtn(StaticRewrite):
     name: ClassVar[str] = "rtn"
 
     def floor(self, weights: SiteWeights) -> int:
-        """Both matrices in the fewest bits."""
+        """The matrices in the fewest bits."""
         return _bytes(weights, *WIDTHS[0])
 
     def choose(self, observation: Observation, sites: Sequence[ObservedSite], config: Config) -> list[Choice]:
@@ -50,8 +50,8 @@ class Rtn(StaticRewrite):
             weights = site.weights
             bits, group_size = [w for w in WIDTHS if _bytes(weights, *w) <= config.budget * weights.bytes][-1]
             tensors: dict[str, Tensor] = {}
-            for name, weight, gram in (("w1", weights.w1, grams[0]), ("w2", weights.w2, grams[1])):
-                tensors |= _tensors(name, quantise(weight.float().cpu(), gram, bits, group_size))
+            for name, weight in matrices(weights).items():
+                tensors |= _tensors(name, quantise(weight.float().cpu(), grams[name], bits, group_size))
             shape = {"d": weights.w1.shape[1], "hidden": len(weights.w1)}
             settings = {"bits": bits, "group_size": group_size, **shape}
             found.append(Choice(_bytes(weights, bits, group_size), tensors, settings))
@@ -59,26 +59,25 @@ class Rtn(StaticRewrite):
 
     def grams(
         self, observation: Observation, sites: Sequence[ObservedSite], config: Config
-    ) -> list[tuple[Tensor | None, Tensor | None]]:
-        """Of each site, the Gram matrices that W1 and W2 are quantised by: none, to round to nearest."""
-        return [(None, None) for _ in sites]
+    ) -> Sequence[Mapping[str, Tensor | None]]:
+        """Of each site, the Gram matrices that its matrices are quantised by: none, to round to nearest."""
+        return [dict.fromkeys(matrices(site.weights)) for site in sites]
 
     def constants(self, plan: SitePlan, weights: SiteWeights) -> dict[str, Tensor]:
-        """Codes, scales and zero points of both matrices, and the biases."""
+        """Codes, scales and zero points of the matrices, and the biases."""
         return {name: tensor.to(weights.w1.device) for name, tensor in plan.tensors.items()} | biases(weights)
 
     def forward(self, x: Tensor, constants: Mapping[str, Tensor], plan: SitePlan) -> Tensor:
         """The FFN as it was, its matrices made from codes."""
         bits, dtype = plan.settings["bits"], getattr(torch, plan.dtype.removeprefix("torch."))
 
-        def weight(name: str, columns: int) -> Tensor:
+        def project(x: Tensor, name: str) -> Tensor:
             codes, scale, zero = (constants[f"{name}_{part}"] for part in _PARTS)
-            found: Tensor = torch.ops.tardis.dequantise(codes, scale, zero, bits, columns, dtype)
-            return found
+            columns = plan.settings["hidden" if name == "w2" else "d"]
+            weight: Tensor = torch.ops.tardis.dequantise(codes, scale, zero, bits, columns, dtype)
+            return F.linear(x, weight, constants.get(BIASES[name]))
 
-        w1, w2 = weight("w1", plan.settings["d"]), weight("w2", plan.settings["hidden"])
-        activated = ACTIVATIONS[str(plan.activation)].eager(F.linear(x, w1, constants.get("b1")))
-        return F.linear(activated, w2, constants.get("b2"))
+        return feed_forward(x, project, str(plan.activation), gated=plan.kind == "gated")
 
 
 _PARTS = ("codes", "scale", "zero")
@@ -89,5 +88,5 @@ def _tensors(name: str, quantised: Quantised) -> dict[str, Tensor]:
 
 
 def _bytes(weights: SiteWeights, bits: int, group_size: int) -> int:
-    (h, d), d_out = weights.w1.shape, len(weights.w2)
-    return h * row_bytes(d, bits, group_size) + d_out * row_bytes(h, bits, group_size) + bias_bytes(weights)
+    codes = sum(len(w) * row_bytes(w.shape[1], bits, group_size) for w in matrices(weights).values())
+    return codes + bias_bytes(weights)

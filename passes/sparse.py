@@ -1,6 +1,6 @@
 """What pruning rewrites have in common: which weights are kept, what they cost, how they run.
 
-1. Unstructured: of each matrix the share of its weights that the budget leaves, the same share for both. Only the kept
+1. Unstructured: of each matrix the share of its weights that the budget leaves, the same share for all. Only the kept
    values are counted as touched, as if the sparse format were free.
 2. 2:4: of each four neighbours in a row two are kept; their values are counted, and 2 bits of position for each.
 3. A pruned matrix stays a dense one with zeros in it: a quality baseline, no speed-up, and no byte of storage saved.
@@ -13,11 +13,10 @@ from abc import abstractmethod
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
-from torch.nn import functional as F  # noqa: N812
 
 from tardis_fx.calibration.operands import Sizes
-from tardis_fx.graph.activations import ACTIVATIONS
-from tardis_fx.passes.static import Choice, StaticRewrite, bias_bytes, biases, measured
+from tardis_fx.graph.feed_forward import biases, dense, matrices
+from tardis_fx.passes.static import Choice, StaticRewrite, bias_bytes, measured
 from tardis_fx.runtime.packing import pack, unpack
 
 if TYPE_CHECKING:
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from tardis_fx.calibration.observe import Observation, ObservedSite
+    from tardis_fx.calibration.operands import ByMatrix
     from tardis_fx.config import Config
     from tardis_fx.graph.site import Site, SiteWeights
     from tardis_fx.plan import SitePlan
@@ -36,12 +36,18 @@ class Sparse(StaticRewrite):
 
     #: Whether two of four are kept; else the budget says how many.
     two_of_four: ClassVar[bool] = False
+    #: What is measured.
+    operands: ClassVar[type[ByMatrix]]
 
     @abstractmethod
-    def choose_tensors(
-        self, observation: Observation, sites: Sequence[ObservedSite], config: Config
-    ) -> list[dict[str, Tensor]]:
-        """The plan's tensors of each site."""
+    def pruned(self, weight: Tensor, operand: Tensor, share: float) -> Tensor:
+        """What the plan holds of a matrix.
+
+        Args:
+            weight: [rows, columns].
+            operand: what :attr:`operands` measured of that which the matrix multiplies.
+            share: of the weights that is kept.
+        """
 
     def refuse(self, site: Site) -> str | None:
         """2:4 needs rows that are made of fours."""
@@ -53,35 +59,36 @@ class Sparse(StaticRewrite):
         """Two of four, or such a share that the shorter rows keep one weight."""
         if self.two_of_four:
             return self._bytes(weights, 0.5)
-        matrices, biases = weights.bytes - bias_bytes(weights), bias_bytes(weights)
-        return math.ceil(matrices / min(weights.w1.shape)) + biases
+        own = bias_bytes(weights)
+        return math.ceil((weights.bytes - own) / min(weights.w1.shape)) + own
 
     def choose(self, observation: Observation, sites: Sequence[ObservedSite], config: Config) -> list[Choice]:
         """Prunes every site."""
-        tensors = self.choose_tensors(observation, sites, config)
-        return [
-            Choice(self._bytes(site.weights, self.share(site.weights, config)), own)
-            for site, own in zip(sites, tensors, strict=True)
-        ]
+        operands = measured(observation, self.operands, sites, config)
+        found = []
+        for site in sites:
+            share, operand = self.share(site.weights, config), operands[site.fingerprint]
+            own = {name: self.pruned(w, operand.of(name), share) for name, w in matrices(site.weights).items()}
+            found.append(Choice(self._bytes(site.weights, share), own))
+        return found
 
     def share(self, weights: SiteWeights, config: Config) -> float:
         """Share of the weights that is kept."""
-        biases = bias_bytes(weights)
-        return 0.5 if self.two_of_four else (config.budget * weights.bytes - biases) / (weights.bytes - biases)
+        own = bias_bytes(weights)
+        return 0.5 if self.two_of_four else (config.budget * weights.bytes - own) / (weights.bytes - own)
 
     def count(self, rows: int, columns: int, share: float) -> int:
         """Weights kept of a matrix, or of so many rows of it."""
         return math.floor(rows * columns * share + 1e-6)
 
     def _bytes(self, weights: SiteWeights, share: float) -> int:
-        kept = sum(self.count(len(w), w.shape[1], share) for w in (weights.w1, weights.w2))
+        kept = sum(self.count(len(w), w.shape[1], share) for w in matrices(weights).values())
         positions = kept // 4 if self.two_of_four else 0
         return kept * weights.w1.element_size() + positions + bias_bytes(weights)
 
     def forward(self, x: Tensor, constants: Mapping[str, Tensor], plan: SitePlan) -> Tensor:
         """The FFN as it was, with pruned matrices."""
-        hidden = ACTIVATIONS[str(plan.activation)].eager(F.linear(x, constants["w1"], constants.get("b1")))
-        return F.linear(hidden, constants["w2"], constants.get("b2"))
+        return dense(x, constants, str(plan.activation))
 
 
 class Scored(Sparse):
@@ -89,6 +96,7 @@ class Scored(Sparse):
 
     #: Whether every row keeps as many; else only the matrix as a whole counts.
     by_row: ClassVar[bool] = False
+    operands: ClassVar[type[ByMatrix]] = Sizes
 
     @abstractmethod
     def score(self, weight: Tensor, norms: Tensor) -> Tensor:
@@ -99,33 +107,22 @@ class Scored(Sparse):
             norms: [columns], of what the columns are multiplied with, over the calibration tokens.
         """
 
-    def choose_tensors(
-        self, observation: Observation, sites: Sequence[ObservedSite], config: Config
-    ) -> list[dict[str, Tensor]]:
+    def pruned(self, weight: Tensor, operand: Tensor, share: float) -> Tensor:
         """The kept weights, as bits."""
-        sizes = measured(observation, Sizes, sites, config)
-        found = []
-        for site in sites:
-            weights, size = site.weights, sizes[site.fingerprint]
-            share = self.share(weights, config)
-            kept = (self._kept(weights.w1, size.up, share), self._kept(weights.w2, size.down, share))
-            found.append({name: pack(k.byte(), 1) for name, k in zip(("kept1", "kept2"), kept, strict=True)})
-        return found
-
-    def _kept(self, weight: Tensor, norms: Tensor, share: float) -> Tensor:
-        score = self.score(weight.float().cpu().contiguous(), norms.float())
+        score = self.score(weight.float().cpu().contiguous(), operand.float())
         count = self.count(len(score), score.shape[1], share)
-        return two_of_four(score) if self.two_of_four else highest(score, count, self.by_row)
+        kept = two_of_four(score) if self.two_of_four else highest(score, count, self.by_row)
+        return pack(kept.byte(), 1)
 
     def count(self, rows: int, columns: int, share: float) -> int:
         """As many a row where rows count by themselves."""
         return rows * super().count(1, columns, share) if self.by_row else super().count(rows, columns, share)
 
     def constants(self, plan: SitePlan, weights: SiteWeights) -> dict[str, Tensor]:
-        """Both matrices with zeros in them, and the biases."""
+        """The matrices with zeros in them, and the biases."""
         found = {}
-        for name, kept, weight in (("w1", "kept1", weights.w1), ("w2", "kept2", weights.w2)):
-            mask = unpack(plan.tensors[kept], 1, weight.shape[1]).bool()
+        for name, weight in matrices(weights).items():
+            mask = unpack(plan.tensors[name], 1, weight.shape[1]).bool()
             found[name] = torch.where(mask.to(weight.device), weight, 0).contiguous()
         return found | biases(weights)
 

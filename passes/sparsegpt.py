@@ -15,16 +15,13 @@ import torch
 
 from tardis_fx.calibration.operands import Grams
 from tardis_fx.calibration.predictor import inverse_factor
+from tardis_fx.graph.feed_forward import biases
 from tardis_fx.passes.sparse import Sparse, highest, two_of_four
-from tardis_fx.passes.static import biases, measured
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from torch import Tensor
 
-    from tardis_fx.calibration.observe import Observation, ObservedSite
-    from tardis_fx.config import Config
+    from tardis_fx.calibration.operands import ByMatrix
     from tardis_fx.graph.site import SiteWeights
     from tardis_fx.plan import SitePlan
 
@@ -36,30 +33,11 @@ class SparseGPT(Sparse):
     """The rules of the module's docstring."""
 
     name: ClassVar[str] = "sparsegpt"
+    operands: ClassVar[type[ByMatrix]] = Grams
 
-    def choose_tensors(
-        self, observation: Observation, sites: Sequence[ObservedSite], config: Config
-    ) -> list[dict[str, Tensor]]:
-        """The pruned matrices, in the model's dtype."""
-        grams = measured(observation, Grams, sites, config)
-        found = []
-        for site in sites:
-            weights, gram = site.weights, grams[site.fingerprint]
-            share = self.share(weights, config)
-            w1 = self.pruned(weights.w1.float().cpu(), gram.up.gram, share)
-            w2 = self.pruned(weights.w2.float().cpu(), gram.down.gram, share)
-            found.append({"w1": w1.to(weights.w1.dtype), "w2": w2.to(weights.w2.dtype)})
-        return found
-
-    def pruned(self, weight: Tensor, gram: Tensor, share: float) -> Tensor:
-        """A matrix with as many weights as a share of them allows.
-
-        Args:
-            weight: [rows, columns], float32.
-            gram: [columns, columns] of what it multiplies.
-            share: of the weights that is kept.
-        """
-        w, upper = weight.clone(), inverse_factor(gram).float()
+    def pruned(self, weight: Tensor, operand: Tensor, share: float) -> Tensor:
+        """The matrix with its zeros, in the model's dtype, by the Gram matrix of what it multiplies."""
+        w, upper = weight.float().cpu().clone(), inverse_factor(operand).float()
         rows, columns = w.shape
         for start in range(0, columns, BLOCK):
             stop = min(start + BLOCK, columns)
@@ -76,11 +54,11 @@ class SparseGPT(Sparse):
                 block[:, i:] -= errors[:, i : i + 1] * upper[start + i, start + i : stop]
             block.masked_fill_(~kept, 0)
             w[:, stop:] -= errors @ upper[start:stop, stop:]
-        return w
+        return w.to(weight.dtype)
 
     def constants(self, plan: SitePlan, weights: SiteWeights) -> dict[str, Tensor]:
-        """Both matrices, and the biases."""
-        return {name: plan.tensors[name].to(weights.w1.device) for name in ("w1", "w2")} | biases(weights)
+        """The matrices, and the biases."""
+        return {name: tensor.to(weights.w1.device) for name, tensor in plan.tensors.items()} | biases(weights)
 
 
 class SparseGPT24(SparseGPT):

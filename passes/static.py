@@ -17,6 +17,7 @@ from tardis_fx.calibration.check import Check
 from tardis_fx.calibration.observe import BatchObservation
 from tardis_fx.calibration.target import least_budget
 from tardis_fx.errors import CalibrationError
+from tardis_fx.graph.feed_forward import biases
 from tardis_fx.passes.base import Rewrite
 from tardis_fx.plan import SitePlan
 
@@ -68,12 +69,8 @@ class StaticRewrite(Rewrite):
                 )
 
     def refuse(self, site: Site) -> str | None:
-        """Gated sites and sites without an activation are refused."""
-        if site.kind == "gated":
-            return f"gated FFN: not yet rewritten by {self.name}"
-        if site.affine is not None:
-            return "no activation between its projections"
-        return None
+        """Sites without an activation are refused."""
+        return "no activation between its projections" if site.affine is not None else None
 
     def fit(self, observation: Observation, sites: Sequence[ObservedSite], config: Config) -> list[SitePlan]:
         """Chooses, and runs the batches once more for the error.
@@ -130,9 +127,9 @@ class StaticRewrite(Rewrite):
         if isinstance(choice, str):
             return SitePlan.of(site.site, site.parameters, reason=choice)
         plan = SitePlan.of(site.site, site.parameters, method=self.name, **vars(choice))
-        own = {p.data_ptr() for p in site.parameters}
-        extra = [c for c in self.constants(plan, site.weights).values() if c.data_ptr() not in own]
-        return replace(plan, stored_bytes=site.weights.bytes + sum(c.numel() * c.element_size() for c in extra))
+        own = {p.untyped_storage().data_ptr() for p in site.parameters}  # of a fused matrix, the halves' too
+        extra = [c for c in self.constants(plan, site.weights).values() if c.untyped_storage().data_ptr() not in own]
+        return replace(plan, stored_bytes=site.weights.bytes + sum(c.nbytes for c in extra))
 
 
 def measured(
@@ -152,10 +149,5 @@ def measured(
 
 
 def bias_bytes(weights: SiteWeights) -> int:
-    """Size of both biases."""
-    return sum(b.numel() * b.element_size() for b in (weights.b1, weights.b2) if b is not None)
-
-
-def biases(weights: SiteWeights) -> dict[str, Tensor]:
-    """The biases that there are, as constants ``b1`` and ``b2``."""
-    return {name: b for name, b in (("b1", weights.b1), ("b2", weights.b2)) if b is not None}
+    """Size of all biases."""
+    return sum(bias.nbytes for bias in biases(weights).values())

@@ -17,9 +17,9 @@ from torch.nn import functional as F  # noqa: N812
 from tardis_fx.calibration.affine import Outputs
 from tardis_fx.calibration.operands import Dense
 from tardis_fx.calibration.regression import AffineMap, Residual, fitted_tokens
-from tardis_fx.graph.activations import ACTIVATIONS
+from tardis_fx.graph.feed_forward import biases, dense, matrices
 from tardis_fx.passes.hot_fold import folded, map_bytes
-from tardis_fx.passes.static import Choice, StaticRewrite, biases, measured
+from tardis_fx.passes.static import Choice, StaticRewrite, measured
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -55,19 +55,16 @@ class TokenGate(StaticRewrite):
         ]
 
     def constants(self, plan: SitePlan, weights: SiteWeights) -> dict[str, Tensor]:
-        """The FFN, the map, and ``gate`` [1, d], ``gate_bias`` [1], float32."""
+        """The FFN, the map, and ``token_gate`` [1, d], ``token_gate_bias`` [1], float32."""
         found = {name: tensor.to(weights.w1.device) for name, tensor in plan.tensors.items()}
-        return found | {"w1": weights.w1, "w2": weights.w2} | biases(weights)
+        return found | matrices(weights) | biases(weights)
 
     def forward(self, x: Tensor, constants: Mapping[str, Tensor], plan: SitePlan) -> Tensor:
         """Both, and the choice between them."""
-        whole = F.linear(
-            ACTIVATIONS[str(plan.activation)].eager(F.linear(x, constants["w1"], constants.get("b1"))),
-            constants["w2"],
-            constants.get("b2"),
-        )
+        whole = dense(x, constants, str(plan.activation))
         affine = F.linear(x, constants["folded_weight"], constants["folded_bias"])
-        return torch.where(F.linear(x.float(), constants["gate"], constants["gate_bias"]) > 0, whole, affine)
+        chosen = F.linear(x.float(), constants["token_gate"], constants["token_gate_bias"]) > 0
+        return torch.where(chosen, whole, affine)
 
 
 class _Errors:
@@ -104,7 +101,7 @@ def _choice(weights: SiteWeights, affine: AffineMap, gate: AffineMap, scores: Te
     ordered = scores.sort(descending=True).values
     threshold = ordered[above] if above < len(scores) else ordered[-1] - 1
     rate = float((scores > threshold).float().mean())
-    tensors = {"gate": gate.weight.T.float().contiguous(), "gate_bias": -threshold.float().view(1)}
+    tensors = {"token_gate": gate.weight.T.float().contiguous(), "token_gate_bias": -threshold.float().view(1)}
     touched = fixed + rate * (whole - map_bytes(weights))
     return Choice(touched, outlier_rate=rate, tensors=tensors | folded(affine.weight, affine.bias, weights))
 

@@ -1,14 +1,12 @@
 """Neurons whose output hardly varies become part of the bias; as many of the others stay as the budget allows."""
 
-from torch.nn import functional as F
-
 from tardis_fx.calibration.operands import Operands
-from tardis_fx.graph.activations import ACTIVATIONS
+from tardis_fx.graph.feed_forward import biases, dense, matrices, narrowed
 from tardis_fx.passes.static import Choice, StaticRewrite, measured
 
 
 class Spread(Operands):
-    """Mean of every neuron's activation, and how much of the output varies with it; both [h]."""
+    """Mean of what every neuron gives, and how much of the output varies with it; both [h]."""
 
     def __init__(self, site):
         super().__init__(site)
@@ -37,8 +35,8 @@ class MyRewrite(StaticRewrite):
         return [self.choice(site.weights, spreads[site.fingerprint], config.budget) for site in sites]
 
     def choice(self, weights, spread, budget):
-        (h, d), w2, size = weights.w1.shape, weights.w2, weights.w1.element_size()
-        row = (d + len(w2) + (weights.b1 is not None)) * size
+        h, w2 = len(weights.w1), weights.w2
+        row = (weights.bytes - (0 if weights.b2 is None else weights.b2.nbytes)) // h
         count = min(h, int((budget * weights.bytes - self.floor(weights)) / row))
         order = spread.varying(w2).argsort(descending=True)
         kept, gone = order[:count].sort().values, order[count:]
@@ -47,11 +45,9 @@ class MyRewrite(StaticRewrite):
         return Choice(self.floor(weights) + count * row, tensors, {"kept": count})
 
     def constants(self, plan, weights):
-        kept = plan.tensors["kept"].long().to(weights.w1.device)
-        found = {"w1": weights.w1[kept], "w2": weights.w2[:, kept].contiguous()}
-        found["b2"] = plan.tensors["bias"].to(kept.device)
-        return found if weights.b1 is None else found | {"b1": weights.b1[kept]}
+        device = weights.w1.device
+        kept = narrowed(weights, plan.tensors["kept"].long().to(device))
+        return matrices(kept) | biases(kept) | {"b2": plan.tensors["bias"].to(device)}
 
     def forward(self, x, constants, plan):
-        hidden = ACTIVATIONS[plan.activation].eager(F.linear(x, constants["w1"], constants.get("b1")))
-        return F.linear(hidden, constants["w2"], constants["b2"])
+        return dense(x, constants, plan.activation)

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from torch.nn import functional as F  # noqa: N812
-
 from tardis_fx.calibration.regression import fitted_tokens
-from tardis_fx.graph.activations import ACTIVATIONS
+from tardis_fx.graph.feed_forward import biases, dense, matrices
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -51,6 +49,4 @@ class Check:
 
 def original(weights: SiteWeights, activation: str, x: Tensor) -> Tensor:
     """A site as it was, [tokens, d] to [tokens, d_out]."""
-    act, up = ACTIVATIONS[activation].eager, F.linear(x, weights.w1, weights.b1)
-    hidden = act(up) if weights.gate is None else act(F.linear(x, weights.gate, weights.gate_bias)) * up
-    return F.linear(hidden, weights.w2, weights.b2)
+    return dense(x, matrices(weights) | biases(weights), activation)

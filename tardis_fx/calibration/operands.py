@@ -1,8 +1,8 @@
-"""What the two matrices of an FFN multiply: the site's inputs, and the activations of its neurons.
+"""What the matrices of an FFN multiply: the site's inputs, and, for W2, what its neurons give.
 
-Both are those of the original weights: W2 is fitted to what the dense W1 gives, as the authors of Wanda, SparseGPT and
-GPTQ do when they collect a block's statistics before they change anything in it. The tokens that measure the error are
-left out.
+Both are those of the original weights: W2 is fitted to what the dense matrices before it give, as the authors of Wanda,
+SparseGPT and GPTQ do when they collect a block's statistics before they change anything in it. The tokens that measure
+the error are left out.
 """
 
 from __future__ import annotations
@@ -10,11 +10,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from torch.nn import functional as F  # noqa: N812
 
 from tardis_fx.calibration.profile import Moments
 from tardis_fx.calibration.regression import fitted_tokens
-from tardis_fx.graph.activations import ACTIVATIONS
+from tardis_fx.graph.feed_forward import activations, biases, linear, matrices, preactivations
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,23 +26,35 @@ class Dense:
 
     def __init__(self, site: ObservedSite) -> None:
         """Copies the weights."""
-        weights = site.weights
-        self.w1, self.w2 = weights.w1.float().cpu(), weights.w2.float().cpu()
-        self.b1, self.b2 = (None if bias is None else bias.float().cpu() for bias in (weights.b1, weights.b2))
-        self._activation = ACTIVATIONS[str(site.site.activation)]
+        own = matrices(site.weights) | biases(site.weights)
+        self._tensors = {name: tensor.float().cpu() for name, tensor in own.items()}
+        self._activation = str(site.site.activation)
 
-    def hidden(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Pre-activations and activations of the neurons, [tokens, h], from [tokens, d]."""
-        z = F.linear(x, self.w1, self.b1)
-        return z, self._activation.eager(z)
+    @property
+    def w1(self) -> Tensor:
+        """[h, d]."""
+        return self._tensors["w1"]
 
-    def output(self, activated: Tensor) -> Tensor:
-        """The site's output, [tokens, d_out], from activations, [tokens, h]."""
-        return F.linear(activated, self.w2, self.b2)
+    @property
+    def w2(self) -> Tensor:
+        """[d_out, h]."""
+        return self._tensors["w2"]
+
+    def hidden(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Pre-activations (of a gated site, gate's and W1's) and what the neurons give, [tokens, h], of [tokens, d]."""
+        z = preactivations(x, self._project, gated="gate" in self._tensors)
+        return list(z.values()), activations(z, self._activation)
+
+    def output(self, hidden: Tensor) -> Tensor:
+        """The site's output, [tokens, d_out], from what the neurons give, [tokens, h]."""
+        return self._project(hidden, "w2")
+
+    def _project(self, x: Tensor, name: str) -> Tensor:
+        return linear(x, self._tensors, name)
 
 
 class Operands:
-    """Shows the fitted tokens to :meth:`add` as what each matrix multiplies."""
+    """Shows the fitted tokens to :meth:`add` as what the matrices multiply."""
 
     def __init__(self, site: ObservedSite) -> None:
         """Starts with no tokens."""
@@ -55,44 +66,46 @@ class Operands:
         self.add(x, self._dense.hidden(x)[1])
 
     def add(self, x: Tensor, hidden: Tensor) -> None:
-        """Adds inputs, [tokens, d], and the neurons' activations, [tokens, h], both float32."""
+        """Adds inputs, [tokens, d], and what the neurons give, [tokens, h], both float32."""
         raise NotImplementedError
 
 
-class Sizes(Operands):
+class ByMatrix(Operands):
+    """Operands that tell for each matrix of what it multiplies."""
+
+    def of(self, name: str) -> Tensor:
+        """What was measured of that which a matrix multiplies."""
+        raise NotImplementedError
+
+
+class Sizes(ByMatrix):
     """How large the operands are, column by column; float64.
 
     Attributes:
         tokens: how many were seen.
-        magnitude: [h], sum of the neurons' absolute activations.
+        magnitude: [h], sum of the absolute values of what the neurons give.
     """
 
     def __init__(self, site: ObservedSite) -> None:
         """Starts at zero."""
         super().__init__(site)
         (h, d), self.tokens = self._dense.w1.shape, 0
-        self._up, self._down, self.magnitude = (torch.zeros(n, dtype=torch.float64) for n in (d, h, h))
+        self._inputs, self._hidden, self.magnitude = (torch.zeros(n, dtype=torch.float64) for n in (d, h, h))
 
     def add(self, x: Tensor, hidden: Tensor) -> None:
         """Adds sums of squares and of absolute values."""
         self.tokens += len(x)
-        self._up += x.square().sum(0, dtype=torch.float64)
-        self._down += hidden.square().sum(0, dtype=torch.float64)
+        self._inputs += x.square().sum(0, dtype=torch.float64)
+        self._hidden += hidden.square().sum(0, dtype=torch.float64)
         self.magnitude += hidden.abs().sum(0, dtype=torch.float64)
 
-    @property
-    def up(self) -> Tensor:
-        """Norms of the columns of the inputs, [d]."""
-        return self._up.sqrt()
-
-    @property
-    def down(self) -> Tensor:
-        """Norms of the columns of the activations, [h]."""
-        return self._down.sqrt()
+    def of(self, name: str) -> Tensor:
+        """Norms of the columns of what a matrix multiplies, [columns]."""
+        return (self._hidden if name == "w2" else self._inputs).sqrt()
 
 
-class Grams(Operands):
-    """Moments of both operands.
+class Grams(ByMatrix):
+    """Gram matrices of the operands.
 
     Memory: d² + h² float32.
     """
@@ -101,9 +114,13 @@ class Grams(Operands):
         """Starts at zero."""
         super().__init__(site)
         h, d = self._dense.w1.shape
-        self.up, self.down = Moments(d), Moments(h)
+        self._inputs, self._hidden = Moments(d), Moments(h)
 
     def add(self, x: Tensor, hidden: Tensor) -> None:
         """Adds to both."""
-        self.up.update(x)
-        self.down.update(hidden)
+        self._inputs.update(x)
+        self._hidden.update(hidden)
+
+    def of(self, name: str) -> Tensor:
+        """The Gram matrix of what a matrix multiplies, [columns, columns]."""
+        return (self._hidden if name == "w2" else self._inputs).gram

@@ -1,4 +1,4 @@
-"""Plain FFNs as modules, and random inputs for them."""
+"""Plain and gated FFNs as modules, and random inputs for them."""
 
 from __future__ import annotations
 
@@ -48,22 +48,71 @@ class FFN(nn.Sequential):
         return self[-1]
 
 
+class GatedFFN(nn.Module):
+    """Gate and up projection, the first activated, their product, and down projection.
+
+    Attributes:
+        gate_up: gate and up projection, or one of both that is cut in halves, the gate first.
+        down: [hidden] to [d_out].
+    """
+
+    def __init__(self, gate: nn.Linear, up: nn.Linear, activation: Activation, down: nn.Linear, *, fused: bool) -> None:
+        super().__init__()
+        self.gate_up = nn.ModuleList([_stacked(gate, up)] if fused else [gate, up])
+        self._activation, self.down = activation, down
+
+    @property
+    def activation(self) -> str:
+        """Its name in the registry."""
+        return self._activation.name
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., d] to [..., d_out]."""
+        z = [linear(x) for linear in self.gate_up]
+        gate, up = z if len(z) == 2 else z[0].chunk(2, -1)
+        return self.down(self._activation(gate) * up)  # type: ignore[no-any-return]
+
+
+def _stacked(first: nn.Linear, second: nn.Linear) -> nn.Linear:
+    """One projection that gives what two give, one behind the other."""
+    bias = first.bias is not None
+    both = nn.Linear(first.in_features, first.out_features + second.out_features, bias=bias)
+    with torch.no_grad():
+        both.weight.copy_(torch.cat([first.weight, second.weight]))
+        if bias:
+            both.bias.copy_(torch.cat([first.bias, second.bias]))
+    return both
+
+
 def ffn(d: int = 16, hidden: int = 64, activation: str = "gelu", *, bias: bool = True, seed: int = 0) -> FFN:
     """An FFN with random weights; its pre-activations are about normal for normal inputs."""
+    up, down = _projections((d, hidden), (hidden, d), bias=bias, seed=seed)
+    return FFN(up, Activation(activation), down).eval()
+
+
+def gated_ffn(
+    d: int = 16, hidden: int = 64, activation: str = "silu", *, bias: bool = True, fused: bool = False, seed: int = 0
+) -> GatedFFN:
+    """A gated FFN with random weights, the same ones whether gate and up projection are fused or not."""
+    gate, up, down = _projections((d, hidden), (d, hidden), (hidden, d), bias=bias, seed=seed)
+    return GatedFFN(gate, up, Activation(activation), down, fused=fused).eval()
+
+
+def _projections(*sizes: tuple[int, int], bias: bool, seed: int) -> list[nn.Linear]:
     torch.manual_seed(seed)
-    up, down = nn.Linear(d, hidden, bias=bias), nn.Linear(hidden, d, bias=bias)
+    linears = [nn.Linear(columns, rows, bias=bias) for columns, rows in sizes]
     with torch.no_grad():
-        for linear in (up, down):
+        for linear in linears:
             linear.weight.normal_(0, linear.in_features**-0.5)
             if bias:
                 linear.bias.normal_(0, 0.3)
-    return FFN(up, Activation(activation), down).eval()
+    return linears
 
 
 class Block(nn.Module):
     """What a transformer's block is around its FFN: a norm before it and a residual sum after it."""
 
-    def __init__(self, inner: FFN, d: int = 16) -> None:
+    def __init__(self, inner: FFN | GatedFFN, d: int = 16) -> None:
         super().__init__()
         self.norm, self.ffn = nn.LayerNorm(d), inner
         self.eval()

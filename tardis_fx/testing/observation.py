@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import getitem
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +14,7 @@ from tardis_fx.fingerprint import fingerprint
 from tardis_fx.graph.matcher import find_sites
 from tardis_fx.graph.site import SiteWeights
 from tardis_fx.testing.building import Graph
+from tardis_fx.testing.ffn import FFN, GatedFFN, gated_ffn
 from tardis_fx.testing.spellings import SPELLINGS
 
 if TYPE_CHECKING:
@@ -22,13 +24,12 @@ if TYPE_CHECKING:
 
     from tardis_fx.calibration.observe import O
     from tardis_fx.graph.site import Site
-    from tardis_fx.testing.ffn import FFN
 
 
 class SiteObservation(Observation):
     """FFNs that all see the same batches; nothing is captured, so that a fit takes milliseconds."""
 
-    def __init__(self, ffns: Sequence[FFN | ObservedSite], batches: Sequence[Tensor]) -> None:
+    def __init__(self, ffns: Sequence[FFN | GatedFFN | ObservedSite], batches: Sequence[Tensor]) -> None:
         """Matches each FFN in a graph of its own.
 
         Args:
@@ -56,17 +57,26 @@ class SiteObservation(Observation):
         return observers
 
 
-def observed(ffn: FFN) -> ObservedSite:
+def observed(ffn: FFN | GatedFFN) -> ObservedSite:
     """An FFN as the matcher sees it, with its own weights."""
     g = Graph()
-    x = g.input(1, ffn.up.in_features)
+    activated = SPELLINGS[ffn.activation][0]
+    entering: list[Any] = [ffn.up] if isinstance(ffn, FFN) else list(ffn.gate_up)
+    x = g.input(1, entering[0].in_features)
 
     def linear(x: Any, module: torch.nn.Linear) -> Any:
         bias = () if module.bias is None else (g.parameter(*module.bias.shape),)
         return g.call(F.linear, x, g.parameter(*module.weight.shape), *bias)
 
-    z = linear(x, ffn.up)
-    g.graph.output(linear(SPELLINGS[ffn.activation][0](g, z), ffn.down))
+    z = [linear(x, module) for module in entering]
+    if isinstance(ffn, FFN):
+        hidden = activated(g, z[0])
+    else:
+        if len(z) == 1:
+            halves = g.call("chunk", z[0], 2, -1)
+            z = [g.call(getitem, halves, i) for i in range(2)]
+        hidden = g.call("mul", activated(g, z[0]), z[1])
+    g.graph.output(linear(hidden, ffn.down))
     parameters = tuple(parameter.detach() for parameter in ffn.parameters())
     return of(site_of(g), parameters, ffn.activation)
 
@@ -86,11 +96,7 @@ def of(site: Site, parameters: Sequence[Tensor], activation: str | None) -> Obse
 
 def gated(d: int = 8, hidden: int = 32) -> ObservedSite:
     """A gated site with random weights."""
-    g = Graph()
-    x = g.input(1, d)
-    gate, up = (g.call(F.linear, x, g.parameter(hidden, d)) for _ in range(2))
-    g.graph.output(g.call(F.linear, g.call("mul", g.call(F.silu, gate), up), g.parameter(d, hidden)))
-    return _random(site_of(g))
+    return observed(gated_ffn(d, hidden, bias=False))
 
 
 def affine(d: int = 8, hidden: int = 32) -> ObservedSite:

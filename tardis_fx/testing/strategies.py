@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 
 import torch
 from hypothesis import strategies as st
+from torch import nn
 
-from tardis_fx.testing.ffn import ACTIVATIONS, FFN, ffn, inputs
+from tardis_fx.testing.ffn import ACTIVATIONS, FFN, GatedFFN, ffn, gated_ffn, inputs
 from tardis_fx.testing.graphs import graphs
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
+    "KINDS",
     "STREAMS",
     "STRUCTURES",
     "Calibration",
@@ -31,6 +33,8 @@ __all__ = [
     "weights",
 ]
 
+#: What an FFN is: plain, gated, or gated with gate and up projection in one matrix.
+KINDS = ("plain", "gated", "fused")
 #: What is planted in an FFN's weights.
 STRUCTURES = ("none", "low rank", "loud neurons", "dead neurons", "nearly affine", "twins", "sparse")
 #: What inputs are like.
@@ -48,9 +52,11 @@ class Weights:
         bias: whether the projections have biases.
         structure: one of :data:`STRUCTURES`: both matrices of rank 2; 30 times the output of a quarter of the neurons;
             pre-activations of half of the neurons far below zero; those of all far above it; every neuron's W1 twice;
-            nine tenths of the weights zero. Pre-activations are moved by biases, and stay where there are none.
+            nine tenths of the weights zero. Pre-activations, of a gated FFN those of its gate, are moved by biases, and
+            stay where there are none.
         dtype: of all tensors.
         seed: of the random numbers.
+        kind: one of :data:`KINDS`.
     """
 
     d: int
@@ -60,29 +66,36 @@ class Weights:
     structure: str = "none"
     dtype: torch.dtype = torch.float32
     seed: int = 0
+    kind: str = "plain"
 
     @torch.no_grad()
-    def ffn(self) -> FFN:
+    def ffn(self) -> FFN | GatedFFN:
         """A module with these weights."""
-        model = ffn(self.d, self.hidden, self.activation, bias=self.bias, seed=self.seed)
-        up, down = model.up, model.down
+        if self.kind == "plain":
+            model: FFN | GatedFFN = ffn(self.d, self.hidden, self.activation, bias=self.bias, seed=self.seed)
+        else:
+            fused = self.kind == "fused"
+            model = gated_ffn(self.d, self.hidden, self.activation, bias=self.bias, fused=fused, seed=self.seed)
+        linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
+        entering, down = linears[:-1], linears[-1]  # a gate, or the half of a fused matrix that is one, comes first
         some = slice(0, self.hidden // 4), slice(0, self.hidden // 2)
         if self.structure == "low rank":
-            for linear in (up, down):
+            for linear in linears:
                 u, s, vt = torch.linalg.svd(linear.weight, full_matrices=False)
                 linear.weight.copy_((u[:, :2] * s[:2]) @ vt[:2])
         elif self.structure == "loud neurons":
             down.weight[:, some[0]].mul_(30)
         elif self.structure == "dead neurons" and self.bias:
-            up.bias[some[1]].sub_(6)
+            entering[0].bias[some[1]].sub_(6)
         elif self.structure == "nearly affine" and self.bias:
-            up.bias.add_(6)
+            entering[0].bias[: self.hidden].add_(6)
         elif self.structure == "twins":
             half = self.hidden // 2
-            for tensor in (up.weight, up.bias) if self.bias else (up.weight,):
+            tensors = [t for linear in entering for t in linear.parameters()]
+            for tensor in [part for t in tensors for part in t.split(self.hidden)]:
                 tensor[half : 2 * half] = tensor[:half].clone()
         elif self.structure == "sparse":
-            for linear in (up, down):
+            for linear in linears:
                 linear.weight.mul_(torch.rand(linear.weight.shape) < 0.1)
         return model.to(self.dtype)
 
@@ -135,7 +148,7 @@ class Specimen:
     calibration: Calibration = Calibration()
     budget: float = 0.5
 
-    def ffns(self, count: int = 1) -> list[FFN]:
+    def ffns(self, count: int = 1) -> list[FFN | GatedFFN]:
         """The FFNs, made anew by every call."""
         return [replace(self.weights, seed=self.weights.seed + i).ffn() for i in range(count)]
 
@@ -149,8 +162,15 @@ class Specimen:
         return calibration.batch(*shape, weights.d, number=calibration.batches, dtype=weights.dtype)
 
 
-def weights(*, dtypes: Sequence[torch.dtype] = (torch.float32, torch.bfloat16)) -> st.SearchStrategy[Weights]:
-    """Weights of small FFNs; sizes are such that every group of four neighbours is whole."""
+def weights(
+    *, dtypes: Sequence[torch.dtype] = (torch.float32, torch.bfloat16), kinds: Sequence[str] = KINDS
+) -> st.SearchStrategy[Weights]:
+    """Weights of small FFNs; sizes are such that every group of four neighbours is whole.
+
+    Args:
+        dtypes: to draw from.
+        kinds: of :data:`KINDS`, to draw from.
+    """
     return st.builds(
         Weights,
         d=st.sampled_from([8, 12, 20]),
@@ -160,6 +180,7 @@ def weights(*, dtypes: Sequence[torch.dtype] = (torch.float32, torch.bfloat16)) 
         structure=st.sampled_from(STRUCTURES),
         dtype=st.sampled_from(list(dtypes)),
         seed=st.integers(0, 2**10),
+        kind=st.sampled_from(list(kinds)),
     )
 
 
@@ -178,11 +199,13 @@ def sites(
     *,
     dtypes: Sequence[torch.dtype] = (torch.float32, torch.bfloat16),
     budgets: Sequence[float] = (0.5, 0.25, 0.8, 1.0),
+    kinds: Sequence[str] = KINDS,
 ) -> st.SearchStrategy[Specimen]:
     """FFN sites with weights, calibration set and budget.
 
     Args:
         dtypes: of the weights.
         budgets: to draw from.
+        kinds: of FFNs: plain, gated, or gated with one fused matrix.
     """
-    return st.builds(Specimen, weights(dtypes=dtypes), calibration_sets(), st.sampled_from(list(budgets)))
+    return st.builds(Specimen, weights(dtypes=dtypes, kinds=kinds), calibration_sets(), st.sampled_from(list(budgets)))

@@ -81,7 +81,7 @@ def test_the_gate_sends_the_budgets_share_of_tokens_through_the_ffn_and_those_of
     model, plan = observed()[0], plans()["token_gate", budget]
     (entry,) = plan.sites
     x, t = torch.cat(batches(d=D)), entry.tensors
-    whole = F.linear(x, t["gate"], t["gate_bias"])[:, 0] > 0
+    whole = F.linear(x, t["token_gate"], t["token_gate_bias"])[:, 0] > 0
     affine, output = F.linear(x, t["folded_weight"], t["folded_bias"]), model(x)
     found = expected(model, plan, x)
     assert torch.equal(found[whole], output[whole])

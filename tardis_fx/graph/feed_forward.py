@@ -1,0 +1,80 @@
+"""What an FFN computes, written once for plain and gated ones, and for whatever stands in place of their matrices.
+
+A plain FFN is ``act(x W1ᵀ + b1) W2ᵀ + b2``, a gated one ``(act(x Wgᵀ + bg) * (x W1ᵀ + b1)) W2ᵀ + b2`` (arXiv
+2002.05202). Gate and W1 multiply the site's input, W2 what the neurons give.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from torch.nn import functional as F  # noqa: N812
+
+from tardis_fx.graph.activations import ACTIVATIONS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from torch import Tensor
+
+    from tardis_fx.graph.site import SiteWeights
+
+#: Names of an FFN's matrices, as in :class:`tardis_fx.graph.site.SiteWeights`, with those of their biases.
+BIASES = {"gate": "gate_bias", "w1": "b1", "w2": "b2"}
+
+
+def matrices(weights: SiteWeights) -> dict[str, Tensor]:
+    """The matrices that a site has, by name: ``w1``, ``w2`` and, of a gated one, ``gate``."""
+    return {name: w for name in BIASES if (w := getattr(weights, name)) is not None}
+
+
+def biases(weights: SiteWeights) -> dict[str, Tensor]:
+    """The biases that a site has, by name."""
+    return {name: b for name in BIASES.values() if (b := getattr(weights, name)) is not None}
+
+
+def narrowed(weights: SiteWeights, neurons: Tensor) -> SiteWeights:
+    """The FFN of some of the neurons, [k], copied; ``b2`` stays whole."""
+    w1, w2 = weights.w1[neurons], weights.w2[:, neurons].contiguous()
+    rest = {name: None if (t := getattr(weights, name)) is None else t[neurons] for name in ("b1", "gate", "gate_bias")}
+    return replace(weights, w1=w1, w2=w2, **rest)
+
+
+def preactivations(x: Tensor, project: Callable[[Tensor, str], Tensor], *, gated: bool) -> dict[str, Tensor]:
+    """What enters the neurons, [..., h] each, by the name of the matrix; arguments as of :func:`feed_forward`."""
+    return {name: project(x, name) for name in (("gate", "w1") if gated else ("w1",))}
+
+
+def activations(z: Mapping[str, Tensor], activation: str) -> Tensor:
+    """What the neurons give, [..., h], from :func:`preactivations`."""
+    activated = ACTIVATIONS[activation].eager(z["gate" if "gate" in z else "w1"])
+    return activated * z["w1"] if "gate" in z else activated
+
+
+def feed_forward(x: Tensor, project: Callable[[Tensor, str], Tensor], activation: str, *, gated: bool) -> Tensor:
+    """An FFN of any projections, [..., d] to [..., d_out].
+
+    Args:
+        x: [..., d].
+        project: applies a projection to a tensor, by the name of its matrix.
+        activation: name in the registry.
+        gated: whether there is a ``gate``.
+    """
+    return project(activations(preactivations(x, project, gated=gated), activation), "w2")
+
+
+def dense(x: Tensor, tensors: Mapping[str, Tensor], activation: str) -> Tensor:
+    """An FFN of dense matrices, [..., d] to [..., d_out].
+
+    Args:
+        x: [..., d].
+        tensors: :func:`matrices` and those :func:`biases` that there are.
+        activation: name in the registry.
+    """
+    return feed_forward(x, lambda x, name: linear(x, tensors, name), activation, gated="gate" in tensors)
+
+
+def linear(x: Tensor, tensors: Mapping[str, Tensor], name: str) -> Tensor:
+    """One projection by its matrix, and its bias if there is one."""
+    return F.linear(x, tensors[name], tensors.get(BIASES[name]))
