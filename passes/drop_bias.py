@@ -1,13 +1,19 @@
-"""The biases go, all else stays: what an ablation without biases costs a model that was trained with them."""
+"""The biases in front of the activation go; what they gave in the mean over the calibration tokens goes into ``b2``.
+
+After it the site is an FFN without biases but the last one, which other rewrites can be fitted to.
+"""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
+import torch
 from torch.nn import functional as F  # noqa: N812
 
+from tardis_fx.calibration.operands import Operands
 from tardis_fx.graph.activations import ACTIVATIONS
-from tardis_fx.passes.static import Choice, StaticRewrite, bias_bytes
+from tardis_fx.passes.static import Choice, StaticRewrite, bias_bytes, measured
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -21,28 +27,62 @@ if TYPE_CHECKING:
 
 
 class DropBias(StaticRewrite):
-    """The rule of the module's docstring."""
+    """The rules of the module's docstring."""
 
     name: ClassVar[str] = "drop_bias"
 
     def refuse(self, site: Site) -> str | None:
-        """A site without biases has none to lose."""
-        if site.up.bias is None and site.down.bias is None:
-            return "it has no bias"
+        """A site without a bias in front of its activation has none to lose."""
+        if site.up.bias is None:
+            return "it has no bias in front of its activation"
         return super().refuse(site)
 
     def floor(self, weights: SiteWeights) -> int:
-        """Both matrices."""
-        return weights.bytes - bias_bytes(weights)
+        """Both matrices, and the last bias."""
+        return weights.bytes - bias_bytes(weights) + len(weights.w2) * weights.w2.element_size()
 
     def choose(self, observation: Observation, sites: Sequence[ObservedSite], config: Config) -> list[Choice]:
-        """Nothing is measured."""
-        return [Choice(self.floor(site.weights)) for site in sites]
+        """One run, of the means."""
+        lost = measured(observation, Lost, sites, config)
+        return [Choice(self.floor(s.weights), {"bias": lost[s.fingerprint].bias(s.weights)}) for s in sites]
+
+    def weights(self, plan: SitePlan, weights: SiteWeights) -> SiteWeights:
+        """The matrices as they are, and the last bias."""
+        return replace(weights, b1=None, gate_bias=None, b2=plan.tensors["bias"].to(weights.w2.device))
+
+    def matrices(self, plan: SitePlan) -> dict[str, float]:
+        """Both."""
+        return {"w1": 1.0, "w2": 1.0}
 
     def constants(self, plan: SitePlan, weights: SiteWeights) -> dict[str, Tensor]:
-        """The matrices as they are."""
-        return {"w1": weights.w1, "w2": weights.w2}
+        """Of :meth:`weights`."""
+        left = self.weights(plan, weights)
+        assert left.b2 is not None
+        return {"w1": left.w1, "w2": left.w2, "b2": left.b2}
 
     def forward(self, x: Tensor, constants: Mapping[str, Tensor], plan: SitePlan) -> Tensor:
-        """The FFN without biases."""
-        return F.linear(ACTIVATIONS[str(plan.activation)].eager(F.linear(x, constants["w1"])), constants["w2"])
+        """The FFN without biases but the last."""
+        hidden = ACTIVATIONS[str(plan.activation)].eager(F.linear(x, constants["w1"]))
+        return F.linear(hidden, constants["w2"], constants["b2"])
+
+
+class Lost(Operands):
+    """The mean of what the biases in front of the activation add to each neuron's activation, [h], float64."""
+
+    def __init__(self, site: ObservedSite) -> None:
+        """Starts at zero."""
+        super().__init__(site)
+        self._activation = ACTIVATIONS[str(site.site.activation)].eager
+        self._sum, self._tokens = torch.zeros(len(self._dense.w1), dtype=torch.float64), 0
+
+    def add(self, x: Tensor, hidden: Tensor) -> None:
+        """Adds the difference that they make."""
+        self._sum += (hidden - self._activation(F.linear(x, self._dense.w1))).sum(0, dtype=torch.float64)
+        self._tokens += len(x)
+
+    def bias(self, weights: SiteWeights) -> Tensor:
+        """The last bias that makes up for it, [d_out], in the dtype of the weights."""
+        bias = self._dense.w2.double() @ (self._sum / max(1, self._tokens))
+        if self._dense.b2 is not None:
+            bias = bias + self._dense.b2.double()
+        return bias.to(weights.w2.dtype)

@@ -57,6 +57,10 @@ class FFSplit(StaticRewrite):
                 tensors |= {f"{name}_a": a.to(weights.w1.dtype), f"{name}_b": b.to(weights.w1.dtype)}
         return Choice(_bytes(weights, heavy), tensors, {"heavy": heavy})
 
+    def matrices(self, plan: SitePlan) -> dict[str, float]:
+        """The heavy hitters' and the factors of the rest."""
+        return dict.fromkeys(["w1", "w2", *(name for name in plan.tensors if name != "neurons")], 1.0)
+
     def constants(self, plan: SitePlan, weights: SiteWeights) -> dict[str, Tensor]:
         """Heavy hitters ``w1`` [k, d], ``w2`` [d_out, k]; factors of the rest; ``b1`` cut in two alike."""
         device, heavy = weights.w1.device, plan.settings["heavy"]

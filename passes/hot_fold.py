@@ -59,6 +59,10 @@ class HotFold(StaticRewrite):
             found.append(Choice(touched, tensors, {"kept": len(own)}))
         return found
 
+    def matrices(self, plan: SitePlan) -> dict[str, float]:
+        """The kept neurons' and the map."""
+        return dict.fromkeys(["w1", "w2", *(name for name in plan.tensors if name == "folded_weight")], 1.0)
+
     def constants(self, plan: SitePlan, weights: SiteWeights) -> dict[str, Tensor]:
         """Kept neurons ``w1`` [k, d], ``b1`` [k], ``w2`` [d_out, k]; the others' ``folded_weight``, ``folded_bias``."""
         device = weights.w1.device

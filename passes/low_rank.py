@@ -58,6 +58,10 @@ class LowRank(StaticRewrite):
             found.append(Choice(_bytes(weights, ranks), tensors, {"ranks": list(ranks)}))
         return found
 
+    def matrices(self, plan: SitePlan) -> dict[str, float]:
+        """The factors, or the matrices."""
+        return dict.fromkeys(plan.tensors or ("w1", "w2"), 1.0)
+
     def constants(self, plan: SitePlan, weights: SiteWeights) -> dict[str, Tensor]:
         """Factors ``w1_a`` [h, r1], ``w1_b`` [r1, d], ``w2_a`` [d_out, r2], ``w2_b`` [r2, h], or the matrices."""
         found = {name: tensor.to(weights.w1.device) for name, tensor in plan.tensors.items()} | biases(weights)

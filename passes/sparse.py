@@ -60,8 +60,9 @@ class Sparse(StaticRewrite):
         """Prunes every site."""
         tensors = self.choose_tensors(observation, sites, config)
         return [
-            Choice(self._bytes(site.weights, self.share(site.weights, config)), own)
+            Choice(self._bytes(site.weights, share), own, {"share": share})
             for site, own in zip(sites, tensors, strict=True)
+            for share in (self.share(site.weights, config),)
         ]
 
     def share(self, weights: SiteWeights, config: Config) -> float:
@@ -77,6 +78,10 @@ class Sparse(StaticRewrite):
         kept = sum(self.count(len(w), w.shape[1], share) for w in (weights.w1, weights.w2))
         positions = kept // 4 if self.two_of_four else 0
         return kept * weights.w1.element_size() + positions + bias_bytes(weights)
+
+    def matrices(self, plan: SitePlan) -> dict[str, float]:
+        """Both; only the kept values are counted."""
+        return dict.fromkeys(("w1", "w2"), plan.settings["share"])
 
     def forward(self, x: Tensor, constants: Mapping[str, Tensor], plan: SitePlan) -> Tensor:
         """The FFN as it was, with pruned matrices."""
