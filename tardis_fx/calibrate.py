@@ -72,7 +72,7 @@ def plan_for(observation: Observation, config: Config) -> Plan:
         if not all(torch.isfinite(parameter).all() for parameter in site.parameters):
             raise CalibrationError(f"the weights of {site.site.name} hold NaN or infinity")
     for method, sites in groups.items():
-        part = observation if len(groups) == 1 else Part(observation, sites, method)
+        part = observation if isinstance(config.method, str) else Part(observation, sites, method)
         planned |= {plan.fingerprint: plan for plan in rewrite_named(method).fit(part, sites, config)}
     return Plan(
         tuple(planned.get(s.fingerprint) or refused(s, reasons[s.fingerprint]) for s in observation.sites), config
