@@ -16,6 +16,7 @@ from tardis_fx.errors import (
     TardisError,
 )
 from tardis_fx.explain import Report, explain
+from tardis_fx.finetune import finetune
 from tardis_fx.heal import heal
 from tardis_fx.plan import Plan
 from tardis_fx.runtime.touched import count_touched
@@ -35,5 +36,6 @@ __all__ = [
     "calibrate",
     "count_touched",
     "explain",
+    "finetune",
     "heal",
 ]
