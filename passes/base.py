@@ -97,6 +97,11 @@ class Rewrite(ABC):
         return Composed(previous, self)
 
 
+def matrices_of(plan: SitePlan) -> tuple[str, ...]:
+    """Names of an FFN's own matrices, as in :class:`tardis_fx.graph.site.SiteWeights`."""
+    return ("gate", "w1", "w2") if plan.kind == "gated" else ("w1", "w2")
+
+
 @cache
 def rewrite_named(method: str) -> Rewrite:
     """The registered rewrite of this name, or the composition of those whose names stand with ``+`` between.

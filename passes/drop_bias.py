@@ -32,7 +32,9 @@ class DropBias(StaticRewrite):
     name: ClassVar[str] = "drop_bias"
 
     def refuse(self, site: Site) -> str | None:
-        """A site without a bias in front of its activation has none to lose."""
+        """Gated sites, and sites that have no bias in front of the activation to lose."""
+        if site.kind == "gated":
+            return f"gated FFN: not yet rewritten by {self.name}"
         if site.up.bias is None:
             return "it has no bias in front of its activation"
         return super().refuse(site)
@@ -48,7 +50,7 @@ class DropBias(StaticRewrite):
 
     def weights(self, plan: SitePlan, weights: SiteWeights) -> SiteWeights:
         """The matrices as they are, and the last bias."""
-        return replace(weights, b1=None, gate_bias=None, b2=plan.tensors["bias"].to(weights.w2.device))
+        return replace(weights, b1=None, b2=plan.tensors["bias"].to(weights.w2.device))
 
     def matrices(self, plan: SitePlan) -> dict[str, float]:
         """Both."""
@@ -82,7 +84,7 @@ class Lost(Operands):
 
     def bias(self, weights: SiteWeights) -> Tensor:
         """The last bias that makes up for it, [d_out], in the dtype of the weights."""
-        bias = self._dense.w2.double() @ (self._sum / max(1, self._tokens))
-        if self._dense.b2 is not None:
-            bias = bias + self._dense.b2.double()
+        bias = weights.w2.double().cpu() @ (self._sum / max(1, self._tokens))
+        if weights.b2 is not None:
+            bias = bias + weights.b2.double().cpu()
         return bias.to(weights.w2.dtype)

@@ -14,6 +14,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from tardis_fx.calibration.operands import Sizes
 from tardis_fx.graph.activations import ACTIVATIONS
+from tardis_fx.passes.base import matrices_of
 from tardis_fx.passes.low_rank import truncated
 from tardis_fx.passes.static import Choice, StaticRewrite, bias_bytes, measured
 
@@ -59,7 +60,7 @@ class FFSplit(StaticRewrite):
 
     def matrices(self, plan: SitePlan) -> dict[str, float]:
         """The heavy hitters' and the factors of the rest."""
-        return dict.fromkeys(["w1", "w2", *(name for name in plan.tensors if name != "neurons")], 1.0)
+        return dict.fromkeys([*matrices_of(plan), *(name for name in plan.tensors if name != "neurons")], 1.0)
 
     def constants(self, plan: SitePlan, weights: SiteWeights) -> dict[str, Tensor]:
         """Heavy hitters ``w1`` [k, d], ``w2`` [d_out, k]; factors of the rest; ``b1`` cut in two alike."""

@@ -18,6 +18,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from tardis_fx.calibration.affine import Neurons, Outputs
 from tardis_fx.graph.activations import ACTIVATIONS
+from tardis_fx.passes.base import matrices_of
 from tardis_fx.passes.static import Choice, StaticRewrite, measured
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ class HotFold(StaticRewrite):
 
     def matrices(self, plan: SitePlan) -> dict[str, float]:
         """The kept neurons' and the map."""
-        return dict.fromkeys(["w1", "w2", *(name for name in plan.tensors if name == "folded_weight")], 1.0)
+        return dict.fromkeys([*matrices_of(plan), *(name for name in plan.tensors if name == "folded_weight")], 1.0)
 
     def constants(self, plan: SitePlan, weights: SiteWeights) -> dict[str, Tensor]:
         """Kept neurons ``w1`` [k, d], ``b1`` [k], ``w2`` [d_out, k]; the others' ``folded_weight``, ``folded_bias``."""

@@ -1,10 +1,10 @@
 """Weight-only integers for the dense matrices of an FFN, or for those that another rewrite leaves.
 
 1. 8 bits: symmetric codes with a scale for every row, rounded to nearest, as torchao's ``Int8WeightOnlyConfig`` has it.
-   A linear layer becomes ``F.linear(x, codes) * scale``, which Inductor compiles, in bfloat16 on CPU and CUDA, to one
-   product of numbers and codes (``aten._weight_int8pack_mm``) without a dense copy.
+   A linear layer becomes ``F.linear(x, codes) * scale``, which Inductor compiles, in bfloat16 and for x of
+   [batch, length, d], to one product of numbers and codes (``aten._weight_int8pack_mm``) without a dense copy.
 2. 4 bits: asymmetric codes in groups of 64 columns, as :mod:`tardis_fx.passes.rtn` has them. A dense matrix is made
-   of them at every call: fewer bytes stored, no speed-up.
+   of them at every call: no speed-up.
 3. Behind another rewrite its matrices are quantised (:meth:`tardis_fx.passes.base.Rewrite.matrices`), where that
    saves bytes, and the sites that it leaves as they are, too. Zeros stay zeros. The budget is the other rewrite's:
    what the integers save is not spent again.

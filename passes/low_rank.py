@@ -16,6 +16,7 @@ from torch.nn import functional as F  # noqa: N812
 from tardis_fx.calibration.operands import Grams
 from tardis_fx.calibration.predictor import factor
 from tardis_fx.graph.activations import ACTIVATIONS
+from tardis_fx.passes.base import matrices_of
 from tardis_fx.passes.static import Choice, StaticRewrite, bias_bytes, biases, measured
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ class LowRank(StaticRewrite):
 
     def matrices(self, plan: SitePlan) -> dict[str, float]:
         """The factors, or the matrices."""
-        return dict.fromkeys(plan.tensors or ("w1", "w2"), 1.0)
+        return dict.fromkeys(plan.tensors or matrices_of(plan), 1.0)
 
     def constants(self, plan: SitePlan, weights: SiteWeights) -> dict[str, Tensor]:
         """Factors ``w1_a`` [h, r1], ``w1_b`` [r1, d], ``w2_a`` [d_out, r2], ``w2_b`` [r2, h], or the matrices."""

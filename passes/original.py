@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from tardis_fx.calibration.observe import Observation, ObservedSite
     from tardis_fx.config import Config
-    from tardis_fx.graph.site import SiteWeights
+    from tardis_fx.graph.site import Site, SiteWeights
     from tardis_fx.plan import SitePlan
 
 
@@ -24,6 +24,10 @@ class Original(StaticRewrite):
     """The rule of the module's docstring."""
 
     name: ClassVar[str] = "original"
+
+    def refuse(self, site: Site) -> str | None:
+        """Gated sites, and what no rewrite takes."""
+        return "gated FFN: not yet rewritten by it" if site.kind == "gated" else super().refuse(site)
 
     def floor(self, weights: SiteWeights) -> int:
         """All bytes."""

@@ -17,6 +17,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from tardis_fx.calibration.operands import Sizes
 from tardis_fx.graph.activations import ACTIVATIONS
+from tardis_fx.passes.base import matrices_of
 from tardis_fx.passes.static import Choice, StaticRewrite, bias_bytes, biases, measured
 from tardis_fx.runtime.packing import pack, unpack
 
@@ -81,7 +82,7 @@ class Sparse(StaticRewrite):
 
     def matrices(self, plan: SitePlan) -> dict[str, float]:
         """Both; only the kept values are counted."""
-        return dict.fromkeys(("w1", "w2"), plan.settings["share"])
+        return dict.fromkeys(matrices_of(plan), plan.settings["share"])
 
     def forward(self, x: Tensor, constants: Mapping[str, Tensor], plan: SitePlan) -> Tensor:
         """The FFN as it was, with pruned matrices."""

@@ -163,10 +163,10 @@ class Planned(Case):
     @property
     def identity(self) -> str:
         """Hash of the config and of the source of the rewrite."""
-        every = [
-            type(rewrite_named(part)) for name in self._methods for part in {name: 0, **dict.fromkeys(name.split("+"))}
+        names = dict.fromkeys(name for method in self._methods for name in (method, *method.split("+")))
+        classes = [
+            c for name in names for c in type(rewrite_named(name)).__mro__ if c.__module__.startswith("tardis_fx.")
         ]
-        classes = [c for rewrite in every for c in rewrite.__mro__ if c.__module__.startswith("tardis_fx.")]
         sources = [Path(inspect.getfile(c)).read_text(encoding="utf-8") for c in classes]
         return digest(asdict(replace(self.config, progress=False)), self.healed, sources)
 
