@@ -91,7 +91,7 @@ def seconds(run: Callable[..., Any], batch: Mapping[str, torch.Tensor]) -> Calla
     return timed
 
 
-def main(steps: int = 160, tuning_steps: int = 64, snippets: int = 2048, width: int = 256) -> dict[str, float]:
+def main(steps: int = 160, tuning_steps: int = 64, snippets: int = 1024, width: int = 256) -> dict[str, float]:
     """Trains, splits, fine-tunes and measures; returns what it prints."""
     torch.manual_seed(0)
     shape = BertConfig(
