@@ -59,14 +59,63 @@ class Rewrite(ABC):
     def forward(self, x: Tensor, constants: Mapping[str, Tensor], plan: SitePlan) -> Tensor:
         """The rewritten site: x [..., d] to [..., d_out]. Traced with ``torch.fx``: no branches on values or shapes."""
 
+    # ---- What a rewrite offers to those that come behind it; see tardis_fx.passes.composed and int8_ffn
+
+    @property
+    def method(self) -> str:
+        """What plans call it: its name, or, of a composition, the names in their order with ``+`` between."""
+        return self.name
+
+    @property
+    def leaves_ffn(self) -> bool:
+        """Whether the rewritten site is an FFN still, of :meth:`weights`, which another rewrite can be fitted to."""
+        return type(self).weights is not Rewrite.weights
+
+    def weights(self, plan: SitePlan, weights: SiteWeights) -> SiteWeights:
+        """The weights of the FFN that the rewritten site is, where it is one."""
+        raise NotImplementedError
+
+    @property
+    def leaves_matrices(self) -> bool:
+        """Whether there may be any :meth:`matrices`."""
+        return type(self).matrices is not Rewrite.matrices
+
+    def matrices(self, plan: SitePlan) -> dict[str, float]:
+        """Names of the constants, [out, in] in the model's dtype, that :meth:`forward` reads as weights of ``F.linear``
+        and not otherwise, each with the share of it that ``touched_bytes`` counts.
+        """  # noqa: D205
+        return {}
+
+    def after(self, previous: Rewrite) -> Rewrite:
+        """This rewrite behind another one at the same sites.
+
+        Raises:
+            ConfigError: that makes no sense.
+        """
+        from tardis_fx.passes.composed import Composed
+
+        return Composed(previous, self)
+
+
+def matrices_of(plan: SitePlan) -> tuple[str, ...]:
+    """Names of an FFN's own matrices, as in :class:`tardis_fx.graph.site.SiteWeights`."""
+    return ("gate", "w1", "w2") if plan.kind == "gated" else ("w1", "w2")
+
 
 @cache
-def rewrite_named(name: str) -> Rewrite:
-    """The registered rewrite of this name.
+def rewrite_named(method: str) -> Rewrite:
+    """The registered rewrite of this name, or the composition of those whose names stand with ``+`` between.
 
     Raises:
-        ConfigError: none is registered, or it is no :class:`Rewrite`.
+        ConfigError: none is registered, it is no :class:`Rewrite`, or the composition makes no sense.
     """
+    rewrite, *others = map(_registered, method.split("+"))
+    for other in others:
+        rewrite = other.after(rewrite)
+    return rewrite
+
+
+def _registered(name: str) -> Rewrite:
     registered = {entry.name: entry for entry in entry_points(group=GROUP)}
     if name not in registered:
         raise ConfigError(f"no rewrite named {name!r}; registered are {', '.join(sorted(registered)) or 'none'}")

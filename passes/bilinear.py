@@ -47,6 +47,10 @@ class Bilinear(StaticRewrite):
         neurons = measured(observation, Neurons, sites, config)
         return [Choice(map_bytes(s.weights), tensors=_fold(s.weights, neurons[s.fingerprint].sums)) for s in sites]
 
+    def matrices(self, plan: SitePlan) -> dict[str, float]:
+        """The fold."""
+        return {"folded_weight": 1.0}
+
     def constants(self, plan: SitePlan, weights: SiteWeights) -> dict[str, Tensor]:
         """Folded weight [d_out, d] and bias [d_out]."""
         return {name: tensor.to(weights.w1.device) for name, tensor in plan.tensors.items()}

@@ -1,11 +1,19 @@
-"""The biases go, all else stays: what an ablation without biases costs a model that was trained with them."""
+"""The biases in front of the activation go; what they gave in the mean over the calibration tokens goes into ``b2``.
+
+After it the site is an FFN without biases but the last one, which other rewrites can be fitted to.
+"""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
-from tardis_fx.graph.feed_forward import dense, matrices
-from tardis_fx.passes.static import Choice, StaticRewrite, bias_bytes
+import torch
+
+from tardis_fx.calibration.operands import Dense, Operands
+from tardis_fx.graph.feed_forward import biases, dense, matrices
+from tardis_fx.passes.base import matrices_of
+from tardis_fx.passes.static import Choice, StaticRewrite, bias_bytes, measured
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -19,28 +27,65 @@ if TYPE_CHECKING:
 
 
 class DropBias(StaticRewrite):
-    """The rule of the module's docstring."""
+    """The rules of the module's docstring."""
 
     name: ClassVar[str] = "drop_bias"
 
     def refuse(self, site: Site) -> str | None:
-        """A site without biases has none to lose."""
-        if all(projection is None or projection.bias is None for projection in (site.up, site.gate, site.down)):
-            return "it has no bias"
+        """Sites that have no bias in front of the activation to lose."""
+        if all(projection is None or projection.bias is None for projection in (site.up, site.gate)):
+            return "it has no bias in front of its activation"
         return super().refuse(site)
 
     def floor(self, weights: SiteWeights) -> int:
-        """The matrices."""
-        return weights.bytes - bias_bytes(weights)
+        """The matrices, and the last bias."""
+        return weights.bytes - bias_bytes(weights) + len(weights.w2) * weights.w2.element_size()
 
     def choose(self, observation: Observation, sites: Sequence[ObservedSite], config: Config) -> list[Choice]:
-        """Nothing is measured."""
-        return [Choice(self.floor(site.weights)) for site in sites]
+        """One run, of the means."""
+        lost = measured(observation, Lost, sites, config)
+        return [Choice(self.floor(s.weights), {"bias": lost[s.fingerprint].bias(s.weights)}) for s in sites]
+
+    def weights(self, plan: SitePlan, weights: SiteWeights) -> SiteWeights:
+        """The matrices as they are, and the last bias."""
+        return replace(bare(weights), b2=plan.tensors["bias"].to(weights.w2.device))
+
+    def matrices(self, plan: SitePlan) -> dict[str, float]:
+        """All."""
+        return dict.fromkeys(matrices_of(plan), 1.0)
 
     def constants(self, plan: SitePlan, weights: SiteWeights) -> dict[str, Tensor]:
-        """The matrices as they are."""
-        return matrices(weights)
+        """Of :meth:`weights`."""
+        left = self.weights(plan, weights)
+        return matrices(left) | biases(left)
 
     def forward(self, x: Tensor, constants: Mapping[str, Tensor], plan: SitePlan) -> Tensor:
-        """The FFN without biases."""
+        """The FFN without biases but the last."""
         return dense(x, constants, str(plan.activation))
+
+
+class Lost(Operands):
+    """The mean of what the biases in front of the activation add to what each neuron gives, [h], float64."""
+
+    def __init__(self, site: ObservedSite) -> None:
+        """Starts at zero."""
+        super().__init__(site)
+        self._bare = Dense(replace(site, weights=bare(site.weights)))
+        self._sum, self._tokens = torch.zeros(len(site.weights.w1), dtype=torch.float64), 0
+
+    def add(self, x: Tensor, hidden: Tensor) -> None:
+        """Adds the difference that they make."""
+        self._sum += (hidden - self._bare.hidden(x)[1]).sum(0, dtype=torch.float64)
+        self._tokens += len(x)
+
+    def bias(self, weights: SiteWeights) -> Tensor:
+        """The last bias that makes up for it, [d_out], in the dtype of the weights."""
+        bias = weights.w2.double().cpu() @ (self._sum / max(1, self._tokens))
+        if weights.b2 is not None:
+            bias = bias + weights.b2.double().cpu()
+        return bias.to(weights.w2.dtype)
+
+
+def bare(weights: SiteWeights) -> SiteWeights:
+    """The weights without biases in front of the activation."""
+    return replace(weights, b1=None, gate_bias=None)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from tardis_fx.calibration.operands import Sizes
 from tardis_fx.graph.feed_forward import BIASES, biases, dense, feed_forward, matrices, narrowed
+from tardis_fx.passes.base import matrices_of
 from tardis_fx.passes.low_rank import thin, truncated
 from tardis_fx.passes.static import Choice, StaticRewrite, bias_bytes, measured
 
@@ -55,6 +56,10 @@ class FFSplit(StaticRewrite):
                 a, b = truncated(weight.double().cpu(), rank)
                 tensors |= {f"{name}_a": a.to(weight.dtype), f"{name}_b": b.to(weight.dtype)}
         return Choice(_bytes(weights, heavy), tensors, {"heavy": heavy})
+
+    def matrices(self, plan: SitePlan) -> dict[str, float]:
+        """The heavy hitters' and the factors of the rest."""
+        return dict.fromkeys([*matrices_of(plan), *(name for name in plan.tensors if name != "neurons")], 1.0)
 
     def constants(self, plan: SitePlan, weights: SiteWeights) -> dict[str, Tensor]:
         """Heavy hitters ``w1`` [k, d], ``w2`` [d_out, k], ...; factors of the rest; biases cut in two alike."""

@@ -20,6 +20,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from tardis_fx.calibration.affine import Neurons, Outputs
 from tardis_fx.graph.feed_forward import biases, dense, matrices, narrowed
+from tardis_fx.passes.base import matrices_of
 from tardis_fx.passes.static import Choice, StaticRewrite, measured
 
 if TYPE_CHECKING:
@@ -60,6 +61,10 @@ class HotFold(StaticRewrite):
             touched = map_bytes(site.weights) + len(own) * _row_bytes(site.weights)
             found.append(Choice(touched, tensors, {"kept": len(own)}))
         return found
+
+    def matrices(self, plan: SitePlan) -> dict[str, float]:
+        """The kept neurons' and the map."""
+        return dict.fromkeys([*matrices_of(plan), *(name for name in plan.tensors if name == "folded_weight")], 1.0)
 
     def constants(self, plan: SitePlan, weights: SiteWeights) -> dict[str, Tensor]:
         """Kept neurons ``w1`` [k, d], ``w2`` [d_out, k], ...; the others' ``folded_weight`` and ``folded_bias``."""

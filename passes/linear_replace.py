@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from tardis_fx.calibration.regression import Residual
     from tardis_fx.graph.site import SiteWeights
+    from tardis_fx.plan import SitePlan
 
 
 class LinearReplace(WholeSites):
@@ -27,6 +28,10 @@ class LinearReplace(WholeSites):
     def floor(self, weights: SiteWeights) -> int:
         """The map."""
         return map_bytes(weights)
+
+    def matrices(self, plan: SitePlan) -> dict[str, float]:
+        """The map."""
+        return {"folded_weight": 1.0}
 
     def replaced(self, output: Residual, weights: SiteWeights) -> tuple[float, str, dict[str, Tensor]]:
         """Lost is the variance that the map does not explain."""

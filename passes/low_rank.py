@@ -16,6 +16,7 @@ from torch.nn import functional as F  # noqa: N812
 from tardis_fx.calibration.operands import Grams
 from tardis_fx.calibration.predictor import factor
 from tardis_fx.graph.feed_forward import BIASES, biases, feed_forward, linear, matrices
+from tardis_fx.passes.base import matrices_of
 from tardis_fx.passes.static import Choice, StaticRewrite, bias_bytes, measured
 
 if TYPE_CHECKING:
@@ -54,6 +55,10 @@ class LowRank(StaticRewrite):
                 tensors |= {f"{name}_a": a.to(weight.dtype), f"{name}_b": b.to(weight.dtype)}
             found.append(Choice(_bytes(weights, ranks), tensors, {"ranks": ranks}))
         return found
+
+    def matrices(self, plan: SitePlan) -> dict[str, float]:
+        """The factors, or the matrices."""
+        return dict.fromkeys(plan.tensors or matrices_of(plan), 1.0)
 
     def constants(self, plan: SitePlan, weights: SiteWeights) -> dict[str, Tensor]:
         """Factors ``w1_a`` [h, r1], ``w1_b`` [r1, d], ``w2_a`` [d_out, r2], ``w2_b`` [r2, h], ..., or the matrices."""

@@ -217,6 +217,10 @@ class PartialLinear(Rewrite):
         plan = replace(plan, stored_bytes=weights.bytes + sum(c.numel() * c.element_size() for c in extra))
         return Fitted(draft, plan, error**2 * observer.residual.energy)
 
+    def matrices(self, plan: SitePlan) -> dict[str, float]:
+        """The fold, where it is dense; rows are read by the correction alone."""
+        return {"folded_weight": 1.0} if plan.settings["fold_bits"] == 16 else {}
+
     def constants(self, plan: SitePlan, weights: SiteWeights) -> dict[str, Tensor]:
         """The plan's tensors padded to the hidden size, and the weights by neuron: a copy where stored otherwise."""
         hidden, device = weights.w1.shape[0], weights.w1.device

@@ -16,6 +16,7 @@ import torch
 
 from tardis_fx.calibration.operands import Sizes
 from tardis_fx.graph.feed_forward import biases, dense, matrices
+from tardis_fx.passes.base import matrices_of
 from tardis_fx.passes.static import Choice, StaticRewrite, bias_bytes, measured
 from tardis_fx.runtime.packing import pack, unpack
 
@@ -69,7 +70,7 @@ class Sparse(StaticRewrite):
         for site in sites:
             share, operand = self.share(site.weights, config), operands[site.fingerprint]
             own = {name: self.pruned(w, operand.of(name), share) for name, w in matrices(site.weights).items()}
-            found.append(Choice(self._bytes(site.weights, share), own))
+            found.append(Choice(self._bytes(site.weights, share), own, {"share": share}))
         return found
 
     def share(self, weights: SiteWeights, config: Config) -> float:
@@ -85,6 +86,10 @@ class Sparse(StaticRewrite):
         kept = sum(self.count(len(w), w.shape[1], share) for w in matrices(weights).values())
         positions = kept // 4 if self.two_of_four else 0
         return kept * weights.w1.element_size() + positions + bias_bytes(weights)
+
+    def matrices(self, plan: SitePlan) -> dict[str, float]:
+        """Both; only the kept values are counted."""
+        return dict.fromkeys(matrices_of(plan), plan.settings["share"])
 
     def forward(self, x: Tensor, constants: Mapping[str, Tensor], plan: SitePlan) -> Tensor:
         """The FFN as it was, with pruned matrices."""

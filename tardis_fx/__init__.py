@@ -16,6 +16,7 @@ from tardis_fx.errors import (
     TardisError,
 )
 from tardis_fx.explain import Report, explain
+from tardis_fx.finetune import finetune
 from tardis_fx.heal import heal
 from tardis_fx.plan import Plan
 from tardis_fx.release import release
@@ -36,6 +37,7 @@ __all__ = [
     "calibrate",
     "count_touched",
     "explain",
+    "finetune",
     "heal",
     "release",
 ]

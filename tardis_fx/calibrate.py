@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
 import torch
 
 from tardis_fx.calibration.observe import Batch, BatchObservation, Observation, ObservedSite
+from tardis_fx.calibration.part import Part
 from tardis_fx.config import Config
 from tardis_fx.errors import CalibrationError, ConfigError
 from tardis_fx.passes.base import rewrite_named
@@ -30,15 +32,22 @@ def calibrate(model: nn.Module, batches: Iterable[Batch], *, config: Config | No
         config: what to aim at; the defaults when None.
 
     Raises:
-        ConfigError: the config names no registered rewrite.
+        ConfigError: the config names no registered rewrite, rewrites that do not compose, or sites that there are not.
         CalibrationError: the model is in training mode, there are no batches, an input or a weight is NaN, there is
             no FFN, or the budget is smaller than the folded weights.
     """
     config = Config() if config is None else config
     if not isinstance(config, Config):
         raise ConfigError(f"config must be a tardis_fx.Config, not {type(config).__name__}")
-    rewrite_named(config.method)  # before the model runs
-    return plan_for(BatchObservation(model, batches, progress=config.progress), config)
+    for _, method in config.methods:
+        if method is not None:
+            rewrite_named(method)  # before the model runs
+    observation = BatchObservation(model, batches, progress=config.progress)
+    names = [site.site.name for site in observation.sites]
+    for pattern, _ in config.methods:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ConfigError(f"method: {pattern!r} matches no site; there are {', '.join(names)}")
+    return plan_for(observation, config)
 
 
 def plan_for(observation: Observation, config: Config) -> Plan:
@@ -48,19 +57,31 @@ def plan_for(observation: Observation, config: Config) -> Plan:
         ConfigError: as :func:`calibrate`.
         CalibrationError: as :func:`calibrate`.
     """
-    rewrite = rewrite_named(config.method)
+    methods = {s.fingerprint: _method_of(s.site.name, config) for s in observation.sites}
     fold = ExactFold()
-    folded = {s.fingerprint: plan for s in observation.sites if (plan := fold.unaided(s.site, s.parameters))}
-    reasons = {s.fingerprint: s.site.reason or rewrite.refuse(s.site) for s in observation.sites}
-    accepted = [s for s in observation.sites if s.fingerprint not in folded and reasons[s.fingerprint] is None]
-    for site in accepted:
+    planned = {s.fingerprint: plan for s in observation.sites if (plan := fold.unaided(s.site, s.parameters))}
+    reasons: dict[str, str | None] = {}
+    groups: dict[str, list[ObservedSite]] = {}
+    for site in observation.sites:
+        method = methods[site.fingerprint]
+        left = "left as it is by Config.method" if method is None else rewrite_named(method).refuse(site.site)
+        reasons[site.fingerprint] = site.site.reason or left
+        if method is not None and reasons[site.fingerprint] is None and site.fingerprint not in planned:
+            groups.setdefault(method, []).append(site)
+    for site in (site for group in groups.values() for site in group):
         if not all(torch.isfinite(parameter).all() for parameter in site.parameters):
             raise CalibrationError(f"the weights of {site.site.name} hold NaN or infinity")
-    fitted = {plan.fingerprint: plan for plan in (rewrite.fit(observation, accepted, config) if accepted else [])}
-    fitted |= folded
+    for method, sites in groups.items():
+        part = observation if isinstance(config.method, str) else Part(observation, sites, method)
+        planned |= {plan.fingerprint: plan for plan in rewrite_named(method).fit(part, sites, config)}
     return Plan(
-        tuple(fitted.get(s.fingerprint) or refused(s, reasons[s.fingerprint]) for s in observation.sites), config
+        tuple(planned.get(s.fingerprint) or refused(s, reasons[s.fingerprint]) for s in observation.sites), config
     )
+
+
+def _method_of(name: str, config: Config) -> str | None:
+    """What is to become of the site of this name."""
+    return next((method for pattern, method in config.methods if fnmatchcase(name, pattern)), None)
 
 
 def refused(site: ObservedSite, reason: str | None) -> SitePlan:

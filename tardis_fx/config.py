@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -11,6 +12,9 @@ from tardis_fx.runtime.packing import GROUP_SIZES
 
 Prefill = Literal["original", "rewritten"]
 Rounding = Literal["gptq", "nearest"]
+
+#: One rewrite, several behind each other, or which of them for which sites; None leaves sites as they are.
+Method = str | Sequence[str] | Mapping[str, str | Sequence[str] | None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +28,11 @@ class Config:
             tokens; the least bytes that give it are found by fitting several times.
         allocation: ``"joint"`` splits the bytes over the sites so that the error of all is least; ``"per_site"`` gives
             each site the same fraction, for comparison.
-        method: name of a rewrite registered under the entry-point group ``tardis_fx.passes``.
+        method: name of a rewrite registered under the entry-point group ``tardis_fx.passes``; a sequence of names for
+            rewrites behind each other, kept as ``"drop_bias+low_rank"``; or a mapping from patterns of site names (as
+            in ``fnmatch``) to either, or to None. Of a mapping the first pattern that matches counts, sites that none
+            matches stay as they are, and ``budget`` is a fraction of the bytes of each method's sites. It is kept as
+            pairs.
         prefill: ``"original"`` sends steps of more than 8 tokens, 16 on a GPU, through the original, exact;
             ``"rewritten"`` sends every token through fold and correction (encoders, and every measurement of quality).
         predictor_bits: 1 to 8 bits a weight in the predictor.
@@ -45,7 +53,7 @@ class Config:
     budget: float = 0.2
     target_error: float | None = None
     allocation: Literal["joint", "per_site"] = "joint"
-    method: str = "partial_linear"
+    method: Method = "partial_linear"
     prefill: Prefill = "original"
     predictor_bits: int = 2
     fold_bits: int | None = None
@@ -69,8 +77,11 @@ class Config:
             if not 0 < self.target_error < 1:
                 raise ConfigError(f"target_error must lie in (0, 1), relative to the output, not {self.target_error}")
         _one_of("allocation", self.allocation, ("joint", "per_site"))
-        if not isinstance(self.method, str) or not self.method:
-            raise ConfigError(f"method must be the name of a rewrite, not {self.method!r}")
+        object.__setattr__(self, "method", _method(self.method))  # hashable, and the same again after JSON
+        if self.sequential or self.target_error is not None:
+            what = "sequential" if self.sequential else "target_error"
+            if len(self.methods) > 1 or any("+" in (method or "") for _, method in self.methods):
+                raise ConfigError(f"{what} needs one rewrite for all sites, not {self.method!r}")
         _one_of("prefill", self.prefill, ("original", "rewritten"))
         _one_of("predictor_bits", self.predictor_bits, tuple(range(1, 9)))
         _one_of("fold_bits", self.fold_bits, (3, 4, 8, 16, None))
@@ -80,6 +91,14 @@ class Config:
         for name in ("sequential", "progress"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be True or False, not {getattr(self, name)!r}")
+
+    @property
+    def methods(self) -> tuple[tuple[str, str | None], ...]:
+        """Patterns of site names with the method of each, the first that matches counting."""
+        if isinstance(self.method, str):
+            return (("*", self.method),)
+        assert isinstance(self.method, tuple)
+        return self.method
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,6 +174,35 @@ class Options:
         if not isinstance(parsed.mode or "", str):
             raise ConfigError(f"mode must be the name of a mode of Inductor, not {parsed.mode!r}")
         return parsed
+
+
+def _method(given: Any) -> str | tuple[tuple[str, str | None], ...]:
+    """A method as it is kept; what JSON makes of that, too.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    if isinstance(given, str) or not isinstance(given, (Mapping, Sequence)):
+        return _chain(given)
+    pairs: list[Any] = list(given.items() if isinstance(given, Mapping) else given)
+    if not pairs:
+        raise ConfigError(f"method names no rewrite: {given!r}")
+    if all(isinstance(name, str) for name in pairs):
+        return _chain("+".join(pairs))
+    found = []
+    for pair in pairs:
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not isinstance(pair[0], str):
+            raise ConfigError(f"method must map patterns of site names to rewrites, which {pair!r} does not")
+        pattern, method = pair
+        chain = method if method is None or isinstance(method, str) else _method(method)
+        found.append((pattern, None if chain is None else _chain(chain)))
+    return tuple(found)
+
+
+def _chain(method: Any) -> str:
+    if not isinstance(method, str) or not all(method.split("+")):
+        raise ConfigError(f"method must be the name of a rewrite, or names with + between, not {method!r}")
+    return method
 
 
 def _one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:

@@ -303,6 +303,9 @@ def test_a_short_text_and_a_folder_without_a_whole_model_are_typed_errors(folder
 
 
 def test_methods_are_crossed_with_budgets_unless_they_bring_their_own() -> None:
+    composed = compare_cli.cases("drop_bias+low_rank:allocation=per_site,int8_ffn", [0.5])[1:]
+    assert [case.config.method for case in composed] == ["drop_bias+low_rank", "int8_ffn"]  # type: ignore[attr-defined]
+    assert len({case.identity for case in composed}) == 2
     found = compare_cli.cases("paper,partial_linear:target_error=0.1,row_bits=None,paper:budget=0.4", [0.2, 0.3])
     assert [(case.label, case.budget) for case in found] == [
         ("dense", None), ("paper", 0.2), ("paper", 0.3), ("partial_linear target_error=0.1 row_bits=None", None),

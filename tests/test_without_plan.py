@@ -73,6 +73,21 @@ def test_a_target_error_is_searched_for_on_live_calls() -> None:
 
 
 @torch.no_grad()
+def test_a_composition_is_fitted_on_live_calls() -> None:
+    """Each run of either rewrite is a run of its own."""
+    model, x = Block(ffn()), inputs(4, 16, seed=99)
+    method = {"ffn": ["drop_bias", "low_rank", "int8_ffn"]}
+    fast = compiled(model, config=Config(method=method, prefill="rewritten", budget=0.5, progress=False), tolerance=0.9)
+    stages: list[str] = []
+    while explain(fast, None, x).sites[0].status != "rewritten":
+        serve(fast, TOKENS // 256)
+        stages.append(explain(fast, None, x).sites[0].reason)
+        assert len(stages) < 8, stages
+    assert explain(fast, None, x).sites[0].method == "drop_bias+low_rank+int8_ffn"
+    assert not torch.equal(fast(x), model(x))
+
+
+@torch.no_grad()
 def test_a_site_beyond_the_tolerance_is_never_swapped_in(caplog: pytest.LogCaptureFixture) -> None:
     model = Block(ffn())
     fast = compiled(model, tolerance=1e-4)

@@ -163,13 +163,21 @@ class Planned(Case):
     @property
     def identity(self) -> str:
         """Hash of the config and of the source of the rewrite."""
-        classes = [c for c in type(rewrite_named(self.config.method)).__mro__ if c.__module__.startswith("tardis_fx.")]
+        names = dict.fromkeys(name for method in self._methods for name in (method, *method.split("+")))
+        classes = [
+            c for name in names for c in type(rewrite_named(name)).__mro__ if c.__module__.startswith("tardis_fx.")
+        ]
         sources = [Path(inspect.getfile(c)).read_text(encoding="utf-8") for c in classes]
         return digest(asdict(replace(self.config, progress=False)), self.healed, sources)
 
     def check(self) -> None:
         """Raises ConfigError where no such rewrite is registered."""
-        rewrite_named(self.config.method)
+        for method in self._methods:
+            rewrite_named(method)
+
+    @property
+    def _methods(self) -> list[str]:
+        return [method for _, method in self.config.methods if method is not None]
 
     def prepare(self, trial: Trial) -> Contender:
         """Fits the plan, and heals it where asked."""

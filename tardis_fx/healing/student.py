@@ -6,15 +6,13 @@ import logging
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from torch.utils import _pytree as pytree
 
 from tardis_fx.errors import CalibrationError, ConfigError, PlanMismatchError
 from tardis_fx.graph.capture import Capture
-from tardis_fx.graph.site import SiteWeights
-from tardis_fx.graph.surgery import copy, replace
+from tardis_fx.healing.graft import graft
 from tardis_fx.healing.site import TrainableSite
 from tardis_fx.passes import pipeline
 from tardis_fx.passes.base import rewrite_named
@@ -27,7 +25,8 @@ if TYPE_CHECKING:
     from torch import fx
 
     from tardis_fx.calibration.observe import Batch
-    from tardis_fx.plan import Plan
+    from tardis_fx.graph.site import SiteWeights
+    from tardis_fx.plan import Plan, SitePlan
 
 _log = logging.getLogger("tardis_fx")
 
@@ -76,29 +75,17 @@ class Student:
             site.train(mode)
 
     def _rewrite(self, gm: fx.GraphModule, example_inputs: list[Tensor]) -> Callable[..., Any]:
-        gm = copy(gm)
-        values = dict(zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True))
-        with torch.no_grad():  # the matcher refuses what records gradients, for compilation would lose them
-            found = pipeline.outcomes(gm, example_inputs, self._plan)
+        grafted, found = graft(gm, example_inputs, self._plan, self._site)
         self._outcomes += found
-        moved: dict[fx.Node, fx.Node] = {}  # outputs of sites, where one feeds the next
-        for i, (site, entry, reason) in enumerate((o.site, o.plan, o.reason) for o in found):
-            rewrite = self._rewrites.get(entry.fingerprint) if entry and not reason else None
-            if entry is None or rewrite is None:
-                continue
-            if entry.fingerprint not in self.sites:
-                weights = SiteWeights.of(site, [values[p] for p in site.parameters])
-                self.sites[entry.fingerprint] = TrainableSite(entry, weights, rewrite)
-            name = f"tardis_{i}"
-            gm.add_submodule(name, self.sites[entry.fingerprint])
+        return grafted.forward
 
-            def forward(x: Any, _: Any, name: str = name) -> Any:
-                return x.tracer.create_proxy("call_module", name, (x,), {})
-
-            moved[site.output] = replace(gm.graph, site, moved.get(site.input, site.input), forward, {})
-        gm.graph.lint()
-        gm.recompile()
-        return gm.forward
+    def _site(self, entry: SitePlan, weights: SiteWeights) -> TrainableSite | None:
+        rewrite = self._rewrites.get(entry.fingerprint)
+        if rewrite is None:
+            return None
+        if entry.fingerprint not in self.sites:
+            self.sites[entry.fingerprint] = TrainableSite(entry, weights, rewrite)
+        return self.sites[entry.fingerprint]
 
 
 def _healable(plan: Plan) -> dict[str, PartialLinear]:

@@ -82,7 +82,8 @@ def count_touched() -> Iterator[Touched]:
     """Counts, for every token on the rewritten path, the bytes of fold, predictor and corrections.
 
     The estimates are computed once more, by the reference: a model is slow while it is counted. On a CUDA device only
-    models compiled with ``inner="eager"`` are counted: Inductor's code has the kernels in it, and calls no op.
+    models compiled with ``inner="eager"`` are counted: Inductor's code has the kernels in it, and calls no op. A fold
+    that ``int8_ffn`` has put into integers counts as if it were in the model's dtype.
     """
     touched = Touched()
     _COUNTING.append(touched)

@@ -1,0 +1,148 @@
+"""Two rewrites at one site: the second is fitted to the FFN that the first has made of it.
+
+1. The first one must leave an FFN (:attr:`tardis_fx.passes.base.Rewrite.leaves_ffn`), and is fitted with all bytes at
+   its disposal: the budget is for what the second one reads.
+2. The second one sees the site's own inputs, and the weights that the first one left.
+3. Constants are made of the original weights through both, so that the plan is keyed by the original weights alone.
+   The error is measured against the original FFN.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, ClassVar
+
+from tardis_fx.calibration.check import Check
+from tardis_fx.calibration.part import Part
+from tardis_fx.errors import ConfigError
+from tardis_fx.passes.base import Rewrite
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from torch import Tensor
+
+    from tardis_fx.calibration.observe import Observation, ObservedSite
+    from tardis_fx.config import Config
+    from tardis_fx.graph.site import Site, SiteWeights
+    from tardis_fx.plan import SitePlan
+
+
+class Composed(Rewrite):
+    """The rules of the module's docstring."""
+
+    name: ClassVar[str] = "composed"
+
+    def __init__(self, first: Rewrite, second: Rewrite) -> None:
+        """Joins two.
+
+        Raises:
+            ConfigError: the first leaves no FFN, or the second needs the original one.
+        """
+        if second.exact:
+            raise ConfigError(f"{second.method} folds what is affine as it is, and composes with nothing")
+        if second.method in first.method.split("+"):
+            raise ConfigError(f"{second.method} stands twice in {first.method}+{second.method}")
+        if not first.leaves_ffn:
+            raise ConfigError(
+                f"{first.method} leaves no feed-forward network that {second.method} could be fitted to: "
+                f"it can only stand last, or in front of int8_ffn and int4_ffn"
+            )
+        self.first, self.second = first, second
+
+    @property
+    def method(self) -> str:
+        """Both names."""
+        return f"{self.first.method}+{self.second.method}"
+
+    @property
+    def leaves_ffn(self) -> bool:
+        """Where the second does."""
+        return self.second.leaves_ffn
+
+    @property
+    def leaves_matrices(self) -> bool:
+        """The second's."""
+        return self.second.leaves_matrices
+
+    def refuse(self, site: Site) -> str | None:
+        """What either refuses."""
+        return self.first.refuse(site) or self.second.refuse(site)
+
+    def fit(self, observation: Observation, sites: Sequence[ObservedSite], config: Config) -> list[SitePlan]:
+        """Fits one, then the other, then measures the error of both together."""
+        whole = replace(config, budget=1.0)
+        firsts = self.first.fit(Part(observation, sites, self.first.method), sites, whole)
+        left = [replace(s, weights=self.first.weights(e, s.weights)) for s, e in zip(sites, firsts, strict=True)]
+        seconds = self.second.fit(Part(observation, left, self.method), left, config)
+        plans = [self._joined(s, *own) for s, *own in zip(sites, firsts, seconds, strict=True)]
+        return with_errors(self, observation, sites, plans, config)
+
+    def _joined(self, site: ObservedSite, first: SitePlan, second: SitePlan) -> SitePlan:
+        if second.method is None:
+            return second
+        plan = replace(
+            second,
+            method=self.method,
+            settings={"first": first.settings, "second": second.settings},
+            tensors={
+                f"{part}.{n}": t for part, e in (("first", first), ("second", second)) for n, t in e.tensors.items()
+            },
+        )
+        return replace(plan, stored_bytes=stored_bytes(site, self.constants(plan, site.weights)))
+
+    def _entries(self, plan: SitePlan) -> tuple[SitePlan, SitePlan]:
+        """What is planned for the first and for the second."""
+        first, second = (
+            replace(
+                plan,
+                method=rewrite.method,
+                settings=plan.settings[part],
+                tensors={n.removeprefix(f"{part}."): t for n, t in plan.tensors.items() if n.startswith(f"{part}.")},
+            )
+            for part, rewrite in (("first", self.first), ("second", self.second))
+        )
+        return first, second
+
+    def weights(self, plan: SitePlan, weights: SiteWeights) -> SiteWeights:
+        """Through both."""
+        first, second = self._entries(plan)
+        return self.second.weights(second, self.first.weights(first, weights))
+
+    def matrices(self, plan: SitePlan) -> dict[str, float]:
+        """The second's."""
+        return self.second.matrices(self._entries(plan)[1])
+
+    def constants(self, plan: SitePlan, weights: SiteWeights) -> dict[str, Tensor]:
+        """The second's, of the weights that the first leaves."""
+        first, second = self._entries(plan)
+        return self.second.constants(second, self.first.weights(first, weights))
+
+    def forward(self, x: Tensor, constants: Mapping[str, Tensor], plan: SitePlan) -> Tensor:
+        """The second's."""
+        return self.second.forward(x, constants, self._entries(plan)[1])
+
+
+def with_errors(
+    rewrite: Rewrite, observation: Observation, sites: Sequence[ObservedSite], plans: Sequence[SitePlan], config: Config
+) -> list[SitePlan]:
+    """Plans with the errors that a rewrite makes on the held-back tokens against the original FFN, in one run."""
+    known = {plan.fingerprint: plan for plan in plans}
+    chosen = [site for site in sites if known[site.fingerprint].method == rewrite.method]
+    if chosen:
+        functions = {
+            s.fingerprint: partial(rewrite.forward, constants=rewrite.constants(plan, s.weights), plan=plan)
+            for s in chosen
+            for plan in (known[s.fingerprint],)
+        }
+        what = f"error of {rewrite.method} at a budget of {config.budget}"
+        checks = observation.run(lambda s: Check(s, functions[s.fingerprint], held_back=True), chosen, what)
+        known |= {identity: replace(known[identity], error=check.error) for identity, check in checks.items()}
+    return [known[site.fingerprint] for site in sites]
+
+
+def stored_bytes(site: ObservedSite, constants: Mapping[str, Tensor]) -> int:
+    """Size of a site's weights, which are kept, and of all constants that are none of them."""
+    own = {p.untyped_storage().data_ptr() for p in site.parameters}
+    return site.weights.bytes + sum(c.nbytes for c in constants.values() if c.untyped_storage().data_ptr() not in own)

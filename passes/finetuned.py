@@ -1,0 +1,63 @@
+"""A rewrite of dense weights whose weights were trained: what :func:`tardis_fx.finetune` makes of a plan.
+
+The plan holds all of the trained constants, and those of the original that they were made from are not read again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, ClassVar
+
+from tardis_fx.errors import ConfigError
+from tardis_fx.passes.base import Rewrite
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from torch import Tensor
+
+    from tardis_fx.calibration.observe import Observation, ObservedSite
+    from tardis_fx.config import Config
+    from tardis_fx.graph.site import Site, SiteWeights
+    from tardis_fx.plan import SitePlan
+
+
+class Finetuned(Rewrite):
+    """The rule of the module's docstring."""
+
+    name: ClassVar[str] = "finetuned"
+
+    def __init__(self, inner: Rewrite | None = None) -> None:
+        """Wraps the rewrite that was trained; None is good for nothing but to be put behind one."""
+        self._inner = inner
+
+    @property
+    def method(self) -> str:
+        """Its name behind the other's."""
+        return self.name if self._inner is None else f"{self._inner.method}+{self.name}"
+
+    def after(self, previous: Rewrite) -> Rewrite:
+        """Around another rewrite."""
+        return type(self)(previous)
+
+    def refuse(self, site: Site) -> str | None:
+        """What the other one refuses."""
+        return None if self._inner is None else self._inner.refuse(site)
+
+    def fit(self, observation: Observation, sites: Sequence[ObservedSite], config: Config) -> list[SitePlan]:
+        """Calibration trains nothing.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise ConfigError(f"{self.method} is trained, not fitted: give a plan without it to tardis_fx.finetune")
+
+    def constants(self, plan: SitePlan, weights: SiteWeights) -> dict[str, Tensor]:
+        """The plan's tensors."""
+        return {name: tensor.to(weights.w1.device) for name, tensor in plan.tensors.items()}
+
+    def forward(self, x: Tensor, constants: Mapping[str, Tensor], plan: SitePlan) -> Tensor:
+        """The other rewrite's."""
+        assert self._inner is not None
+        entry = replace(plan, method=self._inner.method, settings=plan.settings["inner"])
+        return self._inner.forward(x, constants, entry)

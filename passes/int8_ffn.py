@@ -1,0 +1,224 @@
+"""Weight-only integers for the dense matrices of an FFN, or for those that another rewrite leaves.
+
+1. 8 bits: symmetric codes with a scale for every row, rounded to nearest, as torchao's ``Int8WeightOnlyConfig`` has it.
+   A linear layer becomes ``F.linear(x, codes) * scale``, which Inductor compiles, in bfloat16 and for x of
+   [batch, length, d], to one product of numbers and codes (``aten._weight_int8pack_mm``) without a dense copy.
+2. 4 bits: asymmetric codes in groups of 64 columns, as :mod:`tardis_fx.passes.rtn` has them. A dense matrix is made
+   of them at every call: no speed-up.
+3. Behind another rewrite its matrices are quantised (:meth:`tardis_fx.passes.base.Rewrite.matrices`), where that
+   saves bytes, and the sites that it leaves as they are, too. Zeros stay zeros. The budget is the other rewrite's:
+   what the integers save is not spent again.
+4. The codes are made of the other constants when these are made: a plan holds nothing more.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch.nn import functional as F  # noqa: N812
+from torch.overrides import TorchFunctionMode
+
+from tardis_fx.calibration.predictor import quantise
+from tardis_fx.errors import CalibrationError, ConfigError
+from tardis_fx.passes.base import Rewrite
+from tardis_fx.passes.composed import stored_bytes, with_errors
+from tardis_fx.passes.original import Original
+from tardis_fx.plan import SitePlan
+from tardis_fx.runtime import ops  # noqa: F401 - registers torch.ops.tardis
+from tardis_fx.runtime.packing import BLOCK, packed_bytes, row_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from torch import Tensor
+
+    from tardis_fx.calibration.observe import Observation, ObservedSite
+    from tardis_fx.config import Config
+    from tardis_fx.graph.site import Site, SiteWeights
+
+
+class Int8Ffn(Rewrite):
+    """The rules of the module's docstring, in 8 bits."""
+
+    name: ClassVar[str] = "int8_ffn"
+    #: Endings of the names of a matrix's constants.
+    parts: ClassVar[tuple[str, ...]] = ("codes", "scale")
+
+    def __init__(self, inner: Rewrite | None = None) -> None:
+        """Quantises what a rewrite leaves; None for the FFN as it is."""
+        self.inner = Original() if inner is None else inner
+
+    @property
+    def _alone(self) -> bool:
+        return isinstance(self.inner, Original)
+
+    @property
+    def method(self) -> str:
+        """Its name behind the other's."""
+        return self.name if self._alone else f"{self.inner.method}+{self.name}"
+
+    def after(self, previous: Rewrite) -> Rewrite:
+        """Around another rewrite.
+
+        Raises:
+            ConfigError: that has no dense matrices.
+        """
+        if not previous.leaves_matrices:
+            raise ConfigError(f"{previous.method} leaves no dense matrix that {self.name} could quantise")
+        return type(self)(previous)
+
+    def refuse(self, site: Site) -> str | None:
+        """What the other one refuses."""
+        return self.inner.refuse(site)
+
+    def fit(self, observation: Observation, sites: Sequence[ObservedSite], config: Config) -> list[SitePlan]:
+        """Fits the other rewrite, then measures the error of both together.
+
+        Raises:
+            CalibrationError: alone, where the integers are more than the budget, or err more than the target.
+            ConfigError: the other rewrite has quantised whatever it has.
+        """
+        if self._alone:
+            plans = [self._around(site, _whole(site)) for site in sites]
+            plans = with_errors(self, observation, sites, plans, config)
+            self._check(plans, config)
+            return plans
+        if config.fold_bits is None:
+            config = replace(config, fold_bits=16)  # to quantise the fold is what this rewrite is here for
+        inner = self.inner.fit(observation, sites, config)
+        if not any(plan.method is None or self.inner.matrices(plan) for plan in inner):
+            raise ConfigError(
+                f"{self.inner.method} leaves no dense matrix to {self.name}: its fold is in few bits already"
+            )
+        alone = type(self)()
+        plans = [
+            alone._around(site, _whole(site)) if plan.method is None else self._around(site, plan)
+            for site, plan in zip(sites, inner, strict=True)
+        ]
+        for rewrite in (self, alone):
+            plans = with_errors(rewrite, observation, sites, plans, config)
+        return plans
+
+    def _check(self, plans: Sequence[SitePlan], config: Config) -> None:
+        for plan in plans:
+            share, name = plan.touched_bytes / plan.dense_bytes, plan.name or "an FFN"
+            if config.target_error is None and share > config.budget:
+                raise CalibrationError(
+                    f"a budget of {config.budget:.2%} is too small for {self.name}: {name} reads {share:.2%} always"
+                )
+            if config.target_error is not None and plan.error > config.target_error:
+                raise CalibrationError(
+                    f"target_error {config.target_error}: out of reach of {self.name}, "
+                    f"the error of {name} is {plan.error:.3g} always"
+                )
+
+    def _around(self, site: ObservedSite, inner: SitePlan) -> SitePlan:
+        """The entry that quantises what another entry leaves."""
+        constants, touched, chosen = self.inner.constants(inner, site.weights), inner.touched_bytes, {}
+        for name, share in self.inner.matrices(inner).items():
+            (rows, columns), size = constants[name].shape, constants[name].element_size()
+            codes, beside = self.bytes(rows, columns, size)
+            saved = share * (rows * columns * size - codes) - beside
+            if saved > 0:
+                chosen[name] = columns
+                touched -= saved
+        plan = replace(
+            inner, method=self.method, touched_bytes=touched, settings={"inner": inner.settings, "matrices": chosen}
+        )
+        return replace(plan, stored_bytes=stored_bytes(site, self.constants(plan, site.weights)))
+
+    def bytes(self, rows: int, columns: int, size: int) -> tuple[int, int]:
+        """Bytes of a matrix's codes, and of what is stored beside them, with numbers of ``size`` bytes."""
+        return rows * columns, rows * size
+
+    def quantise(self, matrix: Tensor) -> tuple[Tensor, ...]:
+        """Of a matrix [out, in], what :attr:`parts` names: ``codes`` [out, in], int8, and ``scale`` [out]."""
+        scale = (matrix.float().abs().amax(1) / 127).to(matrix.dtype)
+        codes = (matrix.float() / scale.float()[:, None]).nan_to_num(0).round().clamp(-127, 127)  # 0 / 0 of empty rows
+        return codes.to(torch.int8), scale
+
+    def linear(
+        self, x: Tensor, parts: Sequence[Tensor], bias: Tensor | None, columns: int, dtype: torch.dtype
+    ) -> Tensor:
+        """A linear layer: x [..., columns] by what :meth:`quantise` gave."""
+        codes, scale = parts
+        product = F.linear(x, codes.to(dtype)) * scale
+        return product if bias is None else product + bias
+
+    def constants(self, plan: SitePlan, weights: SiteWeights) -> dict[str, Tensor]:
+        """The other rewrite's, but each matrix in parts: ``<name>_codes``, ``<name>_scale``."""
+        found = self.inner.constants(self._inner(plan), weights)
+        for name in plan.settings["matrices"]:
+            parts = self.quantise(found.pop(name))
+            found |= {f"{name}_{part}": tensor for part, tensor in zip(self.parts, parts, strict=True)}
+        return found
+
+    def forward(self, x: Tensor, constants: Mapping[str, Tensor], plan: SitePlan) -> Tensor:
+        """The other rewrite's, its linear layers replaced."""
+        given, layers = dict(constants), {}
+        dtype = getattr(torch, plan.dtype.removeprefix("torch."))
+        for name, columns in plan.settings["matrices"].items():
+            parts = [given.pop(f"{name}_{part}") for part in self.parts]
+            given[name] = parts[0]
+            layers[id(parts[0])] = partial(self.linear, parts=parts, columns=columns, dtype=dtype)
+        with _Linear(layers):
+            return self.inner.forward(x, given, self._inner(plan))
+
+    def _inner(self, plan: SitePlan) -> SitePlan:
+        return replace(plan, method=self.inner.method, settings=plan.settings["inner"])
+
+
+class Int4Ffn(Int8Ffn):
+    """The same in 4 bits."""
+
+    name: ClassVar[str] = "int4_ffn"
+    parts: ClassVar[tuple[str, ...]] = ("codes", "scale", "zero")
+
+    def bytes(self, rows: int, columns: int, size: int) -> tuple[int, int]:
+        """Codes, and scale and zero point of each group."""
+        codes = rows * packed_bytes(columns, 4)
+        return codes, rows * row_bytes(columns, 4, BLOCK) - codes
+
+    def quantise(self, matrix: Tensor) -> tuple[Tensor, ...]:
+        """As :func:`tardis_fx.calibration.predictor.quantise` lays them out."""
+        found = quantise(matrix.float(), None, 4, BLOCK)
+        return found.codes, found.scale, found.zero
+
+    def linear(
+        self, x: Tensor, parts: Sequence[Tensor], bias: Tensor | None, columns: int, dtype: torch.dtype
+    ) -> Tensor:
+        """A linear layer of the matrix that the codes give."""
+        return F.linear(x, torch.ops.tardis.dequantise(*parts, 4, columns, dtype), bias)
+
+
+class _Linear(TorchFunctionMode):
+    """Runs layers of its own for ``F.linear`` with certain weights, eagerly and where it is traced.
+
+    So a rewrite needs to know nothing of integers for its matrices to be stored in them.
+    """
+
+    def __init__(self, layers: Mapping[int, Callable[..., Tensor]]) -> None:
+        super().__init__()
+        self._layers = layers
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        given = dict(kwargs or {})
+        if func is F.linear:
+            x, weight, bias = _arguments(*args, **given)
+            if layer := self._layers.get(id(weight)):
+                return layer(x, bias=bias)
+        assert not any(id(a) in self._layers for a in (*args, *given.values())), f"{func} reads codes as numbers"
+        return func(*args, **given)
+
+
+def _arguments(input: Any, weight: Any, bias: Any = None) -> tuple[Any, Any, Any]:  # noqa: A002 - as F.linear has it
+    return input, weight, bias
+
+
+def _whole(site: ObservedSite) -> SitePlan:
+    return SitePlan.of(site.site, site.parameters, method=Original.name, touched_bytes=float(site.weights.bytes))

@@ -1,0 +1,179 @@
+"""``tardis_fx.finetune``: a plan of dense layers and a task's batches in, the same plan with trained weights out."""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from tardis_fx.calibration.check import Check
+from tardis_fx.calibration.observe import BatchObservation, checked
+from tardis_fx.errors import CalibrationError, ConfigError
+from tardis_fx.graph.capture import Capture
+from tardis_fx.heal import TUNING
+from tardis_fx.healing.dense import DenseSite
+from tardis_fx.healing.graft import graft
+from tardis_fx.healing.student import frozen
+from tardis_fx.passes import pipeline
+from tardis_fx.passes.base import rewrite_named
+from tardis_fx.passes.exact_fold import ExactFold
+from tardis_fx.plan import Plan, resolve
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Callable, Iterable, Sequence
+
+    from torch import fx
+
+    from tardis_fx.calibration.observe import Batch
+    from tardis_fx.graph.site import SiteWeights
+    from tardis_fx.plan import SitePlan
+
+_log = logging.getLogger("tardis_fx")
+
+
+def finetune(
+    model: nn.Module,
+    plan: Plan | str | os.PathLike[str],
+    batches: Iterable[Batch],
+    *,
+    loss: Callable[[Any, Batch], Tensor] | None = None,
+    epochs: int = 3,
+    learning_rate: float = 1e-3,
+    progress: bool = True,
+) -> Plan:
+    """Trains the weights of the rewritten FFNs on a task, and nothing else of the model (FFSplit, arXiv 2401.04044).
+
+    Adam, its rate falling linearly to zero. The last eighth of the batches, one at the least, is never trained on:
+    it is evaluated before training and after each epoch, the best of these is returned, and the sites' errors are
+    measured there, against the original FFNs on the original model's inputs.
+
+    Memory beyond the model's: the rewritten sites' weights four times in float32, and what backpropagation keeps of a
+    batch.
+
+    Args:
+        model: the dense model that the plan was made for, in eval mode; it is left as it was.
+        plan: of rewrites whose constants are dense weights (``ffsplit``, ``low_rank``, ``hot_fold``, ...), or the path
+            of its file; it is left as it was.
+        batches: as :func:`tardis_fx.calibrate` takes them, two or more, with labels where the loss needs them.
+        loss: of the model's output and the batch, a scalar; None takes ``output.loss``, as models of ``transformers``
+            return where labels are among their arguments.
+        epochs: passes over the batches.
+        learning_rate: the first.
+        progress: show a progress bar.
+
+    Returns:
+        A plan whose sites are of ``...+finetuned``; the one given where no epoch made anything better.
+
+    Raises:
+        ConfigError: an argument is out of its range, or a site's rewrite cannot be fine-tuned.
+        CalibrationError: the model is in training mode, fewer than two batches, or a loss that is no finite scalar.
+        PlanMismatchError: the plan does not fit the model.
+    """
+    plan = resolve(plan)
+    if not isinstance(epochs, int) or isinstance(epochs, bool) or epochs < 1:
+        raise ConfigError(f"epochs must be a positive number of passes, not {epochs!r}")
+    if isinstance(learning_rate, bool) or not isinstance(learning_rate, (int, float)) or not 0 < learning_rate < 1:
+        raise ConfigError(f"learning_rate must lie in (0, 1), not {learning_rate!r}")
+    given = checked(model, batches)
+    if len(given) < 2:
+        raise CalibrationError("fine-tuning needs two batches at the least, one of them to evaluate on")
+    held = max(1, int(len(given) * TUNING))
+    training, tuning = given[:-held], given[-held:]
+    with frozen(model):
+        split = _Split(model, plan, tuning[0], _own_loss if loss is None else loss)
+        before = best = split.evaluate(tuning)
+        kept: dict[str, Tensor] | None = None
+        optimiser = torch.optim.Adam(split.sites.parameters(), lr=learning_rate)
+        steps = epochs * len(training)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: 1 - step / steps)
+        with tqdm(total=steps, desc="fine-tuning", unit="step", disable=not progress) as bar:
+            for epoch in range(epochs):
+                for i in torch.randperm(len(training), generator=torch.Generator().manual_seed(epoch)).tolist():
+                    found = split.loss(training[i], gradients=True)
+                    found.backward()
+                    optimiser.step()
+                    optimiser.zero_grad()
+                    schedule.step()
+                    bar.update()
+                now = split.evaluate(tuning)
+                bar.set_postfix(loss=f"{now:.3g}", before=f"{before:.3g}")
+                if now < best:
+                    best, kept = now, {name: t.clone() for name, t in split.sites.state_dict().items()}
+        if kept is None:
+            _log.warning("fine-tuning made nothing better on the held-back batches: the plan stays as it was")
+            return plan
+        split.sites.load_state_dict(kept)
+    return split.trained(model, tuning)
+
+
+class _Split:
+    """The model with its planned sites trainable."""
+
+    def __init__(self, model: nn.Module, plan: Plan, example: Batch, loss: Callable[[Any, Batch], Tensor]) -> None:
+        self._plan, self._loss, self.sites = plan, loss, nn.ModuleDict()
+        self._outcomes: list[pipeline.Outcome] = []
+        self._refusals: list[ConfigError] = []  # Dynamo would wrap what a backend raises
+        self._capture = Capture(model, self._grafted)
+        with torch.no_grad():
+            self._capture(example)
+        pipeline.check(self._outcomes, plan, strict=False)
+        if self._refusals:
+            raise self._refusals[0]
+        if not self.sites:
+            raise ConfigError("the plan has no site to fine-tune: every one is refused or exact")
+
+    def loss(self, batch: Batch, *, gradients: bool = False) -> Tensor:
+        """Of one batch, with gradients or without."""
+        with torch.set_grad_enabled(gradients):
+            found = self._loss(self._capture(batch, gradients=gradients), batch)
+        if not isinstance(found, Tensor) or found.numel() != 1 or not math.isfinite(float(found.detach())):
+            raise CalibrationError(
+                f"the loss must be a finite scalar, not {found!r}: look at the batch, or lower the rate"
+            )
+        return found
+
+    def evaluate(self, batches: Sequence[Batch]) -> float:
+        """The mean loss."""
+        return sum(float(self.loss(batch)) for batch in batches) / len(batches)
+
+    def trained(self, model: nn.Module, batches: Sequence[Batch]) -> Plan:
+        """The plan with the weights as they are now, and their errors on batches."""
+        observation = BatchObservation(model, batches, progress=False)
+        chosen = [site for site in observation.sites if site.fingerprint in self.sites]
+        with torch.no_grad():
+            modules = dict(self.sites.items())
+            checks = observation.run(lambda s: Check(s, modules[s.fingerprint]), chosen, "errors after fine-tuning")
+        entries = {key: modules[key].trained(check.error) for key, check in checks.items()}  # type: ignore[operator]
+        return replace(self._plan, sites=tuple(entries.get(site.fingerprint, site) for site in self._plan.sites))
+
+    def _grafted(self, gm: fx.GraphModule, example_inputs: list[Tensor]) -> Callable[..., Any]:
+        grafted, found = graft(gm, example_inputs, self._plan, self._site)
+        self._outcomes += found
+        return grafted.forward
+
+    def _site(self, entry: SitePlan, weights: SiteWeights) -> nn.Module | None:
+        rewrite = rewrite_named(str(entry.method))
+        if isinstance(rewrite, ExactFold):
+            return None
+        if entry.fingerprint not in self.sites:
+            try:
+                self.sites[entry.fingerprint] = DenseSite(entry, weights, rewrite)
+            except ConfigError as error:
+                self._refusals.append(error)
+                return None
+        return self.sites[entry.fingerprint]
+
+
+def _own_loss(output: Any, batch: Batch) -> Tensor:
+    found = getattr(output, "loss", None)
+    if found is None:
+        raise CalibrationError(
+            f"the model's output, {type(output).__name__}, has no loss: put labels into the batches, or give loss=..."
+        )
+    return found  # type: ignore[no-any-return]

@@ -1,0 +1,70 @@
+"""A planned site whose constants are plain weights, all of which can be trained."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from tardis_fx.errors import ConfigError
+from tardis_fx.passes.finetuned import Finetuned
+
+if TYPE_CHECKING:
+    from tardis_fx.graph.site import SiteWeights
+    from tardis_fx.passes.base import Rewrite
+    from tardis_fx.plan import SitePlan
+
+
+class DenseSite(nn.Module):
+    """What an entry puts in a site's place, its constants as parameters in float32, in the model's dtype where used."""
+
+    def __init__(self, entry: SitePlan, weights: SiteWeights, rewrite: Rewrite) -> None:
+        """Copies the constants.
+
+        Args:
+            entry: of the site.
+            weights: of the site.
+            rewrite: that the entry names.
+
+        Raises:
+            ConfigError: its constants are more than the weights and biases of linear layers, all read by every token.
+        """
+        super().__init__()
+        self.entry, self._weights, self._rewrite = entry, weights, rewrite
+        constants = rewrite.constants(entry, weights)
+        shares = rewrite.matrices(entry)
+        loose = {name for name, tensor in constants.items() if tensor.dim() > 1} - shares.keys()
+        if loose or set(shares.values()) != {1.0} or not all(c.is_floating_point() for c in constants.values()):
+            raise ConfigError(
+                f"{entry.name} is rewritten by {entry.method!r}, whose constants are not all weights of dense layers: "
+                f"those of 'ffsplit', 'low_rank' and 'hot_fold' can be fine-tuned; heal is for 'partial_linear'"
+            )
+        for name, tensor in constants.items():
+            self.register_parameter(name, nn.Parameter(tensor.float().clone()))
+
+    def constants(self) -> dict[str, Tensor]:
+        """The weights as they are now, in the model's dtype."""
+        return {name: parameter.to(self._weights.w1.dtype) for name, parameter in self.named_parameters()}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The rewritten site, [..., d] to [..., d_out], with gradients to its weights."""
+        return self._rewrite.forward(x, self.constants(), self.entry)
+
+    @torch.no_grad()
+    def trained(self, error: float) -> SitePlan:
+        """The entry with the weights as they are now.
+
+        Args:
+            error: that was measured.
+        """
+        tensors = {name: tensor.clone() for name, tensor in self.constants().items()}
+        return replace(
+            self.entry,
+            method=Finetuned(self._rewrite).method,
+            settings={"inner": self.entry.settings},
+            tensors=tensors,
+            error=error,
+            stored_bytes=self._weights.bytes + sum(tensor.nbytes for tensor in tensors.values()),
+        )

@@ -1,0 +1,178 @@
+"""Rewrites behind each other at one site."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cache
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from builders.compiled import compiled
+from builders.ffns import FFN, batches, config, expected, ffn, inputs
+from torch import Tensor, nn
+
+from tardis_fx import Config, ConfigError, Plan
+from tardis_fx.calibrate import plan_for
+from tardis_fx.calibration.observe import BatchObservation, Observation, ObservedSite
+from tardis_fx.explain import Report
+from tardis_fx.graph.site import Site, SiteWeights
+from tardis_fx.passes import base
+from tardis_fx.passes.base import Rewrite, rewrite_named
+from tardis_fx.plan import SitePlan
+from tardis_fx.testing import assert_equivalent, assert_plan_roundtrip, examine, laws
+from tardis_fx.testing.observation import SiteObservation
+
+D, HIDDEN = 20, 80
+SECOND = ["low_rank", "hot_fold", "gptq", "wanda", "partial_linear", "linear_replace"]
+
+
+class Same(Rewrite):
+    """Leaves the FFN that it found."""
+
+    name: ClassVar[str] = "same"
+
+    def refuse(self, site: Site) -> str | None:
+        return None
+
+    def fit(self, observation: Observation, sites: Sequence[ObservedSite], config: Config) -> list[SitePlan]:
+        return [SitePlan.of(s.site, s.parameters, method=self.name, touched_bytes=s.weights.bytes) for s in sites]
+
+    def weights(self, plan: SitePlan, weights: SiteWeights) -> SiteWeights:
+        return weights
+
+    def constants(self, plan: SitePlan, weights: SiteWeights) -> dict[str, Tensor]:
+        raise AssertionError("only its weights are asked for")
+
+    def forward(self, x: Tensor, constants: Mapping[str, Tensor], plan: SitePlan) -> Tensor:
+        raise AssertionError("only its weights are asked for")
+
+
+@cache
+def observed() -> SiteObservation:
+    return SiteObservation([ffn(D, HIDDEN)], batches(d=D))
+
+
+def planned(method: Any, observation: Observation | None = None, budget: float = 0.6) -> Plan:
+    return plan_for(observation or observed(), config(method=method, budget=budget))
+
+
+@pytest.fixture
+def same(monkeypatch: pytest.MonkeyPatch) -> None:
+    registered = base._registered
+    monkeypatch.setattr(base, "_registered", lambda name: Same() if name == "same" else registered(name))
+    base.rewrite_named.cache_clear()
+
+
+@pytest.mark.usefixtures("same")
+@pytest.mark.parametrize("method", SECOND)
+@torch.no_grad()
+def test_behind_a_rewrite_that_changes_nothing_a_rewrite_is_itself(method: str) -> None:
+    (alone,), (composed,) = planned(method).sites, planned(["same", method]).sites
+    for name in ("fingerprint", "dense_bytes", "touched_bytes", "stored_bytes", "outlier_rate"):
+        assert getattr(composed, name) == getattr(alone, name)
+    assert composed.error == pytest.approx(alone.error, abs=1e-4)
+    assert composed.settings["second"] == alone.settings
+    x, weights = inputs(5, D), observed().sites[0].weights
+    rewrites = rewrite_named(method), rewrite_named(f"same+{method}")
+    a, b = (r.forward(x, r.constants(e, weights), e) for r, e in zip(rewrites, (alone, composed), strict=True))
+    assert torch.equal(a, b)
+    base.rewrite_named.cache_clear()
+
+
+@pytest.mark.parametrize("method", SECOND)
+@torch.no_grad()
+def test_behind_drop_bias_a_rewrite_gives_what_it_gives_on_the_model_without_biases(method: str) -> None:
+    (site,) = observed().sites
+    (dropped,) = planned("drop_bias", budget=1.0).sites
+    left = rewrite_named("drop_bias").weights(dropped, site.weights)
+    by_hand = FFN(nn.Linear(D, HIDDEN, bias=False), ffn(D, HIDDEN)[1], nn.Linear(HIDDEN, D)).eval()
+    by_hand.up.weight.copy_(left.w1)
+    by_hand.down.weight.copy_(left.w2)
+    by_hand.down.bias.copy_(left.b2)  # type: ignore[arg-type]
+    there = SiteObservation([by_hand], batches(d=D))
+    (wanted,), (found,) = planned(method, there).sites, planned(["drop_bias", method]).sites
+    assert found.touched_bytes == wanted.touched_bytes
+    x, rewrite, composed = inputs(5, D), rewrite_named(method), rewrite_named(f"drop_bias+{method}")
+    assert_equivalent(
+        composed.forward(x, composed.constants(found, site.weights), found),
+        rewrite.forward(x, rewrite.constants(wanted, there.sites[0].weights), wanted),
+    )
+
+
+def test_a_plan_is_keyed_by_the_original_weights_and_told_against_the_original() -> None:
+    (site,), (entry,) = observed().sites, planned(["drop_bias", "low_rank"]).sites
+    assert (entry.fingerprint, entry.dense_bytes) == (site.fingerprint, site.weights.bytes)
+    (bare,) = planned("low_rank").sites
+    (dropped,) = planned("drop_bias", budget=1.0).sites
+    assert entry.error > dropped.error
+    assert entry.error > bare.error
+
+
+@pytest.mark.parametrize(
+    "method", ["drop_bias+low_rank", "drop_bias+partial_linear", "drop_bias+partial_linear+int8_ffn"]
+)
+def test_compositions_keep_the_laws_of_rewrites(method: str) -> None:
+    some = (
+        laws.the_plan_meets_its_budget_or_says_that_it_cannot,
+        laws.bytes_are_plausible,
+        laws.the_error_told_is_the_error_measured,
+        laws.sites_alike_have_constants_alike,
+    )
+    assert not [str(v) for v in examine(method, examples=2, laws=some) if not v.passed]
+
+
+@torch.no_grad()
+def test_a_composition_compiles_and_comes_back_from_its_file() -> None:
+    model = ffn(D, HIDDEN)
+    method = ["drop_bias", "partial_linear", "int8_ffn"]
+    plan = plan_for(BatchObservation(model, batches(d=D), progress=False), config(method=method, budget=0.6))
+    assert plan.config.method == plan.sites[0].method == "drop_bias+partial_linear+int8_ffn"
+    assert "drop_bias+partial_linear+int8_ffn" in str(Report.of(plan))
+    x = inputs(5, D)
+    assert_plan_roundtrip(plan, lambda p: expected(model, p, x))
+    assert_equivalent(compiled(model, plan)(x), expected(model, plan, x))
+
+
+def test_parts_of_an_observation_remember_apart() -> None:
+    """As the drafts of partial_linear would be mixed up: they are of weights with biases, and of weights without."""
+    observation = SiteObservation([ffn(D, HIDDEN)], batches(d=D))
+    composed = ["drop_bias", "partial_linear"]
+    after, fresh = (
+        planned(composed, observation if planned("partial_linear", observation) else None),
+        planned(composed, SiteObservation([ffn(D, HIDDEN)], batches(d=D))),
+    )
+    assert replace(after.sites[0], tensors={}).__dict__ == replace(fresh.sites[0], tensors={}).__dict__
+
+
+@pytest.mark.parametrize(
+    ("method", "why"),
+    [
+        (["hot_fold", "low_rank"], "hot_fold leaves no feed-forward network"),
+        (["partial_linear", "bilinear"], "partial_linear leaves no feed-forward network"),
+        (["drop_ffn", "low_rank"], "drop_ffn leaves no feed-forward network"),
+        (["drop_ffn", "int8_ffn"], "drop_ffn leaves no dense matrix"),
+        (["drop_bias", "gptq", "int8_ffn"], "drop_bias.gptq leaves no dense matrix"),
+        (["int8_ffn", "low_rank"], "int8_ffn leaves no feed-forward network"),
+        (["int8_ffn", "int4_ffn"], "int8_ffn leaves no dense matrix"),
+        (["drop_bias", "drop_bias"], "drop_bias stands twice"),
+        (["drop_bias", "exact_fold"], "exact_fold folds what is affine"),
+        (["drop_bias", "nonesuch"], "no rewrite named 'nonesuch'"),
+    ],
+)
+def test_compositions_that_make_no_sense_are_refused_before_the_model_runs(method: list[str], why: str) -> None:
+    with pytest.raises(ConfigError, match=why):
+        rewrite_named(str(config(method=method).method))
+
+
+def test_what_needs_one_rewrite_refuses_several() -> None:
+    for given in ({"target_error": 0.1}, {"sequential": True}):
+        with pytest.raises(ConfigError, match="one rewrite for all sites"):
+            config(method=["drop_bias", "low_rank"], **given)
+
+
+@pytest.mark.parametrize("method", ["", [], ["low_rank", ""], "a++b", 3, [3], {"*": 3}, {3: "low_rank"}, {}])
+def test_what_is_no_method_is_refused(method: Any) -> None:
+    with pytest.raises(ConfigError, match="method"):
+        Config(method=method)

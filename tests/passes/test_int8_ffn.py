@@ -1,0 +1,147 @@
+"""Dense matrices in integers: by themselves, and of what other rewrites leave."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+import torch
+from builders.compiled import compiled
+from builders.ffns import Block, batches, config, expected, ffn, inputs
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from tardis_fx import CalibrationError, ConfigError, Plan
+from tardis_fx.calibrate import plan_for
+from tardis_fx.calibration.observe import BatchObservation
+from tardis_fx.passes.base import rewrite_named
+from tardis_fx.passes.int8_ffn import Int4Ffn, Int8Ffn
+from tardis_fx.testing import examine, laws
+from tardis_fx.testing.observation import SiteObservation
+
+D, HIDDEN = 64, 192
+INNER = [
+    "low_rank",
+    "ffsplit",
+    "hot_fold",
+    "bilinear",
+    "linear_replace",
+    "wanda",
+    "wanda_2_4",
+    "sparsegpt",
+    "drop_bias",
+]
+INNER += ["partial_linear"]
+
+
+@cache
+def observed(dtype: torch.dtype = torch.float32) -> SiteObservation:
+    return SiteObservation([ffn(D, HIDDEN).to(dtype)], [x.to(dtype) for x in batches(d=D)])
+
+
+def planned(method: str, budget: float = 1.0, dtype: torch.dtype = torch.float32) -> Plan:
+    return plan_for(observed(dtype), config(method=method, budget=budget))
+
+
+@given(st.integers(0, 2**16), st.integers(1, 9), st.integers(1, 130), st.sampled_from([torch.float32, torch.bfloat16]))
+def test_codes_of_8_bits_are_off_by_half_a_step_at_the_most(
+    seed: int, rows: int, columns: int, dtype: torch.dtype
+) -> None:
+    matrix = (inputs(rows, columns, seed=seed) * inputs(rows, 1, seed=seed + 1)).to(dtype)
+    codes, scale = Int8Ffn().quantise(matrix)
+    missed = (codes.float() * scale.float()[:, None] - matrix.float()).abs()
+    clipped = 127 * 2**-8  # of a scale rounded down to bfloat16
+    assert (missed <= (0.5 + clipped * (dtype == torch.bfloat16)) * scale.float()[:, None] * 1.001).all()
+
+
+@pytest.mark.parametrize("rewrite", [Int8Ffn(), Int4Ffn()])
+@given(st.integers(0, 2**16))
+def test_zeros_stay_zeros(rewrite: Int8Ffn, seed: int) -> None:
+    matrix = inputs(6, 130, seed=seed) * (inputs(6, 130, seed=seed + 1) > 0.5)
+    matrix[0] = 0
+    unit = torch.eye(130)
+    opened = rewrite.linear(unit, rewrite.quantise(matrix), None, 130, torch.float32).T
+    assert (opened[matrix == 0] == 0).all()
+    assert torch.isfinite(opened).all()
+
+
+@pytest.mark.parametrize(("method", "bits", "beside"), [("int8_ffn", 8, 4), ("int4_ffn", 4, 3)])
+def test_alone_it_reads_the_codes_the_scales_and_the_biases(method: str, bits: int, beside: int) -> None:
+    (entry,) = planned(method).sites
+    groups = HIDDEN + D if bits == 8 else HIDDEN * D // 64 + D * HIDDEN // 64
+    assert entry.touched_bytes == 2 * D * HIDDEN * bits / 8 + groups * beside + 4 * (D + HIDDEN)
+    assert entry.error < (0.012 if bits == 8 else 0.15)
+
+
+@pytest.mark.parametrize("inner", INNER)
+def test_behind_another_rewrite_it_saves_bytes_and_adds_little_error(inner: str) -> None:
+    config_ = config(method=inner, budget=1.0 if inner == "drop_bias" else 0.6)
+    (alone,) = plan_for(observed(), config_).sites
+    (entry,) = planned(f"{inner}+int8_ffn", config_.budget).sites
+    assert entry.settings["matrices"]
+    assert entry.touched_bytes < (0.95 if inner == "partial_linear" else 0.35) * alone.touched_bytes
+    assert entry.error == pytest.approx(alone.error, abs=0.01)
+    assert entry.method == f"{inner}+int8_ffn"
+
+
+@pytest.mark.parametrize("method", ["int8_ffn", "int4_ffn", "low_rank+int8_ffn"])
+def test_the_laws_of_rewrites_hold(method: str) -> None:
+    some = [law for law in laws.LAWS if law is not laws.the_compiled_model_is_the_eager_forward]
+    assert not [str(v) for v in examine(method, examples=2, laws=some) if not v.passed]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_inductor_gives_what_the_eager_specification_gives(dtype: torch.dtype) -> None:
+    """In bfloat16 by one product of numbers and codes."""
+    model, plan, x = ffn(D, HIDDEN).to(dtype), planned("int8_ffn", dtype=dtype), inputs(1, 1, D).to(dtype)
+    torch._dynamo.utils.counters.clear()
+    found = compiled(model, plan, inner=None)(x)
+    tolerance = 3e-2 if dtype == torch.bfloat16 else 1e-4
+    torch.testing.assert_close(found, expected(model, plan, x), rtol=tolerance, atol=tolerance)
+    mixed = torch._dynamo.utils.counters["inductor"]["woq_matcher_count"]
+    assert mixed == (2 if dtype == torch.bfloat16 else 0)
+
+
+def test_the_sites_that_another_rewrite_leaves_are_quantised_too() -> None:
+    model = nn.Sequential(*(Block(ffn(D, HIDDEN, seed=i), D) for i in range(2))).eval()
+    observation = BatchObservation(model, batches(d=D), progress=False)
+    plan = plan_for(observation, config(method=["linear_replace", "int8_ffn"], budget=0.7))
+    assert sorted(str(site.method) for site in plan.sites) == ["int8_ffn", "linear_replace+int8_ffn"]
+    assert all(0 < site.error < 1 for site in plan.sites)
+    assert plan.touched_fraction < 0.25
+
+
+def test_a_matrix_too_small_to_save_anything_stays_as_it_is() -> None:
+    (entry,) = planned("low_rank+int8_ffn", 0.032).sites
+    assert entry.settings["inner"]["ranks"] == [1, 1]
+    assert set(entry.settings["matrices"]) == {"w1_b", "w2_b"}, "factors of one column have a scale for each weight"
+
+
+def test_a_budget_or_a_target_out_of_reach_is_refused() -> None:
+    for changed, why in (
+        ({"budget": 0.2}, "too small for int8_ffn"),
+        ({"target_error": 1e-4}, "out of reach of int8_ffn"),
+    ):
+        with pytest.raises(CalibrationError, match=why):
+            plan_for(observed(), config(method="int8_ffn", **changed))
+
+
+def test_a_fold_in_few_bits_leaves_nothing_to_quantise() -> None:
+    with pytest.raises(ConfigError, match="its fold is in few bits already"):
+        plan_for(observed(), config(method=["partial_linear", "int8_ffn"], fold_bits=4))
+
+
+def test_what_reads_codes_as_numbers_is_a_bug() -> None:
+    rewrite = rewrite_named("low_rank+int8_ffn")
+    (entry,) = planned("low_rank+int8_ffn", 0.6).sites
+    constants = rewrite.constants(entry, observed().sites[0].weights)
+    inner = rewrite.inner  # type: ignore[attr-defined]
+
+    class Careless(type(inner)):  # type: ignore[misc]
+        def forward(self, x, constants, plan):
+            return super().forward(x, constants, plan) + torch.mean(constants["w1_a"])
+
+    with pytest.raises(AssertionError, match="reads codes as numbers"):
+        Int8Ffn(Careless()).forward(inputs(2, D), constants, entry)

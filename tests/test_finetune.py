@@ -1,0 +1,124 @@
+"""Training the weights of rewritten FFNs on a task."""
+
+from __future__ import annotations
+
+import copy
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from builders.compiled import compiled
+from builders.ffns import Block, batches, config, ffn, inputs
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tardis_fx import CalibrationError, ConfigError, Plan, calibrate, finetune
+from tardis_fx.explain import Report
+from tardis_fx.passes.base import rewrite_named
+from tardis_fx.testing import assert_equivalent, assert_plan_roundtrip
+
+D, CLASSES = 16, 3
+
+
+class Classifier(nn.Sequential):
+    """A block and a head; its loss is the cross-entropy where labels are given."""
+
+    def __init__(self) -> None:
+        super().__init__(Block(ffn(D, 64), D), Block(ffn(D, 64, seed=1), D), nn.Linear(D, CLASSES))
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+
+def loss(output: Tensor, batch: Any) -> Tensor:
+    """Labels by what the dense model says."""
+    with torch.no_grad():
+        wanted = model()(batch)
+    return F.cross_entropy(output, (wanted * 20).softmax(-1))
+
+
+@cache
+def model() -> Classifier:
+    torch.manual_seed(0)
+    return Classifier()
+
+
+@cache
+def plan() -> Plan:
+    return calibrate(model(), batches(d=D), config=config(method="ffsplit", budget=0.4))
+
+
+@cache
+def trained() -> Plan:
+    return finetune(model(), plan(), batches(8, 64, d=D), loss=loss, epochs=4, learning_rate=1e-2, progress=False)
+
+
+@torch.no_grad()
+def test_the_task_is_done_better_on_inputs_never_seen() -> None:
+    x = inputs(400, D, seed=7)
+    before, after = (float(loss(compiled(copy.deepcopy(model()), p)(x), x)) for p in (plan(), trained()))
+    dense = float(loss(model()(x), x))
+    assert after - dense < 0.7 * (before - dense)
+
+
+def test_nothing_but_the_split_weights_changes() -> None:
+    untouched = copy.deepcopy(model())
+    trained()
+    assert all(map(torch.equal, model().state_dict().values(), untouched.state_dict().values()))
+    assert all(parameter.requires_grad for parameter in model().parameters())
+    for before, after in zip(plan().sites, trained().sites, strict=True):
+        assert (after.method, after.settings) == ("ffsplit+finetuned", {"inner": before.settings})
+        assert (after.fingerprint, after.touched_bytes) == (before.fingerprint, before.touched_bytes)
+        assert set(after.tensors) == {"w1", "w2", "b1", "b1_rest", "b2", "w1_a", "w1_b", "w2_a", "w2_b"}
+        assert 0 < after.error != before.error
+    assert "ffsplit+finetuned" in str(Report.of(trained()))
+
+
+@torch.no_grad()
+def test_the_plan_comes_back_from_its_file_and_compiles() -> None:
+    def first(plan: Plan, x: Tensor) -> Tensor:
+        entry = plan.sites[0]
+        return rewrite_named(str(entry.method)).forward(x, dict(entry.tensors), entry)
+
+    x, block = inputs(5, D), model()[0]
+    assert isinstance(block, Block)
+    assert_plan_roundtrip(trained(), lambda plan: first(plan, x))
+    found = compiled(block, Plan(trained().sites[:1], plan().config))(x)
+    assert_equivalent(found, x + first(trained(), block.norm(x)))
+
+
+def test_no_training_gives_the_plan_back() -> None:
+    """At a rate that makes everything worse."""
+    found = finetune(model(), plan(), batches(2, 64, d=D), loss=loss, epochs=1, learning_rate=0.99, progress=False)
+    assert found is plan()
+
+
+@pytest.mark.parametrize("method", ["wanda", "token_gate", "partial_linear", "gptq"])
+def test_what_is_not_made_of_dense_weights_is_refused(method: str) -> None:
+    other = calibrate(model(), batches(d=D), config=config(method=method, budget=0.6))
+    with pytest.raises(ConfigError, match="not all weights of dense layers"):
+        finetune(model(), other, batches(2, 64, d=D), loss=loss, progress=False)
+
+
+def test_calibration_does_not_train() -> None:
+    with pytest.raises(ConfigError, match=r"give a plan without it to tardis_fx\.finetune"):
+        calibrate(model(), batches(d=D), config=config(method=["ffsplit", "finetuned"]))
+
+
+@pytest.mark.parametrize(
+    ("changed", "kind", "why"),
+    [
+        ({"epochs": 0}, ConfigError, "epochs must be"),
+        ({"learning_rate": 2}, ConfigError, "learning_rate must lie"),
+        ({"batches": [inputs(4, D)]}, CalibrationError, "two batches"),
+        ({"loss": None}, CalibrationError, "has no loss"),
+        ({"loss": lambda output, _: output}, CalibrationError, "finite scalar"),
+        ({"loss": lambda output, _: output.sum() / 0}, CalibrationError, "finite scalar"),
+    ],
+)
+def test_bad_arguments_are_refused(changed: dict[str, Any], kind: type[Exception], why: str) -> None:
+    given: Any = {"batches": batches(2, 64, d=D), "loss": loss, "progress": False} | changed
+    with pytest.raises(kind, match=why):
+        finetune(model(), plan(), **given)
