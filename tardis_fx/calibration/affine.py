@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
@@ -11,16 +11,21 @@ from tardis_fx.calibration.profile import Sums
 from tardis_fx.calibration.regression import Residual
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import Tensor
 
+    from tardis_fx.calibration.merging import Merge
     from tardis_fx.calibration.observe import ObservedSite
 
 
 class Outputs:
     """The regression of a site's whole output.
 
-    Memory: 2 (d² + d d_out) float32.
+    Memory: 2 (d² + d d_out) float64.
     """
+
+    merged: ClassVar[Mapping[str, Merge]] = {"residual": "parts"}
 
     def __init__(self, site: ObservedSite, exact: Tensor | None = None) -> None:
         """Starts at zero.
@@ -42,6 +47,8 @@ class Outputs:
 
 class Neurons(Operands):
     """Sums over the fitted tokens by which each neuron's best affine surrogate is known, and what it misses."""
+
+    merged: ClassVar[Mapping[str, Merge]] = {"_sums": "sum"}
 
     def __init__(self, site: ObservedSite) -> None:
         """Starts at zero."""

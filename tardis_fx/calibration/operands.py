@@ -7,7 +7,7 @@ left out.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch.nn import functional as F  # noqa: N812
@@ -17,8 +17,11 @@ from tardis_fx.calibration.regression import fitted_tokens
 from tardis_fx.graph.activations import ACTIVATIONS
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import Tensor
 
+    from tardis_fx.calibration.merging import Merge
     from tardis_fx.calibration.observe import ObservedSite
 
 
@@ -67,6 +70,8 @@ class Sizes(Operands):
         magnitude: [h], sum of the neurons' absolute activations.
     """
 
+    merged: ClassVar[Mapping[str, Merge]] = {"tokens": "sum", "_up": "sum", "_down": "sum", "magnitude": "sum"}
+
     def __init__(self, site: ObservedSite) -> None:
         """Starts at zero."""
         super().__init__(site)
@@ -94,8 +99,10 @@ class Sizes(Operands):
 class Grams(Operands):
     """Moments of both operands.
 
-    Memory: d² + h² float32.
+    Memory: d² + h² float64.
     """
+
+    merged: ClassVar[Mapping[str, Merge]] = {"up": "parts", "down": "parts"}
 
     def __init__(self, site: ObservedSite) -> None:
         """Starts at zero."""

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
 from tardis_fx.calibration.regression import Residual
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from torch import Tensor
 
     from tardis_fx.calibration.draft import Draft
+    from tardis_fx.calibration.merging import Merge
     from tardis_fx.calibration.predictor import Quantised
 
 
@@ -24,6 +25,8 @@ class Several:
     Attributes:
         observers: one a draft.
     """
+
+    merged: ClassVar[Mapping[str, Merge]] = {"observers": "parts"}
 
     def __init__(self, drafts: Sequence[Draft]) -> None:
         """Takes the drafts."""
@@ -80,6 +83,8 @@ class ResidualObserver:
         outliers: corrections made.
         tokens: tokens seen.
     """
+
+    merged: ClassVar[Mapping[str, Merge]] = {"residual": "parts", "outliers": "sum", "tokens": "sum"}
 
     def __init__(self, draft: Draft) -> None:
         """Starts at zero."""
