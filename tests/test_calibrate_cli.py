@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+import socket
 from typing import TYPE_CHECKING
 
 import pytest
-import torch
+import torch.distributed as dist
 from builders.models import VOCABULARY, gpt2, tokens
 from tokenizers import Tokenizer, models, pre_tokenizers
 from typer.testing import CliRunner
@@ -56,12 +54,30 @@ def plans_of(plan: Plan) -> list[dict[str, object]]:
     ]
 
 
-def test_the_command_writes_the_plan_that_the_function_returns(folder: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What torchrun tells the only process that it starts."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    told = {"TORCHELASTIC_RUN_ID": "none", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": 0, "WORLD_SIZE": 1}
+    for name, value in (told | {"LOCAL_RANK": 0}).items():
+        monkeypatch.setenv(name, str(value))
+
+
+@pytest.mark.usefixtures("torchrun")
+def test_the_command_writes_the_plan_that_the_function_returns(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    groups: list[int] = []
+    initialise = dist.init_process_group
+    monkeypatch.setattr(dist, "init_process_group", lambda *a, **k: groups.append(initialise(*a, **k)))  # type: ignore[func-returns-value]
     out, checkpoint = tmp_path / "plan", tmp_path / "checkpoint"
     method = ["--method", "wanda:budget=0.6", "--checkpoint", str(checkpoint)]
     result = CliRunner().invoke(app, arguments(folder, out, *method), catch_exceptions=False)
     assert result.exit_code == 0, result.output
     assert "2 wanda" in result.output
+    assert len(groups) == 1
+    assert not dist.is_initialized()
     found = Plan.load(out)
     batches = list(cut(TEXT, 20, 64).split(8))
     config = Config(method="wanda", budget=0.6, progress=False)
@@ -91,16 +107,3 @@ def test_what_cannot_be_done_is_a_typed_error(wrong: str, folder: Path, tmp_path
     with pytest.raises(error):
         CliRunner().invoke(app, arguments(folder, tmp_path / out, *more), catch_exceptions=False)
     assert not (tmp_path / out).exists()
-
-
-@pytest.mark.slow
-def test_torchrun_writes_the_plan_of_one_process(folder: Path, tmp_path: Path) -> None:
-    method = ["--method", "partial_linear:budget=0.9,fold_bits=8,row_bits=8"]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m"]
-    for out, start in ((tmp_path / "one", [sys.executable, "-m"]), (tmp_path / "two", torchrun)):
-        command = [*start, "tardis_fx", *arguments(folder, out, *method)]
-        subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    one, two = (Plan.load(tmp_path / name) for name in ("one", "two"))
-    for found, wanted in zip(two.sites, one.sites, strict=True):
-        for name, tensor in wanted.tensors.items():
-            torch.testing.assert_close(found.tensors[name], tensor, rtol=1e-5 * tensor.is_floating_point(), atol=1e-6)
