@@ -1,8 +1,5 @@
 """Neurons whose output hardly varies become part of the bias; as many of the others stay as the budget allows."""
 
-from typing import ClassVar
-
-import torch
 from torch.nn import functional as F
 
 from tardis_fx.calibration.operands import Operands
@@ -13,12 +10,11 @@ from tardis_fx.passes.static import Choice, StaticRewrite, measured
 class Spread(Operands):
     """Mean of every neuron's activation, and how much of the output varies with it; both [h]."""
 
-    merged: ClassVar = {"tokens": "sum", "total": "sum", "square": "sum"}  # over processes that share the batches
+    merged = {"tokens": "sum", "total": "sum", "square": "sum"}  # over processes that share the batches
 
     def __init__(self, site):
         super().__init__(site)
-        self.tokens = 0
-        self.total, self.square = torch.zeros(2, len(site.weights.w1), dtype=torch.float64)
+        self.tokens, (self.total, self.square) = 0, self._dense.w1.new_zeros(2, len(self._dense.w1)).double()
 
     def add(self, x, hidden):
         self.tokens += len(hidden)

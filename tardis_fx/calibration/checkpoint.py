@@ -80,7 +80,7 @@ class Checkpoint:
         Raises:
             CheckpointError: it cannot be written.
         """
-        tensors = {name: statistic.value.contiguous() for name, statistic in statistics(observers).items()}
+        tensors = {name: statistic.value.contiguous().clone() for name, statistic in statistics(observers).items()}
         try:
             write(self._path(run), tensors, self._header(what))
         except (OSError, SafetensorError) as error:
