@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from tardis_fx.calibration.merging import Merge
     from tardis_fx.calibration.observe import Observation, ObservedSite
     from tardis_fx.config import Config
     from tardis_fx.graph.site import Site, SiteWeights
@@ -66,6 +67,8 @@ class DropBias(StaticRewrite):
 
 class Lost(Operands):
     """The mean of what the biases in front of the activation add to what each neuron gives, [h], float64."""
+
+    merged: ClassVar[Mapping[str, Merge]] = {"_sum": "sum", "_tokens": "sum"}
 
     def __init__(self, site: ObservedSite) -> None:
         """Starts at zero."""

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from tardis_fx.calibration.merging import Merge
     from tardis_fx.calibration.observe import Observation, ObservedSite
     from tardis_fx.config import Config
     from tardis_fx.graph.site import SiteWeights
@@ -70,6 +71,8 @@ class TokenGate(StaticRewrite):
 class _Errors:
     """The regression of the logarithm of a map's squared error."""
 
+    merged: ClassVar[Mapping[str, Merge]] = {"residual": "parts"}
+
     def __init__(self, site: ObservedSite, affine: AffineMap) -> None:
         self._dense, self._weight, self._bias = Dense(site), affine.weight.float(), affine.bias.float()
         self.residual = Residual(len(self._weight), 1)
@@ -82,6 +85,8 @@ class _Errors:
 
 class _Scores:
     """A gate's score of every fitted token: one number a token is kept."""
+
+    merged: ClassVar[Mapping[str, Merge]] = {"_found": "joined"}
 
     def __init__(self, gate: AffineMap) -> None:
         self._weight, self._found = gate.weight.float(), list[torch.Tensor]()

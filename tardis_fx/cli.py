@@ -9,6 +9,7 @@ import typer
 
 from tardis_fx.bench.cli import bench
 from tardis_fx.bench.compare_cli import compare
+from tardis_fx.calibration.cli import calibrate
 from tardis_fx.errors import TardisError
 
 app = typer.Typer(
@@ -16,6 +17,7 @@ app = typer.Typer(
 )
 app.add_typer(bench, name="bench")
 app.command()(compare)
+app.command()(calibrate)
 
 
 @app.command()

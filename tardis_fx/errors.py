@@ -18,7 +18,7 @@ class PlanFileError(TardisError, ValueError):
 
 
 class CheckpointError(TardisError, ValueError):
-    """A checkpoint of a healing is damaged, cannot be written, or is of another plan, other batches or settings."""
+    """A checkpoint is damaged, cannot be written, or is of another model or plan, other batches or settings."""
 
 
 class PlanMismatchError(TardisError, ValueError):

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import uuid
 from collections import Counter
 from dataclasses import asdict, dataclass, field, fields
 from functools import lru_cache
@@ -13,13 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from tardis_fx.config import Config
 from tardis_fx.errors import ConfigError, PlanFileError, TardisError
 from tardis_fx.fingerprint import fingerprint
+from tardis_fx.tensorfile import write
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Mapping, Sequence
 
     from torch import Tensor
@@ -128,23 +126,10 @@ class Plan:
             "version": str(VERSION),
             "plan": json.dumps({"config": asdict(self.config), "sites": sites}),
         }
-        temporary: str | None = None
         try:
-            temporary = f"{path}.{uuid.uuid4().hex}.part"
-            with open(temporary, "xb") as file:
-                mode = os.fstat(file.fileno()).st_mode  # as the umask has it; save_file would make it private
-            save_file(tensors, temporary, metadata=header)
-            os.chmod(temporary, mode)
-            with open(temporary, "rb+") as file:
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-            temporary = None
+            write(path, tensors, header)
         except (OSError, SafetensorError) as error:
             raise PlanFileError(f"cannot write plan {path}: {error}") from error
-        finally:
-            if temporary:
-                with contextlib.suppress(OSError):
-                    os.unlink(temporary)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Plan:

@@ -20,9 +20,10 @@ from tardis_fx import Config, Plan, cli
 from tardis_fx.bench import cases, compare_cli, intx, report
 from tardis_fx.bench.cases import Case, Contender, Dense, Planned, Torchao, Trial
 from tardis_fx.bench.compare import compare
-from tardis_fx.bench.records import Record, Records, digest
+from tardis_fx.bench.records import Record, Records
 from tardis_fx.bench.subjects import Encoder, LanguageModel
 from tardis_fx.demo.model import DemoModel, cut, load
+from tardis_fx.digest import digest
 from tardis_fx.errors import BenchError, CalibrationError, ConfigError, DemoError, TardisError
 from tardis_fx.runtime.packing import row_bytes
 

@@ -208,7 +208,7 @@ def test_a_failed_write_leaves_what_was_there(
         path.write_bytes(b"what was there")
     name, function, error = FAILURES[failure]
     with monkeypatch.context() as patch:
-        patch.setattr(f"tardis_fx.plan.{name}", function)
+        patch.setattr(f"tardis_fx.tensorfile.{name}", function)
         with pytest.raises(error) as raised:
             plan.save(path)
     if error is PlanFileError:
@@ -230,7 +230,7 @@ def test_the_file_is_flushed_before_it_gets_its_name(
         return call
 
     for name in ("fsync", "replace"):
-        monkeypatch.setattr(f"tardis_fx.plan.os.{name}", noted(name, getattr(os, name)))
+        monkeypatch.setattr(f"tardis_fx.tensorfile.os.{name}", noted(name, getattr(os, name)))
     plan.save(tmp_path / "plan")
     assert calls[:2] == ["fsync", "replace"]
 

@@ -8,9 +8,11 @@ from tardis_fx.passes.static import Choice, StaticRewrite, measured
 class Spread(Operands):
     """Mean of what every neuron gives, and how much of the output varies with it; both [h]."""
 
+    merged = {"tokens": "sum", "total": "sum", "square": "sum"}  # over processes that share the batches
+
     def __init__(self, site):
         super().__init__(site)
-        self.tokens, self.total, self.square = 0, 0.0, 0.0
+        self.tokens, (self.total, self.square) = 0, self._dense.w1.new_zeros(2, len(self._dense.w1)).double()
 
     def add(self, x, hidden):
         self.tokens += len(hidden)

@@ -15,9 +15,9 @@ from torch.utils import _pytree as pytree
 
 from tardis_fx.bench import intx
 from tardis_fx.bench.flops import prefill_share
-from tardis_fx.bench.records import digest
 from tardis_fx.calibrate import plan_for
 from tardis_fx.calibration.observe import BatchObservation
+from tardis_fx.digest import digest
 from tardis_fx.errors import CalibrationError
 from tardis_fx.heal import heal
 from tardis_fx.passes.base import rewrite_named

@@ -10,8 +10,9 @@ import torch
 from tqdm import tqdm
 
 from tardis_fx.bench.cases import Contender, Trial
-from tardis_fx.bench.records import Record, digest
+from tardis_fx.bench.records import Record
 from tardis_fx.bench.table import LEAST_ROUNDS, in_turn, ratio
+from tardis_fx.digest import digest
 from tardis_fx.errors import CalibrationError
 from tardis_fx.runtime.touched import count_touched
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from tardis_fx.bench.cases import Case
     from tardis_fx.bench.subjects import Subject
 
-_DTYPES = ("bfloat16", "float32", "float16")
+#: That models may be cast to.
+DTYPES = ("bfloat16", "float32", "float16")
 
 
 def compare(
@@ -44,8 +45,8 @@ def compare(
     """Compare rewrites over budgets on one model: quality, bytes, FLOPs, and decoding where asked."""
     chosen = cases(methods, [_number("budgets", part) for part in budgets.split(",")])
     numbers = [_whole("seeds", part) for part in seeds.split(",")]
-    if dtype not in _DTYPES:
-        raise ConfigError(f"dtype must be {', '.join(_DTYPES)}, not {dtype!r}")
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype must be {', '.join(DTYPES)}, not {dtype!r}")
     if windows < 1:
         raise ConfigError(f"windows must be positive, not {windows}")
     run(subject(model, text, dtype, windows), chosen, numbers, out, plot, decode=decode)
@@ -117,13 +118,27 @@ def cases(methods: str, budgets: Sequence[float]) -> list[Case]:
     found: list[Case] = [Dense()]
     for method, given in _methods(methods):
         label = " ".join([method, *(f"{k}={v}" for k, v in given.items() if k != "budget")])
-        healed = given.pop("healed", False)
-        if not isinstance(healed, bool):
-            raise ConfigError(f"healed must be True or False, not {healed!r}")
         own = {"budget", "target_error"} & set(given)
-        configs = [given] if own else [{"budget": budget, **given} for budget in budgets]
-        found += [Planned(label, Config(method=method, progress=False, **config), healed) for config in configs]
+        for each in [given] if own else [{"budget": budget, **given} for budget in budgets]:
+            config, healed = _parsed(method, each)
+            found.append(Planned(label, replace(config, progress=False), healed))
     return found
+
+
+def configs(methods: str) -> list[tuple[Config, bool]]:
+    """The config of every method, and whether its plan is healed; ``methods`` as of :func:`cases`.
+
+    Raises:
+        ConfigError: a field is unknown, or a value out of its range.
+    """
+    return [_parsed(method, given) for method, given in _methods(methods)]
+
+
+def _parsed(method: str, given: dict[str, Any]) -> tuple[Config, bool]:
+    healed = given.get("healed", False)
+    if not isinstance(healed, bool):
+        raise ConfigError(f"healed must be True or False, not {healed!r}")
+    return Config(method=method, **{name: value for name, value in given.items() if name != "healed"}), healed
 
 
 def _methods(text: str) -> list[tuple[str, dict[str, Any]]]:

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from tardis_fx.errors import BenchError
 
@@ -25,7 +20,7 @@ class Record:
     """One case with one seed.
 
     Attributes:
-        key: hash of all that decides the figures: model, text and case; see :func:`digest`.
+        key: hash of all that decides the figures: model, text and case; see :func:`tardis_fx.digest.digest`.
         case: hash of the case alone.
         subject: name of the model.
         label: of the method.
@@ -106,24 +101,3 @@ class Records:
         except OSError as error:
             raise BenchError(f"cannot write to {self._path}: {error}") from error
         self._found[record.key] = record
-
-
-def digest(*parts: Any) -> str:
-    """Hash of tensors, mappings, sequences and plain values, contents and all."""
-    sha = hashlib.sha256()
-    _feed(sha, parts)
-    return sha.hexdigest()[:32]
-
-
-def _feed(sha: Any, part: Any) -> None:
-    if isinstance(part, Tensor):
-        sha.update(f"tensor {part.dtype} {tuple(part.shape)}".encode())
-        sha.update(part.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    elif isinstance(part, Mapping):
-        _feed(sha, [item for name in sorted(part) for item in (name, part[name])])
-    elif isinstance(part, Sequence) and not isinstance(part, str):
-        sha.update(f"sequence {len(part)}".encode())
-        for item in part:
-            _feed(sha, item)
-    else:
-        sha.update(f"value {part!r}".encode())

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch.nn import functional as F  # noqa: N812
 
-from tardis_fx.bench.records import digest
 from tardis_fx.demo.measure import Decoder
 from tardis_fx.demo.model import DemoModel, cut
+from tardis_fx.digest import digest
 from tardis_fx.errors import BenchError
 
 if TYPE_CHECKING:

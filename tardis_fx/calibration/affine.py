@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import combinations_with_replacement
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
@@ -11,16 +11,21 @@ from tardis_fx.calibration.operands import Dense, Operands
 from tardis_fx.calibration.regression import Residual
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import Tensor
 
+    from tardis_fx.calibration.merging import Merge
     from tardis_fx.calibration.observe import ObservedSite
 
 
 class Outputs:
     """The regression of a site's whole output.
 
-    Memory: 2 (d² + d d_out) float32.
+    Memory: 2 (d² + d d_out) float64.
     """
+
+    merged: ClassVar[Mapping[str, Merge]] = {"residual": "parts"}
 
     def __init__(self, site: ObservedSite, exact: Tensor | None = None) -> None:
         """Starts at zero.
@@ -47,6 +52,8 @@ class Neurons(Operands):
         sums: [h, k, k], float64: of the products of 1, the neuron's pre-activations (one, or gate's and W1's), and what
             it gives, in this order.
     """
+
+    merged: ClassVar[Mapping[str, Merge]] = {"sums": "sum"}
 
     def __init__(self, site: ObservedSite) -> None:
         """Starts at zero."""

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from tardis_fx.calibration.regression import fitted_tokens
 from tardis_fx.graph.feed_forward import biases, dense, matrices
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from torch import Tensor
 
+    from tardis_fx.calibration.merging import Merge
     from tardis_fx.calibration.observe import ObservedSite
     from tardis_fx.graph.site import SiteWeights
 
 
 class Check:
     """The error of a replacement, in the model's own dtype."""
+
+    merged: ClassVar[Mapping[str, Merge]] = {"_missed": "sum", "_total": "sum"}
 
     def __init__(self, site: ObservedSite, replacement: Callable[[Tensor], Tensor], *, held_back: bool = False) -> None:
         """Starts at zero.

@@ -6,12 +6,14 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
 from tqdm import tqdm
 
+from tardis_fx.calibration.merging import merge
+from tardis_fx.calibration.ranks import Ranks
 from tardis_fx.errors import CalibrationError
 from tardis_fx.fingerprint import fingerprint
 from tardis_fx.graph.capture import Capture
@@ -19,13 +21,20 @@ from tardis_fx.graph.matcher import find_sites
 from tardis_fx.graph.site import Site, SiteWeights
 from tardis_fx.graph.unfuse import unfuse
 
+if TYPE_CHECKING:
+    from tardis_fx.calibration.checkpoint import Checkpoint
+
 _log = logging.getLogger("tardis_fx")
 
 Batch = Tensor | Mapping[str, Any]
 
 
 class SiteObserver(Protocol):
-    """Accumulates what a rewrite wants to know of a site."""
+    """Accumulates what a rewrite wants to know of a site.
+
+    For calibrations by several processes, and for those that can be resumed, it says how it is merged; see
+    :mod:`tardis_fx.calibration.merging`.
+    """
 
     def update(self, x: Tensor) -> None:
         """Adds the site's inputs, [tokens, d], float32."""
@@ -86,13 +95,29 @@ class BatchObservation(Observation):
     :meth:`run`; a site's inputs are never kept.
     """
 
-    def __init__(self, model: nn.Module, batches: Iterable[Batch], *, progress: bool = True) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Iterable[Batch],
+        *,
+        progress: bool = True,
+        ranks: Ranks | None = None,
+        checkpoint: Checkpoint | None = None,
+    ) -> None:
         """Captures the model.
+
+        Args:
+            model: in eval mode.
+            batches: all of them, on every rank.
+            progress: show progress bars.
+            ranks: the processes that share the batches; this one alone where None.
+            checkpoint: where the statistics of finished runs are kept, for one fit; given on one rank at the most.
 
         Raises:
             CalibrationError: no batches, a model in training mode, or a model without any FFN.
         """
         self._batches, self._progress = checked(model, batches), progress
+        self._ranks, self._checkpoint, self._runs = ranks or Ranks(), checkpoint, 0
         self.memo: dict[str, Any] = {}
         self._sites: dict[str, ObservedSite] = {}
         self._known: dict[tuple[Any, ...], str] = {}
@@ -110,18 +135,40 @@ class BatchObservation(Observation):
         return list(self._sites.values())
 
     def run(self, make: Callable[[ObservedSite], O], sites: Sequence[ObservedSite], what: str) -> dict[str, O]:
-        """Runs all batches once; see :meth:`Observation.run`."""
-        named = {site.fingerprint: site.site.name for site in sites}
+        """Runs all batches once, each on one rank; see :meth:`Observation.run`.
+
+        Raises:
+            CheckpointError: the checkpoint is damaged, of another calibration, or cannot be written.
+        """
         observers = {site.fingerprint: make(site) for site in sites}
+        self._runs += 1
+        checkpoint, run = self._checkpoint, self._runs
+
+        def keep() -> None:
+            if checkpoint is not None:
+                checkpoint.store(run, what, observers)
+
+        restored = any(self._ranks.attempt(lambda: checkpoint is not None and checkpoint.restore(run, what, observers)))
+        if not restored:
+            seen = set().union(*self._ranks.attempt(lambda: self._show(observers, what)))
+            if unseen := [site.site.name for site in sites if site.fingerprint not in seen]:
+                raise CalibrationError(f"no token of any batch reached {', '.join(unseen[:4])}")
+        if self._ranks.count > 1:
+            merge(observers, self._ranks)  # also gives to all what one has restored
+        if not restored:
+            self._ranks.attempt(keep)
+        return observers
+
+    def _show(self, observers: Mapping[str, SiteObserver], what: str) -> set[str]:
+        """Runs this rank's batches; fingerprints of the sites that tokens reached."""
         self._observers, self._seen = dict(observers), set()
+        shared = self._ranks.share(self._batches)
         try:
-            for batch in tqdm(self._batches, desc=what, unit="batch", disable=not self._progress, leave=False):
+            for batch in tqdm(shared, desc=what, unit="batch", disable=not self._progress, leave=False):
                 self._capture(batch)
         finally:
             self._observers = {}
-        if unseen := [name for identity, name in named.items() if identity not in self._seen]:
-            raise CalibrationError(f"no token of any batch reached {', '.join(unseen[:4])}")
-        return observers
+        return self._seen
 
     def replace(self, site: ObservedSite, function: Callable[[Tensor], Tensor]) -> None:
         """From now on the site's output is ``function`` of its input, [..., d] to [..., d_out]."""

@@ -7,7 +7,7 @@ the error are left out.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
@@ -16,8 +16,11 @@ from tardis_fx.calibration.regression import fitted_tokens
 from tardis_fx.graph.feed_forward import activations, biases, linear, matrices, preactivations
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import Tensor
 
+    from tardis_fx.calibration.merging import Merge
     from tardis_fx.calibration.observe import ObservedSite
 
 
@@ -86,6 +89,8 @@ class Sizes(ByMatrix):
         magnitude: [h], sum of the absolute values of what the neurons give.
     """
 
+    merged: ClassVar[Mapping[str, Merge]] = {"tokens": "sum", "_inputs": "sum", "_hidden": "sum", "magnitude": "sum"}
+
     def __init__(self, site: ObservedSite) -> None:
         """Starts at zero."""
         super().__init__(site)
@@ -107,8 +112,10 @@ class Sizes(ByMatrix):
 class Grams(ByMatrix):
     """Gram matrices of the operands.
 
-    Memory: d² + h² float32.
+    Memory: d² + h² float64.
     """
+
+    merged: ClassVar[Mapping[str, Merge]] = {"_inputs": "parts", "_hidden": "parts"}
 
     def __init__(self, site: ObservedSite) -> None:
         """Starts at zero."""

@@ -7,11 +7,15 @@ score, and tokens are binned by it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from tardis_fx.calibration.merging import Merge
 
 #: Bins of a neuron's scores, each so many times as wide as the one before; the first and the last are open.
 BINS = 40
@@ -75,6 +79,8 @@ class ProductSums:
 class Products:
     """The sums over all tokens, in one bin."""
 
+    merged: ClassVar[Mapping[str, Merge]] = {"_sums": "sum"}
+
     def __init__(self, h: int, neurons: Neurons) -> None:
         """Starts at zero.
 
@@ -110,8 +116,10 @@ class Products:
 class ScoreHistogram:
     """The sums by bins of the score, every neuron's laid by what its plane misses.
 
-    Memory: 10 bins h float32.
+    Memory: 10 bins h float64.
     """
+
+    merged: ClassVar[Mapping[str, Merge]] = {"_sums": "sum", "greatest": "greatest"}
 
     def __init__(self, missed: Tensor, exact: Neurons, estimated: Callable[[Tensor], Tensor]) -> None:
         """Lays the bins.
@@ -124,7 +132,7 @@ class ScoreHistogram:
         self._exact, self._estimated = exact, estimated
         self._least = LEAST * missed.clamp(min=1e-12)
         self.greatest = torch.zeros_like(missed)
-        self._sums = torch.zeros(10, BINS * len(missed))
+        self._sums = torch.zeros(10, BINS * len(missed), dtype=torch.float64)
 
     def update(self, x: Tensor) -> None:
         """Adds tokens, [tokens, d], float32."""
@@ -133,12 +141,12 @@ class ScoreHistogram:
         steps = (scores / self._least).log_().div_(torch.tensor(GROWTH).log())
         index = steps.floor_().add_(1).clamp_(0, BINS - 1).long().mul_(h).add_(torch.arange(h)).view(-1)
         for total, value in zip(self._sums, _terms(*self._exact(x)), strict=True):
-            total.scatter_add_(0, index, value.reshape(-1))
+            total.scatter_add_(0, index, value.reshape(-1).double())
 
     @property
     def sums(self) -> ProductSums:
         """The sums so far."""
-        return ProductSums(*self._sums.view(10, BINS, -1).double())
+        return ProductSums(*self._sums.view(10, BINS, -1))
 
     @property
     def edges(self) -> Tensor:

@@ -1,14 +1,21 @@
-"""What calibration measures at a site: sums, so that memory does not grow with the text and shards can be added."""
+"""What calibration measures at a site: sums, so that memory does not grow with the text and shards can be added.
+
+The products of a batch are float32, their sums over batches float64: in whatever order batches are added, and by how
+many processes, what is rounded from the sums comes out the same.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from tardis_fx.calibration.merging import Merge
     from tardis_fx.calibration.predictor import Quantised
     from tardis_fx.graph.activations import Activation
 
@@ -20,14 +27,16 @@ SPREAD = 6.0
 class Moments:
     """Number, sum and Gram matrix of a site's inputs.
 
-    Memory: d² float32.
+    Memory: d² float64.
     """
+
+    merged: ClassVar[Mapping[str, Merge]] = {"tokens": "sum", "total": "sum", "gram": "sum"}
 
     def __init__(self, d: int) -> None:
         """Starts at zero."""
         self.tokens = 0
         self.total = torch.zeros(d, dtype=torch.float64)
-        self.gram = torch.zeros(d, d)
+        self.gram = torch.zeros(d, d, dtype=torch.float64)
 
     def update(self, x: Tensor) -> None:
         """Adds tokens, [tokens, d], float32."""
@@ -43,7 +52,7 @@ class Moments:
     @property
     def covariance(self) -> Tensor:
         """Covariance of the inputs, [d, d], float64."""
-        return self.gram.double() / self.tokens - torch.outer(self.mean, self.mean)
+        return self.gram / self.tokens - torch.outer(self.mean, self.mean)
 
 
 @dataclass(frozen=True)
@@ -75,8 +84,10 @@ class Sums:
 class Histogram:
     """Joint sums of estimate, pre-activation and activation of every neuron, by bins of the estimate.
 
-    The bins are laid over the estimate's distribution as the moments give it. Memory: 6 bins h float32.
+    The bins are laid over the estimate's distribution as the moments give it. Memory: 6 bins h float64.
     """
+
+    merged: ClassVar[Mapping[str, Merge]] = {"_sums": "sum", "least": "least", "greatest": "greatest"}
 
     def __init__(
         self, moments: Moments, w1: Tensor, b1: Tensor | None, predictor: Quantised, activation: Activation
@@ -98,7 +109,7 @@ class Histogram:
         self._width = (2 * spread / BINS).float()
         self.least = torch.full((h,), torch.inf)
         self.greatest = torch.full((h,), -torch.inf)
-        self._sums = torch.zeros(6, BINS * h)
+        self._sums = torch.zeros(6, BINS * h, dtype=torch.float64)
 
     def update(self, x: Tensor) -> None:
         """Adds tokens, [tokens, d], float32."""
@@ -111,12 +122,12 @@ class Histogram:
         bins = ((z_hat - self._low) / self._width).clamp_(0, BINS - 1).long()
         index = bins.mul_(len(self._low)).add_(torch.arange(len(self._low))).view(-1)
         for total, value in zip(self._sums, (torch.ones_like(z), z, z * z, a, a * z, a * a), strict=True):
-            total.scatter_add_(0, index, value.view(-1))
+            total += torch.zeros_like(total, dtype=torch.float32).scatter_add_(0, index, value.view(-1))
 
     @property
     def sums(self) -> Sums:
         """The sums so far."""
-        return Sums(*self._sums.view(6, BINS, -1).double())
+        return Sums(*self._sums.view(6, BINS, -1))
 
     @property
     def edges(self) -> Tensor:

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
 from tardis_fx.calibration.profile import Moments
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from tardis_fx.calibration.merging import Merge
 
 #: Ridge, as a share of the mean variance of an input.
 RIDGE = 1e-3
@@ -24,8 +30,10 @@ def fitted_tokens(tokens: int) -> int:
 class Residual:
     """Sums of a residual against the inputs, apart for fitted and for held-back tokens.
 
-    Memory: 2 (d² + d d_out) float32.
+    Memory: 2 (d² + d d_out) float64.
     """
+
+    merged: ClassVar[Mapping[str, Merge]] = {"_fitted": "parts", "_held": "parts"}
 
     def __init__(self, d: int, d_out: int) -> None:
         """Starts at zero."""
@@ -49,7 +57,7 @@ class Residual:
         count = fitted.inputs.tokens
         covariance, mean = fitted.inputs.covariance, fitted.inputs.mean
         covariance.diagonal().add_(RIDGE * covariance.diagonal().mean().clamp(min=1e-30))
-        cross = fitted.cross.double() / count - torch.outer(mean, fitted.total / count)
+        cross = fitted.cross / count - torch.outer(mean, fitted.total / count)
         weight = torch.linalg.solve(covariance, cross, left=True) if covariance.any() else torch.zeros_like(cross)
         bias = fitted.total / count - mean @ weight
         return AffineMap(weight, bias)
@@ -94,9 +102,13 @@ class Residual:
 class _Half:
     """The sums over one part of the tokens."""
 
+    merged: ClassVar[Mapping[str, Merge]] = {
+        "inputs": "parts", "cross": "sum", "total": "sum", "square": "sum", "output_square": "sum",
+    }  # fmt: skip
+
     def __init__(self, d: int, d_out: int) -> None:
         self.inputs = Moments(d)
-        self.cross = torch.zeros(d, d_out)
+        self.cross = torch.zeros(d, d_out, dtype=torch.float64)
         self.total = torch.zeros(d_out, dtype=torch.float64)
         self.square = 0.0
         self.output_square = 0.0
@@ -111,10 +123,8 @@ class _Half:
     def missed(self, weight: Tensor, bias: Tensor) -> float:
         """Sum of the squares of residual - (x weight + bias), from the sums."""
         count, inputs = self.inputs.tokens, self.inputs.total
-        predicted = (
-            ((self.inputs.gram.double() @ weight) * weight).sum() + 2 * (inputs @ weight) @ bias + count * bias @ bias
-        )
-        crossed = (self.cross.double() * weight).sum() + self.total @ bias
+        predicted = ((self.inputs.gram @ weight) * weight).sum() + 2 * (inputs @ weight) @ bias + count * bias @ bias
+        crossed = (self.cross * weight).sum() + self.total @ bias
         return max(0.0, self.square - 2 * crossed.item() + predicted.item())
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
@@ -12,11 +12,12 @@ from tardis_fx.calibration.gated_residuals import GatedTokens
 from tardis_fx.calibration.regression import Residual
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from torch import Tensor
 
     from tardis_fx.calibration.draft import Draft
+    from tardis_fx.calibration.merging import Merge
     from tardis_fx.calibration.predictor import Quantised
 
 
@@ -26,6 +27,8 @@ class Several:
     Attributes:
         observers: one a draft.
     """
+
+    merged: ClassVar[Mapping[str, Merge]] = {"observers": "parts"}
 
     def __init__(self, drafts: Sequence[Draft]) -> None:
         """Takes the drafts."""
@@ -97,6 +100,8 @@ class ResidualObserver:
         outliers: corrections made.
         tokens: tokens seen.
     """
+
+    merged: ClassVar[Mapping[str, Merge]] = {"residual": "parts", "outliers": "sum", "tokens": "sum"}
 
     def __init__(self, draft: Draft) -> None:
         """Starts at zero."""

@@ -25,7 +25,7 @@ class DemoModel:
     """Model and tokenizer.
 
     Attributes:
-        model: transformers' language model (GPT2LMHeadModel in the package), float32, in eval mode, without gradients.
+        model: transformers' language model (GPT2LMHeadModel in the package), in eval mode, without gradients.
         tokenizer: of the ``tokenizers`` library.
         context: longest sequence, in tokens.
         training: what the run that made the checkpoint took and reached.
@@ -63,11 +63,12 @@ def cut(ids: Tensor, count: int, length: int, seed: int = 0) -> Tensor:
     return torch.stack([ids[start : start + length] for start in starts])
 
 
-def load(folder: Path = FOLDER) -> DemoModel:
+def load(folder: Path = FOLDER, dtype: str = "float32") -> DemoModel:
     """Loads a causal language model in the form of ``transformers``; the packaged one by default.
 
     Args:
         folder: holds ``config.json``, the weights and ``tokenizer.json``.
+        dtype: of the model; ``"auto"`` for that of the stored weights.
 
     Raises:
         DemoError: ``transformers`` or ``tokenizers`` is not installed, or the folder holds no whole checkpoint.
@@ -83,7 +84,7 @@ def load(folder: Path = FOLDER) -> DemoModel:
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         training = json.loads((folder / "config.json").read_text()).get("training", {})
         model, found = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
+            folder, dtype=dtype, local_files_only=True, output_loading_info=True
         )
     except Exception as error:  # tokenizers raises nothing narrower
         raise DemoError(f"no checkpoint of a language model in {folder}: {error}") from error

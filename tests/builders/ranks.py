@@ -1,0 +1,95 @@
+"""What each of two processes does that calibrate together; their results are files."""
+
+from __future__ import annotations
+
+import json
+import os
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from builders.ffns import Block, batches, config, ffn
+from tardis_fx import Config, TardisError, calibrate
+from tardis_fx.calibration.observe import BatchObservation
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+CONFIGS = {
+    "partial_linear": config(fold_bits=None, row_bits=None),
+    "sequential": config(sequential=True),
+    "wanda": config(method="wanda"),
+    "token_gate": config(method="token_gate", budget=0.7),
+}
+
+
+def model() -> nn.Module:
+    """Two FFNs."""
+    return nn.Sequential(*(Block(ffn(seed=i)) for i in range(2))).eval()
+
+
+def given() -> list[Tensor]:
+    """Five batches, the last one smaller: one rank gets more tokens than the other."""
+    return [*batches(4), *batches(1, tokens=40)]
+
+
+def main(rank: int, folder: Path) -> None:
+    """Everything that needs two processes; at the end rank 1 dies in the middle of a calibration."""
+    torch.set_num_threads(1)
+    store = f"file://{folder}/store"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=timedelta(seconds=30))
+    for name, chosen in CONFIGS.items():
+        calibrate(model(), given(), config=chosen).save(folder / f"{name}-{rank}")
+    said = {
+        "nan": _error(_with_nan(), config()),
+        "batches": _error(given()[rank:], config()),
+        "configs": _error(given(), config(budget=0.4 + rank / 10)),
+        "threads": _error(given(), config(), threads=1 + rank),
+        "checkpoint": _error(given(), config(), checkpoint=folder / f"file-{rank}"),
+    }
+    shown: list[str] = []
+    _note(shown)
+    calibrate(model(), given(), config=config(), checkpoint=folder / "checkpoint").save(folder / f"resumed-{rank}")
+    said["shown"] = "; ".join(shown)
+    if rank:
+        _note(shown, last=2)
+        (folder / "said-1").write_text(json.dumps(said))
+    said["dying"] = _error(given(), config(), plan=folder / "dying")
+    (folder / f"said-{rank}").write_text(json.dumps(said))
+
+
+def _with_nan() -> list[Tensor]:
+    x = given()
+    x[1][3, 2] = torch.nan  # a batch of rank 1
+    return x
+
+
+def _error(
+    x: list[Tensor], chosen: Config, *, checkpoint: Path | None = None, plan: Path | None = None, threads: int = 1
+) -> str:
+    torch.set_num_threads(threads)
+    try:
+        found = calibrate(model(), x, config=chosen, checkpoint=checkpoint)
+        if plan is not None:
+            found.save(plan)
+    except TardisError as error:
+        return f"{type(error).__name__}: {error}"
+    finally:
+        torch.set_num_threads(1)
+    return "none"
+
+
+def _note(shown: list[str], last: int = 1000) -> None:
+    """Notes which runs over the batches are made, and dies in the one of number ``last``."""
+    show = BatchObservation._show
+
+    def noted(self: BatchObservation, observers: dict[str, object], what: str) -> set[str]:
+        shown.append(what)
+        if self._runs == last:
+            os._exit(1)
+        return show(self, observers, what)  # type: ignore[arg-type]
+
+    BatchObservation._show = noted  # type: ignore[assignment]

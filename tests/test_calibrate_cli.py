@@ -1,0 +1,109 @@
+"""The command ``tardis calibrate``."""
+
+from __future__ import annotations
+
+import socket
+from typing import TYPE_CHECKING
+
+import pytest
+import torch.distributed as dist
+from builders.models import VOCABULARY, gpt2, tokens
+from tokenizers import Tokenizer, models, pre_tokenizers
+from typer.testing import CliRunner
+
+from tardis_fx import (
+    CalibrationError,
+    CheckpointError,
+    Config,
+    ConfigError,
+    Plan,
+    PlanFileError,
+    TardisError,
+    calibrate,
+)
+from tardis_fx.cli import app
+from tardis_fx.demo.model import cut
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+TEXT = tokens(2000)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model in bfloat16 and a tokenizer of words, as files, and a text."""
+    path = tmp_path_factory.mktemp("model")
+    gpt2().bfloat16().save_pretrained(path)
+    tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(path / "tokenizer.json"))
+    (path / "text.txt").write_text(" ".join(f"w{i}" for i in TEXT.tolist()))
+    return path
+
+
+def arguments(folder: Path, out: Path, *more: str) -> list[str]:
+    text = str(folder / "text.txt")
+    return ["calibrate", str(out), "--model", str(folder), "--text", text, "--windows", "20", *more]
+
+
+def plans_of(plan: Plan) -> list[dict[str, object]]:
+    return [
+        vars(site) | {"tensors": {name: tensor.tolist() for name, tensor in site.tensors.items()}}
+        for site in plan.sites
+    ]
+
+
+@pytest.fixture
+def torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What torchrun tells the only process that it starts."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    told = {"TORCHELASTIC_RUN_ID": "none", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": 0, "WORLD_SIZE": 1}
+    for name, value in (told | {"LOCAL_RANK": 0}).items():
+        monkeypatch.setenv(name, str(value))
+
+
+@pytest.mark.usefixtures("torchrun")
+def test_the_command_writes_the_plan_that_the_function_returns(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    groups: list[int] = []
+    initialise = dist.init_process_group
+    monkeypatch.setattr(dist, "init_process_group", lambda *a, **k: groups.append(initialise(*a, **k)))  # type: ignore[func-returns-value]
+    out, checkpoint = tmp_path / "plan", tmp_path / "checkpoint"
+    method = ["--method", "wanda:budget=0.6", "--checkpoint", str(checkpoint)]
+    result = CliRunner().invoke(app, arguments(folder, out, *method), catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    assert "2 wanda" in result.output
+    assert len(groups) == 1
+    assert not dist.is_initialized()
+    found = Plan.load(out)
+    batches = list(cut(TEXT, 20, 64).split(8))
+    config = Config(method="wanda", budget=0.6, progress=False)
+    assert plans_of(found) == plans_of(calibrate(gpt2().bfloat16(), batches, config=config))
+    assert len(list(checkpoint.iterdir())) == 2
+    other = arguments(folder, out, "--method", "wanda:budget=0.5", "--checkpoint", str(checkpoint))
+    with pytest.raises(CheckpointError, match="another config"):
+        CliRunner().invoke(app, other, catch_exceptions=False)
+
+
+WRONG = {
+    "a folder that is not there": (("--method", "wanda"), "nowhere/plan", PlanFileError),
+    "two methods": (("--method", "wanda,gptq"), "plan", ConfigError),
+    "a healing": (("--method", "wanda:healed=True"), "plan", ConfigError),
+    "an unknown field": (("--method", "wanda:size=1"), "plan", ConfigError),
+    "an unknown dtype": (("--dtype", "int3"), "plan", ConfigError),
+    "an unknown device": (("--device", "tpu"), "plan", ConfigError),
+    "no windows": (("--windows", "0"), "plan", ConfigError),
+    "no text": (("--text", "nowhere"), "plan", CalibrationError),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_what_cannot_be_done_is_a_typed_error(wrong: str, folder: Path, tmp_path: Path) -> None:
+    more, out, error = WRONG[wrong]
+    assert issubclass(error, TardisError)
+    with pytest.raises(error):
+        CliRunner().invoke(app, arguments(folder, tmp_path / out, *more), catch_exceptions=False)
+    assert not (tmp_path / out).exists()
