@@ -226,10 +226,13 @@ class PartialLinear(Rewrite):
         hidden, device = weights.w1.shape[0], weights.w1.device
         neurons = plan.tensors["neurons"]
         listed, guarded = len(neurons), len(plan.tensors["codes"])
-        first = {"w1": weights.w1} if weights.gate is None else {"gate": weights.gate, "up": weights.w1}
-        constants = {name: weight.contiguous() for name, weight in (first | {"w2t": weights.w2.T}).items()}
-        if plan.settings["row_bits"] != 16:
-            for name in constants:
+        whole = {"w1": weights.w1} if weights.gate is None else {"gate": weights.gate, "up": weights.w1}
+        whole["w2t"] = weights.w2.T
+        constants = {}
+        for name, weight in whole.items():
+            if plan.settings["row_bits"] == 16:
+                constants[name] = weight.contiguous()
+            else:
                 rows = plan.tensors[name].to(device)
                 constants[name] = rows.new_zeros(hidden, rows.shape[1]).index_copy_(0, neurons.long().to(device), rows)
         if weights.gate is not None:
