@@ -25,6 +25,7 @@ from tardis_fx import (
     count_touched,
     explain,
     heal,
+    release,
 )
 from tardis_fx.calibration.check import Check
 from tardis_fx.calibration.gated_draft import GatedDraft
@@ -284,3 +285,14 @@ def test_a_transformers_model_at_a_generous_budget_gives_nearly_what_it_gave(nam
     found = compiled(model, plan, strict=True)(unseen, use_cache=False).logits
     assert not torch.equal(found, dense)
     assert (found - dense).norm() < 0.02 * dense.norm()
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@torch.no_grad()
+def test_a_gated_model_without_its_matrices_gives_what_it_gave(fused: bool) -> None:
+    model = Gated(fused=fused)
+    plan = calibrate(model, batches(), config=config(fold_bits=8, row_bits=8))
+    before = compiled(model, plan)(X)
+    assert release(model, plan, X) == 4 * 3 * 16 * 48
+    torch.compiler.reset()
+    assert torch.equal(compiled(model, plan)(X), before)
