@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from builders import gated
 from builders.ffns import ffn, inputs
 
 from tardis_fx import CalibrationError, CheckpointError
@@ -11,11 +12,13 @@ from tardis_fx.calibration.affine import Neurons, Outputs
 from tardis_fx.calibration.check import Check
 from tardis_fx.calibration.checkpoint import Checkpoint
 from tardis_fx.calibration.draft import Draft
+from tardis_fx.calibration.gated_draft import GatedDraft
 from tardis_fx.calibration.merging import statistics
 from tardis_fx.calibration.operands import Grams, Sizes
 from tardis_fx.calibration.profile import Moments
 from tardis_fx.calibration.ranges import Ranges, SiteRanges
 from tardis_fx.calibration.residuals import Several
+from tardis_fx.passes.drop_bias import Lost
 from tardis_fx.testing.observation import observed
 
 if TYPE_CHECKING:
@@ -35,7 +38,7 @@ MERGED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 def draft() -> Draft:
     """Half of the neurons guarded, on half of their bins."""
-    draft = Draft(SITE, seen(Moments(D), BATCHES), 2)
+    draft = Draft(SITE, seen(Moments(D), BATCHES), 2, 64, "gptq")
     histogram = seen(draft.histogram(), BATCHES)
     hot = torch.zeros_like(histogram.sums.count, dtype=torch.bool)
     hot[24:72] = True
@@ -51,8 +54,15 @@ def seen(observer: Any, batches: Sequence[Tensor]) -> Any:
     return observer
 
 
-SITE = observed(ffn())
-DRAFT = draft()
+def gated_draft() -> GatedDraft:
+    """Nothing settled but the score."""
+    draft = GatedDraft(GATED, seen(Moments(D), BATCHES), 2, 64, "gptq")
+    draft.prepare(seen(draft.products(), BATCHES))
+    return draft
+
+
+SITE, GATED = observed(ffn()), gated.observed(gated.Gated(D))
+DRAFT, GATED_DRAFT = draft(), gated_draft()
 OBSERVERS: dict[str, Callable[[], Any]] = {
     "Moments": lambda: Moments(D),
     "Histogram": DRAFT.histogram,
@@ -61,6 +71,9 @@ OBSERVERS: dict[str, Callable[[], Any]] = {
     "Grams": lambda: Grams(SITE),
     "Neurons": lambda: Neurons(SITE),
     "Outputs": lambda: Outputs(SITE),
+    "Products": GATED_DRAFT.products,
+    "ScoreHistogram": GATED_DRAFT.histogram,
+    "Lost": lambda: Lost(GATED),
     "Check": lambda: Check(SITE, lambda x: x, held_back=True),
 }
 
