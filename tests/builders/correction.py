@@ -145,3 +145,10 @@ def assert_agree(out: Tensor, expected: Tensor, *, atol: float = 2e-4) -> None:
     assert out.shape == expected.shape
     rounding = torch.finfo(out.dtype).eps
     torch.testing.assert_close(out.double(), expected, rtol=0.51 * rounding, atol=atol, equal_nan=True)
+
+
+def assert_right(out: Tensor, op: Arguments, expected: Tensor, *, coded: float) -> None:
+    """A kernel's output: off by at most ``coded`` of the largest where x meets codes, else by rounding in float32."""
+    largest = expected.abs().nan_to_num().max().item() if expected.numel() else 0
+    whole = op["fold_bits"] == op["row_bits"] == 16
+    assert_agree(out, expected, atol=(2e-4 if whole else coded) * max(1.0, largest))

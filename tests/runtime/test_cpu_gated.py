@@ -6,7 +6,7 @@ from unittest import mock
 
 import pytest
 import torch
-from builders.correction import FLOATS, Arguments, assert_agree, changed
+from builders.correction import FLOATS, Arguments, assert_right, changed
 from builders.gated_correction import arguments, exact
 from hypothesis import given
 from hypothesis import strategies as st
@@ -28,11 +28,8 @@ def run(op: Arguments, *, threads: int = 2) -> Tensor:
 
 
 def agree(op: Arguments, out: Tensor) -> None:
-    """To the rounding of x in products with codes, 2^-13 of its group's largest, and that of float32 otherwise."""
-    expected = exact(op)
-    coded = op["fold_bits"] != 16 or op["row_bits"] != 16
-    largest = expected.abs().nan_to_num().max().item() if expected.numel() else 0
-    assert_agree(out, expected, atol=(4e-3 if coded else 2e-4) * max(1.0, largest))
+    """To the rounding of x in products with codes, 2^-13 of its block's largest."""
+    assert_right(out, op, exact(op), coded=4e-3)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from builders.correction import Arguments, arguments, assert_agree, changed, exact
+from builders.correction import Arguments, arguments, assert_agree, assert_right, changed, exact
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -63,13 +63,9 @@ def poisoned(shape: tuple[int, ...], *, dtype: torch.dtype, device: torch.device
     return torch.full(shape, math.nan if dtype.is_floating_point else 2**30 + 1, dtype=dtype, device=device)
 
 
-def allowed(op: Arguments) -> float:
-    """Absolute error: a code is read as a fraction of 256, which costs float32 eight of its bits."""
-    return 2e-4 if op["fold_bits"] == op["row_bits"] == 16 else 2e-3
-
-
-def assert_right(op: Arguments) -> None:
-    assert_agree(run(op), exact(op), atol=allowed(op))
+def agree(op: Arguments) -> None:
+    """A code is read as a fraction of 256, which costs float32 eight of its bits."""
+    assert_right(run(op), op, exact(op), coded=2e-3)
 
 
 @st.composite
@@ -96,13 +92,13 @@ def ops(draw: st.DrawFn) -> Arguments:
 @settings(max_examples=10)
 @given(op=ops())
 def test_the_kernels_agree_with_the_reference(op: Arguments) -> None:
-    assert_right(op)
+    agree(op)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_every_width_and_dtype_agrees(bits: int, dtype: torch.dtype) -> None:
-    assert_right(arguments(shape=(2,), d=130, h=30, bits=bits, dtype=dtype))
+    agree(arguments(shape=(2,), d=130, h=30, bits=bits, dtype=dtype))
 
 
 @pytest.mark.parametrize(("bits", "group_size"), [(3, 64), (4, 128), (8, 128)])
@@ -110,12 +106,12 @@ def test_every_width_of_fold_and_rows_agrees(bits: int, group_size: int) -> None
     op = arguments(
         h=20, d=130, d_out=70, always=3, fold_bits=bits, row_bits=bits, group_size=group_size, dtype=torch.bfloat16
     )
-    assert_right(op)
+    agree(op)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_every_activation_agrees(activation: str) -> None:
-    assert_right(arguments(h=20, d=20, d_out=5, activation=activation, outliers=1))
+    agree(arguments(h=20, d=20, d_out=5, activation=activation, outliers=1))
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
@@ -131,11 +127,11 @@ def test_with_an_empty_list_the_folded_output_comes_back() -> None:
 
 @pytest.mark.parametrize("always", [0, 200])
 def test_every_neuron_may_be_an_outlier_of_every_token(always: int) -> None:
-    assert_right(arguments(shape=(3,), d=70, h=30, always=always, outliers=1))
+    agree(arguments(shape=(3,), d=70, h=30, always=always, outliers=1))
 
 
 def test_as_many_tokens_as_are_taken_agree() -> None:
-    assert_right(arguments(shape=(TOKENS,), d=70, h=12, d_out=70, outliers=0.3))
+    agree(arguments(shape=(TOKENS,), d=70, h=12, d_out=70, outliers=0.3))
 
 
 def test_outliers_may_all_lie_together_at_the_end() -> None:
@@ -143,7 +139,7 @@ def test_outliers_may_all_lie_together_at_the_end() -> None:
     lower = op["lower"]
     assert isinstance(lower, Tensor)
     lower[55:] = math.inf
-    assert_right(op)
+    agree(op)
 
 
 def test_strided_arguments_give_the_same() -> None:
