@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -181,14 +182,15 @@ def test_a_plan_that_does_not_fit_stops_the_server_and_names_the_site(
         stale.model.decoder.layers[1].fc1.weight[0, 0] += 1e-3
     stale.save_pretrained(tmp_path / "stale")
     build("opt", seed=9).save_pretrained(tmp_path / "foreign")
-    inside = served.folder / "plan.safetensors"
+    inside = Path(shutil.copytree(served.folder, tmp_path / "inside"), served.plan.name)
+    shutil.copy(served.plan, inside)
     jobs = [
         served.job(model=str(tmp_path / "stale")),
         served.job(model=str(tmp_path / "foreign")),
         served.job(case("gpt2").plan),
         served.job(dtype="bfloat16"),
         served.job(tmp_path / "none.safetensors"),
-        served.job(inside),
+        served.job(inside, model=str(inside.parent)),
         served.job(model_loader_extra_config={}),
     ]
     expected = [
