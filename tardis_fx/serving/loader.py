@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     from tardis_fx.config import Prefill
     from tardis_fx.plan import SitePlan
 
-_log = logging.getLogger("tardis_fx")
+# Under vLLM's own name, for its handlers: a server shows nothing else.
+_log = logging.getLogger("vllm.tardis_fx")
 
 
 @dataclass(frozen=True)
