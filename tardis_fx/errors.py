@@ -35,3 +35,7 @@ class DemoError(TardisError, RuntimeError):
 
 class BenchError(TardisError, RuntimeError):
     """The comparison cannot run here: a library or memory is missing, or a file cannot be written."""
+
+
+class ServingError(TardisError, RuntimeError):
+    """A plan cannot be served with this model, or with what the engine was started with."""

@@ -1,0 +1,175 @@
+"""A real server under load, with and without a plan: ``vllm serve`` on loopback, vLLM's own client against it.
+
+python benchmarks/serving.py demo --requests 200       # the packaged model
+python benchmarks/serving.py wide --requests 200       # random weights, an FFN of 32 MiB a layer
+
+To be run by the Python of an environment with vLLM (scripts/vllm_env.sh).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil
+import torch
+
+from tardis_fx import Config, calibrate
+from tardis_fx.demo.model import FOLDER, load
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+VLLM = [str(Path(sys.executable).with_name("vllm"))]
+ENVIRONMENT = os.environ | {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+PROMPTS = ["def parse(", "import os\n\n\nclass ", "    for name in ", "raise ValueError("]
+
+
+def prepare(which: str, folder: Path, budget: float) -> tuple[Path, Path]:
+    """A model's folder, as vLLM reads it, and a plan for it."""
+    import transformers as hf
+
+    demo = load()
+    model = demo.model
+    batches = list(demo.windows("calibration", 64).split(8))
+    if which == "wide":
+        torch.manual_seed(0)
+        config = hf.GPT2Config(
+            n_embd=1024, n_head=16, n_layer=4, n_positions=256, vocab_size=4096, bos_token_id=0, eos_token_id=0
+        )
+        model = hf.GPT2LMHeadModel(config).eval()
+    model.save_pretrained(folder / "model")
+    hf.PreTrainedTokenizerFast(
+        tokenizer_file=str(FOLDER / "tokenizer.json"), eos_token="<|endoftext|>"
+    ).save_pretrained(folder / "model")
+    plan = calibrate(model, batches, config=Config(budget=budget))
+    plan.save(folder / "model.tardis.safetensors")
+    return folder / "model", folder / "model.tardis.safetensors"
+
+
+@contextmanager
+def server(model: Path, plan: Path | None, log: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """Starts a server, waits until it answers, and ends it; gives its address and process."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [*VLLM, "serve", str(model), "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32"]
+    command += ["--max-model-len", "256", "--served-model-name", "model", "--no-enable-prefix-caching"]
+    if plan:
+        command += ["--load-format", "tardis", "--model-loader-extra-config", json.dumps({"plan": str(plan)})]
+    with log.open("ab") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=file, env=ENVIRONMENT, start_new_session=True)
+    address = f"http://127.0.0.1:{port}"
+    try:
+        while True:
+            if process.poll() is not None:
+                raise SystemExit(f"the server ended at its start: see {log}")
+            try:
+                with urllib.request.urlopen(f"{address}/health", timeout=5):
+                    break
+            except OSError:
+                time.sleep(1)
+        yield address, process
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGTERM)
+            process.wait(60)
+
+
+def memory(process: subprocess.Popen[bytes]) -> float:
+    """Resident memory of a process and all that it started, MiB."""
+    root = psutil.Process(process.pid)
+    return sum(p.memory_info().rss for p in [root, *root.children(recursive=True)]) / 2**20
+
+
+def load_test(address: str, model: Path, folder: Path, given: argparse.Namespace, requests: int) -> dict[str, Any]:
+    """What vLLM's client measures."""
+    command = [
+        *VLLM, "bench", "serve", "--base-url", address, "--model", "model", "--tokenizer", str(model),
+        "--dataset-name", "random", "--random-input-len", str(given.input), "--random-output-len", str(given.output),
+        "--num-prompts", str(requests), "--max-concurrency", str(given.concurrency), "--ignore-eos",
+        "--temperature", "0", "--disable-tqdm", "--save-result", "--result-dir", str(folder),
+        "--result-filename", "result.json",
+    ]  # fmt: skip
+    subprocess.run(command, check=True, env=ENVIRONMENT, stdout=subprocess.DEVNULL)
+    found: dict[str, Any] = json.loads((folder / "result.json").read_text())
+    return found
+
+
+def complete(address: str) -> list[str]:
+    """Greedy continuations of a few prompts, one after the other."""
+    found = []
+    for prompt in PROMPTS:
+        body = {"model": "model", "prompt": prompt, "max_tokens": 32, "temperature": 0, "ignore_eos": True}
+        request = urllib.request.Request(
+            f"{address}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=300) as answer:
+            found.append(json.load(answer)["choices"][0]["text"])
+    return found
+
+
+def main() -> None:
+    """Measures and prints."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", choices=["demo", "wide"])
+    parser.add_argument("--budget", type=float, default=0.15)
+    parser.add_argument("--requests", type=int, default=2000)
+    parser.add_argument("--concurrency", type=int, default=4)
+    parser.add_argument("--input", type=int, default=32, help="tokens of a prompt")
+    parser.add_argument("--output", type=int, default=64, help="tokens generated")
+    given = parser.parse_args()
+    folder = Path(tempfile.mkdtemp(prefix="serving_"))
+    model, plan = prepare(given.model, folder, given.budget)
+    print(
+        f"{given.model}, budget {given.budget:.0%}, {given.requests} requests of {given.input} + {given.output}, "
+        f"{given.concurrency} at a time; {platform.processor() or platform.machine()}, {os.cpu_count()} CPUs, "
+        f"load average {os.getloadavg()[0]:.1f} before; logs in {folder}"
+    )
+    results, answers = {}, {}
+    for name, used in (("original", None), ("plan", plan)):
+        with server(model, used, folder / f"{name}.log") as (address, process):
+            answers[name] = complete(address)
+            load_test(address, model, folder, given, 8 * given.concurrency)  # what grows by being used the first time
+            before = memory(process)
+            results[name] = load_test(address, model, folder, given, given.requests)
+            grown = memory(process) - before
+            if used:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        found = results[name]
+        print(
+            f"{name:9} {found['output_throughput']:8.1f} tokens/s, {found['median_tpot_ms']:7.2f} ms a token, "
+            f"{found['median_ttft_ms']:7.1f} ms to the first (medians); {found['completed']} completed, "
+            f"{found['failed']} failed; memory {before:.0f} MiB, {grown:+.0f} MiB after"
+        )
+    original, rewritten = results["original"], results["plan"]
+    print(
+        f"ratio plan / original: throughput {rewritten['output_throughput'] / original['output_throughput']:.2f}, "
+        f"time per token {rewritten['median_tpot_ms'] / original['median_tpot_ms']:.2f}"
+    )
+    with server(model, plan, folder / "again.log") as (address, _):
+        again = complete(address)
+    print(f"killed and restarted, the same text: {again == answers['plan']}")
+    print(f"the original's text is another: {answers['original'] != answers['plan']}")
+
+
+if __name__ == "__main__":
+    main()

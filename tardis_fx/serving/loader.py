@@ -1,0 +1,164 @@
+"""vLLM's model loader ``tardis``: the weights as the ``auto`` loader loads them, then the FFNs rewritten.
+
+Rewriting stands between loading and vLLM's processing of weights: each rank has its shards, and nothing is packed yet.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from dataclasses import dataclass, fields, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+from vllm.platforms import current_platform
+
+from tardis_fx.errors import ConfigError, PlanFileError, ServingError
+from tardis_fx.passes.base import rewrite_named
+from tardis_fx.plan import Plan
+from tardis_fx.serving import slots
+from tardis_fx.serving.modules import RewrittenFFN, Through
+from tardis_fx.serving.shards import shard
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from vllm.config import ModelConfig, VllmConfig
+    from vllm.config.load import LoadConfig
+
+    from tardis_fx.config import Prefill
+    from tardis_fx.plan import SitePlan
+
+# Under vLLM's own name, for its handlers: a server shows nothing else.
+_log = logging.getLogger("vllm.tardis_fx")
+
+
+@dataclass(frozen=True)
+class _Options:
+    """What ``--model-loader-extra-config`` holds.
+
+    Attributes:
+        plan: path of the plan's file.
+        prefill: overrides the plan's.
+    """
+
+    plan: str
+    prefill: Prefill | None = None
+
+    @classmethod
+    def parse(cls, given: Any) -> _Options:
+        """Reads the mapping.
+
+        Raises:
+            ConfigError: it is none, lacks the plan, or holds something else.
+        """
+        known = [field.name for field in fields(cls)]
+        if not isinstance(given, dict) or not isinstance(given.get("plan"), str) or set(given) - set(known):
+            raise ConfigError(
+                'the load format "tardis" needs --model-loader-extra-config \'{"plan": "FILE"}\', and knows '
+                f"{' and '.join(known)}; given: {given!r}"
+            )
+        if given.get("prefill") not in (None, "original", "rewritten"):
+            raise ConfigError(f"prefill must be 'original' or 'rewritten', not {given['prefill']!r}")
+        return cls(**given)
+
+
+class TardisLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not there when types are checked
+    """Loads a model and rewrites the FFNs of a plan."""
+
+    def __init__(self, load_config: LoadConfig) -> None:
+        """Reads the options.
+
+        Raises:
+            ConfigError: of the loader's extra config.
+        """
+        super().__init__(load_config)
+        self._options = _Options.parse(load_config.model_loader_extra_config)
+        self._inner = DefaultModelLoader(replace(load_config, load_format="auto", model_loader_extra_config={}))
+
+    def download_model(self, model_config: ModelConfig) -> None:
+        """As the ``auto`` loader."""
+        self._inner.download_model(model_config)
+
+    def load_model(self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = "") -> nn.Module:
+        """Loads the model, once the engine's configuration is known to be one that a plan can be served with.
+
+        Raises:
+            ServingError: it is not.
+            PlanFileError: the plan cannot be read.
+            PlanMismatchError: an FFN of the plan is not in the model.
+        """
+        _check(vllm_config)
+        # vLLM finds compiled graphs on disk by its configuration, in which the loader's is left out.
+        vllm_config.additional_config["tardis_fx"] = {
+            "version": version("tardis-fx"), "plan": _hash(self._options.plan), "prefill": self._options.prefill,
+        }  # fmt: skip
+        model: nn.Module = super().load_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
+        return model
+
+    def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
+        """Loads the weights and rewrites the model.
+
+        Raises:
+            PlanFileError: the plan cannot be read.
+            PlanMismatchError: an FFN of the plan is not in the model.
+            ServingError: the model has been rewritten before, or an FFN cannot be taken out of it.
+        """
+        if any(isinstance(module, RewrittenFFN) for module in model.modules()):
+            raise ServingError("weights cannot be loaded anew into a rewritten model: restart the server")
+        path = Path(self._options.plan).absolute()
+        if path.suffix == ".safetensors" and path.parent == Path(model_config.model).absolute():
+            raise ServingError(f"{path} lies in the model's folder, and vLLM would load it as weights: move it")
+        plan = Plan.load(path)
+        self._inner.load_weights(model, model_config)
+        found = slots.find(model, plan)
+        for slot, entry in found:
+            _rewrite(slot, entry, self._options.prefill or plan.config.prefill)
+        kept = [entry.name for entry in plan.sites if entry.method is None]
+        _log.info("%s: %d FFNs rewritten; original by the plan: %s", plan, len(found), ", ".join(kept) or "none")
+
+
+def _check(vllm_config: VllmConfig) -> None:
+    """Refuses what would change the weights, or what nobody has tried.
+
+    Raises:
+        ServingError: see there.
+    """
+    refused = {
+        "a device other than the CPU": not current_platform.is_cpu(),
+        "LoRA adapters": vllm_config.lora_config is not None,
+        "a draft model": vllm_config.speculative_config is not None,
+        "pipeline parallelism": vllm_config.parallel_config.pipeline_parallel_size > 1,
+        "an additional_config that is no mapping": not isinstance(vllm_config.additional_config, dict),
+    }
+    if given := [what for what, is_given in refused.items() if is_given]:
+        raise ServingError(f"a plan cannot be served with {', '.join(given)}")
+
+
+def _hash(path: str) -> str:
+    try:
+        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    except OSError as error:
+        raise PlanFileError(f"no plan file {path}: {error.strerror}") from error
+
+
+def _rewrite(slot: slots.Slot, entry: SitePlan, prefill: Prefill) -> None:
+    """Puts an FFN's modules out of their places."""
+    activation, weights, (rank, size) = slot.activation(str(entry.activation)), slot.weights, slot.shards
+    up, down = slot.layers
+    reduce = slots.reduces(slot)
+    if size > 1:
+        entry = shard(entry, rank, size, up.output_size)
+    rewrite = rewrite_named(str(entry.method))
+    constants = rewrite.constants(entry, weights)
+    original: dict[str, Tensor] = {}
+    if prefill == "original" and not rewrite.exact:
+        given = {"w1": weights.w1, "b1": weights.b1, "w2": weights.w2, "b2": weights.b2 if rank == 0 else None}
+        original = {name: value for name, value in given.items() if value is not None}
+    setattr(slot.parent, slot.up, Through(return_bias=up.return_bias))
+    setattr(slot.parent, activation, nn.Identity())
+    ffn = RewrittenFFN(entry, constants, original, d_out=down.output_size, return_bias=down.return_bias, reduce=reduce)
+    setattr(slot.parent, slot.down, ffn)

@@ -1,0 +1,79 @@
+"""What stands in the places of an FFN's modules, so that the model's own ``forward`` computes the rewritten FFN.
+
+The first projection and the activation pass the input through; the last projection gets it and computes everything.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from vllm.distributed import tensor_model_parallel_all_reduce
+
+from tardis_fx.serving import op
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from tardis_fx.plan import SitePlan
+
+
+class Through(nn.Module):
+    """In the place of the first projection: its input, in the form in which vLLM's layer returns its output."""
+
+    def __init__(self, *, return_bias: bool) -> None:
+        """Takes what the layer was made with."""
+        super().__init__()
+        self.return_bias = return_bias
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, None]:
+        """[..., d], and no bias that is left to add."""
+        return (x, None) if self.return_bias else x
+
+
+class RewrittenFFN(nn.Module):
+    """In the place of the last projection: the whole FFN. Its output has both biases in it."""
+
+    def __init__(
+        self,
+        entry: SitePlan,
+        constants: Mapping[str, Tensor],
+        original: Mapping[str, Tensor],
+        *,
+        d_out: int,
+        return_bias: bool,
+        reduce: bool,
+    ) -> None:
+        """Keeps the tensors as buffers.
+
+        Args:
+            entry: what is planned.
+            constants: of the rewrite.
+            original: weights for rows that take the original; none where no row does.
+            d_out: output width.
+            return_bias: whether vLLM's layer returns a pair.
+            reduce: whether it sums over the tensor-parallel ranks.
+        """
+        super().__init__()
+        self.return_bias, self.reduce, self.d_out = return_bias, reduce, d_out
+        self.spec = op.spec(entry, list(constants), list(original))
+        self._constants = [self._keep(f"constant_{name}", value) for name, value in constants.items()]
+        self._original = [self._keep(f"original_{name}", value) for name, value in original.items()]
+
+    def _keep(self, name: str, value: Tensor) -> str:
+        self.register_buffer(name, value, persistent=False)
+        return name
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, None]:
+        """The FFN's input, [..., d], to its output, [..., d_out]."""
+        constants = [getattr(self, name) for name in self._constants]
+        original = [getattr(self, name) for name in self._original]
+        out = torch.ops.tardis.serve(x, constants, original, self.spec, self.d_out)
+        if self.reduce:
+            out = tensor_model_parallel_all_reduce(out)
+        return (out, None) if self.return_bias else out
+
+    def extra_repr(self) -> str:
+        """What is printed of it."""
+        return f"d_out={self.d_out}, reduce={self.reduce}, spec={self.spec}"

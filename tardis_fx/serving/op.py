@@ -1,0 +1,111 @@
+"""The op in a rewritten FFN's place: one node to whatever compiles the model, the branch by rows inside it.
+
+It has no state: what is planned is in a string, and every tensor is an argument. So layers with equal settings compile
+to equal graphs, and a compiled graph that vLLM keeps on disk is good for any process.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from tardis_fx.calibration.check import original as dense
+from tardis_fx.graph.site import SiteWeights
+from tardis_fx.passes.base import Rewrite, rewrite_named
+from tardis_fx.passes.pipeline import decode_tokens
+from tardis_fx.plan import SitePlan
+from tardis_fx.serving.rows import decoding
+from tardis_fx.serving.step import query_lengths
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+@dataclass(frozen=True)
+class _Spec:
+    """What :func:`spec` wrote."""
+
+    rewrite: Rewrite
+    entry: SitePlan
+    constants: tuple[str, ...]
+    original: tuple[str, ...]
+
+
+def spec(entry: SitePlan, constants: Sequence[str], original: Sequence[str]) -> str:
+    """Everything of a site but its tensors.
+
+    Args:
+        entry: what is planned.
+        constants: names of the rewrite's constants, in the order of the op's argument.
+        original: fields of :class:`SiteWeights`, likewise; none where no row takes the original.
+    """
+    planned = {"kind": entry.kind, "activation": entry.activation, "method": entry.method, "settings": entry.settings}
+    return json.dumps({"planned": planned, "constants": list(constants), "original": list(original)}, sort_keys=True)
+
+
+@lru_cache(maxsize=256)
+def _read(text: str) -> _Spec:
+    content = json.loads(text)
+    entry = SitePlan(fingerprint="", name="", dtype="", shapes=(), dense_bytes=0, **content["planned"])
+    return _Spec(rewrite_named(str(entry.method)), entry, tuple(content["constants"]), tuple(content["original"]))
+
+
+def serve(x: Tensor, constants: list[Tensor], original: list[Tensor], text: str, d_out: int) -> Tensor:
+    """A rewritten FFN for the rows of one step.
+
+    Args:
+        x: [..., d]; all leading axes together are the rows of the step.
+        constants: what the rewrite made of plan and weights.
+        original: weights for rows that take the original, or none.
+        text: of :func:`spec`.
+        d_out: output width.
+
+    Returns:
+        [..., d_out].
+    """
+    site = _read(text)
+    rows = x.reshape(-1, x.shape[-1])
+    if not original:
+        return _rewritten(site, rows, constants).view(*x.shape[:-1], d_out)
+    lengths = query_lengths(len(rows))
+    chosen = decoding(lengths, decode_tokens(x.device))
+    if all(chosen):
+        out = _rewritten(site, rows, constants)
+    elif not any(chosen):
+        out = _original(site, rows, original)
+    else:
+        mask = torch.zeros(len(rows), dtype=torch.bool)
+        mask[: sum(lengths)] = torch.tensor(chosen).repeat_interleave(torch.tensor(lengths))
+        few, many = (m.nonzero()[:, 0].to(x.device) for m in (mask, ~mask))
+        out = x.new_empty(len(rows), d_out)
+        out[few] = _rewritten(site, rows[few], constants)
+        out[many] = _original(site, rows[many], original)
+    return out.view(*x.shape[:-1], d_out)
+
+
+def _rewritten(site: _Spec, rows: Tensor, constants: list[Tensor]) -> Tensor:
+    return site.rewrite.forward(rows, dict(zip(site.constants, constants, strict=True)), site.entry)
+
+
+def _original(site: _Spec, rows: Tensor, weights: list[Tensor]) -> Tensor:
+    given = {"b1": None, "b2": None} | dict(zip(site.original, weights, strict=True))
+    return dense(SiteWeights(**given), str(site.entry.activation), rows)  # type: ignore[arg-type]
+
+
+def _fake(x: Tensor, constants: list[Tensor], original: list[Tensor], text: str, d_out: int) -> Tensor:
+    return x.new_empty((*x.shape[:-1], d_out))
+
+
+# Held for the life of the process: dropping it takes the op away.
+_LIBRARY = torch.library.Library("tardis", "FRAGMENT")
+_LIBRARY.define(
+    "serve(Tensor x, Tensor[] constants, Tensor[] original, str text, int d_out) -> Tensor",
+    tags=(torch.Tag.needs_fixed_stride_order,),
+)
+_LIBRARY.impl("serve", serve, "CompositeExplicitAutograd")
+torch.library.register_fake("tardis::serve", _fake, lib=_LIBRARY)

@@ -1,0 +1,15 @@
+"""The entry point of group ``vllm.general_plugins``: makes ``--load-format tardis`` known to vLLM."""
+
+from __future__ import annotations
+
+#: The load format.
+FORMAT = "tardis"
+
+
+def register() -> None:
+    """Registers the loader; vLLM calls this in each of its processes."""
+    from vllm.model_executor.model_loader import register_model_loader
+
+    from tardis_fx.serving.loader import TardisLoader
+
+    register_model_loader(FORMAT)(TardisLoader)

@@ -1,0 +1,50 @@
+"""A plan's entry for one tensor-parallel rank, which holds some of the neurons: rows of W1, columns of W2.
+
+What fold and corrections give is a sum over neurons, and the ranks' outputs are summed: each rank corrects its own
+neurons, and the first one adds the folded map, which is of all neurons together, as vLLM adds biases on the first rank.
+The others multiply by zeros in its place, so that all ranks run the same graph.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from tardis_fx.errors import ServingError
+
+if TYPE_CHECKING:
+    from tardis_fx.plan import SitePlan
+
+#: Rewrites whose tensors are a folded map and one entry a neuron.
+SHARDED = ("partial_linear", "paper")
+
+
+def shard(entry: SitePlan, rank: int, size: int, hidden: int) -> SitePlan:
+    """What one rank does at a site; the outputs of all ranks sum to the whole site's.
+
+    Args:
+        entry: of the whole site.
+        rank: of this process.
+        size: number of ranks.
+        hidden: neurons of the whole site; rank ``r`` holds the ``r``-th of ``size`` equal runs.
+
+    Raises:
+        ServingError: the rewrite cannot be shared out.
+    """
+    if entry.method not in SHARDED:
+        raise ServingError(
+            f"{entry.name} is rewritten by {entry.method}, which is served by one rank only: use "
+            f"--tensor-parallel-size 1, or a plan of {' or '.join(SHARDED)}"
+        )
+    neurons, guarded = entry.tensors["neurons"].long(), len(entry.tensors["lower"])
+    first = rank * (hidden // size)
+    own = (neurons >= first) & (neurons < first + hidden // size)
+    kept = {"neurons": (neurons[own] - first).to(entry.tensors["neurons"].dtype)}
+    for name, tensor in entry.tensors.items():
+        if name.startswith("folded_"):
+            kept[name] = tensor if rank == 0 else torch.zeros_like(tensor)
+        elif name != "neurons":
+            kept[name] = tensor[own if len(tensor) == len(neurons) else own[:guarded]]
+    return replace(entry, tensors=kept)

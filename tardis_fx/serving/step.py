@@ -1,0 +1,33 @@
+"""What vLLM tells of the step that it is running."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+from tardis_fx.errors import ServingError
+
+
+def query_lengths(rows: int) -> list[int]:
+    """Tokens that each request brings to this step, in the order of the rows.
+
+    Runs without requests (vLLM's profiling and warming up) count as one request.
+
+    Args:
+        rows: of the step.
+
+    Raises:
+        ServingError: the attention backend does not tell where requests begin.
+    """
+    from vllm.forward_context import get_forward_context, is_forward_context_available
+
+    metadata = get_forward_context().attn_metadata if is_forward_context_available() else None
+    if not metadata:
+        return [rows]
+    starts = getattr(next(iter(metadata.values())), "query_start_loc", None) if isinstance(metadata, dict) else None
+    if starts is None:
+        raise ServingError(
+            "vLLM's attention backend does not tell which rows belong to which request: serve with "
+            '"prefill": "rewritten" in --model-loader-extra-config'
+        )
+    bounds = starts.tolist()
+    return [end - start for start, end in pairwise(bounds)]

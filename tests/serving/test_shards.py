@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from builders.ffns import FFN, Oracle, oracle, planned
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tardis_fx.errors import ServingError
+from tardis_fx.graph.site import SiteWeights
+from tardis_fx.passes.base import rewrite_named
+from tardis_fx.serving.shards import shard
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from tardis_fx.plan import SitePlan
+
+
+def parts(entry: SitePlan, weights: SiteWeights, x: Tensor, size: int) -> list[Tensor]:
+    """What each rank gives, from its rows of W1 and columns of W2 alone."""
+    rewrite, hidden = rewrite_named(str(entry.method)), len(weights.w1)
+    found = []
+    for rank in range(size):
+        own = slice(rank * hidden // size, (rank + 1) * hidden // size)
+        b1 = None if weights.b1 is None else weights.b1[own]
+        held = replace(weights, w1=weights.w1[own], b1=b1, w2=weights.w2[:, own])
+        part = shard(entry, rank, size, hidden)
+        found.append(rewrite.forward(x, rewrite.constants(part, held), part))
+    return found
+
+
+@given(st.integers(1, 4), st.integers(1, 6), st.data(), st.booleans(), st.integers(0, 99))
+def test_the_ranks_sum_to_the_whole_site(size: int, per: int, data: st.DataObject, bias: bool, seed: int) -> None:
+    made: Oracle = oracle(8, size * per, 5, "relu", d_out=6, bias=bias, seed=seed)
+    order = data.draw(st.permutations(range(size * per)))
+    first, second = sorted(data.draw(st.tuples(*[st.integers(0, size * per)] * 2)))
+    entry = made.plan(order[:first], order[first:second])
+    whole = made.rewritten(order[:first], order[first:second])
+    torch.testing.assert_close(sum(parts(entry, made.weights, made.x, size)), whole)
+
+
+@pytest.mark.parametrize("bits", [3, 8])
+def test_the_ranks_sum_to_the_whole_site_where_fold_and_rows_are_codes(original: FFN, bits: int) -> None:
+    entry = planned(original, fold_bits=bits, row_bits=bits).sites[0]
+    weights = SiteWeights(*(p.detach() for p in original.parameters()))
+    rewrite, x = rewrite_named(str(entry.method)), torch.randn(5, 16, generator=torch.Generator().manual_seed(3))
+    whole = rewrite.forward(x, rewrite.constants(entry, weights), entry)
+    torch.testing.assert_close(sum(parts(entry, weights, x, 2)), whole, rtol=1e-4, atol=1e-4)
+
+
+def test_a_rewrite_that_cannot_be_shared_out_is_refused_by_name(original: FFN) -> None:
+    entry = planned(original, method="low_rank").sites[0]
+    with pytest.raises(ServingError, match=f"{entry.name} is rewritten by low_rank, .* --tensor-parallel-size 1"):
+        shard(entry, 0, 2, 64)

@@ -1,0 +1,215 @@
+"""vLLM's own engine on rewritten models, against the same plan in transformers; see ``scripts/test_vllm.sh``."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+import transformers as hf
+from builders.compiled import compiled
+from builders.ffns import exact_plan
+
+from tardis_fx import Config, Plan, calibrate
+from tardis_fx.calibration.observe import BatchObservation
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"),
+]
+
+VOCABULARY, TOKENS = 128, 24
+_IDS: dict[str, Any] = {"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+_SHAPE = _IDS | {
+    "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 64,
+}  # fmt: skip
+_FAMILIES: dict[str, Callable[[], hf.PreTrainedModel]] = {
+    "gpt2": lambda: hf.GPT2LMHeadModel(
+        hf.GPT2Config(**_IDS, n_embd=64, n_layer=2, n_head=2, n_positions=64, initializer_range=0.2)
+    ),
+    "opt": lambda: hf.OPTForCausalLM(hf.OPTConfig(**_SHAPE, word_embed_proj_dim=64, ffn_dim=256, init_std=0.2)),
+    "falcon": lambda: hf.FalconForCausalLM(hf.FalconConfig(**_SHAPE, initializer_range=0.2)),
+    "gpt_neox": lambda: hf.GPTNeoXForCausalLM(
+        hf.GPTNeoXConfig(**_SHAPE, intermediate_size=256, initializer_range=0.2)
+    ),
+}  # fmt: skip
+
+
+def prompts(*lengths: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(5)
+    return [torch.randint(3, VOCABULARY, (n,), generator=generator).tolist() for n in lengths]
+
+
+#: The third prompt is short enough for its prefill to be rewritten.
+PROMPTS = prompts(12, 20, 5, 30)
+
+
+def build(family: str, seed: int = 0) -> hf.PreTrainedModel:
+    torch.manual_seed(seed)
+    return _FAMILIES[family]().eval()
+
+
+def batches() -> list[dict[str, torch.Tensor]]:
+    ids = torch.randint(3, VOCABULARY, (16, 64), generator=torch.Generator().manual_seed(1))
+    return [{"input_ids": batch} for batch in ids.split(4)]
+
+
+@torch.no_grad()
+def greedy(model: Any, count: int = TOKENS) -> list[list[int]]:
+    """What transformers generates, one prompt at a time."""
+    found = []
+    for prompt in PROMPTS:
+        ids, past, tokens = torch.tensor([prompt]), None, list[int]()
+        for _ in range(count):
+            output = model(input_ids=ids, past_key_values=past, use_cache=True)
+            past = output.past_key_values
+            tokens.append(int(output.logits[0, -1].argmax()))
+            ids = torch.tensor([tokens[-1:]])
+        found.append(tokens)
+    return found
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model on disk with a plan beside it, and what transformers makes of both."""
+
+    folder: Path
+    plan: Path
+    original: list[list[int]]
+    rewritten: list[list[int]]
+
+    def job(self, plan: Path | None = None, prefill: str | None = None, **engine: Any) -> dict[str, Any]:
+        extra = {"plan": str(plan or self.plan)} | ({"prefill": prefill} if prefill else {})
+        served = {"load_format": "tardis", "model_loader_extra_config": extra}
+        return self.plain_job(**served | engine)
+
+    def plain_job(self, **engine: Any) -> dict[str, Any]:
+        given = {"model": str(self.folder), "enforce_eager": True, "max_num_seqs": 1}
+        return {"prompts": PROMPTS, "tokens": [TOKENS] * len(PROMPTS)} | given | engine
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Case]:
+    @cache
+    def make(family: str) -> Case:
+        folder, model = tmp_path_factory.mktemp(family), build(family)
+        model.save_pretrained(folder / "model")
+        plan = calibrate(model, batches(), config=Config(budget=0.15, progress=False))
+        plan.save(folder / "plan.safetensors")
+        torch._dynamo.reset()
+        found = Case(folder / "model", folder / "plan.safetensors", greedy(model), greedy(compiled(model, plan)))
+        assert found.original != found.rewritten  # else a server that ignores the plan would pass
+        return found
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def cache_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+def run(jobs: list[dict[str, Any]], root: Path) -> list[dict[str, Any]]:
+    """Runs jobs in one process."""
+    result = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("engine.py"))],
+        input=json.dumps(jobs),
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"VLLM_CACHE_ROOT": str(root)},
+    )
+    assert result.returncode == 0, (result.stdout + result.stderr)[-5000:]
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def tokens(results: list[dict[str, Any]]) -> list[Any]:
+    return [result.get("tokens", result) for result in results]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("eager", [True, False], ids=["eager", "compiled"])
+def test_tokens_are_those_of_the_same_plan_in_transformers(
+    case: Callable[[str], Case], cache_root: Path, eager: bool, ranks: int
+) -> None:
+    cases = [case(family) for family in _FAMILIES]
+    found = run([c.job(enforce_eager=eager, tensor_parallel_size=ranks) for c in cases], cache_root)
+    assert tokens(found) == [c.rewritten for c in cases]
+
+
+def test_a_guard_that_corrects_everything_gives_the_unmodified_models_tokens(
+    case: Callable[[str], Case], cache_root: Path, tmp_path: Path
+) -> None:
+    jobs = []
+    for family in _FAMILIES:
+        sites = BatchObservation(build(family), batches(), progress=False).sites
+        plan = tmp_path / f"{family}.safetensors"
+        entries = [exact_plan(s.weights, s.parameters, str(s.site.activation)) for s in sites]
+        Plan(tuple(entries), Config()).save(plan)
+        jobs.append(case(family).job(plan, prefill="rewritten"))
+    assert tokens(run(jobs, cache_root)) == [case(family).original for family in _FAMILIES]
+
+
+def test_prompts_and_decoding_requests_in_one_step_take_the_branch_of_each(
+    case: Callable[[str], Case], cache_root: Path
+) -> None:
+    served = case("opt")
+    lengths = [24, 9, 16, 20]
+    job = served.job(max_num_seqs=2, max_num_batched_tokens=64) | {"tokens": lengths}
+    (found,) = run([job], cache_root)
+    assert any(min(step) == 1 and max(step) > 8 for step in found["steps"])  # both in one step
+    assert found["tokens"] == [ids[:n] for ids, n in zip(served.rewritten, lengths, strict=True)]
+
+
+def test_a_plan_that_does_not_fit_stops_the_server_and_names_the_site(
+    case: Callable[[str], Case], cache_root: Path, tmp_path: Path
+) -> None:
+    served = case("opt")
+    stale = build("opt")
+    with torch.no_grad():
+        stale.model.decoder.layers[1].fc1.weight[0, 0] += 1e-3
+    stale.save_pretrained(tmp_path / "stale")
+    build("opt", seed=9).save_pretrained(tmp_path / "foreign")
+    inside = Path(shutil.copytree(served.folder, tmp_path / "inside"), served.plan.name)
+    shutil.copy(served.plan, inside)
+    jobs = [
+        served.job(model=str(tmp_path / "stale")),
+        served.job(model=str(tmp_path / "foreign")),
+        served.job(case("gpt2").plan),
+        served.job(dtype="bfloat16"),
+        served.job(tmp_path / "none.safetensors"),
+        served.job(inside, model=str(inside.parent)),
+        served.job(model_loader_extra_config={}),
+    ]
+    expected = [
+        ("StaleWeightError", "model.decoder.layers.1: no FFN has its weights"),
+        ("PlanMismatchError", "model.decoder.layers.0: no FFN has its weights"),
+        ("PlanMismatchError", "transformer.h.0.mlp: "),
+        ("PlanMismatchError", "made for torch.float32 weights, the engine has torch.bfloat16"),
+        ("PlanFileError", "no plan file"),
+        ("ServingError", "lies in the model's folder"),
+        ("ConfigError", '{"plan": "FILE"}'),
+    ]
+    for result, (kind, message) in zip(run(jobs, cache_root), expected, strict=True):
+        assert result["error"].startswith(kind)
+        assert message in result["error"]
+
+
+def test_a_graph_compiled_for_one_plan_is_not_taken_for_another(case: Callable[[str], Case], tmp_path: Path) -> None:
+    served = case("gpt2")
+    plain = [served.plain_job(enforce_eager=False)]
+    rewritten = [served.job(enforce_eager=False)]
+    found = [tokens(run(jobs, tmp_path)) for jobs in (plain, rewritten, rewritten, plain)]
+    assert found == [[served.original], [served.rewritten], [served.rewritten], [served.original]]
