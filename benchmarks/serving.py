@@ -39,11 +39,10 @@ ENVIRONMENT = os.environ | {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_NO_USAGE_STATS": "1",
 }
-PROMPTS = ["def parse(", "import os\n\n\nclass ", "    for name in ", "raise ValueError("]
 
 
-def prepare(which: str, folder: Path, budget: float) -> tuple[Path, Path]:
-    """A model's folder, as vLLM reads it, and a plan for it."""
+def prepare(which: str, folder: Path, budget: float) -> tuple[Path, Path, list[list[int]]]:
+    """A model's folder, as vLLM reads it, a plan for it, and prompts from text that neither has seen."""
     import transformers as hf
 
     demo = load()
@@ -61,7 +60,7 @@ def prepare(which: str, folder: Path, budget: float) -> tuple[Path, Path]:
     ).save_pretrained(folder / "model")
     plan = calibrate(model, batches, config=Config(budget=budget))
     plan.save(folder / "model.tardis.safetensors")
-    return folder / "model", folder / "model.tardis.safetensors"
+    return folder / "model", folder / "model.tardis.safetensors", demo.windows("test", 8)[:, :48].tolist()
 
 
 @contextmanager
@@ -108,16 +107,17 @@ def load_test(address: str, model: Path, folder: Path, given: argparse.Namespace
         "--temperature", "0", "--disable-tqdm", "--save-result", "--result-dir", str(folder),
         "--result-filename", "result.json",
     ]  # fmt: skip
-    subprocess.run(command, check=True, env=ENVIRONMENT, stdout=subprocess.DEVNULL)
+    with (folder / "client.log").open("ab") as log:
+        subprocess.run(command, check=True, env=ENVIRONMENT, stdout=log, stderr=log)
     found: dict[str, Any] = json.loads((folder / "result.json").read_text())
     return found
 
 
-def complete(address: str) -> list[str]:
-    """Greedy continuations of a few prompts, one after the other."""
+def complete(address: str, prompts: list[list[int]]) -> list[str]:
+    """Greedy continuations of prompts, one after the other."""
     found = []
-    for prompt in PROMPTS:
-        body = {"model": "model", "prompt": prompt, "max_tokens": 32, "temperature": 0, "ignore_eos": True}
+    for prompt in prompts:
+        body = {"model": "model", "prompt": prompt, "max_tokens": 64, "temperature": 0, "ignore_eos": True}
         request = urllib.request.Request(
             f"{address}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
         )
@@ -137,7 +137,7 @@ def main() -> None:
     parser.add_argument("--output", type=int, default=64, help="tokens generated")
     given = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="serving_"))
-    model, plan = prepare(given.model, folder, given.budget)
+    model, plan, prompts = prepare(given.model, folder, given.budget)
     print(
         f"{given.model}, budget {given.budget:.0%}, {given.requests} requests of {given.input} + {given.output}, "
         f"{given.concurrency} at a time; {platform.processor() or platform.machine()}, {os.cpu_count()} CPUs, "
@@ -146,7 +146,7 @@ def main() -> None:
     results, answers = {}, {}
     for name, used in (("original", None), ("plan", plan)):
         with server(model, used, folder / f"{name}.log") as (address, process):
-            answers[name] = complete(address)
+            answers[name] = complete(address, prompts)
             load_test(address, model, folder, given, 8 * given.concurrency)  # what grows by being used the first time
             before = memory(process)
             results[name] = load_test(address, model, folder, given, given.requests)
@@ -158,7 +158,8 @@ def main() -> None:
         print(
             f"{name:9} {found['output_throughput']:8.1f} tokens/s, {found['median_tpot_ms']:7.2f} ms a token, "
             f"{found['median_ttft_ms']:7.1f} ms to the first (medians); {found['completed']} completed, "
-            f"{found['failed']} failed; memory {before:.0f} MiB, {grown:+.0f} MiB after"
+            f"{found['failed']} failed; memory {before:.0f} MiB, {grown:+.0f} MiB after; "
+            f"load average {os.getloadavg()[0]:.1f}"
         )
     original, rewritten = results["original"], results["plan"]
     print(
@@ -166,9 +167,10 @@ def main() -> None:
         f"time per token {rewritten['median_tpot_ms'] / original['median_tpot_ms']:.2f}"
     )
     with server(model, plan, folder / "again.log") as (address, _):
-        again = complete(address)
+        again = complete(address, prompts)
     print(f"killed and restarted, the same text: {again == answers['plan']}")
-    print(f"the original's text is another: {answers['original'] != answers['plan']}")
+    same = sum(one == other for one, other in zip(answers["original"], answers["plan"], strict=True))
+    print(f"of {len(prompts)} texts of 64 tokens, {same} are also the original's")
 
 
 if __name__ == "__main__":
