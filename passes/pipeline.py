@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Any
 from tardis_fx.errors import PlanMismatchError, StaleWeightError
 from tardis_fx.fingerprint import fingerprint
 from tardis_fx.graph.matcher import find_sites
-from tardis_fx.graph.site import is_released
 from tardis_fx.graph.surgery import add_input, copy, replace
 from tardis_fx.graph.unfuse import unfuse
 from tardis_fx.passes.base import rewrite_named
 from tardis_fx.passes.exact_fold import ExactFold
 from tardis_fx.runtime import cuda
-from tardis_fx.runtime.guard import SiteGuard
+from tardis_fx.runtime.guard import SiteGuard, refuse_released
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -109,10 +108,7 @@ def apply(gm: fx.GraphModule, example_inputs: Sequence[Tensor], plan: Plan, pref
         positions = [position[node] for node in site.parameters if node in position]
         weights = [example_inputs[p] for p in positions]
         if rewrite is None or entry is None or _stays(site, rewrite, weights, prefill):
-            if any(map(is_released, weights)):
-                raise PlanMismatchError(
-                    f"{site.name} would run with its original weights, which were released: {outcome.reason or _HINT}"
-                )
+            refuse_released(site.name, weights, outcome.reason or _HINT)
             continue
         guard = SiteGuard(site, positions, entry, partial(_find, plan), rewrite)
         own = guard.constants(entry, weights).tensors
@@ -133,7 +129,8 @@ def _stays(site: Site, rewrite: Rewrite, weights: Sequence[Tensor], prefill: Pre
 
 
 def _find(plan: Plan, site: Site, weights: Sequence[Tensor]) -> SitePlan | None:
-    return _FOLD.unaided(site, weights) or plan.find(fingerprint(weights, site.activation))
+    entry = plan.find(fingerprint(weights, site.function))
+    return entry if entry is not None and entry.reason else _FOLD.unaided(site, weights) or entry
 
 
 def _forward(rewrite: Rewrite, plan: SitePlan, x: Any, constants: Mapping[str, Any]) -> Any:
@@ -156,7 +153,7 @@ def outcomes(gm: fx.GraphModule, example_inputs: Sequence[Tensor], plan: Plan) -
 def _entry(site: Site, values: list[Tensor], plan: Plan) -> tuple[SitePlan | None, str | None]:
     """The plan's entry of a site, and why it is not to be rewritten, if so."""
     if site.reason is not None:
-        return plan.find(fingerprint(values, site.activation)), site.reason
+        return plan.find(fingerprint(values, site.function)), site.reason
     entry = _find(plan, site, values)
     if entry is None:
         return None, _mismatch(values, plan)

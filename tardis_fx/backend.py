@@ -22,7 +22,7 @@ from tardis_fx.graph.surgery import copy
 from tardis_fx.passes import pipeline
 from tardis_fx.plan import resolve
 from tardis_fx.runtime.cuda import show_kernels
-from tardis_fx.runtime.guard import FrozenGraph, GuardedGraph, Unknown
+from tardis_fx.runtime.guard import FrozenGraph, GuardedGraph, Unknown, refuse_released
 from tardis_fx.runtime.profiled import ProfiledGraph, return_inputs
 
 if TYPE_CHECKING:
@@ -90,7 +90,8 @@ def _compile(
         return inner(gm, list(example_inputs))  # type: ignore[no-any-return]
     if held:
         freeze(rewritten.gm, [*held, *rewritten.constants])
-        return FrozenGraph(inner(rewritten.gm, list(example_inputs)), held)
+        own = [[*example_inputs, *held][p] for guard in rewritten.guards for p in guard.positions]
+        return FrozenGraph(inner(rewritten.gm, list(example_inputs)), own)
     compiled: Callable[..., Any] = inner(rewritten.gm, [*example_inputs, *rewritten.constants])
     return GuardedGraph(compiled, rewritten.guards, _Other(gm, options), example_inputs)
 
@@ -105,6 +106,8 @@ def _profiled(
         return None
     position = {node: i for i, node in enumerate(observed.graph.find_nodes(op="placeholder"))}
     positions = [[position[node] for node in site.parameters] for site in sites]
+    for site, own in zip(sites, positions, strict=True):
+        refuse_released(site.name, [example_inputs[p] for p in own])
     return_inputs(observed, sites)
     return ProfiledGraph(inner(observed, list(example_inputs)), sites, positions, settings, _forgetter())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import asdict, replace
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from torch import nn
+
+_log = logging.getLogger("tardis_fx")
 
 
 def calibrate(
@@ -86,12 +89,17 @@ def plan_for(observation: Observation, config: Config) -> Plan:
         ConfigError: as :func:`calibrate`.
         CalibrationError: as :func:`calibrate`.
     """
-    methods = {s.fingerprint: _method_of(s.site.name, config) for s in observation.sites}
+    sites = tuple(observation.sites)
+    methods = {s.fingerprint: _method_of(s.site.name, config) for s in sites}
     fold = ExactFold()
-    planned = {s.fingerprint: plan for s in observation.sites if (plan := fold.unaided(s.site, s.parameters))}
+    planned = {
+        s.fingerprint: plan
+        for s in sites
+        if methods[s.fingerprint] is not None and (plan := fold.unaided(s.site, s.parameters))
+    }
     reasons: dict[str, str | None] = {}
     groups: dict[str, list[ObservedSite]] = {}
-    for site in observation.sites:
+    for site in sites:
         method = methods[site.fingerprint]
         left = "left as it is by Config.method" if method is None else rewrite_named(method).refuse(site.site)
         reasons[site.fingerprint] = site.site.reason or left
@@ -100,12 +108,12 @@ def plan_for(observation: Observation, config: Config) -> Plan:
     for site in (site for group in groups.values() for site in group):
         if not all(torch.isfinite(parameter).all() for parameter in site.parameters):
             raise CalibrationError(f"the weights of {site.site.name} hold NaN or infinity")
-    for method, sites in groups.items():
-        part = observation if isinstance(config.method, str) else Part(observation, sites, method)
-        planned |= {plan.fingerprint: plan for plan in rewrite_named(method).fit(part, sites, config)}
-    return Plan(
-        tuple(planned.get(s.fingerprint) or refused(s, reasons[s.fingerprint]) for s in observation.sites), config
-    )
+    for method, group in groups.items():
+        part = observation if isinstance(config.method, str) else Part(observation, group, method)
+        planned |= {plan.fingerprint: plan for plan in rewrite_named(method).fit(part, group, config)}
+    for site in observation.sites[len(sites) :]:
+        _log.warning("%s is not planned: the first batch does not reach it", site.site.name)
+    return Plan(tuple(planned.get(s.fingerprint) or refused(s, reasons[s.fingerprint]) for s in sites), config)
 
 
 def _method_of(name: str, config: Config) -> str | None:

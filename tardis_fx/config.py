@@ -80,7 +80,7 @@ class Config:
         object.__setattr__(self, "method", _method(self.method))  # hashable, and the same again after JSON
         if self.sequential or self.target_error is not None:
             what = "sequential" if self.sequential else "target_error"
-            if len(self.methods) > 1 or any("+" in (method or "") for _, method in self.methods):
+            if not isinstance(self.method, str) or "+" in self.method:
                 raise ConfigError(f"{what} needs one rewrite for all sites, not {self.method!r}")
         _one_of("prefill", self.prefill, ("original", "rewritten"))
         _one_of("predictor_bits", self.predictor_bits, tuple(range(1, 9)))

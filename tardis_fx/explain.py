@@ -141,7 +141,7 @@ def explain(model: nn.Module, plan: Plan | str | os.PathLike[str] | None, exampl
             if (
                 plan is None
                 and entry is None
-                and (stage := live.stage_of([values[p] for p in site.parameters], site.activation))
+                and (stage := live.stage_of([values[p] for p in site.parameters], site.function))
             ):
                 report = replace(report, status="profiling", reason=stage)
             seen.setdefault(site.name, replace(report, name=site.name))

@@ -16,31 +16,32 @@ if TYPE_CHECKING:
 _KNOWN: dict[tuple[Any, ...], tuple[list[int], str, list[Tensor], list[weakref.ref[Tensor]]]] = {}
 
 
-def fingerprint(weights: Sequence[Tensor], activation: str | None) -> str:
+def fingerprint(weights: Sequence[Tensor], function: str | None) -> str:
     """Hash of dtypes, shapes and contents of a site's weights, in order; remembered until one of them changes.
 
     Args:
         weights: of any shapes, on any device.
-        activation: between the projections, for the same weights may serve with another one.
+        function: what the site computes of them (:attr:`tardis_fx.graph.site.Site.function`), for the same weights may
+            serve with another activation.
     """
     if any(weight.is_inference() for weight in weights):
-        return _hash(weights, activation)
-    known = _KNOWN.get((activation, *map(id, weights)))
+        return _hash(weights, function)
+    known = _KNOWN.get((function, *map(id, weights)))
     if known is None or known[0] != _state(weights):
-        remember(weights, activation, found := _hash(weights, activation))
+        remember(weights, function, found := _hash(weights, function))
         return found
     return known[1]
 
 
-def remember(weights: Sequence[Tensor], activation: str | None, identity: str) -> None:
+def remember(weights: Sequence[Tensor], function: str | None, identity: str) -> None:
     """Takes a hash for that of a site's weights, until one of them changes.
 
     Args:
         weights: as of :func:`fingerprint`.
-        activation: likewise.
+        function: likewise.
         identity: the hash of what the weights were.
     """
-    key = (activation, *map(id, weights))
+    key = (function, *map(id, weights))
     aliases = [weight.detach() for weight in weights]
     ends = [weakref.ref(weight, lambda _: _KNOWN.pop(key, None)) for weight in weights]
     _KNOWN[key] = _state(weights), identity, aliases, ends
@@ -50,8 +51,8 @@ def _state(weights: Sequence[Tensor]) -> list[int]:
     return [v for w in weights for v in (w.data_ptr(), w._version)]
 
 
-def _hash(weights: Sequence[Tensor], activation: str | None) -> str:
-    digest = hashlib.sha256(str(activation).encode())
+def _hash(weights: Sequence[Tensor], function: str | None) -> str:
+    digest = hashlib.sha256(str(function).encode())
     for weight in weights:
         digest.update(f"{weight.dtype}{tuple(weight.shape)}".encode())
         contents = weight.detach().cpu().contiguous()

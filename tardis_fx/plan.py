@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 _FORMAT = "tardis_fx.plan"
 #: Raised whenever a plan written now would be misread by older code.
-VERSION = 1
+VERSION = 2
 
 
 # Equal only to itself, as Dynamo compares the options of compiled models: tensors have no one truth value.
@@ -72,7 +72,7 @@ class SitePlan:
     def of(cls, site: Site, parameters: Sequence[Tensor], **rest: Any) -> SitePlan:
         """An entry that describes a site with its weights; all else by keyword."""
         return cls(
-            fingerprint=fingerprint(parameters, site.activation),
+            fingerprint=fingerprint(parameters, site.function),
             name=site.name,
             kind=site.kind,
             activation=site.activation,
@@ -136,7 +136,7 @@ class Plan:
         """Reads a plan.
 
         Raises:
-            PlanFileError: the file is missing, truncated, no plan, or of a newer version.
+            PlanFileError: the file is missing, truncated, no plan, or of another version.
         """
         path = Path(path)
         try:
@@ -151,9 +151,13 @@ class Plan:
             raise PlanFileError(f"{path} is a safetensors file but no tardis_fx plan")
         try:
             version = int(header["version"])
+            if version < VERSION:
+                raise PlanFileError(
+                    f"{path} is a plan of version {version}, this tardis_fx reads {VERSION}: calibrate again"
+                )
             if version > VERSION:
                 raise PlanFileError(
-                    f"{path} is a plan of version {version}, this tardis_fx reads up to {VERSION}: upgrade tardis_fx"
+                    f"{path} is a plan of version {version}, this tardis_fx reads {VERSION}: upgrade tardis_fx"
                 )
             content = json.loads(header["plan"])
             per_site: list[dict[str, Tensor]] = [{} for _ in content["sites"]]

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import logging
+import os
+import tempfile
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from tardis_fx.errors import PlanMismatchError
+from tardis_fx.digest import digest
+from tardis_fx.errors import ConfigError, PlanMismatchError
 from tardis_fx.fingerprint import fingerprint, remember
 from tardis_fx.graph.capture import Capture
 from tardis_fx.graph.site import SiteWeights, is_released
@@ -18,7 +22,6 @@ from tardis_fx.passes.base import rewrite_named
 from tardis_fx.plan import resolve
 
 if TYPE_CHECKING:
-    import os
     from collections.abc import Callable, Sequence
 
     from torch import fx, nn
@@ -57,45 +60,53 @@ def release(
         Bytes freed.
 
     Raises:
+        ConfigError: a folder for a model that is not on a CPU.
         PlanFileError: the plan's file cannot be read.
         PlanMismatchError: the plan fits none of the model's sites.
         OSError: a file cannot be written.
     """
     loaded = resolve(plan)
-    found: dict[str, tuple[Site, SitePlan, list[Tensor]]] = {}
-    shared: set[int] = set()
+    if folder is not None and any(p.device.type != "cpu" for p in model.parameters()):
+        raise ConfigError("folder: weights are mapped on a CPU only, and the model is elsewhere")
+    found: dict[tuple[int, ...], tuple[Site, SitePlan, list[Tensor]]] = {}
+    elsewhere: set[int] = set()  # storages of what something but an FFN of the plan reads
 
     def collect(gm: fx.GraphModule, example_inputs: list[Tensor]) -> Callable[..., Any]:
         forward = gm.forward
         outcomes = pipeline.outcomes(gm, example_inputs, loaded)
         values = dict(zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True))
         for outcome in outcomes:
-            if outcome.plan is not None and not outcome.reason:
-                weights = [values[node] for node in outcome.site.parameters]
-                found[outcome.plan.fingerprint] = outcome.site, outcome.plan, weights
-                own = {*outcome.site.inner, outcome.site.output}
-                shared.update(id(values[node]) for node in outcome.site.parameters if not own.issuperset(node.users))
-            else:
-                shared.update(id(values[node]) for node in outcome.site.parameters if node in values)
+            site = outcome.site
+            own = {*site.inner, site.output} if outcome.plan is not None and not outcome.reason else set()
+            elsewhere.update(
+                _storage(values[p]) for p in site.parameters if p in values and not own.issuperset(p.users)
+            )
+            if own and outcome.plan is not None:
+                weights = [values[node] for node in site.parameters]
+                found[tuple(map(id, weights))] = site, outcome.plan, weights
         return forward
 
     Capture(model, collect)(example)
     if not found:
         raise PlanMismatchError("the plan fits none of the model's sites: nothing to release")
-    names = [id(p) for _, p in model.named_parameters(remove_duplicate=False)]
-    shared.update(address for address in names if names.count(address) > 1)
+    held = Counter(map(_storage, (p for _, p in model.named_parameters(remove_duplicate=False))))
+    elsewhere.update(storage for storage, count in held.items() if count > 1)
     freed = 0
     for site, entry, weights in found.values():
-        matrices = [w for w in weights if w.dim() == 2 and id(w) not in shared and not is_released(w)]
+        matrices = [w for w in weights if w.dim() == 2 and _storage(w) not in elsewhere and not is_released(w)]
         if folder is None and not _stands_alone(site, entry, weights, matrices):
             _log.warning("%s keeps its weights: %s reads them", entry.name, entry.method)
             continue
-        identity = fingerprint(weights, site.activation)
+        identity = fingerprint(weights, site.function)
         for matrix in matrices:
             freed += matrix.untyped_storage().nbytes()
             matrix.data = _nothing(matrix) if folder is None else _mapped(matrix, Path(folder))
-        remember(weights, site.activation, identity)
+        remember(weights, site.function, identity)
     return freed
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 def _stands_alone(site: Site, entry: SitePlan, weights: Sequence[Tensor], matrices: Sequence[Tensor]) -> bool:
@@ -111,9 +122,13 @@ def _nothing(matrix: Tensor) -> Tensor:
 
 
 def _mapped(matrix: Tensor, folder: Path) -> Tensor:
-    """The matrix from a file that is mapped into memory."""
+    """The matrix from a file that is mapped into memory, privately; the file is shared by all that have its content."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{fingerprint([matrix], None)}.bin"
-    matrix.detach().contiguous().view(torch.uint8).numpy().tofile(path)
-    mapped = torch.from_file(str(path), shared=True, size=matrix.numel(), dtype=matrix.dtype)
+    path = folder / f"{digest(matrix)}.bin"
+    if not path.exists():
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            written = Path(scratch, path.name)
+            matrix.detach().contiguous().view(torch.uint8).numpy().tofile(written)
+            os.replace(written, path)  # whoever has mapped an older file of this name keeps that
+    mapped = torch.from_file(str(path), shared=False, size=matrix.numel(), dtype=matrix.dtype)
     return mapped.view(matrix.shape)

@@ -15,7 +15,7 @@ from tardis_fx.bench import machine, shapes, table, weight_only
 from tardis_fx.bench import model as models
 from tardis_fx.bench.ffn import COLD, copies_for
 from tardis_fx.bench.machine import Machine
-from tardis_fx.bench.plans import Widths, random_plans
+from tardis_fx.bench.plans import Widths, ffn_weights, random_plans
 from tardis_fx.bench.table import Row
 from tardis_fx.calibration.ranges import Costs
 from tardis_fx.config import Config
@@ -167,7 +167,7 @@ def test_int8_takes_every_projection_and_counts_what_it_saves() -> None:
 def test_what_is_left_out_of_int8_shares_its_weights_with_the_model() -> None:
     model = shapes.build(shapes.config_of("demo", 1), torch.float32, 1)
     seen: list[torch.nn.Module] = []
-    copied, saved = weight_only.quantised(model, seen.append, but=["transformer.h.0.mlp"])
+    copied, saved = weight_only.quantised(model, seen.append, but=ffn_weights(model, torch.arange(4)[None]))
     pairs = [m.get_submodule("transformer.h.0.mlp").parameters() for m in (copied, model)]
     assert all(p is q for p, q in zip(*pairs, strict=True))
     assert len(seen) == 3

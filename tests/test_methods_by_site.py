@@ -11,7 +11,7 @@ from builders.compiled import compiled
 from builders.ffns import Block, batches, config, ffn, inputs
 from torch import nn
 
-from tardis_fx import ConfigError, Plan, calibrate
+from tardis_fx import ConfigError, Plan, calibrate, explain
 from tardis_fx.calibrate import plan_for
 from tardis_fx.calibration.observe import BatchObservation
 from tardis_fx.testing import assert_equivalent, assert_plan_roundtrip
@@ -75,6 +75,21 @@ def test_sites_of_one_method_are_fitted_as_if_the_others_were_not_there() -> Non
 def test_a_mapping_of_everything_to_one_method_is_that_method() -> None:
     everything, plain = (plan_for(observation(), config(method=m)) for m in ({"*": "low_rank"}, "low_rank"))
     assert contents(Plan(everything.sites, config())) == contents(Plan(plain.sites, config()))
+
+
+def test_a_site_that_is_left_alone_is_not_even_folded_exactly() -> None:
+    affine = torch.nn.Sequential(torch.nn.Linear(D, 4 * D), torch.nn.Linear(4 * D, D)).eval().requires_grad_(False)
+    x = [torch.randn(64, D)]
+    assert calibrate(affine, x, config=config(method={"*": "paper"})).sites[0].method == "exact_fold"
+    plan = calibrate(affine, x, config=config(method={"*": None}))
+    assert plan.sites[0].method is None
+    report = explain(affine, plan, x[0])
+    assert [site.status for site in report.sites] == ["refused"]
+
+
+def test_sequential_fitting_takes_no_mapping() -> None:
+    with pytest.raises(ConfigError, match="sequential needs one rewrite for all sites"):
+        config(method={"*": "low_rank"}, sequential=True)
 
 
 @torch.no_grad()

@@ -348,6 +348,10 @@ def test_a_newer_version_says_to_upgrade(saved: Path) -> None:
     )
 
 
+def test_an_older_version_says_to_calibrate_again(saved: Path) -> None:
+    fails(with_header(saved, lambda h: h["__metadata__"].update(version="1")), "version 1", "calibrate again")
+
+
 DAMAGE: dict[str, Callable[[Path], Path]] = {
     "version is no number": lambda p: with_header(p, lambda h: h["__metadata__"].update(version="one")),
     "version is missing": lambda p: with_header(p, lambda h: h["__metadata__"].pop("version")),

@@ -1,6 +1,8 @@
 """Weights that a rewritten model does not read can go, or be mapped from files; nothing else reads what is gone."""
 
+import gc
 import logging
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +111,39 @@ def test_mapped_weights_are_the_same_weights(tmp_path: Path, dtype: torch.dtype)
     assert torch.equal(model(x), before)
     assert torch.equal(_fast(model, plan, prefill="original")(x), before)
     assert (_fast(model, plan, prefill="rewritten")(x) - before).norm() < 0.3 * before.norm()
+
+
+@torch.no_grad()
+def test_mapping_twice_and_in_two_models_keeps_both_whole_and_apart(tmp_path: Path) -> None:
+    model, twin, x = ffn(D, HIDDEN), ffn(D, HIDDEN), inputs(32, D)
+    plan, before = _planned(model), model(x)
+    old = weakref.ref(model[0].weight.untyped_storage())  # type: ignore[index,operator,union-attr]
+    for each in (model, model, twin):
+        tardis_fx.release(each, plan, x, folder=tmp_path)
+    gc.collect()
+    assert old() is None  # or nothing was freed
+    assert torch.equal(model(x), before)
+    model[0].weight.mul_(2)  # type: ignore[index,operator,union-attr]
+    assert torch.equal(twin(x), before)
+
+
+@torch.no_grad()
+def test_layers_of_equal_weights_are_all_released() -> None:
+    model = nn.Sequential(ffn(D, HIDDEN), ffn(D, HIDDEN)).eval().requires_grad_(False)
+    plan = _planned(model)
+    assert tardis_fx.release(model, plan, inputs(4, D)) == 2 * 4 * 2 * D * HIDDEN
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("options", [{"on_change": "refit"}, {"on_change": "original"}, {"plan": None}])
+def test_what_is_released_is_not_observed_and_not_run(options: dict[str, Any]) -> None:
+    model, x = ffn(D, HIDDEN), inputs(32, D)
+    plan = _planned(model)
+    tardis_fx.release(model, plan, x)
+    model[0].bias.add_(1)  # type: ignore[index,operator,union-attr]
+    options = {"plan": plan, "inner": "eager", "prefill": "rewritten"} | options
+    with pytest.raises(PlanMismatchError, match="which were released"):
+        torch.compile(model, backend="tardis", options=options)(x)
 
 
 def test_a_plan_of_another_model_releases_nothing() -> None:

@@ -12,7 +12,7 @@ from torch._inductor import config as inductor_config
 from tardis_fx.bench import shapes, weight_only
 from tardis_fx.bench.ffn import COLD
 from tardis_fx.bench.machine import available_memory, last_level_cache, wait
-from tardis_fx.bench.plans import random_plans
+from tardis_fx.bench.plans import ffn_weights, random_plans
 from tardis_fx.bench.table import Row, in_turn
 from tardis_fx.errors import BenchError, ConfigError
 from tardis_fx.graph.capture import own_code
@@ -136,6 +136,7 @@ def compare(
     tokens = torch.randint(config.vocab_size, (steps,), device=device)
     batch = torch.randint(config.vocab_size, (-(-SAMPLES // steps), steps), device=device)
     plans = random_plans(model, batch, widths, rate)
+    ffns = ffn_weights(model, tokens[None, :2])
     base, remarks = float(shapes.step_bytes(model)), []
 
     def decoder(model: Any, **options: Any) -> _Decoder:
@@ -163,7 +164,7 @@ def compare(
             contenders[f"torchao int{b} + Inductor"] = _Contender(decoder(whole, mode=mode), base - saved)
             for w, plan in plans.items():
                 of = contenders[f"tardis, {w}"]
-                rest, saved = weight_only.quantised(model, quantise, b, {site.name for site in plan.sites})
+                rest, saved = weight_only.quantised(model, quantise, b, ffns)
                 decoding = decoder(rest, backend="tardis", options={"plan": plan, "mode": mode})
                 contenders[f"tardis, {w}; else torchao int{b}"] = replace(
                     of, decoder=decoding, touched=of.touched - saved

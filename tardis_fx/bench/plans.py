@@ -72,6 +72,16 @@ class _Kept:
         return torch.cat(self._inputs)
 
 
+def ffn_weights(model: nn.Module, example: Tensor) -> list[Tensor]:
+    """The weights of all FFNs of a model.
+
+    Args:
+        model: in eval mode.
+        example: its first argument.
+    """
+    return [p for site in BatchObservation(model, [example], progress=False).sites for p in site.parameters]
+
+
 @torch.no_grad()
 def random_plans(model: nn.Module, batch: Tensor, widths: Sequence[Widths], rate: float) -> dict[Widths, Plan]:
     """Plans of every plain FFN of a model, by their widths.

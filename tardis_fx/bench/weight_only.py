@@ -11,7 +11,9 @@ from torch import nn
 from tardis_fx.errors import BenchError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection
+    from collections.abc import Callable, Sequence
+
+    from torch import Tensor
 
 
 #: Columns that share a scale and a zero point in torchao's int4.
@@ -42,7 +44,7 @@ def quantiser(bits: int = 8, device: str = "cpu") -> Callable[[nn.Module], None]
 
 @torch.no_grad()
 def quantised(
-    model: nn.Module, quantise: Callable[[nn.Module], None], bits: int = 8, but: Collection[str] = ()
+    model: nn.Module, quantise: Callable[[nn.Module], None], bits: int = 8, but: Sequence[Tensor] = ()
 ) -> tuple[nn.Module, int]:
     """A copy of a model with its projections in a few bits, and by how many bytes less a decoded token reads.
 
@@ -52,18 +54,18 @@ def quantised(
         model: to be copied.
         quantise: of :func:`quantiser`.
         bits: 8, with a scale for every row, or 4, with a scale and a zero point for every group.
-        but: names of modules that stay as they are, and share their weights with the model's.
+        but: weights that stay as they are, and are shared with the model.
 
     Raises:
         BenchError: torchao lacks something for it.
     """
-    shared = {id(p): p for name in but for p in model.get_submodule(name).parameters()}
+    shared = {id(p): p for p in but}
     model = copy.deepcopy(model, dict(shared))
     saved = 0
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             layer = linear(child)
-            if layer is None or any(id(p) in shared for p in child.parameters()):
+            if layer is None or id(child.weight) in shared:
                 continue
             setattr(parent, name, layer)
             w = layer.weight

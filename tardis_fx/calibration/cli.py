@@ -54,7 +54,7 @@ def calibrate(
         raise ConfigError(f"dtype must be auto, {', '.join(DTYPES)}, not {dtype!r}")
     with _processes(device):
         first = Ranks.initialised().rank == 0
-        if first and not os.access(out.absolute().parent, os.W_OK):
+        if first and (out.is_dir() or not os.access(out.absolute().parent, os.W_OK)):
             raise PlanFileError(f"cannot write {out}")  # told before hours are spent
         subject = _loaded(model, dtype, device)
         plan = tardis_fx.calibrate(
@@ -89,6 +89,8 @@ def _processes(device: str) -> Iterator[None]:
         yield
         return
     if device == "cuda":
+        if _own(device).index >= torch.cuda.device_count():
+            raise ConfigError(f"more processes on this machine than its {torch.cuda.device_count()} CUDA devices")
         torch.cuda.set_device(_own(device))
     dist.init_process_group("gloo", timeout=PATIENCE)  # statistics lie on the CPU, whatever the model's device
     try:

@@ -231,7 +231,7 @@ def fitted() -> Plan:
     return Plan(tuple(site for plan in plans for site in plan.sites), plans[0].config if plans else Config())
 
 
-def stage_of(weights: Sequence[Tensor], activation: str | None) -> str | None:
+def stage_of(weights: Sequence[Tensor], function: str | None) -> str | None:
     """Where the youngest profile of a site stands, or None where there is none."""
-    identity = fingerprint(weights, activation)
+    identity = fingerprint(weights, function)
     return next((p.stage for (key, _), p in reversed(_PROFILES.items()) if key == identity), None)

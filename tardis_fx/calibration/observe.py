@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -124,7 +125,7 @@ class BatchObservation(Observation):
         self._observers: dict[str, SiteObserver] = {}
         self._seen: set[str] = set()
         self._rewritten: dict[str, Callable[[Tensor], Tensor]] = {}
-        self._capture = Capture(model, self._instrument)
+        self._capture = Capture(model, _weakly(self))
         self._capture(self._batches[0])
         if not self._sites:
             raise CalibrationError("the model has no feed-forward network that tardis_fx recognises")
@@ -187,8 +188,8 @@ class BatchObservation(Observation):
             if site.reason is not None or any(not isinstance(values.get(p), Tensor) for p in site.parameters):
                 self._admit(site, [values[p] for p in site.parameters if isinstance(values.get(p), Tensor)])
                 continue
-            gm.add_submodule(f"tardis_enter_{i}", _Enter(self, site))
-            gm.add_submodule(f"tardis_leave_{i}", _Leave(self, site))
+            gm.add_submodule(f"tardis_enter_{i}", _Enter(weakref.proxy(self), site))
+            gm.add_submodule(f"tardis_leave_{i}", _Leave(weakref.proxy(self), site))
             with gm.graph.inserting_before(site.up.product):
                 entering = moved.get(site.input, site.input)
                 entered = gm.graph.call_module(f"tardis_enter_{i}", (entering, *site.parameters))
@@ -200,9 +201,9 @@ class BatchObservation(Observation):
         return gm.forward
 
     def _admit(self, site: Site, parameters: list[Tensor]) -> str:
-        key = (site.activation, *(p.data_ptr() for p in parameters))
+        key = (site.function, *(p.data_ptr() for p in parameters))
         if key not in self._known:
-            identity = self._known[key] = fingerprint(parameters, site.activation)
+            identity = self._known[key] = fingerprint(parameters, site.function)
             weights = SiteWeights.of(site, parameters) if len(parameters) == len(site.parameters) else None
             if weights is not None and identity not in self._sites:
                 self._sites[identity] = ObservedSite(site, identity, weights, tuple(parameters))
@@ -244,6 +245,18 @@ def checked(model: nn.Module, batches: Iterable[Batch]) -> list[Batch]:
     if not found:
         raise CalibrationError("no calibration batches")
     return found
+
+
+def _weakly(observation: BatchObservation) -> Callable[..., Any]:
+    """Instruments graphs for an observation, and does not keep it: what Dynamo holds, no garbage collector sees."""
+    known = weakref.ref(observation)
+
+    def instrument(gm: fx.GraphModule, example_inputs: list[Tensor]) -> Callable[..., Any]:
+        alive = known()
+        assert alive is not None  # it makes the call
+        return alive._instrument(gm, example_inputs)
+
+    return instrument
 
 
 class _Enter(nn.Module):

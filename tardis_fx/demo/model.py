@@ -91,4 +91,7 @@ def load(folder: Path = FOLDER, dtype: str = "float32") -> DemoModel:
     if missing := sorted(found["missing_keys"]):
         raise DemoError(f"the checkpoint in {folder} lacks {', '.join(missing[:4])}")
     model.requires_grad_(False)
-    return DemoModel(model, tokenizer, model.config.max_position_embeddings, training)
+    context = getattr(model.config, "max_position_embeddings", None)
+    if context is None:
+        raise DemoError(f"the model in {folder} does not say how many positions it has (max_position_embeddings)")
+    return DemoModel(model, tokenizer, context, training)

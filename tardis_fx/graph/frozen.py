@@ -24,9 +24,9 @@ def lift(gm: fx.GraphModule) -> tuple[fx.GraphModule, list[Tensor]]:
         gm: a Dynamo graph module.
 
     Returns:
-        A copy, and the tensors; the graph itself and no tensors where it holds none.
+        A copy, and the tensors; the graph itself and no tensors where it holds none, or has no input, and so no site.
     """
-    if not _held(gm):
+    if not _held(gm) or not gm.graph.find_nodes(op="placeholder"):
         return gm, []
     gm = copy(gm)
     sources = getattr(gm, "_param_name_to_source", {})

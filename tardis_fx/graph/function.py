@@ -49,7 +49,10 @@ def gate_of(
         activation = recognise(lambda gate, product=product: product(gate, 1.0))  # type: ignore[misc]
         if activation is None or activation.affine is not None:
             continue
-        if recognise(lambda gate, product=product: product(gate, -2.5) / -2.5) is activation:  # type: ignore[misc]
+        if all(  # small and large: the other side must be left alone wherever it lies
+            recognise(lambda gate, up=up, product=product: product(gate, up) / up) is activation  # type: ignore[misc]
+            for up in (-2.5, 1e4, -1e4)
+        ):
             half_seen = None if len(ups) == 2 else 1 - first
             return ups[0 if first else -1], activation, half_seen
     return None, None, None

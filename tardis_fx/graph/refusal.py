@@ -39,6 +39,11 @@ def checked(site: Site) -> Site:
         return site.refused("its activation is not in the registry")
     if any(p is not None and p.input is not site.input for p in ups):
         return site.refused("gate and up projection read different inputs")
+    if site.gate is not None and site.gate is not site.up:
+        if site.gate.weight is site.up.weight:
+            return site.refused("gate and up projection have the same weights")
+        if site.gate.sizes != site.up.sizes:
+            return site.refused("gate and up projection differ in size")
     for node in sorted(site.inner, key=lambda n: n.name):
         if strangers := [user for user in node.users if user not in own]:
             return site.refused(f"its intermediate value {node.name} is also used by {strangers[0].name}")

@@ -96,14 +96,19 @@ class Site:
         gate = () if self.gate is None or self.gate is self.up else self.gate.parameters
         return (*gate, *self.up.parameters, *self.down.parameters)
 
+    @property
+    def function(self) -> str | None:
+        """What the site computes of its weights, for its fingerprint: a fused matrix tells no gate from up."""
+        return self.activation if self.gate_half is None else f"{self.activation}, gate in half {self.gate_half}"
+
     def refused(self, reason: str) -> Site:
         """This site with a reason, the first one given being kept."""
         return self if self.reason else replace(self, reason=reason)
 
 
 def is_released(weight: Tensor) -> bool:
-    """Whether a weight is one value in many places, as :func:`tardis_fx.release` leaves it."""
-    return weight.numel() > 1 and not any(weight.stride())
+    """Whether a matrix is one value in many places, as :func:`tardis_fx.release` leaves it."""
+    return weight.dim() == 2 and weight.numel() > 1 and not any(weight.stride())
 
 
 @dataclass(frozen=True)

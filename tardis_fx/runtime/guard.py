@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from tardis_fx.errors import StaleWeightError
-from tardis_fx.graph.site import Site, SiteWeights
+from tardis_fx.errors import PlanMismatchError, StaleWeightError
+from tardis_fx.graph.site import Site, SiteWeights, is_released
 
 if TYPE_CHECKING:
     from tardis_fx.passes.base import Rewrite
@@ -163,6 +163,8 @@ class GuardedGraph:
                 shared.append(guard.constants(entry, own))
         if len(shared) < len(sites):
             unknown = [guard for guard, entry in zip(self._guards, entries, strict=True) if entry is None]
+            for guard, own in sites:
+                refuse_released(guard.name, own)
             run, shared = self._other([Unknown(guard.name, self._changed(weights)) for guard in unknown]), []
         self._known = {key: known for key, known in self._known.items() if known.alive}
         known = self._known[tuple(map(_address, weights))] = _Known(
@@ -187,23 +189,38 @@ class FrozenGraph:
     """A compiled graph with its weights inside, as Inductor's freezing leaves it."""
 
     def __init__(self, compiled: Callable[..., Any], weights: Sequence[Tensor]) -> None:
-        """Notes the weights' versions.
+        """Notes addresses and versions of the weights.
 
         Args:
             compiled: the graph.
-            weights: that it was made from.
+            weights: of its rewritten sites.
         """
-        self._compiled, self._weights, self._made_from = compiled, tuple(weights), _versions(weights)
+        self._compiled, self._weights = compiled, tuple(weights)
+        self._made_from = self._state
+
+    @property
+    def _state(self) -> tuple[int, ...]:
+        return (*map(_address, self._weights), *_versions(self._weights))
 
     def __call__(self, *inputs: Any) -> Any:
         """Runs the graph.
 
         Raises:
-            StaleWeightError: a weight was changed in place.
+            StaleWeightError: a weight was written to, or its data replaced.
         """
-        if _versions(self._weights) != self._made_from:
+        if self._state != self._made_from:
             raise StaleWeightError("a weight changed, and freezing holds copies: call torch.compiler.reset() first")
         return self._compiled(*inputs)
+
+
+def refuse_released(name: str, weights: Sequence[Tensor], reason: str = "its plan does not apply") -> None:
+    """Nothing, or an error where a site would run as it was, and cannot.
+
+    Raises:
+        PlanMismatchError: a weight was released.
+    """
+    if any(map(is_released, weights)):
+        raise PlanMismatchError(f"{name} would run with its original weights, which were released: {reason}")
 
 
 def _versions(weights: Sequence[Tensor]) -> tuple[int, ...]:

@@ -69,7 +69,7 @@ class ProfiledGraph:
 
     def _observe(self, parameters: list[list[Tensor]], seen: Sequence[Tensor]) -> None:
         sites = [
-            ObservedSite(site, fingerprint(own, site.activation), SiteWeights.of(site, own), tuple(own))
+            ObservedSite(site, fingerprint(own, site.function), SiteWeights.of(site, own), tuple(own))
             for site, own in zip(self._sites, parameters, strict=True)
         ]
         profiles = profiles_of(sites, self._settings)

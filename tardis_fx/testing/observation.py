@@ -78,7 +78,8 @@ def observed(ffn: FFN | GatedFFN) -> ObservedSite:
         hidden = g.call("mul", activated(g, z[0]), z[1])
     g.graph.output(linear(hidden, ffn.down))
     parameters = tuple(parameter.detach() for parameter in ffn.parameters())
-    return of(site_of(g), parameters, ffn.activation)
+    site = site_of(g)
+    return of(site, parameters, site.function)
 
 
 def site_of(g: Graph) -> Site:
@@ -88,9 +89,9 @@ def site_of(g: Graph) -> Site:
     return site
 
 
-def of(site: Site, parameters: Sequence[Tensor], activation: str | None) -> ObservedSite:
+def of(site: Site, parameters: Sequence[Tensor], function: str | None) -> ObservedSite:
     """A site with values for ``site.parameters``."""
-    identity = fingerprint(parameters, activation)
+    identity = fingerprint(parameters, function)
     return ObservedSite(site, identity, SiteWeights.of(site, parameters), tuple(parameters))
 
 
@@ -110,4 +111,4 @@ def affine(d: int = 8, hidden: int = 32) -> ObservedSite:
 def _random(site: Site) -> ObservedSite:
     torch.manual_seed(0)
     values = [torch.randn(node.meta["example_value"].shape) for node in site.parameters]
-    return of(site, values, site.activation)
+    return of(site, values, site.function)

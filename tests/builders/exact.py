@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from builders.ffns import config, exact_plan
 from tardis_fx import Plan
+from tardis_fx.fingerprint import fingerprint
 from tardis_fx.graph.matcher import find_sites
 from tardis_fx.graph.site import SiteWeights
 from tardis_fx.graph.unfuse import unfuse
@@ -51,7 +53,8 @@ class Exact:
         for site in sites:
             if site.reason is None and PartialLinear().refuse(site) is None:
                 parameters = [values[node] for node in site.parameters]
-                plans.append(exact_plan(SiteWeights.of(site, parameters), parameters, str(site.activation)))
+                plan = exact_plan(SiteWeights.of(site, parameters), parameters, str(site.activation))
+                plans.append(replace(plan, fingerprint=fingerprint(parameters, site.function)))
                 plans[-1].tensors["folded_weight"] *= 1 + self._wrong
         result = pipeline.apply(gm, inputs, Plan(tuple(plans), config()), "rewritten")
         self.sites += sites

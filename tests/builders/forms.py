@@ -27,6 +27,7 @@ class Model(nn.Module):
         self.depthwise, self.norm = nn.Conv1d(32, 32, 3, padding=1, groups=32), nn.LayerNorm(32)
         self.point1, self.point2 = nn.Conv1d(8, 32, 1), nn.Conv1d(32, 8, 1)
         self.router, self.narrow, self.small_norm = nn.Linear(8, 4), nn.Linear(32, 4), nn.LayerNorm(8)
+        self.one = nn.Linear(8, 1)
         self._forward = forward
 
     def forward(self, x: Tensor) -> Any:

@@ -178,6 +178,21 @@ GATED: dict[str, Pair] = {
         lambda m, x: m.down((h := m.fused(x))[..., ::2] * gelu(h[..., 1::2])),
         "getitem stands between",
     ),
+    "an up projection left as it is": Pair(
+        lambda m, x: m.down((h := _halves(m, x))[0] * gelu(h[1])),
+        lambda m, x: m.down((h := _halves(m, x))[0].clamp(-7, 7) * gelu(h[1])),
+        "activation",
+    ),
+    "matrices of one size": Pair(
+        lambda m, x: m.down(gelu(m.up(x)) * (x @ m.w1)),
+        lambda m, x: m.down(gelu(m.one(x)) * m.up(x)),
+        "differ in size",
+    ),
+    "two matrices": Pair(
+        lambda m, x: m.down((x @ m.w1) * gelu(m.up(x))),
+        lambda m, x: m.down(m.up(x) * gelu(m.up(x))),
+        "have the same weights",
+    ),
     "glu": Pair(
         lambda m, x: m.down(F.glu(m.fused(x))),
         lambda m, x: m.down(F.glu(m.up(x), dim=0)),
