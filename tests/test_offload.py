@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from builders.ffns import Block, batches, config, ffn
-from builders.offload import D, HIDDEN, SITES
+from builders.offload import HIDDEN, SITES, D
 from torch import nn
 
 from tardis_fx import CheckpointError, ConfigError, Plan, calibrate
@@ -35,7 +35,8 @@ def test_the_statistics_of_all_sites_together_are_never_in_memory(tmp_path: Path
     told = subprocess.run(command, env=os.environ | {"PYTHONPATH": paths}, check=True, capture_output=True, text=True)
     highest = json.loads(told.stdout)
     histogram, moments, regression, predictor = 6 * BINS * HIDDEN * 8, 8 * D**2, 8 * 4 * D**2, 4 * HIDDEN * D
-    assert highest["offload"] < SITES * (histogram + moments + regression + predictor) < highest["together"]
+    most = 3 / 4 * SITES * (histogram + moments + regression + predictor)  # other needs come and go in both
+    assert highest["offload"] < most < highest["together"], (highest, most)
     assert contents(Plan.load(tmp_path / "offload")) == contents(Plan.load(tmp_path / "together"))
 
 

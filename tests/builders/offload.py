@@ -11,22 +11,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from builders.ffns import Block, batches, config, ffn
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 import tardis_fx
+from builders.ffns import Block, batches, config, ffn, planned
 
 if TYPE_CHECKING:
     from tardis_fx import Plan
 
-D, HIDDEN, SITES = 256, 1024, 6
+D, HIDDEN, SITES = 256, 1024, 7
 
 
-def mapped(folder: Path, sites: int) -> nn.Module:
-    """A model whose weights are mapped from a file, as ``from_pretrained`` leaves them."""
-    model = nn.Sequential(*(Block(ffn(D, HIDDEN, seed=i), D) for i in range(sites))).eval()
-    path = folder / f"{sites}.safetensors"
+def mapped(folder: Path) -> nn.Module:
+    """A model whose weights are mapped from a file, as transformers leaves them."""
+    model = nn.Sequential(*(Block(ffn(D, HIDDEN, seed=i), D) for i in range(SITES))).eval()
+    path = folder / "model.safetensors"
     save_file(model.state_dict(), path)
     model.load_state_dict(load_file(path), assign=True)
     return model
@@ -51,8 +51,8 @@ def rise(model: nn.Module, *, offload: bool) -> tuple[int, Plan]:
     watcher = threading.Thread(target=watch)
     watcher.start()
     try:
-        chosen = config(allocation="per_site")
-        plan = tardis_fx.calibrate(model, batches(d=D), config=chosen, offload=offload)
+        chosen = config(allocation="per_site", rounding="nearest")
+        plan = tardis_fx.calibrate(model, batches(2, 128, D), config=chosen, offload=offload)
     finally:
         done.set()
         watcher.join()
@@ -62,11 +62,11 @@ def rise(model: nn.Module, *, offload: bool) -> tuple[int, Plan]:
 def main(folder: Path) -> None:
     """Prints what a calibration takes with offloading and without; writes the plans."""
     torch.set_num_threads(1)
-    rise(mapped(folder, 1), offload=False)  # what Dynamo keeps of its first compilation is none of this
+    planned(ffn())  # what Dynamo keeps of its first compilation is none of this
     found = {}
     for offload in (True, False):
         name = "offload" if offload else "together"
-        found[name], plan = rise(mapped(folder, SITES), offload=offload)
+        found[name], plan = rise(mapped(folder), offload=offload)
         plan.save(folder / name)
     sys.stdout.write(json.dumps(found))
 
