@@ -59,6 +59,14 @@ class Rewrite(ABC):
     def forward(self, x: Tensor, constants: Mapping[str, Tensor], plan: SitePlan) -> Tensor:
         """The rewritten site: x [..., d] to [..., d_out]. Traced with ``torch.fx``: no branches on values or shapes."""
 
+    @property
+    def compares_sites(self) -> bool:
+        """Whether what becomes of a site depends on the others even where each has bytes of its own.
+
+        Then :meth:`fit` needs all of them at once, and ``calibrate(offload=True)`` refuses the rewrite.
+        """
+        return False
+
     # ---- What a rewrite offers to those that come behind it; see tardis_fx.passes.composed and int8_ffn
 
     @property

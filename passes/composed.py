@@ -66,6 +66,11 @@ class Composed(Rewrite):
         """The second's."""
         return self.second.leaves_matrices
 
+    @property
+    def compares_sites(self) -> bool:
+        """Where either does."""
+        return self.first.compares_sites or self.second.compares_sites
+
     def refuse(self, site: Site) -> str | None:
         """What either refuses."""
         return self.first.refuse(site) or self.second.refuse(site)

@@ -60,6 +60,11 @@ class Int8Ffn(Rewrite):
         """Its name behind the other's."""
         return self.name if self._alone else f"{self.inner.method}+{self.name}"
 
+    @property
+    def compares_sites(self) -> bool:
+        """The other's."""
+        return self.inner.compares_sites
+
     def after(self, previous: Rewrite) -> Rewrite:
         """Around another rewrite.
 

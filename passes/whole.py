@@ -31,6 +31,11 @@ if TYPE_CHECKING:
 class WholeSites(StaticRewrite):
     """A rewrite of whole FFNs; see the module's docstring."""
 
+    @property
+    def compares_sites(self) -> bool:
+        """The budget is the model's."""
+        return True
+
     @abstractmethod
     def replaced(self, output: Residual, weights: SiteWeights) -> tuple[float, str, dict[str, Tensor]]:
         """What a site loses by its replacement (the least first), the same in words, and the plan's tensors.

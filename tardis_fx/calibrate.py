@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from dataclasses import asdict, replace
 from fnmatch import fnmatchcase
@@ -35,6 +36,7 @@ def calibrate(
     *,
     config: Config | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
+    offload: bool = False,
 ) -> Plan:
     """Runs a model on calibration batches and plans a rewrite for every FFN in it.
 
@@ -49,9 +51,12 @@ def calibrate(
         config: what to aim at; the defaults when None.
         checkpoint: a folder for the statistics of finished runs over the batches. Given again after an interruption,
             the calibration goes on behind them.
+        offload: fit one FFN after the other, so that what is measured and fitted is in memory for one at a time. Every
+            run over the batches is made once for each of them, and ``Config.allocation`` is ``"per_site"``.
 
     Raises:
-        ConfigError: the config names no registered rewrite, rewrites that do not compose, or sites that there are not.
+        ConfigError: the config names no registered rewrite, rewrites that do not compose, or sites that there are not;
+            with ``offload``, one that decides about all FFNs together.
         CalibrationError: the model is in training mode, there are no batches, an input or a weight is NaN, there is
             no FFN, or the budget is smaller than the folded weights; ranks differ in what they are given or in what
             they compute, or one died.
@@ -63,9 +68,11 @@ def calibrate(
     for _, method in config.methods:
         if method is not None:
             rewrite_named(method)  # before the model runs
+    if offload:
+        config = _by_site(config)
     given, ranks, owner = checked(model, batches), Ranks.initialised(), ""
     if ranks.count > 1 or checkpoint is not None:
-        owner = digest(dict(model.state_dict()), given, asdict(replace(config, progress=False)))
+        owner = digest(dict(model.state_dict()), given, asdict(replace(config, progress=False)), offload)
     ranks.agree("arithmetic", arithmetic())
     ranks.agree("hashes of model, batches and config", owner)
     kept = ranks.attempt(lambda: Checkpoint(checkpoint, owner) if checkpoint is not None and ranks.rank == 0 else None)
@@ -76,14 +83,34 @@ def calibrate(
     for pattern, _ in config.methods:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise ConfigError(f"method: {pattern!r} matches no site; there are {', '.join(names)}")
-    plan = plan_for(observation, config)
+    plan = plan_for(observation, config, offload=offload)
     if ranks.count > 1:
         ranks.agree("hashes of the plans", digest(*map(vars, plan.sites)))
     return plan
 
 
-def plan_for(observation: Observation, config: Config) -> Plan:
+def _by_site(config: Config) -> Config:
+    """The config with bytes for every FFN, which is then fitted without the others.
+
+    Raises:
+        ConfigError: it asks for a decision about all of them.
+    """
+    if config.sequential or config.target_error is not None:
+        what = "sequential" if config.sequential else "target_error"
+        raise ConfigError(f"{what} needs all FFNs at once, and offload has one at a time: leave one of them out")
+    for _, method in config.methods:
+        if method is not None and rewrite_named(method).compares_sites:
+            raise ConfigError(f"{method} compares all FFNs before it replaces one: calibrate without offload")
+    return replace(config, allocation="per_site")
+
+
+def plan_for(observation: Observation, config: Config, *, offload: bool = False) -> Plan:
     """Plans from an observation; several plans of one observation share what does not depend on the config.
+
+    Args:
+        observation: of the sites.
+        config: what to aim at.
+        offload: fit the sites one after the other, each as if it were the only one, and keep no statistics.
 
     Raises:
         ConfigError: as :func:`calibrate`.
@@ -108,9 +135,17 @@ def plan_for(observation: Observation, config: Config) -> Plan:
     for site in (site for group in groups.values() for site in group):
         if not all(torch.isfinite(parameter).all() for parameter in site.parameters):
             raise CalibrationError(f"the weights of {site.site.name} hold NaN or infinity")
-    for method, group in groups.items():
-        part = observation if isinstance(config.method, str) else Part(observation, group, method)
+    fits = list(groups.items())
+    if offload:
+        fits = [(method, [site]) for method, group in fits for site in group]
+    for i, (method, group) in enumerate(fits, 1):
+        label = f"FFN {i} of {len(fits)}" if offload else method
+        whole = isinstance(config.method, str) and not offload
+        part = observation if whole else Part(observation, group, label)
         planned |= {plan.fingerprint: plan for plan in rewrite_named(method).fit(part, group, config)}
+        if offload:
+            part.memo.clear()
+            gc.collect()  # drafts refer to themselves by what they cache
     for site in observation.sites[len(sites) :]:
         _log.warning("%s is not planned: the first batch does not reach it", site.site.name)
     return Plan(tuple(planned.get(s.fingerprint) or refused(s, reasons[s.fingerprint]) for s in sites), config)

@@ -88,6 +88,18 @@ def test_the_command_writes_the_plan_that_the_function_returns(
         CliRunner().invoke(app, other, catch_exceptions=False)
 
 
+def test_offloaded_the_command_runs_the_text_for_every_ffn_and_writes_the_same_plan(
+    folder: Path, tmp_path: Path
+) -> None:
+    method, plans = ("--method", "wanda:budget=0.6,allocation=per_site"), []
+    for name, more, runs in (("together", (), 2), ("apart", ("--offload",), 4)):
+        more = (*more, "--checkpoint", str(tmp_path / f"{name}-runs"))
+        CliRunner().invoke(app, arguments(folder, tmp_path / name, *method, *more), catch_exceptions=False)
+        assert len(list((tmp_path / f"{name}-runs").iterdir())) == runs
+        plans.append(Plan.load(tmp_path / name))
+    assert plans_of(plans[0]) == plans_of(plans[1])
+
+
 WRONG = {
     "a folder that is not there": (("--method", "wanda"), "nowhere/plan", PlanFileError),
     "two methods": (("--method", "wanda,gptq"), "plan", ConfigError),

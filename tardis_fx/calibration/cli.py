@@ -44,6 +44,7 @@ def calibrate(
     checkpoint: Annotated[
         Path | None, typer.Option(help="A folder for finished runs over the text; a second start goes on behind them.")
     ] = None,
+    offload: Annotated[bool, typer.Option("--offload", help="Fit one FFN at a time: less memory, more runs.")] = False,
 ) -> None:
     """Calibrate a causal language model; under torchrun the processes share the text."""
     import tardis_fx
@@ -62,6 +63,7 @@ def calibrate(
             [batch.to(_own(device)) for batch in _batches(subject, text, windows)],
             config=replace(config, progress=config.progress and first),
             checkpoint=checkpoint,
+            offload=offload,
         )
         if first:
             plan.save(out)
