@@ -108,16 +108,18 @@ class Int8Ffn(Rewrite):
         return plans
 
     def _check(self, plans: Sequence[SitePlan], config: Config) -> None:
+        if config.target_error is not None:
+            error = math.sqrt(sum(plan.error**2 for plan in plans) / len(plans))
+            if error > config.target_error:
+                raise CalibrationError(
+                    f"target_error {config.target_error}: out of reach of {self.name}, the error is {error:.3g} always"
+                )
+            return
         for plan in plans:
             share, name = plan.touched_bytes / plan.dense_bytes, plan.name or "an FFN"
-            if config.target_error is None and share > config.budget:
+            if share > config.budget:
                 raise CalibrationError(
                     f"a budget of {config.budget:.2%} is too small for {self.name}: {name} reads {share:.2%} always"
-                )
-            if config.target_error is not None and plan.error > config.target_error:
-                raise CalibrationError(
-                    f"target_error {config.target_error}: out of reach of {self.name}, "
-                    f"the error of {name} is {plan.error:.3g} always"
                 )
 
     def _around(self, site: ObservedSite, inner: SitePlan) -> SitePlan:

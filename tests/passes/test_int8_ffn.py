@@ -142,6 +142,20 @@ def test_a_budget_or_a_target_out_of_reach_is_refused() -> None:
             plan_for(observed(), config(method="int8_ffn", **changed))
 
 
+@pytest.mark.parametrize("method", ["int8_ffn", "int4_ffn"])
+def test_a_target_is_for_the_root_mean_square_of_the_sites_errors(method: str) -> None:
+    rough = ffn(D, HIDDEN, seed=1)
+    with torch.no_grad():
+        rough.up.weight[:, 0] *= 30  # leaves few steps to the other columns of the rows
+    two = SiteObservation([ffn(D, HIDDEN), rough], batches(d=D))
+    low, high = (site.error for site in plan_for(two, config(method=method, budget=1.0)).sites)
+    joint = ((low**2 + high**2) / 2) ** 0.5
+    assert low < 0.95 * joint < 1.05 * joint < high
+    assert len(plan_for(two, config(method=method, target_error=joint * 1.01)).sites) == 2
+    with pytest.raises(CalibrationError, match=f"out of reach of {method}"):
+        plan_for(two, config(method=method, target_error=joint * 0.99))
+
+
 @pytest.mark.parametrize(
     "changed",
     [
