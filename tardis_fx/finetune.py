@@ -59,9 +59,9 @@ def finetune(
     Args:
         model: the dense model that the plan was made for, in eval mode; it is left as it was.
         plan: of rewrites whose constants are dense weights (``ffsplit``, ``low_rank``, ``hot_fold``, ...), or the path
-            of its file; it is left as it was.
+            of its file; it is left as it was. One that was fine-tuned is trained on from where it is.
         batches: as :func:`tardis_fx.calibrate` takes them, two or more, with labels where the loss needs them.
-        loss: of the model's output and the batch, a scalar; None takes ``output.loss``, as models of ``transformers``
+        loss: of the model's output and the batch, a scalar with gradients where they are enabled; None takes ``output.loss``, as models of ``transformers``
             return where labels are among their arguments.
         epochs: passes over the batches.
         learning_rate: the first.
@@ -72,7 +72,8 @@ def finetune(
 
     Raises:
         ConfigError: an argument is out of its range, or a site's rewrite cannot be fine-tuned.
-        CalibrationError: the model is in training mode, fewer than two batches, or a loss that is no finite scalar.
+        CalibrationError: the model is in training mode, fewer than two batches, or a loss that is no finite scalar or
+            has no gradient.
         PlanMismatchError: the plan does not fit the model.
     """
     plan = resolve(plan)
@@ -135,6 +136,11 @@ class _Split:
         if not isinstance(found, Tensor) or found.numel() != 1 or not math.isfinite(float(found.detach())):
             raise CalibrationError(
                 f"the loss must be a finite scalar, not {found!r}: look at the batch, or lower the rate"
+            )
+        if gradients and not found.requires_grad:
+            raise CalibrationError(
+                "the loss has no gradient: it must be made of the model's output, neither detached nor under no_grad, "
+                "and every batch must run a site that is trained"
             )
         return found
 

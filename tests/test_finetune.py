@@ -95,6 +95,19 @@ def test_no_training_gives_the_plan_back() -> None:
     assert found is plan()
 
 
+def test_a_fine_tuned_plan_is_trained_on_from_where_it_is() -> None:
+    x = batches(8, 64, d=D)
+    again = finetune(model(), trained(), x, loss=loss, epochs=2, learning_rate=1e-3, progress=False)
+    with torch.no_grad():
+        first, second = (float(loss(compiled(copy.deepcopy(model()), p)(x[-1]), x[-1])) for p in (trained(), again))
+    assert second < first, "on the batch that was held back"
+    for before, after in zip(trained().sites, again.sites, strict=True):
+        assert (after.method, after.settings) == ("ffsplit+finetuned", before.settings)
+        assert (after.touched_bytes, after.stored_bytes) == (before.touched_bytes, before.stored_bytes)
+        assert {n: t.shape for n, t in after.tensors.items()} == {n: t.shape for n, t in before.tensors.items()}
+        assert not torch.equal(after.tensors["w1"], before.tensors["w1"])
+
+
 @pytest.mark.parametrize("method", ["wanda", "partial_linear"])
 def test_what_is_not_made_of_dense_weights_is_refused(method: str) -> None:
     other = calibrate(model(), batches(d=D), config=config(method=method, budget=0.6))
@@ -116,6 +129,7 @@ def test_calibration_does_not_train() -> None:
         ({"loss": None}, CalibrationError, "has no loss"),
         ({"loss": lambda output, _: output}, CalibrationError, "finite scalar"),
         ({"loss": lambda output, _: output.sum() / 0}, CalibrationError, "finite scalar"),
+        ({"loss": lambda output, _: output.detach().sum()}, CalibrationError, "no gradient"),
     ],
 )
 def test_bad_arguments_are_refused(changed: dict[str, Any], kind: type[Exception], why: str) -> None:
