@@ -40,6 +40,10 @@ class Finetuned(Rewrite):
         """Around another rewrite."""
         return type(self)(previous)
 
+    def matrices(self, plan: SitePlan) -> dict[str, float]:
+        """All of two dimensions, for nothing but dense weights and biases is trained."""
+        return {name: 1.0 for name, tensor in plan.tensors.items() if tensor.dim() > 1}
+
     def refuse(self, site: Site) -> str | None:
         """What the other one refuses."""
         return None if self._inner is None else self._inner.refuse(site)

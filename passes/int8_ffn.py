@@ -2,7 +2,8 @@
 
 1. 8 bits: symmetric codes with a scale for every row, rounded to nearest, as torchao's ``Int8WeightOnlyConfig`` has it.
    A linear layer becomes ``F.linear(x, codes) * scale``, which Inductor compiles, in bfloat16 and for x of
-   [batch, length, d], to one product of numbers and codes (``aten._weight_int8pack_mm``) without a dense copy.
+   [batch, length, d], to one product of numbers and codes (``aten._weight_int8pack_mm``) without a dense copy. In
+   float16, where products with codes overflow, the matrix is scaled instead.
 2. 4 bits: asymmetric codes in groups of 64 columns, as :mod:`tardis_fx.passes.rtn` has them. A dense matrix is made
    of them at every call: no speed-up.
 3. Behind another rewrite its matrices are quantised (:meth:`tardis_fx.passes.base.Rewrite.matrices`), where that
@@ -13,6 +14,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -83,12 +85,14 @@ class Int8Ffn(Rewrite):
         """Fits the other rewrite, then measures the error of both together.
 
         Raises:
-            CalibrationError: alone, where the integers are more than the budget, or err more than the target.
+            CalibrationError: an output is not finite; alone, where the integers are more than the budget, or err more
+                than the target.
             ConfigError: the other rewrite has quantised whatever it has.
         """
         if self._alone:
             plans = [self._around(site, _whole(site)) for site in sites]
             plans = with_errors(self, observation, sites, plans, config)
+            _check_finite(plans)
             self._check(plans, config)
             return plans
         if config.fold_bits is None:
@@ -105,19 +109,22 @@ class Int8Ffn(Rewrite):
         ]
         for rewrite in (self, alone):
             plans = with_errors(rewrite, observation, sites, plans, config)
+        _check_finite(plans)
         return plans
 
     def _check(self, plans: Sequence[SitePlan], config: Config) -> None:
+        if config.target_error is not None:
+            error = math.sqrt(sum(plan.error**2 for plan in plans) / len(plans))
+            if error > config.target_error:
+                raise CalibrationError(
+                    f"target_error {config.target_error}: out of reach of {self.name}, the error is {error:.3g} always"
+                )
+            return
         for plan in plans:
             share, name = plan.touched_bytes / plan.dense_bytes, plan.name or "an FFN"
-            if config.target_error is None and share > config.budget:
+            if share > config.budget:
                 raise CalibrationError(
                     f"a budget of {config.budget:.2%} is too small for {self.name}: {name} reads {share:.2%} always"
-                )
-            if config.target_error is not None and plan.error > config.target_error:
-                raise CalibrationError(
-                    f"target_error {config.target_error}: out of reach of {self.name}, "
-                    f"the error of {name} is {plan.error:.3g} always"
                 )
 
     def _around(self, site: ObservedSite, inner: SitePlan) -> SitePlan:
@@ -150,6 +157,8 @@ class Int8Ffn(Rewrite):
     ) -> Tensor:
         """A linear layer: x [..., columns] by what :meth:`quantise` gave."""
         codes, scale = parts
+        if dtype == torch.float16:
+            return F.linear(x, codes.to(dtype) * scale[:, None], bias)
         product = F.linear(x, codes.to(dtype)) * scale
         return product if bias is None else product + bias
 
@@ -227,3 +236,12 @@ def _arguments(input: Any, weight: Any, bias: Any = None) -> tuple[Any, Any, Any
 
 def _whole(site: ObservedSite) -> SitePlan:
     return SitePlan.of(site.site, site.parameters, method=Original.name, touched_bytes=float(site.weights.bytes))
+
+
+def _check_finite(plans: Sequence[SitePlan]) -> None:
+    for plan in plans:
+        if not math.isfinite(plan.error):
+            raise CalibrationError(
+                f"{plan.name or 'an FFN'} gives NaN or infinity, as {plan.method} or as it was: "
+                f"{plan.dtype} is too narrow for it, use another dtype"
+            )

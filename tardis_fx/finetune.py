@@ -59,20 +59,22 @@ def finetune(
     Args:
         model: the dense model that the plan was made for, in eval mode; it is left as it was.
         plan: of rewrites whose constants are dense weights (``ffsplit``, ``low_rank``, ``hot_fold``, ...), or the path
-            of its file; it is left as it was.
+            of its file; it is left as it was. One that was fine-tuned is trained on from where it is.
         batches: as :func:`tardis_fx.calibrate` takes them, two or more, with labels where the loss needs them.
-        loss: of the model's output and the batch, a scalar; None takes ``output.loss``, as models of ``transformers``
-            return where labels are among their arguments.
+        loss: of the model's output and the batch, a scalar with gradients where they are enabled; None takes
+            ``output.loss``, as models of ``transformers`` return where labels are among their arguments.
         epochs: passes over the batches.
         learning_rate: the first.
         progress: show a progress bar.
 
     Returns:
-        A plan whose sites are of ``...+finetuned``; the one given where no epoch made anything better.
+        A plan whose sites are of ``...+finetuned``, but for those that none of the batches trained on or none of those
+        held back reach, which a warning names; the plan given where no epoch made anything better.
 
     Raises:
         ConfigError: an argument is out of its range, or a site's rewrite cannot be fine-tuned.
-        CalibrationError: the model is in training mode, fewer than two batches, or a loss that is no finite scalar.
+        CalibrationError: the model is in training mode, fewer than two batches, or a loss that is no finite scalar or
+            has no gradient.
         PlanMismatchError: the plan does not fit the model.
     """
     plan = resolve(plan)
@@ -86,7 +88,7 @@ def finetune(
     held = max(1, int(len(given) * TUNING))
     training, tuning = given[:-held], given[-held:]
     with frozen(model):
-        split = _Split(model, plan, tuning[0], _own_loss if loss is None else loss)
+        split = _Split(model, plan, training, tuning, _own_loss if loss is None else loss, progress=progress)
         before = best = split.evaluate(tuning)
         kept: dict[str, Tensor] | None = None
         optimiser = torch.optim.Adam(split.sites.parameters(), lr=learning_rate)
@@ -109,24 +111,58 @@ def finetune(
             _log.warning("fine-tuning made nothing better on the held-back batches: the plan stays as it was")
             return plan
         split.sites.load_state_dict(kept)
-    return split.trained(model, tuning)
+        return split.trained()
 
 
 class _Split:
     """The model with its planned sites trainable."""
 
-    def __init__(self, model: nn.Module, plan: Plan, example: Batch, loss: Callable[[Any, Batch], Tensor]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        plan: Plan,
+        training: Sequence[Batch],
+        tuning: Sequence[Batch],
+        loss: Callable[[Any, Batch], Tensor],
+        *,
+        progress: bool,
+    ) -> None:
         self._plan, self._loss, self.sites = plan, loss, nn.ModuleDict()
+        self._known = [site for site in plan.sites if site.method and not _is_exact(site)]
+        if not self._known:
+            raise ConfigError("the plan has no site to fine-tune: every one is refused or exact")
         self._outcomes: list[pipeline.Outcome] = []
         self._refusals: list[ConfigError] = []  # Dynamo would wrap what a backend raises
         self._capture = Capture(model, self._grafted)
-        with torch.no_grad():
-            self._capture(example)
-        pipeline.check(self._outcomes, plan, strict=False)
-        if self._refusals:
-            raise self._refusals[0]
-        if not self.sites:
-            raise ConfigError("the plan has no site to fine-tune: every one is refused or exact")
+        self._observation = BatchObservation(model, tuning, progress=False)
+        self._find(training, progress=progress)
+        trained_on = set(self.sites)
+        self._find(tuning, progress=progress)
+        left = pipeline.check(self._outcomes, plan, strict=False)
+        for name, reason in dict.fromkeys((o.site.name or "an FFN", o.reason) for o in left):
+            _log.warning("%s is not fine-tuned: %s", name, reason)
+        # An observation knows the sites of its first batch until it has run the others
+        self._observation.run(lambda site: Check(site, nn.Identity()), [], "sites of the batches held back")
+        self._chosen = [site for site in self._observation.sites if site.fingerprint in trained_on]
+        self._choose({site.fingerprint for site in self._chosen})
+
+    def _find(self, batches: Sequence[Batch], *, progress: bool) -> None:
+        """Runs batches: any of them may be the first to reach a site."""
+        for batch in tqdm(batches, desc="sites", unit="batch", disable=not progress, leave=False):
+            self._capture(batch)
+            if self._refusals:
+                raise self._refusals[0]
+
+    def _choose(self, chosen: set[str]) -> None:
+        """Leaves all sites but these untrained."""
+        left = [site.name or "an FFN" for site in self._known if site.fingerprint not in chosen]
+        why = "no batch that is trained on, or none that is held back, reaches them"
+        if not chosen:
+            raise CalibrationError(f"no site can be fine-tuned, {', '.join(left)}: {why}")
+        if left:
+            _log.warning("the plan's entries of %s stay as they are: %s", ", ".join(left), why)
+        for identity, module in self.sites.items():
+            module.requires_grad_(identity in chosen)
 
     def loss(self, batch: Batch, *, gradients: bool = False) -> Tensor:
         """Of one batch, with gradients or without."""
@@ -136,19 +172,24 @@ class _Split:
             raise CalibrationError(
                 f"the loss must be a finite scalar, not {found!r}: look at the batch, or lower the rate"
             )
+        if gradients and not found.requires_grad:
+            raise CalibrationError(
+                "the loss has no gradient: it must be made of the model's output, neither detached nor under no_grad, "
+                "and every batch must run a site that is trained"
+            )
         return found
 
     def evaluate(self, batches: Sequence[Batch]) -> float:
         """The mean loss."""
         return sum(float(self.loss(batch)) for batch in batches) / len(batches)
 
-    def trained(self, model: nn.Module, batches: Sequence[Batch]) -> Plan:
-        """The plan with the weights as they are now, and their errors on batches."""
-        observation = BatchObservation(model, batches, progress=False)
-        chosen = [site for site in observation.sites if site.fingerprint in self.sites]
+    def trained(self) -> Plan:
+        """The plan with the weights as they are now, and their errors on the batches held back."""
+        modules = dict(self.sites.items())
         with torch.no_grad():
-            modules = dict(self.sites.items())
-            checks = observation.run(lambda s: Check(s, modules[s.fingerprint]), chosen, "errors after fine-tuning")
+            checks = self._observation.run(
+                lambda s: Check(s, modules[s.fingerprint]), self._chosen, "errors after fine-tuning"
+            )
         entries = {key: modules[key].trained(check.error) for key, check in checks.items()}  # type: ignore[operator]
         return replace(self._plan, sites=tuple(entries.get(site.fingerprint, site) for site in self._plan.sites))
 
@@ -158,16 +199,19 @@ class _Split:
         return grafted.forward
 
     def _site(self, entry: SitePlan, weights: SiteWeights) -> nn.Module | None:
-        rewrite = rewrite_named(str(entry.method))
-        if isinstance(rewrite, ExactFold):
+        if _is_exact(entry):
             return None
         if entry.fingerprint not in self.sites:
             try:
-                self.sites[entry.fingerprint] = DenseSite(entry, weights, rewrite)
+                self.sites[entry.fingerprint] = DenseSite(entry, weights, rewrite_named(str(entry.method)))
             except ConfigError as error:
                 self._refusals.append(error)
                 return None
         return self.sites[entry.fingerprint]
+
+
+def _is_exact(entry: SitePlan) -> bool:
+    return isinstance(rewrite_named(str(entry.method)), ExactFold)
 
 
 def _own_loss(output: Any, batch: Batch) -> Tensor:

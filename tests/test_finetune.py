@@ -95,6 +95,19 @@ def test_no_training_gives_the_plan_back() -> None:
     assert found is plan()
 
 
+def test_a_fine_tuned_plan_is_trained_on_from_where_it_is() -> None:
+    x = batches(8, 64, d=D)
+    again = finetune(model(), trained(), x, loss=loss, epochs=2, learning_rate=1e-3, progress=False)
+    with torch.no_grad():
+        first, second = (float(loss(compiled(copy.deepcopy(model()), p)(x[-1]), x[-1])) for p in (trained(), again))
+    assert second < first, "on the batch that was held back"
+    for before, after in zip(trained().sites, again.sites, strict=True):
+        assert (after.method, after.settings) == ("ffsplit+finetuned", before.settings)
+        assert (after.touched_bytes, after.stored_bytes) == (before.touched_bytes, before.stored_bytes)
+        assert {n: t.shape for n, t in after.tensors.items()} == {n: t.shape for n, t in before.tensors.items()}
+        assert not torch.equal(after.tensors["w1"], before.tensors["w1"])
+
+
 @pytest.mark.parametrize("method", ["wanda", "partial_linear"])
 def test_what_is_not_made_of_dense_weights_is_refused(method: str) -> None:
     other = calibrate(model(), batches(d=D), config=config(method=method, budget=0.6))
@@ -116,9 +129,62 @@ def test_calibration_does_not_train() -> None:
         ({"loss": None}, CalibrationError, "has no loss"),
         ({"loss": lambda output, _: output}, CalibrationError, "finite scalar"),
         ({"loss": lambda output, _: output.sum() / 0}, CalibrationError, "finite scalar"),
+        ({"loss": lambda output, _: output.detach().sum()}, CalibrationError, "no gradient"),
     ],
 )
 def test_bad_arguments_are_refused(changed: dict[str, Any], kind: type[Exception], why: str) -> None:
     given: Any = {"batches": batches(2, 64, d=D), "loss": loss, "progress": False} | changed
     with pytest.raises(kind, match=why):
         finetune(model(), plan(), **given)
+
+
+class Branching(nn.Module):
+    """Its second block is for long inputs only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = Block(ffn(D, 64), D), Block(ffn(D, 64, seed=1), D)
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        return self.second(x) if len(x) > 32 else x
+
+
+def branching(training: list[int], tuning: list[int], method: Any = "ffsplit") -> tuple[Plan, Plan]:
+    """A plan of both blocks, before and after training on inputs of certain lengths."""
+    given = [inputs(tokens, D, seed=i) for i, tokens in enumerate(training + tuning)]
+    assert max(1, len(given) // 8) == len(tuning)
+    model_ = Branching()
+    before = calibrate(model_, batches(d=D), config=config(method=method, budget=0.5))
+    return before, finetune(
+        model_, before, given, loss=lambda output, _: output.square().mean(), epochs=1, progress=False
+    )
+
+
+def test_a_site_that_only_later_batches_reach_is_trained() -> None:
+    before, after = branching([16] * 8 + [48] * 6, [16, 48])
+    assert [site.method for site in after.sites] == ["ffsplit+finetuned"] * 2
+    for old, new in zip(before.sites, after.sites, strict=True):
+        assert not torch.equal(new.tensors["w1_a"], old.tensors["w1_a"])
+        assert 0 < new.error != old.error
+
+
+def test_a_site_that_cannot_be_trained_is_refused_where_only_later_batches_reach_it() -> None:
+    with pytest.raises(ConfigError, match=r"second.* not all weights of dense layers"):
+        branching([16, 48], [16], {"first*": "ffsplit", "second*": "wanda"})
+
+
+@pytest.mark.parametrize(("training", "tuning"), [(16, 16), (48, 16), (16, 48)])
+def test_a_site_that_training_or_evaluation_does_not_reach_stays_as_it_is(
+    training: int, tuning: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    before, after = branching([16, training], [tuning])
+    assert after.sites[0].method == "ffsplit+finetuned"
+    assert after.sites[1] is before.sites[1]
+    assert "the plan's entries of second" in caplog.text
+
+
+def test_a_plan_whose_sites_no_batch_reaches_is_refused() -> None:
+    with pytest.raises(CalibrationError, match="no site can be fine-tuned, second"):
+        branching([16, 16], [16], {"first*": None, "second*": "ffsplit"})

@@ -54,16 +54,17 @@ class DenseSite(nn.Module):
 
     @torch.no_grad()
     def trained(self, error: float) -> SitePlan:
-        """The entry with the weights as they are now.
+        """The entry with the weights as they are now; that of a fine-tuned one keeps its method.
 
         Args:
             error: that was measured.
         """
         tensors = {name: tensor.clone() for name, tensor in self.constants().items()}
+        again = isinstance(self._rewrite, Finetuned)
         return replace(
             self.entry,
-            method=Finetuned(self._rewrite).method,
-            settings={"inner": self.entry.settings},
+            method=self._rewrite.method if again else Finetuned(self._rewrite).method,
+            settings=self.entry.settings if again else {"inner": self.entry.settings},
             tensors=tensors,
             error=error,
             stored_bytes=self._weights.bytes + sum(tensor.nbytes for tensor in tensors.values()),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from builders.ffns import Block, batches, config, expected, ffn, inputs
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn import functional as F
 
 from tardis_fx import CalibrationError, ConfigError, Plan
 from tardis_fx.calibrate import plan_for
@@ -53,6 +55,21 @@ def test_codes_of_8_bits_are_off_by_half_a_step_at_the_most(
     missed = (codes.float() * scale.float()[:, None] - matrix.float()).abs()
     clipped = 127 * 2**-8  # of a scale rounded down to bfloat16
     assert (missed <= (0.5 + clipped * (dtype == torch.bfloat16)) * scale.float()[:, None] * 1.001).all()
+
+
+@pytest.mark.parametrize("rewrite", [Int8Ffn(), Int4Ffn()])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@given(seed=st.integers(0, 2**16), size=st.sampled_from([1.0, 20.0, 60.0]))
+def test_a_layer_of_codes_is_as_near_as_its_dtype_allows(
+    rewrite: Int8Ffn, dtype: torch.dtype, seed: int, size: float
+) -> None:
+    """Of outputs that float16 holds by far, but not divided by the scale of the codes."""
+    columns = 768
+    matrix = (inputs(8, columns, seed=seed) * 0.02).to(dtype)
+    x, bias = (inputs(4, columns, seed=seed + 1) * size).to(dtype), inputs(8, seed=seed + 2).to(dtype)
+    found = rewrite.linear(x, rewrite.quantise(matrix), bias, columns, dtype).double()
+    exact = F.linear(x.double(), matrix.double(), bias.double())
+    assert (found - exact).norm() <= (0.02 if rewrite.name == "int8_ffn" else 0.15) * exact.norm()
 
 
 @pytest.mark.parametrize("rewrite", [Int8Ffn(), Int4Ffn()])
@@ -123,6 +140,34 @@ def test_a_budget_or_a_target_out_of_reach_is_refused() -> None:
     ):
         with pytest.raises(CalibrationError, match=why):
             plan_for(observed(), config(method="int8_ffn", **changed))
+
+
+@pytest.mark.parametrize("method", ["int8_ffn", "int4_ffn"])
+def test_a_target_is_for_the_root_mean_square_of_the_sites_errors(method: str) -> None:
+    rough = ffn(D, HIDDEN, seed=1)
+    with torch.no_grad():
+        rough.up.weight[:, 0] *= 30  # leaves few steps to the other columns of the rows
+    two = SiteObservation([ffn(D, HIDDEN), rough], batches(d=D))
+    low, high = (site.error for site in plan_for(two, config(method=method, budget=1.0)).sites)
+    joint = ((low**2 + high**2) / 2) ** 0.5
+    assert low < 0.95 * joint < 1.05 * joint < high
+    assert len(plan_for(two, config(method=method, target_error=joint * 1.01)).sites) == 2
+    with pytest.raises(CalibrationError, match=f"out of reach of {method}"):
+        plan_for(two, config(method=method, target_error=joint * 0.99))
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"method": "int8_ffn", "budget": 1.0},
+        {"method": "int8_ffn", "target_error": 0.9},
+        {"method": "low_rank+int8_ffn", "budget": 1.0},
+    ],
+)
+def test_what_overflows_is_refused_whatever_the_budget(changed: dict[str, Any]) -> None:
+    wide = SiteObservation([ffn(D, HIDDEN).half()], [x.clamp(0.1) * 2e4 for x in batches(d=D)])
+    with pytest.raises(CalibrationError, match="NaN or infinity"):
+        plan_for(wide, config(**changed))
 
 
 def test_a_fold_in_few_bits_leaves_nothing_to_quantise() -> None:
