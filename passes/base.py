@@ -110,6 +110,12 @@ def matrices_of(plan: SitePlan) -> tuple[str, ...]:
     return ("gate", "w1", "w2") if plan.kind == "gated" else ("w1", "w2")
 
 
+def stored_bytes(site: ObservedSite, constants: Mapping[str, Tensor]) -> int:
+    """Size of a site's weights, which are kept, and of all constants that are none of them."""
+    own = {p.untyped_storage().data_ptr() for p in site.parameters}  # of a fused matrix, the halves' too
+    return site.weights.bytes + sum(c.nbytes for c in constants.values() if c.untyped_storage().data_ptr() not in own)
+
+
 @cache
 def rewrite_named(method: str) -> Rewrite:
     """The registered rewrite of this name, or the composition of those whose names stand with ``+`` between.

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, ClassVar
 from tardis_fx.calibration.check import Check
 from tardis_fx.calibration.part import Part
 from tardis_fx.errors import ConfigError
-from tardis_fx.passes.base import Rewrite
+from tardis_fx.passes.base import Rewrite, stored_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -145,9 +145,3 @@ def with_errors(
         checks = observation.run(lambda s: Check(s, functions[s.fingerprint], held_back=True), chosen, what)
         known |= {identity: replace(known[identity], error=check.error) for identity, check in checks.items()}
     return [known[site.fingerprint] for site in sites]
-
-
-def stored_bytes(site: ObservedSite, constants: Mapping[str, Tensor]) -> int:
-    """Size of a site's weights, which are kept, and of all constants that are none of them."""
-    own = {p.untyped_storage().data_ptr() for p in site.parameters}
-    return site.weights.bytes + sum(c.nbytes for c in constants.values() if c.untyped_storage().data_ptr() not in own)

@@ -25,8 +25,8 @@ from torch.overrides import TorchFunctionMode
 
 from tardis_fx.calibration.predictor import quantise
 from tardis_fx.errors import CalibrationError, ConfigError
-from tardis_fx.passes.base import Rewrite
-from tardis_fx.passes.composed import stored_bytes, with_errors
+from tardis_fx.passes.base import Rewrite, stored_bytes
+from tardis_fx.passes.composed import with_errors
 from tardis_fx.passes.original import Original
 from tardis_fx.plan import SitePlan
 from tardis_fx.runtime import ops  # noqa: F401 - registers torch.ops.tardis

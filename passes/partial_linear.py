@@ -35,7 +35,7 @@ from tardis_fx.calibration.target import least_budget
 from tardis_fx.calibration.widths import Fitted, mix
 from tardis_fx.errors import CalibrationError
 from tardis_fx.passes import gated
-from tardis_fx.passes.base import Rewrite
+from tardis_fx.passes.base import Rewrite, stored_bytes
 from tardis_fx.plan import SitePlan
 from tardis_fx.runtime import ops  # noqa: F401 - registers torch.ops.tardis
 
@@ -212,9 +212,7 @@ class PartialLinear(Rewrite):
             },
             tensors=tensors,
         )
-        own = {p.untyped_storage().data_ptr() for p in site.parameters}
-        extra = [c for c in self.constants(plan, weights).values() if c.untyped_storage().data_ptr() not in own]
-        plan = replace(plan, stored_bytes=weights.bytes + sum(c.numel() * c.element_size() for c in extra))
+        plan = replace(plan, stored_bytes=stored_bytes(site, self.constants(plan, weights)))
         return Fitted(draft, plan, error**2 * observer.residual.energy)
 
     def matrices(self, plan: SitePlan) -> dict[str, float]:

@@ -18,7 +18,7 @@ from tardis_fx.calibration.observe import BatchObservation
 from tardis_fx.calibration.target import least_budget
 from tardis_fx.errors import CalibrationError
 from tardis_fx.graph.feed_forward import biases
-from tardis_fx.passes.base import Rewrite
+from tardis_fx.passes.base import Rewrite, stored_bytes
 from tardis_fx.plan import SitePlan
 
 if TYPE_CHECKING:
@@ -127,9 +127,7 @@ class StaticRewrite(Rewrite):
         if isinstance(choice, str):
             return SitePlan.of(site.site, site.parameters, reason=choice)
         plan = SitePlan.of(site.site, site.parameters, method=self.name, **vars(choice))
-        own = {p.untyped_storage().data_ptr() for p in site.parameters}  # of a fused matrix, the halves' too
-        extra = [c for c in self.constants(plan, site.weights).values() if c.untyped_storage().data_ptr() not in own]
-        return replace(plan, stored_bytes=site.weights.bytes + sum(c.nbytes for c in extra))
+        return replace(plan, stored_bytes=stored_bytes(site, self.constants(plan, site.weights)))
 
 
 def measured(
