@@ -1,8 +1,8 @@
 """Weights inside the graph: under Inductor's freezing Dynamo makes no inputs of them.
 
 The rewrite knows weights as inputs. So they are lifted before it, and what it has added is put into the graph with them
-afterwards, where Inductor packs all of it. That no weight will change is what freezing takes for granted: there is
-nothing left to guard.
+afterwards, where Inductor packs all of it. Freezing takes for granted that no weight changes; those of rewritten sites
+are looked at all the same, at every call (:class:`tardis_fx.runtime.guard.FrozenGraph`).
 """
 
 from __future__ import annotations
