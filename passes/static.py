@@ -54,6 +54,10 @@ class StaticRewrite(Rewrite):
     def choose(self, observation: Observation, sites: Sequence[ObservedSite], config: Config) -> Sequence[Choice | str]:
         """What to do at each site within ``config.budget``, or why it stays as it is."""
 
+    def least(self, sites: Sequence[ObservedSite]) -> float:
+        """The least budget: by default, that every site's floor is within."""
+        return max(self.floor(site.weights) / site.weights.bytes for site in sites)
+
     def afford(self, sites: Sequence[ObservedSite], config: Config) -> None:
         """Compares the budget with each site's floor.
 
@@ -86,8 +90,7 @@ class StaticRewrite(Rewrite):
             tried[budget] = self._fit_within(observation, sites, replace(config, budget=budget))
             return math.sqrt(sum(plan.error**2 for plan in tried[budget]) / len(sites))
 
-        floor = max(self.floor(site.weights) / site.weights.bytes for site in sites)
-        return tried[least_budget(error, floor, config.target_error)]
+        return tried[least_budget(error, self.least(sites), config.target_error)]
 
     def _fit_within(self, observation: Observation, sites: Sequence[ObservedSite], config: Config) -> list[SitePlan]:
         self.afford(sites, config)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 _FORMAT = "tardis_fx.plan"
 #: Raised whenever a plan written now would be misread by older code.
-VERSION = 2
+VERSION = 3
 
 
 # Equal only to itself, as Dynamo compares the options of compiled models: tensors have no one truth value.
@@ -115,16 +115,21 @@ class Plan:
             PlanFileError: the file cannot be written.
         """
         path = Path(path)
-        tensors = {
-            f"{i}.{name}": t.contiguous().clone()
-            for i, site in enumerate(self.sites)
-            for name, t in site.tensors.items()
-        }
+        tensors: dict[str, Tensor] = {}
+        first: dict[int, str] = {}  # of the tensors that several sites share, by object: written once
+        same: dict[str, str] = {}
+        for i, site in enumerate(self.sites):
+            for name, t in site.tensors.items():
+                key = f"{i}.{name}"
+                if (known := first.setdefault(id(t), key)) == key:
+                    tensors[key] = t.contiguous().clone()
+                else:
+                    same[key] = known
         sites = [{f.name: getattr(site, f.name) for f in fields(site) if f.name != "tensors"} for site in self.sites]
         header = {
             "format": _FORMAT,
             "version": str(VERSION),
-            "plan": json.dumps({"config": asdict(self.config), "sites": sites}),
+            "plan": json.dumps({"config": asdict(self.config), "sites": sites, "same": same}),
         }
         try:
             write(path, tensors, header)
@@ -161,6 +166,7 @@ class Plan:
                 )
             content = json.loads(header["plan"])
             per_site: list[dict[str, Tensor]] = [{} for _ in content["sites"]]
+            tensors |= {name: tensors[of] for name, of in content["same"].items()}
             for name, tensor in tensors.items():
                 index, _, key = name.partition(".")
                 if not index.isdecimal():

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 from builders.ffns import ffn, inputs
+from hypothesis import given
+from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from tardis_fx import cli
@@ -17,9 +19,12 @@ from tardis_fx.bench.ffn import COLD, copies_for
 from tardis_fx.bench.machine import Machine
 from tardis_fx.bench.plans import Widths, ffn_weights, random_plans
 from tardis_fx.bench.table import Row
+from tardis_fx.calibration.observe import BatchObservation
 from tardis_fx.calibration.ranges import Costs
 from tardis_fx.config import Config
 from tardis_fx.errors import BenchError
+from tardis_fx.passes.base import stored_bytes
+from tardis_fx.passes.partial_linear import PartialLinear
 from tardis_fx.runtime.touched import count_touched
 
 HERE = Machine("a processor", 2, 1 << 20, 10.0, 20.0)
@@ -72,11 +77,11 @@ def test_model_has_a_row_for_every_contender_or_says_why_not(tmp_path: Path, mon
     out = tmp_path / "model.csv"
     text = _run("model", "--shape", "demo", "--layers", 1, "--steps", 16, "--context", 16, "--csv", out)
 
-    dense, _, fast, _ = rows = _rows(out)
+    dense, fast, *_ = rows = _rows(out)
     assert [row["contender"] for row in rows] == [
         "Inductor",
-        "Inductor, freezing",
         "tardis, 2 bits",
+        "Inductor; freezing",
         "tardis, 2 bits; freezing",
     ]
     assert "No row for torchao's int8 weights: torchao cannot be imported" in text
@@ -152,10 +157,41 @@ def test_ratios_are_taken_round_by_round() -> None:
     assert "| 5.00% |" in table.markdown([row], HERE)
 
 
+@pytest.mark.usefixtures("measured")
+def test_copies_for_which_there_is_no_memory_are_left_out_and_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Room for the model, the plan, and one copy: what is compiled later counts, too."""
+    size = shapes.weight_bytes(shapes.build(shapes.config_of("demo", 1), torch.float32, 1))
+    monkeypatch.setattr("tardis_fx.bench.model.available_memory", lambda _: 2 * size)
+    out = tmp_path / "model.csv"
+    text = _run("model", "--shape", "demo", "--layers", 1, "--steps", 16, "--context", 16, "--csv", out)
+    assert [row["contender"] for row in _rows(out)] == ["Inductor", "tardis, 2 bits", "Inductor; freezing"]
+    assert "No row for tardis, 2 bits with freezing: its copy of the weights does not fit" in text
+    assert "No row for torchao's int8 weights: its copy of the weights does not fit" in text
+
+
+@given(st.sampled_from([2, 3, 4]), st.sampled_from([4, 8, 16]), st.sampled_from([4, 8, 16]))
+def test_what_a_plan_adds_is_foretold(predictor: int, fold: int, rows: int) -> None:
+    widths, model = Widths(predictor, fold, rows), ffn(256, 1024)
+    (entry,) = random_plans(model, inputs(64, 256), [widths], 0.1)[widths].sites
+    (site,) = BatchObservation(model, [inputs(64, 256)], progress=False).sites
+    found = stored_bytes(site, PartialLinear().constants(entry, site.weights)) / site.weights.bytes - 1
+    assert found == pytest.approx(widths.added(4), rel=0.15)
+
+
+def test_int4_leaves_a_layer_whose_rows_it_does_not_take() -> None:
+    model, seen = torch.nn.Sequential(torch.nn.Linear(8, 24), torch.nn.Linear(24, 32)), list[torch.nn.Module]()
+    copied, saved, left = weight_only.quantised(model, seen.append, 4)
+    assert left == ["0"]
+    assert seen == [copied.get_submodule("1")]
+    assert saved == 24 * 32 * 7 // 2 - 2 * (24 * 32 // 128) * 4
+
+
 def test_int8_takes_every_projection_and_counts_what_it_saves() -> None:
     model = shapes.build(shapes.config_of("demo", 1), torch.float32, 1)
     seen: list[torch.nn.Module] = []
-    copied, saved = weight_only.quantised(model, seen.append)
+    copied, saved, _ = weight_only.quantised(model, seen.append)
     tokens = torch.arange(8)[None]
     linears = [m for m in copied.modules() if isinstance(m, torch.nn.Linear)]
     assert set(linears) == set(seen)
@@ -167,7 +203,7 @@ def test_int8_takes_every_projection_and_counts_what_it_saves() -> None:
 def test_what_is_left_out_of_int8_shares_its_weights_with_the_model() -> None:
     model = shapes.build(shapes.config_of("demo", 1), torch.float32, 1)
     seen: list[torch.nn.Module] = []
-    copied, saved = weight_only.quantised(model, seen.append, but=ffn_weights(model, torch.arange(4)[None]))
+    copied, saved, _ = weight_only.quantised(model, seen.append, but=ffn_weights(model, torch.arange(4)[None]))
     pairs = [m.get_submodule("transformer.h.0.mlp").parameters() for m in (copied, model)]
     assert all(p is q for p, q in zip(*pairs, strict=True))
     assert len(seen) == 3

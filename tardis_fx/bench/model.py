@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from tardis_fx.plan import Plan
     from tardis_fx.runtime.touched import Touched
 
+#: Free memory over that which is asked for: compilers take some, too.
+MARGIN = 1.2
 #: Tokens that thresholds are set on, in sequences as long as what is decoded: an FFN's inputs change with position.
 SAMPLES = 1024
 
@@ -88,10 +90,20 @@ def _counted(model: Any, plan: Plan, tokens: Tensor) -> Touched:
     return touched
 
 
-def _room(model: Any, device: str) -> bool:
-    """Whether the memory for another copy of the weights, and half as much, is there."""
-    free = available_memory(device)
-    return free is None or free > 1.5 * shapes.weight_bytes(model)
+class _Memory:
+    """What is free, less what contenders take once they are compiled."""
+
+    def __init__(self, device: str) -> None:
+        self._device, self._promised = device, 0.0
+
+    def fits(self, size: float) -> bool:
+        """Whether so many bytes are there."""
+        free = available_memory(self._device)
+        return free is None or free - self._promised >= MARGIN * size
+
+    def promise(self, size: float) -> None:
+        """Takes so many bytes for a contender that is compiled later."""
+        self._promised += size
 
 
 def compare(
@@ -132,7 +144,10 @@ def compare(
     if not 2 <= steps <= context:
         raise ConfigError(f"steps must lie between 2 and the context of {context}, not {steps}")
     config = shapes.config_of(shape, layers)
-    model: Any = shapes.build(config, dtype, 1 + len(widths), device)  # of each plan folds, codes and rows
+    size = torch.empty(0, dtype=dtype).element_size()
+    room = 1 + sum(w.added(size) for w in widths)
+    model: Any = shapes.build(config, dtype, room * MARGIN, device)
+    weights, memory = shapes.weight_bytes(model), _Memory(device)
     tokens = torch.randint(config.vocab_size, (steps,), device=device)
     batch = torch.randint(config.vocab_size, (-(-SAMPLES // steps), steps), device=device)
     plans = random_plans(model, batch, widths, rate)
@@ -143,28 +158,31 @@ def compare(
         return _Decoder(model, tokens, context, **options)
 
     contenders = {"Inductor": _Contender(decoder(model, mode=mode), base)}
-    freezing = [False]
-    if device == "cpu" and _room(model, device):  # for a frozen graph's copy of the weights
-        freezing.append(True)
-        contenders["Inductor, freezing"] = _Contender(decoder(model, mode=mode, freezing=True), base)
+    options = {w: {"backend": "tardis", "options": {"plan": plan, "mode": mode}} for w, plan in plans.items()}
     for w, plan in plans.items():
+        memory.promise(weights * w.added(size))
         counted = _counted(model, plan, tokens)
         read = base - sum(site.dense_bytes for site in plan.sites) + counted.per_token
-        options = {"backend": "tardis", "options": {"plan": plan, "mode": mode}}
-        for frozen in freezing:
-            decoding = decoder(model, freezing=frozen, **options)
-            name = f"tardis, {w}; freezing" if frozen else f"tardis, {w}"
-            contenders[name] = _Contender(decoding, read, counted.outlier_rate)
+        contenders[f"tardis, {w}"] = _Contender(decoder(model, **options[w]), read, counted.outlier_rate)
+    if device == "cpu":  # a frozen graph has a copy of the weights
+        frozen = {"Inductor": {"mode": mode}} | {f"tardis, {w}": options[w] for w in plans}
+        for name, own in frozen.items():
+            if not memory.fits(weights):
+                remarks.append(f"No row for {name} with freezing: its copy of the weights does not fit in memory.")
+                continue
+            memory.promise(weights)
+            contenders[f"{name}; freezing"] = replace(contenders[name], decoder=decoder(model, freezing=True, **own))
     for b in weight_bits:
         try:
-            if not _room(model, device):
+            if not memory.fits(weights):
                 raise BenchError("its copy of the weights does not fit in memory")
             quantise = weight_only.quantiser(b, device)
-            whole, saved = weight_only.quantised(model, quantise, b)
+            whole, saved, left = weight_only.quantised(model, quantise, b)
+            remarks += [f"torchao's int{b} does not take {name}, which stays as it is." for name in left]
             contenders[f"torchao int{b} + Inductor"] = _Contender(decoder(whole, mode=mode), base - saved)
             for w, plan in plans.items():
                 of = contenders[f"tardis, {w}"]
-                rest, saved = weight_only.quantised(model, quantise, b, ffns)
+                rest, saved, _ = weight_only.quantised(model, quantise, b, ffns)
                 decoding = decoder(rest, backend="tardis", options={"plan": plan, "mode": mode})
                 contenders[f"tardis, {w}; else torchao int{b}"] = replace(
                     of, decoder=decoding, touched=of.touched - saved

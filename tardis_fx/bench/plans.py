@@ -49,6 +49,17 @@ class Widths(NamedTuple):
         """Bytes of a site of such a plan; arguments as of :meth:`tardis_fx.calibration.ranges.Costs.of`."""
         return Costs.of(d, d_out, self.predictor, size, self.fold, self.rows, group_size=GROUP_SIZE, bias=bias)
 
+    def added(self, size: int) -> float:
+        """About the bytes that such a plan adds to an FFN of four times as many neurons as inputs, over the FFN's own.
+
+        Args:
+            size: bytes of a weight.
+        """
+        wide = 8 * size
+        fold = (wide if self.fold == 16 else self.fold) / 4
+        rows = wide if self.rows == 16 else low_bits(self.predictor, self.rows) + self.rows  # W2 anew, or both in codes
+        return (fold + self.predictor + rows) / (2 * wide)
+
     def __str__(self) -> str:
         """As contenders are named."""
         parts = [f"{self.predictor} bits"]

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 #: Columns that share a scale and a zero point in torchao's int4.
 GROUP = 128
+#: It takes matrices whose number of rows this divides.
+ROWS = 16
 
 
 def quantiser(bits: int = 8, device: str = "cpu") -> Callable[[nn.Module], None]:
@@ -45,8 +47,8 @@ def quantiser(bits: int = 8, device: str = "cpu") -> Callable[[nn.Module], None]
 @torch.no_grad()
 def quantised(
     model: nn.Module, quantise: Callable[[nn.Module], None], bits: int = 8, but: Sequence[Tensor] = ()
-) -> tuple[nn.Module, int]:
-    """A copy of a model with its projections in a few bits, and by how many bytes less a decoded token reads.
+) -> tuple[nn.Module, int, list[str]]:
+    """A copy of a model with its projections in a few bits.
 
     Conv1D of transformers and subclasses of ``nn.Linear`` become ``nn.Linear`` first, which is all that torchao takes.
 
@@ -56,16 +58,22 @@ def quantised(
         bits: 8, with a scale for every row, or 4, with a scale and a zero point for every group.
         but: weights that stay as they are, and are shared with the model.
 
+    Returns:
+        The copy, by how many bytes less a decoded token reads, and the names of the layers that 4 bits do not take.
+
     Raises:
         BenchError: torchao lacks something for it.
     """
     shared = {id(p): p for p in but}
     model = copy.deepcopy(model, dict(shared))
-    saved = 0
-    for parent in list(model.modules()):
+    saved, left = 0, []
+    for path, parent in list(model.named_modules()):
         for name, child in list(parent.named_children()):
             layer = linear(child)
             if layer is None or id(child.weight) in shared:
+                continue
+            if bits == 4 and layer.out_features % ROWS:
+                left.append(f"{path}.{name}".removeprefix("."))
                 continue
             setattr(parent, name, layer)
             w = layer.weight
@@ -75,7 +83,7 @@ def quantised(
                 quantise(layer)
             except Exception as error:  # of what torchao needs beside itself, and says in ways of its own
                 raise BenchError(f"{type(error).__name__}: {error}") from error
-    return model, saved
+    return model, saved, left
 
 
 def linear(module: Any) -> nn.Linear | None:

@@ -95,6 +95,11 @@ class Residual:
         return self._fitted.total / self._fitted.inputs.tokens
 
     @property
+    def inputs(self) -> Moments:
+        """Of the fitted tokens."""
+        return self._fitted.inputs
+
+    @property
     def _measuring(self) -> _Half:
         return self._held if self._held.inputs.tokens else self._fitted
 
