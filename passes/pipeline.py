@@ -13,7 +13,7 @@ from tardis_fx.graph.surgery import add_input, copy, replace
 from tardis_fx.graph.unfuse import unfuse
 from tardis_fx.passes.base import rewrite_named
 from tardis_fx.passes.exact_fold import ExactFold
-from tardis_fx.runtime import cuda
+from tardis_fx.runtime import cpu, cuda
 from tardis_fx.runtime.guard import SiteGuard, refuse_released
 
 if TYPE_CHECKING:
@@ -115,6 +115,8 @@ def apply(gm: fx.GraphModule, example_inputs: Sequence[Tensor], plan: Plan, pref
         inputs = {name: add_input(gm.graph, f"tardis_{len(guards)}_{name}", value) for name, value in own.items()}
         x = moved.get(site.input, site.input)
         moved[site.output] = replace(gm.graph, site, x, partial(_forward, rewrite, entry), inputs)
+        if prefill == "original" and weights[0].device.type == "cpu":  # a step of few tokens
+            cpu.take_fold(moved[site.output])
         guards.append(guard)
         constants += own.values()
     if guards:

@@ -12,12 +12,10 @@ is read from memory again by every layer of its run: sharing saves memory there,
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
-from torch.nn import functional as F  # noqa: N812
 
 from tardis_fx.calibration.affine import regress
 from tardis_fx.calibration.operands import Dense
@@ -75,20 +73,6 @@ class ShareFfn(StaticRewrite):
                 f"maps of rank 1, touch {least:.2%} of the original's bytes"
             )
 
-    def fit(self, observation: Observation, sites: Sequence[ObservedSite], config: Config) -> list[SitePlan]:
-        """As any; what several sites store together the first of them counts.
-
-        Raises:
-            CalibrationError: the budget is below :meth:`least`, or the target is out of reach.
-        """
-        counted: set[int] = set()
-        plans = []
-        for plan in super().fit(observation, sites, config):
-            again = sum(t.nbytes for t in plan.tensors.values() if t.data_ptr() in counted)
-            counted |= {t.data_ptr() for t in plan.tensors.values()}
-            plans.append(replace(plan, stored_bytes=plan.stored_bytes - again))
-        return plans
-
     def choose(self, observation: Observation, sites: Sequence[ObservedSite], config: Config) -> list[Choice]:
         """Two runs: which FFN each run of sites keeps, and the regressions."""
         runs: dict[str, Run] = {}
@@ -117,7 +101,7 @@ class ShareFfn(StaticRewrite):
         return Choice(touched, tensors | run.tensors, {"rank": run.rank})
 
     def constants(self, plan: SitePlan, weights: SiteWeights) -> dict[str, Tensor]:
-        """The kept FFN's matrices and biases; where it is another site's, ``map_a`` [d_out, r], ``map_b``, ``map_bias``."""
+        """The kept FFN's, and ``map_a`` [d_out, r], ``map_b`` and ``map_bias`` where that is another site's."""
         shared = {name: tensor.to(weights.w1.device) for name, tensor in plan.tensors.items()}
         return shared or matrices(weights) | biases(weights)
 

@@ -23,7 +23,7 @@ from tardis_fx.plan import Plan, SitePlan
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator, Sequence
 
     from torch import nn
 
@@ -148,7 +148,17 @@ def plan_for(observation: Observation, config: Config, *, offload: bool = False)
             gc.collect()  # drafts refer to themselves by what they cache
     for site in observation.sites[len(sites) :]:
         _log.warning("%s is not planned: the first batch does not reach it", site.site.name)
-    return Plan(tuple(planned.get(s.fingerprint) or refused(s, reasons[s.fingerprint]) for s in sites), config)
+    entries = [planned.get(s.fingerprint) or refused(s, reasons[s.fingerprint]) for s in sites]
+    return Plan(tuple(_stored_once(entries)), config)
+
+
+def _stored_once(entries: Sequence[SitePlan]) -> Iterator[SitePlan]:
+    """The entries, with tensors that several of them hold counted as stored at the first of these."""
+    counted: set[int] = set()
+    for entry in entries:
+        again = sum(t.nbytes for t in entry.tensors.values() if id(t) in counted)
+        counted |= {id(t) for t in entry.tensors.values()}
+        yield replace(entry, stored_bytes=entry.stored_bytes - again) if again else entry
 
 
 def _method_of(name: str, config: Config) -> str | None:

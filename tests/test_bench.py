@@ -17,6 +17,7 @@ from tardis_fx.bench import machine, shapes, table, weight_only
 from tardis_fx.bench import model as models
 from tardis_fx.bench.ffn import COLD, copies_for
 from tardis_fx.bench.machine import Machine
+from tardis_fx.bench.model import FROZEN, MARGIN
 from tardis_fx.bench.plans import Widths, ffn_weights, random_plans
 from tardis_fx.bench.table import Row
 from tardis_fx.calibration.observe import BatchObservation
@@ -161,13 +162,13 @@ def test_ratios_are_taken_round_by_round() -> None:
 def test_copies_for_which_there_is_no_memory_are_left_out_and_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Room for the model, the plan, and one copy: what is compiled later counts, too."""
+    """Room for the plan and one frozen graph: what is compiled later counts, too."""
     size = shapes.weight_bytes(shapes.build(shapes.config_of("demo", 1), torch.float32, 1))
-    monkeypatch.setattr("tardis_fx.bench.model.available_memory", lambda _: 2 * size)
+    monkeypatch.setattr("tardis_fx.bench.model.available_memory", lambda _: (MARGIN * FROZEN + 1) * size)
     out = tmp_path / "model.csv"
     text = _run("model", "--shape", "demo", "--layers", 1, "--steps", 16, "--context", 16, "--csv", out)
     assert [row["contender"] for row in _rows(out)] == ["Inductor", "tardis, 2 bits", "Inductor; freezing"]
-    assert "No row for tardis, 2 bits with freezing: its copy of the weights does not fit" in text
+    assert "No row for tardis, 2 bits with freezing: its copies of the weights do not fit" in text
     assert "No row for torchao's int8 weights: its copy of the weights does not fit" in text
 
 

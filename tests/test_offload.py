@@ -61,6 +61,7 @@ def test_the_plan_is_that_of_equal_shares(chosen: dict[str, Any]) -> None:
         {"sequential": True},
         {"target_error": 0.3},
         {"method": "linear_replace"},
+        {"method": "share_ffn"},
         {"method": "linear_replace+int8_ffn"},
         {"method": {"0.*": "wanda", "*": "drop_ffn"}},
     ],

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 #: Free memory over that which is asked for: compilers take some, too.
 MARGIN = 1.2
+#: Copies of the weights that there are while a graph is frozen: folded, transposed and packed.
+FROZEN = 3
 #: Tokens that thresholds are set on, in sequences as long as what is decoded: an FFN's inputs change with position.
 SAMPLES = 1024
 
@@ -164,13 +166,13 @@ def compare(
         counted = _counted(model, plan, tokens)
         read = base - sum(site.dense_bytes for site in plan.sites) + counted.per_token
         contenders[f"tardis, {w}"] = _Contender(decoder(model, **options[w]), read, counted.outlier_rate)
-    if device == "cpu":  # a frozen graph has a copy of the weights
+    if device == "cpu":
         frozen = {"Inductor": {"mode": mode}} | {f"tardis, {w}": options[w] for w in plans}
         for name, own in frozen.items():
-            if not memory.fits(weights):
-                remarks.append(f"No row for {name} with freezing: its copy of the weights does not fit in memory.")
+            if not memory.fits(FROZEN * weights):
+                remarks.append(f"No row for {name} with freezing: its copies of the weights do not fit in memory.")
                 continue
-            memory.promise(weights)
+            memory.promise(FROZEN * weights)
             contenders[f"{name}; freezing"] = replace(contenders[name], decoder=decoder(model, freezing=True, **own))
     for b in weight_bits:
         try:

@@ -20,7 +20,8 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
+from torch.nn import functional as F  # noqa: N812
 
 from tardis_fx.graph.activations import ACTIVATIONS
 from tardis_fx.runtime import reference
@@ -69,13 +70,14 @@ def correct(
     """
     plan = (counts, neurons, codes, scale, zero, lower, upper, slope, intercept)
     dtype, tokens = x.dtype, x.shape[:-1].numel()
-    kernel = kernel_for(x, activation, (folded, b1, *((w1, w2t) if row_bits == 16 else ())))
+    whole = (folded, b1, *((w1, w2t) if row_bits == 16 else ()), fold if fold_bits == 16 else None)
+    kernel = kernel_for(x, activation, whole)
     if kernel is None:
         return reference.correct(folded, x, w1, b1, w2t, *plan, bits, activation, fold, fold_bits, row_bits)
     w1, w2t = (weight if weight.stride(1) == 1 else weight.contiguous() for weight in (w1, w2t))
     folded, x = folded.contiguous(), x.contiguous()
     b1, fold = (None if tensor is None else tensor.contiguous() for tensor in (b1, fold))
-    whole = [tensor.contiguous() for tensor in plan]  # by name, since the copies must outlive the call
+    own = [tensor.contiguous() for tensor in plan]  # by name, since the copies must outlive the call
     out = folded.new_empty((*x.shape[:-1], folded.shape[-1]))
     call = _CALL.pack(
         out.data_ptr(),
@@ -84,7 +86,7 @@ def correct(
         w1.data_ptr(),
         0 if b1 is None else b1.data_ptr(),
         w2t.data_ptr(),
-        *[tensor.data_ptr() for tensor in whole],
+        *[tensor.data_ptr() for tensor in own],
         0 if fold is None else fold.data_ptr(),
         tokens,
         x.shape[-1],
@@ -103,6 +105,23 @@ def correct(
     )
     kernel.tardis_correct(call)
     return out
+
+
+def take_fold(output: fx.Node) -> None:
+    """Makes the op at a rewritten site multiply with the folded weight, too, where a linear layer does it before.
+
+    Inductor has a product of few rows done by a library that reads the weight at half the speed.
+    """
+    corrected = output.args[0] if output.target is torch.reshape else output
+    assert isinstance(corrected, fx.Node)
+    if corrected.target not in (torch.ops.tardis.correct, torch.ops.tardis.correct_gated):
+        return
+    folded, *rest = corrected.args
+    at = [argument.name for argument in corrected.target.default._schema.arguments].index("fold")
+    if isinstance(folded, fx.Node) and folded.target is F.linear and rest[at - 1] is None and len(folded.users) == 1:
+        _, weight, bias = folded.args
+        corrected.args = (bias, *rest[: at - 1], weight, *rest[at:])
+        corrected.graph.erase_node(folded)
 
 
 def kernel_for(x: Tensor, activation: str, whole: Sequence[Tensor | None]) -> ctypes.CDLL | None:

@@ -38,7 +38,7 @@ def correct(
     """
     plan = (counts, neurons, codes, scale, zero, biases, guard, surrogate)
     tokens, whole = x.shape[:-1].numel(), (gate, up, w2t) if row_bits == 16 else ()
-    kernel = cpu.kernel_for(x, activation, (folded, *whole))
+    kernel = cpu.kernel_for(x, activation, (folded, *whole, fold if fold_bits == 16 else None))
     if kernel is None:
         return reference_gated.correct(folded, x, gate, up, w2t, *plan, bits, activation, fold, fold_bits, row_bits)
     gate, up, w2t = (weight if weight.stride(1) == 1 else weight.contiguous() for weight in (gate, up, w2t))

@@ -2,7 +2,7 @@
 //
 // What is computed is specified by `correct` in reference.py, of gated sites in reference_gated.py; how the codes lie in memory, by packing.py. The time goes
 // into reading, once for all tokens, (a) the packed codes of every guarded neuron, (b) the rows of W1 and W2 of every
-// outlier, which may be codes, too, those of W1 nested in (a), (c) the folded weight, where it is codes. The build (cpu.py) writes
+// outlier, which may be codes, too, those of W1 nested in (a), (c) the folded weight, where it is given. The build (cpu.py) writes
 // activations.inc: one `case <number>: return <expression of z>;` an activation.
 // Not to be compiled with -ffast-math: a NaN estimate must compare false, and infinite bounds are ordinary.
 
@@ -389,6 +389,54 @@ void fold(const Call& call, const Inputs& x, int64_t begin, int64_t end, float* 
 
 constexpr decltype(fold<1>)* FOLDS[] = {fold<1>, fold<2>, fold<3>, fold<4>, fold<5>, fold<6>, fold<7>, fold<8>};
 
+// Rows of a folded weight that are multiplied at once: so many registers hold sums.
+constexpr int ROWS = WIDTH == 64 ? 4 : 2;
+
+// Adds the products of four tokens from `first` on and R rows of a folded weight that is stored as it is.
+template <int R, class W>
+void multiply(const Call& call, const Inputs& x, int64_t row, int64_t first, float* sums) {
+  constexpr int T = 4;
+  const int64_t d = call.d, stride = x.blocks * BLOCK;
+  const W* const weights = (const W*)call.fold + row * d;
+  const float* const tokens = x.plain + first * stride;
+  Floats totals[R][T] = {};
+  int64_t i = 0;
+  for (; i + LANES <= d; i += LANES) {
+    Floats some[R];
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) some[r] = load(weights + r * d + i);
+#pragma GCC unroll 4
+    for (int t = 0; t < T; ++t) {
+      const Floats token = load(tokens + t * stride + i);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) totals[r][t] += some[r] * token;
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int t = 0; t < T; ++t) {
+      float total = sum(totals[r][t]);
+      for (int64_t k = i; k < d; ++k) total += to_float(weights[r * d + k]) * tokens[t * stride + k];
+      sums[(first + t) * call.d_out + row + r] += total;
+    }
+}
+
+// As `fold`, of such a weight.
+template <class W>
+void fold_plain(const Call& call, const Inputs& x, int64_t begin, int64_t end, float* sums) {
+  for (int64_t row = begin; row < end;) {
+    const int64_t last = row + ROWS <= end ? row + ROWS : row + 1;
+    int64_t t = 0;
+    for (; t + 4 <= call.tokens; t += 4)
+      (last - row == ROWS ? multiply<ROWS, W> : multiply<1, W>)(call, x, row, t, sums);
+    for (; row < last; ++row) {
+      const W* const weights = (const W*)call.fold + row * call.d;
+      for (int64_t rest = t; rest < call.tokens; ++rest)
+        sums[rest * call.d_out + row] +=
+            dot(weights, x.plain + rest * x.blocks * BLOCK, call.d, row + 1 < end ? weights + call.d : weights);
+    }
+  }
+}
+
 float beyond_surrogate(const Call& call, int64_t position, float z) {
   return activate(z, call.activation) - (call.slope[position] * z + call.intercept[position]);
 }
@@ -507,7 +555,9 @@ void correct(const AnyCall& call) {
     ends[me] = end - list;
     float* const sums = partial + me * size;
     std::fill_n(sums, size, 0.0f);
-    if (call.fold) FOLDS[call.fold_bits - 1](call, x, share(d_out, me), share(d_out, me + 1), sums);
+    if (call.fold)
+      (call.fold_bits == 16 ? fold_plain<W> : FOLDS[call.fold_bits - 1])(call, x, share(d_out, me),
+                                                                         share(d_out, me + 1), sums);
 #pragma omp barrier
     // The joint list, cut evenly: outliers cluster, and one thread may have found most of them.
     int64_t total = 0, before = 0;

@@ -98,8 +98,8 @@ def correct(
         surrogate: [capacity, 3], float32: the plane that the fold has.
         bits: bits of a code.
         activation: name in the registry.
-        fold: [d_out, row bytes], uint8, quantised C; None where ``folded`` has it.
-        fold_bits: bits of a code of ``fold``.
+        fold: C transposed, [d_out, d], or in codes, [d_out, row bytes], uint8; None where ``folded`` has it.
+        fold_bits: bits of a code of ``fold``; 16 where it is no codes.
         row_bits: bits a weight of the rows; 16 where they are no codes.
 
     Returns:

@@ -92,7 +92,9 @@ def correct(
         D_OUT=d_out, TOKENS=together, SPAN=span_out, BITS=row_bits,
     )  # fmt: skip
     added = partial.sum(0)
-    if fold is not None:
+    if fold is not None and fold_bits == 16:
+        added = added + flat.float() @ fold.float().T
+    elif fold is not None:
         product = scratch(tokens, d_out, dtype=torch.float32)
         wrap_triton(multiply)[lambda config: (-(-d_out // config["ROWS"]),)](
             flat, fold.contiguous(), product, tokens, fold.shape[1],

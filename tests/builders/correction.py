@@ -29,13 +29,14 @@ def arguments(
     fold_bits: int = 16,
     row_bits: int = 16,
     group_size: int = 64,
+    fold: bool = False,
     seed: int = 0,
 ) -> Arguments:
     """The arguments of the op, with bounds that leave about the given share of the estimates outside.
 
     Rows of codes of neurons that are on no list hold nonsense. A third of the neurons is on no list, ``always`` of the
     others are corrected always (with rows of codes, by bounds that nothing meets), and the capacity exceeds the list by
-    three entries of nonsense.
+    three entries of nonsense. A folded weight that is no codes is given only with ``fold``.
     """
     random = torch.Generator().manual_seed(seed)
 
@@ -69,9 +70,10 @@ def arguments(
         w1, w2t = coded(h, d, low_bits(bits, row_bits), d), coded(h, d_out, row_bits, h)
         for rows in (w1, w2t):
             rows[torch.ones(h, dtype=torch.bool).index_fill(0, neurons[:listed].long(), False)] = 255  # NaN
-    fold = coded(d_out, d, fold_bits, d) if fold_bits < 16 else None
+    whole = (normal(d_out, d) / d**0.5).to(dtype) if fold else None
+    weight = coded(d_out, d, fold_bits, d) if fold_bits < 16 else whole
     return {
-        "folded": normal(*(shape if fold is None else ()), d_out).to(dtype),
+        "folded": normal(*(shape if weight is None else ()), d_out).to(dtype),
         "x": x,
         "w1": w1,
         "b1": (normal(h) / 2).to(dtype) if bias else None,
@@ -87,7 +89,7 @@ def arguments(
         "intercept": normal(capacity),
         "bits": bits,
         "activation": activation,
-        "fold": fold,
+        "fold": weight,
         "fold_bits": fold_bits,
         "row_bits": row_bits,
     }

@@ -27,13 +27,14 @@ def arguments(
     fold_bits: int = 16,
     row_bits: int = 16,
     group_size: int = 64,
+    fold: bool = False,
     seed: int = 0,
 ) -> Arguments:
     """The arguments of the op, with thresholds that lie where rounding cannot decide.
 
     A third of the neurons is on no list, ``always`` of the others are corrected always (with rows of codes, by a
     threshold that all exceed), and the capacity exceeds the list by three entries of nonsense. ``outliers`` of 0 or 1
-    moves all thresholds out of reach.
+    moves all thresholds out of reach. A folded weight that is no codes is given only with ``fold``.
     """
     random = torch.Generator().manual_seed(seed)
 
@@ -70,9 +71,10 @@ def arguments(
         rows["w2t"] = join(*coded(h, d_out, row_bits, h))
         for weight in rows.values():
             weight[torch.ones(h, dtype=torch.bool).index_fill(0, neurons[:listed].long(), False)] = 255  # NaN
-    fold = join(*coded(d_out, d, fold_bits, d)) if fold_bits < 16 else None
+    whole = (normal(d_out, d) / d**0.5).to(dtype) if fold else None
+    weight = join(*coded(d_out, d, fold_bits, d)) if fold_bits < 16 else whole
     return {
-        "folded": normal(*(shape if fold is None else ()), d_out).to(dtype),
+        "folded": normal(*(shape if weight is None else ()), d_out).to(dtype),
         "x": x,
         **rows,
         "counts": torch.tensor([listed, guarded]),
@@ -85,7 +87,7 @@ def arguments(
         "surrogate": surrogate,
         "bits": bits,
         "activation": activation,
-        "fold": fold,
+        "fold": weight,
         "fold_bits": fold_bits,
         "row_bits": row_bits,
     }

@@ -67,6 +67,18 @@ def test_the_rewritten_graph_holds_the_fold_and_one_correction_and_nothing_of_th
 
 
 @torch.no_grad()
+def test_a_step_of_few_tokens_reads_the_folded_weight_in_the_op(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of many tokens, where ``prefill`` lets these come, a linear layer multiplies better."""
+    gm, given_inputs, _ = capture(O.model(), O.x[:3])
+    few, any_number = (pipeline.apply(gm, given_inputs, PLAN, prefill) for prefill in ("original", "rewritten"))
+    assert [len(targets(result.gm)) for result in (few, any_number)] == [1, 2]
+    outputs = [result.gm(*given_inputs, *result.constants)[0] for result in (few, any_number)]
+    torch.testing.assert_close(*outputs, rtol=1e-5, atol=1e-5)
+    monkeypatch.setattr(pipeline.cpu, "take_fold", lambda _: None)
+    assert len(targets(pipeline.apply(gm, given_inputs, PLAN, "original").gm)) == 2
+
+
+@torch.no_grad()
 def test_what_no_site_covers_is_left_as_it_was() -> None:
     gm, given_inputs, _ = capture(Block(O.model()), O.x)
     names = targets(pipeline.apply(gm, given_inputs, PLAN, "rewritten").gm)

@@ -112,9 +112,7 @@ def test_the_file_and_what_is_read_from_it_hold_a_shared_ffn_once(tmp_path: Path
 
 def test_layers_cannot_be_fitted_one_after_the_other() -> None:
     with pytest.raises(CalibrationError, match="fit without sequential"):
-        plan_for(
-            SiteObservation([ffn(D, 96)], batches(d=D)), config(method="share_ffn", budget=1.0, sequential=True)
-        )
+        plan_for(SiteObservation([ffn(D, 96)], batches(d=D)), config(method="share_ffn", budget=1.0, sequential=True))
 
 
 @torch.no_grad()

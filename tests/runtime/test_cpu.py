@@ -59,6 +59,7 @@ def ops(draw: st.DrawFn) -> Arguments:
         fold_bits=draw(st.sampled_from([16, 3, 4, 8])),
         row_bits=draw(st.sampled_from([16, 3, 4, 8])),
         group_size=draw(st.sampled_from(GROUP_SIZES)),
+        fold=draw(st.booleans()),
         seed=draw(st.integers(0, 2**32)),
     )
 
