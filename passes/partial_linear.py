@@ -220,9 +220,10 @@ class PartialLinear(Rewrite):
         return {"folded_weight": 1.0} if plan.settings["fold_bits"] == 16 else {}
 
     def constants(self, plan: SitePlan, weights: SiteWeights) -> dict[str, Tensor]:
-        """The plan's tensors padded to the hidden size, and the weights by neuron: a copy where stored otherwise."""
+        """The plan's tensors padded to the hidden size, and the weights by neuron; copies only where that needs them."""
         hidden, device = weights.w1.shape[0], weights.w1.device
         neurons = plan.tensors["neurons"]
+        whole_list = torch.equal(neurons, torch.arange(hidden, dtype=neurons.dtype, device=neurons.device))
         listed, guarded = len(neurons), len(plan.tensors["codes"])
         whole = {"w1": weights.w1} if weights.gate is None else {"gate": weights.gate, "up": weights.w1}
         whole["w2t"] = weights.w2.T
@@ -232,17 +233,18 @@ class PartialLinear(Rewrite):
                 constants[name] = weight.contiguous()
             else:
                 rows = plan.tensors[name].to(device)
-                constants[name] = rows.new_zeros(hidden, rows.shape[1]).index_copy_(0, neurons.long().to(device), rows)
+                if not whole_list:
+                    rows = rows.new_zeros(hidden, rows.shape[1]).index_copy_(0, neurons.long().to(device), rows)
+                constants[name] = rows
         if weights.gate is not None:
             constants |= gated.biases(plan, weights)
         elif weights.b1 is not None:
             constants["b1"] = weights.b1
         constants["counts"] = torch.tensor([listed, guarded], device=device)
         for name in _PER_NEURON if weights.gate is None else gated.PER_NEURON:
-            tensor = plan.tensors[name]
-            padded = torch.zeros(hidden, *tensor.shape[1:], dtype=tensor.dtype, device=device)
-            padded[: len(tensor)] = tensor
-            constants[name] = padded
+            tensor = plan.tensors[name].to(device)
+            missing = hidden - len(tensor)
+            constants[name] = torch.cat([tensor, tensor.new_zeros(missing, *tensor.shape[1:])]) if missing else tensor
         return constants | {name: plan.tensors[name].to(device) for name in ("folded_weight", "folded_bias")}
 
     def forward(self, x: Tensor, constants: Mapping[str, Tensor], plan: SitePlan) -> Tensor:
