@@ -220,7 +220,7 @@ class PartialLinear(Rewrite):
         return {"folded_weight": 1.0} if plan.settings["fold_bits"] == 16 else {}
 
     def constants(self, plan: SitePlan, weights: SiteWeights) -> dict[str, Tensor]:
-        """The plan's tensors padded to the hidden size, and the weights by neuron; copies only where that needs them."""
+        """The plan's tensors padded to the hidden size, and the weights by neuron; copied only where need be."""
         hidden, device = weights.w1.shape[0], weights.w1.device
         neurons = plan.tensors["neurons"]
         whole_list = torch.equal(neurons, torch.arange(hidden, dtype=neurons.dtype, device=neurons.device))

@@ -12,27 +12,33 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from tardis_fx.calibration.check import original as dense
 from tardis_fx.graph.site import SiteWeights
-from tardis_fx.passes.base import Rewrite, rewrite_named
+from tardis_fx.passes.base import rewrite_named
 from tardis_fx.passes.pipeline import decode_tokens
 from tardis_fx.plan import SitePlan
+from tardis_fx.runtime import cpu
 from tardis_fx.serving.rows import decoding
 from tardis_fx.serving.step import query_lengths
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 
 @dataclass(frozen=True)
 class _Spec:
-    """What :func:`spec` wrote."""
+    """What :func:`spec` wrote.
 
-    rewrite: Rewrite
-    entry: SitePlan
-    constants: tuple[str, ...]
+    Attributes:
+        run: the rewritten site, of the rows and the constants in their order.
+        activation: of the site.
+        original: fields of :class:`SiteWeights`.
+    """
+
+    run: Callable[..., Tensor]
+    activation: str
     original: tuple[str, ...]
 
 
@@ -52,7 +58,20 @@ def spec(entry: SitePlan, constants: Sequence[str], original: Sequence[str]) -> 
 def _read(text: str) -> _Spec:
     content = json.loads(text)
     entry = SitePlan(fingerprint="", name="", dtype="", shapes=(), dense_bytes=0, **content["planned"])
-    return _Spec(rewrite_named(str(entry.method)), entry, tuple(content["constants"]), tuple(content["original"]))
+    few = bool(content["original"])  # more than a few rows take it
+    return _Spec(_traced(entry, content["constants"], few), str(entry.activation), tuple(content["original"]))
+
+
+def _traced(entry: SitePlan, names: Sequence[str], few: bool) -> Callable[..., Tensor]:
+    """The eager forward of a rewrite, as a graph in which the kernel takes the fold of few rows."""
+    graph = fx.Graph()
+    tracer = fx.proxy.GraphAppendingTracer(graph)
+    x, *constants = (fx.Proxy(graph.placeholder(name), tracer) for name in ("x", *names))
+    output = rewrite_named(str(entry.method)).forward(x, dict(zip(names, constants, strict=True)), entry).node  # type: ignore[arg-type, attr-defined]
+    graph.output(output)
+    if few:
+        cpu.take_fold(output)
+    return fx.GraphModule({}, graph)
 
 
 def serve(x: Tensor, constants: list[Tensor], original: list[Tensor], text: str, d_out: int) -> Tensor:
@@ -71,11 +90,11 @@ def serve(x: Tensor, constants: list[Tensor], original: list[Tensor], text: str,
     site = _read(text)
     rows = x.reshape(-1, x.shape[-1])
     if not original:
-        return _rewritten(site, rows, constants).view(*x.shape[:-1], d_out)
+        return site.run(rows, *constants).view(*x.shape[:-1], d_out)
     lengths = query_lengths(len(rows))
     chosen = decoding(lengths, decode_tokens(x.device))
     if all(chosen):
-        out = _rewritten(site, rows, constants)
+        out = site.run(rows, *constants)
     elif not any(chosen):
         out = _original(site, rows, original)
     else:
@@ -83,18 +102,14 @@ def serve(x: Tensor, constants: list[Tensor], original: list[Tensor], text: str,
         mask[: sum(lengths)] = torch.tensor(chosen).repeat_interleave(torch.tensor(lengths))
         few, many = (m.nonzero()[:, 0].to(x.device) for m in (mask, ~mask))
         out = x.new_empty(len(rows), d_out)
-        out[few] = _rewritten(site, rows[few], constants)
+        out[few] = site.run(rows[few], *constants)
         out[many] = _original(site, rows[many], original)
     return out.view(*x.shape[:-1], d_out)
 
 
-def _rewritten(site: _Spec, rows: Tensor, constants: list[Tensor]) -> Tensor:
-    return site.rewrite.forward(rows, dict(zip(site.constants, constants, strict=True)), site.entry)
-
-
 def _original(site: _Spec, rows: Tensor, weights: list[Tensor]) -> Tensor:
     given = {"b1": None, "b2": None} | dict(zip(site.original, weights, strict=True))
-    return dense(SiteWeights(**given), str(site.entry.activation), rows)  # type: ignore[arg-type]
+    return dense(SiteWeights(**given), site.activation, rows)  # type: ignore[arg-type]
 
 
 def _fake(x: Tensor, constants: list[Tensor], original: list[Tensor], text: str, d_out: int) -> Tensor:
