@@ -106,6 +106,7 @@ def variants(grams: dict[str, Tensor]) -> dict[str, tuple[PartialLinear, dict[st
         "fold of 8 bits": (PartialLinear(), {"fold_bits": 8}),
         "predictor of 3 bits": (PartialLinear(), {"predictor_bits": 3}),
         "groups of 64 columns": (PartialLinear(), {"group_size": 64}),
+        "groups of 32 columns": (PartialLinear(), {"group_size": 32}),
         "rounded to nearest": (PartialLinear(), {"rounding": "nearest"}),
         "every site the same share": (PartialLinear(), {"allocation": "per_site"}),
         "a predictor row for every neuron": (AllGuarded(), {}),

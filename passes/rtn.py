@@ -18,7 +18,7 @@ from tardis_fx.calibration.predictor import Quantised, quantise
 from tardis_fx.graph.feed_forward import BIASES, biases, feed_forward, matrices
 from tardis_fx.passes.static import Choice, StaticRewrite, bias_bytes
 from tardis_fx.runtime import ops  # noqa: F401 - registers torch.ops.tardis
-from tardis_fx.runtime.packing import GROUP_SIZES, row_bytes
+from tardis_fx.runtime.packing import row_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from tardis_fx.plan import SitePlan
 
 #: Bits a weight and columns of a group that are tried, by rising bytes.
-WIDTHS = tuple((bits, group_size) for bits in (2, 3, 4, 8) for group_size in sorted(GROUP_SIZES, reverse=True))
+WIDTHS = tuple((bits, group_size) for bits in (2, 3, 4, 8) for group_size in (128, 64))
 
 
 class Rtn(StaticRewrite):

@@ -321,7 +321,7 @@ def test_a_config_of_the_wrong_type(wrong: Any) -> None:
         {"budget": 0}, {"budget": -0.1}, {"budget": 1.01}, {"budget": torch.nan}, {"budget": torch.inf}, {"budget": "0.2"},
         {"budget": True}, {"budget": None}, {"method": ""}, {"method": 3}, {"prefill": "exact"}, {"prefill": None},
         {"predictor_bits": 0}, {"predictor_bits": 9}, {"predictor_bits": 16}, {"predictor_bits": True}, {"predictor_bits": "2"},
-        {"fold_bits": 2}, {"fold_bits": 32}, {"row_bits": 2}, {"row_bits": True}, {"group_size": 32}, {"group_size": 256},
+        {"fold_bits": 2}, {"fold_bits": 32}, {"row_bits": 2}, {"row_bits": True}, {"group_size": 16}, {"group_size": 256},
         {"rounding": "up"}, {"rounding": None}, {"sequential": 1}, {"sequential": None}, {"progress": "no"},
     ],
     ids=str,

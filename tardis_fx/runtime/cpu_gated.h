@@ -21,7 +21,7 @@ Outlier* test_gated(const GatedCall& call, const Inputs& x, int64_t begin, int64
                     float* estimates) {
   const int64_t groups = x.row.groups, packed_bytes = x.blocks * (BITS * BLOCK / 8);
   const int64_t together = 1 + 63 / (2 * groups);  // neurons whose scales are converted at once
-  std::vector<float> scales(together * 2 * groups), shifts(together * 2 * groups + LANES);
+  std::vector<float> scales(together * 2 * groups + 1), shifts(together * 2 * groups + LANES);
   for (int64_t row = begin; row < end; ++row) {
     const int64_t at = (row - begin) % together * 2 * groups;
     if (at == 0) {
@@ -39,11 +39,9 @@ Outlier* test_gated(const GatedCall& call, const Inputs& x, int64_t begin, int64
     for (int half = 0; half < 2; ++half) {
       const uint8_t* const packed = call.codes + (2 * row + half) * packed_bytes;
       const float *const scale = &scales[at + half * groups], *const shift = &shifts[at + half * groups];
-      int64_t t = 0;
-      for (; t + 4 <= call.tokens; t += 4) estimate<BITS, 4>(packed, scale, shift, x, t, both[half] + t);
-      for (; t < call.tokens; ++t) estimate<BITS, 1>(packed, scale, shift, x, t, both[half] + t);
+      estimate_all<BITS>(packed, scale, shift, x, call.tokens, both[half]);
       if (call.biases)
-        for (t = 0; t < call.tokens; ++t) both[half][t] += call.biases[2 * row + half];
+        for (int64_t t = 0; t < call.tokens; ++t) both[half][t] += call.biases[2 * row + half];
     }
     const float* const guard = call.guard + 4 * row;
     uint32_t tokens = 0;

@@ -22,13 +22,13 @@
 #else
 #define WIDTH 16
 #endif
-#if WIDTH > 16
+#ifdef __F16C__
 #include <immintrin.h>
 #endif
 
 namespace {
 
-constexpr int BLOCK = 64;                // columns whose codes lie together; one block, or two, share a scale
+constexpr int BLOCK = 64;                // columns whose codes lie together; half a block, one, or two share a scale
 constexpr int64_t SERIAL_BYTES = 32768;  // of packed codes: below, waking other threads costs more than it saves
 
 // ---- Vectors.
@@ -197,10 +197,10 @@ struct Call {  // of a plain site; cpu.py packs it: sixteen pointers and fourtee
 // The blocks of a row of codes, and how many of its scales lie one behind the other.
 struct Row {
   int64_t blocks, groups;
-  int shift;  // block b has the scale b >> shift
+  int shift;  // half block number i has the scale i >> shift
 
   Row(int64_t columns, int64_t groups)
-      : blocks((columns + BLOCK - 1) / BLOCK), groups(groups), shift(groups < blocks) {}
+      : blocks((columns + BLOCK - 1) / BLOCK), groups(groups), shift(1 + (groups < blocks) - (groups > blocks)) {}
   // Of a row that its scales and zero points follow (packing.join).
   int64_t bytes(int64_t bits) const { return blocks * bits * (BLOCK / 8) + 3 * groups; }
 };
@@ -258,15 +258,18 @@ struct Inputs {
     for (int64_t b = 0; b < tokens * blocks; ++b) {
       const float* const block = plain + b * BLOCK;
       int8_t *const highs = high + b * BLOCK, *const lows = low + b * BLOCK;
-      Floats total = {}, most = {};
-      for (int k = 0; k < BLOCK; k += LANES) {
-        const Floats values = load(block + k), sizes = values < 0 ? -values : values;
-        total += values;
-        most = most < sizes ? sizes : most;
+      Floats most = {};
+      for (int half = 0; half < 2; ++half) {
+        Floats total = {};
+        for (int k = half * BLOCK / 2; k < (half + 1) * BLOCK / 2; k += LANES) {
+          const Floats values = load(block + k), sizes = values < 0 ? -values : values;
+          total += values;
+          most = most < sizes ? sizes : most;
+        }
+        sums[b / blocks * stride + ((2 * (b % blocks) + half) >> row.shift)] += sum(total);
       }
       float largest = 0;
       for (int i = 0; i < LANES; ++i) largest = std::max(largest, most[i]);
-      sums[b / blocks * stride + (b % blocks >> row.shift)] += sum(total);
       units[b] = largest / (63 * 128);
       const float factor = units[b] >= FLT_MIN ? 1 / units[b] : 0;
 #pragma omp simd
@@ -288,7 +291,17 @@ Bytes codes_of(const uint8_t* packed, int part) {
   return codes;
 }
 
-// The estimates of one neuron for T tokens from `first` on.
+// The scales of so many columns as there are in a vector, from half block number `half` on.
+Floats scales_of(const float* scale, int64_t half, int shift) {
+#if WIDTH == 64
+  const __m512 one = _mm512_set1_ps(scale[half >> shift]);
+  return (Floats)_mm512_mask_blend_ps(0xff00, one, _mm512_set1_ps(scale[(half + 1) >> shift]));
+#else
+  return scale[half >> shift] + Floats{};
+#endif
+}
+
+// The estimates of one neuron for T tokens from `first` on. Scales are read up to an even number of them.
 template <int BITS, int T>
 void estimate(const uint8_t* packed, const float* scale, const float* shift, const Inputs& x, int64_t first,
               float* z_hat) {
@@ -299,22 +312,28 @@ void estimate(const uint8_t* packed, const float* scale, const float* shift, con
     for (int64_t g = 0; g < x.stride; g += LANES) total[t] -= load(shift + g) * load(sums + g);
   }
   for (int64_t b = 0; b < x.blocks; ++b, packed += BITS * BLOCK / 8) {
-    Ints dots[T] = {};
     for (int part = 0; part < BLOCK / WIDTH; ++part) {
       const Bytes codes = codes_of<BITS>(packed, part);
+      const Floats scales = scales_of(scale, 2 * b + part * WIDTH / 32, x.row.shift);
 #pragma GCC unroll 4
       for (int t = 0; t < T; ++t) {
-        const int64_t at = ((first + t) * x.blocks + b) * BLOCK + part * WIDTH;
-        dots[t] += dot(dot(Ints{}, codes, x.high + at) << 7, codes, x.low + at);
+        const int64_t unit = (first + t) * x.blocks + b, at = unit * BLOCK + part * WIDTH;
+        const Ints dots = dot(dot(Ints{}, codes, x.high + at) << 7, codes, x.low + at);
+        total[t] += __builtin_convertvector(dots, Floats) * x.units[unit] * scales;
       }
     }
-#pragma GCC unroll 4
-    for (int t = 0; t < T; ++t)
-      total[t] +=
-          __builtin_convertvector(dots[t], Floats) * x.units[(first + t) * x.blocks + b] * scale[b >> x.row.shift];
   }
 #pragma GCC unroll 4
   for (int t = 0; t < T; ++t) z_hat[t] = sum(total[t]);
+}
+
+// The estimates of one neuron for all tokens.
+template <int BITS>
+void estimate_all(const uint8_t* packed, const float* scale, const float* shift, const Inputs& x, int64_t tokens,
+                  float* z_hat) {
+  int64_t t = 0;
+  for (; t + 4 <= tokens; t += 4) estimate<BITS, 4>(packed, scale, shift, x, t, z_hat + t);
+  for (; t < tokens; ++t) estimate<BITS, 1>(packed, scale, shift, x, t, z_hat + t);
 }
 
 // Lists the outliers among the guarded neurons from `begin` to `end`, returns the end of the list. Their estimates are
@@ -322,7 +341,7 @@ void estimate(const uint8_t* packed, const float* scale, const float* shift, con
 template <int BITS>
 Outlier* test(const Call& call, const Inputs& x, int64_t begin, int64_t end, Outlier* list, float* estimates) {
   const int64_t groups = x.row.groups, together = 1 + 63 / groups;  // neurons whose scales are converted at once
-  std::vector<float> scales(together * groups), shifts(together * groups + LANES);
+  std::vector<float> scales(together * groups + 1), shifts(together * groups + LANES);
   for (int64_t row = begin; row < end; ++row) {
     const int64_t at = (row - begin) % together * groups;
     if (at == 0) {
@@ -338,11 +357,10 @@ Outlier* test(const Call& call, const Inputs& x, int64_t begin, int64_t end, Out
     }
     const uint8_t* const packed = call.codes + row * x.blocks * (BITS * BLOCK / 8);
     float z_hat[16];
-    int64_t t = 0;
-    for (; t + 4 <= call.tokens; t += 4) estimate<BITS, 4>(packed, &scales[at], &shifts[at], x, t, z_hat + t);
-    for (; t < call.tokens; ++t) estimate<BITS, 1>(packed, &scales[at], &shifts[at], x, t, z_hat + t);
+    estimate_all<BITS>(packed, &scales[at], &shifts[at], x, call.tokens, z_hat);
     uint32_t tokens = 0;
-    for (t = 0; t < call.tokens; ++t) tokens |= uint32_t(z_hat[t] < call.lower[row] || z_hat[t] > call.upper[row]) << t;
+    for (int64_t t = 0; t < call.tokens; ++t)
+      tokens |= uint32_t(z_hat[t] < call.lower[row] || z_hat[t] > call.upper[row]) << t;
     if (!tokens) continue;
     *list++ = {int32_t(row), tokens};
     std::copy_n(z_hat, call.tokens, estimates + row * call.tokens);
@@ -375,15 +393,13 @@ void open(const uint8_t* codes, const Row& row, float* scales, float* shifts) {
 template <int BITS>
 void fold(const Call& call, const Inputs& x, int64_t begin, int64_t end, float* sums) {
   float *const scales = scratch<float, 8>(2 * x.stride), *const shifts = scales + x.stride;
-  std::fill_n(shifts, x.stride, 0.0f);
+  std::fill_n(scales, 2 * x.stride, 0.0f);
   for (int64_t row = begin; row < end; ++row) {
     const uint8_t* const codes = call.fold + row * x.row.bytes(BITS);
     open<BITS>(codes, x.row, scales, shifts);
     float products[16];
-    int64_t t = 0;
-    for (; t + 4 <= call.tokens; t += 4) estimate<BITS, 4>(codes, scales, shifts, x, t, products + t);
-    for (; t < call.tokens; ++t) estimate<BITS, 1>(codes, scales, shifts, x, t, products + t);
-    for (t = 0; t < call.tokens; ++t) sums[t * call.d_out + row] += products[t];
+    estimate_all<BITS>(codes, scales, shifts, x, call.tokens, products);
+    for (int64_t t = 0; t < call.tokens; ++t) sums[t * call.d_out + row] += products[t];
   }
 }
 
@@ -445,7 +461,7 @@ float beyond_surrogate(const Call& call, int64_t position, float z) {
 template <int BITS>
 void refine(const Call& call, const Inputs& x, uint32_t tokens, const uint8_t* row, float* z) {
   float *const scales = scratch<float, 9>(2 * x.stride), *const shifts = scales + x.stride;
-  std::fill_n(shifts, x.stride, 0.0f);
+  std::fill_n(scales, 2 * x.stride, 0.0f);
   open<BITS>(row, x.row, scales, shifts);
   for (int64_t t = 0; t < call.tokens; ++t) {
     if (!(tokens >> t & 1)) continue;
@@ -462,20 +478,22 @@ void add_column(const Call& call, uint32_t tokens, const uint8_t* column, const 
   float *const scales = scratch<float, 10>(2 * row.groups), *const shifts = scales + row.groups;
   open<BITS>(column, row, scales, shifts);
   for (int64_t b = 0; b < row.blocks; ++b, column += BITS * BLOCK / 8) {
-    const int64_t g = b >> row.shift;
     uint8_t codes[BLOCK];
     for (int part = 0; part < BLOCK / WIDTH; ++part) {
       const Bytes some = codes_of<BITS>(column, part);
       std::memcpy(codes + part * WIDTH, &some, WIDTH);
     }
-    const int64_t size = std::min<int64_t>(BLOCK, call.d_out - b * BLOCK);
-    for (int64_t t = 0; t < call.tokens; ++t) {
-      if (!(tokens >> t & 1)) continue;
-      const float factor = residuals[t] * scales[g], shift = residuals[t] * shifts[g];
-      float* const out = sums + t * call.d_out + b * BLOCK;
-      int64_t i = 0;
-      for (; i + LANES <= size; i += LANES) put(load(out + i) + (factor * load(codes + i) - shift), out + i);
-      for (; i < size; ++i) out[i] += factor * codes[i] - shift;
+    for (int64_t half = 2 * b; half < 2 * b + 2; ++half) {
+      const int64_t g = half >> row.shift, size = std::min<int64_t>(BLOCK / 2, call.d_out - half * BLOCK / 2);
+      const uint8_t* const own = codes + half % 2 * BLOCK / 2;
+      for (int64_t t = 0; t < call.tokens && size > 0; ++t) {
+        if (!(tokens >> t & 1)) continue;
+        const float factor = residuals[t] * scales[g], shift = residuals[t] * shifts[g];
+        float* const out = sums + t * call.d_out + half * BLOCK / 2;
+        int64_t i = 0;
+        for (; i + LANES <= size; i += LANES) put(load(out + i) + (factor * load(own + i) - shift), out + i);
+        for (; i < size; ++i) out[i] += factor * own[i] - shift;
+      }
     }
   }
 }

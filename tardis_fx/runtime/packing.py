@@ -5,8 +5,8 @@ code, and, when ``bits`` is odd, one plane of 8 bytes with the lowest bit. Byte 
 of columns ``k, k + 16, k + 32, k + 48``, the first in its lowest bits: one 16-byte load, three shifts and a mask give
 64 codes in order. Byte ``k`` of a 1-bit plane holds the columns ``8k .. 8k + 7``, the first in its lowest bit.
 
-A scale and a zero point belong to a group: one block, or two neighbours. Which of these follows from the number of
-scales that a row has for its columns.
+A scale and a zero point belong to a group: half a block, one block, or two neighbours. Which of these follows from the
+number of scales that a row has for its columns.
 
 A row that is read on its own, of a matrix whose rows are not read in order, is one run of bytes: codes, then the
 scales of its groups, float16, then their zero points, uint8.
@@ -21,7 +21,7 @@ from torch import Tensor
 #: Columns whose codes lie together.
 BLOCK = 64
 #: How many columns may share a scale and a zero point.
-GROUP_SIZES = (BLOCK, 2 * BLOCK)
+GROUP_SIZES = (BLOCK // 2, BLOCK, 2 * BLOCK)
 
 
 def block_count(columns: int) -> int:
@@ -49,15 +49,14 @@ def groups_of_row(length: int, bits: int, columns: int) -> int:
     return (length - packed_bytes(columns, bits)) // 3
 
 
-def blocks_per_group(columns: int, groups: int) -> int:
-    """How many blocks share a scale in rows of ``columns`` codes and ``groups`` scales: 1 or 2."""
-    return -(-block_count(columns) // groups)
+def group_width(columns: int, groups: int) -> int:
+    """How many columns share a scale in rows of ``columns`` codes and ``groups`` scales."""
+    return next(size for size in GROUP_SIZES if group_count(columns, size) == groups)
 
 
 def spread(values: Tensor, columns: int) -> Tensor:
     """Scales or zero points at every column of their group: [rows, groups] to [rows, columns]."""
-    width = blocks_per_group(columns, values.shape[1]) * BLOCK
-    return values.repeat_interleave(width, dim=1)[:, :columns]
+    return values.repeat_interleave(group_width(columns, values.shape[1]), dim=1)[:, :columns]
 
 
 def low_bits(bits: int, row_bits: int) -> int:

@@ -44,26 +44,25 @@ def codes_of(blocks, present, QUARTER: tl.constexpr, BITS: tl.constexpr):
 
 
 @triton.jit
-def scales_of(rows, block, present, D: tl.constexpr, SPAN: tl.constexpr, BITS: tl.constexpr):
+def scales_of(rows, column, present, D: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr):
     """Scales and zero points behind the codes of rows of ``packing.join``, float32, [ROWS, BLOCKS] twice.
 
     A scale may lie at an odd address, and is read byte by byte.
 
     Args:
         rows: [ROWS], pointers.
-        block: [BLOCKS], numbers of the blocks.
+        column: [BLOCKS], which columns' they are.
         present: [ROWS, BLOCKS].
         D: columns of a row.
-        SPAN: blocks that share a scale.
+        GROUP: columns that share a scale.
         BITS: of a code.
     """
-    WHOLE: tl.constexpr = (D + 63) // 64
-    group = block[None, :] // SPAN
-    at = rows[:, None] + WHOLE * (8 * BITS) + group
+    group, present = (column // GROUP)[None, :], present & (column < D)[None, :]
+    at = rows[:, None] + (D + 63) // 64 * (8 * BITS) + group
     low = tl.load(at + group, mask=present, other=0).to(tl.uint16)
     high = tl.load(at + group + 1, mask=present, other=0).to(tl.uint16)
     scale = (low | high << 8).to(tl.float16, bitcast=True).to(tl.float32)
-    return scale, tl.load(at + 2 * ((WHOLE + SPAN - 1) // SPAN), mask=present, other=0).to(tl.float32)
+    return scale, tl.load(at + 2 * ((D + GROUP - 1) // GROUP), mask=present, other=0).to(tl.float32)
 
 
 @triton.jit
@@ -82,17 +81,22 @@ def one_plus(byte, QUARTER: tl.constexpr):
 
 
 @triton.jit
-def quarter_of(x, block, live, D: tl.constexpr, QUARTER: tl.constexpr):
-    """Sixteen columns of every block of a token, float32, [BLOCKS, 16]; zeros beyond the last column."""
+def quarter_of(x, block, live, D: tl.constexpr, FIRST: tl.constexpr, GROUP: tl.constexpr, QUARTER: tl.constexpr):
+    """Sixteen columns of every block of a token, float32, [BLOCKS, 16]; zeros beyond the last column.
+
+    And zeros unless these columns of the block lie between ``FIRST`` and ``FIRST + GROUP``.
+    """
     column = block[:, None] * 64 + 16 * QUARTER + tl.arange(0, 16)[None, :]
+    live = live & (16 * QUARTER >= FIRST) & (16 * QUARTER < FIRST + GROUP)
     return tl.load(x + column, mask=(column < D) & live, other=0).to(tl.float32)
 
 
 @triton.jit
 def add_products(
-    sums, x, block, codes, scale, zero, present, tokens, D: tl.constexpr, TOKENS: tl.constexpr, BITS: tl.constexpr
-):
-    """Adds products of tokens with some blocks of rows of codes.
+    sums, x, block, codes, scale, zero, present, tokens, D: tl.constexpr, TOKENS: tl.constexpr, FIRST: tl.constexpr,
+    GROUP: tl.constexpr, BITS: tl.constexpr,
+):  # fmt: skip
+    """Adds products of tokens with some blocks of rows of codes, or with halves of them.
 
     Args:
         sums: [ROWS, BLOCKS] for each token.
@@ -105,6 +109,8 @@ def add_products(
         tokens: number of tokens.
         D: number of columns.
         TOKENS: so many, the first, at the most.
+        FIRST: column of every block that its scale begins at.
+        GROUP: columns that share a scale.
         BITS: of a code.
 
     Returns:
@@ -117,10 +123,10 @@ def add_products(
         for quarter in tl.static_range(4):
             singles += (singles_of(codes, present, quarter, BITS).to(tl.float32),)
     for t in tl.static_range(TOKENS):
-        x0 = quarter_of(x + t * D, block, t < tokens, D, 0)
-        x1 = quarter_of(x + t * D, block, t < tokens, D, 1)
-        x2 = quarter_of(x + t * D, block, t < tokens, D, 2)
-        x3 = quarter_of(x + t * D, block, t < tokens, D, 3)
+        x0 = quarter_of(x + t * D, block, t < tokens, D, FIRST, GROUP, 0)
+        x1 = quarter_of(x + t * D, block, t < tokens, D, FIRST, GROUP, 1)
+        x2 = quarter_of(x + t * D, block, t < tokens, D, FIRST, GROUP, 2)
+        x3 = quarter_of(x + t * D, block, t < tokens, D, FIRST, GROUP, 3)
         y0, y1, y2, y3 = x0 * 256, x1 * 64, x2 * 16, x3 * 4  # what one_plus divides by
         ones = tl.sum(y0 + y1 + y2 + y3, axis=1)
         products = tl.zeros((codes.shape[0], codes.shape[1]), tl.float32)
@@ -158,7 +164,7 @@ def over_blocks(sums, TOKENS: tl.constexpr):
 
 @triton.jit
 def products_of_split(
-    x, codes, scale, zero, row, live, tokens, D: tl.constexpr, TOKENS: tl.constexpr, SPAN: tl.constexpr,
+    x, codes, scale, zero, row, live, tokens, D: tl.constexpr, TOKENS: tl.constexpr, GROUP: tl.constexpr,
     BITS: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """Products of tokens with rows whose codes, scales and zero points are matrices of their own.
@@ -173,7 +179,7 @@ def products_of_split(
         tokens: number of tokens.
         D: number of columns.
         TOKENS: so many, the first, at the most.
-        SPAN: blocks that share a scale.
+        GROUP: columns that share a scale.
         BITS: of a code.
         BLOCKS: taken together.
 
@@ -184,18 +190,20 @@ def products_of_split(
     for start in range(0, (D + 63) // 64, BLOCKS):
         block = start + tl.arange(0, BLOCKS)
         number = row.to(tl.int64)[:, None]
-        group = number * (((D + 63) // 64 + SPAN - 1) // SPAN) + block[None, :] // SPAN
-        present = live[:, None] & (block * 64 < D)[None, :]
-        scales = tl.load(scale + group, mask=present, other=0).to(tl.float32)
-        zeros = tl.load(zero + group, mask=present, other=0).to(tl.float32)
         packed = codes + (number * ((D + 63) // 64) + block[None, :]) * (8 * BITS)
-        sums = add_products(sums, x, block, packed, scales, zeros, present, tokens, D, TOKENS, BITS)
+        for first in tl.static_range(0, 64, GROUP):
+            column = block * 64 + first
+            group = number * ((D + GROUP - 1) // GROUP) + (column // GROUP)[None, :]
+            present = live[:, None] & (column < D)[None, :]
+            scales = tl.load(scale + group, mask=present, other=0).to(tl.float32)
+            zeros = tl.load(zero + group, mask=present, other=0).to(tl.float32)
+            sums = add_products(sums, x, block, packed, scales, zeros, present, tokens, D, TOKENS, first, GROUP, BITS)
     return over_blocks(sums, TOKENS)
 
 
 @triton.jit
 def products_of_joined(
-    x, rows, live, tokens, D: tl.constexpr, TOKENS: tl.constexpr, SPAN: tl.constexpr, BITS: tl.constexpr,
+    x, rows, live, tokens, D: tl.constexpr, TOKENS: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """The same with rows of ``packing.join``; rows: [ROWS], pointers."""
@@ -203,7 +211,8 @@ def products_of_joined(
     for start in range(0, (D + 63) // 64, BLOCKS):
         block = start + tl.arange(0, BLOCKS)
         present = live[:, None] & (block * 64 < D)[None, :]
-        scale, zero = scales_of(rows, block, present, D, SPAN, BITS)
         codes = rows[:, None] + block[None, :] * (8 * BITS)
-        sums = add_products(sums, x, block, codes, scale, zero, present, tokens, D, TOKENS, BITS)
+        for first in tl.static_range(0, 64, GROUP):
+            scale, zero = scales_of(rows, block * 64 + first, present, D, GROUP, BITS)
+            sums = add_products(sums, x, block, codes, scale, zero, present, tokens, D, TOKENS, first, GROUP, BITS)
     return over_blocks(sums, TOKENS)

@@ -21,7 +21,7 @@ from tardis_fx.runtime.triton_tuning import space
 def activate(
     x, w1, b1, slope, intercept, positions, chosen, masks, sizes, estimates, rows, residuals, count,
     tokens, w1_stride, capacity, segments,
-    D: tl.constexpr, TOKENS: tl.constexpr, SEGMENT: tl.constexpr, SEGMENTS: tl.constexpr, SPAN: tl.constexpr,
+    D: tl.constexpr, TOKENS: tl.constexpr, SEGMENT: tl.constexpr, SEGMENTS: tl.constexpr, GROUP: tl.constexpr,
     BITS: tl.constexpr, BIASED: tl.constexpr, ACTIVATION: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """What the surrogate of every outlier misses; each program takes one outlier in so many as there are programs.
@@ -50,7 +50,7 @@ def activate(
         TOKENS: see above.
         SEGMENT: positions of a segment.
         SEGMENTS: segments, rounded up.
-        SPAN: blocks of w1 that share a scale.
+        GROUP: columns of w1 that share a scale.
         BITS: of the codes of w1; 16 where they are none.
         BIASED: whether there is a bias.
         ACTIVATION: its name.
@@ -77,7 +77,7 @@ def activate(
             else:
                 only = tl.zeros((1,), tl.int32)
                 z = products_of_joined(
-                    x + first * D, row + only, only == 0, tokens - first, D, TOKENS, SPAN, BITS, COLUMNS // 64
+                    x + first * D, row + only, only == 0, tokens - first, D, TOKENS, GROUP, BITS, COLUMNS // 64
                 )  # fmt: skip
             for t in tl.static_range(TOKENS):
                 pre = tl.sum(z[t], axis=0)
@@ -124,7 +124,7 @@ def products_of_row(x, row, tokens, D: tl.constexpr, TOKENS: tl.constexpr, COLUM
 @triton.jit
 def accumulate(
     w2t, rows, residuals, count, partial, tokens, w2t_stride, capacity,
-    D_OUT: tl.constexpr, TOKENS: tl.constexpr, SPAN: tl.constexpr, BITS: tl.constexpr, BLOCKS: tl.constexpr,
+    D_OUT: tl.constexpr, TOKENS: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr, BLOCKS: tl.constexpr,
     TILE: tl.constexpr,
 ):  # fmt: skip
     """The residuals of a share of the outliers times their rows of W2, in BLOCKS blocks of columns.
@@ -143,7 +143,7 @@ def accumulate(
         capacity: length of the lists.
         D_OUT: see above, as are TOKENS and BLOCKS.
         TOKENS: see above.
-        SPAN: blocks of w2t that share a scale.
+        GROUP: columns of w2t that share a scale.
         BITS: of the codes of w2t; 16 where they are none.
         BLOCKS: see above.
         TILE: tokens, rows and columns of a step.
@@ -171,7 +171,7 @@ def accumulate(
                     at = row[:, None, None] + column[None]
                     weight = tl.load(at, mask=present[:, :, None] & (column < D_OUT)[None], other=0).to(tl.float32)
                 else:
-                    scale, zero = scales_of(row, block, present, D_OUT, SPAN, BITS)
+                    scale, zero = scales_of(row, block * 64 + 16 * quarter, present, D_OUT, GROUP, BITS)
                     codes = codes_of(row[:, None] + block[None, :] * (8 * BITS), present, quarter, BITS)
                     weight = scale[:, :, None] * (codes - zero[:, :, None])
                 for t in tl.static_range(TOKENS):

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from tardis_fx.runtime.cuda import eligible
-from tardis_fx.runtime.packing import blocks_per_group, groups_of_row, low_bits
+from tardis_fx.runtime.packing import BLOCK, group_width, groups_of_row, low_bits
 from tardis_fx.runtime.triton_correction import accumulate, activate
 from tardis_fx.runtime.triton_predictor import multiply, predict
 from tardis_fx.runtime.triton_tuning import INTERPRETED
@@ -64,8 +64,8 @@ def correct(
     (tokens, d), d_out, capacity = flat.shape, folded.shape[-1], len(neurons)
     together = next((few for few in TOGETHER if tokens <= few), TOGETHER[-1])
     segments, nested = -(-capacity // SEGMENT), row_bits < 16
-    span = blocks_per_group(d, scale.shape[1])
-    span_out = blocks_per_group(d_out, groups_of_row(w2t.shape[1], row_bits, d_out)) if nested else 1
+    group = group_width(d, scale.shape[1])
+    group_out = group_width(d_out, groups_of_row(w2t.shape[1], row_bits, d_out)) if nested else BLOCK
     w1, w2t = (weight if weight.stride(1) == 1 else weight.contiguous() for weight in (w1, w2t))
 
     def scratch(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
@@ -76,20 +76,20 @@ def correct(
     wrap_triton(predict)[(segments,)](
         flat, counts.contiguous(), neurons.contiguous(), codes.contiguous(), scale.contiguous(), zero.contiguous(),
         lower.contiguous(), upper.contiguous(), positions, chosen, masks, sizes, estimates,
-        tokens, D=d, TOKENS=together, ROWS=SEGMENT, SPAN=span, BITS=bits, KEPT=nested,
+        tokens, D=d, TOKENS=together, ROWS=SEGMENT, GROUP=group, BITS=bits, KEPT=nested,
     )  # fmt: skip
     rows, residuals, count = scratch(capacity), scratch(tokens, capacity, dtype=torch.float32), scratch(1)
     wrap_triton(activate)[(min(capacity, GATHERING),)](
         flat, w1, folded if b1 is None else b1.contiguous(), slope.contiguous(), intercept.contiguous(),
         positions, chosen, masks, sizes, estimates, rows, residuals, count, tokens, w1.stride(0), capacity, segments,
-        D=d, TOKENS=together, SEGMENT=SEGMENT, SEGMENTS=1 << (segments - 1).bit_length(), SPAN=span,
+        D=d, TOKENS=together, SEGMENT=SEGMENT, SEGMENTS=1 << (segments - 1).bit_length(), GROUP=group,
         BITS=low_bits(bits, row_bits) if nested else 16,
         BIASED=b1 is not None, ACTIVATION=activation,
     )  # fmt: skip
     partial = scratch(SHARES, tokens, d_out, dtype=torch.float32)
     wrap_triton(accumulate)[lambda config: (-(-d_out // (64 * config["BLOCKS"])), SHARES)](
         w2t, rows, residuals, count, partial, tokens, w2t.stride(0), capacity,
-        D_OUT=d_out, TOKENS=together, SPAN=span_out, BITS=row_bits,
+        D_OUT=d_out, TOKENS=together, GROUP=group_out, BITS=row_bits,
     )  # fmt: skip
     added = partial.sum(0)
     if fold is not None and fold_bits == 16:
@@ -98,7 +98,7 @@ def correct(
         product = scratch(tokens, d_out, dtype=torch.float32)
         wrap_triton(multiply)[lambda config: (-(-d_out // config["ROWS"]),)](
             flat, fold.contiguous(), product, tokens, fold.shape[1],
-            D=d, D_OUT=d_out, TOKENS=together, SPAN=span, BITS=fold_bits,
+            D=d, D_OUT=d_out, TOKENS=together, GROUP=group, BITS=fold_bits,
         )  # fmt: skip
         added = added + product
     return (folded.float() + added.view(*x.shape[:-1], d_out)).to(folded.dtype)

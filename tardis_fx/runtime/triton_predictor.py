@@ -25,7 +25,7 @@ from tardis_fx.runtime.triton_tuning import space
 @triton.jit
 def predict(
     x, counts, neurons, codes, scale, zero, lower, upper, positions, chosen, masks, sizes, estimates, tokens,
-    D: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, SPAN: tl.constexpr, BITS: tl.constexpr,
+    D: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr,
     KEPT: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Estimates, tests and lists: each program the outliers among ROWS positions, in their order.
@@ -48,7 +48,7 @@ def predict(
         D: see above, as are TOKENS, ROWS and TILE.
         TOKENS: see above.
         ROWS: see above.
-        SPAN: blocks that share a scale.
+        GROUP: columns that share a scale.
         BITS: of a code.
         KEPT: whether rows of W1 are nested in the predictor, and need its estimates.
         TILE: see above.
@@ -65,7 +65,7 @@ def predict(
         first = tokens * 0
         while first < tokens:
             z_hat = products_of_split(
-                x + first * D, codes, scale, zero, position, tested, tokens - first, D, TOKENS, SPAN, BITS, BLOCKS
+                x + first * D, codes, scale, zero, position, tested, tokens - first, D, TOKENS, GROUP, BITS, BLOCKS
             )
             for t in tl.static_range(TOKENS):
                 outside = (z_hat[t] < low) | (z_hat[t] > high)
@@ -99,7 +99,7 @@ def predict(
 @triton.jit
 def multiply(
     x, weight, out, tokens, stride,
-    D: tl.constexpr, D_OUT: tl.constexpr, TOKENS: tl.constexpr, SPAN: tl.constexpr, BITS: tl.constexpr,
+    D: tl.constexpr, D_OUT: tl.constexpr, TOKENS: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr,
     ROWS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """A product with a matrix of codes, ROWS rows of which each program takes.
@@ -113,7 +113,7 @@ def multiply(
         D: see above, as are D_OUT, TOKENS, ROWS and TILE.
         D_OUT: see above.
         TOKENS: see above.
-        SPAN: blocks that share a scale.
+        GROUP: columns that share a scale.
         BITS: of a code.
         ROWS: see above.
         TILE: see above.
@@ -124,7 +124,7 @@ def multiply(
     first = tokens * 0
     while first < tokens:
         products = products_of_joined(
-            x + first * D, pointers, row < D_OUT, tokens - first, D, TOKENS, SPAN, BITS, BLOCKS
+            x + first * D, pointers, row < D_OUT, tokens - first, D, TOKENS, GROUP, BITS, BLOCKS
         )  # fmt: skip
         for t in tl.static_range(TOKENS):
             into = out + (first + t) * D_OUT + row

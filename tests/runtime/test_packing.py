@@ -10,8 +10,8 @@ from tardis_fx.runtime.packing import (
     BLOCK,
     GROUP_SIZES,
     block_count,
-    blocks_per_group,
     group_count,
+    group_width,
     groups_of_row,
     join,
     pack,
@@ -125,4 +125,4 @@ def test_how_many_columns_share_a_scale_follows_from_the_number_of_scales(column
     groups = group_count(columns, group_size)
     column = torch.arange(columns)
     assert torch.equal(spread(torch.arange(groups)[None], columns)[0], column // group_size)
-    assert torch.equal(column // BLOCK // blocks_per_group(columns, groups), column // group_size)
+    assert torch.equal(column // group_width(columns, groups), column // group_size)

@@ -116,7 +116,7 @@ def test_the_kernels_compile_for_a_gpu(tokens: int) -> None:
         "D": 128,
         "D_OUT": 128,
         "TOKENS": tokens,
-        "SPAN": 2,
+        "GROUP": 128,
         "SEGMENT": 32,
         "SEGMENTS": 4,
         "BIASED": True,
