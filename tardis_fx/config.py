@@ -39,8 +39,8 @@ class Config:
         fold_bits: 3, 4 or 8 bits a weight in the folded matrix, 16 for the model's own dtype; None chooses
             site by site, for the least error of all sites (``paper``: 16).
         row_bits: 3, 4 or 8 bits a weight in the rows that corrections read, 16 for the original weights; None likewise.
-        group_size: 32, 64 or 128 columns share a scale and a zero point in predictor, folded matrix and rows (``rtn`` and
-            ``gptq``: 64 where these fit the budget, or else 128).
+        group_size: 32, 64 or 128 columns share a scale and a zero point in predictor, folded matrix and rows (``rtn``
+            and ``gptq``: 64 where these fit the budget, or else 128).
         rounding: of these to codes: ``"gptq"``, by the calibration inputs, or ``"nearest"``, for comparison (rows of W2
             always are to nearest).
         sequential: fit the sites in order, each on the inputs that the rewritten sites before it give.
