@@ -130,7 +130,7 @@ def main() -> None:
     """Measures and prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", choices=["demo", "wide"])
-    parser.add_argument("--budget", type=float, default=0.15)
+    parser.add_argument("--budget", type=float, default=0.075)
     parser.add_argument("--requests", type=int, default=2000)
     parser.add_argument("--concurrency", type=int, default=4)
     parser.add_argument("--input", type=int, default=32, help="tokens of a prompt")

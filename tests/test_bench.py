@@ -20,10 +20,11 @@ from tardis_fx.bench.machine import Machine
 from tardis_fx.bench.model import FROZEN, MARGIN
 from tardis_fx.bench.plans import Widths, ffn_weights, random_plans
 from tardis_fx.bench.table import Row
+from tardis_fx.calibrate import calibrate
 from tardis_fx.calibration.observe import BatchObservation
 from tardis_fx.calibration.ranges import Costs
 from tardis_fx.config import Config
-from tardis_fx.errors import BenchError
+from tardis_fx.errors import BenchError, PlanMismatchError
 from tardis_fx.passes.base import stored_bytes
 from tardis_fx.passes.partial_linear import PartialLinear
 from tardis_fx.runtime.touched import count_touched
@@ -159,6 +160,33 @@ def test_ratios_are_taken_round_by_round() -> None:
 
 
 @pytest.mark.usefixtures("measured")
+def test_a_model_of_ones_own_decodes_by_ones_own_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its weights, not random ones: a plan fits no others."""
+    monkeypatch.setitem(sys.modules, "torchao", None)
+    model = shapes.build(shapes.config_of("demo", 1), torch.float32, 1)
+    model.save_pretrained(tmp_path / "own")  # type: ignore[operator]
+    tokens = torch.randint(256, (32, 16))
+    plan = calibrate(model, tokens.split(8), config=Config(budget=0.4, progress=False))
+    plan.save(tmp_path / "plan.safetensors")
+    given, out = ["model", "--model", tmp_path / "own", "--steps", 16, "--context", 16, "--csv"], tmp_path / "own.csv"
+    _run(*given, out, "--plan", tmp_path / "plan.safetensors")
+    dense, fast, *_ = rows = _rows(out)
+    assert [row["contender"] for row in rows if "freezing" not in row["contender"]] == ["Inductor", "tardis, plan"]
+    (site,) = plan.sites
+    assert rows[0]["case"].startswith("own, 1 layer, float32")
+    assert (float(dense["MB"]) - float(fast["MB"])) * 1e6 == pytest.approx(
+        site.dense_bytes - site.touched_bytes, rel=0.2
+    )
+    _run(*given, out)
+    assert _rows(out)[1]["contender"] == "tardis, 2 bits"
+    with torch.no_grad():
+        model.get_parameter("transformer.h.0.mlp.c_fc.weight").mul_(2)
+    model.save_pretrained(tmp_path / "own")  # type: ignore[operator]
+    with pytest.raises(PlanMismatchError, match=r"transformer\.h\.0\.mlp"):
+        _run(*given, out, "--plan", tmp_path / "plan.safetensors")
+
+
+@pytest.mark.usefixtures("measured")
 def test_copies_for_which_there_is_no_memory_are_left_out_and_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -229,6 +257,9 @@ def test_a_step_reads_all_but_the_tables_of_embeddings() -> None:
         (["ffn", "--copies", "0"], "copies must be positive"),
         (["ffn", "--csv", "/nowhere/at/all.csv"], "cannot write"),
         (["model", "--shape", "gpt9"], "no shape 'gpt9'"),
+        (["model", "--model", "nowhere"], "no config.json in nowhere"),
+        (["model", "--model", "nowhere", "--shape", "gpt2"], "a model of your own takes the place of a shape"),
+        (["model", "--plan", "plan.safetensors"], "a model of your own takes the place of a shape"),
         (["model", "--shape", "demo", "--layers", "99"], "layers must lie between"),
         (["model", "--dtype", "float32,bfloat16"], "one dtype at a time"),
         (["model", "--steps", "200"], "steps must lie between"),

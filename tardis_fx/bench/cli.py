@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from tardis_fx.bench.plans import Widths
     from tardis_fx.bench.table import Row
 
-bench = typer.Typer(help="Time decoding beside Inductor, with random weights: a Markdown table.", no_args_is_help=True)
+bench = typer.Typer(help="Time decoding beside Inductor: a Markdown table.", no_args_is_help=True)
 
 Bits = Annotated[
     str,
@@ -57,14 +57,18 @@ def ffn(
 
 @bench.command()
 def model(
-    shape: Annotated[str, typer.Option(help="gpt2-xl, falcon-7b, gpt2 or demo.")] = "gpt2-xl",
+    shape: Annotated[str | None, typer.Option(help="gpt2-xl (the default), falcon-7b, gpt2 or demo.")] = None,
+    folder: Annotated[
+        Path | None, typer.Option("--model", help="In place of a shape, a model of your own: config.json and weights.")
+    ] = None,
+    plan: Annotated[Path | None, typer.Option(help="Your plan for it, in place of --bits and --outliers.")] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     bits: Bits = "2",
     outliers: Outliers = 0.05,
     rounds: Rounds = 9,
     steps: Annotated[int, typer.Option(help="Tokens decoded in a round.")] = 32,
     context: Annotated[int, typer.Option(help="Length of the static cache.")] = 128,
-    layers: Annotated[int | None, typer.Option(help="As many of the shape's layers; all by default.")] = None,
+    layers: Annotated[int | None, typer.Option(help="As many of the model's layers; all by default.")] = None,
     csv: Csv = None,
 ) -> None:
     """A whole model at batch 1 with a static cache; also beside and with torchao's integers, where it is installed."""
@@ -72,9 +76,15 @@ def model(
     _check(outliers, rounds, csv)
     if len(dtypes) > 1:
         raise ConfigError(f"one dtype at a time, not {dtype}")
+    if (folder and shape) or (plan and not folder):
+        raise ConfigError("a model of your own takes the place of a shape, and a plan is one for it")
     from tardis_fx.bench.model import compare
+    from tardis_fx.plan import Plan
 
-    rows, remarks = compare(shape, dtypes[0], widths, outliers, rounds, steps, context, layers)
+    own = Plan.load(plan) if plan else None
+    rows, remarks = compare(
+        folder or shape or "gpt2-xl", dtypes[0], own or widths, outliers, rounds, steps, context, layers
+    )
     _show(rows, remarks, csv)
 
 

@@ -1,9 +1,10 @@
-"""Decoding with a whole model of random weights: rewritten, beside Inductor, and beside and with torchao's integers."""
+"""Decoding with a whole model: rewritten, beside Inductor, and beside and with torchao's integers."""
 
 from __future__ import annotations
 
 import time
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +17,7 @@ from tardis_fx.bench.plans import ffn_weights, random_plans
 from tardis_fx.bench.table import Row, in_turn
 from tardis_fx.errors import BenchError, ConfigError
 from tardis_fx.graph.capture import own_code
+from tardis_fx.plan import Plan
 from tardis_fx.runtime.touched import count_touched
 
 if TYPE_CHECKING:
@@ -24,7 +26,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from tardis_fx.bench.plans import Widths
-    from tardis_fx.plan import Plan
     from tardis_fx.runtime.touched import Touched
 
 #: Free memory over that which is asked for: compilers take some, too.
@@ -74,6 +75,16 @@ def _call(model: Callable[..., Any], tokens: Tensor, **rest: Any) -> Any:
     return model(tokens, **rest).logits
 
 
+def _texts(model: Any, count: int, length: int, own: bool) -> Tensor:
+    """Sequences of tokens, [count, length]: any, or what a trained model says by itself."""
+    first = torch.randint(model.config.vocab_size, (count, 1 if own else length), device=model.device)
+    if not own:
+        return first
+    new = length - 1
+    found: Tensor = model.generate(first, do_sample=True, min_new_tokens=new, max_new_tokens=new, pad_token_id=0)
+    return found
+
+
 @dataclass(frozen=True)
 class _Contender:
     """What is timed, the weight bytes that a step reads, and the share of outliers."""
@@ -108,10 +119,16 @@ class _Memory:
         self._promised += size
 
 
+def _added(plan: Plan) -> float:
+    """Bytes that a plan adds to the FFNs, over their own."""
+    more = sum(site.stored_bytes - site.dense_bytes for site in plan.sites if site.method)
+    return more / max(1, sum(site.dense_bytes for site in plan.sites))
+
+
 def compare(
-    shape: str,
+    shape: str | Path,
     dtype: torch.dtype,
-    widths: Sequence[Widths],
+    plans: Sequence[Widths] | Plan,
     rate: float,
     rounds: int,
     steps: int = 32,
@@ -124,10 +141,11 @@ def compare(
     """Times decoding at batch 1, every contender with a static cache of its own.
 
     Args:
-        shape: of the model, a key of :data:`tardis_fx.bench.shapes.SHAPES`.
+        shape: of the model, a key of :data:`tardis_fx.bench.shapes.SHAPES`; or the folder of one.
         dtype: of weights and cache.
-        widths: of the plans, one contender each, and one more for each of torchao's, whose the other projections are.
-        rate: share of (token, neuron) pairs that are outliers, at the thresholds' setting.
+        plans: a plan, or widths of some; one contender each, and one more for each of torchao's, whose the other
+            projections are.
+        rate: share of (token, neuron) pairs that are outliers, at the setting of the thresholds; not of a plan's own.
         rounds: timed, after one that is not.
         steps: tokens decoded in a round.
         context: length of the cache, of which attention reads all at every step.
@@ -141,18 +159,22 @@ def compare(
 
     Raises:
         ConfigError: no such shape, or an argument is out of its range.
-        BenchError: transformers is not installed, or the memory is not there.
+        BenchError: transformers is not installed, the folder holds no language model, or the memory is not there.
+        PlanMismatchError: the plan is one for another model.
     """
     if not 2 <= steps <= context:
         raise ConfigError(f"steps must lie between 2 and the context of {context}, not {steps}")
     config = shapes.config_of(shape, layers)
     size = torch.empty(0, dtype=dtype).element_size()
-    room = 1 + sum(w.added(size) for w in widths)
-    model: Any = shapes.build(config, dtype, room * MARGIN, device)
+    added = {"plan": _added(plans)} if isinstance(plans, Plan) else {str(w): w.added(size) for w in plans}
+    folder = shape if isinstance(shape, Path) else None
+    model: Any = shapes.build(config, dtype, (1 + sum(added.values())) * MARGIN, device, folder)
     weights, memory = shapes.weight_bytes(model), _Memory(device)
-    tokens = torch.randint(config.vocab_size, (steps,), device=device)
-    batch = torch.randint(config.vocab_size, (-(-SAMPLES // steps), steps), device=device)
-    plans = random_plans(model, batch, widths, rate)
+    tokens, *batch = _texts(model, 1 + -(-SAMPLES // steps), steps, folder is not None)
+    if isinstance(plans, Plan):
+        named = {"plan": plans}
+    else:
+        named = {str(w): plan for w, plan in random_plans(model, torch.stack(batch), plans, rate).items()}
     ffns = ffn_weights(model, tokens[None, :2])
     base, remarks = float(shapes.step_bytes(model)), []
 
@@ -160,14 +182,14 @@ def compare(
         return _Decoder(model, tokens, context, **options)
 
     contenders = {"Inductor": _Contender(decoder(model, mode=mode), base)}
-    options = {w: {"backend": "tardis", "options": {"plan": plan, "mode": mode}} for w, plan in plans.items()}
-    for w, plan in plans.items():
-        memory.promise(weights * w.added(size))
+    options = {w: {"backend": "tardis", "options": {"plan": plan, "mode": mode}} for w, plan in named.items()}
+    for w, plan in named.items():
+        memory.promise(weights * added[w])
         counted = _counted(model, plan, tokens)
         read = base - sum(site.dense_bytes for site in plan.sites) + counted.per_token
         contenders[f"tardis, {w}"] = _Contender(decoder(model, **options[w]), read, counted.outlier_rate)
     if device == "cpu":
-        frozen = {"Inductor": {"mode": mode}} | {f"tardis, {w}": options[w] for w in plans}
+        frozen = {"Inductor": {"mode": mode}} | {f"tardis, {w}": options[w] for w in named}
         for name, own in frozen.items():
             if not memory.fits(FROZEN * weights):
                 remarks.append(f"No row for {name} with freezing: its copies of the weights do not fit in memory.")
@@ -182,7 +204,7 @@ def compare(
             whole, saved, left = weight_only.quantised(model, quantise, b)
             remarks += [f"torchao's int{b} does not take {name}, which stays as it is." for name in left]
             contenders[f"torchao int{b} + Inductor"] = _Contender(decoder(whole, mode=mode), base - saved)
-            for w, plan in plans.items():
+            for w, plan in named.items():
                 of = contenders[f"tardis, {w}"]
                 rest, saved, _ = weight_only.quantised(model, quantise, b, ffns)
                 decoding = decoder(rest, backend="tardis", options={"plan": plan, "mode": mode})
@@ -196,7 +218,8 @@ def compare(
     if base < COLD * last_level_cache(device):
         remarks.append("The weights do not fill the last-level cache several times: in part this is its speed.")
     depth = f"{config.num_hidden_layers} layer{'s' * (config.num_hidden_layers > 1)}"
-    case = f"{shape}, {depth}, {str(dtype).removeprefix('torch.')}, {steps} steps, cache of {context}"
+    title = folder.absolute().name if folder else shape
+    case = f"{title}, {depth}, {str(dtype).removeprefix('torch.')}, {steps} steps, cache of {context}"
     return [
         Row(case, name, seconds[name], seconds["Inductor"], one.touched + cache, one.outliers)
         for name, one in contenders.items()

@@ -1,8 +1,9 @@
-"""Language models of known shapes and random weights."""
+"""Language models of known shapes and random weights, or from a folder."""
 
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,30 +33,33 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def config_of(shape: str, layers: int | None = None) -> Any:
+def config_of(shape: str | Path, layers: int | None = None) -> Any:
     """The transformers config of a shape.
 
     Args:
-        shape: a key of :data:`SHAPES`.
-        layers: as many of the shape's layers; all when None.
+        shape: a key of :data:`SHAPES`, or the folder of a model.
+        layers: as many of the model's layers; all when None.
 
     Raises:
         ConfigError: there is no such shape, or it has fewer layers.
-        BenchError: transformers is not installed.
+        BenchError: transformers is not installed, or the folder has no config of a causal language model.
     """
-    if shape not in SHAPES:
+    if isinstance(shape, str) and shape not in SHAPES:
         raise ConfigError(f"no shape {shape!r}; there are {', '.join(SHAPES)}")
     try:
         import transformers as hf
     except ImportError as error:
         raise BenchError(f"`tardis bench model` needs {error.name}: pip install 'tardis-fx[demo]'") from error
-    name, changed = SHAPES[shape]
-    if shape == "demo":
-        from tardis_fx.demo.model import FOLDER
+    if isinstance(shape, Path):
+        config = _config_in(shape)
+    else:
+        name, changed = SHAPES[shape]
+        if shape == "demo":
+            from tardis_fx.demo.model import FOLDER
 
-        changed = json.loads((FOLDER / "config.json").read_text())
-        del changed["training"]
-    config = getattr(hf, name)(**changed)
+            changed = json.loads((FOLDER / "config.json").read_text())
+            del changed["training"]
+        config = getattr(hf, name)(**changed)
     if layers is not None:
         if not 1 <= layers <= config.num_hidden_layers:
             raise ConfigError(f"layers must lie between 1 and {config.num_hidden_layers}, not {layers}")
@@ -63,17 +67,32 @@ def config_of(shape: str, layers: int | None = None) -> Any:
     return config
 
 
-def build(config: Any, dtype: torch.dtype, room: float, device: str = "cpu") -> nn.Module:
-    """A model of random weights, in eval mode, without gradients.
+def _config_in(folder: Path) -> Any:
+    import transformers as hf
+
+    if not (folder / "config.json").is_file():
+        raise BenchError(f"no config.json in {folder}")
+    try:
+        config = hf.AutoConfig.from_pretrained(folder, local_files_only=True)
+        with torch.device("meta"):
+            hf.AutoModelForCausalLM.from_config(config)
+    except ValueError as error:
+        raise BenchError(f"no causal language model in {folder}: {str(error).splitlines()[0]}") from error
+    return config
+
+
+def build(config: Any, dtype: torch.dtype, room: float, device: str = "cpu", folder: Path | None = None) -> nn.Module:
+    """A model of random weights, or of those in a folder, in eval mode, without gradients.
 
     Args:
         config: of transformers.
         dtype: of all weights.
         room: memory that the comparison takes at its most, over that of the weights.
         device: that the model is made on.
+        folder: of the weights; random when None.
 
     Raises:
-        BenchError: the memory is not there.
+        BenchError: the memory is not there, or the folder holds no weights of such a model.
     """
     from transformers import AutoModelForCausalLM
 
@@ -86,9 +105,19 @@ def build(config: Any, dtype: torch.dtype, room: float, device: str = "cpu") -> 
             f"(of {config.num_hidden_layers}), another dtype, or fewer predictors"
         )
     torch.manual_seed(0)
-    with torch.device(device):
-        model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    return model.eval().requires_grad_(False)
+    if folder is None:
+        with torch.device(device):
+            model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        return model.eval().requires_grad_(False)
+    try:
+        model, found = AutoModelForCausalLM.from_pretrained(
+            folder, config=config, dtype=dtype, local_files_only=True, output_loading_info=True
+        )
+    except (OSError, ValueError) as error:
+        raise BenchError(f"no weights of a language model in {folder}: {error}") from error
+    if missing := sorted(found["missing_keys"]):
+        raise BenchError(f"the weights in {folder} lack {', '.join(missing[:4])}")
+    return model.to(device).eval().requires_grad_(False)
 
 
 def weight_bytes(model: nn.Module) -> int:

@@ -477,23 +477,29 @@ void add_column(const Call& call, uint32_t tokens, const uint8_t* column, const 
   const Row row(call.d_out, call.d_out_groups);
   float *const scales = scratch<float, 10>(2 * row.groups), *const shifts = scales + row.groups;
   open<BITS>(column, row, scales, shifts);
+  float factors[16], *into[16];
+  int count = 0;
+  for (int64_t t = 0; t < call.tokens; ++t) {
+    if (!(tokens >> t & 1)) continue;
+    factors[count] = residuals[t];
+    into[count++] = sums + t * call.d_out;
+  }
   for (int64_t b = 0; b < row.blocks; ++b, column += BITS * BLOCK / 8) {
     uint8_t codes[BLOCK];
     for (int part = 0; part < BLOCK / WIDTH; ++part) {
       const Bytes some = codes_of<BITS>(column, part);
       std::memcpy(codes + part * WIDTH, &some, WIDTH);
     }
-    for (int64_t half = 2 * b; half < 2 * b + 2; ++half) {
-      const int64_t g = half >> row.shift, size = std::min<int64_t>(BLOCK / 2, call.d_out - half * BLOCK / 2);
-      const uint8_t* const own = codes + half % 2 * BLOCK / 2;
-      for (int64_t t = 0; t < call.tokens && size > 0; ++t) {
-        if (!(tokens >> t & 1)) continue;
-        const float factor = residuals[t] * scales[g], shift = residuals[t] * shifts[g];
-        float* const out = sums + t * call.d_out + half * BLOCK / 2;
-        int64_t i = 0;
-        for (; i + LANES <= size; i += LANES) put(load(out + i) + (factor * load(own + i) - shift), out + i);
-        for (; i < size; ++i) out[i] += factor * own[i] - shift;
-      }
+    const int64_t first = b * BLOCK, size = std::min<int64_t>(BLOCK, call.d_out - first);
+    int64_t i = 0;
+    for (; i + LANES <= size; i += LANES) {
+      const int64_t g = (2 * b + i / (BLOCK / 2)) >> row.shift;
+      const Floats weights = scales[g] * load(codes + i) - shifts[g];
+      for (int k = 0; k < count; ++k) put(load(into[k] + first + i) + factors[k] * weights, into[k] + first + i);
+    }
+    for (; i < size; ++i) {
+      const int64_t g = (2 * b + i / (BLOCK / 2)) >> row.shift;
+      for (int k = 0; k < count; ++k) into[k][first + i] += factors[k] * (scales[g] * codes[i] - shifts[g]);
     }
   }
 }
