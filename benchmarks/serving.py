@@ -139,7 +139,7 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp(prefix="serving_"))
     model, plan, prompts = prepare(given.model, folder, given.budget)
     print(
-        f"{given.model}, budget {given.budget:.0%}, {given.requests} requests of {given.input} + {given.output}, "
+        f"{given.model}, budget {given.budget:.1%}, {given.requests} requests of {given.input} + {given.output}, "
         f"{given.concurrency} at a time; {platform.processor() or platform.machine()}, {os.cpu_count()} CPUs, "
         f"load average {os.getloadavg()[0]:.1f} before; logs in {folder}"
     )
