@@ -131,9 +131,10 @@ def explain(model: nn.Module, plan: Plan | str | os.PathLike[str] | None, exampl
         for outcome in pipeline.outcomes(gm, example_inputs, loaded):
             outcomes.append(outcome)
             site, entry = outcome.site, outcome.plan
-            dense = sum(v.numel() * v.element_size() for p in site.parameters if (v := values.get(p)) is not None)
+            own = [v for p in site.parameters if (v := values.get(p)) is not None]
+            dense = sum(v.numel() * v.element_size() for v in own)
             report = _planned(entry) if entry and not outcome.reason else None
-            gone = [v for p in site.parameters if (v := values.get(p)) is not None and is_released(v)]
+            gone = [v for v in own if is_released(v) or (v.dim() == 2 and not v.is_contiguous())]  # laid out by release
             if report and gone:
                 stored = report.stored_bytes - sum(v.numel() * v.element_size() for v in gone)
                 report = replace(report, stored_bytes=stored)

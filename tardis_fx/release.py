@@ -46,6 +46,8 @@ def release(
     Without a folder the matrices are gone: each becomes one NaN in its old shape, and whatever still reads it shows.
     Only matrices that nothing but their FFN reads go, where the rewrite makes its tensors of the plan alone: rows of
     ``row_bits`` below 16. The model must then be compiled with ``prefill="rewritten"``; it is recognised as before.
+    Where corrections read the original weights the matrices stay, and W2, of which the rewrite would make a transposed
+    copy, becomes a view of that copy, with the values and the shape that it had.
 
     With a folder each matrix is written to a file there and mapped from it: pages that nothing reads leave the memory
     when it is short, and prefill with the original weights stays possible. On a CPU only.
@@ -57,7 +59,7 @@ def release(
         folder: where the weights are kept, or None.
 
     Returns:
-        Bytes freed.
+        Bytes freed, or not taken when the model is compiled.
 
     Raises:
         ConfigError: a folder for a model that is not on a CPU.
@@ -94,10 +96,13 @@ def release(
     freed = 0
     for site, entry, weights in found.values():
         matrices = [w for w in weights if w.dim() == 2 and _storage(w) not in elsewhere and not is_released(w)]
-        if folder is None and not _stands_alone(site, entry, weights, matrices):
-            _log.warning("%s keeps its weights: %s reads them", entry.name, entry.method)
-            continue
         identity = fingerprint(weights, site.function)
+        if folder is None and not _stands_alone(site, entry, weights, matrices):
+            if not (shared := _share(site, entry, weights, matrices)):
+                _log.warning("%s keeps its weights: %s reads them", entry.name, entry.method)
+            freed += shared
+            remember(weights, site.function, identity)
+            continue
         for matrix in matrices:
             freed += matrix.untyped_storage().nbytes()
             matrix.data = _nothing(matrix) if folder is None else _mapped(matrix, Path(folder))
@@ -115,6 +120,18 @@ def _stands_alone(site: Site, entry: SitePlan, weights: Sequence[Tensor], matric
     without = [_nothing(w) if id(w) in gone else w for w in weights]
     made = [rewrite.constants(entry, SiteWeights.of(site, each)) for each in (weights, without)]
     return all(torch.equal(made[0][name], made[1][name]) for name in made[0])
+
+
+def _share(site: Site, entry: SitePlan, weights: Sequence[Tensor], matrices: Sequence[Tensor]) -> int:
+    """Makes matrices views of the transposed copies that a rewrite makes of them; the bytes of the copies."""
+    copies = rewrite_named(str(entry.method)).constants(entry, SiteWeights.of(site, weights)).values()
+    shared = 0
+    for matrix in matrices:
+        for copy in copies:
+            if copy.shape == matrix.T.shape and _storage(copy) != _storage(matrix) and torch.equal(copy.T, matrix):
+                matrix.data = copy.T
+                shared += copy.nbytes
+    return shared
 
 
 def _nothing(matrix: Tensor) -> Tensor:

@@ -14,6 +14,8 @@ from torch import nn
 import tardis_fx
 from tardis_fx import Plan
 from tardis_fx.errors import PlanMismatchError
+from tardis_fx.graph.site import SiteWeights
+from tardis_fx.passes.partial_linear import PartialLinear
 
 D, HIDDEN = 16, 64
 
@@ -74,13 +76,27 @@ def test_a_released_ffn_never_runs_as_it_was() -> None:
 
 
 @torch.no_grad()
-def test_rows_of_the_original_weights_keep_them(caplog: pytest.LogCaptureFixture) -> None:
+def test_rows_of_the_original_weights_keep_them_once(caplog: pytest.LogCaptureFixture) -> None:
+    """W2 and its transposed copy are one: prefill takes the original FFN, and corrections gather its rows."""
     model, x = ffn(D, HIDDEN), inputs(32, D)
-    plan = _planned(model, row_bits=16)
+    plan, before = _planned(model, row_bits=16), model(x)
+    fast = _fast(model, plan)(x)
+    stored = tardis_fx.explain(model, plan, x).sites[0].stored_bytes
+    assert tardis_fx.release(model, plan, x) == 4 * D * HIDDEN
+    assert tardis_fx.explain(model, plan, x).sites[0].stored_bytes == stored - 4 * D * HIDDEN
+    assert not caplog.text
+    w1, w2 = (p for p in model.parameters() if p.dim() == 2)
+    weights = SiteWeights(w1, model[0].bias, w2, model[2].bias)  # type: ignore[index,arg-type]
+    assert PartialLinear().constants(plan.sites[0], weights)["w2t"].data_ptr() == w2.data_ptr()
+    torch.compiler.reset()
+    torch.testing.assert_close(_fast(model, plan, prefill="original")(x), before)
+    torch.testing.assert_close(_fast(model, plan)(x), fast)
     with caplog.at_level(logging.WARNING, "tardis_fx"):
         assert tardis_fx.release(model, plan, x) == 0
     assert "keeps its weights" in caplog.text
-    assert not model(x).isnan().any()
+    w2.mul_(2)
+    with pytest.raises(tardis_fx.TardisError):
+        _fast(model, plan)(x)
 
 
 @torch.no_grad()
