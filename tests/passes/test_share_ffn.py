@@ -54,7 +54,7 @@ def test_ffns_that_are_maps_of_one_of_them_are_shared_without_error(rank: int, s
     plan, _ = fit(ffns, (numbers + 2 * (3 * rank * D + D)) / (3 * numbers) + 1e-4)
     kept = [entry.settings["rank"] for entry in plan.sites]
     assert kept == [rank, None, rank] or (rank == D and sorted(kept, key=bool) == [None, D, D])
-    assert max(entry.error for entry in plan.sites) < 1e-2
+    assert max(entry.error for entry in plan.sites) < 6e-3
 
 
 @given(st.integers(1, 5), st.floats(0.3, 1), st.booleans())
