@@ -32,7 +32,7 @@ logger = logging.getLogger("tardis_fx")
 #: More tokens than this are a prefill, for which the kernel's row by row work is not made; its arrays are this long.
 DECODE_TOKENS = 16
 
-_SOURCE, _INCLUDED = (Path(__file__).with_name(name) for name in ("cpu_kernel.cpp", "cpu_gated.h"))
+_SOURCE = Path(__file__).with_name("cpu_kernel.cpp")
 # No -ffast-math: NaN and infinity must compare as they should. The two that are safe let conversions be vectorised.
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC")
 #: How the kernel numbers activations and dtypes.
@@ -160,7 +160,8 @@ def _build() -> Path:
     cases = "".join(
         f"case {ACTIVATION_NUMBERS[name]}: return {ACTIVATIONS[name].cxx};\n" for name in ACTIVATION_NUMBERS
     )
-    parts = [_SOURCE.read_text(), _INCLUDED.read_text(), cases, *compiler, version, *_FLAGS, _processor()]
+    sources = [path.read_text() for path in (_SOURCE, *sorted(_SOURCE.parent.glob("cpu_*.h")))]
+    parts = [*sources, cases, *compiler, version, *_FLAGS, _processor()]
     folder = _cache_folder()
     library = folder / f"cpu_kernel-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}.so"
     if not library.exists():

@@ -21,7 +21,7 @@ Outlier* test_gated(const GatedCall& call, const Inputs& x, int64_t begin, int64
                     float* estimates) {
   const int64_t groups = x.row.groups, packed_bytes = x.blocks * (BITS * BLOCK / 8);
   const int64_t together = 1 + 63 / (2 * groups);  // neurons whose scales are converted at once
-  std::vector<float> scales(together * 2 * groups + 1), shifts(together * 2 * groups + LANES);
+  std::vector<float> scales(together * 2 * groups + LANES), shifts(together * 2 * groups + LANES);
   for (int64_t row = begin; row < end; ++row) {
     const int64_t at = (row - begin) % together * 2 * groups;
     if (at == 0) {
@@ -87,7 +87,7 @@ void add_plain(const GatedCall& call, const Inputs& x, Outlier outlier, int64_t 
   const float* const biases = call.biases ? call.biases + 2 * outlier.position : nullptr;
   for (int64_t t = 0; t < call.tokens; ++t) {
     if (!(outlier.tokens >> t & 1)) continue;
-    const float* const token = x.plain + t * x.blocks * BLOCK;
+    const Factor<W>* const token = x.token<W>(t, call.d);
     const float g = dot(gate, token, call.d, up) + (biases ? biases[0] : 0);
     const float u = dot(up, token, call.d, column) + (biases ? biases[1] : 0);
     add_scaled(sums + t * call.d_out, beyond_plane(call, call.surrogate + 3 * outlier.position, g, u), column,

@@ -1,0 +1,197 @@
+// Vectors of the processor's width, numbers of 16 bits, and products of a row that is stored as it is.
+
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#if defined(__AVX512BW__)
+#define WIDTH 64
+#elif defined(__AVX2__) && defined(__F16C__)
+#define WIDTH 32
+#else
+#define WIDTH 16
+#endif
+#ifdef __F16C__
+#include <immintrin.h>
+#endif
+
+namespace {
+
+constexpr int LANES = WIDTH / 4;
+typedef float Floats __attribute__((vector_size(WIDTH)));
+typedef int32_t Ints __attribute__((vector_size(WIDTH)));
+typedef uint8_t Bytes __attribute__((vector_size(WIDTH)));
+struct Bfloat16 {
+  uint16_t bits;
+};
+struct Half {
+  uint16_t bits;
+};
+
+template <class To>
+To read(const void* from) {
+  To to;
+  std::memcpy(&to, from, sizeof to);
+  return to;
+}
+void put(Floats values, float* at) { std::memcpy(at, &values, sizeof values); }
+
+float to_float(float value) { return value; }
+[[maybe_unused]] float to_float(uint8_t value) { return value; }
+float to_float(Bfloat16 value) {
+  const uint32_t bits = uint32_t(value.bits) << 16;
+  return read<float>(&bits);
+}
+void store(float value, float* at) { *at = value; }
+void store(float value, Bfloat16* at) {
+  const uint32_t bits = read<uint32_t>(&value);
+  at->bits = std::isnan(value) ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+#ifdef __F16C__
+float to_float(Half value) { return _cvtsh_ss(value.bits); }
+void store(float value, Half* at) { at->bits = _cvtss_sh(value, _MM_FROUND_TO_NEAREST_INT); }
+#else
+float to_float(Half value) { return read<_Float16>(&value); }
+void store(float value, Half* at) {
+  const _Float16 rounded = value;
+  at->bits = read<uint16_t>(&rounded);
+}
+#endif
+
+// load: LANES elements as floats. pairs, singles: codes of the columns from `part * WIDTH` on, of a plane of 2 bits (in
+// the lowest bits of each byte) or 1 bit. dot: adds to each sum four products of a code and an x of at most 64.
+Floats load(const float* from) { return read<Floats>(from); }
+#if WIDTH == 64
+Floats load(const Half* from) { return _mm512_cvtph_ps(read<__m256i>(from)); }
+Floats load(const Bfloat16* from) { return (Floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32(read<__m256i>(from)), 16); }
+Floats load(const uint8_t* from) { return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(read<__m128i>(from))); }
+Bytes pairs(const uint8_t* packed, int) {
+  const __m512i shifts = _mm512_set_epi64(6, 6, 4, 4, 2, 2, 0, 0);
+  return (Bytes)_mm512_srlv_epi64(_mm512_broadcast_i32x4(read<__m128i>(packed)), shifts);
+}
+Bytes singles(const uint8_t* packed, int) { return (Bytes)_mm512_maskz_set1_epi8(read<uint64_t>(packed), 1); }
+Ints dot(Ints sums, Bytes codes, const int8_t* x) {
+#ifdef __AVX512VNNI__
+  return (Ints)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)codes, read<__m512i>(x));
+#else
+  const __m512i products = _mm512_maddubs_epi16((__m512i)codes, read<__m512i>(x));
+  return sums + (Ints)_mm512_madd_epi16(products, _mm512_set1_epi16(1));
+#endif
+}
+#elif WIDTH == 32
+Floats load(const Half* from) { return _mm256_cvtph_ps(read<__m128i>(from)); }
+Floats load(const Bfloat16* from) { return (Floats)_mm256_slli_epi32(_mm256_cvtepu16_epi32(read<__m128i>(from)), 16); }
+Floats load(const uint8_t* from) {
+  return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(read<int64_t>(from))));
+}
+Bytes pairs(const uint8_t* packed, int part) {
+  const __m256i shifts = _mm256_set_epi64x(4 * part + 2, 4 * part + 2, 4 * part, 4 * part);
+  return (Bytes)_mm256_srlv_epi64(_mm256_broadcastsi128_si256(read<__m128i>(packed)), shifts);
+}
+Bytes singles(const uint8_t* packed, int part) {
+  const __m256i each = _mm256_set1_epi64x(0x8040201008040201);
+  const __m256i byte = _mm256_set_epi64x(0x0303030303030303, 0x0202020202020202, 0x0101010101010101, 0);
+  const __m256i bits = _mm256_shuffle_epi8(_mm256_set1_epi32(read<int32_t>(packed + 4 * part)), byte) & each;
+  return (Bytes)_mm256_cmpeq_epi8(bits, each) & 1;
+}
+Ints dot(Ints sums, Bytes codes, const int8_t* x) {
+  const __m256i products = _mm256_maddubs_epi16((__m256i)codes, read<__m256i>(x));
+  return sums + (Ints)_mm256_madd_epi16(products, _mm256_set1_epi16(1));
+}
+#else
+template <class W>
+Floats load(const W* from) {
+  const auto one = [from](int i) { return to_float(read<W>(from + i)); };
+  return Floats{one(0), one(1), one(2), one(3)};
+}
+Bytes pairs(const uint8_t* packed, int part) { return read<Bytes>(packed) >> 2 * part; }
+Bytes singles(const uint8_t* packed, int part) {
+  const uint64_t ones = 0x0101010101010101, each[] = {0x8040201008040201, 0x8040201008040201};
+  const uint64_t bytes[] = {packed[2 * part] * ones, packed[2 * part + 1] * ones};
+  return (Bytes)((read<Bytes>(bytes) & read<Bytes>(each)) != 0) & 1;
+}
+Ints dot(Ints sums, Bytes codes, const int8_t* x) {
+  typedef int16_t Shorts __attribute__((vector_size(WIDTH)));
+  const Shorts both_codes = (Shorts)codes, both_x = read<Shorts>(x);
+  const Ints products = (Ints)((both_codes & 255) * (both_x << 8 >> 8) + (both_codes >> 8 & 255) * (both_x >> 8));
+  return sums + (products << 16 >> 16) + (products >> 16);
+}
+#endif
+
+float sum(Floats values) {
+#if WIDTH == 64
+  return _mm512_reduce_add_ps(values);
+#else
+  float total = 0;
+  for (int i = 0; i < LANES; ++i) total += values[i];
+  return total;
+#endif
+}
+
+// Numbers of a row are multiplied as floats, those in bfloat16 as they are where the processor can.
+#if WIDTH == 64 && defined(__AVX512BF16__)
+#define BFLOATS
+typedef __m512bh Bfloats;
+Floats add_products(Floats sums, Bfloats a, Bfloats b) { return (Floats)_mm512_dpbf16_ps((__m512)sums, a, b); }
+template <class W>
+constexpr bool AS_BFLOATS = std::is_same_v<W, Bfloat16>;
+#else
+template <class W>
+constexpr bool AS_BFLOATS = false;
+#endif
+Floats add_products(Floats sums, Floats a, Floats b) { return sums + a * b; }
+
+// What x must be made of to be multiplied with numbers W, and how many of both are at a time.
+template <class W>
+using Factor = std::conditional_t<AS_BFLOATS<W>, Bfloat16, float>;
+template <class W>
+constexpr int LOT = AS_BFLOATS<W> ? 2 * LANES : LANES;
+template <class W, class From>
+auto lot(const From* from) {
+#ifdef BFLOATS
+  if constexpr (AS_BFLOATS<W>)
+    return read<Bfloats>(from);
+  else
+#endif
+    return load(from);
+}
+
+// Rows lie far apart and no hardware foresees the jump, so each pass over one asks for the next: into the second level
+// of the cache, since into the first is no faster than not asking.
+constexpr int SECOND_LEVEL = 2;
+
+template <class W>
+float dot(const W* row, const Factor<W>* x, int64_t size, const W* next) {
+  constexpr int STEP = LOT<W>;
+  Floats sums[4] = {};
+  int64_t i = 0;
+  for (; i + 4 * STEP <= size; i += 4 * STEP)
+    for (int k = 0; k < 4; ++k) {
+      __builtin_prefetch(next + i + k * STEP, 0, SECOND_LEVEL);
+      sums[k] = add_products(sums[k], lot<W>(row + i + k * STEP), lot<W>(x + i + k * STEP));
+    }
+  float total = sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
+  for (; i < size; ++i) total += to_float(row[i]) * to_float(x[i]);
+  return total;
+}
+
+template <class W>
+void add_scaled(float* out, float factor, const W* row, int64_t size, const W* next) {
+  int64_t i = 0;
+  for (; i + LANES <= size; i += LANES) {
+    __builtin_prefetch(next + i, 0, SECOND_LEVEL);
+    put(load(out + i) + factor * load(row + i), out + i);
+  }
+  for (; i < size; ++i) out[i] += factor * to_float(row[i]);
+}
+
+// Every line of a row that is about to be read: a row of codes is too short to ask for along the way.
+void prefetch(const uint8_t* row, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(row + i, 0, SECOND_LEVEL);
+}
+
+}  // namespace
