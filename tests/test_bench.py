@@ -1,5 +1,6 @@
 """Comparisons of tiny shapes: what is shown and written, and that a plan reads what it says; no times."""
 
+import copy
 import csv
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from builders.ffns import ffn, inputs
+from builders.gated import Gated
 from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
@@ -95,17 +97,22 @@ def test_model_has_a_row_for_every_contender_or_says_why_not(tmp_path: Path, mon
 
 
 @pytest.mark.parametrize(
-    ("widths", "rate", "dtype"),
+    ("model", "widths", "rate", "dtype"),
     [
-        (Widths(2), 0.05, torch.float32),
-        (Widths(4), 0.05, torch.bfloat16),
-        (Widths(3), 0.2, torch.float32),
-        (Widths(2), 0.01, torch.float32),
-        (Widths(2, 4, 8), 0.05, torch.float32),
+        (ffn(64, 256), Widths(2), 0.05, torch.float32),
+        (ffn(64, 256), Widths(4), 0.05, torch.bfloat16),
+        (ffn(64, 256), Widths(3), 0.2, torch.float32),
+        (ffn(64, 256), Widths(2), 0.01, torch.float32),
+        (ffn(64, 256), Widths(2, 4, 8), 0.05, torch.float32),
+        (Gated(64, 172), Widths(2), 0.05, torch.float32),
+        (Gated(64, 172, bias=False), Widths(4, 4, 8), 0.2, torch.bfloat16),
+        (Gated(64, 172, fused=True), Widths(3, 8), 0.05, torch.float32),
     ],
 )
-def test_a_plan_has_the_outliers_that_were_asked_for(widths: Widths, rate: float, dtype: torch.dtype) -> None:
-    model = ffn(64, 256).to(dtype)
+def test_a_plan_has_the_outliers_that_were_asked_for(
+    model: torch.nn.Module, widths: Widths, rate: float, dtype: torch.dtype
+) -> None:
+    model = copy.deepcopy(model).to(dtype)
     plan = random_plans(model, inputs(1024, 64).to(dtype), [widths], rate)[widths]
     options: dict[str, Any] = {"plan": plan, "inner": "eager", "prefill": "rewritten"}
     fast, x = torch.compile(model, backend="tardis", options=options), inputs(2048, 64, seed=7).to(dtype)
@@ -113,20 +120,13 @@ def test_a_plan_has_the_outliers_that_were_asked_for(widths: Widths, rate: float
         found, exact = fast(x).float(), model(x).float()
     assert touched.outlier_rate == pytest.approx(rate, rel=0.1)
     assert touched.per_token == pytest.approx(plan.sites[0].touched_bytes, rel=0.1)
-    assert (found - exact).norm() < 0.5 * exact.norm()  # a fold and not noise, so that inputs stay what they were
+    assert (found - exact).norm() < 0.7 * exact.norm()  # a fold and not noise, so that inputs stay what they were
 
 
 def test_a_model_without_an_ffn_that_can_be_rewritten_is_refused() -> None:
-    class Gated(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.up, self.gate, self.down = (torch.nn.Linear(a, b) for a, b in ((8, 32), (8, 32), (32, 8)))
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.down(torch.nn.functional.silu(self.gate(x)) * self.up(x))  # type: ignore[no-any-return]
-
-    with pytest.raises(BenchError, match="no plain FFN that partial linearity takes"):
-        random_plans(Gated().eval(), inputs(16, 8), [Widths(2)], 0.05)
+    without_activation = torch.nn.Sequential(torch.nn.Linear(8, 32), torch.nn.Linear(32, 8))
+    with pytest.raises(BenchError, match="no FFN that partial linearity takes"):
+        random_plans(without_activation.eval(), inputs(16, 8), [Widths(2)], 0.05)
 
 
 def test_copies_fill_the_cache_with_what_the_rewritten_ffns_read() -> None:
@@ -202,11 +202,13 @@ def test_copies_for_which_there_is_no_memory_are_left_out_and_named(
 
 @given(st.sampled_from([2, 3, 4]), st.sampled_from([4, 8, 16]), st.sampled_from([4, 8, 16]))
 def test_what_a_plan_adds_is_foretold(predictor: int, fold: int, rows: int) -> None:
-    widths, model = Widths(predictor, fold, rows), ffn(256, 1024)
-    (entry,) = random_plans(model, inputs(64, 256), [widths], 0.1)[widths].sites
-    (site,) = BatchObservation(model, [inputs(64, 256)], progress=False).sites
-    found = stored_bytes(site, PartialLinear().constants(entry, site.weights)) / site.weights.bytes - 1
-    assert found == pytest.approx(widths.added(4), rel=0.15)
+    widths, added = Widths(predictor, fold, rows), []
+    for model in (ffn(256, 1024), Gated(256, 683)):
+        (entry,) = random_plans(model, inputs(64, 256), [widths], 0.1)[widths].sites
+        (site,) = BatchObservation(model, [inputs(64, 256)], progress=False).sites
+        added.append(stored_bytes(site, PartialLinear().constants(entry, site.weights)) / site.weights.bytes - 1)
+    assert added[0] == pytest.approx(widths.added(4), rel=0.15)
+    assert added[1] < 1.2 * widths.added(4)
 
 
 def test_int4_leaves_a_layer_whose_rows_it_does_not_take() -> None:

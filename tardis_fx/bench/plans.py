@@ -1,7 +1,8 @@
 """Plans for random weights: an outlier rate that is asked for, and no calibration text.
 
 For speed, what a plan decides matters only through the bytes that it reads. Every neuron is guarded; W1 is rounded, and
-the hot range of each neuron ends at the quantiles of its own estimates, so that the rate asked for falls outside.
+the hot range of each neuron ends at the quantiles of its own estimates, or its score's in a gated FFN, so that the rate
+asked for falls outside.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from tardis_fx.calibration.affine import regress
 from tardis_fx.calibration.observe import BatchObservation
 from tardis_fx.calibration.predictor import quantise
 from tardis_fx.calibration.ranges import Costs
@@ -20,6 +22,7 @@ from tardis_fx.passes.partial_linear import PartialLinear
 from tardis_fx.plan import Plan, SitePlan
 from tardis_fx.runtime.packing import low_bits
 from tardis_fx.runtime.reference import estimate
+from tardis_fx.runtime.reference_gated import beyond
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -45,12 +48,15 @@ class Widths(NamedTuple):
     fold: int = 16
     rows: int = 16
 
-    def costs(self, d: int, d_out: int, size: int, *, bias: bool) -> Costs:
+    def costs(self, d: int, d_out: int, size: int, *, bias: bool, gated: bool = False) -> Costs:
         """Bytes of a site of such a plan; arguments as of :meth:`tardis_fx.calibration.ranges.Costs.of`."""
-        return Costs.of(d, d_out, self.predictor, size, self.fold, self.rows, group_size=GROUP_SIZE, bias=bias)
+        bits = self.predictor, size, self.fold, self.rows
+        return Costs.of(d, d_out, *bits, group_size=GROUP_SIZE, bias=bias, gated=gated)
 
     def added(self, size: int) -> float:
         """About the bytes that such a plan adds to an FFN of four times as many neurons as inputs, over the FFN's own.
+
+        A gated one of as many weights adds no more.
 
         Args:
             size: bytes of a weight.
@@ -95,7 +101,7 @@ def ffn_weights(model: nn.Module, example: Tensor) -> list[Tensor]:
 
 @torch.no_grad()
 def random_plans(model: nn.Module, batch: Tensor, widths: Sequence[Widths], rate: float) -> dict[Widths, Plan]:
-    """Plans of every plain FFN of a model, by their widths.
+    """Plans of every FFN of a model, by their widths.
 
     Args:
         model: in eval mode.
@@ -104,14 +110,13 @@ def random_plans(model: nn.Module, batch: Tensor, widths: Sequence[Widths], rate
         rate: share of (token, neuron) pairs that are outliers.
 
     Raises:
-        BenchError: the model has no plain FFN that partial linearity takes.
+        BenchError: the model has no FFN that partial linearity takes.
     """
     observation = BatchObservation(model, [batch], progress=False)
     rewrite = PartialLinear()
-    plain = [s for s in observation.sites if s.site.kind == "plain" and s.site.reason is None]
-    sites = [s for s in plain if rewrite.refuse(s.site) is None]
+    sites = [s for s in observation.sites if s.site.reason is None and rewrite.refuse(s.site) is None]
     if not sites:
-        raise BenchError("the model has no plain FFN that partial linearity takes")
+        raise BenchError("the model has no FFN that partial linearity takes")
     kept = observation.run(lambda _: _Kept(), sites, "inputs of the FFNs")
     return {
         w: Plan(
@@ -123,13 +128,15 @@ def random_plans(model: nn.Module, batch: Tensor, widths: Sequence[Widths], rate
 
 
 def _site_plan(site: ObservedSite, x: Tensor, widths: Widths, rate: float) -> SitePlan:
-    weights = site.weights
-    hidden, d = weights.w1.shape
-    parts = [_guard(weights, rows, x, widths, rate, str(site.site.activation)) for rows in _rows(hidden)]
+    weights, (hidden, d) = site.weights, site.weights.w1.shape
+    parts = [_part(weights, rows, x, widths, rate, str(site.site.activation)) for rows in _rows(hidden)]
     tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     tensors["neurons"] = torch.arange(hidden, dtype=torch.int32, device=x.device)
-    tensors |= _fold(weights, tensors["slope"], tensors["intercept"], widths.fold)
-    costs = widths.costs(d, weights.w2.shape[0], weights.w1.element_size(), bias=weights.b1 is not None)
+    gated = weights.gate is not None
+    surrogate = tensors["surrogate"] if gated else torch.stack([tensors["slope"], tensors["intercept"]], 1)
+    tensors |= _fold(weights, surrogate, widths.fold)
+    biased = any(bias is not None for _, _, bias in _projections(weights))
+    costs = widths.costs(d, weights.w2.shape[0], weights.w1.element_size(), bias=biased, gated=gated)
     return SitePlan.of(
         site.site,
         site.parameters,
@@ -147,49 +154,69 @@ def _site_plan(site: ObservedSite, x: Tensor, widths: Widths, rate: float) -> Si
     )
 
 
+def _projections(weights: SiteWeights) -> list[tuple[str, Tensor, Tensor | None]]:
+    """What lies in front of the activation: names of their rows in a plan, matrices [h, d], biases [h]."""
+    if weights.gate is None:
+        return [("w1", weights.w1, weights.b1)]
+    return [("gate", weights.gate, weights.gate_bias), ("up", weights.w1, weights.b1)]
+
+
 def _rows(hidden: int) -> list[slice]:
     return [slice(start, min(start + _CHUNK, hidden)) for start in range(0, hidden, _CHUNK)]
 
 
-def _guard(
+def _part(
     weights: SiteWeights, rows: slice, x: Tensor, widths: Widths, rate: float, activation: str
 ) -> dict[str, Tensor]:
-    """Predictor, hot ranges, surrogates and, where they are codes, rows of some neurons."""
+    """Predictors, guard, surrogates and, where they are codes, rows of some neurons."""
     bits = widths.predictor
-    w1 = weights.w1[rows].float().contiguous()
-    b1 = 0 if weights.b1 is None else weights.b1[rows].float()
-    rounded = quantise(w1, None, bits, GROUP_SIZE)
-    z_hat = estimate(x, rounded.codes, rounded.scale, rounded.zero, bits)
-    ordered = z_hat.sort(0).values
-    cut = max(1, round(rate / 2 * len(x)))  # so many tokens fall on each side
-    lower, upper = (ordered[cut - 1] + ordered[cut]) / 2, (ordered[-cut] + ordered[-cut - 1]) / 2
-    z = x @ w1.T + b1
-    hot = ((z_hat >= lower) & (z_hat <= upper)).float()
-    activated = ACTIVATIONS[activation].eager(z)
-    count = hot.sum(0)
-    stored = {}
+    own = {name: matrix[rows].float().contiguous() for name, matrix, _ in _projections(weights)}
+    biases = [0 if bias is None else bias[rows].float() for _, _, bias in _projections(weights)]
+    rounded = {name: quantise(matrix, None, bits, GROUP_SIZE) for name, matrix in own.items()}
+    z = [x @ matrix.T + bias for matrix, bias in zip(own.values(), biases, strict=True)]
+    found = {}
     if widths.rows != 16:
-        low = quantise(w1 - rounded.weight, None, low_bits(bits, widths.rows), GROUP_SIZE)
-        stored = {"w1": low.rows, "w2t": quantise(weights.w2[:, rows].float().T, None, widths.rows, GROUP_SIZE).rows}
-    mean_z, mean_a = (hot * z).sum(0) / count, (hot * activated).sum(0) / count
-    slope = (hot * (z - mean_z) * (activated - mean_a)).sum(0) / (hot * (z - mean_z).square()).sum(0)
-    return stored | {
-        "codes": rounded.codes,
-        "scale": rounded.scale,
-        "zero": rounded.zero,
-        "lower": lower,
-        "upper": upper,
-        "slope": slope,
-        "intercept": mean_a - slope * mean_z,
-    }
+        low = low_bits(bits, widths.rows)
+        found = {name: quantise(own[name] - rounded[name].weight, None, low, GROUP_SIZE).rows for name in own}
+        found["w2t"] = quantise(weights.w2[:, rows].float().T, None, widths.rows, GROUP_SIZE).rows
+    predictors = {name: [getattr(q, name) for q in rounded.values()] for name in ("codes", "scale", "zero")}
+    z_hat = [estimate(x, q.codes, q.scale, q.zero, bits) for q in rounded.values()]
+    activated = ACTIVATIONS[activation].eager(z[0])
+    if weights.gate is None:
+        lower, upper = _quantile(z_hat[0], rate / 2), _quantile(z_hat[0], 1 - rate / 2)
+        line = _surrogate(z, activated, (z_hat[0] >= lower) & (z_hat[0] <= upper))
+        guard = {"lower": lower, "upper": upper, "slope": line[:, 0], "intercept": line[:, 1]}
+        return found | {name: part for name, (part,) in predictors.items()} | guard
+    plane = _surrogate(z, activated * z[1], torch.ones_like(activated, dtype=torch.bool))
+    both = torch.stack([z + bias for z, bias in zip(z_hat, biases, strict=True)], -1)
+    score = beyond(both, plane, activation).abs()
+    threshold = _quantile(score, 1 - rate)
+    surrogate = _surrogate(z, activated * z[1], score <= threshold)
+    found |= {name: torch.stack(parts, 1) for name, parts in predictors.items()}
+    return found | {"guard": torch.cat([plane, threshold[:, None]], 1), "surrogate": surrogate}
 
 
-def _fold(weights: SiteWeights, slope: Tensor, intercept: Tensor, bits: int) -> dict[str, Tensor]:
+def _quantile(values: Tensor, share: float) -> Tensor:
+    """Between two of each neuron's values, [tokens, h], with that share of them below, and one on either side: [h]."""
+    below = min(max(1, round(share * len(values))), len(values) - 1)
+    return values.sort(0).values[below - 1 : below + 1].mean(0)
+
+
+def _surrogate(z: Sequence[Tensor], given: Tensor, kept: Tensor) -> Tensor:
+    """The line or plane nearest to what neurons give at the tokens kept: factors and constant, [h, 2 or 3]."""
+    terms = (torch.stack([torch.ones_like(given), *z, given], -1) * kept[..., None]).double().transpose(0, 1)
+    slopes, intercepts, _ = regress(terms.mT @ terms)
+    return torch.cat([slopes, intercepts[:, None]], 1).float()
+
+
+def _fold(weights: SiteWeights, surrogate: Tensor, bits: int) -> dict[str, Tensor]:
     """Folded weight and bias, in the model's dtype, or the weight as codes."""
-    folded = slope.new_zeros(weights.w2.shape[0], weights.w1.shape[1])
-    shift = intercept if weights.b1 is None else intercept + slope * weights.b1.float()
-    for rows in _rows(weights.w1.shape[0]):
-        folded += (weights.w2[:, rows].float() * slope[rows]) @ weights.w1[rows].float()
+    *slopes, shift = surrogate.unbind(1)
+    folded = surrogate.new_zeros(weights.w2.shape[0], weights.w1.shape[1])
+    for (_, matrix, bias), slope in zip(_projections(weights), slopes, strict=True):
+        shift = shift if bias is None else shift + slope * bias.float()
+        for rows in _rows(len(matrix)):
+            folded += (weights.w2[:, rows].float() * slope[rows]) @ matrix[rows].float()
     bias = weights.w2.float() @ shift
     if weights.b2 is not None:
         bias += weights.b2.float()

@@ -30,6 +30,17 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "falcon-7b": ("FalconConfig", {}),
+    "tinyllama-1.1b": (
+        "LlamaConfig",
+        {
+            "hidden_size": 2048,
+            "intermediate_size": 5632,
+            "num_hidden_layers": 22,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 4,
+        },
+    ),
+    "llama-7b": ("LlamaConfig", {}),
 }
 
 

@@ -76,8 +76,14 @@ class Draft:
             self.fold_bits,
             self.row_bits,
             group_size=self.group_size,
-            bias=self.b1 is not None,
+            bias=self.biased,
+            gated=self.site.weights.gate is not None,
         )
+
+    @property
+    def biased(self) -> bool:
+        """Whether a projection in front of the activation has a bias."""
+        return self.b1 is not None
 
     @property
     def rows(self) -> tuple[Quantised, Quantised] | None:

@@ -64,18 +64,6 @@ class GatedDraft(Draft):
         self._gate_low = cache(lambda bits: self._quantised(self.gate - self.gate_predictor.weight, bits))
 
     @property
-    def costs(self) -> Costs:
-        """Bytes read; biases of guarded neurons count twice where the guard and the correction read them."""
-        plain, biases = super().costs, 8 * self.biased
-        if self.low is None:
-            row = 2 * self.w1.shape[1] * self.site.weights.w1.element_size()
-            row += len(self.w2) * self.site.weights.w2.element_size()
-        else:
-            row = sum(_row_bytes(rows) for rows in (*self.low, self._columns(self.row_bits)))
-        guard = _row_bytes(self.predictor) + _row_bytes(self.gate_predictor) + 16
-        return Costs(plain.fold, guard + biases, row + biases + 16, plain.nested)
-
-    @property
     def biased(self) -> bool:
         """Whether gate or up projection has a bias."""
         return self.b1 is not None or self.gate_bias is not None
@@ -161,8 +149,3 @@ class GatedDraft(Draft):
         weight = (w2 * alpha) @ self.gate.double() + (w2 * beta) @ self.w1.double()
         folded_bias = w2 @ shift
         return weight, folded_bias if self.b2 is None else folded_bias + self.b2.double()
-
-
-def _row_bytes(rows: Quantised) -> int:
-    """Bytes of one row with its scales and zero points."""
-    return rows.codes.shape[1] + 3 * rows.scale.shape[1]

@@ -60,6 +60,7 @@ class Costs:
         *,
         group_size: int,
         bias: bool,
+        gated: bool = False,
     ) -> Costs:
         """Of a site; scales, zero points, bounds, surrogates and indices of neurons counted.
 
@@ -72,15 +73,18 @@ class Costs:
             row_bits: of the rows of W1 and columns of W2 that a correction reads; likewise. Below 16, a row of W1
                 is the predictor's and what the correction reads beside it.
             group_size: columns that share a scale and a zero point.
-            bias: whether the first projection has one.
+            bias: whether the first projection has one; of a gated site, whether gate or up projection has, and then
+                both the guard and a correction read a number for each.
+            gated: whether there is a gate beside W1, of its size.
         """
 
         def row(columns: int, width: int) -> int:
             return columns * size if width == 16 else row_bytes(columns, width, group_size)
 
         nested = row_bits < 16
-        predictor = row_bytes(d, bits, group_size) + 8
-        correction = row(d, low_bits(bits, row_bits) if nested else 16) + row(d_out, row_bits) + bias * size + 12
+        projections, beside, surrogate = (2, 16, 16 + 8 * bias) if gated else (1, 8, 12 + size * bias)
+        predictor = projections * row_bytes(d, bits, group_size) + beside + 8 * (gated and bias)
+        correction = projections * row(d, low_bits(bits, row_bits) if nested else 16) + row(d_out, row_bits) + surrogate
         return cls((row(d, fold_bits) + size) * d_out, predictor, correction, nested)
 
 
