@@ -174,6 +174,7 @@ float dot(const W* row, const Factor<W>* x, int64_t size, const W* next) {
       __builtin_prefetch(next + i + k * STEP, 0, SECOND_LEVEL);
       sums[k] = add_products(sums[k], lot<W>(row + i + k * STEP), lot<W>(x + i + k * STEP));
     }
+  for (; i + STEP <= size; i += STEP) sums[0] = add_products(sums[0], lot<W>(row + i), lot<W>(x + i));
   float total = sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
   for (; i < size; ++i) total += to_float(row[i]) * to_float(x[i]);
   return total;
