@@ -81,7 +81,7 @@ def draw(records: Sequence[Record], subject: Subject, path: Path) -> None:
     axes.set_ylabel(f"{label} ({least:g} stands for {least:g} and less)")
     axes.set_title(subject.name)
     if lines:
-        axes.legend(fontsize="small")
+        figure.legend(fontsize="small", loc="outside right upper")
     try:
         figure.savefig(path, dpi=150)
     except (OSError, ValueError) as error:
