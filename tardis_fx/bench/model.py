@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch._inductor import config as inductor_config
 
 from tardis_fx.bench import shapes, weight_only
+from tardis_fx.bench.decoding import Decoder, call_model, texts
 from tardis_fx.bench.ffn import COLD
-from tardis_fx.bench.machine import available_memory, last_level_cache, wait
+from tardis_fx.bench.machine import available_memory, last_level_cache
 from tardis_fx.bench.plans import ffn_weights, random_plans
 from tardis_fx.bench.table import Row, in_turn
 from tardis_fx.errors import BenchError, ConfigError
@@ -21,7 +20,7 @@ from tardis_fx.plan import Plan
 from tardis_fx.runtime.touched import count_touched
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from torch import Tensor
 
@@ -36,60 +35,11 @@ FROZEN = 3
 SAMPLES = 1024
 
 
-class _Decoder:
-    """Steps of one token each from an empty static cache; the tokens are given, so that all contenders do one job.
-
-    Freezing is no option of ``torch.compile``: Dynamo reads the setting, too, and at every compilation.
-    """
-
-    def __init__(self, model: Any, tokens: Tensor, context: int, freezing: bool = False, **options: Any) -> None:
-        from transformers import StaticCache
-
-        self._frozen: dict[str, Any] = {"freezing": True} if freezing else {}
-        self._step: Callable[..., Any] = torch.compile(own_code(_call), fullgraph=True, **options)
-        self._model = model
-        self.cache, self._tokens = StaticCache(config=model.config, max_cache_len=context), tokens
-        self._positions = torch.arange(len(tokens), device=tokens.device).view(-1, 1, 1)
-        if tokens.is_cuda:  # memory of the cache that is there before a graph is compiled may be part of a CUDA graph
-            with torch.no_grad():
-                _call(model, tokens[:1, None], past_key_values=self.cache, position_ids=self._positions[0])
-
-    @torch.no_grad()
-    def __call__(self) -> float:
-        """Seconds a step."""
-        with inductor_config.patch(self._frozen):
-            return self._seconds()
-
-    def _seconds(self) -> float:
-        self.cache.reset()
-        steps = list(zip(self._tokens.view(-1, 1, 1), self._positions, strict=True))
-        wait(self._tokens.device)
-        started = time.perf_counter()
-        for token, position in steps:
-            self._step(self._model, token, past_key_values=self.cache, position_ids=position)
-        wait(self._tokens.device)
-        return (time.perf_counter() - started) / len(steps)
-
-
-def _call(model: Callable[..., Any], tokens: Tensor, **rest: Any) -> Any:
-    return model(tokens, **rest).logits
-
-
-def _texts(model: Any, count: int, length: int, own: bool) -> Tensor:
-    """Sequences of tokens, [count, length]: any, or what a trained model says by itself."""
-    first = torch.randint(model.config.vocab_size, (count, 1 if own else length), device=model.device)
-    if not own:
-        return first
-    new = length - 1
-    found: Tensor = model.generate(first, do_sample=True, min_new_tokens=new, max_new_tokens=new, pad_token_id=0)
-    return found
-
-
 @dataclass(frozen=True)
 class _Contender:
     """What is timed, the weight bytes that a step reads, and the share of outliers."""
 
-    decoder: _Decoder
+    decoder: Decoder
     touched: float
     outliers: float | None = None
 
@@ -99,7 +49,7 @@ def _counted(model: Any, plan: Plan, tokens: Tensor) -> Touched:
     """What the steps read: all at once, for counting computes every estimate once more."""
     options: dict[str, Any] = {"plan": plan, "prefill": "rewritten", "inner": "eager"}
     with count_touched() as touched:
-        torch.compile(own_code(_call), backend="tardis", options=options)(model, tokens[None], use_cache=False)
+        torch.compile(own_code(call_model), backend="tardis", options=options)(model, tokens[None], use_cache=False)
     return touched
 
 
@@ -117,6 +67,74 @@ class _Memory:
     def promise(self, size: float) -> None:
         """Takes so many bytes for a contender that is compiled later."""
         self._promised += size
+
+
+class _Field:
+    """The contenders of one model, and remarks on those that are not there."""
+
+    def __init__(self, model: Any, plans: dict[str, Plan], tokens: Tensor, context: int, mode: str | None) -> None:
+        self.remarks: list[str] = []
+        self._contenders: dict[str, _Contender] = {}
+        self._model, self._plans, self._tokens, self._context = model, plans, tokens, context
+        self._inductor: dict[str, Any] = {"mode": mode}
+        self._tardis: dict[str, dict[str, Any]] = {
+            name: {"backend": "tardis", "options": {"plan": plan, "mode": mode}} for name, plan in plans.items()
+        }
+
+    def _decoder(self, model: Any, **options: Any) -> Decoder:
+        return Decoder(model, self._tokens, self._context, **options)
+
+    def compile(self) -> None:
+        """Inductor, and every plan."""
+        dense = float(shapes.step_bytes(self._model))
+        self._contenders["Inductor"] = _Contender(self._decoder(self._model, **self._inductor), dense)
+        for name, plan in self._plans.items():
+            counted = _counted(self._model, plan, self._tokens)
+            read = dense - sum(site.dense_bytes for site in plan.sites) + counted.per_token
+            decoder = self._decoder(self._model, **self._tardis[name])
+            self._contenders[f"tardis, {name}"] = _Contender(decoder, read, counted.outlier_rate)
+
+    def freeze(self, memory: _Memory) -> None:
+        """The same once more, with constants that Inductor packs."""
+        needed = FROZEN * shapes.weight_bytes(self._model)
+        options = {"Inductor": self._inductor} | {f"tardis, {name}": own for name, own in self._tardis.items()}
+        for name, own in options.items():
+            if not memory.fits(needed):
+                self.remarks.append(f"No row for {name} with freezing: its copies of the weights do not fit in memory.")
+                continue
+            memory.promise(needed)
+            decoder = self._decoder(self._model, freezing=True, **own)
+            self._contenders[f"{name}; freezing"] = replace(self._contenders[name], decoder=decoder)
+
+    def quantise(self, bits: int, memory: _Memory) -> None:
+        """Integers of torchao for all projections, and for those that are not a plan's.
+
+        Raises:
+            BenchError: there is no torchao, or no memory.
+        """
+        if not memory.fits(shapes.weight_bytes(self._model)):
+            raise BenchError("its copy of the weights does not fit in memory")
+        quantise = weight_only.quantiser(bits, self._tokens.device.type)
+        whole, saved, left = weight_only.quantised(self._model, quantise, bits)
+        self.remarks += [f"torchao's int{bits} does not take {name}, which stays as it is." for name in left]
+        read = self._contenders["Inductor"].touched - saved
+        self._contenders[f"torchao int{bits} + Inductor"] = _Contender(self._decoder(whole, **self._inductor), read)
+        ffns = ffn_weights(self._model, self._tokens[None, :2])
+        for name, own in self._tardis.items():
+            rest, saved, _ = weight_only.quantised(self._model, quantise, bits, ffns)
+            alone = self._contenders[f"tardis, {name}"]
+            around = replace(alone, decoder=self._decoder(rest, **own), touched=alone.touched - saved)
+            self._contenders[f"tardis, {name}; else torchao int{bits}"] = around
+
+    def race(self, case: str, rounds: int) -> list[Row]:
+        """Times all in turn."""
+        seconds = in_turn({name: one.decoder for name, one in self._contenders.items()}, rounds)
+        layers = self._contenders["Inductor"].decoder.cache.layers
+        cache = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
+        return [
+            Row(case, name, seconds[name], seconds["Inductor"], one.touched + cache, one.outliers)
+            for name, one in self._contenders.items()
+        ]
 
 
 def _added(plan: Plan) -> float:
@@ -169,58 +187,25 @@ def compare(
     added = {"plan": _added(plans)} if isinstance(plans, Plan) else {str(w): w.added(size) for w in plans}
     folder = shape if isinstance(shape, Path) else None
     model: Any = shapes.build(config, dtype, (1 + sum(added.values())) * MARGIN, device, folder)
-    weights, memory = shapes.weight_bytes(model), _Memory(device)
-    tokens, *batch = _texts(model, 1 + -(-SAMPLES // steps), steps, folder is not None)
+    memory = _Memory(device)
+    tokens, *batch = texts(model, 1 + -(-SAMPLES // steps), steps, folder is not None)
     if isinstance(plans, Plan):
         named = {"plan": plans}
     else:
         named = {str(w): plan for w, plan in random_plans(model, torch.stack(batch), plans, rate).items()}
-    ffns = ffn_weights(model, tokens[None, :2])
-    base, remarks = float(shapes.step_bytes(model)), []
-
-    def decoder(model: Any, **options: Any) -> _Decoder:
-        return _Decoder(model, tokens, context, **options)
-
-    contenders = {"Inductor": _Contender(decoder(model, mode=mode), base)}
-    options = {w: {"backend": "tardis", "options": {"plan": plan, "mode": mode}} for w, plan in named.items()}
-    for w, plan in named.items():
-        memory.promise(weights * added[w])
-        counted = _counted(model, plan, tokens)
-        read = base - sum(site.dense_bytes for site in plan.sites) + counted.per_token
-        contenders[f"tardis, {w}"] = _Contender(decoder(model, **options[w]), read, counted.outlier_rate)
+    memory.promise(shapes.weight_bytes(model) * sum(added.values()))
+    field = _Field(model, named, tokens, context, mode)
+    field.compile()
     if device == "cpu":
-        frozen = {"Inductor": {"mode": mode}} | {f"tardis, {w}": options[w] for w in named}
-        for name, own in frozen.items():
-            if not memory.fits(FROZEN * weights):
-                remarks.append(f"No row for {name} with freezing: its copies of the weights do not fit in memory.")
-                continue
-            memory.promise(FROZEN * weights)
-            contenders[f"{name}; freezing"] = replace(contenders[name], decoder=decoder(model, freezing=True, **own))
-    for b in weight_bits:
+        field.freeze(memory)
+    for bits in weight_bits:
         try:
-            if not memory.fits(weights):
-                raise BenchError("its copy of the weights does not fit in memory")
-            quantise = weight_only.quantiser(b, device)
-            whole, saved, left = weight_only.quantised(model, quantise, b)
-            remarks += [f"torchao's int{b} does not take {name}, which stays as it is." for name in left]
-            contenders[f"torchao int{b} + Inductor"] = _Contender(decoder(whole, mode=mode), base - saved)
-            for w, plan in named.items():
-                of = contenders[f"tardis, {w}"]
-                rest, saved, _ = weight_only.quantised(model, quantise, b, ffns)
-                decoding = decoder(rest, backend="tardis", options={"plan": plan, "mode": mode})
-                contenders[f"tardis, {w}; else torchao int{b}"] = replace(
-                    of, decoder=decoding, touched=of.touched - saved
-                )
+            field.quantise(bits, memory)
         except BenchError as error:
-            remarks.append(f"No row for torchao's int{b} weights: {error}.")
-    seconds = in_turn({name: one.decoder for name, one in contenders.items()}, rounds)
-    cache = sum(layer.keys.nbytes + layer.values.nbytes for layer in contenders["Inductor"].decoder.cache.layers)
-    if base < COLD * last_level_cache(device):
-        remarks.append("The weights do not fill the last-level cache several times: in part this is its speed.")
+            field.remarks.append(f"No row for torchao's int{bits} weights: {error}.")
+    if shapes.step_bytes(model) < COLD * last_level_cache(device):
+        field.remarks.append("The weights do not fill the last-level cache several times: in part this is its speed.")
     depth = f"{config.num_hidden_layers} layer{'s' * (config.num_hidden_layers > 1)}"
     title = folder.absolute().name if folder else shape
     case = f"{title}, {depth}, {str(dtype).removeprefix('torch.')}, {steps} steps, cache of {context}"
-    return [
-        Row(case, name, seconds[name], seconds["Inductor"], one.touched + cache, one.outliers)
-        for name, one in contenders.items()
-    ], remarks
+    return field.race(case, rounds), field.remarks
