@@ -7,17 +7,19 @@ from typing import TYPE_CHECKING, Any
 
 from tardis_fx.calibration import live
 from tardis_fx.graph.capture import Capture
-from tardis_fx.graph.site import is_released
+from tardis_fx.graph.site import SiteWeights, is_released
 from tardis_fx.passes import pipeline
+from tardis_fx.passes.base import rewrite_named
 from tardis_fx.plan import resolve
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor, fx, nn
 
     from tardis_fx.calibration.observe import Batch
+    from tardis_fx.graph.site import Site
     from tardis_fx.plan import Plan, SitePlan
 
 
@@ -133,12 +135,12 @@ def explain(model: nn.Module, plan: Plan | str | os.PathLike[str] | None, exampl
             site, entry = outcome.site, outcome.plan
             own = [v for p in site.parameters if (v := values.get(p)) is not None]
             dense = sum(v.numel() * v.element_size() for v in own)
-            report = _planned(entry) if entry and not outcome.reason else None
-            gone = [v for v in own if is_released(v) or (v.dim() == 2 and not v.is_contiguous())]  # laid out by release
-            if report and gone:
-                stored = report.stored_bytes - sum(v.numel() * v.element_size() for v in gone)
-                report = replace(report, stored_bytes=stored)
-            report = report or _refused(site.name, site.kind, site.activation, outcome.reason, dense)
+            if entry and not outcome.reason:
+                report = _planned(entry)
+                if not all(v.is_contiguous() for v in own):  # `release` may have been here
+                    report = replace(report, stored_bytes=min(report.stored_bytes, _stored(site, entry, own)))
+            else:
+                report = _refused(site.name, site.kind, site.activation, outcome.reason, dense)
             if (
                 plan is None
                 and entry is None
@@ -152,6 +154,14 @@ def explain(model: nn.Module, plan: Plan | str | os.PathLike[str] | None, exampl
     found = {outcome.plan.fingerprint for outcome in outcomes if outcome.plan}
     missing = [entry.name for entry in loaded.sites if plan is not None and entry.fingerprint not in found]
     return Report(tuple(seen.values()), tuple(missing))
+
+
+def _stored(site: Site, entry: SitePlan, weights: Sequence[Tensor]) -> int:
+    """Bytes of the weights that are there, and of the constants that are none of them, even if another site has them."""
+    constants = rewrite_named(str(entry.method)).constants(entry, SiteWeights.of(site, weights)).values()
+    own = {v.untyped_storage().data_ptr() for v in weights}
+    kept = sum(v.nbytes for v in weights if not is_released(v))
+    return kept + sum(c.nbytes for c in constants if c.untyped_storage().data_ptr() not in own)
 
 
 def _planned(entry: SitePlan) -> SiteReport:
