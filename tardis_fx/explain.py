@@ -157,7 +157,7 @@ def explain(model: nn.Module, plan: Plan | str | os.PathLike[str] | None, exampl
 
 
 def _stored(site: Site, entry: SitePlan, weights: Sequence[Tensor]) -> int:
-    """Bytes of the weights that are there, and of the constants that are none of them, even if another site has them."""
+    """Bytes of the weights that are there, and of the constants that are none of them, shared ones in full."""
     constants = rewrite_named(str(entry.method)).constants(entry, SiteWeights.of(site, weights)).values()
     own = {v.untyped_storage().data_ptr() for v in weights}
     kept = sum(v.nbytes for v in weights if not is_released(v))
