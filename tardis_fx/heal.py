@@ -40,7 +40,7 @@ def heal(
     checkpoint: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> Plan:
-    """Distils the dense model into the small tensors of a plan: C, B, slopes, intercepts, bounds of hot ranges.
+    """Distils the dense model into the small tensors of a plan: C, B, surrogates, bounds of hot ranges.
 
     The last eighth of the batches, one at the least, is never trained on. Every 20 steps the plan is evaluated there;
     the best one is returned, and training ends after five evaluations without a better one. No more bytes are read than
@@ -52,12 +52,12 @@ def heal(
     then falling to zero as a cosine.
 
     Time: a step runs the dense model, and the rewritten one forward and backward, on one batch; 500 to 4,000 tokens of
-    it are about right. Memory beyond the model's: W1 and W2 of the listed neurons and the predictors in
-    float32, and what backpropagation through the model keeps of a batch.
+    it are about right. Memory beyond the model's: the matrices of the listed neurons and the predictors
+    in float32, and what backpropagation through the model keeps of a batch.
 
     Args:
         model: the dense model that the plan was made for, in eval mode; it is left as it was.
-        plan: of ``partial_linear`` or ``paper``, no FFN of it gated, or the path of its file; it is left as it was.
+        plan: of ``partial_linear`` or ``paper``, or the path of its file; it is left as it was.
         batches: as :func:`tardis_fx.calibrate` takes them, two or more; those of calibration will do.
         steps: at the most.
         learning_rate: of Adam, in units of each tensor's root mean square; of bounds, in tenths of the hot
@@ -69,7 +69,7 @@ def heal(
         A plan of the same sites and settings; the one given where training makes nothing better.
 
     Raises:
-        ConfigError: an argument is out of its range, or a site is gated or of a rewrite that cannot be healed.
+        ConfigError: an argument is out of its range, or a site is of a rewrite that cannot be healed.
         CalibrationError: the model is in training mode, fewer than two batches, a batch that does not run every site, a
             loss that is NaN or infinite, or a model whose output holds no tensor.
         PlanMismatchError: the plan does not fit the model.

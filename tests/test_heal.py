@@ -11,6 +11,7 @@ import torch
 from builders import models
 from builders.compiled import compiled
 from builders.ffns import Block, batches, config, ffn, planned
+from builders.gated import Gated
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutput
 
@@ -44,11 +45,11 @@ STEPS = 40  # two evaluations
 class Language(nn.Module):
     """Token numbers to logits, with two FFNs between."""
 
-    def __init__(self) -> None:
+    def __init__(self, kind: str = "plain") -> None:
         super().__init__()
         torch.manual_seed(0)
         self.embedding, self.head = nn.Embedding(models.VOCABULARY, 16), nn.Linear(16, models.VOCABULARY)
-        self.blocks = nn.Sequential(*(Block(ffn(seed=i)) for i in range(2)))
+        self.blocks = nn.Sequential(*(Block(Gated(seed=i) if kind == "gated" else ffn(seed=i)) for i in range(2)))
         self.eval()
 
     def forward(self, ids: Tensor) -> CausalLMOutput:
@@ -59,9 +60,9 @@ TEXT = [models.tokens(4, 32, seed=i) for i in range(8)]
 
 
 @cache
-def language_plan(bits: int = 16, dtype: torch.dtype = torch.float32) -> Plan:
-    """Of any :class:`Language`: all have the same weights."""
-    return calibrate(Language().to(dtype), TEXT, config=config(fold_bits=bits, row_bits=bits))
+def language_plan(bits: int = 16, dtype: torch.dtype = torch.float32, kind: str = "plain") -> Plan:
+    """Of any :class:`Language` of this kind: all have the same weights."""
+    return calibrate(Language(kind).to(dtype), TEXT, config=config(fold_bits=bits, row_bits=bits))
 
 
 def healed(model: nn.Module, plan: Plan, given: Any = TEXT, **changed: Any) -> Plan:
@@ -94,9 +95,10 @@ class Case:
     better: Plan
 
 
-@pytest.fixture(scope="module", params=[16, 4], ids=["whole", "quantised"])
+@pytest.fixture(scope="module", params=[(16, "plain"), (4, "plain"), (16, "gated"), (4, "gated")], ids=str)
 def case(request: pytest.FixtureRequest) -> Case:
-    model, plan = Language(), language_plan(request.param)
+    bits, kind = request.param
+    model, plan = Language(kind), language_plan(bits, kind=kind)
     return Case(model, plan, healed(model, plan))
 
 
@@ -130,9 +132,13 @@ def test_a_healed_plan_reads_no_more_bytes(case: Case) -> None:
 
 def test_the_outlier_rate_and_the_bytes_tell_the_same(case: Case) -> None:
     for old, new in zip(case.plan.sites, case.better.sites, strict=True):
-        bits = old.settings["row_bits"]
-        row = 4 + 12 + (2 * 16 * 4 if bits == 16 else row_bytes(16, low_bits(2, bits), 64) + row_bytes(16, bits, 64))
-        assert new.touched_bytes - old.touched_bytes == pytest.approx(row * 64 * (new.outlier_rate - old.outlier_rate))
+        bits, (hidden, d) = old.settings["row_bits"], old.shapes[0]
+        projections, beside = (2, 16 + 8) if old.kind == "gated" else (1, 12 + 4)
+        whole = bits == 16
+        row = beside + (d * 4 if whole else row_bytes(d, bits, 64))
+        row += projections * (d * 4 if whole else row_bytes(d, low_bits(2, bits), 64))
+        more = new.outlier_rate - old.outlier_rate
+        assert new.touched_bytes - old.touched_bytes == pytest.approx(row * hidden * more)
 
 
 def test_a_model_without_logits_is_healed_by_its_output_and_so_is_the_papers_recipe(paper: Case) -> None:

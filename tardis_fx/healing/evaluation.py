@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
 
 from tardis_fx.calibration.observe import BatchObservation
-from tardis_fx.graph.activations import ACTIVATIONS
+from tardis_fx.graph import feed_forward
 from tardis_fx.graph.capture import arguments
 from tardis_fx.healing.student import Student, divergence
 
@@ -100,7 +99,8 @@ class _Missed:
     """What a healed site misses of the original's output, on the inputs that the dense model gives it."""
 
     def __init__(self, observed: ObservedSite, site: TrainableSite) -> None:
-        self._site, self._activation = site, ACTIVATIONS[str(observed.site.activation)].eager
+        self._site, self._activation = site, str(observed.site.activation)
+        self._tensors = feed_forward.matrices(site.weights) | feed_forward.biases(site.weights)
         self._missed = self._output = 0.0
 
     @property
@@ -110,8 +110,7 @@ class _Missed:
 
     def update(self, x: Tensor) -> None:
         """Adds tokens, [tokens, d], float32."""
-        weights = self._site.weights
-        x = x.to(weights.w1)
-        output = F.linear(self._activation(F.linear(x, weights.w1, weights.b1)), weights.w2, weights.b2).double()
+        x = x.to(self._site.weights.w1)
+        output = feed_forward.dense(x, self._tensors, self._activation).double()
         self._missed += float((self._site(x).double() - output).square().sum())
         self._output += float(output.square().sum())

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from tardis_fx.calibration.ranges import Costs
-from tardis_fx.graph.activations import ACTIVATIONS
 from tardis_fx.runtime import reference
 from tardis_fx.runtime.packing import join, low_bits, pack, split, spread, unpack
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from tardis_fx.graph.site import SiteWeights
     from tardis_fx.passes.partial_linear import PartialLinear
     from tardis_fx.plan import SitePlan
@@ -30,16 +32,19 @@ _STEPS, _WIDEST = 1024, 1.0
 class TrainableSite(nn.Module):
     """What a plan puts in a site's place, with the small tensors as parameters and all else fixed.
 
-    The parameters are changes, zero at first: of the folded weight and bias, the slopes and the intercepts in units of
-    the tensor's root mean square, of the bounds in tenths of the neuron's hot range. With ``training`` set, ``forward``
-    is differentiable; its value is the specification's all the same, for rounding (of codes, and to the model's dtype)
-    and guard are straight-through: exact forward, and backward as if a code were not rounded and the guard were a
-    sigmoid. The guard passes gradients to its bounds alone. Otherwise ``forward`` is what the stored plan runs, and
-    counts corrections.
+    The parameters are changes, zero at first: of the folded weight and bias and of the surrogates in units of the
+    tensor's root mean square, of the guard's bounds in tenths of the neuron's hot range, outwards. With ``training``
+    set, ``forward`` is differentiable; its value is the specification's all the same, for rounding (of codes, and to
+    the model's dtype) and guard are straight-through: exact forward, and backward as if a code were not rounded and the
+    guard were a sigmoid. The guard passes gradients to its bounds alone. Otherwise ``forward`` is what the stored plan
+    runs, and counts corrections.
 
-    Memory: W1 and W2 of the listed neurons and the predictor, in float32; of a training step, some six values of
-    float32 for every token and neuron.
+    Memory: the matrices of the listed neurons and the predictors, in float32; of a training step, some six values of
+    float32 for every token and neuron, of a gated site some ten.
     """
+
+    #: The guard's bounds, and whether a hot range widens as they grow (1) or as they fall (-1).
+    OUTWARDS: ClassVar[dict[str, int]]
 
     def __init__(self, entry: SitePlan, weights: SiteWeights, rewrite: PartialLinear) -> None:
         """Opens an entry.
@@ -52,41 +57,61 @@ class TrainableSite(nn.Module):
         super().__init__()
         self.entry, self.weights, self._rewrite = entry, weights, rewrite
         self._fold_bits: int = entry.settings["fold_bits"]
-        constants = rewrite.constants(entry, weights)
         self._dtype = reference.compute_dtype(weights.w1.dtype)
-        self._open(constants)
-        real = {name: constants[name].to(self._dtype) for name in ("folded_bias", "slope", "intercept")}
-        real |= {name: real[name][: len(self._w1)] for name in ("slope", "intercept")}
-        real["folded_weight"] = self._folded_weight(constants["folded_weight"])
-        self._base = real | {name: constants[name][: len(self._predictor)] for name in ("lower", "upper")}
-        width = self._base["upper"] - self._base["lower"]
+        constants = rewrite.constants(entry, weights)
+        self._listed, self._guarded = constants["counts"].tolist()
+        self._w2t = self._rows(constants, "w2t", len(weights.w2), entry.settings["row_bits"])
+        surrogates, bounds, width = self._open(constants)
         self._width = torch.where(width.isfinite() & (width > 0), width, 0)  # an empty range stays empty
+        real = surrogates | {"folded_bias": constants["folded_bias"].to(self._dtype)}
+        real["folded_weight"] = self._folded_weight(constants["folded_weight"])
+        self._base = real | bounds
         self._unit = {name: tensor.square().mean().sqrt() if tensor.numel() else 0 for name, tensor in real.items()}
-        self._unit |= dict.fromkeys(("lower", "upper"), BOUND_UNIT * self._width)
+        self._unit |= {name: sign * BOUND_UNIT * self._width for name, sign in self.OUTWARDS.items()}
         for name, tensor in self._base.items():
             self.register_parameter(name, nn.Parameter(torch.zeros_like(tensor)))
         self.eval()
 
+    # ---- What a kind of site adds
+
+    @abstractmethod
+    def _open(self, constants: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
+        """Keeps the fixed tensors of the listed neurons; surrogates, bounds, widths of the hot ranges."""
+
+    @abstractmethod
+    def _beyond(self, tokens: Tensor) -> list[Tensor]:
+        """How far beyond each bound the predictor puts the guarded neurons, [tokens, guarded]; gradients to bounds."""
+
+    @abstractmethod
+    def _residual(self, tokens: Tensor) -> Tensor:
+        """What the surrogates miss of the listed neurons, [tokens, listed]."""
+
+    @abstractmethod
+    def _guard(self) -> dict[str, Tensor]:
+        """Surrogates and bounds as they are now, as the plan has them."""
+
+    # ---- What all share
+
     @property
     def costs(self) -> Costs:
         """Bytes read."""
-        (d_out, _), (_, d), settings = self.weights.w2.shape, self.weights.w1.shape, self.entry.settings
-        size, bias = self.weights.w1.element_size(), self.weights.b1 is not None
+        settings, w = self.entry.settings, self.weights
         return Costs.of(
-            d,
-            d_out,
+            w.w1.shape[1],
+            len(w.w2),
             settings["bits"],
-            size,
+            w.w1.element_size(),
             self._fold_bits,
             settings["row_bits"],
             group_size=settings["group_size"],
-            bias=bias,
+            bias=w.b1 is not None or w.gate_bias is not None,
+            gated=w.gate is not None,
         )
 
     @property
     def bounds(self) -> list[nn.Parameter]:
         """The changes of the guard's bounds."""
-        return [self.get_parameter("lower"), self.get_parameter("upper")]
+        return [self.get_parameter(name) for name in self.OUTWARDS]
 
     def train(self, mode: bool = True) -> TrainableSite:
         """Chooses what ``forward`` does, and starts counting at zero; leaving training fixes the stored plan."""
@@ -94,20 +119,18 @@ class TrainableSite(nn.Module):
         self.corrected = torch.zeros((), device=self.weights.w1.device)
         if not mode:
             self._constants = self._rewrite.constants(self.planned(), self.weights)
-            self.tokens, self._beyond = 0, torch.zeros(_STEPS, device=self.weights.w1.device)
+            self.tokens, self._counted = 0, torch.zeros(_STEPS, device=self.weights.w1.device)
         return self
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., d] to [..., d_out]."""
-        if not self.training:
-            self._count(x)
-            return self._rewrite.forward(x, self._constants, self.entry)
         tokens = x.reshape(-1, x.shape[-1]).to(self._dtype)
+        if not self.training:
+            self._count(tokens)
+            return self._rewrite.forward(x, self._constants, self.entry)
         outlier = self._outliers(tokens)
         self.corrected = self.corrected + outlier.sum()
-        z = F.linear(tokens, self._w1, self._b1)
-        activated = ACTIVATIONS[self.entry.settings["activation"]].eager(z)
-        added = (outlier * (activated - self._now("slope") * z - self._now("intercept"))) @ self._w2t
+        added = (outlier * self._residual(tokens)) @ self._w2t
         weight, bias = self._rounded(self._now("folded_weight")), self._now("folded_bias").to(x.dtype)
         if self._fold_bits == 16:
             folded = F.linear(x, weight.to(x.dtype), bias)
@@ -117,22 +140,20 @@ class TrainableSite(nn.Module):
 
     def corrections(self) -> Tensor:
         """Corrections a token counted since training was left, [widenings], with ranges wider by ever more."""
-        always = len(self._w1) - len(self._predictor)
-        return always + self._beyond.flip(0).cumsum(0).flip(0) / max(1, self.tokens)
+        always: int = self._listed - self._guarded
+        return always + self._counted.flip(0).cumsum(0).flip(0) / max(1, self.tokens)
 
     @torch.no_grad()
     def widen(self, step: int) -> None:
-        """Moves both bounds outwards, to the widening of this index in :meth:`corrections`."""
-        lower, upper = self.bounds
-        lower.sub_(step * _WIDEST / _STEPS / BOUND_UNIT)
-        upper.add_(step * _WIDEST / _STEPS / BOUND_UNIT)
+        """Moves the bounds outwards, to the widening of this index in :meth:`corrections`."""
+        for bound in self.bounds:
+            bound.add_(step * _WIDEST / _STEPS / BOUND_UNIT)
 
     @torch.no_grad()
     def planned(self) -> SitePlan:
         """The entry with the tensors as they are now; its figures are the old ones."""
         dtype = self.weights.w1.dtype
-        tensors = {name: self._now(name) for name in ("slope", "intercept", "lower", "upper")}
-        tensors["folded_bias"] = self._now("folded_bias").to(dtype)
+        tensors = self._guard() | {"folded_bias": self._now("folded_bias").to(dtype)}
         weight = self._now("folded_weight")
         if self._fold_bits == 16:
             tensors["folded_weight"] = weight.to(dtype)
@@ -143,21 +164,21 @@ class TrainableSite(nn.Module):
         stored = {name: t.to(dtype=old[name].dtype, device=old[name].device) for name, t in tensors.items()}
         return replace(self.entry, tensors={**old, **stored})
 
-    def _open(self, constants: dict[str, Tensor]) -> None:
-        """Fixed tensors, opened once: the one place that knows how plans lay out rows."""
-        settings, columns = self.entry.settings, self.weights.w1.shape[1]
-        listed, guarded = constants["counts"].tolist()
-        rows = constants["neurons"][:listed].long()
-        codes, scale, zero = (constants[name][:guarded] for name in ("codes", "scale", "zero"))
-        bits, row_bits = settings["bits"], settings["row_bits"]
-        self._predictor = reference.dequantise(codes, scale, zero, bits, columns, self._dtype)
-        self._w2t = reference.rows_of(constants["w2t"][rows], row_bits, len(self.weights.w2), self._dtype)
-        if row_bits == 16:
-            self._w1 = constants["w1"][rows].to(self._dtype)
-        else:  # nested in the predictor
-            low = reference.rows_of(constants["w1"][rows], low_bits(bits, row_bits), columns, self._dtype)
-            self._w1 = self._predictor + low
-        self._b1 = constants["b1"][rows].to(self._dtype) if "b1" in constants else None
+    def _rows(self, constants: Mapping[str, Tensor], name: str, columns: int, bits: int) -> Tensor:
+        """Rows of a matrix, of the listed neurons."""
+        neurons = constants["neurons"][: self._listed].long()
+        return reference.rows_of(constants[name][neurons], bits, columns, self._dtype)
+
+    def _dequantised(self, codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+        """Rows of a predictor, [rows, d]."""
+        bits, columns = self.entry.settings["bits"], self.weights.w1.shape[1]
+        return reference.dequantise(codes, scale, zero, bits, columns, self._dtype)
+
+    def _projection(self, constants: Mapping[str, Tensor], name: str, predictor: Tensor) -> Tensor:
+        """Rows of a matrix in front of the activation, [listed, d]: as they are, or nested in the predictor."""
+        bits, row_bits = self.entry.settings["bits"], self.entry.settings["row_bits"]
+        rows = self._rows(constants, name, predictor.shape[1], 16 if row_bits == 16 else low_bits(bits, row_bits))
+        return rows if row_bits == 16 else predictor + rows
 
     def _folded_weight(self, stored: Tensor) -> Tensor:
         if self._fold_bits == 16:
@@ -185,19 +206,16 @@ class TrainableSite(nn.Module):
 
     def _outliers(self, tokens: Tensor) -> Tensor:
         """Ones where listed neurons are corrected, [tokens, listed], straight-through."""
-        lower, upper = self._now("lower"), self._now("upper")
-        z_hat = tokens.detach() @ self._predictor.T
         spread = torch.where(self._width > 0, TEMPERATURE * self._width, 1)
-        soft = torch.sigmoid((z_hat - upper) / spread) + torch.sigmoid((lower - z_hat) / spread)
-        hard = (z_hat < lower) | (z_hat > upper)
-        return F.pad(hard + (soft - soft.detach()), (0, len(self._w1) - len(self._predictor)), value=1.0)
+        hard, soft = torch.zeros((), dtype=torch.bool, device=tokens.device), torch.zeros((), device=tokens.device)
+        for beyond in self._beyond(tokens):
+            hard, soft = hard | (beyond > 0), soft + torch.sigmoid(beyond / spread)
+        return F.pad(hard + (soft - soft.detach()), (0, self._listed - self._guarded), value=1.0)
 
     @torch.no_grad()
-    def _count(self, x: Tensor) -> None:
-        tokens = x.reshape(-1, x.shape[-1]).to(self._dtype)
-        z_hat = tokens @ self._predictor.T
-        beyond = torch.maximum(self._now("lower") - z_hat, z_hat - self._now("upper"))
+    def _count(self, tokens: Tensor) -> None:
+        beyond = torch.stack(self._beyond(tokens)).amax(0)
         some = beyond > 0
         share = (beyond / self._width)[some].float().clamp(max=_WIDEST)
-        self._beyond += torch.histc(share, _STEPS, 0, _WIDEST)
+        self._counted += torch.histc(share, _STEPS, 0, _WIDEST)
         self.tokens += len(tokens)

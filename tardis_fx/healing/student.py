@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from tardis_fx.errors import CalibrationError, ConfigError, PlanMismatchError
 from tardis_fx.graph.capture import Capture
 from tardis_fx.healing.graft import graft
-from tardis_fx.healing.site import TrainableSite
+from tardis_fx.healing.kinds import KINDS
 from tardis_fx.passes import pipeline
 from tardis_fx.passes.base import rewrite_named
 from tardis_fx.passes.exact_fold import ExactFold
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from tardis_fx.calibration.observe import Batch
     from tardis_fx.graph.site import SiteWeights
+    from tardis_fx.healing.site import TrainableSite
     from tardis_fx.plan import Plan, SitePlan
 
 _log = logging.getLogger("tardis_fx")
@@ -84,7 +85,7 @@ class Student:
         if rewrite is None:
             return None
         if entry.fingerprint not in self.sites:
-            self.sites[entry.fingerprint] = TrainableSite(entry, weights, rewrite)
+            self.sites[entry.fingerprint] = KINDS[entry.kind](entry, weights, rewrite)
         return self.sites[entry.fingerprint]
 
 
@@ -93,8 +94,6 @@ def _healable(plan: Plan) -> dict[str, PartialLinear]:
     found: dict[str, PartialLinear] = {}
     for entry in plan.sites:
         rewrite = None if entry.method is None else rewrite_named(entry.method)
-        if isinstance(rewrite, PartialLinear) and entry.kind == "gated":
-            raise ConfigError(f"{entry.name} is a gated FFN: its surrogates and thresholds cannot be healed yet")
         if isinstance(rewrite, PartialLinear):
             found[entry.fingerprint] = rewrite
         elif rewrite is not None and not isinstance(rewrite, ExactFold):

@@ -8,28 +8,40 @@ import pytest
 import torch
 from builders.ffns import ACTIVATIONS as NAMES
 from builders.ffns import Oracle, classes, ffn, inputs, oracles, planned
+from builders.gated import FUNCTIONS, Gated
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from tardis_fx.graph.site import SiteWeights
+from tardis_fx.healing.kinds import KINDS, PlainSite
 from tardis_fx.healing.site import TrainableSite
 from tardis_fx.passes.partial_linear import PartialLinear
 from tardis_fx.plan import SitePlan
 
+kinds = st.sampled_from(sorted(KINDS))
 D, HIDDEN = 80, 160  # two blocks of input columns, the second in part
 
 
 @cache
-def opened(fold_bits: int, row_bits: int, activation: str = "gelu") -> tuple[SitePlan, SiteWeights]:
-    model, group_size = ffn(D, HIDDEN, activation), 128 if fold_bits == 4 else 64
+def opened(
+    fold_bits: int, row_bits: int, activation: str = "gelu", kind: str = "plain"
+) -> tuple[SitePlan, SiteWeights]:
+    group_size, weights = 128 if fold_bits == 4 else 64, {}
     budget = (0.1 if fold_bits < 16 else 0.3) + (0.02 if row_bits < 16 else 0.2)
+    model: nn.Module = ffn(D, HIDDEN, activation)
+    if kind == "gated":
+        model, budget = Gated(D, HIDDEN, activation), budget + 0.1
+        weights = {"gate": model.gate.weight.detach(), "gate_bias": model.gate.bias.detach()}
     (entry,) = planned(model, D, budget=budget, fold_bits=fold_bits, row_bits=row_bits, group_size=group_size).sites
-    assert len(entry.tensors["lower"]) > 0
-    return entry, SiteWeights(*(p.detach() for p in model.parameters()))
+    assert len(entry.tensors["codes"]) > 0
+    first, second = (model.up, model.down) if isinstance(model, Gated) else (model[0], model[2])
+    own = (p.detach() for module in (first, second) for p in (module.weight, module.bias))
+    return entry, SiteWeights(*own, **weights)
 
 
-def quantised(fold_bits: int, row_bits: int, activation: str = "gelu") -> TrainableSite:
-    return TrainableSite(*opened(fold_bits, row_bits, activation), PartialLinear())
+def quantised(fold_bits: int, row_bits: int, activation: str = "gelu", kind: str = "plain") -> TrainableSite:
+    return KINDS[kind](*opened(fold_bits, row_bits, activation, kind), PartialLinear())
 
 
 def changed(site: TrainableSite, seed: int, amount: float = 0.1) -> TrainableSite:
@@ -46,23 +58,25 @@ def test_the_differentiable_forward_is_the_specification_whatever_the_classes(
     data: st.DataObject, case: Oracle
 ) -> None:
     guarded, exact = data.draw(classes(len(case.lower)))
-    site = TrainableSite(case.plan(guarded, exact), case.weights, PartialLinear()).train()
+    site = PlainSite(case.plan(guarded, exact), case.weights, PartialLinear()).train()
     torch.testing.assert_close(site(case.x), case.rewritten(guarded, exact), atol=1e-4, rtol=1e-4)
 
 
-@settings(max_examples=4)
-@given(st.sampled_from([4, 8, 16]), st.sampled_from([3, 4, 16]), st.sampled_from(NAMES), st.integers(0, 2**16))
+@settings(max_examples=8)
+@given(kinds, st.sampled_from([4, 8, 16]), st.sampled_from([3, 4, 16]), st.data(), st.integers(0, 2**16))
 def test_the_differentiable_forward_is_what_the_stored_plan_runs_after_any_change(
-    fold_bits: int, row_bits: int, activation: str, seed: int
+    kind: str, fold_bits: int, row_bits: int, data: st.DataObject, seed: int
 ) -> None:
-    site, x = changed(quantised(fold_bits, row_bits, activation), seed), inputs(3, 20, D, seed=seed)
+    activation = data.draw(st.sampled_from(sorted(FUNCTIONS) if kind == "gated" else NAMES))
+    site, x = changed(quantised(fold_bits, row_bits, activation, kind), seed), inputs(3, 20, D, seed=seed)
     with torch.no_grad():
         torch.testing.assert_close(site.train()(x), site.eval()(x), atol=2e-5, rtol=2e-5)
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("fold_bits", [4, 8, 16])
-def test_without_a_change_the_plan_is_the_old_one_to_the_bit(fold_bits: int) -> None:
-    site = quantised(fold_bits, 4)
+def test_without_a_change_the_plan_is_the_old_one_to_the_bit(fold_bits: int, kind: str) -> None:
+    site = quantised(fold_bits, 4, kind=kind)
     before, after = site.entry.tensors, site.planned().tensors
     assert before.keys() == after.keys()
     for name, tensor in before.items():
@@ -70,25 +84,37 @@ def test_without_a_change_the_plan_is_the_old_one_to_the_bit(fold_bits: int) -> 
         assert torch.equal(tensor, after[name]), name
 
 
-def test_only_the_small_tensors_change() -> None:
-    site = quantised(4, 4)
+@pytest.mark.parametrize(("kind", "rows"), [("plain", {"w1"}), ("gated", {"gate", "up"})])
+def test_only_the_small_tensors_change(kind: str, rows: set[str]) -> None:
+    site = quantised(4, 4, kind=kind)
     after = changed(site, 0).planned().tensors
     kept = {name for name, tensor in site.entry.tensors.items() if torch.equal(tensor, after[name])}
-    assert kept == {"neurons", "codes", "scale", "zero", "w1", "w2t"}
+    assert kept == {"neurons", "codes", "scale", "zero", "w2t"} | rows
 
 
+def test_the_plane_of_the_score_stays() -> None:
+    site = quantised(4, 4, kind="gated")
+    before, after = site.entry.tensors["guard"], changed(site, 0).planned().tensors["guard"]
+    assert torch.equal(before[:, :3], after[:, :3])
+    assert not torch.equal(before[:, 3], after[:, 3])
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("fold_bits", "row_bits"), [(4, 4), (16, 16)])
-def test_every_small_tensor_gets_a_gradient(fold_bits: int, row_bits: int) -> None:
-    site = quantised(fold_bits, row_bits).train()
+def test_every_small_tensor_gets_a_gradient(fold_bits: int, row_bits: int, kind: str) -> None:
+    site = quantised(fold_bits, row_bits, kind=kind).train()
     site(inputs(200, D)).square().sum().backward()
     for name, parameter in site.named_parameters():
         assert parameter.grad is not None
         assert parameter.grad.abs().max() > 0, name
 
 
-def test_the_gradient_of_the_continuous_tensors_is_the_slope_of_the_specification() -> None:
-    site, x = quantised(8, 8), inputs(50, D)
-    for name in ("folded_bias", "slope", "intercept"):
+@pytest.mark.parametrize(("kind", "surrogate"), [("plain", ("slope", "intercept")), ("gated", ("surrogate",))])
+def test_the_gradient_of_the_continuous_tensors_is_the_slope_of_the_specification(
+    kind: str, surrogate: tuple[str, ...]
+) -> None:
+    site, x = quantised(8, 8, kind=kind), inputs(50, D)
+    for name in ("folded_bias", *surrogate):
         parameter, step = site.get_parameter(name), 1e-2
         direction = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
         (gradient,) = torch.autograd.grad(site.train()(x).sum(), parameter)
@@ -102,8 +128,9 @@ def test_the_gradient_of_the_continuous_tensors_is_the_slope_of_the_specificatio
         assert float((gradient * direction).sum()) == pytest.approx(slope, rel=1e-2, abs=1e-2)
 
 
-def test_wider_ranges_correct_as_many_as_was_foretold() -> None:
-    site, x = quantised(16, 16), inputs(500, D)
+@pytest.mark.parametrize("kind", KINDS)
+def test_wider_ranges_correct_as_many_as_was_foretold(kind: str) -> None:
+    site, x = quantised(16, 16, kind=kind), inputs(500, D)
     site(x)
     foretold = site.corrections()
     assert (foretold.diff() <= 0).all()
