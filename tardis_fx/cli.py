@@ -24,7 +24,7 @@ app.command()(calibrate)
 def demo(
     out: Annotated[Path, typer.Option(help="Where the Pareto picture goes, as PNG.")] = Path("tardis_demo.png"),
 ) -> None:
-    """Calibrate, compile and measure an embedded model; under three minutes on two cores."""
+    """Calibrate, compile and measure an embedded model; some three minutes on two cores."""
     from rich.console import Console
 
     from tardis_fx.demo.run import run

@@ -57,7 +57,10 @@ def ffn(
 
 @bench.command()
 def model(
-    shape: Annotated[str | None, typer.Option(help="gpt2-xl (the default), falcon-7b, gpt2 or demo.")] = None,
+    shape: Annotated[
+        str | None,
+        typer.Option(help="gpt2-xl (the default), opt-6.7b, falcon-7b, llama-7b, tinyllama-1.1b, gpt2 or demo."),
+    ] = None,
     folder: Annotated[
         Path | None, typer.Option("--model", help="In place of a shape, a model of your own: config.json and weights.")
     ] = None,
@@ -76,8 +79,10 @@ def model(
     _check(outliers, rounds, csv)
     if len(dtypes) > 1:
         raise ConfigError(f"one dtype at a time, not {dtype}")
-    if (folder and shape) or (plan and not folder):
-        raise ConfigError("a model of your own takes the place of a shape, and a plan is one for it")
+    if folder and shape:
+        raise ConfigError("--model takes the place of --shape: give one of them")
+    if plan and not folder:
+        raise ConfigError("--plan is one for a model of your own: give its --model, too")
     from tardis_fx.bench.model import compare
     from tardis_fx.plan import Plan
 
