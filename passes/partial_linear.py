@@ -7,7 +7,8 @@
 3. Beyond the paper: neurons that earn no predictor row are always folded or always exact; hot ranges, classes and the
    split over layers minimise the error at a given number of bytes (:mod:`tardis_fx.calibration.ranges`); C and B are
    regressed on what is still missing (:mod:`tardis_fx.calibration.regression`); C and the rows that corrections read
-   may be quantised (:mod:`tardis_fx.calibration.draft`).
+   may be quantised (:mod:`tardis_fx.calibration.draft`), and then the columns of W2 are regressed together with C
+   (:mod:`tardis_fx.calibration.columns`).
 4. Gated sites take the same path with a plane in the line's place (:mod:`tardis_fx.passes.gated`), at the same price of
    a byte.
 """
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from itertools import chain
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -24,6 +26,7 @@ from torch.nn import functional as F  # noqa: N812
 from tqdm import tqdm
 
 from tardis_fx.calibration.budget import allocate
+from tardis_fx.calibration.columns import fit_columns, within_memory
 from tardis_fx.calibration.draft import Draft
 from tardis_fx.calibration.gated_draft import GatedDraft, GatedRanges
 from tardis_fx.calibration.observe import BatchObservation
@@ -105,12 +108,12 @@ class PartialLinear(Rewrite):
         by_site = {site[0].site.fingerprint: site for site in zip(*settled, strict=True)}
         if not config.sequential or len(settled) > 1:
             what = f"residuals at a budget of {config.budget}, bits {self._widths(config)}"
-            sites = [draft.site for draft in drafts]
-            found = observation.run(lambda s: Several(by_site[s.fingerprint]), sites, what)
-            fitted = [
-                [self._fitted(d, o) for d, o in zip(by_site[key], found[key].observers, strict=True)] for key in by_site
-            ]
-            chosen = mix(fitted) if config.allocation == "joint" else [min(f, key=lambda c: c.missed) for f in fitted]
+            fitted: dict[str, list[Fitted]] = {key: [] for key in by_site}
+            for number, part in enumerate(within_memory(chain.from_iterable(by_site.values())), 1):
+                for key, several in _seen(observation, part, f"{what}, part {number}").items():
+                    fitted[key] += several.fits(self._fitted)
+            every = list(fitted.values())
+            chosen = mix(every) if config.allocation == "joint" else [min(f, key=lambda c: c.missed) for f in every]
             if not config.sequential:
                 return [choice.plan for choice in chosen]
             by_site = {choice.draft.site.fingerprint: (choice.draft,) for choice in chosen}
@@ -139,8 +142,9 @@ class PartialLinear(Rewrite):
     def _fit_next(self, observation: BatchObservation, draft: Draft) -> SitePlan:
         """Fits one site and rewrites it for all runs to come."""
         site = draft.site
-        found = observation.run(lambda _: Several([draft]), [site], f"residual of {site.site.name}")
-        plan = self._fitted(draft, found[site.fingerprint].observers[0]).plan
+        (several,) = _seen(observation, {site.fingerprint: [draft]}, f"residual of {site.site.name}").values()
+        (fitted,) = several.fits(self._fitted)
+        plan = fitted.plan
         constants = self.constants(plan, site.weights)
         observation.replace(site, lambda x: self.forward(x, constants, plan))
         return plan
@@ -186,13 +190,25 @@ class PartialLinear(Rewrite):
         return allocate(sites, allowed)
 
     def _fitted(self, draft: Draft, observer: ResidualObserver) -> Fitted:
-        weights, site = draft.site.weights, draft.site
+        """With fitted columns of W2, or with W2's own where these miss less of the held-back tokens."""
+        fitted = self._folded(draft, observer)
+        if not self.regressed or draft.row_bits == 16:
+            return fitted
+        other = self._folded(draft.with_columns(fit_columns(draft, observer.residual)), observer)
+        return min(fitted, other, key=lambda fit: fit.missed)
+
+    def _folded(self, draft: Draft, observer: ResidualObserver) -> Fitted:
+        weights, site, residual = draft.site.weights, draft.site, observer.residual
         of_surrogates, bias = draft.fold()
-        fitted = observer.residual.solve()
-        added = (fitted.weight.T, fitted.bias) if self.regressed else (0, 0)
-        folded_weight, folded_bias = draft.stored(of_surrogates + added[0], bias + added[1])
+        of_columns = (draft.columns - draft.w2.T)[draft.copied].double()
+        added_weight, added_bias = torch.zeros_like(of_surrogates.T), torch.zeros_like(bias)
+        if self.regressed:
+            found = residual.solve(given=of_columns)
+            added_weight, added_bias = found.weight[: len(added_weight)], found.bias
+        folded_weight, folded_bias = draft.stored(of_surrogates + added_weight.T, bias + added_bias)
         tensors = draft.tensors | {"folded_weight": folded_weight, "folded_bias": folded_bias}
-        error = observer.residual.error((draft.opened(folded_weight) - of_surrogates).T, folded_bias.double() - bias)
+        change = torch.cat([(draft.opened(folded_weight) - of_surrogates).T, of_columns])
+        error = residual.error(change, folded_bias.double() - bias)
         corrected = observer.outliers / max(1, observer.tokens)  # neurons a token, always exact ones included
         plan = SitePlan.of(
             site.site,
@@ -213,7 +229,7 @@ class PartialLinear(Rewrite):
             tensors=tensors,
         )
         plan = replace(plan, stored_bytes=stored_bytes(site, self.constants(plan, weights)))
-        return Fitted(draft, plan, error**2 * observer.residual.energy)
+        return Fitted(draft, plan, error**2 * residual.energy)
 
     def matrices(self, plan: SitePlan) -> dict[str, float]:
         """The fold, where it is dense; rows are read by the correction alone."""
@@ -263,3 +279,9 @@ class PartialLinear(Rewrite):
             fold, settings["fold_bits"], settings["row_bits"],
         )  # fmt: skip
         return corrected
+
+
+def _seen(observation: Observation, drafts: Mapping[str, Sequence[Draft]], what: str) -> dict[str, Several]:
+    """What drafts of some sites miss, in one run over the batches."""
+    sites = [of_site[0].site for of_site in drafts.values()]
+    return observation.run(lambda s: Several(drafts[s.fingerprint]), sites, what)

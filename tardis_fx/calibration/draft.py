@@ -18,6 +18,8 @@ from tardis_fx.runtime.packing import low_bits
 from tardis_fx.runtime.reference import rows_of
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from tardis_fx.calibration.observe import ObservedSite
     from tardis_fx.calibration.products import ScoreHistogram
     from tardis_fx.config import Rounding
@@ -56,12 +58,18 @@ class Draft:
         self.activation = ACTIVATIONS[str(self.site.site.activation)]
         self.predictor: Quantised = self._quantised(self.w1, self.bits)
         self._low = cache(lambda bits: self._quantised(self.w1 - self.predictor.weight, bits))
-        self._columns = cache(lambda bits: quantise(self.w2.T, None, bits, self.group_size))
+        self._columns: Callable[[int], Quantised] = cache(lambda bits: quantise(self.w2.T, None, bits, self.group_size))
 
     def at(self, fold_bits: int, row_bits: int) -> Draft:
         """The same draft at other widths, nothing settled; what is costly is shared."""
         other = copy.copy(self)
         other.fold_bits, other.row_bits = fold_bits, row_bits
+        return other
+
+    def with_columns(self, columns: Quantised) -> Draft:
+        """The same draft with other columns of W2 in its rows, [h, d_out]."""
+        other = copy.copy(self)
+        other._columns = lambda _: columns
         return other
 
     @property
@@ -86,11 +94,14 @@ class Draft:
         return self.b1 is not None
 
     @property
-    def rows(self) -> tuple[Quantised, Quantised] | None:
-        """What corrections read of W1, beside the predictor, and of W2 transposed; None for the original weights."""
-        if self.row_bits == 16:
-            return None
-        return self._low(low_bits(self.bits, self.row_bits)), self._columns(self.row_bits)
+    def low(self) -> tuple[Quantised, ...] | None:
+        """What corrections read of W1 beside the predictor; None for the original weights."""
+        return None if self.row_bits == 16 else (self._low(low_bits(self.bits, self.row_bits)),)
+
+    @property
+    def columns(self) -> Tensor:
+        """What corrections read of W2, transposed: [h, d_out]."""
+        return self.w2.T if self.row_bits == 16 else self._columns(self.row_bits).weight
 
     def histogram(self) -> Histogram | ScoreHistogram:
         """An empty histogram of the predictor's estimates."""
@@ -113,6 +124,11 @@ class Draft:
         self.upper = torch.where(some, edges.gather(0, stop[None])[0], -torch.inf)
 
     @property
+    def copied(self) -> Tensor:
+        """Neurons whose columns of W2 the plan holds a copy of: with quantised rows, those that may be corrected."""
+        return (self.guarded | self.exact if self.row_bits < 16 else torch.zeros_like(self.exact)).nonzero()[:, 0]
+
+    @property
     def tensors(self) -> dict[str, Tensor]:
         """The guard: guarded neurons first, then the exact ones; with quantised rows, those of the same neurons.
 
@@ -121,9 +137,9 @@ class Draft:
         guarded, exact = self.guarded.nonzero()[:, 0], self.exact.nonzero()[:, 0]
         neurons = torch.cat([guarded, exact])
         rows = {}
-        if self.rows is not None:
+        if self.low is not None:
             guarded = neurons
-            rows = {"w1": self.rows[0].rows[neurons], "w2t": self.rows[1].rows[neurons]}
+            rows = {"w1": self.low[0].rows[neurons], "w2t": self._columns(self.row_bits).rows[neurons]}
         return rows | {
             "neurons": neurons.int(),
             "codes": self.predictor.codes[guarded],

@@ -69,17 +69,12 @@ class GatedDraft(Draft):
         return self.b1 is not None or self.gate_bias is not None
 
     @property
-    def low(self) -> tuple[Quantised, Quantised] | None:
+    def low(self) -> tuple[Quantised, ...] | None:
         """What corrections read of gate and up projection beside the predictors; None for the original weights."""
         if self.row_bits == 16:
             return None
         bits = low_bits(self.bits, self.row_bits)
         return self._gate_low(bits), self._low(bits)
-
-    @property
-    def columns(self) -> Tensor:
-        """What corrections read of W2, transposed: [h, d_out]."""
-        return self.w2.T if self.row_bits == 16 else self._columns(self.row_bits).weight
 
     def products(self) -> Products:
         """Empty sums, from which :meth:`prepare` takes the planes that the score is measured from."""

@@ -43,15 +43,15 @@ class GatedTokens:
         """The original's."""
         return F.linear(self.exact[2], self._draft.w2, self._draft.b2)
 
-    def refined(self, low: tuple[Quantised, Quantised]) -> tuple[Tensor, Tensor, Tensor]:
+    def refined(self, low: tuple[Quantised, ...]) -> tuple[Tensor, Tensor, Tensor]:
         """The neurons as low planes of these widths give them."""
         if low[0].bits not in self._refined:
             g, u, _ = self.estimates
             self._refined[low[0].bits] = self._draft.product(g + low[0](self.x), u + low[1](self.x))
         return self._refined[low[0].bits]
 
-    def left(self, draft: GatedDraft) -> tuple[Tensor, Tensor]:
-        """What fold and correction of a draft miss, [tokens, d_out], and what is corrected, [tokens, h]."""
+    def missing(self, draft: GatedDraft) -> tuple[Tensor, Tensor, Tensor]:
+        """See :meth:`tardis_fx.calibration.residuals.PlainTokens.missing`."""
 
         def beyond(g: Tensor, u: Tensor, p: Tensor) -> Tensor:
             alpha, beta, gamma = draft.plane.unbind(1)
@@ -59,7 +59,5 @@ class GatedTokens:
 
         outlier = draft.exact | draft.guarded & (self.score > draft.threshold)
         missing = beyond(*self.exact)
-        if draft.low is None:
-            return torch.where(outlier, 0, missing) @ draft.w2.T, outlier
-        corrected = torch.where(outlier, beyond(*self.refined(draft.low)), 0)
-        return missing @ draft.w2.T - corrected @ draft.columns, outlier
+        found = missing if draft.low is None else beyond(*self.refined(draft.low))
+        return missing, torch.where(outlier, found, 0), outlier

@@ -16,6 +16,8 @@ from tardis_fx.runtime.reference import dequantise
 
 #: Share of the mean diagonal of the Hessian that is added to it (GPTQ, section 3.3).
 DAMPING = 0.01
+#: Rows that are rounded before those behind them make up for all at once.
+BLOCK = 128
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,39 @@ def quantise(weight: Tensor, gram: Tensor | None, bits: int, group_size: int) ->
             block[:, i:] -= errors[:, i : i + 1] * row
         w[:, stop:] -= errors @ upper[start:stop, stop:]
     return Quantised(pack(codes, bits), scales, zeros, bits, d)
+
+
+def quantise_in_turn(weight: Tensor, gram: Tensor, bits: int, group_size: int) -> Quantised:
+    """Quantises a matrix so that what stands on its left changes least: :func:`quantise`, but for the side.
+
+    One row after the other is rounded, and the rows still to come make up for it; those that are multiplied with the
+    most come first. The scales lie along the rows, and are chosen beforehand.
+
+    Args:
+        weight: [h, columns].
+        gram: [h, h], sum of cᵀ c over what is multiplied, c [tokens, h].
+        bits: 1 to 8.
+        group_size: columns that share a scale and a zero point.
+    """
+    order = gram.diagonal().argsort(descending=True)
+    w = weight.float()[order]
+    upper = inverse_factor(gram[order][:, order]).float()
+    scales, zeros = (
+        torch.stack(t, 1) for t in zip(*(_range(part, bits) for part in w.split(group_size, 1)), strict=True)
+    )
+    scale, zero = (t.repeat_interleave(group_size, 1)[:, : w.shape[1]] for t in (scales, zeros))
+    codes = torch.zeros_like(w)
+    for start in range(0, len(w), BLOCK):
+        stop = min(start + BLOCK, len(w))
+        errors = torch.zeros_like(w[start:stop])
+        for i in range(start, stop):
+            codes[i] = _nearest(w[i], scale[i], zero[i], bits)
+            errors[i - start] = (w[i] - (codes[i] - zero[i]) * scale[i]) / upper[i, i]
+            w[i:stop] -= torch.outer(upper[i, i:stop], errors[i - start])
+        w[stop:] -= upper[start:stop, stop:].T @ errors
+    back = order.argsort()
+    packed = pack(codes[back].to(torch.uint8), bits)
+    return Quantised(packed, scales[back].half(), zeros[back].to(torch.uint8), bits, w.shape[1])
 
 
 def inverse_factor(gram: Tensor) -> Tensor:

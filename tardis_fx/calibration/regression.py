@@ -51,16 +51,25 @@ class Residual:
         self._fitted.update(x[:cut], residual[:cut], output[:cut])
         self._held.update(x[cut:], residual[cut:], output[cut:])
 
-    def solve(self) -> AffineMap:
-        """Ridge regression of the residual on the inputs of the fitted tokens."""
+    def solve(self, ridge: Tensor | None = None, given: Tensor | None = None) -> AffineMap:
+        """Ridge regression of the residual on the inputs of the fitted tokens.
+
+        Args:
+            ridge: [d], what is added to the variances of the inputs; :data:`RIDGE` of their mean where None.
+            given: [k, d_out], float64, the map's last rows, where these are not free.
+        """
         fitted = self._fitted
-        count = fitted.inputs.tokens
-        covariance, mean = fitted.inputs.covariance, fitted.inputs.mean
-        covariance.diagonal().add_(RIDGE * covariance.diagonal().mean().clamp(min=1e-30))
-        cross = fitted.cross / count - torch.outer(mean, fitted.total / count)
+        free = len(fitted.cross) - (0 if given is None else len(given))
+        mean, target, covariance = fitted.inputs.mean, fitted.total / fitted.inputs.tokens, fitted.inputs.covariance
+        cross = (fitted.cross / fitted.inputs.tokens - torch.outer(mean, target))[:free]
+        if given is not None:
+            cross -= covariance[:free, free:] @ given
+        covariance = covariance[:free, :free]
+        covariance.diagonal().add_(RIDGE * covariance.diagonal().mean().clamp(min=1e-30) if ridge is None else ridge)
         weight = torch.linalg.solve(covariance, cross, left=True) if covariance.any() else torch.zeros_like(cross)
-        bias = fitted.total / count - mean @ weight
-        return AffineMap(weight, bias)
+        if given is not None:
+            weight = torch.cat([weight, given])
+        return AffineMap(weight, target - mean @ weight)
 
     @property
     def energy(self) -> float:

@@ -12,13 +12,14 @@ from tardis_fx.calibration.gated_residuals import GatedTokens
 from tardis_fx.calibration.regression import Residual
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from torch import Tensor
 
     from tardis_fx.calibration.draft import Draft
     from tardis_fx.calibration.merging import Merge
     from tardis_fx.calibration.predictor import Quantised
+    from tardis_fx.calibration.widths import Fitted
 
 
 class Several:
@@ -32,18 +33,25 @@ class Several:
 
     def __init__(self, drafts: Sequence[Draft]) -> None:
         """Takes the drafts."""
-        self._draft = drafts[0]
+        self._drafts = drafts
         self.observers = [ResidualObserver(draft) for draft in drafts]
+        self._fits: list[Fitted] = []
 
     def update(self, x: Tensor) -> None:
         """Shows tokens, [tokens, d], float32, to all."""
-        draft = self._draft
-        tokens = GatedTokens(draft, x) if isinstance(draft, GatedDraft) else _Tokens(draft, x)
+        tokens = tokens_at(self._drafts[0], x)
         for observer in self.observers:
             observer.add(tokens)
 
+    def fits(self, fit: Callable[[Draft, ResidualObserver], Fitted]) -> list[Fitted]:
+        """One a draft; the first call makes them and drops the sums, which are large."""
+        while self.observers:
+            self._fits.append(fit(self._drafts[len(self._fits)], self.observers[0]))
+            del self.observers[0]
+        return self._fits
 
-class _Tokens:
+
+class PlainTokens:
     """Some tokens at a site, and what all its drafts make of them; [tokens, ...] each."""
 
     def __init__(self, draft: Draft, x: Tensor) -> None:
@@ -66,25 +74,23 @@ class _Tokens:
         output = self.exact[1] @ self._draft.w2.T
         return output if self._draft.b2 is None else output + self._draft.b2
 
-    def refined(self, low: Quantised) -> tuple[Tensor, Tensor]:
+    def refined(self, low: tuple[Quantised, ...]) -> tuple[Tensor, Tensor]:
         """Pre-activations and activations as low planes of this width give them."""
-        if low.bits not in self._refined:
-            self._refined[low.bits] = self._activated(self.estimate + low(self.x))
-        return self._refined[low.bits]
+        (planes,) = low
+        if planes.bits not in self._refined:
+            self._refined[planes.bits] = self._activated(self.estimate + planes(self.x))
+        return self._refined[planes.bits]
 
-    def left(self, draft: Draft) -> tuple[Tensor, Tensor]:
-        """What fold and correction of a draft miss, [tokens, d_out], and what is corrected, [tokens, h]."""
+    def missing(self, draft: Draft) -> tuple[Tensor, Tensor, Tensor]:
+        """What a draft's surrogates miss, what its corrections make of it, and which are made: [tokens, h] each."""
 
         def beyond(z: Tensor, activated: Tensor) -> Tensor:
             return activated - draft.slope * z - draft.intercept
 
         outlier = draft.exact | draft.guarded & ((self.estimate < draft.lower) | (self.estimate > draft.upper))
         missing = beyond(*self.exact)
-        if draft.rows is None:
-            return torch.where(outlier, 0, missing) @ draft.w2.T, outlier
-        low, w2t = draft.rows
-        corrected = torch.where(outlier, beyond(*self.refined(low)), 0)
-        return missing @ draft.w2.T - corrected @ w2t.weight, outlier
+        found = missing if draft.low is None else beyond(*self.refined(draft.low))
+        return missing, torch.where(outlier, found, 0), outlier
 
     def _activated(self, z: Tensor) -> tuple[Tensor, Tensor]:
         if self._draft.b1 is not None:
@@ -92,11 +98,16 @@ class _Tokens:
         return z, self._draft.activation.eager(z)
 
 
+def tokens_at(draft: Draft, x: Tensor) -> PlainTokens | GatedTokens:
+    """Tokens at a draft's site, [tokens, d], float32."""
+    return GatedTokens(draft, x) if isinstance(draft, GatedDraft) else PlainTokens(draft, x)
+
+
 class ResidualObserver:
     """What the folded map and the corrections miss, and how often a correction is made.
 
     Attributes:
-        residual: what is missed.
+        residual: what is missed; its inputs are the site's and, behind them, what the copied columns of W2 multiply.
         outliers: corrections made.
         tokens: tokens seen.
     """
@@ -105,13 +116,14 @@ class ResidualObserver:
 
     def __init__(self, draft: Draft) -> None:
         """Starts at zero."""
-        self._draft = draft
-        self.residual = Residual(draft.w1.shape[1], draft.w2.shape[0])
+        self._draft, self._copied = draft, draft.copied
+        self.residual = Residual(draft.w1.shape[1] + len(self._copied), draft.w2.shape[0])
         self.outliers, self.tokens = 0, 0
 
-    def add(self, tokens: _Tokens | GatedTokens) -> None:
+    def add(self, tokens: PlainTokens | GatedTokens) -> None:
         """Adds tokens."""
-        left, outlier = tokens.left(self._draft)  # type: ignore[arg-type]  # tokens and draft are of one site
-        self.residual.update(tokens.x, left, tokens.output)
+        missing, corrected, outlier = tokens.missing(self._draft)  # type: ignore[arg-type]  # both are of one site
+        terms = torch.cat([tokens.x, corrected[:, self._copied]], 1)
+        self.residual.update(terms, (missing - corrected) @ self._draft.w2.T, tokens.output)
         self.outliers += int(outlier.sum())
         self.tokens += len(tokens.x)

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tardis_fx.calibration.predictor import Quantised, quantise
+from tardis_fx.calibration.predictor import Quantised, quantise, quantise_in_turn
 from tardis_fx.runtime.packing import GROUP_SIZES, group_count, packed_bytes, unpack
 from tardis_fx.runtime.reference import estimate
 
@@ -74,6 +74,35 @@ def test_errors_of_one_group_are_made_up_for_in_the_next(bits: int, seed: int) -
     x = torch.cat([half, half + 0.1 * half.roll(1, 0)], 1)  # no correlation within a group, all of it between the two
     rounded = quantise(w1, None, bits, 64)
     assert error(quantise(w1, x.T @ x, bits, 64), w1, x) < 0.9 * error(rounded, w1, x)
+
+
+@given(st.sampled_from([2, 3, 4]), st.sampled_from([16, 100, 200]), st.sampled_from([3, 64, 65]), group_sizes, seeds)
+def test_rows_quantised_in_turn_err_less_where_what_multiplies_them_is_correlated(
+    bits: int, h: int, d_out: int, group_size: int, seed: int
+) -> None:
+    _, c = drawn(h, seed)
+    weight = torch.randn(h, d_out, generator=torch.Generator().manual_seed(seed))
+    rounded, in_turn = quantise(weight, None, bits, group_size), quantise_in_turn(weight, c.T @ c, bits, group_size)
+    assert (c @ (in_turn.weight - weight)).norm() < 0.9 * (c @ (rounded.weight - weight)).norm()
+
+
+@given(widths, columns, group_sizes, seeds)
+def test_rows_quantised_in_turn_are_rounded_where_nothing_is_correlated(
+    bits: int, d: int, group_size: int, seed: int
+) -> None:
+    weight, _ = drawn(d, seed)
+    size = torch.rand(len(weight), generator=torch.Generator().manual_seed(seed)) + 0.1
+    rounded, in_turn = quantise(weight, None, bits, group_size), quantise_in_turn(weight, size.diag(), bits, group_size)
+    assert torch.equal(in_turn.rows, rounded.rows)
+
+
+@pytest.mark.parametrize("dead", [0, 7, 200])
+def test_rows_that_nothing_multiplies_are_rounded(dead: int) -> None:
+    _, c = drawn(200, 0)
+    c[:, dead:] = 0
+    weight = torch.randn(200, 70, generator=torch.Generator().manual_seed(0))
+    rounded, in_turn = quantise(weight, None, 3, 64), quantise_in_turn(weight, c.T @ c, 3, 64)
+    assert torch.equal(in_turn.rows[dead:], rounded.rows[dead:])
 
 
 @given(widths, columns, group_sizes, seeds)

@@ -1,0 +1,63 @@
+"""The columns of W2 that corrections add, fitted together with the folded map.
+
+What the surrogates miss of neurons that are folded goes along with what is corrected of others. So what both fold and
+corrections miss is regressed on the inputs and on what the columns are multiplied with. A column leaves W2's as far as
+the error gains by it, and no byte more is read. Only columns in few bits are fitted, for these are copies; the original
+weights stay as they are.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from tardis_fx.calibration.predictor import Quantised, quantise, quantise_in_turn
+from tardis_fx.calibration.regression import RIDGE
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from tardis_fx.calibration.draft import Draft
+    from tardis_fx.calibration.regression import Residual
+
+#: Ridge on the change of the columns, as a share of the mean variance of what they are multiplied with.
+SHRINKAGE = 0.1
+#: Bytes of sums that are held at a time, though of one draft at the least; others take further runs.
+MEMORY = 4 << 30
+
+
+def fit_columns(draft: Draft, residual: Residual) -> Quantised:
+    """All columns of W2, transposed, [h, d_out]: the copied ones fitted, and rounded so that others make up for it.
+
+    Args:
+        draft: settled, with rows of fewer than 16 bits.
+        residual: what it misses; see :class:`tardis_fx.calibration.residuals.ResidualObserver`.
+    """
+    d, copied, columns = draft.w1.shape[1], draft.copied, draft.w2.T.clone()
+    covariance = residual.inputs.covariance
+    inputs, corrections = covariance.diagonal().split([d, len(copied)])
+    shares = [(RIDGE * inputs.mean()).expand(d), (SHRINKAGE * corrections.mean()).expand(len(copied))]
+    ridge = torch.cat(shares).clamp(min=1e-30)
+    columns[copied] += residual.solve(ridge).weight[d:].float()
+    if draft.rounding == "nearest":
+        return quantise(columns, None, draft.row_bits, draft.group_size)
+    crossed = covariance[:d, d:]
+    explained = crossed.T @ torch.linalg.solve(covariance[:d, :d] + ridge[:d].diag(), crossed)
+    gram = torch.zeros(len(columns), len(columns), dtype=torch.float64)
+    gram[copied[:, None], copied] = covariance[d:, d:] - explained
+    return quantise_in_turn(columns, gram, draft.row_bits, draft.group_size)
+
+
+def within_memory(drafts: Iterable[Draft]) -> Iterator[dict[str, list[Draft]]]:
+    """As many drafts at a time as the memory allows for the sums of their residuals, by their sites' fingerprints."""
+    part: dict[str, list[Draft]] = {}
+    held = 0
+    for draft in drafts:
+        size = 16 * (draft.w1.shape[1] + len(draft.copied)) ** 2
+        if part and held + size > MEMORY:
+            yield part
+            part, held = {}, 0
+        part.setdefault(draft.site.fingerprint, []).append(draft)
+        held += size
+    yield part
