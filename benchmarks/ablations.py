@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
     from tardis_fx.calibration.draft import Draft
     from tardis_fx.calibration.profile import Histogram
+    from tardis_fx.calibration.residuals import ResidualObserver
+    from tardis_fx.calibration.widths import Fitted
 
 WINDOWS = 64
 WIDTHS = Config(fold_bits=4, row_bits=4, progress=False)
@@ -56,6 +58,13 @@ class AllGuarded(PartialLinear):
     def ranges(self, draft: Draft, histogram: Histogram) -> SiteRanges:
         """What hot ranges are chosen from."""
         return Guarded(histogram, draft.w2.norm(dim=0), draft.costs)
+
+
+class OwnColumns(PartialLinear):
+    """With W2's own columns, rounded."""
+
+    def _fitted(self, draft: Draft, observer: ResidualObserver) -> Fitted:
+        return self._folded(draft, observer)
 
 
 class Fisher(PartialLinear):
@@ -108,6 +117,7 @@ def variants(grams: dict[str, Tensor]) -> dict[str, tuple[PartialLinear, dict[st
         "groups of 64 columns": (PartialLinear(), {"group_size": 64}),
         "groups of 32 columns": (PartialLinear(), {"group_size": 32}),
         "rounded to nearest": (PartialLinear(), {"rounding": "nearest"}),
+        "W2's own columns": (OwnColumns(), {}),
         "every site the same share": (PartialLinear(), {"allocation": "per_site"}),
         "a predictor row for every neuron": (AllGuarded(), {}),
         "Fisher, full": (Fisher(grams, lambda g: g), {}),

@@ -12,6 +12,7 @@ from builders.ffns import Block, ffn, inputs
 from torch import Tensor, nn
 
 from tardis_fx import Config, ConfigError, explain
+from tardis_fx.calibration import columns
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -69,6 +70,20 @@ def test_a_target_error_is_searched_for_on_live_calls() -> None:
         calls += 1
         assert calls <= (3 + 8) * TOKENS // 256, "more runs than the search may take"
     assert explain(fast, None, x).sites[0].error < 0.2
+    assert not torch.equal(fast(x), model(x))
+
+
+@torch.no_grad()
+def test_where_memory_is_short_the_widths_are_observed_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(columns, "MEMORY", 1)
+    model, x = Block(ffn()), inputs(4, 16, seed=99)
+    fast, stages = compiled(model), list[str]()
+    while explain(fast, None, x).sites[0].status != "rewritten":
+        serve(fast, TOKENS // 256)
+        stages.append(str(explain(fast, None, x).sites[0].reason))
+        assert len(stages) < RUNS + 4, stages
+    parts = [stage.partition("part ")[2][0] for stage in stages if "residuals" in stage]
+    assert parts == ["1", "2", "3", "4"], "one for each pair of widths"
     assert not torch.equal(fast(x), model(x))
 
 
