@@ -26,14 +26,14 @@ from torch.nn import functional as F  # noqa: N812
 from tqdm import tqdm
 
 from tardis_fx.calibration.budget import allocate
-from tardis_fx.calibration.columns import fit_columns, within_memory
+from tardis_fx.calibration.columns import fit_columns
 from tardis_fx.calibration.draft import Draft
 from tardis_fx.calibration.gated_draft import GatedDraft, GatedRanges
 from tardis_fx.calibration.observe import BatchObservation
 from tardis_fx.calibration.products import ScoreHistogram
 from tardis_fx.calibration.profile import Histogram, Moments
 from tardis_fx.calibration.ranges import Ranges, SiteRanges
-from tardis_fx.calibration.residuals import ResidualObserver, Several
+from tardis_fx.calibration.residuals import ResidualObserver, Several, within_memory
 from tardis_fx.calibration.target import least_budget
 from tardis_fx.calibration.widths import Fitted, mix
 from tardis_fx.errors import CalibrationError

@@ -12,7 +12,7 @@ from builders.ffns import Block, ffn, inputs
 from torch import Tensor, nn
 
 from tardis_fx import Config, ConfigError, explain
-from tardis_fx.calibration import columns
+from tardis_fx.calibration import residuals
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -75,7 +75,7 @@ def test_a_target_error_is_searched_for_on_live_calls() -> None:
 
 @torch.no_grad()
 def test_where_memory_is_short_the_widths_are_observed_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(columns, "MEMORY", 1)
+    monkeypatch.setattr(residuals, "MEMORY", 1)
     model, x = Block(ffn()), inputs(4, 16, seed=99)
     fast, stages = compiled(model), list[str]()
     while explain(fast, None, x).sites[0].status != "rewritten":

@@ -16,15 +16,11 @@ from tardis_fx.calibration.predictor import Quantised, quantise, quantise_in_tur
 from tardis_fx.calibration.regression import RIDGE
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
-
     from tardis_fx.calibration.draft import Draft
     from tardis_fx.calibration.regression import Residual
 
 #: Ridge on the change of the columns, as a share of the mean variance of what they are multiplied with.
 SHRINKAGE = 0.1
-#: Bytes of sums that are held at a time, though of one draft at the least; others take further runs.
-MEMORY = 4 << 30
 
 
 def fit_columns(draft: Draft, residual: Residual) -> Quantised:
@@ -47,17 +43,3 @@ def fit_columns(draft: Draft, residual: Residual) -> Quantised:
     gram = torch.zeros(len(columns), len(columns), dtype=torch.float64)
     gram[copied[:, None], copied] = covariance[d:, d:] - explained
     return quantise_in_turn(columns, gram, draft.row_bits, draft.group_size)
-
-
-def within_memory(drafts: Iterable[Draft]) -> Iterator[dict[str, list[Draft]]]:
-    """As many drafts at a time as the memory allows for the sums of their residuals, by their sites' fingerprints."""
-    part: dict[str, list[Draft]] = {}
-    held = 0
-    for draft in drafts:
-        size = 16 * (draft.w1.shape[1] + len(draft.copied)) ** 2
-        if part and held + size > MEMORY:
-            yield part
-            part, held = {}, 0
-        part.setdefault(draft.site.fingerprint, []).append(draft)
-        held += size
-    yield part

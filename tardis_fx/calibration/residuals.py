@@ -12,7 +12,7 @@ from tardis_fx.calibration.gated_residuals import GatedTokens
 from tardis_fx.calibration.regression import Residual
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from torch import Tensor
 
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from tardis_fx.calibration.merging import Merge
     from tardis_fx.calibration.predictor import Quantised
     from tardis_fx.calibration.widths import Fitted
+
+#: Bytes of sums that are held at a time, though of one draft at the least; others take further runs.
+MEMORY = 4 << 30
 
 
 class Several:
@@ -127,3 +130,17 @@ class ResidualObserver:
         self.residual.update(terms, (missing - corrected) @ self._draft.w2.T, tokens.output)
         self.outliers += int(outlier.sum())
         self.tokens += len(tokens.x)
+
+
+def within_memory(drafts: Iterable[Draft]) -> Iterator[dict[str, list[Draft]]]:
+    """As many drafts at a time as the memory allows for the sums of their residuals, by their sites' fingerprints."""
+    part: dict[str, list[Draft]] = {}
+    held = 0
+    for draft in drafts:
+        size = 16 * (draft.w1.shape[1] + len(draft.copied)) ** 2
+        if part and held + size > MEMORY:
+            yield part
+            part, held = {}, 0
+        part.setdefault(draft.site.fingerprint, []).append(draft)
+        held += size
+    yield part

@@ -11,7 +11,7 @@ from builders.ffns import config, ffn, inputs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tardis_fx.calibration import columns
+from tardis_fx.calibration import residuals
 from tardis_fx.passes.partial_linear import PartialLinear
 from tardis_fx.testing.ffn import gated_ffn
 from tardis_fx.testing.observation import SiteObservation
@@ -90,7 +90,7 @@ def test_sites_whose_sums_do_not_fit_in_memory_take_runs_of_their_own(monkeypatc
     sizes = [16 * (D + len(plan.tensors["neurons"])) ** 2 for plan in together]
     for memory, sites in ((sum(sizes), [3]), (sum(sizes[:2]), [2, 1]), (1, [1, 1, 1])):
         runs.clear()
-        monkeypatch.setattr(columns, "MEMORY", memory)
+        monkeypatch.setattr(residuals, "MEMORY", memory)
         apart = fit(PartialLinear(), ffns)
         assert [count for what, count in runs if what.startswith("residuals")] == sites
         assert len({what for what, _ in runs}) == len(runs), "a run is known by its name"
@@ -102,7 +102,7 @@ def test_so_do_the_widths_of_one_site(monkeypatch: pytest.MonkeyPatch) -> None:
     observation = SiteObservation([ffn(D, HIDDEN)], texts())
     every = config(budget=0.3, fold_bits=None, row_bits=None)
     (together,) = PartialLinear().fit(observation, observation.sites, every)
-    monkeypatch.setattr(columns, "MEMORY", 1)
+    monkeypatch.setattr(residuals, "MEMORY", 1)
     (apart,) = PartialLinear().fit(observation, observation.sites, every)
     assert together.settings == apart.settings
     assert together.error == pytest.approx(apart.error)
