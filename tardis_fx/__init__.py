@@ -20,6 +20,7 @@ from tardis_fx.finetune import finetune
 from tardis_fx.heal import heal
 from tardis_fx.plan import Plan
 from tardis_fx.release import release
+from tardis_fx.runtime.guard import verify
 from tardis_fx.runtime.touched import count_touched
 
 __all__ = [
@@ -40,4 +41,5 @@ __all__ = [
     "finetune",
     "heal",
     "release",
+    "verify",
 ]

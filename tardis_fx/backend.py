@@ -90,8 +90,9 @@ def _compile(
         return inner(gm, list(example_inputs))  # type: ignore[no-any-return]
     if held:
         freeze(rewritten.gm, [*held, *rewritten.constants])
-        own = [[*example_inputs, *held][p] for guard in rewritten.guards for p in guard.positions]
-        return FrozenGraph(inner(rewritten.gm, list(example_inputs)), own)
+        every = [*example_inputs, *held]
+        sites = [(guard, [every[p] for p in guard.positions]) for guard in rewritten.guards]
+        return FrozenGraph(inner(rewritten.gm, list(example_inputs)), sites)
     compiled: Callable[..., Any] = inner(rewritten.gm, [*example_inputs, *rewritten.constants])
     return GuardedGraph(compiled, rewritten.guards, _Other(gm, options), example_inputs)
 

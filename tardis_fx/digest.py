@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 
@@ -17,10 +17,21 @@ def digest(*parts: Any) -> str:
     return sha.hexdigest()[:32]
 
 
+def contents(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor's elements in their order; of a contiguous one on a CPU, its memory.
+
+    A NumPy view of that would leave the tensor's storage unable to be resized.
+    """
+    own = tensor.detach().cpu().contiguous()
+    buffer: Any = (ctypes.c_char * own.nbytes).from_address(own.data_ptr())
+    buffer.owner = own  # lives as long as the view
+    return memoryview(buffer).cast("B")
+
+
 def _feed(sha: Any, part: Any) -> None:
     if isinstance(part, Tensor):
         sha.update(f"tensor {part.dtype} {tuple(part.shape)}".encode())
-        sha.update(part.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        sha.update(contents(part))
     elif isinstance(part, Mapping):
         _feed(sha, [item for name in sorted(part) for item in (name, part[name])])
     elif isinstance(part, Sequence) and not isinstance(part, str):

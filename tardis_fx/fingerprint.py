@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import weakref
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+from tardis_fx.digest import contents
+from tardis_fx.runtime.snapshot import Snapshot
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-# By the identities of a site's tensors, for as long as they all live; the aliases keep an address from another's use.
-_KNOWN: dict[tuple[Any, ...], tuple[list[int], str, list[Tensor], list[weakref.ref[Tensor]]]] = {}
+    from torch import Tensor
+
+_KNOWN: dict[tuple[Any, ...], tuple[Snapshot, str]] = {}
 
 
 def fingerprint(weights: Sequence[Tensor], function: str | None) -> str:
@@ -25,12 +25,12 @@ def fingerprint(weights: Sequence[Tensor], function: str | None) -> str:
             serve with another activation.
     """
     if any(weight.is_inference() for weight in weights):
-        return _hash(weights, function)
-    known = _KNOWN.get((function, *map(id, weights)))
-    if known is None or known[0] != _state(weights):
-        remember(weights, function, found := _hash(weights, function))
-        return found
-    return known[1]
+        return content_hash(weights, function)
+    snapshot, identity = _KNOWN.get((function, *map(id, weights)), (None, ""))
+    if snapshot is None or not snapshot.holds_throughout(weights):
+        taken = Snapshot(weights)  # before the contents are read
+        _remember(taken, weights, function, identity := content_hash(weights, function))
+    return identity
 
 
 def remember(weights: Sequence[Tensor], function: str | None, identity: str) -> None:
@@ -41,20 +41,19 @@ def remember(weights: Sequence[Tensor], function: str | None, identity: str) -> 
         function: likewise.
         identity: the hash of what the weights were.
     """
-    key = (function, *map(id, weights))
-    aliases = [weight.detach() for weight in weights]
-    ends = [weakref.ref(weight, lambda _: _KNOWN.pop(key, None)) for weight in weights]
-    _KNOWN[key] = _state(weights), identity, aliases, ends
+    _remember(Snapshot(weights), weights, function, identity)
 
 
-def _state(weights: Sequence[Tensor]) -> list[int]:
-    return [v for w in weights for v in (w.data_ptr(), w._version)]
-
-
-def _hash(weights: Sequence[Tensor], function: str | None) -> str:
+def content_hash(weights: Sequence[Tensor], function: str | None) -> str:
+    """What :func:`fingerprint` remembers, read from the weights as they are."""
     digest = hashlib.sha256(str(function).encode())
     for weight in weights:
         digest.update(f"{weight.dtype}{tuple(weight.shape)}".encode())
-        contents = weight.detach().cpu().contiguous()
-        digest.update(contents.view(-1).view(torch.uint8).numpy().data)
+        digest.update(contents(weight))
     return digest.hexdigest()[:32]
+
+
+def _remember(snapshot: Snapshot, weights: Sequence[Tensor], function: str | None, identity: str) -> None:
+    for key in [key for key, (other, _) in list(_KNOWN.items()) if not other.alive]:
+        _KNOWN.pop(key, None)
+    _KNOWN[function, *map(id, weights)] = snapshot, identity

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import copy
+import gc
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 import torch
 from builders.compiled import compiled
 from builders.ffns import FFN, Block, expected, ffn, inputs, planned
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
 
-from tardis_fx import (
-    Plan,
-    PlanMismatchError,
-    StaleWeightError,
-)
+import tardis_fx
+from tardis_fx import ConfigError, Plan, PlanMismatchError, StaleWeightError
+from tardis_fx.runtime import snapshot
 from tardis_fx.runtime.guard import GuardedGraph
 
 if TYPE_CHECKING:
@@ -76,13 +79,19 @@ CHANGES: dict[str, Callable[[FFN], Any]] = {
     "bias data replaced": lambda m: setattr(m.down.bias, "data", 2 * m.down.bias.data),
     "parameter replaced": lambda m: setattr(m.up, "weight", nn.Parameter(2 * m.up.weight)),
     "module replaced": lambda m: m.__setitem__(0, ffn(seed=5)[0]),
-    "an optimiser's step": lambda m: _train(m),
+    "an optimiser's step": lambda m: _train(m, torch.optim.SGD(m.parameters(), 0.1)),
+    # PyTorch does not count these as writes.
+    "a fused optimiser's step": lambda m: _train(m, torch.optim.AdamW(m.parameters(), 0.1, fused=True)),
+    "a NumPy view": lambda m: np.multiply(m.up.weight.numpy(), -3, out=m.up.weight.numpy()),
+    "a DLPack view": lambda m: torch.from_dlpack(m.down.weight.detach()).mul_(2),
+    "data in place": lambda m: m.up.weight.data.mul_(2),
+    "bias data in place": lambda m: m.down.bias.data.add_(1),
+    "storage": lambda m: m.up.weight.untyped_storage().copy_((2 * m.up.weight).untyped_storage()),
 }
 
 
-def _train(model: FFN) -> None:
+def _train(model: FFN, optimiser: torch.optim.Optimizer) -> None:
     with torch.enable_grad():
-        optimiser = torch.optim.SGD(model.parameters(), 0.1)
         F.mse_loss(model(FEW), FEW).backward()
     optimiser.step()
 
@@ -259,3 +268,134 @@ def test_weights_that_did_not_change_are_not_read_again(
     for _ in range(3):
         fast(FEW)
     assert reads == []
+
+
+@torch.no_grad()
+def test_blocks_streamed_through_one_buffer_use_their_own_constants() -> None:
+    blocks = [Block(ffn(seed=seed)) for seed in range(3)]
+    plan = planned(nn.Sequential(*blocks).eval())
+    stored = [[parameter.detach().clone() for parameter in block.ffn.parameters()] for block in blocks]
+    wanted = [
+        FEW + expected(block.ffn, Plan((entry,), plan.config), block.norm(FEW))
+        for block, entry in zip(blocks, plan.sites, strict=True)
+    ]
+    buffer = [tensor.clone() for tensor in stored[0]]
+    for block in blocks:
+        block.compile(backend="tardis", options={"plan": plan, "inner": "eager"})
+    for _ in range(3):
+        for block, values, result in zip(blocks, stored, wanted, strict=True):
+            for parameter, value, room in zip(block.ffn.parameters(), values, buffer, strict=True):
+                parameter.data = room.copy_(value)
+            torch.testing.assert_close(block(FEW), result)
+
+
+@torch.no_grad()
+def test_a_buffer_that_holds_another_blocks_weights_is_noticed(model: FFN, plan: Plan) -> None:
+    """The parameters, their storages and versions stay the same; what the storages hold does not."""
+    buffer = [parameter.detach().clone() for parameter in model.parameters()]
+    for parameter, room in zip(model.parameters(), buffer, strict=True):
+        parameter.data = room
+    fast = compiled(model, plan)
+    fast(FEW)
+    for other, room in zip(ffn(seed=9).parameters(), buffer, strict=True):
+        room.copy_(other)
+    with pytest.raises(StaleWeightError):
+        fast(FEW)
+
+
+@torch.no_grad()
+def test_a_view_of_the_same_storage_is_another_weight() -> None:
+    """One storage, one address, one version: only the strides differ."""
+    seen = snapshot.Snapshot([matrix := nn.Parameter(torch.randn(8, 8))])
+    assert seen.holds([matrix])
+    matrix.data = matrix.data.T
+    assert not seen.holds([matrix])
+
+
+@torch.no_grad()
+def test_storages_that_a_weight_left_are_freed(model: FFN, plan: Plan) -> None:
+    fast, left = compiled(model, plan, on_change="original"), []
+    fast(FEW)
+    gc.collect()  # what Dynamo left behind
+    for _ in range(3):
+        left += [StorageWeakRef(parameter.untyped_storage()) for parameter in model.parameters()]
+        for parameter in model.parameters():
+            parameter.data = parameter.data.clone()
+        fast(FEW)
+    assert all(storage.expired() for storage in left)
+
+
+@torch.no_grad()
+def test_weights_can_be_freed_after_calibration_and_compilation(model: FFN) -> None:
+    """As FSDP and offloaders do; a NumPy view of a storage would forbid it."""
+    fast = compiled(model, planned(model))
+    before, kept = fast(FEW), [parameter.clone() for parameter in model.parameters()]
+    for parameter in model.parameters():
+        parameter.untyped_storage().resize_(0)
+    for parameter, value in zip(model.parameters(), kept, strict=True):
+        parameter.untyped_storage().resize_(value.nbytes)
+        parameter.data.copy_(value)
+    assert torch.equal(fast(FEW), before)
+
+
+@pytest.mark.parametrize("native", [True, False])
+@given(
+    layout=st.sampled_from(["rows", "columns", "every other", "one number", "expanded", "vector"]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float64, torch.int8]),
+    rows=st.integers(1, 40),
+    columns=st.integers(1, 40),
+)
+def test_any_write_to_all_of_a_tensor_is_seen_at_the_next_call(
+    native: bool, layout: str, dtype: torch.dtype, rows: int, columns: int
+) -> None:
+    whole = torch.randn(2 * rows, 2 * columns).mul(20).to(dtype)
+    tensor = {
+        "rows": whole,
+        "columns": whole.T,
+        "every other": whole[::2, ::2],
+        "one number": whole[0, 0],
+        "expanded": whole[:1, :1].expand(rows, columns),
+        "vector": whole[0],
+    }[layout]
+    compare = snapshot._comparison() if native else snapshot._differing_lines
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(snapshot, "_comparison", lambda: compare)
+        seen = snapshot.Snapshot([tensor])
+        for _ in range(2 * snapshot.LINES):
+            assert seen.holds([tensor])
+        whole.data.view(torch.int8).bitwise_not_()
+        assert not seen.holds([tensor])
+        assert not seen.holds_throughout([tensor])
+
+
+# ---- All of it, on request
+
+
+@torch.no_grad()
+def test_verify_finds_one_element_that_a_call_does_not() -> None:
+    model = ffn(64, 512)
+    plan, x = planned(model, d=64), inputs(4, 64, seed=7)
+    fast = compiled(model, plan)
+    fast(x)
+    assert tardis_fx.verify(fast) == tardis_fx.verify(model) == [plan.sites[0].name]
+    weight = model.up.weight.numpy()
+    for row in range(512):
+        weight[row, 0] += 1
+        try:
+            for _ in range(snapshot.LINES):
+                fast(x)
+            break
+        except StaleWeightError:  # a line that calls do compare
+            weight[row, 0] -= 1
+    for _ in range(2):
+        with pytest.raises(StaleWeightError, match="not those that the plan was made for"):
+            tardis_fx.verify(fast)
+    with pytest.raises(StaleWeightError, match="changed since calibration"):
+        fast(x)
+
+
+def test_verify_takes_a_model_that_has_run_rewritten(model: FFN, plan: Plan) -> None:
+    with pytest.raises(PlanMismatchError, match="call it once"):
+        tardis_fx.verify(compiled(model, plan))
+    with pytest.raises(ConfigError, match="compiled model"):
+        tardis_fx.verify(lambda x: x)

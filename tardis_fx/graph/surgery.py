@@ -48,8 +48,9 @@ def add_input(graph: fx.Graph, name: str, value: Tensor) -> fx.Node:
     context = TracingContext.try_get()
     if context is not None and context.fake_mode is not None:
         # AOTAutograd finds it there as long as it lives. By itself it would make symbols of the sizes, and Dynamo can
-        # write no guards on those of an input that it does not know.
-        node.meta["static"] = context.fake_mode.from_tensor(value, static_shapes=True)
+        # write no guards on those of an input that it does not know. The node must not keep the value itself: it may
+        # share the storage of a weight.
+        node.meta["example_value"] = node.meta["static"] = context.fake_mode.from_tensor(value, static_shapes=True)
     return node
 
 

@@ -316,3 +316,11 @@ void any_dtype(const AnyCall& call) {
 
 extern "C" void tardis_correct(const Call* call) { any_dtype(*call); }
 extern "C" void tardis_correct_gated(const GatedCall* call) { any_dtype(*call); }
+
+// How many of some lines, each of at most 64 bytes, differ from their copies (snapshot.py).
+extern "C" int64_t tardis_differing_lines(const void* const* lines, const int64_t* sizes, const uint8_t* copies,
+                                          int64_t count) {
+  int64_t differing = 0;
+  for (int64_t i = 0; i < count; ++i) differing += std::memcmp(lines[i], copies + 64 * i, sizes[i]) != 0;
+  return differing;
+}

@@ -1,23 +1,26 @@
 """The weight guard: folded constants are chosen by the weights that a call passes, never by the graph alone.
 
 Dynamo lifts parameters to inputs and may run one graph for several modules. At every call the weights of all sites are
-looked up by address and version. Unknown ones are fingerprinted; where the plan knows them they get constants of their
-own, else the call is not answered from a fold at all.
+looked up as objects and compared with a snapshot of what they were (:mod:`tardis_fx.runtime.snapshot`). Others are
+fingerprinted; where the plan knows them they get constants of their own, else the call is not answered from a fold at
+all.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from operator import attrgetter, itemgetter
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from tardis_fx.errors import PlanMismatchError, StaleWeightError
+from tardis_fx.errors import ConfigError, PlanMismatchError, StaleWeightError
+from tardis_fx.fingerprint import content_hash, fingerprint
 from tardis_fx.graph.site import Site, SiteWeights, is_released
+from tardis_fx.runtime.snapshot import Snapshot
 
 if TYPE_CHECKING:
     from tardis_fx.passes.base import Rewrite
@@ -26,15 +29,19 @@ if TYPE_CHECKING:
 #: The entry of a site with certain weights, or None.
 Find = Callable[[Site, Sequence[Tensor]], "SitePlan | None"]
 
-_version = attrgetter("_version")
-_address = Tensor.data_ptr
-
 
 @dataclass(frozen=True, eq=False)
 class Constants:
-    """One site's constants, shared by all graphs of the same entry and weights; holds the entry, whose id finds it."""
+    """One site's constants, shared by all graphs of the same entry and weights.
+
+    Attributes:
+        entry: held, for its id finds the constants.
+        weights: what they were made from.
+        tensors: the constants, by name.
+    """
 
     entry: SitePlan
+    weights: Snapshot
     tensors: dict[str, Tensor]
 
 
@@ -47,6 +54,7 @@ class SiteGuard:
     Attributes:
         positions: of the site's parameters among the graph's inputs.
         name: of the site.
+        compiled_for: the entry that the graph was built for.
     """
 
     def __init__(
@@ -62,7 +70,7 @@ class SiteGuard:
             rewrite: makes the constants.
         """
         self.positions, self.name = tuple(positions), compiled_for.name
-        self._site, self._compiled_for, self._find, self._rewrite = site, compiled_for, find, rewrite
+        self._site, self.compiled_for, self._find, self._rewrite = site, compiled_for, find, rewrite
 
     def entry(self, weights: Sequence[Tensor]) -> SitePlan | None:
         """What is planned for these weights, or None where nothing is known of them."""
@@ -70,33 +78,32 @@ class SiteGuard:
 
     def fits(self, entry: SitePlan) -> bool:
         """Whether the graph does what an entry plans."""
-        return (entry.method, entry.settings) == (self._compiled_for.method, self._compiled_for.settings)
+        return (entry.method, entry.settings) == (self.compiled_for.method, self.compiled_for.settings)
 
     def constants(self, entry: SitePlan, weights: Sequence[Tensor]) -> Constants:
         """The tensors that an entry makes of weights."""
-        key = (id(entry), *map(_address, weights), *_versions(weights))
-        found = _SHARED.get(key)
-        if found is None:
-            found = Constants(entry, self._rewrite.constants(entry, SiteWeights.of(self._site, weights)))
-            _SHARED[key] = found
-        return found
+        key = (id(entry), *map(id, weights))
+        shared = _SHARED.get(key)
+        if shared is None or not shared.weights.holds_throughout(weights):
+            taken = Snapshot(weights)
+            shared = Constants(entry, taken, self._rewrite.constants(entry, SiteWeights.of(self._site, weights)))
+            _SHARED[key] = shared
+        return shared
+
+    def made_for(self, entry: SitePlan, weights: Sequence[Tensor]) -> bool:
+        """Whether weights are, to the last bit, those that an entry was made for; reads all of them."""
+        identify = fingerprint if any(map(is_released, weights)) else content_hash
+        return identify(weights, self._site.function) == entry.fingerprint
 
 
 @dataclass(frozen=True)
 class _Known:
-    """One set of weights of a graph; the aliases keep the addresses from another's use."""
+    """One set of weights of a graph."""
 
-    versions: tuple[int, ...]
-    aliases: tuple[Tensor, ...]
-    tensors: tuple[weakref.ref[Tensor], ...]
+    weights: Snapshot
     shared: tuple[Constants, ...]
     constants: tuple[Tensor, ...]
     run: Callable[..., Any]
-
-    @property
-    def alive(self) -> bool:
-        """Whether all weights still exist."""
-        return all(ref() is not None for ref in self.tensors)
 
 
 @dataclass(frozen=True)
@@ -137,6 +144,7 @@ class GuardedGraph:
         )
         self._known: dict[tuple[int, ...], _Known] = {}
         self._admit(example_inputs)
+        _GRAPHS.add(self)
 
     def __call__(self, *inputs: Any) -> Any:
         """Runs the graph.
@@ -145,16 +153,25 @@ class GuardedGraph:
             StaleWeightError: a weight was changed in place, or another one took its place.
         """
         weights = self._weights(inputs)
-        known = self._known.get(tuple(map(_address, weights)))
-        if known is None or known.versions != _versions(weights):
+        known = self._known.get(tuple(map(id, weights)))
+        if known is None or not known.weights.holds(weights):
             known = self._admit(inputs)
         return known.run(*inputs, *known.constants)
+
+    def served(self) -> Iterator[tuple[SiteGuard, SitePlan, list[Tensor]]]:
+        """The sites that were answered from constants, with the entries and the weights of these."""
+        for known in list(self._known.values()):
+            tensors = known.weights.tensors
+            for guard, constants in zip(self._guards, known.shared, strict=False):  # none where the original ran
+                own, tensors = tensors[: len(guard.positions)], tensors[len(guard.positions) :]
+                if weights := [tensor for tensor in own if tensor is not None]:
+                    yield guard, constants.entry, weights
 
     @torch.inference_mode(mode=False)
     @torch.no_grad()
     def _admit(self, inputs: Sequence[Any]) -> _Known:
         weights = self._weights(inputs)
-        versions = _versions(weights)  # before the contents are read
+        taken = Snapshot(weights)  # before the contents are read
         sites = [(guard, tuple(inputs[position] for position in guard.positions)) for guard in self._guards]
         entries = [guard.entry(own) for guard, own in sites]
         run, shared = self._compiled, []
@@ -166,41 +183,33 @@ class GuardedGraph:
             for guard, own in sites:
                 refuse_released(guard.name, own)
             run, shared = self._other([Unknown(guard.name, self._changed(weights)) for guard in unknown]), []
-        self._known = {key: known for key, known in self._known.items() if known.alive}
-        known = self._known[tuple(map(_address, weights))] = _Known(
-            versions,
-            tuple(weight.detach() for weight in weights),
-            tuple(map(weakref.ref, weights)),
-            tuple(shared),
-            tuple(tensor for one in shared for tensor in one.tensors.values()),
-            run,
-        )
+        known = _Known(taken, tuple(shared), tuple(tensor for one in shared for tensor in one.tensors.values()), run)
+        for key in [key for key, other in list(self._known.items()) if not other.weights.alive]:
+            self._known.pop(key, None)  # in place: Dynamo's wrapper around this object copies its attributes
+        self._known[tuple(map(id, weights))] = known
         return known
 
     def _changed(self, weights: Sequence[Tensor]) -> bool:
         """Whether weights took the place of known ones: they share a tensor with them, or the known ones are gone."""
         return any(
-            not known.alive or any(ref() is weight for ref in known.tensors for weight in weights)
-            for known in self._known.values()
+            not known.weights.alive or any(map(known.weights.includes, weights)) for known in list(self._known.values())
         )
 
 
 class FrozenGraph:
     """A compiled graph with its weights inside, as Inductor's freezing leaves it."""
 
-    def __init__(self, compiled: Callable[..., Any], weights: Sequence[Tensor]) -> None:
-        """Notes addresses and versions of the weights.
+    def __init__(self, compiled: Callable[..., Any], sites: Sequence[tuple[SiteGuard, Sequence[Tensor]]]) -> None:
+        """Takes a snapshot of the weights.
 
         Args:
             compiled: the graph.
-            weights: of its rewritten sites.
+            sites: the rewritten ones, with their weights.
         """
-        self._compiled, self._weights = compiled, tuple(weights)
-        self._made_from = self._state
-
-    @property
-    def _state(self) -> tuple[int, ...]:
-        return (*map(_address, self._weights), *_versions(self._weights))
+        self._compiled, self._sites = compiled, list(sites)
+        self._weights = tuple(weight for _, weights in sites for weight in weights)
+        self._made_from = Snapshot(self._weights)
+        _GRAPHS.add(self)
 
     def __call__(self, *inputs: Any) -> Any:
         """Runs the graph.
@@ -208,9 +217,54 @@ class FrozenGraph:
         Raises:
             StaleWeightError: a weight was written to, or its data replaced.
         """
-        if self._state != self._made_from:
+        if not self._made_from.holds(self._weights):
             raise StaleWeightError("a weight changed, and freezing holds copies: call torch.compiler.reset() first")
         return self._compiled(*inputs)
+
+    def served(self) -> Iterator[tuple[SiteGuard, SitePlan, list[Tensor]]]:
+        """See :meth:`GuardedGraph.served`."""
+        for guard, weights in self._sites:
+            yield guard, guard.compiled_for, list(weights)
+
+
+_GRAPHS: weakref.WeakSet[GuardedGraph | FrozenGraph] = weakref.WeakSet()
+
+
+@torch.no_grad()
+def verify(compiled: nn.Module) -> list[str]:
+    """Compares all weights of a model's rewritten FFNs, to the last bit, with those that the plan was made for.
+
+    A call compares what PyTorch counts and a few cache lines of each weight. After a write that PyTorch does not count
+    and that left most of a weight as it was, this tells. The next call then finds the changed weights as well.
+
+    Args:
+        compiled: a model that has run, compiled or with compiled parts.
+
+    Returns:
+        Names of the FFNs that were compared.
+
+    Raises:
+        ConfigError: ``compiled`` is no module.
+        PlanMismatchError: no rewritten FFN of the model has run.
+        StaleWeightError: weights differ from those that the plan was made for.
+    """
+    if not isinstance(compiled, nn.Module):
+        raise ConfigError(f"verify takes the compiled model, not {type(compiled).__name__}")
+    own = {id(tensor) for tensor in (*compiled.parameters(), *compiled.buffers())}
+    compared: dict[str, bool] = {}
+    for graph in list(_GRAPHS):
+        for guard, entry, weights in graph.served():
+            if own.isdisjoint(map(id, weights)):
+                continue
+            same = guard.made_for(entry, weights)
+            compared[entry.name] = compared.get(entry.name, True) and same
+            if not same:
+                torch.autograd.graph.increment_version(weights)
+    if not compared:
+        raise PlanMismatchError("no rewritten FFN of this model has run: compile it with a plan and call it once")
+    if changed := [name for name, same in compared.items() if not same]:
+        raise StaleWeightError(f"{', '.join(changed)}: the weights are not those that the plan was made for")
+    return list(compared)
 
 
 def refuse_released(name: str, weights: Sequence[Tensor], reason: str = "its plan does not apply") -> None:
@@ -221,10 +275,3 @@ def refuse_released(name: str, weights: Sequence[Tensor], reason: str = "its pla
     """
     if any(map(is_released, weights)):
         raise PlanMismatchError(f"{name} would run with its original weights, which were released: {reason}")
-
-
-def _versions(weights: Sequence[Tensor]) -> tuple[int, ...]:
-    try:
-        return tuple(map(_version, weights))
-    except RuntimeError as error:
-        raise StaleWeightError(f"a weight is an inference tensor, whose changes cannot be noticed: {error}") from error

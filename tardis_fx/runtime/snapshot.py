@@ -1,0 +1,179 @@
+"""Snapshots of weights: what tells whether tensors still are what they were when something was made from them.
+
+PyTorch counts most writes in a tensor's version. It does not count fused optimisers, NumPy views, DLPack, collectives,
+shared memory and ``untyped_storage().copy_``. Two means find these: every optimiser's step moves the versions of the
+weights that snapshots watch, and a few cache lines of each weight are compared with copies of them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+from functools import cache
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from tardis_fx.errors import StaleWeightError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+#: Cache lines of each weight that are copied, and how many of them one call compares.
+LINES, LINES_PER_CALL = 64, 2
+_LINE = 64  # bytes
+_CANDIDATES = 4  # from which each line is chosen
+
+_version = attrgetter("_version")
+
+
+class Snapshot:
+    """Tensors as they were: the objects, their storages, offsets, strides, sizes and versions, and samples of content.
+
+    Keeps neither the tensors nor their storages alive.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        """Takes the snapshot.
+
+        Args:
+            tensors: of any sizes. Contents are sampled of those on a CPU only.
+
+        Raises:
+            StaleWeightError: a tensor is an inference tensor, which has no version.
+        """
+        self._gone: list[Any] = []
+        self._tensors = [weakref.ref(tensor, self._gone.append) for tensor in tensors]
+        # As long as there is a weak reference no other storage takes the address.
+        self._storages = [StorageWeakRef(tensor.untyped_storage()) for tensor in tensors]
+        self._state = _state(tensors)
+        self._sample = _Sample([tensor for tensor in tensors if tensor.device.type == "cpu"])
+        _WATCHED.update(zip(map(id, tensors), self._tensors, strict=True))
+
+    @property
+    def alive(self) -> bool:
+        """Whether all tensors still exist."""
+        return not self._gone
+
+    @property
+    def tensors(self) -> list[Tensor | None]:
+        """The tensors that still exist, and None for each of the others."""
+        return [ref() for ref in self._tensors]
+
+    def includes(self, tensor: Tensor) -> bool:
+        """Whether a tensor is one of these."""
+        return any(ref() is tensor for ref in self._tensors)
+
+    def holds(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether tensors, the same objects as far as they exist, are what they were; compares a few lines of each."""
+        return not self._gone and self._state == _state(tensors) and self._sample.next_lines_match()
+
+    def holds_throughout(self, tensors: Sequence[Tensor]) -> bool:
+        """The same, comparing every line that there is a copy of."""
+        return not self._gone and self._state == _state(tensors) and self._sample.all_lines_match()
+
+
+def _state(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
+    try:
+        return (
+            *map(_version, tensors),
+            *map(Tensor.data_ptr, tensors),
+            *map(_storage_address, tensors),
+            *map(Tensor.size, tensors),
+            *map(Tensor.stride, tensors),
+        )
+    except RuntimeError as error:
+        raise StaleWeightError(f"a weight is an inference tensor, whose changes cannot be noticed: {error}") from error
+
+
+_storage_address: Callable[[Tensor], int] = torch._C._storage_address  # type: ignore[attr-defined]
+
+_WATCHED: dict[int, weakref.ref[Tensor]] = {}
+
+
+def _count_step(optimiser: torch.optim.Optimizer, *_: Any) -> None:
+    """Counts the step as a write to the weights that are watched: fused optimisers do not."""
+    for group in optimiser.param_groups:
+        for parameter in group["params"]:
+            watched = _WATCHED.get(id(parameter))
+            if watched is not None and (weight := watched()) is not None and weight is parameter:
+                torch.autograd.graph.increment_version(weight)
+    for key in [key for key, ref in list(_WATCHED.items()) if ref() is None]:
+        _WATCHED.pop(key, None)
+
+
+register_optimizer_step_post_hook(_count_step)  # type: ignore[arg-type]
+
+
+class _Sample:
+    """Copies of cache lines of tensors, in rounds of one line a tensor."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        lines = [_lines(tensor) for tensor in tensors if tensor.numel()]
+        self._count, self._next = len(lines), 0
+        # [rounds, tensors], and of the copies [rounds, tensors, bytes].
+        self._addresses = np.array([own for own, _ in lines], dtype=np.int64).T.copy()
+        self._sizes = np.array([[size] * LINES for _, size in lines], dtype=np.int64).T.copy()
+        self._copies = np.zeros((LINES, self._count, _LINE), dtype=np.uint8)
+        for turn in range(LINES):
+            for i in range(self._count):
+                size = self._sizes[turn, i]
+                ctypes.memmove(self._copies[turn, i].ctypes.data, int(self._addresses[turn, i]), int(size))
+        self._pointers = tuple(array.ctypes.data for array in (self._addresses, self._sizes, self._copies))
+
+    def next_lines_match(self) -> bool:
+        turn, self._next = self._next, (self._next + LINES_PER_CALL) % LINES
+        return not self._count or self._match(turn, LINES_PER_CALL)
+
+    def all_lines_match(self) -> bool:
+        return not self._count or self._match(0, LINES)
+
+    def _match(self, first: int, rounds: int) -> bool:
+        start, (addresses, sizes, copies) = first * self._count, self._pointers
+        lines = rounds * self._count
+        return _comparison()(addresses + 8 * start, sizes + 8 * start, copies + _LINE * start, lines) == 0
+
+
+@cache
+def _comparison() -> Callable[[int, int, int, int], int]:
+    """Counts the lines that differ from their copies: in C++ where the kernel can be had."""
+    from tardis_fx.runtime import cpu
+
+    library = cpu._kernel()
+    if library is None:
+        return _differing_lines
+    function: Any = library.tardis_differing_lines
+    function.argtypes, function.restype = [ctypes.c_void_p] * 3 + [ctypes.c_int64], ctypes.c_int64
+    return function  # type: ignore[no-any-return]
+
+
+def _differing_lines(addresses: int, sizes: int, copies: int, lines: int) -> int:
+    at = (ctypes.c_int64 * lines).from_address(addresses)
+    size = (ctypes.c_int64 * lines).from_address(sizes)
+    return sum(ctypes.string_at(at[i], size[i]) != ctypes.string_at(copies + _LINE * i, size[i]) for i in range(lines))
+
+
+def _lines(tensor: Tensor) -> tuple[list[int], int]:
+    """Addresses of ``LINES`` runs of adjacent elements, spread evenly over a tensor, and the bytes of each run.
+
+    Of a few candidates the first that has a bit set: a scaled zero would look unchanged.
+    """
+    axes = sorted(range(tensor.dim()), key=tensor.stride)
+    sizes, strides = [tensor.size(axis) for axis in axes], [tensor.stride(axis) for axis in axes]
+    width = tensor.element_size()
+    run = min(sizes[0], _LINE // width) if strides and strides[0] == 1 else 1
+    places = np.arange(LINES)[:, None] + np.random.default_rng(LINES).random((LINES, _CANDIDATES))
+    rest = (places * (tensor.numel() // run) / LINES).astype(np.int64) * run  # positions, axis by axis
+    offsets = np.zeros_like(rest)
+    for axis, (size, stride) in enumerate(zip(sizes, strides, strict=True)):
+        rest, index = np.divmod(rest, size)
+        offsets += stride * (np.minimum(index, size - run) if axis == 0 else index)
+    candidates = tensor.data_ptr() + width * offsets
+    return [next((a for a in row if any(ctypes.string_at(a, run * width))), row[0]) for row in candidates.tolist()], (
+        run * width
+    )
