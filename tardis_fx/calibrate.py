@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 _log = logging.getLogger("tardis_fx")
 
 
+@torch.inference_mode(mode=False)
+@torch.no_grad()
 def calibrate(
     model: nn.Module,
     batches: Iterable[Batch],

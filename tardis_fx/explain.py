@@ -5,7 +5,11 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import Tensor
+
 from tardis_fx.calibration import live
+from tardis_fx.fingerprint import fingerprint
 from tardis_fx.graph.capture import Capture
 from tardis_fx.graph.site import SiteWeights, is_released
 from tardis_fx.passes import pipeline
@@ -16,7 +20,7 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Callable, Sequence
 
-    from torch import Tensor, fx, nn
+    from torch import fx, nn
 
     from tardis_fx.calibration.observe import Batch
     from tardis_fx.graph.site import Site
@@ -110,6 +114,7 @@ def _row(site: SiteReport) -> list[str]:
     ]
 
 
+@torch.inference_mode(mode=False)
 def explain(model: nn.Module, plan: Plan | str | os.PathLike[str] | None, example: Batch) -> Report:
     """Runs a model once through the capture that compilation uses and reports every FFN.
 
@@ -125,7 +130,7 @@ def explain(model: nn.Module, plan: Plan | str | os.PathLike[str] | None, exampl
     loaded = live.fitted() if plan is None else resolve(plan)
     model = getattr(model, "_orig_mod", model)
     outcomes: list[pipeline.Outcome] = []
-    seen: dict[str, SiteReport] = {}
+    seen: dict[tuple[str, str], SiteReport] = {}
 
     def observe(gm: fx.GraphModule, example_inputs: list[Tensor]) -> Callable[..., Any]:
         forward = gm.forward
@@ -133,7 +138,7 @@ def explain(model: nn.Module, plan: Plan | str | os.PathLike[str] | None, exampl
         for outcome in pipeline.outcomes(gm, example_inputs, loaded):
             outcomes.append(outcome)
             site, entry = outcome.site, outcome.plan
-            own = [v for p in site.parameters if (v := values.get(p)) is not None]
+            own = [v for p in site.parameters if isinstance(v := values.get(p), Tensor)]
             dense = sum(v.numel() * v.element_size() for v in own)
             if entry and not outcome.reason:
                 report = _planned(entry)
@@ -141,13 +146,9 @@ def explain(model: nn.Module, plan: Plan | str | os.PathLike[str] | None, exampl
                     report = replace(report, stored_bytes=min(report.stored_bytes, _stored(site, entry, own)))
             else:
                 report = _refused(site.name, site.kind, site.activation, outcome.reason, dense)
-            if (
-                plan is None
-                and entry is None
-                and (stage := live.stage_of([values[p] for p in site.parameters], site.function))
-            ):
+            if plan is None and entry is None and (stage := live.stage_of(own, site.function)):
                 report = replace(report, status="profiling", reason=stage)
-            seen.setdefault(site.name, replace(report, name=site.name))
+            seen.setdefault((site.name, fingerprint(own, site.function)), replace(report, name=site.name))
         return forward
 
     Capture(model, observe)(example)

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from tardis_fx.calibration.check import Check
 from tardis_fx.calibration.observe import BatchObservation, checked
 from tardis_fx.errors import CalibrationError, ConfigError
-from tardis_fx.graph.capture import Capture
+from tardis_fx.graph.capture import Capture, recordable
 from tardis_fx.heal import TUNING
 from tardis_fx.healing.dense import DenseSite
 from tardis_fx.healing.graft import graft
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 _log = logging.getLogger("tardis_fx")
 
 
+@torch.inference_mode(mode=False)
+@torch.enable_grad()
 def finetune(
     model: nn.Module,
     plan: Plan | str | os.PathLike[str],
@@ -52,6 +54,9 @@ def finetune(
     Adam, its rate falling linearly to zero. The last eighth of the batches, one at the least, is never trained on:
     it is evaluated before training and after each epoch, the best of these is returned, and the sites' errors are
     measured there, against the original FFNs on the original model's inputs.
+
+    The gradient mode of the caller does not matter: ``torch.no_grad()`` and ``torch.inference_mode()`` around the call
+    are set aside and restored.
 
     Memory beyond the model's: the rewritten sites' weights four times in float32, and what backpropagation keeps of a
     batch.
@@ -73,8 +78,8 @@ def finetune(
 
     Raises:
         ConfigError: an argument is out of its range, or a site's rewrite cannot be fine-tuned.
-        CalibrationError: the model is in training mode, fewer than two batches, or a loss that is no finite scalar or
-            has no gradient.
+        CalibrationError: the model is in training mode or was made under ``torch.inference_mode()``, fewer than two
+            batches, or a loss that is no finite scalar or has no gradient.
         PlanMismatchError: the plan does not fit the model.
     """
     plan = resolve(plan)
@@ -82,7 +87,7 @@ def finetune(
         raise ConfigError(f"epochs must be a positive number of passes, not {epochs!r}")
     if isinstance(learning_rate, bool) or not isinstance(learning_rate, (int, float)) or not 0 < learning_rate < 1:
         raise ConfigError(f"learning_rate must lie in (0, 1), not {learning_rate!r}")
-    given = checked(model, batches)
+    given = [recordable(batch) for batch in checked(model, batches)]
     if len(given) < 2:
         raise CalibrationError("fine-tuning needs two batches at the least, one of them to evaluate on")
     held = max(1, int(len(given) * TUNING))
@@ -132,7 +137,6 @@ class _Split:
         if not self._known:
             raise ConfigError("the plan has no site to fine-tune: every one is refused or exact")
         self._outcomes: list[pipeline.Outcome] = []
-        self._refusals: list[ConfigError] = []  # Dynamo would wrap what a backend raises
         self._capture = Capture(model, self._grafted)
         self._observation = BatchObservation(model, tuning, progress=False)
         self._find(training, progress=progress)
@@ -150,8 +154,6 @@ class _Split:
         """Runs batches: any of them may be the first to reach a site."""
         for batch in tqdm(batches, desc="sites", unit="batch", disable=not progress, leave=False):
             self._capture(batch)
-            if self._refusals:
-                raise self._refusals[0]
 
     def _choose(self, chosen: set[str]) -> None:
         """Leaves all sites but these untrained."""
@@ -194,19 +196,14 @@ class _Split:
         return replace(self._plan, sites=tuple(entries.get(site.fingerprint, site) for site in self._plan.sites))
 
     def _grafted(self, gm: fx.GraphModule, example_inputs: list[Tensor]) -> Callable[..., Any]:
-        grafted, found = graft(gm, example_inputs, self._plan, self._site)
-        self._outcomes += found
-        return grafted.forward
+        self._outcomes += graft(gm, example_inputs, self._plan, self._site)
+        return gm.forward
 
     def _site(self, entry: SitePlan, weights: SiteWeights) -> nn.Module | None:
         if _is_exact(entry):
             return None
         if entry.fingerprint not in self.sites:
-            try:
-                self.sites[entry.fingerprint] = DenseSite(entry, weights, rewrite_named(str(entry.method)))
-            except ConfigError as error:
-                self._refusals.append(error)
-                return None
+            self.sites[entry.fingerprint] = DenseSite(entry, weights, rewrite_named(str(entry.method)))
         return self.sites[entry.fingerprint]
 
 

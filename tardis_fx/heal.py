@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
+import torch
 from tqdm import tqdm
 
 from tardis_fx.calibration.observe import checked
@@ -30,6 +31,8 @@ _log = logging.getLogger("tardis_fx")
 TUNING = 1 / 8
 
 
+@torch.inference_mode(mode=False)
+@torch.enable_grad()
 def heal(
     model: nn.Module,
     plan: Plan | str | os.PathLike[str],
@@ -55,6 +58,9 @@ def heal(
     it are about right. Memory beyond the model's: the matrices of the listed neurons and the predictors
     in float32, and what backpropagation through the model keeps of a batch.
 
+    The gradient mode of the caller does not matter: ``torch.no_grad()`` and ``torch.inference_mode()`` around the call
+    are set aside and restored.
+
     Args:
         model: the dense model that the plan was made for, in eval mode; it is left as it was.
         plan: of ``partial_linear`` or ``paper``, or the path of its file; it is left as it was.
@@ -70,8 +76,9 @@ def heal(
 
     Raises:
         ConfigError: an argument is out of its range, or a site is of a rewrite that cannot be healed.
-        CalibrationError: the model is in training mode, fewer than two batches, a batch that does not run every site, a
-            loss that is NaN or infinite, or a model whose output holds no tensor.
+        CalibrationError: the model is in training mode or was made under ``torch.inference_mode()``, fewer than two
+            batches, a batch that does not run every site, a loss that is NaN or infinite, or a model whose output holds
+            no tensor.
         PlanMismatchError: the plan does not fit the model.
         CheckpointError: the checkpoint is damaged, or of another plan, other batches or other settings.
     """

@@ -125,7 +125,7 @@ class BatchObservation(Observation):
         self._observers: dict[str, SiteObserver] = {}
         self._seen: set[str] = set()
         self._rewritten: dict[str, Callable[[Tensor], Tensor]] = {}
-        self._capture = Capture(model, _weakly(self))
+        self._capture = Capture(model, self._instrument)
         self._capture(self._batches[0])
         if not self._sites:
             raise CalibrationError("the model has no feed-forward network that tardis_fx recognises")
@@ -245,18 +245,6 @@ def checked(model: nn.Module, batches: Iterable[Batch]) -> list[Batch]:
     if not found:
         raise CalibrationError("no calibration batches")
     return found
-
-
-def _weakly(observation: BatchObservation) -> Callable[..., Any]:
-    """Instruments graphs for an observation, and does not keep it: what Dynamo holds, no garbage collector sees."""
-    known = weakref.ref(observation)
-
-    def instrument(gm: fx.GraphModule, example_inputs: list[Tensor]) -> Callable[..., Any]:
-        alive = known()
-        assert alive is not None  # it makes the call
-        return alive._instrument(gm, example_inputs)
-
-    return instrument
 
 
 class _Enter(nn.Module):

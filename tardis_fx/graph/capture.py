@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import types
+import weakref
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_map_only
 
 from tardis_fx.errors import CalibrationError
+from tardis_fx.fingerprint import fingerprint
+from tardis_fx.graph.matcher import find_sites
+from tardis_fx.graph.naming import parameter_name
+from tardis_fx.graph.surgery import copy
+from tardis_fx.graph.unfuse import unfuse
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Hashable, Sequence
 
 
 def _call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -25,7 +32,10 @@ def own_code(function: Any) -> Callable[..., Any]:
 
 
 class Capture:
-    """A model whose graphs an observer replaces.
+    """A model whose graphs an observer replaces, once for every set of weights that a graph runs with.
+
+    Dynamo runs one graph for several modules, for instance for equal blocks between graph breaks. What a graph was
+    compiled with says nothing about the weights of later calls, so every call is looked at.
 
     Dynamo keeps what it compiled at the code object of the outermost function. Each capture has one of its own, so
     that it leaves nothing behind in the cache of the model's other compiled forms.
@@ -38,13 +48,20 @@ class Capture:
 
         Args:
             model: the model.
-            observer: is called with every graph and its inputs, and returns what to run in its place.
+            observer: is called with every graph and the inputs of a call, anew for other weights, and returns what to
+                run in its place for these weights. The graph is a copy of the observer's own, whose parameters are
+                named as in the model. What it raises reaches the caller. A method's owner is not kept alive.
         """
         self._model = model
-        self._call = torch.compile(own_code(_call), backend=observer)
+        # Whose method it is keeps the capture, and all of it should end with its last reference
+        bound = isinstance(observer, types.MethodType)
+        self._observer = weakref.WeakMethod(observer) if bound else lambda: observer
+        self._names: dict[int, tuple[weakref.ref[Tensor], list[str]]] = {}
+        known = weakref.ref(self)  # what Dynamo holds, no garbage collector sees
+        self._call = torch.compile(own_code(_call), backend=lambda gm, _: _Graph(gm, known))
 
     def __call__(self, batch: Tensor | Mapping[str, Any], *, gradients: bool = False) -> Any:
-        """Runs one batch.
+        """Runs one batch, in whatever gradient mode the caller is.
 
         Args:
             batch: the model's first argument, or all of them by keyword.
@@ -61,7 +78,7 @@ class Capture:
         from torch._inductor import config as inductor_config  # takes its time
 
         inductor = inductor_config.patch(freezing=False)  # Dynamo asks it whether weights are inputs
-        with dynamo, inductor, torch.set_grad_enabled(gradients):
+        with dynamo, inductor, torch.inference_mode(mode=False), torch.set_grad_enabled(gradients):
             return self._call(self._model, args, kwargs)
 
     def _check_devices(self, tensors: list[Tensor]) -> None:
@@ -72,6 +89,62 @@ class Capture:
                     f"the batch is on {tensor.device}, the model on {parameter.device}: move one of them"
                 )
 
+    def names(self, tensor: Tensor) -> list[str]:
+        """All names of a tensor in the model, which may have got it only now; none where it is not the model's."""
+        known = self._names.get(id(tensor))
+        if (known is None or known[0]() is not tensor) and isinstance(tensor, nn.Parameter):
+            self._names = {}
+            for named in (self._model.named_parameters, self._model.named_buffers):
+                for name, own in named(remove_duplicate=False):
+                    self._names.setdefault(id(own), (weakref.ref(own), []))[1].append(name)
+            known = self._names.get(id(tensor))
+        return known[1] if known is not None and known[0]() is tensor else []
+
+    def observe(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        """What the observer puts in the place of a copy of a graph."""
+        gm = copy(gm)
+        for node, value in zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True):
+            names = self.names(value) if isinstance(value, Tensor) else []
+            if names and parameter_name(node) not in names:
+                node.meta["parameter_name"] = names[0]
+        observer = self._observer()
+        assert observer is not None  # its owner makes the call
+        return observer(gm, list(inputs))
+
+
+class _Graph:
+    """A graph of Dynamo's, and what the observer puts in its place for each set of weights."""
+
+    def __init__(self, gm: fx.GraphModule, capture: weakref.ref[Capture]) -> None:
+        self._gm, self._capture = copy(gm), capture
+        self._replacements: dict[Hashable, Callable[..., Any]] = {}
+        matched = copy(gm)
+        unfuse(matched.graph)
+        position = {node: i for i, node in enumerate(matched.graph.find_nodes(op="placeholder"))}
+        self._sites = [
+            (site.function, [position[node] for node in site.parameters if node in position])
+            for site in find_sites(matched.graph)
+        ]
+
+    def __call__(self, *inputs: Any) -> Any:
+        capture = self._capture()
+        assert capture is not None  # it makes the call
+        key = self._weights(inputs, capture)
+        if key not in self._replacements:
+            self._replacements[key] = capture.observe(self._gm, inputs)
+        return self._replacements[key](*inputs)
+
+    def _weights(self, inputs: Sequence[Any], capture: Capture) -> Hashable:
+        """Tells sets of weights apart: by their names, for two modules may hold equal ones, and by what sites hold."""
+        names = tuple(tuple(capture.names(value)) for value in inputs if isinstance(value, Tensor))
+        return names, *(_identity([inputs[p] for p in own], function) for function, own in self._sites)
+
+
+def _identity(weights: list[Tensor], function: str | None) -> Hashable:
+    if any(weight.is_inference() for weight in weights):  # would be hashed at every call
+        return tuple(weight.data_ptr() for weight in weights)
+    return fingerprint(weights, function)
+
 
 def arguments(batch: Tensor | Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """A batch as positional and keyword arguments of the model.
@@ -79,8 +152,14 @@ def arguments(batch: Tensor | Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[
     Raises:
         CalibrationError: it is neither a tensor nor a mapping.
     """
+    batch = recordable(batch)
     if isinstance(batch, Tensor):
         return (batch,), {}
     if isinstance(batch, Mapping):
         return (), {str(key): value for key, value in batch.items()}
     raise CalibrationError(f"a batch must be a tensor or a dict of keyword arguments, not {type(batch).__name__}")
+
+
+def recordable(batch: Any) -> Any:
+    """The batch with copies of tensors made under ``torch.inference_mode()``, which autograd refuses to record."""
+    return tree_map_only(Tensor, lambda tensor: tensor.clone() if tensor.is_inference() else tensor, batch)

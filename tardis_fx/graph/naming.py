@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 def parameter_name(node: fx.Node) -> str:
     """Name of a lifted parameter as in ``model.named_parameters()``, from the source that Dynamo noted.
 
-    Of a weight that the graph computes, the name of the first parameter it is computed from.
+    Behind a graph break the source begins at some module inside the model; :class:`tardis_fx.graph.capture.Capture`,
+    which has the model, then notes the name itself. Of a weight that the graph computes, the name of the first
+    parameter it is computed from.
     """
     while node.op != "placeholder" and node.all_input_nodes:
         node = node.all_input_nodes[0]
@@ -25,7 +27,7 @@ def parameter_name(node: fx.Node) -> str:
     text = getattr(source, "name", None) or str(node.target)
     text = text() if callable(text) else text
     parts = re.findall(r"\['([^']+)'\]|\.(?!_modules|_parameters|_buffers)(\w+)", text.partition("]")[2])
-    name = ".".join(a or b for a, b in parts) or str(text)
+    name = node.meta.get("parameter_name") or ".".join(a or b for a, b in parts) or str(text)
     module, parametrised, rest = name.partition(".parametrizations.")
     return f"{module}.{rest.split('.')[0]}" if parametrised else name
 

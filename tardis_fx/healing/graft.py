@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from tardis_fx.graph.site import SiteWeights
-from tardis_fx.graph.surgery import copy, replace
+from tardis_fx.graph.surgery import replace
 from tardis_fx.passes import pipeline
 
 if TYPE_CHECKING:
@@ -22,16 +22,15 @@ def graft(
     example_inputs: Sequence[Tensor],
     plan: Plan,
     module_of: Callable[[SitePlan, SiteWeights], nn.Module | None],
-) -> tuple[fx.GraphModule, list[pipeline.Outcome]]:
-    """A copy of a graph with modules at its planned sites, and what was found of every site.
+) -> list[pipeline.Outcome]:
+    """Puts modules at a graph's planned sites; what was found of every site.
 
     Args:
-        gm: a Dynamo graph module.
+        gm: the observer's copy of a Dynamo graph module.
         example_inputs: what it is about to be called with.
         plan: whose sites are looked for.
         module_of: the module of an entry and the site's weights, or None to leave the site alone.
     """
-    gm = copy(gm)
     values = dict(zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True))
     with torch.no_grad():  # the matcher refuses what records gradients, for compilation would lose them
         found = pipeline.outcomes(gm, example_inputs, plan)
@@ -51,4 +50,4 @@ def graft(
         moved[site.output] = replace(gm.graph, site, moved.get(site.input, site.input), forward, {})
     gm.graph.lint()
     gm.recompile()
-    return gm, found
+    return found

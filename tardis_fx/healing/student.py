@@ -44,16 +44,19 @@ class Student:
             example: a batch.
 
         Raises:
-            CalibrationError: the batch cannot be used.
+            CalibrationError: the batch cannot be used. A later call raises it where its batch is the first to reach a
+                planned site.
             ConfigError: the plan has nothing to heal, or a site of a rewrite that cannot be healed.
             PlanMismatchError: the plan knows none of the model's sites.
             StaleWeightError: a weight changed since the plan was made.
         """
         self._plan, self._rewrites = plan, _healable(plan)
         self.sites: dict[str, TrainableSite] = {}
+        self._found = False
         self._outcomes: list[pipeline.Outcome] = []
         self._capture = Capture(model, self._rewrite)
         self._capture(example)
+        self._found = True
         for outcome in pipeline.check(self._outcomes, plan, strict=False):
             _log.warning("%s is not healed: %s", outcome.site.name or "an FFN", outcome.reason)
         if not self.sites:
@@ -76,15 +79,18 @@ class Student:
             site.train(mode)
 
     def _rewrite(self, gm: fx.GraphModule, example_inputs: list[Tensor]) -> Callable[..., Any]:
-        grafted, found = graft(gm, example_inputs, self._plan, self._site)
-        self._outcomes += found
-        return grafted.forward
+        self._outcomes += graft(gm, example_inputs, self._plan, self._site)
+        return gm.forward
 
     def _site(self, entry: SitePlan, weights: SiteWeights) -> TrainableSite | None:
         rewrite = self._rewrites.get(entry.fingerprint)
         if rewrite is None:
             return None
         if entry.fingerprint not in self.sites:
+            if self._found:
+                raise CalibrationError(
+                    f"a later batch is the first to reach {entry.name}: every batch must run every site"
+                )
             self.sites[entry.fingerprint] = KINDS[entry.kind](entry, weights, rewrite)
         return self.sites[entry.fingerprint]
 
@@ -132,7 +138,15 @@ def _first(output: Any) -> Tensor:
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """Switches gradients off for the model's parameters, and back to what they were."""
+    """Switches gradients off for the model's parameters, and back to what they were.
+
+    Raises:
+        CalibrationError: a parameter is an inference tensor, through which no gradient passes.
+    """
+    if made := next((name for name, p in model.named_parameters() if p.is_inference()), None):
+        raise CalibrationError(
+            f"{made} was made under torch.inference_mode(), so no gradient can pass through it: load the model outside"
+        )
     wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
         for parameter in wanted:
