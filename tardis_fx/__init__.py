@@ -12,6 +12,7 @@ from tardis_fx.errors import (
     DemoError,
     PlanFileError,
     PlanMismatchError,
+    ReleasedWeightError,
     StaleWeightError,
     TardisError,
 )
@@ -32,6 +33,7 @@ __all__ = [
     "Plan",
     "PlanFileError",
     "PlanMismatchError",
+    "ReleasedWeightError",
     "Report",
     "StaleWeightError",
     "TardisError",

@@ -29,6 +29,10 @@ class StaleWeightError(PlanMismatchError):
     """A weight changed after the plan was made or after the model was compiled."""
 
 
+class ReleasedWeightError(TardisError, RuntimeError):
+    """Weights that :func:`tardis_fx.release` freed are about to be saved, copied or read."""
+
+
 class DemoError(TardisError, RuntimeError):
     """The demo cannot run here: a library or the standard library's source is missing."""
 

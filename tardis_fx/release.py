@@ -7,10 +7,10 @@ import os
 import tempfile
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tardis_fx.digest import digest
 from tardis_fx.errors import ConfigError, PlanMismatchError
@@ -20,11 +20,13 @@ from tardis_fx.graph.site import SiteWeights, is_released
 from tardis_fx.passes import pipeline
 from tardis_fx.passes.base import rewrite_named
 from tardis_fx.plan import resolve
+from tardis_fx.released import guard
+from tardis_fx.resident import FileMappings, resident_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from torch import fx, nn
+    from torch import fx
 
     from tardis_fx.calibration.observe import Batch
     from tardis_fx.graph.site import Site
@@ -32,7 +34,11 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("tardis_fx")
 
+#: Bytes from which on it is worth a warning that the process keeps them.
+_NOTABLE = 2**26
 
+
+@torch.inference_mode(mode=False)
 @torch.no_grad()
 def release(
     model: nn.Module,
@@ -43,14 +49,23 @@ def release(
 ) -> int:
     """Frees the memory of FFN matrices whose place a plan's tensors have taken; to be called before compiling.
 
-    Without a folder the matrices are gone: each becomes one NaN in its old shape, and whatever still reads it shows.
+    Without a folder the matrices are gone: each becomes one NaN in its old shape. ``state_dict()``, and with it
+    ``save_pretrained`` and whatever else writes a checkpoint, pickling, copying and an uncompiled call of the model
+    then raise :class:`tardis_fx.errors.ReleasedWeightError`; ``load_state_dict()`` gives the matrices values again.
+    Only code that reads a weight's numbers itself, such as ``weight.detach().numpy()``, gets the NaN.
     Only matrices that nothing but their FFN reads go, where the rewrite makes its tensors of the plan alone: rows of
     ``row_bits`` below 16. The model must then be compiled with ``prefill="rewritten"``; it is recognised as before.
     Where corrections read the original weights the matrices stay, and W2, of which the rewrite would make a transposed
     copy, becomes a view of that copy, with the values and the shape that it had.
 
     With a folder each matrix is written to a file there and mapped from it: pages that nothing reads leave the memory
-    when it is short, and prefill with the original weights stays possible. On a CPU only.
+    when it is short, and prefill with the original weights stays possible. On a CPU only. Files are named by a hash of
+    their content; one that is there already is used where its content is the matrix, and else written anew. Do not
+    shorten or delete them while the model lives: the operating system kills a process that reads a page that is gone.
+
+    What the process gave back is measured and logged beside what was freed. Matrices that were mapped from a file
+    already, as some loaders leave them, are not counted: their pages were the system's to take back all along, which a
+    warning says.
 
     Args:
         model: in eval mode, not compiled yet; changed in place.
@@ -70,48 +85,107 @@ def release(
     loaded = resolve(plan)
     if folder is not None and any(p.device.type != "cpu" for p in model.parameters()):
         raise ConfigError("folder: weights are mapped on a CPU only, and the model is elsewhere")
-    found: dict[tuple[int, ...], tuple[Site, SitePlan, list[Tensor]]] = {}
-    elsewhere: set[int] = set()  # storages of what something but an FFN of the plan reads
-
-    def collect(gm: fx.GraphModule, example_inputs: list[Tensor]) -> Callable[..., Any]:
-        forward = gm.forward
-        outcomes = pipeline.outcomes(gm, example_inputs, loaded)
-        values = dict(zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True))
-        for outcome in outcomes:
-            site = outcome.site
-            own = {*site.inner, site.output} if outcome.plan is not None and not outcome.reason else set()
-            elsewhere.update(
-                _storage(values[p]) for p in site.parameters if p in values and not own.issuperset(p.users)
-            )
-            if own and outcome.plan is not None:
-                weights = [values[node] for node in site.parameters]
-                found[tuple(map(id, weights))] = site, outcome.plan, weights
-        return forward
-
-    Capture(model, collect)(example)
+    found, elsewhere = _find(model, loaded, example)
     if not found:
         raise PlanMismatchError("the plan fits none of the model's sites: nothing to release")
-    held = Counter(map(_storage, (p for _, p in model.named_parameters(remove_duplicate=False))))
-    elsewhere.update(storage for storage, count in held.items() if count > 1)
-    freed = 0
-    for site, entry, weights in found.values():
-        matrices = [w for w in weights if w.dim() == 2 and _storage(w) not in elsewhere and not is_released(w)]
+    device = found[0].weights[0].device
+    before, files = resident_bytes(device), FileMappings()
+    freed, shared, mapped = 0, 0, Counter[str]()
+    for site, entry, weights in found:
+        own = [w for w in weights if w.dim() == 2 and not is_released(w)]
+        matrices = [w for w in own if _storage(w) not in elsewhere]
+        if len(matrices) < len(own):
+            _log.warning("%s keeps weights that something else holds or reads, too", entry.name)
         identity = fingerprint(weights, site.function)
         if folder is None and not _stands_alone(site, entry, weights, matrices):
-            if not (shared := _share(site, entry, weights, matrices)):
+            if not (copies := _share(site, entry, weights, matrices)):
                 _log.warning("%s keeps its weights: %s reads them", entry.name, entry.method)
-            freed += shared
+            shared += copies
             remember(weights, site.function, identity)
             continue
         for matrix in matrices:
-            freed += matrix.untyped_storage().nbytes()
+            size, file = matrix.untyped_storage().nbytes(), files.file_of(matrix)
+            freed += 0 if file else size
+            mapped.update({file: size} if file else {})
             matrix.data = _nothing(matrix) if folder is None else _mapped(matrix, Path(folder))
+        if folder is None:
+            guard(model, matrices)
         remember(weights, site.function, identity)
-    return freed
+    _tell(freed, shared, mapped, before, resident_bytes(device))
+    return freed + shared
+
+
+class _Planned(NamedTuple):
+    """A site that the plan rewrites, with its weights as the model holds them."""
+
+    site: Site
+    entry: SitePlan
+    weights: list[Tensor]
+
+
+def _find(model: nn.Module, plan: Plan, example: Batch) -> tuple[list[_Planned], set[int]]:
+    """The planned sites of a model, and the storages that something else, or more than one of them, reads or holds."""
+    found: dict[tuple[Any, ...], _Planned] = {}
+    holders = Counter(
+        _storage(p)
+        for module in model.modules()
+        for p in (*module.parameters(recurse=False), *module.buffers(recurse=False))
+    )
+    elsewhere: set[int] = set()
+
+    def collect(gm: fx.GraphModule, example_inputs: list[Tensor]) -> Callable[..., Any]:
+        outcomes = pipeline.outcomes(gm, example_inputs, plan)
+        values = {
+            n: v
+            for n, v in zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True)
+            if isinstance(v, Tensor)
+        }
+        inside: set[fx.Node] = set()
+        for site, entry, reason in ((o.site, o.plan, o.reason) for o in outcomes):
+            if entry is not None and not reason:
+                inside |= {*site.inner, site.output}
+                weights = [values[node] for node in site.parameters]
+                found[site.function, *map(id, weights)] = _Planned(site, entry, weights)
+        elsewhere.update(_storage(value) for node, value in values.items() if not inside.issuperset(node.users))
+        return gm.forward
+
+    Capture(model, collect)(example)
+    readers = Counter(_storage(w) for planned in found.values() for w in planned.weights)
+    elsewhere.update(storage for count in (holders, readers) for storage, n in count.items() if n > 1)
+    return list(found.values()), elsewhere
+
+
+def _tell(freed: int, shared: int, mapped: Counter[str], before: int | None, after: int | None) -> None:
+    """Logs what was freed beside what the process gave back."""
+    measured = None if before is None or after is None else before - after
+    told = "unknown on this system" if measured is None else f"{measured:,} bytes"
+    _log.info(
+        "released %s bytes of weights, and %s bytes less will be taken when the model is compiled; given back by the "
+        "process, as measured: %s",
+        f"{freed:,}",
+        f"{shared:,}",
+        told,
+    )
+    if measured is not None and measured < freed / 2 and freed >= _NOTABLE:
+        _log.warning(
+            "released %s bytes of weights, and the process gave back %s: something else holds them, such as a state "
+            "dict or another model, or the allocator keeps the memory for later",
+            f"{freed:,}",
+            told,
+        )
+    for file, size in mapped.items():
+        _log.warning(
+            "%s bytes of weights were mapped from %s: the system could take their memory back all along, and nothing "
+            "is freed",
+            f"{size:,}",
+            file,
+        )
 
 
 def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
+    """What two tensors of the same memory have in common; a tensor subclass has no memory of its own."""
+    plain = type(tensor) in (Tensor, nn.Parameter)
+    return tensor.untyped_storage().data_ptr() if plain else -id(tensor)
 
 
 def _stands_alone(site: Site, entry: SitePlan, weights: Sequence[Tensor], matrices: Sequence[Tensor]) -> bool:
@@ -142,10 +216,21 @@ def _mapped(matrix: Tensor, folder: Path) -> Tensor:
     """The matrix from a file that is mapped into memory, privately; the file is shared by all that have its content."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{digest(matrix)}.bin"
-    if not path.exists():
+    content = matrix.detach().contiguous().view(torch.uint8).flatten()
+    if not _holds(path, content):
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             written = Path(scratch, path.name)
-            matrix.detach().contiguous().view(torch.uint8).numpy().tofile(written)
+            with written.open("wb") as file:
+                content.numpy().tofile(file)
+                file.flush()
+                os.fsync(file.fileno())
             os.replace(written, path)  # whoever has mapped an older file of this name keeps that
     mapped = torch.from_file(str(path), shared=False, size=matrix.numel(), dtype=matrix.dtype)
     return mapped.view(matrix.shape)
+
+
+def _holds(path: Path, content: Tensor) -> bool:
+    """Whether a file is there and holds these bytes, and no more."""
+    if not path.is_file() or path.stat().st_size != content.nbytes:
+        return False
+    return torch.equal(torch.from_file(str(path), shared=False, size=content.nbytes, dtype=torch.uint8), content)

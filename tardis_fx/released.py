@@ -1,0 +1,129 @@
+"""Modules whose weights :func:`tardis_fx.release` freed: to save, copy or run them as they are is an error."""
+
+from __future__ import annotations
+
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from tardis_fx.errors import ReleasedWeightError
+from tardis_fx.graph.site import is_released
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from torch import Tensor, nn
+
+
+def guard(model: nn.Module, released: Iterable[Tensor]) -> None:
+    """Guards the modules that hold released weights, until these have values again.
+
+    Args:
+        model: that holds them.
+        released: the weights.
+    """
+    wanted = set(map(id, released))
+    for path, module in model.named_modules():
+        own = {name: tensor for name, tensor in _tensors(module).items() if id(tensor) in wanted}
+        if not own:
+            continue
+        found = _guard_of(module)
+        if found is None:
+            found = ReleasedGuard(path)
+            module.register_state_dict_pre_hook(found)
+            module.register_load_state_dict_pre_hook(found.load)
+            module.register_forward_pre_hook(refuse_eager)
+        found.watch(module, own)
+
+
+class ReleasedGuard:
+    """The hook before ``state_dict()`` of a module whose weights were released.
+
+    It is part of the module and of the weights, so that pickling or deep-copying any of them asks it, too.
+    """
+
+    def __init__(self, path: str) -> None:
+        """Watches nothing yet.
+
+        Args:
+            path: of the module in the model.
+        """
+        self._path = path
+        self._names: set[str] = set()
+        self._module: weakref.ref[nn.Module] | None = None
+
+    def watch(self, module: nn.Module, weights: Mapping[str, Tensor]) -> None:
+        """Adds weights that were released.
+
+        Args:
+            module: that holds them.
+            weights: by their names in the module.
+        """
+        self._module = weakref.ref(module)
+        self._names |= weights.keys()
+        for weight in weights.values():
+            weight._tardis_released = self  # type: ignore[attr-defined]  # is pickled with it
+
+    def __call__(self, module: nn.Module, prefix: str = "", keep_vars: bool = False) -> None:
+        """Before ``module.state_dict()``.
+
+        Raises:
+            ReleasedWeightError: a weight is still gone.
+        """
+        self.refuse(_tensors(module), "state_dict() or a checkpoint of the model")
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Before the module or a weight is pickled or deep-copied.
+
+        Raises:
+            ReleasedWeightError: a weight is still gone.
+        """
+        module = None if self._module is None else self._module()
+        if module is not None:
+            self.refuse(_tensors(module), "a pickle or a copy of it")
+        return ReleasedGuard, (self._path,)
+
+    def load(self, module: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
+        """Before ``module.load_state_dict()``: gives weights room for the values that are to be copied to them."""
+        for name, weight in _tensors(module).items():
+            if prefix + name in state_dict and is_released(weight):
+                weight.data = torch.full_like(weight, torch.nan, memory_format=torch.contiguous_format)
+
+    def refuse(self, weights: Mapping[str, Tensor], what: str) -> None:
+        """Nothing, or an error where a weight is still gone.
+
+        Raises:
+            ReleasedWeightError: names the weights and says what would hold NaN.
+        """
+        gone = [name for name, weight in weights.items() if name in self._names and _is_nan(weight)]
+        if gone:
+            names = ", ".join(f"{self._path}.{name}".lstrip(".") for name in gone)
+            raise ReleasedWeightError(
+                f"{names}: released by tardis_fx.release, so {what} would hold NaN in their place. Load the original "
+                f"weights into the model again (load_state_dict), or release with folder=..., which keeps them"
+            )
+
+
+def refuse_eager(module: nn.Module, args: Any) -> None:
+    """The hook before ``module.forward()``. Dynamo traces nothing of it.
+
+    Raises:
+        ReleasedWeightError: the module is about to run eagerly.
+    """
+    found = None if torch.compiler.is_compiling() else _guard_of(module)
+    if found is not None:
+        found.refuse(_tensors(module), "what an uncompiled call returns")
+
+
+def _guard_of(module: nn.Module) -> ReleasedGuard | None:
+    return next((hook for hook in module._state_dict_pre_hooks.values() if isinstance(hook, ReleasedGuard)), None)
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    return {name: t for own in (module._parameters, module._buffers) for name, t in own.items() if t is not None}
+
+
+def _is_nan(weight: Tensor) -> bool:
+    """Whether a weight has no values; a cast or a move to a device writes the one NaN out."""
+    return not weight.is_meta and weight.numel() > 0 and bool(weight[(0,) * weight.dim()].isnan())
