@@ -8,7 +8,7 @@ import pytest
 import torch
 from builders import models
 from builders.compiled import compiled
-from builders.ffns import Block, config, ffn, inputs, planned
+from builders.ffns import Block, Broken, config, ffn, inputs, planned
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -143,6 +143,50 @@ def test_two_sites_of_equal_weights_are_two_sites() -> None:
 def test_one_site_that_runs_twice_is_one_site() -> None:
     block = Block(ffn())
     assert len(explain(nn.Sequential(block, block).eval(), planned(block), X).sites) == 1
+
+
+# ---- Graphs that several blocks share
+
+
+def test_every_block_of_a_shared_graph_is_listed_by_its_name() -> None:
+    model = Broken([Block(ffn(seed=i)) for i in range(4)])
+    plan = planned(model, method={"blocks.2*": None, "*": "partial_linear"})
+    report = explain(model, plan, X)
+    assert [(site.name, site.status) for site in report.sites] == [
+        (f"blocks.{i}.ffn", "refused" if i == 2 else "rewritten") for i in range(4)
+    ]
+    assert report.missing == ()
+
+
+def test_a_block_that_the_plan_does_not_know_is_refused_among_those_that_share_its_graph() -> None:
+    blocks = [Block(ffn(seed=i)) for i in range(3)]
+    plan = planned(Broken(blocks[:2]))
+    report = explain(Broken(blocks), plan, X)
+    assert [site.status for site in report.sites] == ["rewritten", "rewritten", "refused"]
+    assert report.missing == ()
+
+
+def test_blocks_of_equal_weights_in_one_graph_are_listed_and_one_that_runs_twice_is_listed_once() -> None:
+    block = Block(ffn())
+    model = Broken([block, Block(ffn()), block])
+    report = explain(model, planned(model), X)
+    assert [(site.name, site.status) for site in report.sites] == [
+        ("blocks.0.ffn", "rewritten"),
+        ("blocks.1.ffn", "rewritten"),
+    ]
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad, torch.inference_mode])
+def test_the_gradient_mode_of_the_caller_does_not_matter(mode: Any) -> None:
+    model = Block(ffn())
+    with mode():
+        plan = planned(model)
+        before = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        report = explain(model, plan, inputs(4, 16))
+        assert (torch.is_grad_enabled(), torch.is_inference_mode_enabled()) == before
+    assert [site.status for site in report.sites] == ["rewritten"]
+    assert not any(tensor.is_inference() or tensor.requires_grad for tensor in plan.sites[0].tensors.values())
+    torch.testing.assert_close(plan.sites[0].tensors, planned(model).sites[0].tensors)
 
 
 # ---- Output

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 from builders.compiled import compiled
-from builders.ffns import Block, batches, config, ffn, inputs
+from builders.ffns import Block, Broken, batches, config, ffn, inputs
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.modeling_outputs import ImageClassifierOutput
 
 from tardis_fx import CalibrationError, ConfigError, Plan, calibrate, finetune
 from tardis_fx.explain import Report
@@ -188,3 +189,56 @@ def test_a_site_that_training_or_evaluation_does_not_reach_stays_as_it_is(
 def test_a_plan_whose_sites_no_batch_reaches_is_refused() -> None:
     with pytest.raises(CalibrationError, match="no site can be fine-tuned, second"):
         branching([16, 16], [16], {"first*": None, "second*": "ffsplit"})
+
+
+class Labelled(nn.Module):
+    """Takes labels, and returns the loss with them, as models of transformers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = model()
+        self.eval()
+
+    def forward(self, x: Tensor, labels: Tensor) -> ImageClassifierOutput:
+        logits = self.inner(x)
+        return ImageClassifierOutput(loss=F.cross_entropy(logits, labels), logits=logits)
+
+
+def squares(output: Tensor, _: Any) -> Tensor:
+    return output.square().mean()
+
+
+def test_blocks_that_share_a_graph_are_trained_as_those_that_do_not() -> None:
+    blocks: list[nn.Module] = [Block(ffn(D, 64, seed=i), D) for i in range(4)]
+    blocks.append(blocks[0])  # runs twice
+    plain = nn.Sequential(*blocks).eval()
+    before = calibrate(plain, batches(d=D), config=config(method="ffsplit", budget=0.4))
+    found, expected = (
+        finetune(m, before, batches(3, 32, d=D), loss=squares, epochs=1, progress=False)
+        for m in (Broken(blocks), plain)
+    )
+    assert [site.method for site in found.sites] == ["ffsplit+finetuned"] * 4
+    for old, new, same in zip(before.sites, found.sites, expected.sites, strict=True):
+        assert not torch.equal(new.tensors["w1_a"], old.tensors["w1_a"])
+        torch.testing.assert_close(dict(new.tensors), dict(same.tensors))
+        assert new.error == pytest.approx(same.error)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_the_gradient_mode_of_the_caller_does_not_matter(mode: Any) -> None:
+    """Nor that batches and labels were made in it, which autograd would refuse to keep."""
+    labelled, planned = Labelled(), plan()
+
+    def trained_once() -> Plan:
+        given = [{"x": inputs(32, D, seed=i), "labels": torch.arange(32) % CLASSES} for i in range(3)]
+        return finetune(labelled, planned, given, epochs=1, progress=False)
+
+    expected = trained_once()
+    with mode():
+        before = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        found = trained_once()
+        assert (torch.is_grad_enabled(), torch.is_inference_mode_enabled()) == before
+    assert [site.method for site in found.sites] == ["ffsplit+finetuned"] * 2
+    for one, other in zip(found.sites, expected.sites, strict=True):
+        assert not any(t.is_inference() or t.requires_grad for t in one.tensors.values())
+        torch.testing.assert_close(dict(one.tensors), dict(other.tensors))

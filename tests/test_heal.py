@@ -10,7 +10,7 @@ import pytest
 import torch
 from builders import models
 from builders.compiled import compiled
-from builders.ffns import Block, batches, config, ffn, planned
+from builders.ffns import Block, Broken, batches, config, ffn, planned
 from builders.gated import Gated
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutput
@@ -198,6 +198,51 @@ def test_the_tuning_split_is_the_last_eighth_and_never_trained_on(monkeypatch: p
     healed(model, language_plan(), given, steps=20)
     assert trained == set(range(14))
     assert tuned == {14, 15}
+
+
+# ---- Graphs that several blocks share
+
+
+def test_blocks_that_share_a_graph_are_healed_as_those_that_do_not() -> None:
+    blocks: list[nn.Module] = [Block(ffn(seed=i)) for i in range(4)]
+    blocks.append(blocks[0])  # runs twice
+    given = batches(3, 64)
+    plain = nn.Sequential(*blocks).eval()
+    plan = planned(plain)
+    found, expected = (healed(model, plan, given, steps=4) for model in (Broken(blocks), plain))
+    assert len(found.sites) == 4
+    assert same(found, expected)
+    for old, new in zip(plan.sites, found.sites, strict=True):
+        assert not torch.equal(old.tensors["folded_weight"], new.tensors["folded_weight"])
+        assert 0 < new.error != old.error
+
+
+def test_a_batch_that_is_the_first_to_reach_a_block_is_refused() -> None:
+    model = Broken([Block(ffn(seed=i)) for i in range(2)])
+    plan = planned(model)
+    given = [{"x": batches(1)[0]}, {"x": batches(1)[0], "first": 1}]
+    with pytest.raises(CalibrationError, match=r"first to reach blocks\.1\.ffn: every batch must run every site"):
+        healed(model, plan, given)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_the_gradient_mode_of_the_caller_does_not_matter(mode: Any) -> None:
+    model = nn.Sequential(Block(ffn(seed=1))).eval()
+    plan = planned(model)
+    expected = healed(model, plan, batches(3, 64), steps=4)
+    with mode():
+        before = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        found = healed(model, plan, batches(3, 64), steps=4)
+        assert (torch.is_grad_enabled(), torch.is_inference_mode_enabled()) == before
+    assert same(found, expected)
+    assert not any(t.is_inference() or t.requires_grad for site in found.sites for t in site.tensors.values())
+
+
+def test_a_model_made_in_inference_mode_is_refused_and_one_of_its_parameters_named() -> None:
+    with torch.inference_mode():
+        model = nn.Sequential(Block(ffn(seed=1))).eval()
+    with pytest.raises(CalibrationError, match=r"0\.norm\.weight was made under torch\.inference_mode"):
+        healed(model, planned(nn.Sequential(Block(ffn(seed=1))).eval()), batches(3, 64))
 
 
 # ---- What it leaves alone

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from builders import models
-from builders.ffns import Block, config, ffn, inputs
+from builders.ffns import Block, Broken, config, ffn, inputs
 from torch import nn
 
 import tardis_fx
@@ -285,21 +285,6 @@ class Owner(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         hidden = nn.functional.gelu(nn.functional.linear(x, self.up))
         return nn.functional.linear(hidden, self.down)
-
-
-class Broken(nn.Module):
-    """FFNs behind graph breaks, which run one graph."""
-
-    def __init__(self, blocks: list[nn.Module]) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(blocks)
-        self.eval()
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for block in self.blocks:
-            torch._dynamo.graph_break()
-            x = block(x)
-        return x
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ import types
 import weakref
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
+from warnings import catch_warnings, filterwarnings
 
 import torch
 from torch import Tensor, fx, nn
@@ -78,7 +79,9 @@ class Capture:
         from torch._inductor import config as inductor_config  # takes its time
 
         inductor = inductor_config.patch(freezing=False)  # Dynamo asks it whether weights are inputs
-        with dynamo, inductor, torch.inference_mode(mode=False), torch.set_grad_enabled(gradients):
+        with dynamo, inductor, torch.inference_mode(mode=False), torch.set_grad_enabled(gradients), catch_warnings():
+            # Dynamo asks activations between two graphs for it, and hides the warning, but not where it is an error
+            filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")
             return self._call(self._model, args, kwargs)
 
     def _check_devices(self, tensors: list[Tensor]) -> None:

@@ -25,6 +25,21 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 
+class Broken(nn.Module):
+    """Blocks behind graph breaks: Dynamo runs one graph for all of them. A batch may reach the first ones alone."""
+
+    def __init__(self, blocks: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.eval()
+
+    def forward(self, x: Tensor, first: int | None = None) -> Tensor:
+        for block in self.blocks[:first]:
+            torch._dynamo.graph_break()
+            x = block(x)
+        return x
+
+
 def batches(count: int = 4, tokens: int = 256, d: int = 16) -> list[Tensor]:
     """Calibration batches."""
     return [inputs(tokens, d, seed=100 + i) for i in range(count)]
