@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tardis_fx.calibration.predictor import Quantised, quantise, quantise_in_turn
+from tardis_fx.calibration.predictor import DAMPING, Quantised, quantise, quantise_in_turn
 from tardis_fx.runtime.packing import GROUP_SIZES, group_count, packed_bytes, unpack
 from tardis_fx.runtime.reference import estimate
 
@@ -58,32 +58,92 @@ def test_codes_scales_and_zero_points_are_stored_as_the_kernels_read_them(
     assert int(predictor.zero.max()) < 2**bits
 
 
-@given(st.sampled_from([2, 3, 4]), st.sampled_from([16, 64, 100, 200]), group_sizes, seeds)
-def test_on_correlated_inputs_gptq_errs_less_than_rounding_to_nearest(
+def steps_from_the_rule(
+    found: Quantised, weight: Tensor, gram: Tensor, group_size: int, order: Tensor | None
+) -> Tensor:
+    """Steps between each code and the place that GPTQ's rule gives it.
+
+    The rule, for columns rounded one after the other: let VᵀV be the damped Gram matrix, V lower triangular, and e the
+    error of a row of weights, so that its products err by |V e|². Entry i of V e depends on columns up to i alone, and
+    later columns can make up for all entries but that: column i takes the code nearest to where entry i vanishes.
+
+    Args:
+        found: what is tested.
+        weight: the matrix that was quantised.
+        gram: [d, d] of its columns, or [h, h] of its rows.
+        group_size: of the codes.
+        order: in which rows were rounded; None where it was the columns, in their own.
+    """
+    group = torch.arange(found.columns) // group_size
+    scale, zero = found.scale.double()[:, group], found.zero.double()[:, group]
+    codes = unpack(found.codes, found.bits, found.columns).double()
+    error = scale * (codes - zero) - weight
+    damped = gram.double() + DAMPING * gram.double().diagonal().mean() * torch.eye(len(gram))
+    if order is None:
+        v = lower_factor(damped)
+        made_up = (error @ v.T) / v.diagonal()
+    else:
+        v, back = lower_factor(damped[order][:, order]), order.argsort()
+        made_up = ((v @ error[order]) / v.diagonal()[:, None])[back]
+    there = (codes - made_up / scale).clamp(0, 2**found.bits - 1)
+    return (codes - there).abs()
+
+
+def lower_factor(matrix: Tensor) -> Tensor:
+    """V, lower triangular, with VᵀV the matrix."""
+    return torch.linalg.cholesky(matrix.flip(0, 1)).flip(0, 1).T
+
+
+#: In steps, beside the half of a nearest code: float32 keeps 2**-24 of weights up to 2**8 steps long, which up to 2**8
+#: columns before them have moved by their errors.
+ROUNDED = 2**-8
+
+
+@given(widths, columns, group_sizes, seeds)
+def test_gptq_takes_the_code_that_makes_up_best_for_the_columns_before(
     bits: int, d: int, group_size: int, seed: int
 ) -> None:
     w1, x = drawn(d, seed)
-    rounded = quantise(w1, None, bits, group_size)
-    assert error(quantise(w1, x.T @ x, bits, group_size), w1, x) < 0.9 * error(rounded, w1, x)
+    found = quantise(w1, x.T @ x, bits, group_size)
+    assert steps_from_the_rule(found, w1, x.T @ x, group_size, None).max() <= 0.5 + ROUNDED
 
 
-@given(st.sampled_from([2, 3, 4]), seeds)
-def test_errors_of_one_group_are_made_up_for_in_the_next(bits: int, seed: int) -> None:
-    w1, _ = drawn(128, seed)
-    half = torch.randn(512, 64, generator=torch.Generator().manual_seed(seed))
-    x = torch.cat([half, half + 0.1 * half.roll(1, 0)], 1)  # no correlation within a group, all of it between the two
-    rounded = quantise(w1, None, bits, 64)
-    assert error(quantise(w1, x.T @ x, bits, 64), w1, x) < 0.9 * error(rounded, w1, x)
-
-
-@given(st.sampled_from([2, 3, 4]), st.sampled_from([16, 100, 200]), st.sampled_from([3, 64, 65]), group_sizes, seeds)
-def test_rows_quantised_in_turn_err_less_where_what_multiplies_them_is_correlated(
+@given(widths, st.sampled_from([16, 100, 200]), st.sampled_from([3, 64, 65]), group_sizes, seeds)
+def test_rows_in_turn_take_the_code_that_makes_up_best_for_the_rows_before(
     bits: int, h: int, d_out: int, group_size: int, seed: int
 ) -> None:
     _, c = drawn(h, seed)
-    weight = torch.randn(h, d_out, generator=torch.Generator().manual_seed(seed))
-    rounded, in_turn = quantise(weight, None, bits, group_size), quantise_in_turn(weight, c.T @ c, bits, group_size)
-    assert (c @ (in_turn.weight - weight)).norm() < 0.9 * (c @ (rounded.weight - weight)).norm()
+    gram, weight = c.T @ c, torch.randn(h, d_out, generator=torch.Generator().manual_seed(seed))
+    found = quantise_in_turn(weight, gram, bits, group_size)
+    order = gram.diagonal().argsort(descending=True)
+    assert steps_from_the_rule(found, weight, gram, group_size, order).max() <= 0.5 + ROUNDED
+
+
+# The rule lowers the error on average; in one column it may raise it, so these draw nothing.
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("d", [16, 100, 200])
+def test_on_correlated_inputs_gptq_errs_less_than_rounding_to_nearest(bits: int, d: int) -> None:
+    w1, x = drawn(d, 0, rows=256)
+    assert error(quantise(w1, x.T @ x, bits, 64), w1, x) < 0.8 * error(quantise(w1, None, bits, 64), w1, x)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_errors_of_one_group_are_made_up_for_in_the_next(bits: int) -> None:
+    w1, _ = drawn(128, 0, rows=256)
+    half = torch.randn(512, 64, generator=torch.Generator().manual_seed(0))
+    x = torch.cat([half, half + 0.1 * half.roll(1, 0)], 1)  # no correlation within a group, all of it between the two
+    assert error(quantise(w1, x.T @ x, bits, 64), w1, x) < 0.8 * error(quantise(w1, None, bits, 64), w1, x)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("h", [16, 100, 200])
+def test_rows_quantised_in_turn_err_less_where_what_multiplies_them_is_correlated(bits: int, h: int) -> None:
+    _, c = drawn(h, 0)
+    weight = torch.randn(h, 256, generator=torch.Generator().manual_seed(0))
+    rounded, in_turn = quantise(weight, None, bits, 64), quantise_in_turn(weight, c.T @ c, bits, 64)
+    assert (c @ (in_turn.weight - weight)).norm() < 0.8 * (c @ (rounded.weight - weight)).norm()
 
 
 @given(widths, columns, group_sizes, seeds)
