@@ -15,6 +15,7 @@ import transformers as hf
 
 import tardis_fx
 from tardis_fx import backend
+from tardis_fx.bench.decoding import cache_argument
 from tardis_fx.runtime.guard import GuardedGraph
 
 if TYPE_CHECKING:
@@ -68,11 +69,11 @@ def main() -> None:
     plan = tardis_fx.calibrate(model, batches, config=tardis_fx.Config(budget=0.3, fold_bits=4, row_bits=4))
     backend.GuardedGraph = Recorded  # type: ignore[misc]
     fast = torch.compile(model, backend="tardis", options={"plan": plan})
-    token, cache = torch.tensor([[1]]), hf.StaticCache(config=config, max_cache_len=CONTEXT)
+    token, cache = torch.tensor([[1]]), {cache_argument(model): hf.StaticCache(config=config, max_cache_len=CONTEXT)}
     positions = iter(range(CONTEXT))
 
     def step() -> None:
-        fast(token, past_key_values=cache, position_ids=torch.tensor([[next(positions)]]))
+        fast(token, **cache, position_ids=torch.tensor([[next(positions)]]))
 
     for _ in range(8):
         step()

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from tardis_fx.bench import shapes
+from tardis_fx.bench.decoding import cache_argument
 from tardis_fx.bench.plans import Widths, random_plans
 from tardis_fx.graph.capture import own_code
 
@@ -31,8 +32,8 @@ def model() -> Any:
     return shapes.build(shapes.config_of("gpt2"), torch.float32, 1)
 
 
-def call(model: Any, token: torch.Tensor, cache: Any) -> Any:
-    return model(token, past_key_values=cache).logits
+def call(model: Any, token: torch.Tensor, cache: dict[str, Any]) -> Any:
+    return model(token, **cache).logits
 
 
 @torch.no_grad()
@@ -41,7 +42,7 @@ def started(plan: str | None) -> float:
     from transformers import StaticCache
 
     gpt2 = model()
-    cache = StaticCache(config=gpt2.config, max_cache_len=CONTEXT)
+    cache = {cache_argument(gpt2): StaticCache(config=gpt2.config, max_cache_len=CONTEXT)}
     begun = time.perf_counter()
     how: dict[str, Any] = {} if plan is None else {"backend": "tardis", "options": {"plan": plan}}
     torch.compile(own_code(call), **how)(gpt2, torch.zeros(1, 1, dtype=torch.long), cache)

@@ -25,6 +25,7 @@ from tardis_fx import (
     calibrate,
     explain,
 )
+from tardis_fx.bench.decoding import cache_argument
 from tardis_fx.passes.pipeline import DECODE_TOKENS
 
 if TYPE_CHECKING:
@@ -169,13 +170,11 @@ def gpt2_plan() -> Plan:
 def generated(model: Any, prompt: Tensor, steps: int) -> Tensor:
     """Logits of a prompt and of greedy decoding with a static cache, [1, prompt + steps, vocabulary]."""
     gpt2 = models.gpt2()
-    cache = StaticCache(config=gpt2.config, max_cache_len=64)
-    logits = [model(prompt, past_key_values=cache, use_cache=True).logits]
+    cache = {cache_argument(gpt2): StaticCache(config=gpt2.config, max_cache_len=64)}
+    logits = [model(prompt, **cache, use_cache=True).logits]
     for i in range(steps):
         position = torch.tensor([[prompt.shape[1] + i]])
-        logits.append(
-            model(logits[-1][:, -1:].argmax(-1), past_key_values=cache, use_cache=True, position_ids=position).logits
-        )
+        logits.append(model(logits[-1][:, -1:].argmax(-1), **cache, use_cache=True, position_ids=position).logits)
     return torch.cat(logits, 1)
 
 

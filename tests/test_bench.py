@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from tardis_fx import cli
 from tardis_fx.bench import machine, shapes, table, weight_only
 from tardis_fx.bench import model as models
+from tardis_fx.bench.decoding import cache_argument
 from tardis_fx.bench.ffn import COLD, copies_for
 from tardis_fx.bench.machine import Machine
 from tardis_fx.bench.model import FROZEN, MARGIN
@@ -244,6 +245,24 @@ def test_what_is_left_out_of_int8_shares_its_weights_with_the_model() -> None:
 def test_a_step_reads_all_but_the_tables_of_embeddings() -> None:
     tied = shapes.build(shapes.config_of("demo", 1), torch.float32, 1)
     assert shapes.step_bytes(tied) == shapes.weight_bytes(tied) - 4 * 256 * 256  # of positions
+
+
+class _Named(torch.nn.Module):
+    def forward(self, input_ids: Any, cache: Any = None) -> None: ...
+
+
+class _NamedBefore(torch.nn.Module):
+    def forward(self, input_ids: Any, past_key_values: Any = None) -> None: ...
+
+
+@pytest.mark.parametrize(("model", "name"), [(_Named(), "cache"), (_NamedBefore(), "past_key_values")])
+def test_a_cache_is_passed_by_the_name_that_the_model_gives_it(model: torch.nn.Module, name: str) -> None:
+    assert cache_argument(model) == name
+
+
+def test_a_model_that_takes_no_cache_is_refused() -> None:
+    with pytest.raises(BenchError, match=r"Linear\.forward takes no key-value cache"):
+        cache_argument(torch.nn.Linear(2, 2))
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,7 @@ import torch
 from torch._inductor import config as inductor_config
 
 from tardis_fx.bench.machine import wait
+from tardis_fx.errors import BenchError
 from tardis_fx.graph.capture import own_code
 
 if TYPE_CHECKING:
@@ -28,12 +30,13 @@ class Decoder:
 
         self._frozen: dict[str, Any] = {"freezing": True} if freezing else {}
         self._step: Callable[..., Any] = torch.compile(own_code(call_model), fullgraph=True, **options)
-        self._model = model
-        self.cache, self._tokens = StaticCache(config=model.config, max_cache_len=context), tokens
+        self._model, self._tokens = model, tokens
+        self.cache = StaticCache(config=model.config, max_cache_len=context)
+        self._cache = {cache_argument(model): self.cache}
         self._positions = torch.arange(len(tokens), device=tokens.device).view(-1, 1, 1)
         if tokens.is_cuda:  # memory of the cache that is there before a graph is compiled may be part of a CUDA graph
             with torch.no_grad():
-                call_model(model, tokens[:1, None], past_key_values=self.cache, position_ids=self._positions[0])
+                call_model(model, tokens[:1, None], **self._cache, position_ids=self._positions[0])
 
     @torch.no_grad()
     def __call__(self) -> float:
@@ -47,7 +50,7 @@ class Decoder:
         wait(self._tokens.device)
         started = time.perf_counter()
         for token, position in steps:
-            self._step(self._model, token, past_key_values=self.cache, position_ids=position)
+            self._step(self._model, token, **self._cache, position_ids=position)
         wait(self._tokens.device)
         return (time.perf_counter() - started) / len(steps)
 
@@ -55,6 +58,21 @@ class Decoder:
 def call_model(model: Callable[..., Any], tokens: Tensor, **rest: Any) -> Any:
     """Logits, [batch, tokens, vocabulary]; every decoder compiles a copy of this function."""
     return model(tokens, **rest).logits
+
+
+def cache_argument(model: Any) -> str:
+    """Name of the argument, and of the field of the output, in which a model takes and returns its key-value cache.
+
+    transformers 5.24 renamed ``past_key_values`` to ``cache``.
+
+    Raises:
+        BenchError: the model's ``forward`` takes neither.
+    """
+    parameters = inspect.signature(model.forward).parameters
+    for name in ("cache", "past_key_values"):
+        if name in parameters:
+            return name
+    raise BenchError(f"{type(model).__name__}.forward takes no key-value cache: decoding step by step needs one")
 
 
 def texts(model: Any, count: int, length: int, own: bool) -> Tensor:

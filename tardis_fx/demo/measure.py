@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn import functional as F  # noqa: N812
 
+from tardis_fx.bench.decoding import cache_argument
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -74,11 +76,12 @@ class Decoder:
         from transformers import StaticCache
 
         cache = StaticCache(config=self._demo.model.config, max_cache_len=self._demo.context)
+        kept = {cache_argument(self._demo.model): cache}
         position = torch.arange(len(prompt))[None]
-        token = self._demo.model(prompt[None], past_key_values=cache, position_ids=position).logits[:, -1:].argmax(-1)
+        token = self._demo.model(prompt[None], **kept, position_ids=position).logits[:, -1:].argmax(-1)
         found = [token]
         started = time.perf_counter()
         for i in range(len(prompt), len(prompt) + tokens - 1):
-            token = self._step(token, past_key_values=cache, position_ids=torch.tensor([[i]])).logits.argmax(-1)
+            token = self._step(token, **kept, position_ids=torch.tensor([[i]])).logits.argmax(-1)
             found.append(token)
         return torch.cat(found, 1)[0], (time.perf_counter() - started) / (tokens - 1)

@@ -20,6 +20,7 @@ from builders.compiled import compiled
 from builders.ffns import exact_plan
 
 from tardis_fx import Config, Plan, calibrate
+from tardis_fx.bench.decoding import cache_argument
 from tardis_fx.calibration.observe import BatchObservation
 
 if TYPE_CHECKING:
@@ -69,12 +70,12 @@ def batches() -> list[dict[str, torch.Tensor]]:
 @torch.no_grad()
 def greedy(model: Any, count: int = TOKENS) -> list[list[int]]:
     """What transformers generates, one prompt at a time."""
-    found = []
+    found, name = [], cache_argument(model)
     for prompt in PROMPTS:
         ids, past, tokens = torch.tensor([prompt]), None, list[int]()
         for _ in range(count):
-            output = model(input_ids=ids, past_key_values=past, use_cache=True)
-            past = output.past_key_values
+            output = model(input_ids=ids, **{name: past}, use_cache=True)
+            past = getattr(output, name)
             tokens.append(int(output.logits[0, -1].argmax()))
             ids = torch.tensor([tokens[-1:]])
         found.append(tokens)
