@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import os
+import random
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,17 +23,18 @@ if TYPE_CHECKING:
 os.environ["HF_HUB_OFFLINE"] = "1"
 sys.path.insert(0, str(Path(__file__).parent))  # for `builders`: pytest's importlib mode adds nothing
 
-settings.register_profile("dev", deadline=None, max_examples=20)
-settings.register_profile("ci", deadline=None, max_examples=20, derandomize=True, print_blob=True)
-settings.register_profile("thorough", deadline=None, max_examples=500)  # pytest --hypothesis-profile thorough
-settings.load_profile("ci" if os.environ.get("CI") else "dev")
+# Of Hypothesis's plain profile: where it sees a CI it would draw the same examples in every run.
+_plain = settings.get_profile("default")
+settings.register_profile("dev", _plain, deadline=None, max_examples=20, print_blob=True)
+settings.register_profile("thorough", _plain, deadline=None, max_examples=500, print_blob=True)
+settings.load_profile("dev")
 
 # Else pytest shows hundreds of empty lines under every failure.
 logging.getLogger("torch.__trace").setLevel(logging.CRITICAL)
 # Remarks on the tiny configs (special tokens beyond the vocabulary) are no news.
 logging.getLogger("transformers").setLevel(logging.ERROR)
 
-#: Warnings of third parties that nothing here causes; all others are errors (pyproject.toml).
+#: Warnings of third parties that nothing here causes and no user needs to read.
 THIRD_PARTY = [
     # Inductor imports torch.utils.mkldnn, which uses what torch itself deprecates.
     r"ignore:`torch\.jit\.script_method` is deprecated:DeprecationWarning",
@@ -43,9 +45,17 @@ THIRD_PARTY = [
 ]
 
 
+@pytest.hookimpl(tryfirst=True)  # before Hypothesis reads the seed
 def pytest_configure(config: pytest.Config) -> None:
     for line in THIRD_PARTY:
         config.addinivalue_line("filterwarnings", line)
+    if config.getoption("--hypothesis-seed") is None:
+        config.option.hypothesis_seed = str(random.getrandbits(32))
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    if reporter := session.config.pluginmanager.get_plugin("terminalreporter"):
+        reporter.write_line(f"examples drawn with --hypothesis-seed={session.config.getoption('--hypothesis-seed')}")
 
 
 @pytest.fixture(autouse=True)
