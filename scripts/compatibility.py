@@ -1,0 +1,110 @@
+"""The oldest releases that pyproject.toml admits, and docs/compatibility.md, the table of what was tested.
+
+python scripts/compatibility.py bounds FILE            writes a constraint `name==oldest` for every dependency
+python scripts/compatibility.py record LANE REPORT     writes the column `oldest` or `newest` from this environment
+
+Run by `nox -s oldest newest`. Exits with 1 where a test of the report failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import platform
+import sys
+import tomllib
+from importlib.metadata import PackageNotFoundError, version
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING
+from xml.etree import ElementTree
+
+from packaging.requirements import Requirement
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+ROOT = Path(__file__).parent.parent
+EXTRAS = ("gpu", "demo", "testing", "test", "bench")
+LANES = ("oldest", "newest")
+HEAD = """# Compatibility
+
+The releases that the test suite was last run with: the oldest and the newest that `pyproject.toml` admits. Written by
+`nox -s oldest newest`.
+
+| | promised | oldest tested | newest tested |
+|---|---|---|---|
+"""
+
+
+def main() -> int:
+    """Runs the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("bounds").add_argument("file", type=Path)
+    record = commands.add_parser("record")
+    record.add_argument("lane", choices=LANES)
+    record.add_argument("report", type=Path)
+    record.add_argument("--page", type=Path, default=ROOT / "docs" / "compatibility.md")
+    arguments = parser.parse_args()
+    if arguments.command == "bounds":
+        arguments.file.write_text("".join(f"{constraint}\n" for constraint in bounds()))
+        return 0
+    tests = ElementTree.parse(arguments.report).getroot().find("testsuite").attrib
+    failed = int(tests["failures"]) + int(tests["errors"])
+    passed = int(tests["tests"]) - failed - int(tests["skipped"])
+    result = f"{passed} passed, {tests['skipped']} skipped" + (f", {failed} failed" if failed else "")
+    write(arguments.page, arguments.lane, tested(result))
+    return 1 if failed else 0
+
+
+def requirements() -> Iterator[Requirement]:
+    """What pyproject.toml promises to work with, tools for development left out."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lists = [project["dependencies"], *(project["optional-dependencies"][extra] for extra in EXTRAS)]
+    for line in chain.from_iterable(lists):
+        if not (requirement := Requirement(line)).name.startswith("tardis"):
+            yield requirement
+
+
+def bounds() -> Iterator[str]:
+    """Constraints, one for each dependency that has a lower bound."""
+    for requirement in requirements():
+        for specifier in requirement.specifier:
+            if specifier.operator in (">=", "=="):
+                yield f"{requirement.name}=={specifier.version}"
+
+
+def tested(result: str) -> dict[str, tuple[str, str]]:
+    """Rows of the table: name, what is promised, what was tested."""
+    python = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["requires-python"]
+    rows = {
+        "date": ("", datetime.datetime.now(datetime.UTC).date().isoformat()),
+        "result": ("", result),
+        "platform": ("", f"{platform.system()}, {platform.machine()}"),
+        "Python": (python, platform.python_version()),
+    }
+    for requirement in sorted(requirements(), key=lambda r: r.name):
+        try:
+            found = version(requirement.name)
+        except PackageNotFoundError:
+            found = "not installed"
+        rows[requirement.name] = (str(requirement.specifier) or "any", found)
+    return rows
+
+
+def write(page: Path, lane: str, rows: dict[str, tuple[str, str]]) -> None:
+    """Replaces a lane's column; the other stays."""
+    before = {}
+    if page.exists():
+        cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.read_text().splitlines()]
+        before = {row[0]: dict(zip(LANES, row[2:], strict=True)) for row in cells if len(row) == 4}
+    lines = []
+    for name, (promised, found) in rows.items():
+        columns = before.get(name, dict.fromkeys(LANES, "")) | {lane: found}
+        lines.append(f"| {name} | {promised} | {' | '.join(columns[each] for each in LANES)} |\n")
+    page.write_text(HEAD + "".join(lines))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
