@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import replace
 from functools import cache
 from importlib.metadata import entry_points
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+    UnsupportedOperatorException,
+)
 
 from tardis_fx.errors import ConfigError
+from tardis_fx.passes.layout import check
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -17,6 +27,7 @@ if TYPE_CHECKING:
     from tardis_fx.calibration.observe import Observation, ObservedSite
     from tardis_fx.config import Config
     from tardis_fx.graph.site import Site, SiteWeights
+    from tardis_fx.passes.layout import Layout
     from tardis_fx.plan import SitePlan
 
 #: Entry points of this group name subclasses of :class:`Rewrite`.
@@ -58,6 +69,30 @@ class Rewrite(ABC):
     @abstractmethod
     def forward(self, x: Tensor, constants: Mapping[str, Tensor], plan: SitePlan) -> Tensor:
         """The rewritten site: x [..., d] to [..., d_out]. Traced with ``torch.fx``: no branches on values or shapes."""
+
+    def layout(self, plan: SitePlan, weights: SiteWeights) -> Layout | None:
+        """The tensors that an entry with the plan's settings holds, or None where only :meth:`constants` knows.
+
+        Args:
+            plan: read from a file that anybody may have written.
+            weights: of its site.
+
+        Raises:
+            ValueError: no entry has such settings. So may any other exception say.
+        """
+        return None
+
+    def validate(self, plan: SitePlan, weights: SiteWeights) -> None:
+        """Checks an entry before anything else is asked of it: by its layout, or else by running it on fake tensors.
+
+        Raises:
+            ValueError: it is none that :meth:`fit` could have made. So may any other exception say.
+        """
+        layout = self.layout(plan, weights)
+        if layout is None:
+            dry_run(self, plan, weights)
+        else:
+            check(plan.tensors, layout)
 
     @property
     def compares_sites(self) -> bool:
@@ -105,6 +140,31 @@ class Rewrite(ABC):
         return Composed(previous, self)
 
 
+def dry_run(rewrite: Rewrite, plan: SitePlan, weights: SiteWeights) -> None:
+    """Runs constants and ``forward`` on tensors without values, and checks what comes out.
+
+    Raises:
+        ValueError: it is of another shape or dtype than the site's output.
+        Exception: the rewrite's own.
+    """
+    mode = FakeTensorMode()
+
+    def fake(tensor: Tensor) -> Tensor:
+        return mode.from_tensor(tensor.detach())
+
+    try:
+        with mode, torch.no_grad():
+            every: dict[str, Any] = {name: None if t is None else fake(t) for name, t in vars(weights).items()}
+            faked = replace(plan, tensors={name: fake(tensor) for name, tensor in plan.tensors.items()})
+            constants = rewrite.constants(faked, replace(weights, **every))
+            x = torch.empty(2, weights.w1.shape[1], dtype=weights.w1.dtype, device=weights.w1.device)
+            output = rewrite.forward(x, constants, faked)
+    except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException):
+        return  # it depends on values, so that there is nothing to be seen without them
+    if (output.dtype, tuple(output.shape)) != (x.dtype, (2, len(weights.w2))):
+        raise ValueError(f"it gives {output.dtype} {tuple(output.shape)} for x {x.dtype} {tuple(x.shape)}")
+
+
 def matrices_of(plan: SitePlan) -> tuple[str, ...]:
     """Names of an FFN's own matrices, as in :class:`tardis_fx.graph.site.SiteWeights`."""
     return ("gate", "w1", "w2") if plan.kind == "gated" else ("w1", "w2")
@@ -123,7 +183,11 @@ def rewrite_named(method: str) -> Rewrite:
     Raises:
         ConfigError: none is registered, it is no :class:`Rewrite`, or the composition makes no sense.
     """
-    rewrite, *others = map(_registered, method.split("+"))
+    names = method.split("+")
+    for i, name in enumerate(names):
+        if name in names[:i]:
+            raise ConfigError(f"{name} stands twice in {method}")
+    rewrite, *others = map(_registered, names)
     for other in others:
         rewrite = other.after(rewrite)
     return rewrite

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, ClassVar
 from torch.nn import functional as F  # noqa: N812
 
 from tardis_fx.calibration.affine import Neurons, regress
-from tardis_fx.passes.hot_fold import folded, map_bytes
+from tardis_fx.passes.hot_fold import folded, map_bytes, map_layout
 from tardis_fx.passes.static import Choice, StaticRewrite, measured
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from tardis_fx.calibration.observe import Observation, ObservedSite
     from tardis_fx.config import Config
     from tardis_fx.graph.site import Site, SiteWeights
+    from tardis_fx.passes.layout import Layout
     from tardis_fx.plan import SitePlan
 
 
@@ -46,6 +47,10 @@ class Bilinear(StaticRewrite):
         """Folds every site, whatever the budget leaves over."""
         neurons = measured(observation, Neurons, sites, config)
         return [Choice(map_bytes(s.weights), tensors=_fold(s.weights, neurons[s.fingerprint].sums)) for s in sites]
+
+    def layout(self, plan: SitePlan, weights: SiteWeights) -> Layout:
+        """The fold."""
+        return map_layout(weights)
 
     def matrices(self, plan: SitePlan) -> dict[str, float]:
         """The fold."""

@@ -42,8 +42,6 @@ class Composed(Rewrite):
         """
         if second.exact:
             raise ConfigError(f"{second.method} folds what is affine as it is, and composes with nothing")
-        if second.method in first.method.split("+"):
-            raise ConfigError(f"{second.method} stands twice in {first.method}+{second.method}")
         if not first.leaves_ffn:
             raise ConfigError(
                 f"{first.method} leaves no feed-forward network that {second.method} could be fitted to: "
@@ -109,6 +107,16 @@ class Composed(Rewrite):
             for part, rewrite in (("first", self.first), ("second", self.second))
         )
         return first, second
+
+    def validate(self, plan: SitePlan, weights: SiteWeights) -> None:
+        """Both check what is theirs."""
+        if plan.settings.keys() != {"first", "second"}:
+            raise ValueError(f"it has the settings {', '.join(plan.settings)}, not those of two rewrites")
+        first, second = self._entries(plan)
+        if len(first.tensors) + len(second.tensors) != len(plan.tensors):
+            raise ValueError("it has tensors of neither of two rewrites")
+        self.first.validate(first, weights)
+        self.second.validate(second, self.first.weights(first, weights))
 
     def weights(self, plan: SitePlan, weights: SiteWeights) -> SiteWeights:
         """Through both."""

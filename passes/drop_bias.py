@@ -13,6 +13,7 @@ import torch
 from tardis_fx.calibration.operands import Dense, Operands
 from tardis_fx.graph.feed_forward import biases, dense, matrices
 from tardis_fx.passes.base import matrices_of
+from tardis_fx.passes.layout import Expected
 from tardis_fx.passes.static import Choice, StaticRewrite, bias_bytes, measured
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from tardis_fx.calibration.observe import Observation, ObservedSite
     from tardis_fx.config import Config
     from tardis_fx.graph.site import Site, SiteWeights
+    from tardis_fx.passes.layout import Layout
     from tardis_fx.plan import SitePlan
 
 
@@ -46,6 +48,10 @@ class DropBias(StaticRewrite):
         """One run, of the means."""
         lost = measured(observation, Lost, sites, config)
         return [Choice(self.floor(s.weights), {"bias": lost[s.fingerprint].bias(s.weights)}) for s in sites]
+
+    def layout(self, plan: SitePlan, weights: SiteWeights) -> Layout:
+        """The last bias."""
+        return {"bias": Expected(weights.w2.dtype, (len(weights.w2),))}
 
     def weights(self, plan: SitePlan, weights: SiteWeights) -> SiteWeights:
         """The matrices as they are, and the last bias."""

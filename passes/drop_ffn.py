@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
+from tardis_fx.passes.layout import Expected
 from tardis_fx.passes.whole import WholeSites
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
     from tardis_fx.calibration.regression import Residual
     from tardis_fx.graph.site import SiteWeights
+    from tardis_fx.passes.layout import Layout
     from tardis_fx.plan import SitePlan
 
 
@@ -31,6 +33,10 @@ class DropFfn(WholeSites):
     def floor(self, weights: SiteWeights) -> int:
         """One bias."""
         return len(weights.w2) * weights.w2.element_size()
+
+    def layout(self, plan: SitePlan, weights: SiteWeights) -> Layout:
+        """The mean."""
+        return {"mean": Expected(weights.w2.dtype, (len(weights.w2),))}
 
     def replaced(self, output: Residual, weights: SiteWeights) -> tuple[float, str, dict[str, Tensor]]:
         """Lost is the variance of the output."""

@@ -15,6 +15,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from tardis_fx.graph.site import SiteWeights
 from tardis_fx.passes.base import Rewrite
+from tardis_fx.passes.layout import Expected, setting
 from tardis_fx.plan import SitePlan
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from tardis_fx.calibration.observe import Observation, ObservedSite
     from tardis_fx.config import Config
     from tardis_fx.graph.site import Site
+    from tardis_fx.passes.layout import Layout
 
 
 class ExactFold(Rewrite):
@@ -68,6 +70,12 @@ class ExactFold(Rewrite):
             settings={"bias": bias},
             tensors={"slope": line[0], "intercept": line[1]},
         )
+
+    def layout(self, plan: SitePlan, weights: SiteWeights) -> Layout:
+        """Slope and intercept of every neuron."""
+        setting(plan, "bias", (True, False))
+        line = Expected(torch.float64, (len(weights.w1),))
+        return {"slope": line, "intercept": line}
 
     def constants(self, plan: SitePlan, weights: SiteWeights) -> dict[str, Tensor]:
         """Folded weight [d_out, d] and, where there is any, bias [d_out]."""

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, ClassVar
 from tardis_fx.calibration.operands import Sizes
 from tardis_fx.graph.feed_forward import BIASES, biases, dense, feed_forward, matrices, narrowed
 from tardis_fx.passes.base import matrices_of
-from tardis_fx.passes.low_rank import thin, truncated
+from tardis_fx.passes.layout import indices, setting
+from tardis_fx.passes.low_rank import factors, thin, truncated
 from tardis_fx.passes.static import Choice, StaticRewrite, bias_bytes, measured
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from tardis_fx.calibration.observe import Observation, ObservedSite
     from tardis_fx.config import Config
     from tardis_fx.graph.site import SiteWeights
+    from tardis_fx.passes.layout import Layout
     from tardis_fx.plan import SitePlan
 
 #: Share of full rank over share of neurons kept: 10% over 25%.
@@ -56,6 +58,18 @@ class FFSplit(StaticRewrite):
                 a, b = truncated(weight.double().cpu(), rank)
                 tensors |= {f"{name}_a": a.to(weight.dtype), f"{name}_b": b.to(weight.dtype)}
         return Choice(_bytes(weights, heavy), tensors, {"heavy": heavy})
+
+    def layout(self, plan: SitePlan, weights: SiteWeights) -> Layout:
+        """The order of the neurons, and factors of those that are no heavy hitters."""
+        hidden = len(weights.w1)
+        heavy = setting(plan, "heavy", range(1, hidden + 1))
+        found = {"neurons": indices(hidden, hidden)}
+        if heavy < hidden:
+            for (name, weight), rank in zip(matrices(weights).items(), _ranks(weights, heavy), strict=True):
+                (rows, columns), rest = weight.shape, hidden - heavy
+                sizes = (rows, rest) if name == "w2" else (rest, columns)
+                found |= factors(name, sizes, rank, weight.dtype)
+        return found
 
     def matrices(self, plan: SitePlan) -> dict[str, float]:
         """The heavy hitters' and the factors of the rest."""

@@ -9,7 +9,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
 from tardis_fx.errors import ConfigError
-from tardis_fx.passes.base import Rewrite
+from tardis_fx.passes.base import Rewrite, dry_run
+from tardis_fx.passes.layout import Expected, check
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -55,6 +56,16 @@ class Finetuned(Rewrite):
             ConfigError: always.
         """
         raise ConfigError(f"{self.method} is trained, not fitted: give a plan without it to tardis_fx.finetune")
+
+    def validate(self, plan: SitePlan, weights: SiteWeights) -> None:
+        """What :func:`tardis_fx.finetune` trains: weights in the model's dtype, finite, that the other one can run."""
+        inner = self._inner
+        if inner is None or not (inner.leaves_matrices or isinstance(inner, Finetuned)):
+            raise ValueError("it is not put behind a rewrite of dense matrices")
+        if plan.settings.keys() != {"inner"}:
+            raise ValueError(f"it has the settings {', '.join(plan.settings)}, not those of the other rewrite")
+        check(plan.tensors, {name: Expected(weights.w1.dtype, tuple(t.shape)) for name, t in plan.tensors.items()})
+        dry_run(self, plan, weights)
 
     def constants(self, plan: SitePlan, weights: SiteWeights) -> dict[str, Tensor]:
         """The plan's tensors."""

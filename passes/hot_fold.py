@@ -21,6 +21,7 @@ from torch.nn import functional as F  # noqa: N812
 from tardis_fx.calibration.affine import Neurons, Outputs
 from tardis_fx.graph.feed_forward import biases, dense, matrices, narrowed
 from tardis_fx.passes.base import matrices_of
+from tardis_fx.passes.layout import Expected, indices, setting
 from tardis_fx.passes.static import Choice, StaticRewrite, measured
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from tardis_fx.calibration.observe import Observation, ObservedSite
     from tardis_fx.config import Config
     from tardis_fx.graph.site import SiteWeights
+    from tardis_fx.passes.layout import Layout
     from tardis_fx.plan import SitePlan
 
 
@@ -62,6 +64,13 @@ class HotFold(StaticRewrite):
             found.append(Choice(touched, tensors, {"kept": len(own)}))
         return found
 
+    def layout(self, plan: SitePlan, weights: SiteWeights) -> Layout:
+        """The kept neurons and, unless these are all, the map."""
+        hidden = len(weights.w1)
+        kept = setting(plan, "kept", range(hidden + 1))
+        affine = map_layout(weights) if kept < hidden or "folded_weight" in plan.tensors else {}
+        return {"kept": indices(kept, hidden)} | affine
+
     def matrices(self, plan: SitePlan) -> dict[str, float]:
         """The kept neurons' and the map."""
         return dict.fromkeys([*matrices_of(plan), *(name for name in plan.tensors if name == "folded_weight")], 1.0)
@@ -86,6 +95,15 @@ class HotFold(StaticRewrite):
 def map_bytes(weights: SiteWeights) -> int:
     """Size of an affine map from a site's input to its output."""
     return len(weights.w2) * (weights.w1.shape[1] + 1) * weights.w1.element_size()
+
+
+def map_layout(weights: SiteWeights) -> Layout:
+    """What :func:`folded` makes."""
+    dtype, d_out = weights.w1.dtype, len(weights.w2)
+    return {
+        "folded_weight": Expected(dtype, (d_out, weights.w1.shape[1])),
+        "folded_bias": Expected(dtype, (d_out,)),
+    }
 
 
 def folded(weight: Tensor, bias: Tensor, weights: SiteWeights) -> dict[str, Tensor]:

@@ -162,6 +162,17 @@ class Int8Ffn(Rewrite):
         product = F.linear(x, codes.to(dtype)) * scale
         return product if bias is None else product + bias
 
+    def validate(self, plan: SitePlan, weights: SiteWeights) -> None:
+        """The other one checks its part; then the matrices must be there, with so many columns."""
+        if plan.settings.keys() != {"inner", "matrices"}:
+            raise ValueError(f"it has the settings {', '.join(plan.settings)}, not inner and matrices")
+        inner, chosen = self._inner(plan), plan.settings["matrices"]
+        self.inner.validate(inner, weights)
+        names, constants = self.inner.matrices(inner), self.inner.constants(inner, weights)
+        for name, columns in chosen.items():
+            if name not in names or type(columns) is not int or constants[name].shape[1:] != (columns,):
+                raise ValueError(f"it has no matrix {name[:80]} of {columns!r:.80} columns")
+
     def constants(self, plan: SitePlan, weights: SiteWeights) -> dict[str, Tensor]:
         """The other rewrite's, but each matrix in parts: ``<name>_codes``, ``<name>_scale``."""
         found = self.inner.constants(self._inner(plan), weights)

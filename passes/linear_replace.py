@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-from tardis_fx.passes.hot_fold import folded, map_bytes
+from tardis_fx.passes.hot_fold import folded, map_bytes, map_layout
 from tardis_fx.passes.whole import WholeSites
 
 if TYPE_CHECKING:
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from tardis_fx.calibration.regression import Residual
     from tardis_fx.graph.site import SiteWeights
+    from tardis_fx.passes.layout import Layout
     from tardis_fx.plan import SitePlan
 
 
@@ -28,6 +29,10 @@ class LinearReplace(WholeSites):
     def floor(self, weights: SiteWeights) -> int:
         """The map."""
         return map_bytes(weights)
+
+    def layout(self, plan: SitePlan, weights: SiteWeights) -> Layout:
+        """The map."""
+        return map_layout(weights)
 
     def matrices(self, plan: SitePlan) -> dict[str, float]:
         """The map."""

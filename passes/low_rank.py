@@ -17,6 +17,7 @@ from tardis_fx.calibration.operands import Grams
 from tardis_fx.calibration.predictor import factor
 from tardis_fx.graph.feed_forward import BIASES, biases, feed_forward, linear, matrices
 from tardis_fx.passes.base import matrices_of
+from tardis_fx.passes.layout import Expected
 from tardis_fx.passes.static import Choice, StaticRewrite, bias_bytes, measured
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from tardis_fx.calibration.observe import Observation, ObservedSite
     from tardis_fx.config import Config
     from tardis_fx.graph.site import SiteWeights
+    from tardis_fx.passes.layout import Layout
     from tardis_fx.plan import SitePlan
 
 
@@ -56,6 +58,18 @@ class LowRank(StaticRewrite):
             found.append(Choice(_bytes(weights, ranks), tensors, {"ranks": ranks}))
         return found
 
+    def layout(self, plan: SitePlan, weights: SiteWeights) -> Layout:
+        """The factors, of the ranks that the settings name, or none."""
+        ranks, own = plan.settings["ranks"], matrices(weights)
+        if ranks is None:
+            return {}
+        found: Layout = {}
+        for (name, weight), rank in zip(own.items(), ranks, strict=True):
+            if type(rank) is not int or not 1 <= rank <= min(weight.shape):
+                raise ValueError(f"the rank of {name} must be from 1 to {min(weight.shape)}, not {rank!r:.80}")
+            found |= factors(name, weight.shape, rank, weight.dtype)
+        return found
+
     def matrices(self, plan: SitePlan) -> dict[str, float]:
         """The factors, or the matrices."""
         return dict.fromkeys(plan.tensors or matrices_of(plan), 1.0)
@@ -74,6 +88,12 @@ class LowRank(StaticRewrite):
             return thin(x, constants, name, BIASES[name])
 
         return feed_forward(x, project, str(plan.activation), gated=plan.kind == "gated")
+
+
+def factors(name: str, sizes: Sequence[int], rank: int, dtype: torch.dtype) -> Layout:
+    """What :func:`truncated` makes of a matrix of such sizes."""
+    rows, columns = sizes
+    return {f"{name}_a": Expected(dtype, (rows, rank)), f"{name}_b": Expected(dtype, (rank, columns))}
 
 
 def thin(x: Tensor, constants: Mapping[str, Tensor], name: str, bias: str) -> Tensor:

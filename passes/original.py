@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from tardis_fx.calibration.observe import Observation, ObservedSite
     from tardis_fx.config import Config
     from tardis_fx.graph.site import SiteWeights
+    from tardis_fx.passes.layout import Layout
     from tardis_fx.plan import SitePlan
 
 
@@ -31,6 +32,10 @@ class Original(StaticRewrite):
     def choose(self, observation: Observation, sites: Sequence[ObservedSite], config: Config) -> list[Choice]:
         """Nothing is chosen."""
         return [Choice(site.weights.bytes) for site in sites]
+
+    def layout(self, plan: SitePlan, weights: SiteWeights) -> Layout:
+        """No tensors."""
+        return {}
 
     def matrices(self, plan: SitePlan) -> dict[str, float]:
         """All, read whole."""

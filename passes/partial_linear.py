@@ -39,8 +39,10 @@ from tardis_fx.calibration.widths import Fitted, mix
 from tardis_fx.errors import CalibrationError
 from tardis_fx.passes import gated
 from tardis_fx.passes.base import Rewrite, stored_bytes
+from tardis_fx.passes.layout import Expected, coded_rows, codes, indices, setting
 from tardis_fx.plan import SitePlan
 from tardis_fx.runtime import ops  # noqa: F401 - registers torch.ops.tardis
+from tardis_fx.runtime.packing import GROUP_SIZES, low_bits
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -48,6 +50,7 @@ if TYPE_CHECKING:
     from tardis_fx.calibration.observe import Observation, ObservedSite
     from tardis_fx.config import Config
     from tardis_fx.graph.site import Site, SiteWeights
+    from tardis_fx.passes.layout import Layout
 
     Histograms = Mapping[str, Histogram | ScoreHistogram]
 
@@ -234,6 +237,35 @@ class PartialLinear(Rewrite):
     def matrices(self, plan: SitePlan) -> dict[str, float]:
         """The fold, where it is dense; rows are read by the correction alone."""
         return {"folded_weight": 1.0} if plan.settings["fold_bits"] == 16 else {}
+
+    def layout(self, plan: SitePlan, weights: SiteWeights) -> Layout:
+        """The guard of the listed neurons, the rows that corrections read if these are codes, and the fold."""
+        (hidden, d), d_out, gated_site = weights.w1.shape, len(weights.w2), weights.gate is not None
+        bits, group_size = setting(plan, "bits", range(1, 9)), setting(plan, "group_size", GROUP_SIZES)
+        fold_bits, row_bits = (setting(plan, name, (3, 4, 8, 16)) for name in ("fold_bits", "row_bits"))
+        setting(plan, "activation", (plan.activation,))
+        listed, guarded = len(plan.tensors["neurons"]), len(plan.tensors["codes"])
+        if guarded > listed or (row_bits < 16 and guarded < listed):
+            raise ValueError(f"it guards {guarded} neurons of {listed} that it lists")
+        found = {"neurons": indices(listed, hidden), "folded_bias": Expected(weights.w1.dtype, (d_out,))}
+        found["folded_weight"] = (
+            Expected(weights.w1.dtype, (d_out, d)) if fold_bits == 16 else coded_rows(d_out, d, fold_bits, group_size)
+        )
+        if row_bits < 16:
+            low = coded_rows(listed, d, low_bits(bits, row_bits), group_size)
+            found |= {"gate": low, "up": low} if gated_site else {"w1": low}
+            found["w2t"] = coded_rows(listed, d_out, row_bits, group_size)
+        if gated_site:
+            guard = {"guard": Expected(torch.float32, (guarded, 4), unbounded=True)}
+            return (
+                found
+                | guard
+                | {"surrogate": Expected(torch.float32, (listed, 3))}
+                | codes("", (guarded, 2), d, bits, group_size)
+            )
+        found |= dict.fromkeys(("lower", "upper"), Expected(torch.float32, (guarded,), unbounded=True))
+        found |= dict.fromkeys(("slope", "intercept"), Expected(torch.float32, (listed,)))
+        return found | codes("", (guarded,), d, bits, group_size)
 
     def constants(self, plan: SitePlan, weights: SiteWeights) -> dict[str, Tensor]:
         """The plan's tensors padded to the hidden size, and the weights by neuron; copied only where need be."""

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 from tardis_fx.errors import PlanMismatchError, StaleWeightError
 from tardis_fx.fingerprint import fingerprint
 from tardis_fx.graph.matcher import find_sites
+from tardis_fx.graph.site import SiteWeights
 from tardis_fx.graph.surgery import add_input, copy, replace
 from tardis_fx.graph.unfuse import unfuse
 from tardis_fx.passes.base import rewrite_named
+from tardis_fx.passes.entry import check_entry, check_site
 from tardis_fx.passes.exact_fold import ExactFold
 from tardis_fx.runtime import cpu, cuda
 from tardis_fx.runtime.guard import SiteGuard, refuse_released
@@ -132,7 +134,13 @@ def _stays(site: Site, rewrite: Rewrite, weights: Sequence[Tensor], prefill: Pre
 
 def _find(plan: Plan, site: Site, weights: Sequence[Tensor]) -> SitePlan | None:
     entry = plan.find(fingerprint(weights, site.function))
-    return entry if entry is not None and entry.reason else _FOLD.unaided(site, weights) or entry
+    if entry is not None and entry.reason:
+        return entry
+    fold = _FOLD.unaided(site, weights)
+    if fold is None and entry is not None:
+        check_site(entry, site, weights)
+        check_entry(entry, SiteWeights.of(site, weights))
+    return fold or entry
 
 
 def _forward(rewrite: Rewrite, plan: SitePlan, x: Any, constants: Mapping[str, Any]) -> Any:

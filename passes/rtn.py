@@ -16,9 +16,10 @@ from torch.nn import functional as F  # noqa: N812
 
 from tardis_fx.calibration.predictor import Quantised, quantise
 from tardis_fx.graph.feed_forward import BIASES, biases, feed_forward, matrices
+from tardis_fx.passes.layout import codes, setting
 from tardis_fx.passes.static import Choice, StaticRewrite, bias_bytes
 from tardis_fx.runtime import ops  # noqa: F401 - registers torch.ops.tardis
-from tardis_fx.runtime.packing import row_bytes
+from tardis_fx.runtime.packing import GROUP_SIZES, row_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from tardis_fx.calibration.observe import Observation, ObservedSite
     from tardis_fx.config import Config
     from tardis_fx.graph.site import SiteWeights
+    from tardis_fx.passes.layout import Layout
     from tardis_fx.plan import SitePlan
 
 #: Bits a weight and columns of a group that are tried, by rising bytes.
@@ -63,6 +65,17 @@ class Rtn(StaticRewrite):
         """Of each site, the Gram matrices that its matrices are quantised by: none, to round to nearest."""
         return [dict.fromkeys(matrices(site.weights)) for site in sites]
 
+    def layout(self, plan: SitePlan, weights: SiteWeights) -> Layout:
+        """Codes of every matrix."""
+        hidden, d = weights.w1.shape
+        setting(plan, "hidden", (hidden,))
+        setting(plan, "d", (d,))
+        bits, group_size = setting(plan, "bits", range(1, 9)), setting(plan, "group_size", GROUP_SIZES)
+        found: Layout = {}
+        for name, weight in matrices(weights).items():
+            found |= codes(f"{name}_", (len(weight),), weight.shape[1], bits, group_size)
+        return found
+
     def constants(self, plan: SitePlan, weights: SiteWeights) -> dict[str, Tensor]:
         """Codes, scales and zero points of the matrices, and the biases."""
         return {name: tensor.to(weights.w1.device) for name, tensor in plan.tensors.items()} | biases(weights)
@@ -72,9 +85,9 @@ class Rtn(StaticRewrite):
         bits, dtype = plan.settings["bits"], getattr(torch, plan.dtype.removeprefix("torch."))
 
         def project(x: Tensor, name: str) -> Tensor:
-            codes, scale, zero = (constants[f"{name}_{part}"] for part in _PARTS)
+            parts = (constants[f"{name}_{part}"] for part in _PARTS)
             columns = plan.settings["hidden" if name == "w2" else "d"]
-            weight: Tensor = torch.ops.tardis.dequantise(codes, scale, zero, bits, columns, dtype)
+            weight: Tensor = torch.ops.tardis.dequantise(*parts, bits, columns, dtype)
             return F.linear(x, weight, constants.get(BIASES[name]))
 
         return feed_forward(x, project, str(plan.activation), gated=plan.kind == "gated")

@@ -22,7 +22,9 @@ from tardis_fx.calibration.operands import Dense
 from tardis_fx.calibration.regression import Residual, fitted_tokens
 from tardis_fx.errors import CalibrationError
 from tardis_fx.graph.feed_forward import biases, dense, matrices
-from tardis_fx.passes.low_rank import thin, truncated
+from tardis_fx.passes import layout
+from tardis_fx.passes.layout import Expected, setting
+from tardis_fx.passes.low_rank import factors, thin, truncated
 from tardis_fx.passes.static import Choice, StaticRewrite
 
 if TYPE_CHECKING:
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from tardis_fx.calibration.observe import Observation, ObservedSite
     from tardis_fx.config import Config
     from tardis_fx.graph.site import SiteWeights
+    from tardis_fx.passes.layout import Layout
     from tardis_fx.plan import SitePlan
 
 
@@ -99,6 +102,16 @@ class ShareFfn(StaticRewrite):
         tensors = fitted.solve(run.rank, site.weights.w2.dtype)
         touched = share + sum(tensor.nbytes for tensor in tensors.values())
         return Choice(touched, tensors | run.tensors, {"rank": run.rank})
+
+    def layout(self, plan: SitePlan, weights: SiteWeights) -> Layout:
+        """The kept FFN, of the same shapes, and where it is another site's, the map."""
+        own, rank, d_out = matrices(weights) | biases(weights), plan.settings["rank"], len(weights.w2)
+        if rank is None:
+            return layout.dense(own) if plan.tensors else {}
+        setting(plan, "rank", range(1, d_out + 1))
+        dtype, d = weights.w2.dtype, weights.w1.shape[1]
+        bias = {"map_bias": Expected(dtype, (d_out,))}
+        return layout.dense(own) | factors("map", (d_out, d + d_out), rank, dtype) | bias
 
     def constants(self, plan: SitePlan, weights: SiteWeights) -> dict[str, Tensor]:
         """The kept FFN's, and ``map_a`` [d_out, r], ``map_b`` and ``map_bias`` where that is another site's."""

@@ -17,8 +17,10 @@ import torch
 from tardis_fx.calibration.operands import Sizes
 from tardis_fx.graph.feed_forward import biases, dense, matrices
 from tardis_fx.passes.base import matrices_of
+from tardis_fx.passes.layout import Expected
+from tardis_fx.passes.layout import dense as dense_layout
 from tardis_fx.passes.static import Choice, StaticRewrite, bias_bytes, measured
-from tardis_fx.runtime.packing import pack, unpack
+from tardis_fx.runtime.packing import pack, packed_bytes, unpack
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from tardis_fx.calibration.operands import ByMatrix
     from tardis_fx.config import Config
     from tardis_fx.graph.site import Site, SiteWeights
+    from tardis_fx.passes.layout import Layout
     from tardis_fx.plan import SitePlan
 
 
@@ -87,6 +90,11 @@ class Sparse(StaticRewrite):
         positions = kept // 4 if self.two_of_four else 0
         return kept * weights.w1.element_size() + positions + bias_bytes(weights)
 
+    def layout(self, plan: SitePlan, weights: SiteWeights) -> Layout:
+        """The matrices, pruned."""
+        _check_share(plan)
+        return dense_layout(matrices(weights))
+
     def matrices(self, plan: SitePlan) -> dict[str, float]:
         """Both; only the kept values are counted."""
         return dict.fromkeys(matrices_of(plan), plan.settings["share"])
@@ -119,6 +127,14 @@ class Scored(Sparse):
         kept = two_of_four(score) if self.two_of_four else highest(score, count, self.by_row)
         return pack(kept.byte(), 1)
 
+    def layout(self, plan: SitePlan, weights: SiteWeights) -> Layout:
+        """A bit for every weight."""
+        _check_share(plan)
+        return {
+            name: Expected(torch.uint8, (len(weight), packed_bytes(weight.shape[1], 1)))
+            for name, weight in matrices(weights).items()
+        }
+
     def count(self, rows: int, columns: int, share: float) -> int:
         """As many a row where rows count by themselves."""
         return rows * super().count(1, columns, share) if self.by_row else super().count(rows, columns, share)
@@ -130,6 +146,12 @@ class Scored(Sparse):
             mask = unpack(plan.tensors[name], 1, weight.shape[1]).bool()
             found[name] = torch.where(mask.to(weight.device), weight, 0).contiguous()
         return found | biases(weights)
+
+
+def _check_share(plan: SitePlan) -> None:
+    share = plan.settings["share"]
+    if not (isinstance(share, (int, float)) and 0 <= share <= 1):
+        raise ValueError(f"setting share must lie in [0, 1], not {share!r:.80}")
 
 
 def highest(score: Tensor, count: int, by_row: bool) -> Tensor:

@@ -18,7 +18,8 @@ from tardis_fx.calibration.affine import Outputs
 from tardis_fx.calibration.operands import Dense
 from tardis_fx.calibration.regression import AffineMap, Residual, fitted_tokens
 from tardis_fx.graph.feed_forward import biases, dense, matrices
-from tardis_fx.passes.hot_fold import folded, map_bytes
+from tardis_fx.passes.hot_fold import folded, map_bytes, map_layout
+from tardis_fx.passes.layout import Expected
 from tardis_fx.passes.static import Choice, StaticRewrite, measured
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from tardis_fx.calibration.observe import Observation, ObservedSite
     from tardis_fx.config import Config
     from tardis_fx.graph.site import SiteWeights
+    from tardis_fx.passes.layout import Layout
     from tardis_fx.plan import SitePlan
 
 
@@ -54,6 +56,11 @@ class TokenGate(StaticRewrite):
             _choice(s.weights, maps[s.fingerprint], gates[s.fingerprint], scores[s.fingerprint].all, config.budget)
             for s in sites
         ]
+
+    def layout(self, plan: SitePlan, weights: SiteWeights) -> Layout:
+        """The map and the gate."""
+        gate = {"token_gate": (1, weights.w1.shape[1]), "token_gate_bias": (1,)}
+        return map_layout(weights) | {name: Expected(torch.float32, shape) for name, shape in gate.items()}
 
     def constants(self, plan: SitePlan, weights: SiteWeights) -> dict[str, Tensor]:
         """The FFN, the map, and ``token_gate`` [1, d], ``token_gate_bias`` [1], float32."""

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from dataclasses import asdict, dataclass, field, fields
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from tardis_fx.config import Config
 from tardis_fx.errors import ConfigError, PlanFileError, TardisError
 from tardis_fx.fingerprint import fingerprint
-from tardis_fx.tensorfile import write
+from tardis_fx.planfile import VERSION as VERSION
+from tardis_fx.planfile import content_of, header_of
+from tardis_fx.tensorfile import read, read_header, write
 
 if TYPE_CHECKING:
     import os
@@ -24,9 +25,17 @@ if TYPE_CHECKING:
 
     from tardis_fx.graph.site import Site
 
-_FORMAT = "tardis_fx.plan"
-#: Raised whenever a plan written now would be misread by older code.
-VERSION = 3
+# What reading fields that may be anything can raise.
+_DAMAGE = (
+    LookupError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    RecursionError,
+    TardisError,
+    SafetensorError,
+)
 
 
 # Equal only to itself, as Dynamo compares the options of compiled models: tensors have no one truth value.
@@ -109,12 +118,11 @@ class Plan:
         """Writes the plan; the file appears whole or not at all.
 
         Args:
-            path: where to; an existing file is replaced.
+            path: where to; an existing file is replaced and its mode kept, and of a symbolic link its target.
 
         Raises:
-            PlanFileError: the file cannot be written.
+            PlanFileError: the file cannot be written, or the plan holds what no file can.
         """
-        path = Path(path)
         tensors: dict[str, Tensor] = {}
         first: dict[int, str] = {}  # of the tensors that several sites share, by object: written once
         same: dict[str, str] = {}
@@ -126,60 +134,30 @@ class Plan:
                 else:
                     same[key] = known
         sites = [{f.name: getattr(site, f.name) for f in fields(site) if f.name != "tensors"} for site in self.sites]
-        header = {
-            "format": _FORMAT,
-            "version": str(VERSION),
-            "plan": json.dumps({"config": asdict(self.config), "sites": sites, "same": same}),
-        }
         try:
-            write(path, tensors, header)
-        except (OSError, SafetensorError) as error:
+            write(Path(path), tensors, header_of(asdict(self.config), sites, same))
+        except (OSError, ValueError, TypeError, SafetensorError) as error:
             raise PlanFileError(f"cannot write plan {path}: {error}") from error
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Plan:
-        """Reads a plan.
+        """Reads a plan; what becomes of the file later does not change it.
 
         Raises:
-            PlanFileError: the file is missing, truncated, no plan, or of another version.
+            PlanFileError: the file is missing, truncated, damaged, no plan, or of another version.
         """
-        path = Path(path)
         try:
-            with safe_open(path, framework="pt") as file:
-                header = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+            tensors, header = read(path)
         except FileNotFoundError as error:
             raise PlanFileError(f"no plan file {path}") from error
-        except (OSError, SafetensorError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             raise PlanFileError(f"{path} is truncated or no safetensors file: {error}") from error
-        if header.get("format") != _FORMAT:
-            raise PlanFileError(f"{path} is a safetensors file but no tardis_fx plan")
         try:
-            version = int(header["version"])
-            if version < VERSION:
-                raise PlanFileError(
-                    f"{path} is a plan of version {version}, this tardis_fx reads {VERSION}: calibrate again"
-                )
-            if version > VERSION:
-                raise PlanFileError(
-                    f"{path} is a plan of version {version}, this tardis_fx reads {VERSION}: upgrade tardis_fx"
-                )
-            content = json.loads(header["plan"])
-            per_site: list[dict[str, Tensor]] = [{} for _ in content["sites"]]
-            tensors |= {name: tensors[of] for name, of in content["same"].items()}
-            for name, tensor in tensors.items():
-                index, _, key = name.partition(".")
-                if not index.isdecimal():
-                    raise KeyError(name)
-                per_site[int(index)][key] = tensor
-            sites = [
-                SitePlan(**site | {"shapes": tuple(map(tuple, site["shapes"])), "tensors": own})
-                for site, own in zip(content["sites"], per_site, strict=True)
-            ]
-            return cls(tuple(sites), Config(**content["config"]))
-        except PlanFileError:
-            raise
-        except (KeyError, IndexError, ValueError, TypeError, AttributeError, TardisError) as error:
+            config, sites = content_of(header, tensors)
+            return cls(tuple(SitePlan(**site) for site in sites), Config(**config))
+        except PlanFileError as error:
+            raise PlanFileError(f"{path}: {error}") from error
+        except _DAMAGE as error:
             raise PlanFileError(f"{path} is a damaged plan: {type(error).__name__}: {error}") from error
 
     def __str__(self) -> str:
@@ -192,7 +170,7 @@ class Plan:
 
 
 def resolve(plan: Any) -> Plan:
-    """A plan as it is, or read from the path of its file; a file is read again when it was written again.
+    """A plan as it is, or read from the path of its file; a file is read again when it is another one or was changed.
 
     Raises:
         ConfigError: ``plan`` is neither.
@@ -204,12 +182,14 @@ def resolve(plan: Any) -> Plan:
         raise ConfigError(f"plan must be a tardis_fx.Plan or the path of its file, not {type(plan).__name__}")
     path = Path(plan).absolute()
     try:
-        written = path.stat().st_mtime_ns
-    except OSError as error:
-        raise PlanFileError(f"no plan file {path}: {error.strerror}") from error
-    return _load(path, written)
+        written = path.stat()
+        state = (written.st_dev, written.st_ino, written.st_size, written.st_mtime_ns, written.st_ctime_ns)
+        header = read_header(path)  # holds the digest of the content: clocks may stand still, or be set back
+    except (OSError, ValueError, SafetensorError) as error:
+        raise PlanFileError(f"no plan file {path}: {getattr(error, 'strerror', None) or error}") from error
+    return _load(path, state, header)
 
 
 @lru_cache(maxsize=1)
-def _load(path: Path, _written: int) -> Plan:
+def _load(path: Path, _state: tuple[int, ...], _header: bytes) -> Plan:
     return Plan.load(path)

@@ -1,43 +1,224 @@
-"""Writes safetensors files that appear whole or not at all."""
+"""Reads and writes safetensors files: they appear whole or not at all, are copied out, and carry a digest.
+
+``safetensors.safe_open`` maps a file into memory. A tensor that it returns changes when the file is overwritten, and
+reading it ends the process when the file is truncated. So the bytes are read here, into tensors of their own.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import json
+import math
 import os
+import stat
 import uuid
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
 
+import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from tardis_fx.digest import digest
+
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from pathlib import Path
+    from collections.abc import Iterator, Mapping
 
     from torch import Tensor
 
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+#: Name of the digest among the metadata.
+DIGEST = "digest"
+#: As safetensors has it.
+_LONGEST_HEADER = 100_000_000
+
 
 def write(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> None:
-    """Writes a file; an existing one is replaced.
+    """Writes a file; an existing one is replaced, see :func:`replacing`.
 
     Args:
         path: where to.
         tensors: contiguous, no two of one storage.
-        header: kept as the file's metadata.
+        header: kept as the file's metadata, with a digest of all content beside it.
 
     Raises:
         OSError: the file cannot be written.
-        SafetensorError: likewise.
+        SafetensorError: likewise, or a tensor has a dtype that :func:`read` does not know.
     """
-    temporary = f"{path}.{uuid.uuid4().hex}.part"
+    for name, tensor in tensors.items():
+        if tensor.dtype not in _DTYPES.values():
+            raise SafetensorError(f"tensor {name!r} is {tensor.dtype}, which the file cannot hold")
+    with replacing(path) as temporary:
+        save_file(dict(tensors), temporary, metadata={**header, DIGEST: content_digest(tensors, header)})
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A temporary file that takes the place of another one when the block ends without an error.
+
+    It has the mode of the file that it replaces. Of a symbolic link the target is replaced, and the link stays. After
+    an error the temporary file is gone and the other one is as it was. Both the file and its folder are flushed.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    target = Path(os.path.realpath(path))
+    temporary = target.with_name(f".{uuid.uuid4().hex}.part")
     try:
         with open(temporary, "xb") as file:
-            mode = os.fstat(file.fileno()).st_mode  # as the umask has it; save_file would make it private
-        save_file(dict(tensors), temporary, metadata=dict(header))
-        os.chmod(temporary, mode)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+            mode = os.fstat(file.fileno()).st_mode  # as the umask has it
+        with contextlib.suppress(FileNotFoundError):
+            mode = os.stat(target).st_mode
+        yield temporary
+        os.chmod(temporary, stat.S_IMODE(mode))
+        _flush(temporary)
+        os.replace(temporary, target)
     except BaseException:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
         raise
+    with contextlib.suppress(OSError):  # some file systems cannot flush a folder
+        _flush(target.parent)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a file, copied out of it, and its metadata.
+
+    Raises:
+        OSError: there is no such file, or it cannot be read.
+        SafetensorError: it is truncated or no safetensors file.
+    """
+    with _opened(path) as file:
+        return read_from(file, os.fstat(file.fileno()).st_size)
+
+
+@torch.inference_mode(mode=False)
+def read_from(file: BinaryIO, length: int) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The same, of an open file with so many bytes."""
+    layout = _parsed(_header(file, length))
+    header = layout.pop("__metadata__", {})
+    if not isinstance(header, dict) or not all(isinstance(value, str) for value in header.values()):
+        raise SafetensorError("the metadata are no strings")
+    tensors: dict[str, Tensor] = {}
+    end = 0
+    described = ((name, _described(name, value)) for name, value in layout.items())
+    for name, (dtype, shape, begin, stop) in sorted(described, key=lambda item: item[1][2:]):
+        if begin != end or stop > length:
+            raise SafetensorError(f"tensor {name!r} is not between the one before it and the end of the file")
+        tensors[name], end = _filled(file, name, torch.empty(shape, dtype=dtype, device="cpu")), stop
+    if file.read(1):
+        raise SafetensorError("there are bytes after the last tensor")
+    return tensors, header
+
+
+def content_digest(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> str:
+    """Hash of tensors and metadata, but for the digest among these."""
+    return digest({name: value for name, value in header.items() if name != DIGEST}, tensors)
+
+
+def check_digest(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> None:
+    """Holds what :func:`read` returns against the digest that :func:`write` put there.
+
+    It shows damage. It shows no intent: whoever changes a file can compute its digest.
+
+    Raises:
+        SafetensorError: the content is not what was saved.
+    """
+    if header.get(DIGEST) != content_digest(tensors, header):
+        raise SafetensorError("its content is not what was saved: copy it again, or make it anew")
+
+
+def read_header(path: str | os.PathLike[str]) -> bytes:
+    """The header of a file, unparsed: names, shapes and metadata.
+
+    Raises:
+        OSError: there is no such file, or it cannot be read.
+        SafetensorError: it is truncated or no safetensors file.
+    """
+    with _opened(path) as file:
+        return _header(file, os.fstat(file.fileno()).st_size)
+
+
+def unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For ``json.loads``: an object in which no name stands twice.
+
+    Raises:
+        ValueError: one does.
+    """
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name stands twice in an object")
+    return found
+
+
+def _opened(path: str | os.PathLike[str]) -> BinaryIO:
+    if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for its other end
+        raise SafetensorError("it is no regular file")
+    return open(path, "rb")
+
+
+def _header(file: BinaryIO, length: int) -> bytes:
+    size = int.from_bytes(file.read(8), "little")
+    if not 2 <= size <= min(length - 8, _LONGEST_HEADER):
+        raise SafetensorError(f"a file of {length} bytes has no header of {size}")
+    found = file.read(size)
+    if len(found) < size:
+        raise SafetensorError("it ends within its header")
+    return found
+
+
+def _parsed(header: bytes) -> dict[str, Any]:
+    try:
+        layout = json.loads(header.decode(), object_pairs_hook=unique_pairs)
+    except (ValueError, RecursionError) as error:
+        raise SafetensorError(f"its header is no JSON: {type(error).__name__}: {error}") from error
+    if not isinstance(layout, dict):
+        raise SafetensorError("its header is no JSON object")
+    return layout
+
+
+def _described(name: str, value: Any) -> tuple[torch.dtype, tuple[int, ...], int, int]:
+    """Dtype, shape, first and last byte of a tensor."""
+    if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
+        raise SafetensorError(f"tensor {name!r} is not described by dtype, shape and offsets")
+    dtype, shape, offsets = _DTYPES.get(str(value["dtype"])), value["shape"], value["data_offsets"]
+    if dtype is None:
+        raise SafetensorError(f"tensor {name!r} is of the unknown dtype {value['dtype']!r}")
+    for numbers in (shape, offsets):
+        if not isinstance(numbers, list) or not all(type(n) is int and 0 <= n < 2**62 for n in numbers):
+            raise SafetensorError(f"shape or offsets of tensor {name!r} are no lists of sizes")
+    if len(offsets) != 2 or math.prod(shape) * dtype.itemsize != offsets[1] - offsets[0]:
+        raise SafetensorError(f"tensor {name!r} does not have the bytes of its shape")
+    if len(shape) > 16 or math.prod(max(1, n) for n in shape) >= 2**56:  # an empty one may claim any sizes
+        raise SafetensorError(f"tensor {name!r} is of the impossible shape {shape}")
+    return dtype, tuple(shape), *offsets
+
+
+def _filled(file: BinaryIO, name: str, tensor: Tensor) -> Tensor:
+    bits = tensor.view(-1).view(torch.uint8).numpy()
+    if file.readinto(bits.data) != bits.nbytes:  # type: ignore[attr-defined]  # of buffered files
+        raise SafetensorError(f"it ends within tensor {name!r}")
+    if tensor.dtype == torch.bool and bits.max(initial=0) > 1:
+        raise SafetensorError(f"tensor {name!r} holds a byte that is neither true nor false")
+    return tensor

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import struct
 import tempfile
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,9 @@ from hypothesis import strategies as st
 
 from tardis_fx import Config, Plan, PlanFileError
 from tardis_fx.plan import VERSION
+from tardis_fx.tensorfile import read
+from tardis_fx.testing.assertions import contents as plan_contents
+from tardis_fx.testing.plan_files import put_together, signed, take_apart
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -46,13 +49,10 @@ def fails(path: Path, *causes: str) -> str:
 
 
 def with_header(path: Path, change: Callable[[dict[str, Any]], None]) -> Path:
-    """The file with its safetensors header changed."""
-    data = path.read_bytes()
-    (length,) = struct.unpack("<Q", data[:8])
-    header = json.loads(data[8 : 8 + length])
+    """The file with its safetensors header changed, and the digest that belongs to it."""
+    header, data = take_apart(path.read_bytes())
     change(header)
-    text = json.dumps(header).encode()
-    path.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])
+    path.write_bytes(signed(put_together(header, data)))
     return path
 
 
@@ -82,19 +82,31 @@ def test_a_plan_truncated_at_any_byte_is_refused(data: st.DataObject, folder: Pa
     fails(path, "truncated")
 
 
-@settings(max_examples=150)
+@settings(max_examples=300)
 @given(data=st.data())
-def test_a_damaged_byte_is_refused_or_harmless(data: st.DataObject, folder: Path) -> None:
-    """Wherever the damage is, the user sees a plan or a PlanFileError with the path."""
+def test_a_damaged_byte_anywhere_is_refused(data: st.DataObject, folder: Path) -> None:
+    """Whatever byte is changed to whatever, unless the header says the same in other words."""
     path = folder / "damaged"
     contents = bytearray(whole())
-    (length,) = struct.unpack("<Q", contents[:8])
-    contents[data.draw(st.integers(0, 8 + length - 1))] = data.draw(st.integers(0, 255))
+    position = data.draw(st.integers(0, len(contents) - 1))
+    contents[position] ^= data.draw(st.integers(1, 255))
     path.write_bytes(contents)
     try:
-        Plan.load(path)
+        found = Plan.load(path)
     except PlanFileError as error:
         assert str(path) in str(error)
+    else:
+        path.write_bytes(whole())
+        assert plan_contents(found) == plan_contents(Plan.load(path))
+
+
+@settings(max_examples=100)
+@given(data=st.data())
+def test_bytes_at_the_end_or_in_between_are_refused(data: st.DataObject, folder: Path) -> None:
+    path, content = folder / "longer", whole()
+    position = data.draw(st.sampled_from([0, 8, len(content)]) | st.integers(0, len(content)))
+    path.write_bytes(content[:position] + data.draw(st.binary(min_size=1, max_size=9)) + content[position:])
+    fails(path)
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
@@ -133,6 +145,18 @@ def test_an_older_version_says_to_calibrate_again(saved: Path) -> None:
     fails(with_header(saved, lambda h: h["__metadata__"].update(version="1")), "version 1", "calibrate again")
 
 
+def nested(levels: int) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for _ in range(levels):
+        found = {"a": found}
+    return found
+
+
+def with_field(path: Path, field: str, value: object) -> Path:
+    """The file with a field of its entry changed."""
+    return with_content(path, lambda c: c["sites"][0].update({field: value}))
+
+
 DAMAGE: dict[str, Callable[[Path], Path]] = {
     "version is no number": lambda p: with_header(p, lambda h: h["__metadata__"].update(version="one")),
     "version is missing": lambda p: with_header(p, lambda h: h["__metadata__"].pop("version")),
@@ -153,12 +177,98 @@ DAMAGE: dict[str, Callable[[Path], Path]] = {
     "config is out of range": lambda p: with_content(p, lambda c: c["config"].update(budget=-1)),
     "config is of the wrong type": lambda p: with_content(p, lambda c: c["config"].update(prefill=["original"])),
     "a tensor of a negative site": lambda p: with_header(p, lambda h: h.update({"-1.neurons": h.pop("0.neurons")})),
+    "version is a huge number": lambda p: with_header(p, lambda h: h["__metadata__"].update(version="9" * 5000)),
+    "plan is nested deeply": lambda p: with_header(p, lambda h: h["__metadata__"].update(plan="[" * 10**6)),
+    "sites is a string": lambda p: with_content(p, lambda c: c.update(sites="sites")),
+    "a tensor of a site's other number": lambda p: with_header(p, lambda h: h.update({"00.a": h.pop("0.neurons")})),
+    "a tensor that two names claim": lambda p: with_content(p, lambda c: c.update(same={"0.neurons": "0.lower"})),
+    "a tensor that is another's and missing": lambda p: with_content(p, lambda c: c.update(same={"0.a": "0.b"})),
+    "same is a list": lambda p: with_content(p, lambda c: c.update(same=["0.a"])),
+    "config has a huge number": lambda p: with_content(p, lambda c: c["config"].update(budget=10**400)),
+    **{
+        f"{field} is {value!r:.20}": partial(with_field, field=field, value=value)
+        for field, values in {
+            "fingerprint": [None, "no hash", 3, ["a"]],
+            "name": [None, 3, "\ud800"],
+            "kind": ["dense", None, []],
+            "activation": [1, ["gelu"]],
+            "dtype": [None, 32],
+            "shapes": [[[0, 1]], [[-1]], [[1.0]], [["1"]], [[10**30]], "shapes", {}, [[True]]],
+            "dense_bytes": [-1, 1.5, None, 10**400, True],
+            "method": [3, ["paper"]],
+            "reason": [3, {}],
+            "stored_bytes": [-1, "1", 10**30],
+            "touched_bytes": [-1.0, float("nan"), float("inf"), 10**400, "1"],
+            "outlier_rate": [-0.1, float("nan"), None],
+            "error": [-1, float("nan"), "small"],
+            "settings": [
+                None,
+                [],
+                "settings",
+                {"share": float("nan")},
+                {"share": 10**400},
+                nested(100),
+                {"a": "\udfff"},
+            ],
+        }.items()
+        for value in values
+    },
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_plan_is_refused_with_path_and_cause(damage: str, saved: Path) -> None:
-    fails(DAMAGE[damage](saved), "damaged")
+    assert "not what was saved" not in fails(DAMAGE[damage](saved), "damaged")
+
+
+def test_a_name_that_stands_twice_in_an_object_is_refused(saved: Path) -> None:
+    text = json.dumps({"a": 1})[:-1] + ', "a": 2}'
+    fails(with_header(saved, lambda h: h["__metadata__"].update(plan=text)), "damaged", "twice")
+
+
+# ---- The file beneath the plan
+
+
+def test_what_is_read_is_what_safetensors_reads(saved: Path) -> None:
+    tensors, header = read(saved)
+    wanted = safetensors.torch.load_file(saved)
+    assert tensors.keys() == wanted.keys()
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in wanted.items())
+    with safetensors.safe_open(saved, framework="pt") as file:
+        assert header == file.metadata()
+
+
+LAYOUTS: dict[str, Any] = {
+    "a number": 3,
+    "no offsets": {"dtype": "F32", "shape": [1]},
+    "an unknown dtype": {"dtype": "F3", "shape": [1], "data_offsets": [0, 4]},
+    "a dtype that is a list": {"dtype": ["F32"], "shape": [1], "data_offsets": [0, 4]},
+    "a negative size": {"dtype": "F32", "shape": [-1, -1], "data_offsets": [0, 4]},
+    "a size that is true": {"dtype": "F32", "shape": [True], "data_offsets": [0, 4]},
+    "more bytes than its shape": {"dtype": "F32", "shape": [1], "data_offsets": [0, 8]},
+    "a hole before it": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]},
+    "its end before its begin": {"dtype": "F32", "shape": [0], "data_offsets": [4, 0]},
+    "more bytes than the file": {"dtype": "F32", "shape": [100], "data_offsets": [0, 400]},
+    "nothing in sizes without end": {"dtype": "F32", "shape": [0, 2**61, 2**61], "data_offsets": [0, 0]},
+    "too many dimensions": {"dtype": "F32", "shape": [1] * 100, "data_offsets": [0, 4]},
+    "a byte that is no truth value": {"dtype": "BOOL", "shape": [8], "data_offsets": [0, 8]},
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_tensor_that_cannot_be_is_refused(layout: str, tmp_path: Path) -> None:
+    path = tmp_path / "plan"
+    path.write_bytes(put_together({"tensor": LAYOUTS[layout]}, bytes([7] * 8)))
+    fails(path, "no safetensors file")
+
+
+@pytest.mark.parametrize(
+    "header", [b"[" * 10**6, b"{\xff}", b'{"a": 1, "a": 1}', b'"text"', b"9" * 10**5], ids=lambda h: repr(h[:9])
+)
+def test_a_header_that_is_none_is_refused(header: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "plan"
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+    fails(path, "no safetensors file")
 
 
 def test_a_plan_of_this_version_with_no_sites_is_a_plan(tmp_path: Path) -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from tardis_fx.calibration.merging import statistics
 from tardis_fx.errors import CheckpointError
-from tardis_fx.tensorfile import write
+from tardis_fx.tensorfile import check_digest, read, write
 
 if TYPE_CHECKING:
     import os
@@ -58,13 +58,12 @@ class Checkpoint:
         if not path.exists():
             return False
         try:
-            with safe_open(path, framework="pt") as file:
-                header = file.metadata() or {}
-                stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+            stored, header = read(path)
+            check_digest(stored, header)
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{path} is damaged or no checkpoint: {error}") from error
         wanted = statistics(observers)
-        if header != self._header(what) or stored.keys() != wanted.keys():
+        if not self._header(what).items() <= header.items() or stored.keys() != wanted.keys():
             raise CheckpointError(
                 f"{path} is of another model, other batches or another config: delete {self._folder}, or name another"
             )

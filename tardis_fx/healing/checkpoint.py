@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import os
 import pickle
-import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,8 +13,10 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from tardis_fx.errors import CheckpointError
+from tardis_fx.tensorfile import replacing
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Sequence
 
     from tardis_fx.calibration.observe import Batch
@@ -64,13 +63,10 @@ def save(path: str | os.PathLike[str], owner: str, state: State) -> None:
     Raises:
         CheckpointError: the file cannot be written.
     """
-    temporary = f"{os.fspath(path)}.{uuid.uuid4().hex}.part"
     try:
-        torch.save({"identity": owner, **vars(state)}, temporary)
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            torch.save({"identity": owner, **vars(state)}, temporary)
     except (OSError, RuntimeError) as error:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
         raise CheckpointError(f"cannot write checkpoint {path}: {error}") from error
 
 

@@ -1,0 +1,71 @@
+"""Checks an entry of a plan against its site before anything is made of it.
+
+Anybody may have written the file that the entry was read from.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import TYPE_CHECKING
+
+from tardis_fx.errors import PlanFileError, PlanMismatchError
+from tardis_fx.passes.base import rewrite_named
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from tardis_fx.graph.site import Site, SiteWeights
+    from tardis_fx.plan import SitePlan
+
+# The shapes of the weights that an entry was checked with: one entry may serve two forms of the same weights.
+_CHECKED: weakref.WeakKeyDictionary[SitePlan, set[tuple[object, ...]]] = weakref.WeakKeyDictionary()
+
+
+def check_site(entry: SitePlan, site: Site, parameters: Sequence[Tensor]) -> None:
+    """Compares what an entry says of its site with the site.
+
+    Args:
+        entry: found by the fingerprint of the parameters.
+        site: as matched.
+        parameters: of the site, in its order.
+
+    Raises:
+        PlanMismatchError: they differ.
+    """
+    found = {
+        "kind": site.kind,
+        "activation": site.activation,
+        "dtype": str(parameters[0].dtype),
+        "shapes": tuple(tuple(parameter.shape) for parameter in parameters),
+    }
+    for name, value in found.items():
+        if (planned := getattr(entry, name)) != value:
+            raise PlanMismatchError(
+                f"{site.name or 'an FFN'}: the plan's entry of these weights says {name} {planned!r:.200}, and the "
+                f"model has {value!r}: the plan was changed, calibrate again"
+            )
+
+
+def check_entry(entry: SitePlan, weights: SiteWeights) -> None:
+    """Lets an entry's rewrite check it; once for each entry.
+
+    Args:
+        entry: one that rewrites its site.
+        weights: of the site.
+
+    Raises:
+        PlanFileError: the rewrite is not installed, or the entry is not one of its.
+    """
+    shapes = (weights.w1.shape, weights.w2.shape, weights.gate is None, weights.b1 is None, weights.b2 is None)
+    if shapes in _CHECKED.get(entry, ()):
+        return
+    try:
+        rewrite_named(str(entry.method)).validate(entry, weights)
+    except Exception as error:
+        raise PlanFileError(
+            f"the plan's entry of {entry.name or 'an FFN'} cannot be used by its rewrite, {str(entry.method)[:200]}: "
+            f"{error if isinstance(error, ValueError) else f'{type(error).__name__}: {error}'}"
+        ) from error
+    _CHECKED.setdefault(entry, set()).add(shapes)

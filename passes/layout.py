@@ -1,0 +1,118 @@
+"""What the tensors of a plan's entry must be, as each rewrite declares it, and how they are held against it.
+
+Kernels and ``index_select`` on a GPU read wherever an index points, and NaN spreads through a model without a word. So
+names, dtypes, shapes, indices and scales of an entry are compared with what its rewrite expects, before any is used.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from tardis_fx.runtime.packing import group_count, packed_bytes, row_bytes, split
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Mapping
+
+    from torch import Tensor
+
+    from tardis_fx.plan import SitePlan
+
+
+@dataclass(frozen=True)
+class Expected:
+    """A tensor of an entry.
+
+    Attributes:
+        dtype: of the tensor.
+        shape: of the tensor.
+        below: the values are different whole numbers from 0 up to this one, or None.
+        unbounded: whether infinities are allowed; NaN never is.
+        row: of rows of codes with their scales (:func:`tardis_fx.runtime.packing.join`), bits and columns, or None.
+    """
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    below: int | None = None
+    unbounded: bool = False
+    row: tuple[int, int] | None = None
+
+
+#: The tensors of an entry by name.
+Layout = dict[str, Expected]
+
+
+def indices(count: int, below: int) -> Expected:
+    """Different numbers of neurons, [count], int32."""
+    return Expected(torch.int32, (count,), below)
+
+
+def codes(prefix: str, rows: tuple[int, ...], columns: int, bits: int, group_size: int) -> Layout:
+    """Codes, scales and zero points of a matrix of [*rows, columns], in tensors of their own."""
+    groups = group_count(columns, group_size)
+    return {
+        f"{prefix}codes": Expected(torch.uint8, (*rows, packed_bytes(columns, bits))),
+        f"{prefix}scale": Expected(torch.float16, (*rows, groups)),
+        f"{prefix}zero": Expected(torch.uint8, (*rows, groups)),
+    }
+
+
+def coded_rows(rows: int, columns: int, bits: int, group_size: int) -> Expected:
+    """Rows of :func:`tardis_fx.runtime.packing.join`."""
+    return Expected(torch.uint8, (rows, row_bytes(columns, bits, group_size)), row=(bits, columns))
+
+
+def dense(tensors: Mapping[str, Tensor]) -> Layout:
+    """Tensors like others."""
+    return {name: Expected(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+
+
+def setting(plan: SitePlan, name: str, allowed: Collection[Any]) -> Any:
+    """One of an entry's settings.
+
+    Raises:
+        ValueError: it is missing, or not among the allowed values, or of another type.
+    """
+    value = plan.settings.get(name)
+    if not (value in allowed and type(value) in map(type, allowed)):  # True == 1 == 1.0
+        few = allowed if len(allowed) <= 16 else f"{min(allowed)} to {max(allowed)}"
+        raise ValueError(f"setting {name} must be one of {few}, not {str(value)[:80]}")
+    return value
+
+
+def check(tensors: Mapping[str, Tensor], layout: Layout) -> None:
+    """Compares tensors with what they must be.
+
+    Raises:
+        ValueError: they are others.
+    """
+    if wrong := sorted(tensors.keys() ^ layout.keys()):
+        raise ValueError(f"tensors are missing or not known: {', '.join(wrong)[:200]}")
+    for name, expected in layout.items():
+        if reason := _difference(tensors[name], expected):
+            raise ValueError(f"tensor {name} {reason}")
+
+
+def _difference(tensor: Tensor, expected: Expected) -> str | None:
+    if (tensor.dtype, tuple(tensor.shape)) != (expected.dtype, expected.shape):
+        return (
+            f"is {tensor.dtype} of shape {tuple(tensor.shape)}, "
+            f"where {expected.dtype} of shape {expected.shape} is expected"
+        )
+    if tensor.is_floating_point() and not _is_finite(tensor, unbounded=expected.unbounded):
+        return "holds NaN" if expected.unbounded else "holds NaN or infinity"
+    if expected.row is not None and not _is_finite(split(tensor, *expected.row)[1], unbounded=False):
+        return "holds a scale that is NaN or infinity"
+    if expected.below is not None and len(tensor):
+        least, most = (int(value) for value in tensor.aminmax())
+        if least < 0 or most >= expected.below:
+            return f"has indices from {least} to {most}, where 0 to {expected.below - 1} are allowed"
+        if len(tensor.unique()) < len(tensor):
+            return "has an index twice"
+    return None
+
+
+def _is_finite(tensor: Tensor, *, unbounded: bool) -> bool:
+    return not bool(tensor.isnan().any()) if unbounded else bool(tensor.isfinite().all())
