@@ -8,8 +8,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
+import torch
+
 from tardis_fx.errors import ConfigError
-from tardis_fx.passes.base import Rewrite, dry_run
+from tardis_fx.passes.base import Rewrite, trial_run
 from tardis_fx.passes.layout import Expected, check
 
 if TYPE_CHECKING:
@@ -60,12 +62,18 @@ class Finetuned(Rewrite):
     def validate(self, plan: SitePlan, weights: SiteWeights) -> None:
         """What :func:`tardis_fx.finetune` trains: weights in the model's dtype, finite, that the other one can run."""
         inner = self._inner
-        if inner is None or not (inner.leaves_matrices or isinstance(inner, Finetuned)):
+        if inner is None or not inner.leaves_matrices:
             raise ValueError("it is not put behind a rewrite of dense matrices")
         if plan.settings.keys() != {"inner"}:
             raise ValueError(f"it has the settings {', '.join(plan.settings)}, not those of the other rewrite")
-        check(plan.tensors, {name: Expected(weights.w1.dtype, tuple(t.shape)) for name, t in plan.tensors.items()})
-        dry_run(self, plan, weights)
+        entry = self._entry(plan)
+        layout = inner.layout(entry, weights)
+        wanted: Mapping[str, Tensor] = plan.tensors
+        if layout is not None:
+            blank = {n: torch.zeros(e.shape, dtype=e.dtype, device="cpu") for n, e in layout.items()}
+            wanted = inner.constants(replace(entry, tensors=blank), weights)
+        check(plan.tensors, {name: Expected(weights.w1.dtype, tuple(t.shape)) for name, t in wanted.items()})
+        trial_run(self, plan, weights)
 
     def constants(self, plan: SitePlan, weights: SiteWeights) -> dict[str, Tensor]:
         """The plan's tensors."""
@@ -74,5 +82,9 @@ class Finetuned(Rewrite):
     def forward(self, x: Tensor, constants: Mapping[str, Tensor], plan: SitePlan) -> Tensor:
         """The other rewrite's."""
         assert self._inner is not None
-        entry = replace(plan, method=self._inner.method, settings=plan.settings["inner"])
-        return self._inner.forward(x, constants, entry)
+        return self._inner.forward(x, constants, self._entry(plan))
+
+    def _entry(self, plan: SitePlan) -> SitePlan:
+        """What the other rewrite takes for its own."""
+        assert self._inner is not None
+        return replace(plan, method=self._inner.method, settings=plan.settings["inner"])
