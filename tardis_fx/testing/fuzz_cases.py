@@ -6,12 +6,13 @@ ended: deleting blocks and bytes, which is how :func:`minimise` works, never mak
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from random import Random
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from tardis_fx.errors import ConfigError
 
@@ -89,10 +90,20 @@ class Failure:
             raise ConfigError(f"{path} is no saved case of the fuzzer: {type(error).__name__}: {error}") from error
 
 
+class Judged(NamedTuple):
+    """What became of a case.
+
+    Attributes:
+        verdict: what it was found to be; "failed" or "crashed" where something is wrong.
+        failure: what is.
+    """
+
+    verdict: str
+    failure: Failure | None = None
+
+
 def hash_of(blocks: Blocks) -> str:
     """A short name of a case."""
-    import hashlib
-
     return hashlib.sha256(b"/".join(blocks)).hexdigest()[:10]
 
 

@@ -1,0 +1,155 @@
+"""``python -m tardis_fx.testing.fuzz``: looks for wrong answers, untyped errors and crashes.
+
+Programs, plan files and changes of weights are drawn, each from a seed and a number, in a process of their own, so that
+a crash is one more finding. What fails is made smaller and saved; ``--replay FILE`` runs it again.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections import Counter
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from tardis_fx.errors import TardisError
+from tardis_fx.testing import fuzz_plans, fuzz_verdict, fuzz_weights
+from tardis_fx.testing.fuzz_cases import Failure, Judged, drawn, minimise
+from tardis_fx.testing.fuzz_process import Worker
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from tardis_fx.testing.fuzz_cases import Blocks
+
+#: Steps of a case at the most.
+_STEPS = {"program": 12, "weights": 8}
+
+#: Failures with one fault that are made smaller and shown; the others are only counted.
+_SHOWN = 3
+
+
+def main(
+    seed: Annotated[int | None, typer.Option(help="Of all cases; drawn where none is given.")] = None,
+    minutes: Annotated[float | None, typer.Option(min=0, help="Time for everything; no limit by default.")] = None,
+    programs: Annotated[int, typer.Option(min=0, help="How many programs, at the most.")] = 1000,
+    plans: Annotated[int, typer.Option(min=0, help="How many mutants of plan files, at the most.")] = 1000,
+    weights: Annotated[int, typer.Option(min=0, help="How many histories of weights, at the most.")] = 200,
+    inductor: Annotated[float, typer.Option(min=0, max=1, help="Share of programs that Inductor compiles.")] = 0.1,
+    save: Annotated[Path | None, typer.Option(help="Folder for failing cases.")] = None,
+    replay: Annotated[Path | None, typer.Option(help="Run one saved case instead.")] = None,
+) -> None:
+    """Look for wrong answers, untyped errors and crashes; exit code 1 where one is found."""
+    if replay is not None:
+        _replay(replay)
+        return
+    seed = random.randrange(2**32) if seed is None else seed
+    typer.echo(f"seed {seed}")
+    until = None if minutes is None else time.monotonic() + 60 * minutes
+
+    def part(share: float) -> float | None:
+        """When a share of the time that is left is over."""
+        return None if until is None else time.monotonic() + share * max(0.0, until - time.monotonic())
+
+    worker = Worker(judge)
+    try:
+        failures = hunt("program", seed, programs, partial(_route, inductor=inductor), worker.judge, part(0.6), save)
+        failures += hunt("weights", seed, weights, _by_dynamo, worker.judge, part(0.5), save)
+    finally:
+        worker.close()
+    left = None if until is None else max(0.0, until - time.monotonic()) / 60
+    found = fuzz_plans.run(seed, left, plans, save)
+    typer.echo(f"plans: {found.tried} tried, {len(found.failures)} failed")
+    for failure in found.failures:
+        typer.echo(failure)
+    if failures or found.failures:
+        raise typer.Exit(1)
+
+
+def judge(kind: str, route: str, blocks: Blocks) -> Judged:
+    """What becomes of a case."""
+    return fuzz_verdict.judge(blocks, route) if kind == "program" else fuzz_weights.judge(blocks)
+
+
+def hunt(
+    kind: str,
+    seed: int,
+    count: int,
+    route: Callable[[int], str],
+    judge: Callable[[str, str, Blocks], Judged],
+    until: float | None = None,
+    save: Path | None = None,
+) -> list[Failure]:
+    """Tries cases of one kind and tells what became of them.
+
+    Args:
+        kind: "program" or "weights".
+        seed: of all cases.
+        count: how many, at the most.
+        route: the way of each, by its number.
+        judge: of kind, route and blocks.
+        until: when to stop, by ``time.monotonic()``.
+        save: folder for cases that fail.
+
+    Returns:
+        What failed, the first few of every fault made smaller.
+    """
+    failures: list[Failure] = []
+    verdicts: Counter[str] = Counter()
+    for number in range(count):
+        if until is not None and time.monotonic() > until:
+            break
+        way = route(number)
+        verdict, failure = judge(kind, way, drawn(seed, number, most=_STEPS[kind]))
+        verdicts[verdict] += 1
+        if failure is None:
+            continue
+        if sum(failure.fault == other.fault for other in failures) < _SHOWN:
+            failure = minimise(failure, lambda blocks, way=way: judge(kind, way, blocks).failure)  # type: ignore[misc]
+            typer.echo(f"case {number}: {failure}")
+            if save is not None:
+                typer.echo(f"saved: --replay {failure.save(save)}")
+        failures.append(failure)
+    told = ", ".join(f"{n} {verdict}" for verdict, n in verdicts.most_common())
+    typer.echo(f"{kind}: {verdicts.total()} tried: {told or 'none'}")
+    return failures
+
+
+def _route(number: int, inductor: float) -> str:
+    """Inductor for a share of the programs, evenly spread, in one of 16 with C++ of its own; Dynamo for one in 8."""
+    before, now = int(number * inductor), int((number + 1) * inductor)
+    if now > before:
+        return "inductor_cpp" if now % 16 == 0 else "inductor"
+    return "dynamo" if number % 8 == 0 else "backend"
+
+
+def _by_dynamo(number: int) -> str:
+    return "dynamo"
+
+
+def _replay(path: Path) -> None:
+    """Runs a saved case.
+
+    Raises:
+        typer.Exit: with code 1 where it fails still, with 2 where the file is none.
+    """
+    try:
+        saved = Failure.load(path)
+    except TardisError as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(2) from None
+    worker = Worker(judge)
+    try:
+        verdict, failure = worker.judge(saved.kind, saved.route, saved.blocks)
+    finally:
+        worker.close()
+    typer.echo(verdict if failure is None else str(failure))
+    if failure is not None:
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    typer.run(main)
