@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -35,7 +35,7 @@ def exact_entry(site: Site, parameters: Sequence[Tensor], method: str = "partial
     )  # fmt: skip
 
 
-_Made = tuple[dict[str, object], dict[str, "Tensor"]]
+_Made = tuple[dict[str, Any], dict[str, "Tensor"]]
 
 
 def _partial_linear(site: Site, weights: SiteWeights) -> _Made:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import random
 import time
+import warnings
 from collections import Counter
 from functools import partial
-from pathlib import Path
+from pathlib import Path  # noqa: TC003 - typer reads the annotations
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -71,7 +72,8 @@ def main(
 
 def judge(kind: str, route: str, blocks: Blocks) -> Judged:
     """What becomes of a case."""
-    return fuzz_verdict.judge(blocks, route) if kind == "program" else fuzz_weights.judge(blocks)
+    with warnings.catch_warnings(action="ignore"):
+        return fuzz_verdict.judge(blocks, route) if kind == "program" else fuzz_weights.judge(blocks)
 
 
 def hunt(
@@ -102,13 +104,12 @@ def hunt(
     for number in range(count):
         if until is not None and time.monotonic() > until:
             break
-        way = route(number)
-        verdict, failure = judge(kind, way, drawn(seed, number, most=_STEPS[kind]))
+        verdict, failure = judge(kind, route(number), drawn(seed, number, most=_STEPS[kind]))
         verdicts[verdict] += 1
         if failure is None:
             continue
         if sum(failure.fault == other.fault for other in failures) < _SHOWN:
-            failure = minimise(failure, lambda blocks, way=way: judge(kind, way, blocks).failure)  # type: ignore[misc]
+            failure = minimise(failure, partial(_again, judge, failure))
             typer.echo(f"case {number}: {failure}")
             if save is not None:
                 typer.echo(f"saved: --replay {failure.save(save)}")
@@ -116,6 +117,10 @@ def hunt(
     told = ", ".join(f"{n} {verdict}" for verdict, n in verdicts.most_common())
     typer.echo(f"{kind}: {verdicts.total()} tried: {told or 'none'}")
     return failures
+
+
+def _again(judge: Callable[[str, str, Blocks], Judged], failure: Failure, blocks: Blocks) -> Failure | None:
+    return judge(failure.kind, failure.route, blocks).failure
 
 
 def _route(number: int, inductor: float) -> str:

@@ -8,7 +8,6 @@ import gc
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -210,17 +209,7 @@ def _write_by_numpy(w: Weight) -> None:
 
 
 def _write_by_dlpack(w: Weight) -> None:
-    if w.new.dtype == torch.bfloat16:
-        torch.from_dlpack(w.parameter.detach()).copy_(w.new)
-    else:
-        array: np.ndarray[tuple[int, ...], np.dtype[np.generic]] = np.from_dlpack(w.parameter.detach())  # type: ignore[arg-type]
-        torch.from_numpy(_writable(array)).copy_(w.new)
-
-
-def _writable(array: np.ndarray[tuple[int, ...], np.dtype[np.generic]]) -> np.ndarray[tuple[int, ...], np.dtype[np.generic]]:
-    """The same memory, which NumPy takes for read-only when DLPack gives it."""
-    kind = ctypes.c_byte * array.nbytes
-    return np.frombuffer(kind.from_address(array.ctypes.data), dtype=array.dtype).reshape(array.shape)
+    torch.utils.dlpack.from_dlpack(w.parameter.detach().__dlpack__()).copy_(w.new)
 
 
 def _write_the_storage(w: Weight) -> None:
@@ -234,31 +223,31 @@ def _write_the_memory(w: Weight) -> None:
 
 
 def _write_uncounted_as_fsdp(w: Weight) -> None:
-    with torch.autograd._unsafe_preserve_version_counter(w.parameter):
+    with torch.autograd.grad_mode._unsafe_preserve_version_counter(w.parameter):
         w.parameter.copy_(w.new)
 
 
-def _step(w: Weight, kind: type[torch.optim.Optimizer], **options: bool) -> None:
+def _step(w: Weight, optimiser: Callable[[list[nn.Parameter]], torch.optim.Optimizer]) -> None:
     parameters = [p for p in w.module.parameters() if p.requires_grad]
     if not parameters:
         return
     for p in parameters:
         p.grad = torch.randn_like(p)
-    kind(parameters, lr=1.0, **options).step()
+    optimiser(parameters).step()
     for p in parameters:
         p.grad = None
 
 
 def _step_of_fused_adamw(w: Weight) -> None:
-    _step(w, torch.optim.AdamW, fused=True)
+    _step(w, lambda parameters: torch.optim.AdamW(parameters, lr=1.0, fused=True))
 
 
 def _step_of_fused_sgd(w: Weight) -> None:
-    _step(w, torch.optim.SGD, fused=True)
+    _step(w, lambda parameters: torch.optim.SGD(parameters, lr=1.0, fused=True))
 
 
 def _step_of_foreach_adam(w: Weight) -> None:
-    _step(w, torch.optim.Adam, foreach=True)
+    _step(w, lambda parameters: torch.optim.Adam(parameters, lr=1.0, foreach=True))
 
 
 def _free_the_storage_and_fill_it(w: Weight) -> None:

@@ -77,7 +77,8 @@ class Program:
             f"stride {list(value.stride())}, storage {self._storage(value)}"
             for node, value in zip(nodes, self.values, strict=True)
         ]
-        how = f"# {self.method}, prefill={self.prefill!r}, inference={self.inference}, hostile={self.benign is not None}"
+        hostile = self.benign is not None
+        how = f"# {self.method}, prefill={self.prefill!r}, inference={self.inference}, {hostile=}"
         return "\n".join([how, *given, self.graph.python_code("self").src.strip()])
 
     def _storage(self, value: Tensor) -> int:
@@ -208,7 +209,7 @@ def _input(scene: Scene, choices: Choices) -> Tensor:
     shape = choices.pick(((3,), (2, 3), (1,), (12,), (2, 1, 3), (0,), (1, 2)))
     layout = choices.below(5)
     if layout == 3:  # tokens last
-        return scene.normal(width, math.prod(shape)).t().unflatten(0, shape)
+        return scene.normal(width, math.prod(shape)).t().unflatten(0, shape)  # type: ignore[no-any-return]
     if layout == 4:  # a part of something wider
         return scene.normal(*shape, width + 3)[..., 1 : width + 1]
     return scene.normal(*shape, width)

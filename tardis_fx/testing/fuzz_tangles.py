@@ -38,6 +38,9 @@ def _scale(x: Tensor) -> None:
 
 # ---- Aliases
 
+#: What ``x.data`` is in the graphs of Dynamo.
+_DATA: Callable[[Tensor], Tensor] = getattr(torch._C._autograd, "_get_data_attr", Tensor.detach)
+
 _ALIASES: tuple[Callable[[Scene, fx.Node], fx.Node], ...] = (
     lambda s, v: v,
     lambda s, v: s.call(operator.getitem, v, (..., slice(0, 3))),
@@ -53,7 +56,7 @@ _ALIASES: tuple[Callable[[Scene, fx.Node], fx.Node], ...] = (
     lambda s, v: s.call("contiguous", v),
     lambda s, v: s.call("to", v, s.dtype_of(v)),
     lambda s, v: s.call(F.dropout, v, 0.5, False),
-    lambda s, v: s.call(torch._C._autograd._get_data_attr, v),
+    lambda s, v: s.call(_DATA, v),
     lambda s, v: s.call(operator.getitem, s.call("chunk", v, 2, -1), 1),
     lambda s, v: s.call(operator.getitem, s.call("unbind", v), 0),
     lambda s, v: s.call("narrow", v, -1, 0, 2),
@@ -181,4 +184,7 @@ def _input(s: Scene, choices: Choices) -> None:
 
 
 #: What a step that is not part of an FFN does.
-TANGLES: tuple[Callable[[Scene, Choices], Any], ...] = (_write, _write, _write, _keep_alias, _compute, _leak, _die, _input)
+TANGLES: tuple[Callable[[Scene, Choices], None], ...] = (
+    *(_write, _write, _write),
+    *(_keep_alias, _compute, _leak, _die, _input),
+)

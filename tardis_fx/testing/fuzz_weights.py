@@ -39,6 +39,10 @@ _WIDTH, _HIDDEN = 8, 24
 class Block(nn.Module):
     """A residual FFN, plain or gated, or two of them in a row."""
 
+    gate: nn.Module
+    up: nn.Module
+    down: nn.Module
+
     def __init__(self, kind: str, bias: bool) -> None:
         super().__init__()
         for name in ("up", "gate", "down")[:: 1 if kind == "gated" else 2]:
