@@ -6,6 +6,8 @@ a crash is one more finding. What fails is made smaller and saved; ``--replay FI
 
 from __future__ import annotations
 
+import itertools
+import math
 import random
 import time
 import warnings
@@ -36,9 +38,15 @@ _SHOWN = 3
 def main(
     seed: Annotated[int | None, typer.Option(help="Of all cases; drawn where none is given.")] = None,
     minutes: Annotated[float | None, typer.Option(min=0, help="Time for everything; no limit by default.")] = None,
-    programs: Annotated[int, typer.Option(min=0, help="How many programs, at the most.")] = 1000,
-    plans: Annotated[int, typer.Option(min=0, help="How many mutants of plan files, at the most.")] = 1000,
-    weights: Annotated[int, typer.Option(min=0, help="How many histories of weights, at the most.")] = 200,
+    programs: Annotated[
+        int | None, typer.Option(min=0, help="How many programs. [default: 1000, or for 1/2 of the time]")
+    ] = None,
+    weights: Annotated[
+        int | None, typer.Option(min=0, help="How many histories of weights. [default: 200, or for 1/4]")
+    ] = None,
+    plans: Annotated[
+        int | None, typer.Option(min=0, help="How many mutants of plans. [default: 1000, or for 1/4]")
+    ] = None,
     inductor: Annotated[float, typer.Option(min=0, max=1, help="Share of programs that Inductor compiles.")] = 0.1,
     save: Annotated[Path | None, typer.Option(help="Folder for failing cases.")] = None,
     replay: Annotated[Path | None, typer.Option(help="Run one saved case instead.")] = None,
@@ -51,22 +59,27 @@ def main(
     typer.echo(f"seed {seed}")
     until = None if minutes is None else time.monotonic() + 60 * minutes
 
-    def part(share: float) -> float | None:
-        """When a share of the time that is left is over."""
-        return None if until is None else time.monotonic() + share * max(0.0, until - time.monotonic())
+    def left(share: float) -> float | None:
+        """Seconds: a share of the time that is left."""
+        return None if until is None else share * max(0.0, until - time.monotonic())
+
+    def most(count: int | None, default: int) -> int | None:
+        """How many cases: without limit where only the time is given."""
+        return default if count is None and until is None else count
 
     worker = Worker(judge)
     try:
-        failures = hunt("program", seed, programs, partial(_route, inductor=inductor), worker.judge, part(0.6), save)
-        failures += hunt("weights", seed, weights, _by_dynamo, worker.judge, part(0.5), save)
+        route = partial(_route, inductor=inductor)
+        failures = hunt("program", seed, most(programs, 1000), route, worker.judge, left(1 / 2), save)
+        failures += hunt("weights", seed, most(weights, 200), _by_dynamo, worker.judge, left(1 / 2), save)
     finally:
         worker.close()
-    left = None if until is None else max(0.0, until - time.monotonic()) / 60
-    found = fuzz_plans.run(seed, left, plans, save)
-    typer.echo(f"plans: {found.tried} tried, {len(found.failures)} failed")
-    for failure in found.failures:
+    seconds = left(1)
+    mutants = fuzz_plans.run(seed, None if seconds is None else seconds / 60, most(plans, 1000), save)
+    typer.echo(f"plans: {mutants.tried} tried, {len(mutants.failures)} failed")
+    for failure in mutants.failures:
         typer.echo(failure)
-    if failures or found.failures:
+    if failures or mutants.failures:
         raise typer.Exit(1)
 
 
@@ -79,10 +92,10 @@ def judge(kind: str, route: str, blocks: Blocks) -> Judged:
 def hunt(
     kind: str,
     seed: int,
-    count: int,
+    count: int | None,
     route: Callable[[int], str],
     judge: Callable[[str, str, Blocks], Judged],
-    until: float | None = None,
+    seconds: float | None = None,
     save: Path | None = None,
 ) -> list[Failure]:
     """Tries cases of one kind and tells what became of them.
@@ -90,10 +103,10 @@ def hunt(
     Args:
         kind: "program" or "weights".
         seed: of all cases.
-        count: how many, at the most.
+        count: how many; None for no limit.
         route: the way of each, by its number.
         judge: of kind, route and blocks.
-        until: when to stop, by ``time.monotonic()``.
+        seconds: for how long; None for no limit.
         save: folder for cases that fail.
 
     Returns:
@@ -101,8 +114,9 @@ def hunt(
     """
     failures: list[Failure] = []
     verdicts: Counter[str] = Counter()
-    for number in range(count):
-        if until is not None and time.monotonic() > until:
+    until = math.inf if seconds is None else time.monotonic() + seconds
+    for number in itertools.count() if count is None else range(count):
+        if time.monotonic() > until:
             break
         verdict, failure = judge(kind, route(number), drawn(seed, number, most=_STEPS[kind]))
         verdicts[verdict] += 1

@@ -55,7 +55,8 @@ class Program:
         inference: whether it runs in inference mode.
         breaks: where Dynamo is made to break the graph, if it runs through Dynamo: after how many nodes; 0, nowhere.
         buffers: whether the weights are buffers, not parameters.
-        expected: what it gives.
+        again: "", or how it is called a second time: with "new inputs" of the same shapes, or with "more tokens".
+        expected: what one call gives.
     """
 
     graph: fx.Graph
@@ -66,6 +67,7 @@ class Program:
     inference: bool
     breaks: int
     buffers: bool
+    again: str
     expected: Ran
 
     @property
@@ -78,7 +80,8 @@ class Program:
             for node, value in zip(nodes, self.values, strict=True)
         ]
         hostile = self.benign is not None
-        how = f"# {self.method}, prefill={self.prefill!r}, inference={self.inference}, {hostile=}"
+        how = f"# {self.method}, prefill={self.prefill!r}, inference={self.inference}, {hostile=}, "
+        how += f"buffers={self.buffers}, again={self.again!r}"
         return "\n".join([how, *given, self.graph.python_code("self").src.strip()])
 
     def _storage(self, value: Tensor) -> int:
@@ -185,6 +188,7 @@ def _program(blocks: Blocks) -> Program:
     breaks = header.below(30) if header.once_in(4) else 0
     scene.streams.append(scene.bring(_input(scene, header)))
     hostile = header.pick(_HOSTILE) if header.once_in(8) else 0.0
+    again = header.pick(("", "", "", "new inputs", "more tokens"))
     returned = header.below(256)
     _run_steps(scene, blocks[1:])
     results = [scene.streams[-1], *scene.leaks]
@@ -200,7 +204,7 @@ def _program(blocks: Blocks) -> Program:
     if hostile and scene.inputs[0] in nodes and scene.values[scene.inputs[0]].numel():
         benign = fresh(values)
         scene.values[scene.inputs[0]][..., 0, 0] = hostile
-    return Program(scene.graph, values, benign, method, prefill, inference, breaks, buffers, expected)
+    return Program(scene.graph, values, benign, method, prefill, inference, breaks, buffers, again, expected)
 
 
 def _input(scene: Scene, choices: Choices) -> Tensor:
