@@ -1,44 +1,27 @@
-"""The correction op on a CPU: builds, caches and calls ``cpu_kernel.cpp``.
+"""The correction op on a CPU: calls ``cpu_kernel.cpp``, which :mod:`tardis_fx.runtime.cpu_build` compiles.
 
-The kernel is compiled on the first call, with ``$CXX``, ``g++`` or ``clang++``, into ``$TARDIS_FX_CACHE`` (else
-``$XDG_CACHE_HOME/tardis_fx``, else ``~/.cache/tardis_fx``). It shares PyTorch's OpenMP runtime, because PyTorch is
-loaded first and both ask for a library of the same name. Without a compiler the eager reference runs, after a warning.
+The kernel is compiled on the first call. It shares PyTorch's OpenMP runtime, because PyTorch is loaded first and both
+ask for a library of the same name. Without a compiler the eager reference runs, after a warning.
 """
 
 import ctypes
-import hashlib
-import logging
-import os
-import platform
-import shlex
-import shutil
 import struct
-import subprocess
-import tempfile
 from collections.abc import Sequence
-from functools import cache
-from pathlib import Path
+from typing import NoReturn
 
 import torch
 from torch import Tensor, fx
 from torch.nn import functional as F  # noqa: N812
 
-from tardis_fx.graph.activations import ACTIVATIONS
-from tardis_fx.runtime import reference
-from tardis_fx.runtime.packing import groups_of_row, low_bits
-
-logger = logging.getLogger("tardis_fx")
+from tardis_fx.runtime import cpu_build, reference
+from tardis_fx.runtime.arguments import check, check_lists
 
 #: More tokens than this are a prefill, for which the kernel's row by row work is not made; its arrays are this long.
 DECODE_TOKENS = 16
 
-_SOURCE = Path(__file__).with_name("cpu_kernel.cpp")
-# No -ffast-math: NaN and infinity must compare as they should. The two that are safe let conversions be vectorised.
-_FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC")
-#: How the kernel numbers activations and dtypes.
-ACTIVATION_NUMBERS = {name: number for number, name in enumerate(ACTIVATIONS)}
+#: How the kernel numbers dtypes.
 DTYPE_NUMBERS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_CALL = struct.Struct("30q")  # of the kernel: sixteen pointers and fourteen integers
+_CALL = struct.Struct("32q")  # of the kernel: sixteen pointers and sixteen integers
 
 
 def correct(
@@ -69,16 +52,22 @@ def correct(
     every call. Gradients do not flow through it. Arguments and result are those of the reference.
     """
     plan = (counts, neurons, codes, scale, zero, lower, upper, slope, intercept)
-    dtype, tokens = x.dtype, x.shape[:-1].numel()
-    whole = (folded, b1, *((w1, w2t) if row_bits == 16 else ()), fold if fold_bits == 16 else None)
-    kernel = kernel_for(x, activation, whole)
+    sizes = check(folded, x, w1, b1, w2t, *plan, bits, activation, fold, fold_bits, row_bits)
+    d, d_out = x.shape[-1], folded.shape[-1]
+    tokens = x.numel() // max(1, d)
+    weights = (folded, b1, w1, w2t) if row_bits == 16 else (folded, b1)
+    kernel = kernel_for(x, tokens, weights if fold_bits != 16 else (*weights, fold))
     if kernel is None:
+        check_lists(counts, neurons, w2t.shape[0], row_bits)
         return reference.correct(folded, x, w1, b1, w2t, *plan, bits, activation, fold, fold_bits, row_bits)
-    w1, w2t = (weight if weight.stride(1) == 1 else weight.contiguous() for weight in (w1, w2t))
+    # By name, since the copies must outlive the call.
+    w1, w1_stride = rows_apart(w1)
+    w2t, w2t_stride = rows_apart(w2t)
     folded, x = folded.contiguous(), x.contiguous()
-    b1, fold = (None if tensor is None else tensor.contiguous() for tensor in (b1, fold))
-    own = [tensor.contiguous() for tensor in plan]  # by name, since the copies must outlive the call
-    out = folded.new_empty((*x.shape[:-1], folded.shape[-1]))
+    b1 = None if b1 is None else b1.contiguous()
+    fold = None if fold is None else fold.contiguous()
+    own = [tensor.contiguous() for tensor in plan]
+    out = torch.empty_like(x) if d == d_out else x.new_empty((*x.shape[:-1], d_out))
     call = _CALL.pack(
         out.data_ptr(),
         folded.data_ptr(),
@@ -89,22 +78,31 @@ def correct(
         *[tensor.data_ptr() for tensor in own],
         0 if fold is None else fold.data_ptr(),
         tokens,
-        x.shape[-1],
-        folded.shape[-1],
+        d,
+        d_out,
+        w2t.shape[0],
+        neurons.shape[0],
         scale.shape[1],
-        0 if row_bits == 16 else groups_of_row(w2t.shape[1], row_bits, folded.shape[-1]),
-        w1.stride(0),
-        w2t.stride(0),
+        sizes.column_groups,
+        w1_stride,
+        w2t_stride,
         bits,
-        ACTIVATION_NUMBERS[activation],
+        cpu_build.ACTIVATION_NUMBERS[activation],
         fold_bits,
         row_bits,
-        low_bits(bits, row_bits),
-        DTYPE_NUMBERS[dtype],
+        sizes.low,
+        DTYPE_NUMBERS[x.dtype],
         torch.get_num_threads(),
     )
-    kernel.tardis_correct(call)
+    if kernel.tardis_correct(call):
+        refuse(counts, neurons, w2t.shape[0], row_bits)
     return out
+
+
+def refuse(counts: Tensor, neurons: Tensor, hidden: int, row_bits: int) -> NoReturn:
+    """Says why the kernel refused a call; arguments as of :func:`tardis_fx.runtime.arguments.check_lists`."""
+    check_lists(counts, neurons, hidden, row_bits)
+    raise AssertionError("the kernel refuses numbers that its entry let pass")
 
 
 def take_fold(output: fx.Node) -> None:
@@ -124,76 +122,24 @@ def take_fold(output: fx.Node) -> None:
         corrected.graph.erase_node(folded)
 
 
-def kernel_for(x: Tensor, activation: str, whole: Sequence[Tensor | None]) -> ctypes.CDLL | None:
+def kernel_for(x: Tensor, tokens: int, whole: Sequence[Tensor | None]) -> ctypes.CDLL | None:
     """The compiled functions, or None where they do not take such a call.
 
     Args:
         x: the tokens.
-        activation: name in the registry.
+        tokens: how many.
         whole: the tensors that must be of its dtype.
     """
-    few = x.numel() > 0 and x.shape[:-1].numel() <= DECODE_TOKENS
-    alike = all(tensor is None or tensor.dtype == x.dtype for tensor in whole)
-    known = x.dtype in DTYPE_NUMBERS and activation in ACTIVATION_NUMBERS
-    return _kernel() if few and alike and known else None
-
-
-@cache
-def _kernel() -> ctypes.CDLL | None:
-    """The compiled functions, or None (with one warning) where they cannot be had."""
-    try:
-        library = ctypes.CDLL(str(_build()))
-    except (OSError, subprocess.CalledProcessError) as error:
-        said = error.stderr if isinstance(error, subprocess.CalledProcessError) else ""
-        logger.warning("no CPU kernel, the (slow) eager implementation runs instead: %s\n%s", error, said)
+    dtype = x.dtype
+    if not 0 < tokens <= DECODE_TOKENS or dtype not in DTYPE_NUMBERS:
         return None
-    for function in (library.tardis_correct, library.tardis_correct_gated):
-        function.argtypes = [ctypes.c_char_p]
-        function.restype = None
-    return library
+    for tensor in whole:
+        if tensor is not None and tensor.dtype is not dtype:
+            return None
+    return cpu_build.load()
 
 
-def _build() -> Path:
-    """The path of the shared library, compiled now unless the cache has it."""
-    compiler = _compiler()
-    version = subprocess.run([*compiler, "--version"], check=True, capture_output=True, text=True).stdout
-    cases = "".join(
-        f"case {ACTIVATION_NUMBERS[name]}: return {ACTIVATIONS[name].cxx};\n" for name in ACTIVATION_NUMBERS
-    )
-    sources = [path.read_text() for path in (_SOURCE, *sorted(_SOURCE.parent.glob("cpu_*.h")))]
-    parts = [*sources, cases, *compiler, version, *_FLAGS, _processor()]
-    folder = _cache_folder()
-    library = folder / f"cpu_kernel-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}.so"
-    if not library.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            built = Path(scratch, library.name)
-            Path(scratch, "activations.inc").write_text(cases)
-            command = [*compiler, *_FLAGS, f"-I{scratch}", str(_SOURCE), "-o", str(built)]
-            subprocess.run(command, check=True, capture_output=True, text=True)
-            os.replace(built, library)  # atomic: of processes that build at the same time, each finds a whole file
-    return library
-
-
-def _compiler() -> list[str]:
-    """The command of the C++ compiler."""
-    if named := shlex.split(os.environ.get("CXX", "")):
-        return named
-    for name in ("g++", "clang++"):
-        if found := shutil.which(name):
-            return [found]
-    raise FileNotFoundError("no C++ compiler: neither g++ nor clang++ on PATH, and CXX is not set")
-
-
-def _processor() -> str:
-    """What -march=native depends on, so that machines may share a cache folder."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    kept = {line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))}
-    return "\n".join([platform.machine(), platform.processor(), *sorted(kept)])
-
-
-def _cache_folder() -> Path:
-    if named := os.environ.get("TARDIS_FX_CACHE"):
-        return Path(named).absolute()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tardis_fx"
+def rows_apart(weight: Tensor) -> tuple[Tensor, int]:
+    """A matrix whose rows are contiguous, copied if need be, and how many entries lie between their beginnings."""
+    far, near = weight.stride()
+    return (weight, far) if near == 1 else (weight.contiguous(), weight.shape[1])

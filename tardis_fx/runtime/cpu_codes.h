@@ -9,6 +9,7 @@
 
 namespace {
 
+constexpr int TOKENS = 16;  // of one call, at most: a token is a bit of a mask
 constexpr int BLOCK = 64;  // columns whose codes lie together; half a block, one, or two share a scale
 
 // The blocks of a row of codes, and how many of its scales lie one behind the other.
@@ -35,20 +36,24 @@ T* scratch(int64_t count) {
 }
 
 // The tokens, as floats and in fixed point: x = unit * (128 high + low), which errs by less than 2^-13 of the largest
-// |x| of its block. That is far below the error of the codes, and integers take half the time of floats.
+// |x| of its block. That is far below the error of the codes, and integers take half the time of floats. Tokens with a
+// NaN, an infinity or a number so large that products of sums of x could overflow are multiplied as they are.
 struct Inputs {
+  static constexpr float LARGEST = 0x1p64f;
   Row row;             // of codes to be multiplied with
-  int64_t blocks, stride;
+  int64_t d, blocks, stride;
   float* plain;        // [tokens, blocks, BLOCK], zeros after the last column
   int8_t *high, *low;  // [tokens, blocks, BLOCK]
   float* units;        // [tokens, blocks]
   float* sums;         // [tokens, stride]: of each group, zeros after the last one
   const void* given;   // [tokens, d]
   Bfloat16* bfloats;   // [tokens, blocks, BLOCK], of each block the even columns, then the odd ones; or null
+  uint32_t wild = 0;   // bit t: token t is multiplied as it is
 
   template <class W>
   Inputs(const W* x, int64_t tokens, int64_t d, int64_t groups)
       : row(d, groups),
+        d(d),
         blocks(row.blocks),
         stride((groups + LANES - 1) / LANES * LANES),
         plain(scratch<float, 0>(tokens * blocks * BLOCK)),
@@ -64,8 +69,10 @@ struct Inputs {
       for (int64_t i = 0; i < d; ++i) plain[t * blocks * BLOCK + i] = to_float(x[t * d + i]);
     for (int64_t b = 0; b < tokens * blocks; ++b) {
       const float* const block = plain + b * BLOCK;
+      const int64_t t = b / blocks;
       int8_t *const highs = high + b * BLOCK, *const lows = low + b * BLOCK;
       Floats most = {};
+      bool tame = true;
       for (int half = 0; half < 2; ++half) {
         Floats total = {};
         for (int k = half * BLOCK / 2; k < (half + 1) * BLOCK / 2; k += LANES) {
@@ -73,12 +80,23 @@ struct Inputs {
           total += values;
           most = most < sizes ? sizes : most;
         }
-        sums[b / blocks * stride + ((2 * (b % blocks) + half) >> row.shift)] += sum(total);
+        const float of_half = sum(total);
+        tame = tame && !std::isnan(of_half);
+        sums[t * stride + ((2 * (b % blocks) + half) >> row.shift)] += of_half;
       }
       float largest = 0;
       for (int i = 0; i < LANES; ++i) largest = std::max(largest, most[i]);
+      if (!tame || largest > LARGEST) {
+        wild |= 1u << t;
+        largest = 0;
+      }
       units[b] = largest / (63 * 128);
       const float factor = units[b] >= FLT_MIN ? 1 / units[b] : 0;
+      if (factor == 0) {  // nothing in it, or no number that an integer could hold
+        std::fill_n(highs, BLOCK, 0);
+        std::fill_n(lows, BLOCK, 0);
+        continue;
+      }
 #pragma omp simd
       for (int k = 0; k < BLOCK; ++k) {
         const int32_t fixed = int32_t(std::rint(block[k] * factor));
@@ -111,6 +129,14 @@ Bytes codes_of(const uint8_t* packed, int part) {
   for (int plane = 0; plane < BITS / 2; ++plane) codes = codes << 2 | (pairs(packed + 16 * plane, part) & 3);
   if (BITS % 2) codes = codes << 1 | singles(packed + BITS / 2 * 16, part);
   return codes;
+}
+
+template <int BITS>
+void unpack(const uint8_t* packed, uint8_t* codes) {
+  for (int part = 0; part < BLOCK / WIDTH; ++part) {
+    const Bytes some = codes_of<BITS>(packed, part);
+    std::memcpy(codes + part * WIDTH, &some, WIDTH);
+  }
 }
 
 // The scales of so many columns as there are in a vector, from half block number `half` on.
@@ -181,6 +207,33 @@ void estimate(const uint8_t* packed, const float* scale, const float* shift, con
   for (int t = 0; t < T; ++t) z_hat[t] = sum(total[t]);
 }
 
+// The estimate of one neuron for a token that is multiplied as it is: the specification's products, added in double, so
+// that it is finite, infinite or NaN where it should be.
+template <int BITS>
+__attribute__((noinline, cold)) float estimate_wild(const uint8_t* packed, const float* scale, const float* shift,
+                                                    const Inputs& x, int64_t t) {
+  double total = 0;
+  for (int64_t b = 0; b < x.blocks; ++b, packed += BITS * BLOCK / 8) {
+    uint8_t codes[BLOCK];
+    unpack<BITS>(packed, codes);
+    const float* const block = x.plain + (t * x.blocks + b) * BLOCK;
+    for (int64_t i = 0; i < std::min<int64_t>(BLOCK, x.d - b * BLOCK); ++i) {
+      const int64_t g = (2 * b + i / (BLOCK / 2)) >> x.row.shift;
+      total += double(block[i]) * (scale[g] * codes[i] - shift[g]);
+    }
+  }
+  return total;
+}
+
+// The estimate of one neuron for one token.
+template <int BITS>
+float estimate_one(const uint8_t* packed, const float* scale, const float* shift, const Inputs& x, int64_t t) {
+  if (x.wild >> t & 1) return estimate_wild<BITS>(packed, scale, shift, x, t);
+  float z_hat;
+  estimate<BITS, 1>(packed, scale, shift, x, t, &z_hat);
+  return z_hat;
+}
+
 // The estimates of one neuron for all tokens.
 template <int BITS>
 void estimate_all(const uint8_t* packed, const float* scale, const float* shift, const Inputs& x, int64_t tokens,
@@ -189,6 +242,8 @@ void estimate_all(const uint8_t* packed, const float* scale, const float* shift,
   for (; t + 8 <= tokens; t += 8) estimate<BITS, 8>(packed, scale, shift, x, t, z_hat + t);
   for (; t + 4 <= tokens; t += 4) estimate<BITS, 4>(packed, scale, shift, x, t, z_hat + t);
   for (; t < tokens; ++t) estimate<BITS, 1>(packed, scale, shift, x, t, z_hat + t);
+  for (t = 0; x.wild >> t; ++t)
+    if (x.wild >> t & 1) z_hat[t] = estimate_wild<BITS>(packed, scale, shift, x, t);
 }
 
 // A row's scales and scales times zero points, as floats.

@@ -35,7 +35,7 @@ Outlier* test_gated(const GatedCall& call, const Inputs& x, int64_t begin, int64
       }
       for (; i < size; ++i) shifts[i] = (scales[i] = to_float(scale[i])) * zero[i];
     }
-    float both[2][16];
+    float both[2][TOKENS];
     for (int half = 0; half < 2; ++half) {
       const uint8_t* const packed = call.codes + (2 * row + half) * packed_bytes;
       const float *const scale = &scales[at + half * groups], *const shift = &shifts[at + half * groups];

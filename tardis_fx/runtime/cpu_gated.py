@@ -5,10 +5,10 @@ import struct
 import torch
 from torch import Tensor
 
-from tardis_fx.runtime import cpu, reference_gated
-from tardis_fx.runtime.packing import groups_of_row, low_bits
+from tardis_fx.runtime import cpu, cpu_build, reference_gated
+from tardis_fx.runtime.arguments import check_gated, check_lists
 
-_CALL = struct.Struct("35q")  # of the kernel: that of a plain site, four pointers and an integer
+_CALL = struct.Struct("37q")  # of the kernel: that of a plain site, four pointers and an integer
 
 
 def correct(
@@ -37,16 +37,22 @@ def correct(
     those of the reference, which does the rest.
     """
     plan = (counts, neurons, codes, scale, zero, biases, guard, surrogate)
-    tokens, whole = x.shape[:-1].numel(), (gate, up, w2t) if row_bits == 16 else ()
-    kernel = cpu.kernel_for(x, activation, (folded, *whole, fold if fold_bits == 16 else None))
+    sizes = check_gated(folded, x, gate, up, w2t, *plan, bits, activation, fold, fold_bits, row_bits)
+    d, d_out = x.shape[-1], folded.shape[-1]
+    tokens = x.numel() // max(1, d)
+    weights = (folded, gate, up, w2t) if row_bits == 16 else (folded,)
+    kernel = cpu.kernel_for(x, tokens, weights if fold_bits != 16 else (*weights, fold))
     if kernel is None:
+        check_lists(counts, neurons, w2t.shape[0], row_bits)
         return reference_gated.correct(folded, x, gate, up, w2t, *plan, bits, activation, fold, fold_bits, row_bits)
-    gate, up, w2t = (weight if weight.stride(1) == 1 else weight.contiguous() for weight in (gate, up, w2t))
-    folded, x = folded.contiguous(), x.contiguous()
     # By name, since the copies must outlive the call.
+    gate, gate_stride = cpu.rows_apart(gate)
+    up, up_stride = cpu.rows_apart(up)
+    w2t, w2t_stride = cpu.rows_apart(w2t)
+    folded, x = folded.contiguous(), x.contiguous()
     given = [None if tensor is None else tensor.contiguous() for tensor in (*plan, fold)]
-    *own, own_biases, own_guard, own_surrogate, own_fold = (0 if t is None else t.data_ptr() for t in given)
-    out = folded.new_empty((*x.shape[:-1], folded.shape[-1]))
+    *own, own_biases, own_guard, own_surrogate, own_fold = [0 if t is None else t.data_ptr() for t in given]
+    out = torch.empty_like(x) if d == d_out else x.new_empty((*x.shape[:-1], d_out))
     call = _CALL.pack(
         out.data_ptr(),
         folded.data_ptr(),
@@ -61,24 +67,27 @@ def correct(
         0,
         own_fold,
         tokens,
-        x.shape[-1],
-        folded.shape[-1],
+        d,
+        d_out,
+        w2t.shape[0],
+        neurons.shape[0],
         scale.shape[2],
-        0 if row_bits == 16 else groups_of_row(w2t.shape[1], row_bits, folded.shape[-1]),
-        up.stride(0),
-        w2t.stride(0),
+        sizes.column_groups,
+        up_stride,
+        w2t_stride,
         bits,
-        cpu.ACTIVATION_NUMBERS[activation],
+        cpu_build.ACTIVATION_NUMBERS[activation],
         fold_bits,
         row_bits,
-        low_bits(bits, row_bits),
+        sizes.low,
         cpu.DTYPE_NUMBERS[x.dtype],
         torch.get_num_threads(),
         gate.data_ptr(),
         own_biases,
         own_guard,
         own_surrogate,
-        gate.stride(0),
+        gate_stride,
     )
-    kernel.tardis_correct_gated(call)
+    if kernel.tardis_correct_gated(call):
+        cpu.refuse(counts, neurons, w2t.shape[0], row_bits)
     return out

@@ -9,31 +9,18 @@
 #include <omp.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <vector>
 
+#include "cpu_call.h"
 #include "cpu_codes.h"
 #include "cpu_vectors.h"
 
 namespace {
 
 constexpr int64_t SERIAL_BYTES = 32768;  // of packed codes: below, waking other threads costs more than it saves
-
-struct Call {  // of a plain site; cpu.py packs it: sixteen pointers and fourteen integers
-  static constexpr int PROJECTIONS = 1;  // in front of the activation
-  void* out;
-  const void *folded, *x, *w1, *b1, *w2t;
-  const int64_t* counts;
-  const int32_t* neurons;
-  const uint8_t* codes;
-  const Half* scale;
-  const uint8_t* zero;
-  const float *lower, *upper, *slope, *intercept;
-  const uint8_t* fold;
-  int64_t tokens, d, d_out, d_groups, d_out_groups, w1_stride, w2t_stride, bits, activation, fold_bits, row_bits,
-      low_bits, dtype, threads;
-};
 
 struct Outlier {
   int32_t position;  // in the list of neurons
@@ -69,7 +56,7 @@ Outlier* test(const Call& call, const Inputs& x, int64_t begin, int64_t end, Out
       for (; i < size; ++i) shifts[i] = (scales[i] = to_float(scale[i])) * zero[i];
     }
     const uint8_t* const packed = call.codes + row * x.blocks * (BITS * BLOCK / 8);
-    float z_hat[16];
+    float z_hat[TOKENS];
     estimate_all<BITS>(packed, &scales[at], &shifts[at], x, call.tokens, z_hat);
     uint32_t tokens = 0;
     for (int64_t t = 0; t < call.tokens; ++t)
@@ -97,7 +84,7 @@ void fold(const Call& call, const Inputs& x, int64_t begin, int64_t end, float* 
   for (int64_t row = begin; row < end; ++row) {
     const uint8_t* const codes = call.fold + row * x.row.bytes(BITS);
     open<BITS>(codes, x.row, scales, shifts);
-    float products[16];
+    float products[TOKENS];
     estimate_all<BITS>(codes, scales, shifts, x, call.tokens, products);
     for (int64_t t = 0; t < call.tokens; ++t) sums[t * call.d_out + row] += products[t];
   }
@@ -166,9 +153,7 @@ void refine(const Call& call, const Inputs& x, uint32_t tokens, const uint8_t* r
   open<BITS>(row, x.row, scales, shifts);
   for (int64_t t = 0; t < call.tokens; ++t) {
     if (!(tokens >> t & 1)) continue;
-    float low;
-    estimate<BITS, 1>(row, scales, shifts, x, t, &low);
-    z[t] += low;
+    z[t] += estimate_one<BITS>(row, scales, shifts, x, t);
   }
 }
 
@@ -178,7 +163,7 @@ void add_column(const Call& call, uint32_t tokens, const uint8_t* column, const 
   const Row row(call.d_out, call.d_out_groups);
   float *const scales = scratch<float, 10>(2 * row.groups), *const shifts = scales + row.groups;
   open<BITS>(column, row, scales, shifts);
-  float factors[16], *into[16];
+  float factors[TOKENS], *into[TOKENS];
   int count = 0;
   for (int64_t t = 0; t < call.tokens; ++t) {
     if (!(tokens >> t & 1)) continue;
@@ -187,10 +172,7 @@ void add_column(const Call& call, uint32_t tokens, const uint8_t* column, const 
   }
   for (int64_t b = 0; b < row.blocks; ++b, column += BITS * BLOCK / 8) {
     uint8_t codes[BLOCK];
-    for (int part = 0; part < BLOCK / WIDTH; ++part) {
-      const Bytes some = codes_of<BITS>(column, part);
-      std::memcpy(codes + part * WIDTH, &some, WIDTH);
-    }
+    unpack<BITS>(column, codes);
     const int64_t first = b * BLOCK, size = std::min<int64_t>(BLOCK, call.d_out - first);
     int64_t i = 0;
     for (; i + LANES <= size; i += LANES) {
@@ -253,8 +235,9 @@ void add(const Call& call, const Inputs& x, Outlier outlier, int64_t neuron, int
 
 // ---- The ops.
 
+// False where the list names a neuron that is not there: then `out` means nothing.
 template <class W, class AnyCall>
-void correct(const AnyCall& call) {
+bool correct(const AnyCall& call) {
   const int64_t tokens = call.tokens, d_out = call.d_out, size = tokens * d_out;
   const int64_t listed = call.counts[0], guarded = call.counts[1], always = listed - guarded;
   const W* const folded = (const W*)call.folded;
@@ -267,6 +250,13 @@ void correct(const AnyCall& call) {
   Outlier* const list = scratch<Outlier, 6>(listed);
   float* const estimates = scratch<float, 11>(guarded * kept);
   int64_t *const begins = scratch<int64_t, 7>(2 * threads), *const ends = begins + threads;
+  std::atomic<bool> all_there = true;
+  const auto neuron_of = [&](const Outlier& outlier) -> int64_t {
+    const int64_t neuron = call.neurons[outlier.position];
+    if (between(0, neuron, call.hidden - 1)) return neuron;
+    all_there.store(false, std::memory_order_relaxed);
+    return 0;
+  };
 
 #pragma omp parallel num_threads(threads)
   {
@@ -290,10 +280,11 @@ void correct(const AnyCall& call) {
     for (int64_t thread = 0; thread < team; before += ends[thread] - begins[thread], ++thread) {
       const Outlier* outlier = list + begins[thread] + std::max<int64_t>(share(total, me) - before, 0);
       const Outlier* const last = list + std::min(begins[thread] + share(total, me + 1) - before, ends[thread]);
+      int64_t neuron = outlier < last ? neuron_of(*outlier) : 0;
       for (; outlier < last; ++outlier) {
-        const int64_t neuron = call.neurons[outlier->position];
-        const int64_t next = outlier + 1 < last ? call.neurons[outlier[1].position] : neuron;
+        const int64_t next = outlier + 1 < last ? neuron_of(outlier[1]) : neuron;
         add<W>(call, x, *outlier, neuron, next, estimates + outlier->position * kept, sums);
+        neuron = next;
       }
     }
 #pragma omp barrier
@@ -303,19 +294,23 @@ void correct(const AnyCall& call) {
       store(value, (W*)call.out + i);
     }
   }
+  return all_there;
 }
 
 template <class AnyCall>
-void any_dtype(const AnyCall& call) {
-  (call.dtype == 0   ? correct<float, AnyCall>
-   : call.dtype == 1 ? correct<Bfloat16, AnyCall>
-                     : correct<Half, AnyCall>)(call);
+int64_t any_dtype(const AnyCall& call) {
+  if (!taken(call)) return 1;
+  const bool done = call.dtype == 0   ? correct<float>(call)
+                    : call.dtype == 1 ? correct<Bfloat16>(call)
+                                      : correct<Half>(call);
+  return done ? 0 : 1;
 }
 
 }  // namespace
 
-extern "C" void tardis_correct(const Call* call) { any_dtype(*call); }
-extern "C" void tardis_correct_gated(const GatedCall* call) { any_dtype(*call); }
+// Return 0, or 1 where the call is refused; cpu.py then says why.
+extern "C" int64_t tardis_correct(const Call* call) { return any_dtype(*call); }
+extern "C" int64_t tardis_correct_gated(const GatedCall* call) { return any_dtype(*call); }
 
 // How many of some lines, each of at most 64 bytes, differ from their copies (snapshot.py).
 extern "C" int64_t tardis_differing_lines(const void* const* lines, const int64_t* sizes, const uint8_t* copies,

@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 from tardis_fx.graph.activations import ACTIVATIONS
 from tardis_fx.runtime import reference, reference_gated
+from tardis_fx.runtime.arguments import check_lists
 
 logger = logging.getLogger("tardis_fx")
 
@@ -31,6 +32,7 @@ def correct(*args: Any) -> Tensor:
     if eligible(folded, x, w1, b1, w2t, args[15], row_bits) and available():
         corrected: Tensor = torch.ops.tardis.correct_triton(*args)
         return corrected
+    check_lists(args[5], args[6], w2t.shape[0], row_bits)
     return reference.correct(*args)
 
 

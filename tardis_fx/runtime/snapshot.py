@@ -142,9 +142,9 @@ class _Sample:
 @cache
 def _comparison() -> Callable[[int, int, int, int], int]:
     """Counts the lines that differ from their copies: in C++ where the kernel can be had."""
-    from tardis_fx.runtime import cpu
+    from tardis_fx.runtime import cpu_build
 
-    library = cpu._kernel()
+    library = cpu_build.load()
     if library is None:
         return _differing_lines
     function: Any = library.tardis_differing_lines

@@ -97,9 +97,10 @@ def counted(correct: Callable[..., Tensor], add: Callable[..., None]) -> Callabl
     """An implementation of an op that also shows its calls, by a method of Touched, to whatever is counting."""
 
     def run(*args: object) -> Tensor:
+        corrected = correct(*args)  # first: it checks its arguments
         for touched in _COUNTING:
             add(touched, *args)
-        return correct(*args)
+        return corrected
 
     return run
 

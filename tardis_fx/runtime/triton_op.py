@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
+from tardis_fx.runtime.arguments import check
 from tardis_fx.runtime.cuda import eligible
-from tardis_fx.runtime.packing import BLOCK, group_width, groups_of_row, low_bits
+from tardis_fx.runtime.packing import BLOCK, group_width
 from tardis_fx.runtime.triton_correction import accumulate, activate
 from tardis_fx.runtime.triton_predictor import multiply, predict
 from tardis_fx.runtime.triton_tuning import INTERPRETED
@@ -54,6 +55,10 @@ def correct(
     CUDA graph can hold them. Sums are taken in float32 and rounded once. What the kernels do not take goes to
     ``torch.ops.tardis.correct``. Gradients do not flow through it. Arguments and result are those of the reference.
     """
+    layout = check(
+        folded, x, w1, b1, w2t, counts, neurons, codes, scale, zero, lower, upper, slope, intercept, bits, activation,
+        fold, fold_bits, row_bits,
+    )  # fmt: skip
     if not eligible(folded, x, w1, b1, w2t, activation, row_bits):
         other: Tensor = torch.ops.tardis.correct(
             folded, x, w1, b1, w2t, counts, neurons, codes, scale, zero, lower, upper, slope, intercept, bits,
@@ -65,7 +70,7 @@ def correct(
     together = next((few for few in TOGETHER if tokens <= few), TOGETHER[-1])
     segments, nested = -(-capacity // SEGMENT), row_bits < 16
     group = group_width(d, scale.shape[1])
-    group_out = group_width(d_out, groups_of_row(w2t.shape[1], row_bits, d_out)) if nested else BLOCK
+    group_out = group_width(d_out, layout.column_groups) if nested else BLOCK
     w1, w2t = (weight if weight.stride(1) == 1 else weight.contiguous() for weight in (w1, w2t))
 
     def scratch(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
@@ -83,7 +88,7 @@ def correct(
         flat, w1, folded if b1 is None else b1.contiguous(), slope.contiguous(), intercept.contiguous(),
         positions, chosen, masks, sizes, estimates, rows, residuals, count, tokens, w1.stride(0), capacity, segments,
         D=d, TOKENS=together, SEGMENT=SEGMENT, SEGMENTS=1 << (segments - 1).bit_length(), GROUP=group,
-        BITS=low_bits(bits, row_bits) if nested else 16,
+        BITS=layout.low if nested else 16,
         BIASED=b1 is not None, ACTIVATION=activation,
     )  # fmt: skip
     partial = scratch(SHARES, tokens, d_out, dtype=torch.float32)

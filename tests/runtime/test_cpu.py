@@ -1,11 +1,7 @@
 """The CPU kernel against the eager reference in float64."""
 
-import logging
 import math
-import os
-import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
 
@@ -17,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tardis_fx.graph.activations import ACTIVATIONS
-from tardis_fx.runtime import cpu, reference
+from tardis_fx.runtime import cpu, cpu_build, reference
 from tardis_fx.runtime.packing import GROUP_SIZES, low_bits
 from tardis_fx.runtime.reference import dequantise, rows_of
 
@@ -38,7 +34,7 @@ def agree(op: Arguments, out: Tensor) -> None:
 
 @pytest.fixture(scope="module")
 def kernel() -> None:
-    if cpu._kernel() is None:
+    if cpu_build.load() is None:
         pytest.skip("no C++ compiler")
 
 
@@ -190,74 +186,8 @@ def test_memory_of_old_reaches_no_output() -> None:
     ],
 )
 def test_what_the_kernel_does_not_take_goes_to_the_reference(op: Arguments) -> None:
-    with mock.patch.object(cpu, "_kernel", side_effect=AssertionError("the kernel was asked for")):
+    with mock.patch.object(cpu_build, "load", side_effect=AssertionError("the kernel was asked for")):
         assert_agree(cpu.correct(**op), exact(op))  # type: ignore[arg-type]
-
-
-@pytest.fixture
-def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    monkeypatch.setenv("TARDIS_FX_CACHE", str(tmp_path / "cache"))
-    cpu._kernel.cache_clear()
-    yield tmp_path / "cache"
-    cpu._kernel.cache_clear()
-
-
-@pytest.mark.parametrize(
-    ("variable", "value", "reason"),
-    [("PATH", "", "no C++ compiler"), ("CXX", "no-such-compiler", "no-such-compiler"), ("CXX", "false", "false")],
-)
-def test_without_a_compiler_the_reference_runs_after_one_warning(
-    variable: str,
-    value: str,
-    reason: str,
-    empty_cache: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    monkeypatch.delenv("CXX", raising=False)
-    monkeypatch.setenv(variable, value)
-    op = arguments()
-    with caplog.at_level(logging.WARNING, logger="tardis_fx"):
-        for _ in range(2):
-            assert torch.equal(cpu.correct(**op), reference.correct(**op))  # type: ignore[arg-type]
-    (record,) = caplog.records
-    assert "eager implementation" in record.getMessage()
-    assert reason in record.getMessage()
-
-
-@pytest.mark.usefixtures("kernel")
-def test_two_processes_that_build_at_the_same_time_both_work(tmp_path: Path) -> None:
-    program = """
-import os, torch
-from tardis_fx.runtime import cpu, reference
-assert not os.path.exists(os.environ["TARDIS_FX_CACHE"]), "built on import"
-input(print("ready", flush=True) or "")
-codes, groups = torch.zeros(8, 16, dtype=torch.uint8), torch.zeros(8, 1, dtype=torch.uint8)
-ones, neurons = torch.ones(8), torch.arange(8, dtype=torch.int32)
-op = (torch.ones(1, 4), torch.ones(1, 64), torch.ones(8, 64), None, torch.ones(8, 4), torch.tensor([8, 8]), neurons)
-op += (codes, groups.half(), groups, ones, ones, ones, ones, 2, "relu")
-expected = reference.correct(*op)
-reference.correct = None
-assert torch.equal(cpu.correct(*op), expected)
-"""
-    environment = os.environ | {"TARDIS_FX_CACHE": str(tmp_path / "cache")}
-    root, pipe = Path(__file__).parents[2], subprocess.PIPE
-    command = [sys.executable, "-c", program]
-    processes = [
-        subprocess.Popen(command, env=environment, cwd=root, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
-        for _ in range(2)
-    ]
-    for process in processes:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
-    for process in processes:
-        assert process.stdin is not None
-        process.stdin.write("go\n")
-        process.stdin.flush()
-    errors = [process.communicate(timeout=120)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], errors
-    (library,) = (tmp_path / "cache").iterdir()
-    assert library.suffix == ".so"
 
 
 @pytest.mark.usefixtures("kernel")

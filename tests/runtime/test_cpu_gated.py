@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tardis_fx.graph.activations import ACTIVATIONS
-from tardis_fx.runtime import cpu, cpu_gated, reference_gated
+from tardis_fx.runtime import cpu, cpu_build, cpu_gated, reference_gated
 from tardis_fx.runtime.packing import GROUP_SIZES, low_bits
 from tardis_fx.runtime.reference import dequantise, rows_of
 
@@ -34,7 +34,7 @@ def agree(op: Arguments, out: Tensor) -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def kernel() -> None:
-    if cpu._kernel() is None:
+    if cpu_build.load() is None:
         pytest.skip("no C++ compiler")
 
 
@@ -126,5 +126,5 @@ def test_a_nan_score_is_no_outlier_and_a_nan_stays_with_its_token(always: int) -
     ],
 )
 def test_what_the_kernel_does_not_take_goes_to_the_reference(op: Arguments) -> None:
-    with mock.patch.object(cpu, "_kernel", side_effect=AssertionError("the kernel was asked for")):
+    with mock.patch.object(cpu_build, "load", side_effect=AssertionError("the kernel was asked for")):
         assert torch.equal(cpu_gated.correct(**op), reference_gated.correct(**op))  # type: ignore[arg-type]
