@@ -80,7 +80,7 @@ class Lost(Operands):
         """Starts at zero."""
         super().__init__(site)
         self._bare = Dense(replace(site, weights=bare(site.weights)))
-        self._sum, self._tokens = torch.zeros(len(site.weights.w1), dtype=torch.float64), 0
+        self._sum, self._tokens = torch.zeros(len(site.weights.w1), dtype=torch.float64, device="cpu"), 0
 
     def add(self, x: Tensor, hidden: Tensor) -> None:
         """Adds the difference that they make."""

@@ -41,7 +41,7 @@ class DropFfn(WholeSites):
     def replaced(self, output: Residual, weights: SiteWeights) -> tuple[float, str, dict[str, Tensor]]:
         """Lost is the variance of the output."""
         mean = output.mean
-        missed = output.missed(torch.zeros(weights.w1.shape[1], len(mean), dtype=mean.dtype), mean)
+        missed = output.missed(torch.zeros(weights.w1.shape[1], len(mean), dtype=mean.dtype, device=mean.device), mean)
         loss = missed / (weights.bytes - self.floor(weights))
         return loss, f"its output varies by {missed:.3g}", {"mean": mean.to(weights.w2.dtype)}
 

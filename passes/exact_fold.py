@@ -96,7 +96,7 @@ class ExactFold(Rewrite):
 
 def _line(site: Site, weights: SiteWeights) -> tuple[Tensor, Tensor] | None:
     """Slope and intercept of every neuron, [h] each, float64; None where the activation is no line for one of them."""
-    ones = torch.ones(len(weights.w1), dtype=torch.float64)
+    ones = torch.ones(len(weights.w1), dtype=torch.float64, device="cpu")
     if site.affine is not None:
         return site.affine[0] * ones, site.affine[1] * ones
     lower, upper = _range(weights, site.bounds)
@@ -107,7 +107,7 @@ def _line(site: Site, weights: SiteWeights) -> tuple[Tensor, Tensor] | None:
 def _range(weights: SiteWeights, bounds: tuple[float, float]) -> tuple[Tensor, Tensor]:
     """Lowest and highest pre-activation of every neuron, [h] each; one that rounding turns is as small as rounding."""
     w1 = weights.w1.double().cpu()
-    b1 = torch.zeros(len(w1), dtype=torch.float64) if weights.b1 is None else weights.b1.double().cpu()
+    b1 = torch.zeros_like(w1[:, 0]) if weights.b1 is None else weights.b1.double().cpu()
 
     def least(weight: Tensor) -> Tensor:
         rise, fall = weight.clamp(min=0), weight.clamp(max=0)

@@ -33,7 +33,7 @@ def biases(plan: SitePlan, weights: SiteWeights) -> dict[str, Tensor]:
         return {}
     (hidden, _), device = weights.w1.shape, weights.w1.device
     neurons = plan.tensors["neurons"].long().to(device)
-    padded = torch.zeros(hidden, 2, device=device)
+    padded = torch.zeros(hidden, 2, dtype=torch.float32, device=device)
     for column, bias in enumerate((weights.gate_bias, weights.b1)):
         if bias is not None:
             padded[: len(neurons), column] = bias[neurons].float()

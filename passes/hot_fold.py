@@ -124,6 +124,6 @@ def _row_bytes(weights: SiteWeights) -> int:
 
 
 def _rest(kept: Mapping[str, Tensor], site: ObservedSite) -> Outputs:
-    exact = torch.zeros(len(site.weights.w1), dtype=torch.bool)
+    exact = torch.zeros(len(site.weights.w1), dtype=torch.bool, device="cpu")
     exact[kept[site.fingerprint]] = True
     return Outputs(site, exact)

@@ -56,10 +56,10 @@ def _frequent(site: SiteRanges, rate: float) -> Ranges:
     """Narrowest hot ranges that leave out at most ``rate`` of each neuron's tokens."""
     count = site.sums.count
     start, stop = _narrowest(count, (1 - rate) * count.sum(0))
-    bins = torch.arange(len(count))[:, None]
+    bins = torch.arange(len(count), dtype=torch.int64, device="cpu")[:, None]
     hot = (bins >= start) & (bins < stop)
     site.refit(hot)
-    every = torch.ones(count.shape[1], dtype=torch.bool)
+    every = torch.ones(count.shape[1], dtype=torch.bool, device="cpu")
     cold = torch.where(hot, 0, count).sum().item() / count[:, 0].sum().item()
     return Ranges(hot, every, ~every, site.costs.fold + site.costs.predictor * count.shape[1] + site.costs.row * cold)
 
@@ -67,7 +67,10 @@ def _frequent(site: SiteRanges, rate: float) -> Ranges:
 def _narrowest(count: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
     """Start and stop of the shortest run of bins of every column of [bins, h] that holds ``wanted``, [h]."""
     prefix = torch.cat([torch.zeros_like(count[:1]), count.cumsum(0)]).T.contiguous()
-    best_start, best_stop = torch.zeros(len(prefix), dtype=torch.long), torch.full((len(prefix),), len(count))
+    best_start, best_stop = (
+        torch.zeros_like(prefix[:, 0], dtype=torch.int64),
+        torch.full_like(prefix[:, 0], len(count), dtype=torch.int64),
+    )
     for start in range(len(count)):
         target = (prefix[:, start] + wanted - 0.5)[:, None]
         stop = torch.searchsorted(prefix, target)[:, 0]

@@ -288,7 +288,7 @@ class PartialLinear(Rewrite):
             constants |= gated.biases(plan, weights)
         elif weights.b1 is not None:
             constants["b1"] = weights.b1
-        constants["counts"] = torch.tensor([listed, guarded], device=device)
+        constants["counts"] = torch.tensor([listed, guarded], dtype=torch.int64, device=device)
         for name in _PER_NEURON if weights.gate is None else gated.PER_NEURON:
             tensor = plan.tensors[name].to(device)
             missing = hidden - len(tensor)

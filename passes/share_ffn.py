@@ -81,7 +81,7 @@ class ShareFfn(StaticRewrite):
         runs: dict[str, Run] = {}
         for alike in _alike(sites):
             count, rank = _split(alike[0].weights, len(alike), config.budget)
-            for part in torch.arange(len(alike)).tensor_split(count):
+            for part in torch.arange(len(alike), dtype=torch.int64, device="cpu").tensor_split(count):
                 run = Run([alike[i] for i in part], rank)
                 runs |= dict.fromkeys((s.fingerprint for s in run.sites), run)
         what = f"which FFNs {self.name} keeps at a budget of {config.budget}"
@@ -165,7 +165,7 @@ class Tried:
         """Starts at zero."""
         self._own, self._others = Dense(site), [Dense(other) for other in others]
         #: Of the products of 1, theirs and the site's own output; [FFNs, 3, 3, d_out].
-        self.sums = torch.zeros(len(others), 3, 3, len(site.weights.w2), dtype=torch.float64)
+        self.sums = torch.zeros(len(others), 3, 3, len(site.weights.w2), dtype=torch.float64, device="cpu")
 
     def update(self, x: Tensor) -> None:
         """Adds tokens, [tokens, d], float32."""

@@ -41,7 +41,7 @@ class SparseGPT(Sparse):
         rows, columns = w.shape
         for start in range(0, columns, BLOCK):
             stop = min(start + BLOCK, columns)
-            block, errors = w[:, start:stop], torch.zeros(rows, stop - start)
+            block, errors = w[:, start:stop], torch.zeros(rows, stop - start, dtype=w.dtype, device=w.device)
             diagonal = upper.diagonal()[start:stop]
             kept = torch.zeros_like(block, dtype=torch.bool)
             if not self.two_of_four:

@@ -101,7 +101,9 @@ def finetune(
         schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: 1 - step / steps)
         with tqdm(total=steps, desc="fine-tuning", unit="step", disable=not progress) as bar:
             for epoch in range(epochs):
-                for i in torch.randperm(len(training), generator=torch.Generator().manual_seed(epoch)).tolist():
+                for i in torch.randperm(
+                    len(training), generator=torch.Generator("cpu").manual_seed(epoch), dtype=torch.int64, device="cpu"
+                ).tolist():
                     found = split.loss(training[i], gradients=True)
                     found.backward()
                     optimiser.step()

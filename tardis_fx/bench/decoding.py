@@ -33,7 +33,7 @@ class Decoder:
         self._model, self._tokens = model, tokens
         self.cache = StaticCache(config=model.config, max_cache_len=context)
         self._cache = {cache_argument(model): self.cache}
-        self._positions = torch.arange(len(tokens), device=tokens.device).view(-1, 1, 1)
+        self._positions = torch.arange(len(tokens), dtype=torch.int64, device=tokens.device).view(-1, 1, 1)
         if tokens.is_cuda:  # memory of the cache that is there before a graph is compiled may be part of a CUDA graph
             with torch.no_grad():
                 call_model(model, tokens[:1, None], **self._cache, position_ids=self._positions[0])
@@ -77,7 +77,9 @@ def cache_argument(model: Any) -> str:
 
 def texts(model: Any, count: int, length: int, own: bool) -> Tensor:
     """Sequences of tokens, [count, length]: any, or what a trained model says by itself."""
-    first = torch.randint(model.config.vocab_size, (count, 1 if own else length), device=model.device)
+    first = torch.randint(
+        model.config.vocab_size, (count, 1 if own else length), dtype=torch.int64, device=model.device
+    )
     if not own:
         return first
     new = length - 1

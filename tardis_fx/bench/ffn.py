@@ -88,11 +88,11 @@ def compare(
         device: "cpu" or "cuda", where all copies make one CUDA graph.
     """
     torch.manual_seed(0)
-    size = torch.empty(0, dtype=dtype).element_size()
+    size = dtype.itemsize
     copies = copies or max(copies_for(d, size, w, rate, last_level_cache(device)) for w in widths)
     with torch.device(device):
         model = _Copies(copies, d, dtype)
-        batch = torch.randn(copies, SAMPLES, d, dtype=dtype)
+        batch = torch.randn(copies, SAMPLES, d, dtype=dtype, device="cpu")
     plans = random_plans(model, batch, widths, rate)
     rows: list[Row] = []
     for count in tokens:
@@ -177,7 +177,7 @@ def _seconds(run: Callable[[], object], xs: Tensor, passes: int) -> float:
 def _reads(entry: SitePlan, widths: Widths, x: Tensor) -> tuple[float, float]:
     """Bytes that a step reads, an outlier of several tokens read once, and the share of pairs that are outliers."""
     t, d_out, bits = entry.tensors, len(entry.tensors["folded_bias"]), widths.predictor
-    counts = torch.tensor([len(t["neurons"]), len(t["lower"])])
+    counts = torch.tensor([len(t["neurons"]), len(t["lower"])], dtype=torch.int64, device="cpu")
     outlier = reference.outliers(
         x.float(), counts, t["codes"], t["scale"], t["zero"], t["lower"], t["upper"], bits
     )  # fmt: skip

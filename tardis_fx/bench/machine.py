@@ -46,7 +46,7 @@ class Machine:
             rounds: how many copies and sums.
         """
         cache = last_level_cache()
-        source = torch.ones(4 * cache // 4)  # four caches of float32
+        source = torch.ones(4 * cache // 4, dtype=torch.float32, device="cpu")  # four caches of float32
         target = torch.empty_like(source)
         copy = min(_seconds(lambda: target.copy_(source)) for _ in range(rounds))
         read = min(_seconds(lambda: source.sum()) for _ in range(rounds))
@@ -79,7 +79,7 @@ class Gpu(Machine):
     def measured(cls, rounds: int = 9) -> Gpu:
         """This device; arguments as of a machine."""
         found = torch.cuda.get_device_properties(torch.cuda.current_device())
-        source = torch.ones(1 << 28, device="cuda")  # 1 GiB: many caches
+        source = torch.ones(1 << 28, dtype=torch.float32, device="cuda")  # 1 GiB: many caches
         target = torch.empty_like(source)
         copy = min(_seconds(lambda: target.copy_(source), torch.cuda.synchronize) for _ in range(rounds))
         read = min(_seconds(lambda: source.sum(), torch.cuda.synchronize) for _ in range(rounds))

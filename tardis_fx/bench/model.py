@@ -183,7 +183,7 @@ def compare(
     if not 2 <= steps <= context:
         raise ConfigError(f"steps must lie between 2 and the context of {context}, not {steps}")
     config = shapes.config_of(shape, layers)
-    size = torch.empty(0, dtype=dtype).element_size()
+    size = dtype.itemsize
     added = {"plan": _added(plans)} if isinstance(plans, Plan) else {str(w): w.added(size) for w in plans}
     folder = shape if isinstance(shape, Path) else None
     model: Any = shapes.build(config, dtype, (1 + sum(added.values())) * MARGIN, device, folder)

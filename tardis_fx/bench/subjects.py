@@ -132,7 +132,9 @@ class LanguageModel(Subject):
         if file is None:
             return cls(name, demo, demo.tokens("calibration"), demo.tokens("test"), windows)
         try:
-            ids = torch.tensor(demo.tokenizer.encode(file.read_text(encoding="utf-8")).ids)
+            ids = torch.tensor(
+                demo.tokenizer.encode(file.read_text(encoding="utf-8")).ids, dtype=torch.int64, device="cpu"
+            )
         except (OSError, UnicodeDecodeError) as error:
             raise BenchError(f"cannot read text from {file}: {error}") from error
         return cls(name, demo, ids[: len(ids) // 2], ids[len(ids) // 2 :], windows)
@@ -166,7 +168,7 @@ class LanguageModel(Subject):
         Losses and KL, in nats per token, are computed in float32 from logits in the model's dtype.
         """
         found = self._compare(self.call(run, batch) for batch in self.text())
-        loss = torch.tensor(found.pop("loss"), dtype=torch.float64)
+        loss = torch.tensor(found.pop("loss"), dtype=torch.float64, device="cpu")
         return {"perplexity": float(loss.exp()), "rise": float((loss - self._dense_loss).expm1()), **found}
 
     def _compare(self, logits: Any) -> dict[str, float]:

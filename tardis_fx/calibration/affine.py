@@ -59,7 +59,7 @@ class Neurons(Operands):
         """Starts at zero."""
         super().__init__(site)
         size = 4 if site.site.kind == "gated" else 3
-        self.sums = torch.zeros(len(self._dense.w1), size, size, dtype=torch.float64)
+        self.sums = torch.zeros(len(self._dense.w1), size, size, dtype=torch.float64, device="cpu")
 
     def add(self, x: Tensor, hidden: Tensor) -> None:
         """Adds to the sums."""

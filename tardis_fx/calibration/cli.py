@@ -128,7 +128,9 @@ def _batches(subject: DemoModel, text: Path | None, windows: int) -> list[Tensor
         ids = subject.tokens("calibration")
     else:
         try:
-            ids = torch.tensor(subject.tokenizer.encode(text.read_text(encoding="utf-8")).ids)
+            ids = torch.tensor(
+                subject.tokenizer.encode(text.read_text(encoding="utf-8")).ids, dtype=torch.int64, device="cpu"
+            )
         except (OSError, UnicodeDecodeError) as error:
             raise CalibrationError(f"cannot read text from {text}: {error}") from error
     length = min(LENGTH, subject.context)

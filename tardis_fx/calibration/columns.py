@@ -40,6 +40,6 @@ def fit_columns(draft: Draft, residual: Residual) -> Quantised:
         return quantise(columns, None, draft.row_bits, draft.group_size)
     crossed = covariance[:d, d:]
     explained = crossed.T @ torch.linalg.solve(covariance[:d, :d] + ridge[:d].diag(), crossed)
-    gram = torch.zeros(len(columns), len(columns), dtype=torch.float64)
+    gram = torch.zeros(len(columns), len(columns), dtype=torch.float64, device="cpu")
     gram[copied[:, None], copied] = covariance[d:, d:] - explained
     return quantise_in_turn(columns, gram, draft.row_bits, draft.group_size)

@@ -48,10 +48,10 @@ class Statistic:
         """As a tensor: the attribute itself where it is one."""
         held = getattr(self.owner, self.attribute)
         if self.how == "joined":
-            return torch.cat(held) if held else torch.zeros(0)
+            return torch.cat(held) if held else torch.zeros(0, dtype=torch.float32, device="cpu")
         if isinstance(held, Tensor):
             return held
-        return torch.tensor(held, dtype=torch.float64 if isinstance(held, float) else torch.int64)
+        return torch.tensor(held, dtype=torch.float64 if isinstance(held, float) else torch.int64, device="cpu")
 
     def assign(self, value: Tensor) -> None:
         """Puts a value of the same form in its place."""

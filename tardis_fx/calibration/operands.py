@@ -95,7 +95,9 @@ class Sizes(ByMatrix):
         """Starts at zero."""
         super().__init__(site)
         (h, d), self.tokens = self._dense.w1.shape, 0
-        self._inputs, self._hidden, self.magnitude = (torch.zeros(n, dtype=torch.float64) for n in (d, h, h))
+        self._inputs, self._hidden, self.magnitude = (
+            torch.zeros(n, dtype=torch.float64, device="cpu") for n in (d, h, h)
+        )
 
     def add(self, x: Tensor, hidden: Tensor) -> None:
         """Adds sums of squares and of absolute values."""

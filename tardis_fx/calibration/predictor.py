@@ -79,7 +79,7 @@ def quantise(weight: Tensor, gram: Tensor | None, bits: int, group_size: int) ->
         if upper is None:
             codes[:, start:stop] = _nearest(w[:, start:stop], scale[:, None], zero[:, None], bits).to(torch.uint8)
             continue
-        block, errors = w[:, start:stop].clone(), torch.zeros(h, stop - start, device=w.device)
+        block, errors = w[:, start:stop].clone(), torch.zeros(h, stop - start, dtype=w.dtype, device=w.device)
         for i in range(stop - start):
             row = upper[start + i, start + i : stop]
             code = _nearest(block[:, i], scale, zero, bits)
@@ -145,7 +145,7 @@ def _range(block: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     low, high = block.amin(1).clamp(max=0), block.amax(1).clamp(min=0)
     best = low.new_full((len(block),), torch.inf)
     best_scale, best_zero = torch.zeros_like(low), torch.zeros_like(low)
-    for shrink in torch.linspace(1, 0.5, 11):
+    for shrink in torch.linspace(1, 0.5, 11, dtype=torch.float32, device=block.device):
         scale = ((high - low) * shrink / levels).half().float()
         zero = torch.where(scale > 0, (-low * shrink / scale).round(), 0).clamp(0, levels)
         code = _nearest(block, scale[:, None], zero[:, None], bits)

@@ -89,7 +89,7 @@ class Products:
             neurons: the exact ones.
         """
         self._neurons = neurons
-        self._sums = torch.zeros(10, 1, h, dtype=torch.float64)
+        self._sums = torch.zeros(10, 1, h, dtype=torch.float64, device="cpu")
 
     def update(self, x: Tensor) -> None:
         """Adds tokens, [tokens, d], float32."""
@@ -132,14 +132,22 @@ class ScoreHistogram:
         self._exact, self._estimated = exact, estimated
         self._least = LEAST * missed.clamp(min=1e-12)
         self.greatest = torch.zeros_like(missed)
-        self._sums = torch.zeros(10, BINS * len(missed), dtype=torch.float64)
+        self._sums = torch.zeros(10, BINS * len(missed), dtype=torch.float64, device="cpu")
 
     def update(self, x: Tensor) -> None:
         """Adds tokens, [tokens, d], float32."""
         scores, h = self._estimated(x), len(self._least)
         self.greatest = torch.maximum(self.greatest, scores.amax(0))
-        steps = (scores / self._least).log_().div_(torch.tensor(GROWTH).log())
-        index = steps.floor_().add_(1).clamp_(0, BINS - 1).long().mul_(h).add_(torch.arange(h)).view(-1)
+        steps = (scores / self._least).log_().div_(torch.tensor(GROWTH, dtype=torch.float32, device="cpu").log())
+        index = (
+            steps.floor_()
+            .add_(1)
+            .clamp_(0, BINS - 1)
+            .long()
+            .mul_(h)
+            .add_(torch.arange(h, dtype=torch.int64, device="cpu"))
+            .view(-1)
+        )
         for total, value in zip(self._sums, _terms(*self._exact(x)), strict=True):
             total.scatter_add_(0, index, value.reshape(-1).double())
 
@@ -151,7 +159,7 @@ class ScoreHistogram:
     @property
     def edges(self) -> Tensor:
         """Edges of the bins, [bins + 1, h], float32; the last is the greatest score seen, or beyond."""
-        edges = self._least * GROWTH ** torch.arange(-1.0, BINS)[:, None]
+        edges = self._least * GROWTH ** torch.arange(-1.0, BINS, dtype=torch.float32, device="cpu")[:, None]
         edges[0], edges[-1] = -torch.inf, torch.maximum(self.greatest, edges[-1])
         return edges
 

@@ -35,8 +35,8 @@ class Moments:
     def __init__(self, d: int) -> None:
         """Starts at zero."""
         self.tokens = 0
-        self.total = torch.zeros(d, dtype=torch.float64)
-        self.gram = torch.zeros(d, d, dtype=torch.float64)
+        self.total = torch.zeros(d, dtype=torch.float64, device="cpu")
+        self.gram = torch.zeros(d, d, dtype=torch.float64, device="cpu")
 
     def update(self, x: Tensor) -> None:
         """Adds tokens, [tokens, d], float32."""
@@ -107,9 +107,9 @@ class Histogram:
         spread = SPREAD * (effective @ moments.covariance * effective).sum(1).clamp(min=1e-24).sqrt()
         self._low = (effective @ moments.mean - spread).float()
         self._width = (2 * spread / BINS).float()
-        self.least = torch.full((h,), torch.inf)
-        self.greatest = torch.full((h,), -torch.inf)
-        self._sums = torch.zeros(6, BINS * h, dtype=torch.float64)
+        self.least = torch.full((h,), torch.inf, dtype=torch.float32, device="cpu")
+        self.greatest = torch.full((h,), -torch.inf, dtype=torch.float32, device="cpu")
+        self._sums = torch.zeros(6, BINS * h, dtype=torch.float64, device="cpu")
 
     def update(self, x: Tensor) -> None:
         """Adds tokens, [tokens, d], float32."""
@@ -120,7 +120,7 @@ class Histogram:
         self.least = torch.minimum(self.least, z_hat.amin(0))
         self.greatest = torch.maximum(self.greatest, z_hat.amax(0))
         bins = ((z_hat - self._low) / self._width).clamp_(0, BINS - 1).long()
-        index = bins.mul_(len(self._low)).add_(torch.arange(len(self._low))).view(-1)
+        index = bins.mul_(len(self._low)).add_(torch.arange(len(self._low), dtype=torch.int64, device="cpu")).view(-1)
         for total, value in zip(self._sums, (torch.ones_like(z), z, z * z, a, a * z, a * a), strict=True):
             total += torch.zeros_like(total, dtype=torch.float32).scatter_add_(0, index, value.view(-1))
 
@@ -132,6 +132,6 @@ class Histogram:
     @property
     def edges(self) -> Tensor:
         """Edges of the bins, [bins + 1, h], float32; the outermost are the least and greatest estimate seen."""
-        edges = self._low + torch.arange(BINS + 1)[:, None] * self._width
+        edges = self._low + torch.arange(BINS + 1, dtype=torch.int64, device="cpu")[:, None] * self._width
         edges[0], edges[-1] = torch.minimum(self.least, edges[0]), torch.maximum(self.greatest, edges[-1])
         return edges

@@ -135,7 +135,7 @@ class SiteRanges:
         error, count = self._error, self._count
         row = price * self.costs.row
         start, stop = self._cheapest(error - row * count)
-        bins = torch.arange(len(error))[:, None]
+        bins = torch.arange(len(error), dtype=torch.int64, device="cpu")[:, None]
         hot = (bins >= start) & (bins < stop)
         folded_cost = error.sum(0)
         exact_cost = torch.full_like(folded_cost, price * self.costs.exact * self._tokens)

@@ -122,8 +122,8 @@ class _Half:
 
     def __init__(self, d: int, d_out: int) -> None:
         self.inputs = Moments(d)
-        self.cross = torch.zeros(d, d_out, dtype=torch.float64)
-        self.total = torch.zeros(d_out, dtype=torch.float64)
+        self.cross = torch.zeros(d, d_out, dtype=torch.float64, device="cpu")
+        self.total = torch.zeros(d_out, dtype=torch.float64, device="cpu")
         self.square = 0.0
         self.output_square = 0.0
 

@@ -77,11 +77,12 @@ class Decoder:
 
         cache = StaticCache(config=self._demo.model.config, max_cache_len=self._demo.context)
         kept = {cache_argument(self._demo.model): cache}
-        position = torch.arange(len(prompt))[None]
+        position = torch.arange(len(prompt), dtype=torch.int64, device="cpu")[None]
         token = self._demo.model(prompt[None], **kept, position_ids=position).logits[:, -1:].argmax(-1)
         found = [token]
         started = time.perf_counter()
         for i in range(len(prompt), len(prompt) + tokens - 1):
-            token = self._step(token, **kept, position_ids=torch.tensor([[i]])).logits.argmax(-1)
+            position = torch.tensor([[i]], dtype=torch.int64, device="cpu")
+            token = self._step(token, **kept, position_ids=position).logits.argmax(-1)
             found.append(token)
         return torch.cat(found, 1)[0], (time.perf_counter() - started) / (tokens - 1)

@@ -39,7 +39,7 @@ class DemoModel:
     def tokens(self, split: Split) -> Tensor:
         """Token ids of a split's modules in a row, each behind a separator, [length]."""
         encoded = self.tokenizer.encode_batch([SEPARATOR + text for _, text in modules(split)])
-        return torch.tensor([i for text in encoded for i in text.ids])
+        return torch.tensor([i for text in encoded for i in text.ids], dtype=torch.int64, device="cpu")
 
     def windows(self, split: Split, count: int) -> Tensor:
         """Windows of text spread evenly over a split, [count, context]."""
@@ -57,9 +57,11 @@ def cut(ids: Tensor, count: int, length: int, seed: int = 0) -> Tensor:
     """
     last = len(ids) - length
     if seed:
-        starts = torch.randint(last + 1, (count,), generator=torch.Generator().manual_seed(seed))
+        starts = torch.randint(
+            last + 1, (count,), generator=torch.Generator("cpu").manual_seed(seed), dtype=torch.int64, device="cpu"
+        )
     else:
-        starts = torch.linspace(0, last, count).long()
+        starts = torch.linspace(0, last, count, dtype=torch.float32, device="cpu").long()
     return torch.stack([ids[start : start + length] for start in starts])
 
 

@@ -210,7 +210,7 @@ def recognise(function: Callable[[Tensor], Tensor]) -> Activation | None:
     points = np.concatenate([grid, _FAR])
     try:
         with torch.no_grad():
-            found = function(torch.tensor(points, device="cpu")).to(torch.float64).numpy()
+            found = function(torch.tensor(points, dtype=torch.float64, device="cpu")).to(torch.float64).numpy()
     except Exception:  # a function of unknown origin may fail in any way
         return None
     if found.shape != points.shape:

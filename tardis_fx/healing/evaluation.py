@@ -60,7 +60,8 @@ class Evaluation:
 
     def _bytes(self) -> Tensor:
         return sum(
-            (site.costs.row * self._healed(key, site) for key, site in self._student.sites.items()), torch.zeros(1)
+            (site.costs.row * self._healed(key, site) for key, site in self._student.sites.items()),
+            torch.zeros(1, dtype=torch.float32, device="cpu"),
         )
 
     @property

@@ -116,10 +116,10 @@ class TrainableSite(nn.Module):
     def train(self, mode: bool = True) -> TrainableSite:
         """Chooses what ``forward`` does, and starts counting at zero; leaving training fixes the stored plan."""
         super().train(mode)
-        self.corrected = torch.zeros((), device=self.weights.w1.device)
+        self.corrected = torch.zeros((), dtype=torch.float32, device=self.weights.w1.device)
         if not mode:
             self._constants = self._rewrite.constants(self.planned(), self.weights)
-            self.tokens, self._counted = 0, torch.zeros(_STEPS, device=self.weights.w1.device)
+            self.tokens, self._counted = 0, torch.zeros(_STEPS, dtype=torch.float32, device=self.weights.w1.device)
         return self
 
     def forward(self, x: Tensor) -> Tensor:
@@ -207,7 +207,10 @@ class TrainableSite(nn.Module):
     def _outliers(self, tokens: Tensor) -> Tensor:
         """Ones where listed neurons are corrected, [tokens, listed], straight-through."""
         spread = torch.where(self._width > 0, TEMPERATURE * self._width, 1)
-        hard, soft = torch.zeros((), dtype=torch.bool, device=tokens.device), torch.zeros((), device=tokens.device)
+        hard, soft = (
+            torch.zeros((), dtype=torch.bool, device=tokens.device),
+            torch.zeros((), dtype=torch.float32, device=tokens.device),
+        )
         for beyond in self._beyond(tokens):
             hard, soft = hard | (beyond > 0), soft + torch.sigmoid(beyond / spread)
         return F.pad(hard + (soft - soft.detach()), (0, self._listed - self._guarded), value=1.0)

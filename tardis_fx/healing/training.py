@@ -96,7 +96,9 @@ class Training:
         for group in self._optimiser.param_groups:
             group["lr"] = self._rate * min(1, (step + 1) / WARM_UP) * (1 + math.cos(math.pi * step / self._steps)) / 2
         epoch, position = divmod(step, len(self._batches))
-        order = torch.randperm(len(self._batches), generator=torch.Generator().manual_seed(epoch))
+        order = torch.randperm(
+            len(self._batches), generator=torch.Generator("cpu").manual_seed(epoch), dtype=torch.int64, device="cpu"
+        )
         batch = self._batches[int(order[position])]
         self._student.train()
         loss = divergence(self._student(batch, gradients=True), dense(self._model, batch))

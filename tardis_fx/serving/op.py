@@ -98,8 +98,10 @@ def serve(x: Tensor, constants: list[Tensor], original: list[Tensor], text: str,
     elif not any(chosen):
         out = _original(site, rows, original)
     else:
-        mask = torch.zeros(len(rows), dtype=torch.bool)
-        mask[: sum(lengths)] = torch.tensor(chosen).repeat_interleave(torch.tensor(lengths))
+        mask = torch.zeros(len(rows), dtype=torch.bool, device="cpu")
+        mask[: sum(lengths)] = torch.tensor(chosen, dtype=torch.bool, device="cpu").repeat_interleave(
+            torch.tensor(lengths, dtype=torch.int64, device="cpu")
+        )
         few, many = (m.nonzero()[:, 0].to(x.device) for m in (mask, ~mask))
         out = x.new_empty(len(rows), d_out)
         out[few] = site.run(rows[few], *constants)

@@ -25,7 +25,7 @@ class Graph:
         with self.graph.inserting_before(first):
             node = self.graph.placeholder(f"{'p' if parameter else 'x'}{len(self.graph.nodes)}")
         with self._mode:
-            node.meta["example_value"] = torch.empty(shape)
+            node.meta["example_value"] = torch.empty(shape, dtype=torch.float32, device="cpu")
         if parameter:
             node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
         return node

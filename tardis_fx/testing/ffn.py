@@ -124,4 +124,4 @@ class Block(nn.Module):
 
 def inputs(*shape: int, seed: int = 1) -> Tensor:
     """Normal inputs."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed), dtype=torch.float32, device="cpu")

@@ -110,5 +110,7 @@ def affine(d: int = 8, hidden: int = 32) -> ObservedSite:
 
 def _random(site: Site) -> ObservedSite:
     torch.manual_seed(0)
-    values = [torch.randn(node.meta["example_value"].shape) for node in site.parameters]
+    values = [
+        torch.randn(node.meta["example_value"].shape, dtype=torch.float32, device="cpu") for node in site.parameters
+    ]
     return of(site, values, site.function)

@@ -96,7 +96,7 @@ class Weights:
                 tensor[half : 2 * half] = tensor[:half].clone()
         elif self.structure == "sparse":
             for linear in linears:
-                linear.weight.mul_(torch.rand(linear.weight.shape) < 0.1)
+                linear.weight.mul_(torch.rand(linear.weight.shape, dtype=torch.float32, device="cpu") < 0.1)
         return model.to(self.dtype)
 
 
