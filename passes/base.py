@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import replace
-from functools import cache
+from functools import cache, wraps
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
 from tardis_fx.errors import ConfigError
+from tardis_fx.foreign import raising_typed
 from tardis_fx.passes.layout import check
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from torch import Tensor
 
@@ -184,4 +185,32 @@ def _registered(name: str) -> Rewrite:
     rewrite = registered[name].load()
     if not (isinstance(rewrite, type) and issubclass(rewrite, Rewrite)):
         raise ConfigError(f"the entry point {name!r} of group {GROUP} is no subclass of Rewrite: {rewrite!r}")
-    return rewrite()
+    with raising_typed(f"the rewrite {name!r}"):
+        created: Rewrite = rewrite()
+    for step in ("refuse", "fit", "constants", "forward"):
+        setattr(created, step, _typed(name, step, getattr(created, step)))
+    return created
+
+
+def _typed(name: str, step: str, method: Callable[..., Any]) -> Callable[..., Any]:
+    """A step of a rewrite whose exceptions name rewrite, step and site."""
+
+    @wraps(method)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with raising_typed(f"the rewrite {name!r}: {step}{_of_sites([*args, *kwargs.values()])}"):
+            return method(*args, **kwargs)
+
+    return call
+
+
+def _of_sites(arguments: Sequence[Any]) -> str:
+    """The names of the sites among a step's arguments, for an error."""
+    several = [
+        entry.site
+        for argument in arguments
+        if isinstance(argument, (list, tuple))
+        for entry in argument
+        if hasattr(entry, "site")
+    ]
+    names = [one.name for one in (*arguments, *several) if isinstance(getattr(one, "name", None), str)]
+    return f" of {', '.join(names[:4])}{', …' if len(names) > 4 else ''}" if names else ""

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from dataclasses import replace as changed
 from functools import partial
 from typing import TYPE_CHECKING, Any
+
+from torch._subclasses.fake_tensor import is_fake
 
 from tardis_fx.errors import PlanMismatchError, StaleWeightError
 from tardis_fx.fingerprint import fingerprint
 from tardis_fx.graph.matcher import find_sites
-from tardis_fx.graph.site import SiteWeights
+from tardis_fx.graph.site import SiteWeights, is_freed
+from tardis_fx.graph.subclasses import stored_tensors
 from tardis_fx.graph.surgery import add_input, copy, replace
+from tardis_fx.graph.symbols import pinned_between
 from tardis_fx.graph.unfuse import unfuse
 from tardis_fx.passes.base import rewrite_named
 from tardis_fx.passes.entry import check_entry, check_site
@@ -100,7 +105,7 @@ def apply(gm: fx.GraphModule, example_inputs: Sequence[Tensor], plan: Plan, pref
     """
     original, gm = gm, copy(gm)
     position = {node: i for i, node in enumerate(gm.graph.find_nodes(op="placeholder"))}
-    found = outcomes(gm, example_inputs, plan)
+    found = [_promised(outcome, prefill) for outcome in outcomes(gm, example_inputs, plan)]
     guards: list[SiteGuard] = []
     constants: list[Tensor] = []
     moved: dict[fx.Node, fx.Node] = {}  # outputs of sites, where one feeds the next
@@ -127,12 +132,29 @@ def apply(gm: fx.GraphModule, example_inputs: Sequence[Tensor], plan: Plan, pref
     return Rewritten(gm if guards else original, tuple(found), tuple(guards), tuple(constants))
 
 
+def _promised(outcome: Outcome, prefill: Prefill) -> Outcome:
+    """The outcome, with a reason where one graph is promised to serve steps of few and of many tokens."""
+    site, entry = outcome.site, outcome.plan
+    if prefill != "original" or entry is None or outcome.reason or rewrite_named(str(entry.method)).exact:
+        return outcome
+    most = decode_tokens(site.input.meta["example_value"].device)
+    if not pinned_between(_tokens(site), most):
+        return outcome
+    return changed(
+        outcome, reason=f"mark_dynamic promises one graph for up to and for more than {most} tokens: {_HINT}"
+    )
+
+
 def _stays(site: Site, rewrite: Rewrite, weights: Sequence[Tensor], prefill: Prefill) -> bool:
     """Whether a step of so many tokens runs the original."""
     return not rewrite.exact and prefill == "original" and bool(_tokens(site) > decode_tokens(weights[0].device))
 
 
 def _find(plan: Plan, site: Site, weights: Sequence[Tensor]) -> SitePlan | None:
+    if any(is_freed(weight) for weight in weights):
+        raise StaleWeightError(
+            f"{site.name}: the storage of a weight was freed: bring it back before the model is called"
+        )
     entry = plan.find(fingerprint(weights, site.function))
     if entry is not None and entry.reason:
         return entry
@@ -154,6 +176,9 @@ def outcomes(gm: fx.GraphModule, example_inputs: Sequence[Tensor], plan: Plan) -
     found = []
     for site in find_sites(gm.graph):
         own = [values[p] for p in site.parameters if p in values]
+        if any(is_fake(value) or value.is_meta for value in own):
+            found.append(Outcome(site.refused("its weights have no values"), None, "its weights have no values"))
+            continue
         if any(value.is_inference() for value in own):
             site = site.refused("its weights are inference tensors, whose changes cannot be noticed")
         found.append(Outcome(site, *_entry(site, own, plan)))
@@ -163,7 +188,7 @@ def outcomes(gm: fx.GraphModule, example_inputs: Sequence[Tensor], plan: Plan) -
 def _entry(site: Site, values: list[Tensor], plan: Plan) -> tuple[SitePlan | None, str | None]:
     """The plan's entry of a site, and why it is not to be rewritten, if so."""
     if site.reason is not None:
-        return plan.find(fingerprint(values, site.function)), site.reason
+        return plan.find(fingerprint(stored_tensors(values), site.function)), site.reason
     entry = _find(plan, site, values)
     if entry is None:
         return None, _mismatch(values, plan)

@@ -13,6 +13,7 @@ from tardis_fx.errors import (
     PlanFileError,
     PlanMismatchError,
     ReleasedWeightError,
+    RewriteError,
     StaleWeightError,
     TardisError,
 )
@@ -35,6 +36,7 @@ __all__ = [
     "PlanMismatchError",
     "ReleasedWeightError",
     "Report",
+    "RewriteError",
     "StaleWeightError",
     "TardisError",
     "calibrate",

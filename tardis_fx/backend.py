@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch._C._dynamo.eval_frame import reset_code
 from torch._dynamo.backends.registry import lookup_backend
 from torch._dynamo.exc import InvalidBackend, ShortenTraceback
+from torch._dynamo.guards import GuardBuilder, install_guard
+from torch._dynamo.source import GlobalStateSource
 from torch._dynamo.symbolic_convert import InstructionTranslator
+from torch._guards import TracingContext
+from torch._subclasses.fake_tensor import is_fake
 
 from tardis_fx.calibration.live import Settings, extended, reset
 from tardis_fx.config import Config, Options
@@ -67,6 +71,10 @@ def _compile(
     gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, *, nested: bool = False
 ) -> Callable[..., Any]:
     """Compiles a graph by what is planned for its sites; ``nested``, what is unknown stays silently as it is."""
+    given, example_inputs = example_inputs, _known(gm, example_inputs)
+    in_parts = any(map(is_fake, given))
+    if in_parts:
+        _refuse_parts(options)
     inner = _inner(options.inner, options.mode)
     plan = None if options.plan is None else resolve(options.plan)
     config = options.config or (Config() if plan is None else plan.config)
@@ -74,27 +82,64 @@ def _compile(
     settings = Settings(config, options.profile_tokens, options.tolerance)
     plan = extended(plan, settings) if options.observes else plan
     assert plan is not None
-    if options.observes and not nested:
+    if options.observes and not (nested or in_parts):
         profiled = _profiled(gm, example_inputs, plan, settings, inner)
         if profiled is not None:
             return profiled
     lifted, held = (gm, []) if options.observes else lift(gm)
     rewritten = pipeline.apply(lifted, [*example_inputs, *held], plan, options.prefill or plan.config.prefill)
-    if not nested:
+    if not (nested or (in_parts and options.observes)):
         lenient = options.observes or options.on_change == "original"
         for outcome in pipeline.check(rewritten.outcomes, plan, strict=options.strict, lenient=lenient):
             _log.warning("%s is not rewritten: %s", outcome.site.name or "an FFN", outcome.reason)
     if options.inner == "inductor" and any(tensor.is_cuda for tensor in rewritten.constants):
         show_kernels(rewritten.gm)
     if not rewritten.modified:
-        return inner(gm, list(example_inputs))  # type: ignore[no-any-return]
+        return inner(gm, list(given))  # type: ignore[no-any-return]
+    if TracingContext.try_get() is not None:  # Dynamo does not ask by itself, and rewritten code has no derivatives
+        install_guard(GlobalStateSource().make_guard(GuardBuilder.DUAL_LEVEL))  # type: ignore[arg-type]
     if held:
         freeze(rewritten.gm, [*held, *rewritten.constants])
         every = [*example_inputs, *held]
         sites = [(guard, [every[p] for p in guard.positions]) for guard in rewritten.guards]
-        return FrozenGraph(inner(rewritten.gm, list(example_inputs)), sites)
-    compiled: Callable[..., Any] = inner(rewritten.gm, [*example_inputs, *rewritten.constants])
-    return GuardedGraph(compiled, rewritten.guards, _Other(gm, options), example_inputs)
+        return FrozenGraph(inner(rewritten.gm, list(given)), sites)
+    compiled: Callable[..., Any] = inner(rewritten.gm, [*given, *rewritten.constants])
+    guarded = GuardedGraph(compiled, rewritten.guards, _Other(gm, options), example_inputs)
+    if in_parts:
+        return lambda *inputs: (
+            compiled(*inputs, *rewritten.constants) if any(map(is_fake, inputs)) else guarded(*inputs)
+        )
+    return guarded
+
+
+def _known(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> list[Any]:
+    """The inputs, with what Dynamo holds in place of fake ones, where it holds it.
+
+    DistributedDataParallel cuts a graph in parts and compiles these with fake tensors for all inputs.
+    """
+    arguments = [node.meta.get("grapharg") for node in gm.graph.find_nodes(op="placeholder")]
+    return [
+        argument.example if argument is not None and is_fake(value) else value
+        for argument, value in zip(arguments, example_inputs, strict=True)
+    ]
+
+
+def _refuse_parts(options: Options) -> None:
+    """Says that an FFN may have been cut in two.
+
+    Raises:
+        PlanMismatchError: ``strict``.
+    """
+    what = "DistributedDataParallel compiles the graph in parts"
+    remedy = "under torch.no_grad() that gains nothing: set torch._dynamo.config.optimize_ddp = False"
+    if options.strict:
+        raise PlanMismatchError(f"strict, and {what}, so that an FFN may be cut in two and missed; {remedy}")
+    _warn_once(f"{what}: FFNs that it cuts in two stay as they are, and without a plan all do; {remedy}")
+
+
+@cache
+def _warn_once(message: str) -> None:
+    _log.warning(message)
 
 
 def _profiled(
@@ -148,6 +193,8 @@ def _run(gm: fx.GraphModule, inputs: tuple[Any, ...]) -> Any:
 
 
 def _unpacked(variant: Callable[..., Any], gm: fx.GraphModule, *inputs: Any) -> Any:
+    if torch._dynamo.eval_frame._stance.stance == "fail_on_recompile":  # would fail here, and nothing is recompiled
+        return gm(*inputs)
     return variant(gm, inputs)
 
 
@@ -179,5 +226,6 @@ def _surfaced(error: TardisError) -> TardisError:
     """The same error in a form that Dynamo raises as it is, not wrapped in BackendCompilerFailed."""
     kind = type(error)
     names = {"__module__": kind.__module__, "__init__": Exception.__init__, "first_useful_frame": None}
+    names |= {"frame_exec_strategy": None, "_torch_dynamo_tracer_output": None}  # as TorchDynamoException.__init__ does
     surfaced: type[TardisError] = type(kind.__name__, (kind, ShortenTraceback), names)
     return surfaced(str(error))

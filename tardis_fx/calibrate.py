@@ -170,4 +170,4 @@ def _method_of(name: str, config: Config) -> str | None:
 
 def refused(site: ObservedSite, reason: str | None) -> SitePlan:
     """The entry of a site that is not rewritten."""
-    return SitePlan.of(site.site, site.parameters, reason=reason)
+    return SitePlan.of(site.site, site.parameters, identity=site.fingerprint, reason=reason)

@@ -33,6 +33,10 @@ class ReleasedWeightError(TardisError, RuntimeError):
     """Weights that :func:`tardis_fx.release` freed are about to be saved, copied or read."""
 
 
+class RewriteError(TardisError, RuntimeError):
+    """A rewrite raised an exception of its own, which is the cause of this one."""
+
+
 class DemoError(TardisError, RuntimeError):
     """The demo cannot run here: a library or the standard library's source is missing."""
 

@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 
 from tardis_fx.calibration import live
-from tardis_fx.fingerprint import fingerprint
-from tardis_fx.graph.capture import Capture
+from tardis_fx.graph.capture import Capture, identity
 from tardis_fx.graph.site import SiteWeights, is_released
+from tardis_fx.graph.subclasses import stored_tensors
 from tardis_fx.passes import pipeline
 from tardis_fx.passes.base import rewrite_named
 from tardis_fx.plan import resolve
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Hashable, Sequence
 
     from torch import fx, nn
 
@@ -130,7 +130,7 @@ def explain(model: nn.Module, plan: Plan | str | os.PathLike[str] | None, exampl
     loaded = live.fitted() if plan is None else resolve(plan)
     model = getattr(model, "_orig_mod", model)
     outcomes: list[pipeline.Outcome] = []
-    seen: dict[tuple[str, str], SiteReport] = {}
+    seen: dict[tuple[str, Hashable], SiteReport] = {}
 
     def observe(gm: fx.GraphModule, example_inputs: list[Tensor]) -> Callable[..., Any]:
         forward = gm.forward
@@ -138,7 +138,7 @@ def explain(model: nn.Module, plan: Plan | str | os.PathLike[str] | None, exampl
         for outcome in pipeline.outcomes(gm, example_inputs, loaded):
             outcomes.append(outcome)
             site, entry = outcome.site, outcome.plan
-            own = [v for p in site.parameters if isinstance(v := values.get(p), Tensor)]
+            own = stored_tensors(v for p in site.parameters if isinstance(v := values.get(p), Tensor))
             dense = sum(v.numel() * v.element_size() for v in own)
             if entry and not outcome.reason:
                 report = _planned(entry)
@@ -148,7 +148,7 @@ def explain(model: nn.Module, plan: Plan | str | os.PathLike[str] | None, exampl
                 report = _refused(site.name, site.kind, site.activation, outcome.reason, dense)
             if plan is None and entry is None and (stage := live.stage_of(own, site.function)):
                 report = replace(report, status="profiling", reason=stage)
-            seen.setdefault((site.name, fingerprint(own, site.function)), replace(report, name=site.name))
+            seen.setdefault((site.name, identity(own, site.function)), replace(report, name=site.name))
         return forward
 
     Capture(model, observe)(example)

@@ -78,10 +78,10 @@ class SitePlan:
     tensors: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def of(cls, site: Site, parameters: Sequence[Tensor], **rest: Any) -> SitePlan:
-        """An entry that describes a site with its weights; all else by keyword."""
+    def of(cls, site: Site, parameters: Sequence[Tensor], *, identity: str | None = None, **rest: Any) -> SitePlan:
+        """An entry that describes a site with its weights, and their fingerprint where known; all else by keyword."""
         return cls(
-            fingerprint=fingerprint(parameters, site.function),
+            fingerprint=fingerprint(parameters, site.function) if identity is None else identity,
             name=site.name,
             kind=site.kind,
             activation=site.activation,

@@ -42,7 +42,7 @@ class Settings:
     tolerance: float
 
 
-class Suspended(Exception):  # noqa: N818 - no error
+class Suspended(BaseException):
     """A run has not seen its tokens yet."""
 
 

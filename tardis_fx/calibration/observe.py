@@ -6,7 +6,7 @@ import logging
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
@@ -17,9 +17,11 @@ from tardis_fx.calibration.merging import merge
 from tardis_fx.calibration.ranks import Ranks
 from tardis_fx.errors import CalibrationError
 from tardis_fx.fingerprint import fingerprint
+from tardis_fx.foreign import raising_typed
 from tardis_fx.graph.capture import Capture
 from tardis_fx.graph.matcher import find_sites
-from tardis_fx.graph.site import Site, SiteWeights
+from tardis_fx.graph.site import Site, SiteWeights, is_freed
+from tardis_fx.graph.subclasses import stored_tensors, subclass_name
 from tardis_fx.graph.unfuse import unfuse
 
 if TYPE_CHECKING:
@@ -52,7 +54,7 @@ class ObservedSite:
         site: as matched, with the reason where it is refused.
         fingerprint: of its weights.
         weights: as they are stored, in the model's dtype and on its device.
-        parameters: the same, in the order of ``site.parameters``.
+        parameters: the same, in the order of ``site.parameters``; of a tensor subclass, what it is stored as.
     """
 
     site: Site
@@ -127,6 +129,7 @@ class BatchObservation(Observation):
         self._rewritten: dict[str, Callable[[Tensor], Tensor]] = {}
         self._capture = Capture(model, self._instrument)
         self._capture(self._batches[0])
+        self._refuse_freed()
         if not self._sites:
             raise CalibrationError("the model has no feed-forward network that tardis_fx recognises")
 
@@ -201,13 +204,23 @@ class BatchObservation(Observation):
         return gm.forward
 
     def _admit(self, site: Site, parameters: list[Tensor]) -> str:
-        key = (site.function, *(p.data_ptr() for p in parameters))
+        stored = stored_tensors(parameters)
+        key = (site.function, *(p.data_ptr() for p in stored))
         if key not in self._known:
-            identity = self._known[key] = fingerprint(parameters, site.function)
-            weights = SiteWeights.of(site, parameters) if len(parameters) == len(site.parameters) else None
-            if weights is not None and identity not in self._sites:
-                self._sites[identity] = ObservedSite(site, identity, weights, tuple(parameters))
+            identity = self._known[key] = fingerprint(stored, site.function)
+            if len(parameters) == len(site.parameters) and identity not in self._sites:
+                weights = SiteWeights.of(site, [_dense(p) for p in parameters])
+                self._sites[identity] = ObservedSite(site, identity, weights, tuple(stored))
         return self._known[key]
+
+    def _refuse_freed(self) -> None:
+        """Refuses sites whose weights are gone after the forward pass, as FSDP and offloaders leave them."""
+        for identity, found in self._sites.items():
+            if any(map(is_freed, found.parameters)):
+                reason = (
+                    "its weights are freed after every forward pass: calibrate before the model is sharded or offloaded"
+                )
+                self._sites[identity] = replace(found, site=found.site.refused(reason))
 
     def observe(self, site: Site, parameters: list[Tensor], x: Tensor) -> None:
         """Called by a tap with the inputs of one call."""
@@ -220,11 +233,19 @@ class BatchObservation(Observation):
                 f"the inputs of {site.name} hold NaN or infinity: look at the batch or at the layers before it"
             )
         self._seen.add(self._admit(site, parameters))
-        observer.update(tokens)
+        with raising_typed(f"{type(observer).__qualname__} at {site.name}"):
+            observer.update(tokens)
 
     def rewritten(self, site: Site, parameters: list[Tensor]) -> Callable[[Tensor], Tensor] | None:
         """What replaces a site's output, or None."""
         return self._rewritten.get(self._admit(site, parameters))
+
+
+def _dense(parameter: Tensor) -> Tensor:
+    """The parameter; of a tensor subclass, whose site is refused, its shape alone."""
+    if subclass_name(parameter) is None:
+        return parameter
+    return torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
 
 
 def checked(model: nn.Module, batches: Iterable[Batch]) -> list[Batch]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import types
 import weakref
 from collections.abc import Mapping
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 from warnings import catch_warnings, filterwarnings
 
@@ -16,6 +17,7 @@ from tardis_fx.errors import CalibrationError
 from tardis_fx.fingerprint import fingerprint
 from tardis_fx.graph.matcher import find_sites
 from tardis_fx.graph.naming import parameter_name
+from tardis_fx.graph.subclasses import stored_tensors
 from tardis_fx.graph.surgery import copy
 from tardis_fx.graph.unfuse import unfuse
 
@@ -59,7 +61,8 @@ class Capture:
         self._observer = weakref.WeakMethod(observer) if bound else lambda: observer
         self._names: dict[int, tuple[weakref.ref[Tensor], list[str]]] = {}
         known = weakref.ref(self)  # what Dynamo holds, no garbage collector sees
-        self._call = torch.compile(own_code(_call), backend=lambda gm, _: _Graph(gm, known))
+        with torch._dynamo.config.patch(disable=False):
+            self._call = torch.compile(own_code(_call), backend=lambda gm, _: _Graph(gm, known))
 
     def __call__(self, batch: Tensor | Mapping[str, Any], *, gradients: bool = False) -> Any:
         """Runs one batch, in whatever gradient mode the caller is.
@@ -74,12 +77,17 @@ class Capture:
         args, kwargs = arguments(batch)
         self._check_devices([v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)])
         dynamo = torch._dynamo.config.patch(
-            recompile_limit=256, accumulated_recompile_limit=1024, fail_on_recompile_limit_hit=True
-        )
+            recompile_limit=256, accumulated_recompile_limit=1024, fail_on_recompile_limit_hit=True,
+            disable=False, error_on_recompile=False, suppress_errors=False, repro_after=None, optimize_ddp=False,
+        )  # fmt: skip
         from torch._inductor import config as inductor_config  # takes its time
 
         inductor = inductor_config.patch(freezing=False)  # Dynamo asks it whether weights are inputs
-        with dynamo, inductor, torch.inference_mode(mode=False), torch.set_grad_enabled(gradients), catch_warnings():
+        stance = torch.compiler.set_stance("default")  # another one may run the model without the observer
+        surroundings = dynamo, inductor, stance, torch.inference_mode(mode=False), torch.set_grad_enabled(gradients)
+        with ExitStack() as stack, catch_warnings():
+            for entered in surroundings:
+                stack.enter_context(entered)
             # Dynamo asks activations between two graphs for it, and hides the warning, but not where it is an error
             filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")
             return self._call(self._model, args, kwargs)
@@ -140,13 +148,15 @@ class _Graph:
     def _weights(self, inputs: Sequence[Any], capture: Capture) -> Hashable:
         """Tells sets of weights apart: by their names, for two modules may hold equal ones, and by what sites hold."""
         names = tuple(tuple(capture.names(value)) for value in inputs if isinstance(value, Tensor))
-        return names, *(_identity([inputs[p] for p in own], function) for function, own in self._sites)
+        return names, *(identity([inputs[p] for p in own], function) for function, own in self._sites)
 
 
-def _identity(weights: list[Tensor], function: str | None) -> Hashable:
-    if any(weight.is_inference() for weight in weights):  # would be hashed at every call
-        return tuple(weight.data_ptr() for weight in weights)
-    return fingerprint(weights, function)
+def identity(weights: Sequence[Tensor], function: str | None) -> Hashable:
+    """What tells the weights of a site from those of others in one process."""
+    stored = stored_tensors(weights)
+    if any(weight.is_inference() or weight.is_meta for weight in stored):  # would be hashed at every call, or never
+        return tuple(map(id, stored))
+    return fingerprint(stored, function)
 
 
 def arguments(batch: Tensor | Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

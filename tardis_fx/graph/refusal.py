@@ -6,6 +6,7 @@ import math
 from typing import TYPE_CHECKING
 
 import torch
+from torch.autograd import forward_ad
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, statically_known_true, sym_eq
 
 from tardis_fx.graph.forms import (
@@ -18,7 +19,9 @@ from tardis_fx.graph.forms import (
     is_transparent,
     same_tokens,
     shape_of,
+    value_of,
 )
+from tardis_fx.graph.subclasses import subclass_name
 
 if TYPE_CHECKING:
     from torch import fx
@@ -33,6 +36,8 @@ def checked(site: Site) -> Site:
     """The site with the first reason, if any, why no rewrite may touch it."""
     own = {*site.inner, site.output}
     ups = {site.up, site.gate} - {None}
+    if foreign := _foreign(site):
+        return site.refused(foreign)
     if any(is_training_dropout(node) for node in site.inner):
         return site.refused("in training mode: dropout drops")
     if site.activation is None:
@@ -69,6 +74,27 @@ def checked(site: Site) -> Site:
     if _autocasts(site.output):
         return site.refused("it runs under autocast, which casts the weights at every call")
     return site
+
+
+def _foreign(site: Site) -> str | None:
+    """Why the site's tensors are none that rewritten code can read, or None."""
+    for what, nodes in (("weights", site.parameters), ("inputs", (site.input, site.output))):
+        for value in map(value_of, nodes):
+            if kind := subclass_name(value):
+                return f"its {what} are {kind}: a rewrite reads plain tensors only"
+            if value is not None and value.device.type == "meta":
+                return f"its {what} are on the meta device: there is nothing to read"
+    if _is_transformed(site.output.graph):
+        return "it runs under forward-mode differentiation or a transform of torch.func, which rewrites know nothing of"
+    return None
+
+
+def _is_transformed(graph: fx.Graph) -> bool:
+    """Whether the graph runs under forward-mode differentiation, or enters a transform of torch.func."""
+    return forward_ad._current_level >= 0 or any(
+        node.op == "call_function" and getattr(node.target, "__name__", "").endswith("_increment_nesting")
+        for node in graph.nodes
+    )
 
 
 def _tokens(shape: torch.Size) -> int | torch.SymInt:

@@ -106,6 +106,11 @@ class Site:
         return self if self.reason else replace(self, reason=reason)
 
 
+def is_freed(weight: Tensor) -> bool:
+    """Whether a weight's storage was resized to nothing, as FSDP and offloaders do between two calls."""
+    return weight.numel() > 0 and weight.untyped_storage().nbytes() == 0
+
+
 def is_released(weight: Tensor) -> bool:
     """Whether a matrix is one value in many places, as :func:`tardis_fx.release` leaves it."""
     return weight.dim() == 2 and weight.numel() > 1 and not any(weight.stride())

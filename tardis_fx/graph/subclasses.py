@@ -1,0 +1,35 @@
+"""Tensor subclasses with arithmetic of their own: quantised, sharded and nested tensors."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+
+def subclass_name(value: Any) -> str | None:
+    """Library and type of a tensor with arithmetic of its own, such as ``"torchao's Int8Tensor"``, else None."""
+    kind = type(value)
+    if not isinstance(value, Tensor) or isinstance(value, FakeTensor):
+        return None
+    if kind.__torch_dispatch__ is Tensor.__torch_dispatch__:
+        return None
+    return f"{kind.__module__.partition('.')[0]}'s {kind.__name__}"
+
+
+def stored_tensors(values: Iterable[Tensor]) -> list[Tensor]:
+    """The plain tensors that hold what the given ones are made of, in a fixed order; plain ones are themselves."""
+    found: list[Tensor] = []
+    for value in values:
+        if is_traceable_wrapper_subclass(value):
+            names, _ = value.__tensor_flatten__()
+            parts = [getattr(value, name) for name in names]
+            found += stored_tensors(part for part in parts if isinstance(part, Tensor))  # a DTensor has its mesh, too
+        else:
+            found.append(value)
+    return found
