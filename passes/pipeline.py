@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import is_fake
 from tardis_fx.errors import PlanMismatchError, StaleWeightError
 from tardis_fx.fingerprint import fingerprint
 from tardis_fx.graph.matcher import find_sites
-from tardis_fx.graph.site import SiteWeights, is_freed
+from tardis_fx.graph.site import SiteWeights
 from tardis_fx.graph.subclasses import stored_tensors
 from tardis_fx.graph.surgery import add_input, copy, replace
 from tardis_fx.graph.symbols import pinned_between
@@ -151,10 +151,6 @@ def _stays(site: Site, rewrite: Rewrite, weights: Sequence[Tensor], prefill: Pre
 
 
 def _find(plan: Plan, site: Site, weights: Sequence[Tensor]) -> SitePlan | None:
-    if any(is_freed(weight) for weight in weights):
-        raise StaleWeightError(
-            f"{site.name}: the storage of a weight was freed: bring it back before the model is called"
-        )
     entry = plan.find(fingerprint(weights, site.function))
     if entry is not None and entry.reason:
         return entry
@@ -177,7 +173,8 @@ def outcomes(gm: fx.GraphModule, example_inputs: Sequence[Tensor], plan: Plan) -
     for site in find_sites(gm.graph):
         own = [values[p] for p in site.parameters if p in values]
         if any(is_fake(value) or value.is_meta for value in own):
-            found.append(Outcome(site.refused("its weights have no values"), None, "its weights have no values"))
+            site = site.refused("its weights have no values")
+            found.append(Outcome(site, None, site.reason))
             continue
         if any(value.is_inference() for value in own):
             site = site.refused("its weights are inference tensors, whose changes cannot be noticed")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from functools import cache, partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Never
 
 import torch
 from torch._C._dynamo.eval_frame import reset_code
@@ -227,5 +227,11 @@ def _surfaced(error: TardisError) -> TardisError:
     kind = type(error)
     names = {"__module__": kind.__module__, "__init__": Exception.__init__, "first_useful_frame": None}
     names |= {"frame_exec_strategy": None, "_torch_dynamo_tracer_output": None}  # as TorchDynamoException.__init__ does
+    names["remove_dynamo_frames"] = _raised
     surfaced: type[TardisError] = type(kind.__name__, (kind, ShortenTraceback), names)
     return surfaced(str(error))
+
+
+def _raised(error: TardisError) -> Never:
+    """Stands for ``ShortenTraceback.remove_dynamo_frames``, whose result Dynamo raises without the cause."""
+    raise error from error.__cause__

@@ -107,8 +107,10 @@ class Site:
 
 
 def is_freed(weight: Tensor) -> bool:
-    """Whether a weight's storage was resized to nothing, as FSDP and offloaders do between two calls."""
-    return weight.numel() > 0 and weight.untyped_storage().nbytes() == 0
+    """Whether a weight's storage is too small for it, as FSDP and offloaders leave it between two calls."""
+    last = sum((size - 1) * stride for size, stride in zip(weight.shape, weight.stride(), strict=True))
+    needed = (weight.storage_offset() + last + 1) * weight.element_size()
+    return weight.numel() > 0 and weight.untyped_storage().nbytes() < needed
 
 
 def is_released(weight: Tensor) -> bool:

@@ -1,0 +1,130 @@
+"""What a rewrite of somebody else's raises becomes an error that names it, with its cause."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.metadata import EntryPoint
+from typing import Any
+
+import pytest
+import torch
+from builders.ffns import batches, config, ffn, inputs
+from torch import Tensor, nn
+from torch._dynamo.exc import Unsupported
+from torch.fx.experimental.symbolic_shapes import ConstraintViolationError
+
+from tardis_fx import Config, Plan, RewriteError, calibrate
+from tardis_fx.calibration.observe import Observation, ObservedSite
+from tardis_fx.graph.site import Site, SiteWeights
+from tardis_fx.passes import base
+from tardis_fx.plan import SitePlan
+
+STEPS = ["refuse", "fit", "constants", "forward"]
+
+
+class Nothing:
+    """Observes nothing."""
+
+    def update(self, x: Tensor) -> None:
+        pass
+
+
+class Dropping(base.Rewrite):
+    """Gives zeros, and raises what it is told to where it is told to."""
+
+    name = "own"
+    raising: tuple[str, BaseException] | None = None
+
+    def _at(self, step: str) -> None:
+        if self.raising is not None and self.raising[0] == step:
+            raise self.raising[1]
+
+    def refuse(self, site: Site) -> str | None:
+        self._at("refuse")
+        return None
+
+    def fit(self, observation: Observation, sites: Sequence[ObservedSite], config: Config) -> list[SitePlan]:
+        self._at("fit")
+        observation.run(lambda _: Nothing(), sites, "nothing")
+        return [SitePlan.of(site.site, site.parameters, method="own") for site in sites]
+
+    def constants(self, plan: SitePlan, weights: SiteWeights) -> dict[str, Tensor]:
+        self._at("constants")
+        return {"zero": torch.zeros(())}
+
+    def forward(self, x: Tensor, constants: Mapping[str, Tensor], plan: SitePlan) -> Tensor:
+        self._at("forward")
+        return x * constants["zero"]
+
+
+@pytest.fixture(autouse=True)
+def registered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    class Loaded(EntryPoint):
+        def load(self) -> Any:
+            return Dropping
+
+    monkeypatch.setattr(base, "entry_points", lambda group: [Loaded("own", "own:Dropping", group)])
+    monkeypatch.setattr(Dropping, "raising", None)
+    base.rewrite_named.cache_clear()
+    yield
+    base.rewrite_named.cache_clear()
+
+
+def _run(model: nn.Module, step: str, error: BaseException) -> None:
+    """Calibrates, or compiles with a plan that was made before, with a rewrite that raises in a step."""
+    plan = Plan(calibrate(model, batches(), config=config(method="own")).sites, config())
+    Dropping.raising = (step, error)
+    if step in ("refuse", "fit"):
+        calibrate(model, batches(), config=config(method="own"))
+    with torch.no_grad():
+        torch.compile(model, backend="tardis", options={"plan": plan, "inner": "eager"})(inputs(4, 16))
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_an_exception_in_a_rewrite_names_it_and_is_the_cause(step: str) -> None:
+    cause = ValueError("seven is odd")
+    with pytest.raises(RewriteError, match="rewrite 'own'.*ValueError: seven is odd") as raised:
+        _run(nn.Sequential(ffn()).eval(), step, cause)
+    assert raised.value.__cause__ is cause
+    assert f"{step} of 0" in str(raised.value)
+    assert "backend=" not in str(raised.value)
+
+
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), MemoryError(), torch.OutOfMemoryError()], ids=type)
+def test_interrupts_and_exhausted_memory_stay_what_they_are(step: str, error: BaseException) -> None:
+    with pytest.raises(BaseException) as raised:  # noqa: PT011 - of the backend, Dynamo wraps the latter two
+        _run(nn.Sequential(ffn()).eval(), step, error)
+    assert not isinstance(raised.value, RewriteError)
+
+
+@pytest.mark.parametrize("error", [Unsupported("no", "no"), ConstraintViolationError()], ids=type)
+def test_what_dynamo_raises_for_itself_passes(error: Exception) -> None:
+    Dropping.raising = ("refuse", error)
+    with pytest.raises(type(error)):
+        base.rewrite_named("own").refuse(None)  # type: ignore[arg-type]
+
+
+class Failing(nn.Module):
+    """A model that fails at its third call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ffn, self.calls = ffn(), 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self._count()
+        return self.ffn(x)  # type: ignore[no-any-return]
+
+    @torch._dynamo.disable
+    def _count(self) -> None:
+        self.calls += 1
+        if self.calls == 3:
+            raise IndexError("index out of range in self")
+
+
+def test_a_model_that_fails_while_it_is_observed_is_not_the_rewrites_fault() -> None:
+    base.rewrite_named.cache_clear()
+    with pytest.raises(Exception) as raised:  # noqa: PT011
+        calibrate(Failing().eval(), batches(), config=config(method="own"))
+    assert not isinstance(raised.value, RewriteError)
