@@ -8,7 +8,7 @@ from __future__ import annotations
 import weakref
 from typing import TYPE_CHECKING
 
-from tardis_fx.errors import PlanFileError, PlanMismatchError
+from tardis_fx.errors import ConfigError, PlanFileError, PlanMismatchError
 from tardis_fx.passes.base import rewrite_named
 
 if TYPE_CHECKING:
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from tardis_fx.graph.site import Site, SiteWeights
+    from tardis_fx.passes.base import Rewrite
     from tardis_fx.plan import SitePlan
 
 # The shapes of the weights that an entry was checked with: one entry may serve two forms of the same weights.
@@ -37,7 +38,6 @@ def check_site(entry: SitePlan, site: Site, parameters: Sequence[Tensor]) -> Non
     found = {
         "kind": site.kind,
         "activation": site.activation,
-        "dtype": str(parameters[0].dtype),
         "shapes": tuple(tuple(parameter.shape) for parameter in parameters),
     }
     for name, value in found.items():
@@ -48,6 +48,19 @@ def check_site(entry: SitePlan, site: Site, parameters: Sequence[Tensor]) -> Non
             )
 
 
+def rewrite_of(entry: SitePlan) -> Rewrite:
+    """The rewrite that an entry names.
+
+    Raises:
+        PlanFileError: it is not installed, or makes no sense.
+    """
+    try:
+        return rewrite_named(str(entry.method))
+    except ConfigError as error:
+        name = entry.name or "an FFN"
+        raise PlanFileError(f"the plan's entry of {name} names a rewrite that is not there: {error!s:.300}") from error
+
+
 def check_entry(entry: SitePlan, weights: SiteWeights) -> None:
     """Lets an entry's rewrite check it; once for each entry.
 
@@ -56,16 +69,21 @@ def check_entry(entry: SitePlan, weights: SiteWeights) -> None:
         weights: of the site.
 
     Raises:
-        PlanFileError: the rewrite is not installed, or the entry is not one of its.
+        PlanFileError: the rewrite is not installed, or could not have made the entry.
+        PlanMismatchError: it is for another dtype.
     """
+    name = entry.name or "an FFN"
+    if entry.dtype != str(weights.w1.dtype):
+        raise PlanMismatchError(f"{name}: the plan's entry says dtype {entry.dtype!r:.80}, not {weights.w1.dtype}")
     shapes = (weights.w1.shape, weights.w2.shape, weights.gate is None, weights.b1 is None, weights.b2 is None)
     if shapes in _CHECKED.get(entry, ()):
         return
+    rewrite = rewrite_of(entry)
     try:
-        rewrite_named(str(entry.method)).validate(entry, weights)
+        rewrite.validate(entry, weights)
     except Exception as error:
         raise PlanFileError(
-            f"the plan's entry of {entry.name or 'an FFN'} cannot be used by its rewrite, {str(entry.method)[:200]}: "
+            f"the plan's entry of {name} cannot be used by its rewrite, {rewrite.method}: "
             f"{error if isinstance(error, ValueError) else f'{type(error).__name__}: {error}'}"
         ) from error
     _CHECKED.setdefault(entry, set()).add(shapes)

@@ -14,7 +14,7 @@ class CalibrationError(TardisError, ValueError):
 
 
 class PlanFileError(TardisError, ValueError):
-    """A plan file is missing, truncated, foreign, or written by a newer version."""
+    """A plan file is missing, damaged, foreign or of another version, or an entry is none that its rewrite makes."""
 
 
 class CheckpointError(TardisError, ValueError):

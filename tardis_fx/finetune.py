@@ -20,7 +20,7 @@ from tardis_fx.healing.dense import DenseSite
 from tardis_fx.healing.graft import graft
 from tardis_fx.healing.student import frozen
 from tardis_fx.passes import pipeline
-from tardis_fx.passes.base import rewrite_named
+from tardis_fx.passes.entry import rewrite_of
 from tardis_fx.passes.exact_fold import ExactFold
 from tardis_fx.plan import Plan, resolve
 
@@ -205,12 +205,12 @@ class _Split:
         if _is_exact(entry):
             return None
         if entry.fingerprint not in self.sites:
-            self.sites[entry.fingerprint] = DenseSite(entry, weights, rewrite_named(str(entry.method)))
+            self.sites[entry.fingerprint] = DenseSite(entry, weights, rewrite_of(entry))
         return self.sites[entry.fingerprint]
 
 
 def _is_exact(entry: SitePlan) -> bool:
-    return isinstance(rewrite_named(str(entry.method)), ExactFold)
+    return isinstance(rewrite_of(entry), ExactFold)
 
 
 def _own_loss(output: Any, batch: Batch) -> Tensor:

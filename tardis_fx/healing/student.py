@@ -15,7 +15,7 @@ from tardis_fx.graph.capture import Capture
 from tardis_fx.healing.graft import graft
 from tardis_fx.healing.kinds import KINDS
 from tardis_fx.passes import pipeline
-from tardis_fx.passes.base import rewrite_named
+from tardis_fx.passes.entry import rewrite_of
 from tardis_fx.passes.exact_fold import ExactFold
 from tardis_fx.passes.partial_linear import PartialLinear
 
@@ -99,7 +99,7 @@ def _healable(plan: Plan) -> dict[str, PartialLinear]:
     """The rewrite of every site that can be healed, by fingerprint."""
     found: dict[str, PartialLinear] = {}
     for entry in plan.sites:
-        rewrite = None if entry.method is None else rewrite_named(entry.method)
+        rewrite = None if entry.method is None else rewrite_of(entry)
         if isinstance(rewrite, PartialLinear):
             found[entry.fingerprint] = rewrite
         elif rewrite is not None and not isinstance(rewrite, ExactFold):

@@ -14,6 +14,7 @@ from tardis_fx.errors import PlanMismatchError, ServingError, StaleWeightError
 from tardis_fx.fingerprint import fingerprint
 from tardis_fx.graph.activations import recognise
 from tardis_fx.graph.site import SiteWeights
+from tardis_fx.passes.entry import check_entry
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -92,6 +93,7 @@ def find(model: nn.Module, plan: Plan) -> list[tuple[Slot, SitePlan]]:
     Weights are compared as calibration stored them: vLLM keeps every matrix as [out, in].
 
     Raises:
+        PlanFileError: an entry could not have been made by its rewrite.
         PlanMismatchError: none of the plan's FFNs is in the model.
         StaleWeightError: some are not.
     """
@@ -160,6 +162,8 @@ def _entry(slot: Slot, entries: Sequence[SitePlan]) -> SitePlan | None:
         w1, w2 = (w.mT if transposed else w for w, transposed in zip((weights.w1, weights.w2), order, strict=True))
         identity = fingerprint([w for w in (w1, weights.b1, w2, weights.b2) if w is not None], activation)
         if entry := next((e for e in entries if e.fingerprint == identity), None):
+            if entry.method is not None:
+                check_entry(entry, weights)
             return entry
     return None
 

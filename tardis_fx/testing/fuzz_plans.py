@@ -228,7 +228,7 @@ def verdict_of(mutant: Mutant, path: Path, *, thorough: bool) -> str | None:
                 torch._dynamo.reset()
                 model = copy.deepcopy(subject.model)
                 assert str(explain(model, path, subject.x))
-                found.append(torch.compile(model, backend="tardis", options=options | {"plan": path})(subject.x))
+                found.append(torch.compile(model, backend="tardis", options={**options, "plan": str(path)})(subject.x))
                 release(model, path, subject.x)
                 torch._dynamo.reset()
                 found.append(torch.compile(model, backend="tardis", options=options)(subject.x))
