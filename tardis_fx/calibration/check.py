@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-from tardis_fx.calibration.regression import fitted_tokens
+from tardis_fx.calibration.regression import fitted_tokens, relative_error
 from tardis_fx.graph.feed_forward import biases, dense, matrices
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class Check:
     @property
     def error(self) -> float:
         """Root of the mean square error, relative to the output's."""
-        return (self._missed / self._total) ** 0.5 if self._total else 0.0
+        return relative_error(self._missed, self._total)
 
 
 def original(weights: SiteWeights, activation: str, x: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from tardis_fx.calibration.predictor import Quantised, quantise, quantise_in_turn
-from tardis_fx.calibration.regression import RIDGE
+from tardis_fx.calibration.regression import RIDGE, least_ridge
 
 if TYPE_CHECKING:
     from tardis_fx.calibration.draft import Draft
@@ -31,10 +31,13 @@ def fit_columns(draft: Draft, residual: Residual) -> Quantised:
         residual: what it misses; see :class:`tardis_fx.calibration.residuals.ResidualObserver`.
     """
     d, copied, columns = draft.w1.shape[1], draft.copied, draft.w2.T.clone()
-    covariance = residual.inputs.covariance
-    inputs, corrections = covariance.diagonal().split([d, len(copied)])
-    shares = [(RIDGE * inputs.mean()).expand(d), (SHRINKAGE * corrections.mean()).expand(len(copied))]
-    ridge = torch.cat(shares).clamp(min=1e-30)
+    if not len(copied):
+        return quantise(columns, None, draft.row_bits, draft.group_size)
+    covariance, sizes = residual.inputs.covariance, [d, len(copied)]
+    parts = zip(
+        (RIDGE, SHRINKAGE), covariance.diagonal().split(sizes), residual.inputs.noise.split(sizes), sizes, strict=True
+    )
+    ridge = torch.cat([least_ridge(share * part, noise).expand(size) for share, part, noise, size in parts])
     columns[copied] += residual.solve(ridge).weight[d:].float()
     if draft.rounding == "nearest":
         return quantise(columns, None, draft.row_bits, draft.group_size)

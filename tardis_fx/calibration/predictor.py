@@ -11,6 +11,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from tardis_fx.errors import CalibrationError
 from tardis_fx.runtime.packing import group_count, join, pack
 from tardis_fx.runtime.reference import dequantise
 
@@ -125,18 +126,38 @@ def quantise_in_turn(weight: Tensor, gram: Tensor, bits: int, group_size: int) -
 
 def inverse_factor(gram: Tensor) -> Tensor:
     """Upper Cholesky factor of the inverse of the damped Gram matrix, [d, d], float64."""
-    inverse = torch.cholesky_inverse(factor(gram))
-    upper: Tensor = torch.linalg.cholesky(inverse, upper=True)
-    return upper
+    return factor(torch.cholesky_inverse(factor(gram)), damping=0.0, upper=True)
 
 
-def factor(gram: Tensor) -> Tensor:
-    """Lower Cholesky factor of a Gram matrix, damped so that it exists, [d, d], float64."""
+def factor(gram: Tensor, *, damping: float = DAMPING, upper: bool = False) -> Tensor:
+    """Cholesky factor of a Gram matrix, damped until it exists, [d, d], float64.
+
+    Rounded sums and differences of sums need not be positive definite, even with ``damping`` added: then ten times as
+    much is added, and so on. That happens with fewer tokens than columns, or with columns that repeat each other.
+
+    Args:
+        gram: [d, d], symmetric.
+        damping: share of the mean diagonal that is added at first.
+        upper: whether the upper factor is returned instead of the lower one.
+
+    Raises:
+        CalibrationError: an entry is NaN or infinite.
+    """
     damped = gram.double().clone()
-    damped.diagonal()[damped.diagonal() == 0] = 1
-    damped.diagonal().add_(DAMPING * damped.diagonal().mean())
-    lower: Tensor = torch.linalg.cholesky(damped)
-    return lower
+    if not torch.isfinite(damped).all():
+        raise CalibrationError(f"sums over the tokens overflow: a Gram matrix of {len(gram):,} columns is not finite")
+    diagonal = damped.diagonal()
+    diagonal[diagonal == 0] = 1
+    mean = float(diagonal.mean())
+    if mean <= 0:
+        mean = float(diagonal.abs().mean())
+    step = damping * mean
+    while True:
+        diagonal.add_(step)
+        triangle, failed = torch.linalg.cholesky_ex(damped, upper=upper)
+        if not failed:
+            return triangle
+        step = max(10 * step, 1e-12 * mean)
 
 
 def _range(block: Tensor, bits: int) -> tuple[Tensor, Tensor]:

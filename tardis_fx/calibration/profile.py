@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 BINS = 96
 SPREAD = 6.0
 
+#: Of a mean square, the share that may be rounding in a difference of sums.
+ROUNDING = 1e-12
+
 
 class Moments:
     """Number, sum and Gram matrix of a site's inputs.
@@ -42,6 +45,7 @@ class Moments:
         """Adds tokens, [tokens, d], float32."""
         self.tokens += len(x)
         self.total += x.sum(0, dtype=torch.float64)
+        x = precise(x)
         self.gram += x.T @ x
 
     @property
@@ -53,6 +57,25 @@ class Moments:
     def covariance(self) -> Tensor:
         """Covariance of the inputs, [d, d], float64."""
         return self.gram / self.tokens - torch.outer(self.mean, self.mean)
+
+    @property
+    def noise(self) -> Tensor:
+        """What of each variance may be rounding, [d], float64: inputs that hardly vary tell nothing below it."""
+        return ROUNDING * self.gram.diagonal() / self.tokens
+
+
+def precise(x: Tensor) -> Tensor:
+    """Tokens, [tokens, d], in float64 where sums of float32 products would lose the variance of a column, or overflow.
+
+    A product of float32 numbers is rounded to 2^-24 of itself. Where the mean of a column is more than a hundred times
+    its standard deviation, that is more than a thousandth of its variance. Constant columns are such, too.
+    """
+    if not len(x):
+        return x
+    variance, mean = torch.var_mean(x.double(), 0, correction=0)
+    square = mean.square()
+    lost = (square > 1e4 * variance).any() or float((square + variance).sum()) * len(x) > torch.finfo(torch.float32).max
+    return x.double() if lost else x
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
-from tardis_fx.calibration.profile import Moments
+from tardis_fx.calibration.profile import Moments, precise
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -25,6 +26,21 @@ HELD_BACK = 1 / 8
 def fitted_tokens(tokens: int) -> int:
     """How many of a batch's tokens, from its first on, are fitted on; the others measure the error."""
     return tokens - int(tokens * HELD_BACK)
+
+
+def relative_error(missed: float, total: float) -> float:
+    """Root of a sum of squared errors, relative to that of the squared outputs.
+
+    Of outputs that are all zero, 0 where nothing is missed and infinite otherwise; NaN stays NaN.
+    """
+    if total == 0:
+        return 0.0 if missed == 0 else missed * math.inf
+    return math.sqrt(missed / total) if missed / total >= 0 else math.nan
+
+
+def least_ridge(shares: Tensor, noise: Tensor) -> Tensor:
+    """The mean of some shares of variances, and not less than what may be rounding in these: a scalar, float64."""
+    return torch.maximum(shares.mean(), noise.mean()).clamp(min=1e-30)
 
 
 class Residual:
@@ -65,8 +81,10 @@ class Residual:
         if given is not None:
             cross -= covariance[:free, free:] @ given
         covariance = covariance[:free, :free]
-        covariance.diagonal().add_(RIDGE * covariance.diagonal().mean().clamp(min=1e-30) if ridge is None else ridge)
-        weight = torch.linalg.solve(covariance, cross, left=True) if covariance.any() else torch.zeros_like(cross)
+        if ridge is None:
+            ridge = least_ridge(RIDGE * covariance.diagonal(), fitted.inputs.noise[:free])
+        covariance.diagonal().add_(ridge)
+        weight = torch.linalg.solve(covariance, cross, left=True)
         if given is not None:
             weight = torch.cat([weight, given])
         return AffineMap(weight, target - mean @ weight)
@@ -85,7 +103,7 @@ class Residual:
             bias: [d_out], float64.
         """
         half = self._measuring
-        return (half.missed(weight, bias) / half.output_square) ** 0.5 if half.output_square else 0.0
+        return relative_error(half.missed(weight, bias), half.output_square)
 
     def missed(self, weight: Tensor, bias: Tensor) -> float:
         """Mean square of what a map leaves of the residual on the held-back tokens; arguments as of :meth:`error`."""
@@ -96,7 +114,7 @@ class Residual:
         """R²: the share of the residual's variance on the held-back tokens that a map explains."""
         half = self._measuring
         variance = half.square - float(half.total.square().sum()) / max(1, half.inputs.tokens)
-        return 1 - half.missed(weight, bias) / variance if variance > 0 else 1.0
+        return 1.0 if variance <= 0 else 1 - half.missed(weight, bias) / variance
 
     @property
     def mean(self) -> Tensor:
@@ -129,7 +147,8 @@ class _Half:
 
     def update(self, x: Tensor, residual: Tensor, output: Tensor) -> None:
         self.inputs.update(x)
-        self.cross += x.T @ residual
+        x = precise(x)
+        self.cross += x.T @ residual.to(x.dtype)
         self.total += residual.sum(0, dtype=torch.float64)
         self.square += residual.double().square().sum().item()
         self.output_square += output.double().square().sum().item()
@@ -139,7 +158,8 @@ class _Half:
         count, inputs = self.inputs.tokens, self.inputs.total
         predicted = ((self.inputs.gram @ weight) * weight).sum() + 2 * (inputs @ weight) @ bias + count * bias @ bias
         crossed = (self.cross * weight).sum() + self.total @ bias
-        return max(0.0, self.square - 2 * crossed.item() + predicted.item())
+        missed: float = self.square - 2 * crossed.item() + predicted.item()
+        return 0.0 if missed < 0 else missed  # max() would take NaN for 0
 
 
 @dataclass(frozen=True)
