@@ -8,12 +8,10 @@ from functools import cache, partial
 from typing import TYPE_CHECKING, Any, Never
 
 import torch
-from torch._C._dynamo.eval_frame import reset_code
 from torch._dynamo.backends.registry import lookup_backend
 from torch._dynamo.exc import InvalidBackend, ShortenTraceback
 from torch._dynamo.guards import GuardBuilder, install_guard
 from torch._dynamo.source import GlobalStateSource
-from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._guards import TracingContext
 from torch._subclasses.fake_tensor import is_fake
 
@@ -28,6 +26,7 @@ from tardis_fx.plan import resolve
 from tardis_fx.runtime.cuda import show_kernels
 from tardis_fx.runtime.guard import FrozenGraph, GuardedGraph, Unknown, refuse_released
 from tardis_fx.runtime.profiled import ProfiledGraph, return_inputs
+from tardis_fx.runtime.retrace import Retrace
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -59,12 +58,21 @@ def tardis(
         StaleWeightError: a weight is not the one that the plan was made for.
     """
     try:
-        return _compile(gm, example_inputs, Options.parse({"mode": mode} | (options or {})))
+        parsed = Options.parse({"mode": mode} | (options or {}))
     except TardisError as error:
         raise _surfaced(error) from error.__cause__
+    return _surfacing(parsed, gm, example_inputs)
 
 
 tardis.reset = reset  # type: ignore[attr-defined]  # called by torch.compiler.reset()
+
+
+def _surfacing(options: Options, gm: fx.GraphModule, example_inputs: list[Tensor]) -> Callable[..., Any]:
+    """:func:`_compile`, with errors that Dynamo passes on as they are."""
+    try:
+        return _compile(gm, example_inputs, options)
+    except TardisError as error:
+        raise _surfaced(error) from error.__cause__
 
 
 def _compile(
@@ -83,7 +91,7 @@ def _compile(
     plan = extended(plan, settings) if options.observes else plan
     assert plan is not None
     if options.observes and not (nested or in_parts):
-        profiled = _profiled(gm, example_inputs, plan, settings, inner)
+        profiled = _profiled(gm, example_inputs, plan, settings, options)
         if profiled is not None:
             return profiled
     lifted, held = (gm, []) if options.observes else lift(gm)
@@ -143,7 +151,7 @@ def _warn_once(message: str) -> None:
 
 
 def _profiled(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], plan: Plan, settings: Settings, inner: Callable[..., Any]
+    gm: fx.GraphModule, example_inputs: Sequence[Any], plan: Plan, settings: Settings, options: Options
 ) -> ProfiledGraph | None:
     """The graph with its unplanned sites observed, or None where there are none."""
     observed = copy(gm)
@@ -155,7 +163,23 @@ def _profiled(
     for site, own in zip(sites, positions, strict=True):
         refuse_released(site.name, [example_inputs[p] for p in own])
     return_inputs(observed, sites)
-    return ProfiledGraph(inner(observed, list(example_inputs)), sites, positions, settings, _forgetter())
+    compiled = _inner(options.inner, options.mode)(observed, list(example_inputs))
+    return ProfiledGraph(compiled, sites, positions, settings, _Anew(gm, options))
+
+
+class _Anew:
+    """What runs in a graph's place when its profiles have changed: nothing, where Dynamo can trace its code anew.
+
+    Where it cannot, for other threads are about, the graph is traced in code of its own.
+    """
+
+    def __init__(self, gm: fx.GraphModule, options: Options) -> None:
+        self._gm, self._options, self._retrace = copy(gm), options, Retrace()
+
+    def __call__(self) -> Callable[..., Any] | None:
+        if self._retrace():
+            return None
+        return partial(_unpacked, torch.compile(own_code(_run), backend=partial(_surfacing, self._options)), self._gm)
 
 
 class _Other:
@@ -163,15 +187,14 @@ class _Other:
 
     def __init__(self, gm: fx.GraphModule, options: Options) -> None:
         self._gm, self._options = copy(gm), options
-        self._forget = _forgetter() if options.observes else None
+        self._anew = _Anew(gm, options) if options.observes else None
         self._variant: Callable[..., Any] | None = None
 
     def __call__(self, unknown: list[Unknown]) -> Callable[..., Any]:
         changed = ", ".join(site.name for site in unknown if site.changed)
-        if unknown and self._forget:
+        if unknown and self._anew:
             _log.warning("weights changed: the original runs until %s is fitted anew", changed or unknown[0].name)
-            self._forget()
-            return self._gm.forward  # type: ignore[no-any-return]
+            return self._anew() or self._gm.forward
         if changed and self._options.on_change == "error":
             raise StaleWeightError(
                 f"{changed}: a weight is not the one that the plan was made for: it changed since calibration. Restore "
@@ -196,15 +219,6 @@ def _unpacked(variant: Callable[..., Any], gm: fx.GraphModule, *inputs: Any) -> 
     if torch._dynamo.eval_frame._stance.stance == "fail_on_recompile":  # would fail here, and nothing is recompiled
         return gm(*inputs)
     return variant(gm, inputs)
-
-
-def _forgetter() -> Callable[[], None]:
-    """Makes Dynamo compile what it is compiling now once more, at the next call after the result is called."""
-    try:
-        code = InstructionTranslator.current_tx().output.root_tx.f_code
-    except AttributeError:
-        raise ConfigError("without a plan, the backend must be called by torch.compile") from None
-    return partial(reset_code, code)
 
 
 def _inner(name: str, mode: str | None) -> Callable[..., Any]:

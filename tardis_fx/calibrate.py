@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import gc
 import logging
-from dataclasses import asdict, replace
+import math
+from dataclasses import asdict, fields, replace
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Never
 
 import torch
 
+from tardis_fx.calibration.batches import Batch, checked, uncompiled
 from tardis_fx.calibration.checkpoint import Checkpoint
-from tardis_fx.calibration.observe import Batch, BatchObservation, Observation, ObservedSite, checked
+from tardis_fx.calibration.observe import BatchObservation, Observation, ObservedSite
 from tardis_fx.calibration.part import Part
 from tardis_fx.calibration.ranks import Ranks, arithmetic
 from tardis_fx.config import Config
 from tardis_fx.digest import digest
-from tardis_fx.errors import CalibrationError, ConfigError
+from tardis_fx.errors import CalibrationError, ConfigError, TardisError
 from tardis_fx.passes.base import rewrite_named
 from tardis_fx.passes.exact_fold import ExactFold
 from tardis_fx.plan import Plan, SitePlan
@@ -24,10 +26,14 @@ from tardis_fx.plan import Plan, SitePlan
 if TYPE_CHECKING:
     import os
     from collections.abc import Iterable, Iterator, Sequence
+    from typing import Any
 
     from torch import nn
 
 _log = logging.getLogger("tardis_fx")
+
+#: With fewer tokens than this, or than the widest matrix has columns, calibration warns.
+FEW_TOKENS = 2048
 
 
 @torch.inference_mode(mode=False)
@@ -39,6 +45,7 @@ def calibrate(
     config: Config | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     offload: bool = False,
+    **unknown: Never,
 ) -> Plan:
     """Runs a model on calibration batches and plans a rewrite for every FFN in it.
 
@@ -48,22 +55,29 @@ def calibrate(
     each runs its share of the batches, and all return the same plan.
 
     Args:
-        model: in eval mode; it is neither changed nor compiled for later use.
-        batches: each a tensor, the model's first argument, or a dict of keyword arguments. 16,000 tokens or more.
+        model: in eval mode; it is neither changed nor compiled for later use. A compiled one is taken for what it was
+            compiled from.
+        batches: each a tensor, the model's first argument, or a dict of keyword arguments. 16,000 tokens or more; with
+            fewer than 2,048, or than the widest matrix has columns, a warning says how many there are. Padding is left
+            out where ``attention_mask`` or ``decoder_attention_mask``, [batch, tokens], says what it is.
         config: what to aim at; the defaults when None.
         checkpoint: a folder for the statistics of finished runs over the batches. Given again after an interruption,
             the calibration goes on behind them.
         offload: fit one FFN after the other, so that what is measured and fitted is in memory for one at a time. Every
             run over the batches is made once for each of them, and ``Config.allocation`` is ``"per_site"``.
+        unknown: fields of the config belong into ``Config(...)``, and are refused here.
 
     Raises:
         ConfigError: the config names no registered rewrite, rewrites that do not compose, or sites that there are not;
-            with ``offload``, one that decides about all FFNs together.
-        CalibrationError: the model is in training mode, there are no batches, an input or a weight is NaN, there is
-            no FFN, or the budget is smaller than the folded weights; ranks differ in what they are given or in what
-            they compute, or one died.
+            with ``offload``, one that decides about all FFNs together; an argument is unknown.
+        CalibrationError: the model is none, on the meta device or in training mode, or fails; there are no batches, or
+            one is nothing that the model takes; an input or a weight is NaN, there is no FFN, or the budget is smaller
+            than the folded weights; a rewrite fails, or the error of none can be measured on these tokens; ranks differ
+            in what they are given or in what they compute, or one died.
         CheckpointError: the checkpoint is damaged, of another calibration, or cannot be written.
     """
+    if unknown:
+        raise ConfigError(_misplaced(unknown))
     config = Config() if config is None else config
     if not isinstance(config, Config):
         raise ConfigError(f"config must be a tardis_fx.Config, not {type(config).__name__}")
@@ -72,7 +86,22 @@ def calibrate(
             rewrite_named(method)  # before the model runs
     if offload:
         config = _by_site(config)
-    given, ranks, owner = checked(model, batches), Ranks.initialised(), ""
+    ranks = Ranks.initialised()
+    with ranks.together():
+        return _calibrated(uncompiled(model), batches, config, checkpoint, ranks, offload=offload)
+
+
+def _calibrated(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    config: Config,
+    checkpoint: str | os.PathLike[str] | None,
+    ranks: Ranks,
+    *,
+    offload: bool,
+) -> Plan:
+    """The plan, by all ranks."""
+    given, owner = checked(model, batches), ""
     if ranks.count > 1 or checkpoint is not None:
         owner = digest(dict(model.state_dict()), given, asdict(replace(config, progress=False)), offload)
     ranks.agree("arithmetic", arithmetic())
@@ -89,6 +118,13 @@ def calibrate(
     if ranks.count > 1:
         ranks.agree("hashes of the plans", digest(*map(vars, plan.sites)))
     return plan
+
+
+def _misplaced(unknown: dict[str, Any]) -> str:
+    """What is wrong with arguments that there are not."""
+    if own := [f"{name}={value!r}" for name, value in unknown.items() if name in {f.name for f in fields(Config)}]:
+        return f"{', '.join(own)}: give calibrate config=Config({', '.join(own)})"
+    return f"calibrate has no argument {', '.join(unknown)}: it has model, batches, config, checkpoint and offload"
 
 
 def _by_site(config: Config) -> Config:
@@ -116,7 +152,7 @@ def plan_for(observation: Observation, config: Config, *, offload: bool = False)
 
     Raises:
         ConfigError: as :func:`calibrate`.
-        CalibrationError: as :func:`calibrate`.
+        CalibrationError: as :func:`calibrate`. An error of a rewrite's own is its cause.
     """
     sites = tuple(observation.sites)
     methods = {s.fingerprint: _method_of(s.site.name, config) for s in sites}
@@ -144,7 +180,7 @@ def plan_for(observation: Observation, config: Config, *, offload: bool = False)
         label = f"FFN {i} of {len(fits)}" if offload else method
         whole = isinstance(config.method, str) and not offload
         part = observation if whole else Part(observation, group, label)
-        planned |= {plan.fingerprint: plan for plan in rewrite_named(method).fit(part, group, config)}
+        planned |= {plan.fingerprint: plan for plan in _fitted(part, group, method, config)}
         if offload:
             part.memo.clear()
             gc.collect()  # drafts refer to themselves by what they cache
@@ -152,6 +188,67 @@ def plan_for(observation: Observation, config: Config, *, offload: bool = False)
         _log.warning("%s is not planned: the first batch does not reach it", site.site.name)
     entries = [planned.get(s.fingerprint) or refused(s, reasons[s.fingerprint]) for s in sites]
     return Plan(tuple(_stored_once(entries)), config)
+
+
+def _fitted(observation: Observation, sites: Sequence[ObservedSite], method: str, config: Config) -> list[SitePlan]:
+    """Fits a rewrite to some sites; where its error could not be measured, a site stays as it is.
+
+    Raises:
+        CalibrationError: it could not be measured at any of them, or the rewrite fails.
+    """
+    try:
+        plans = rewrite_named(method).fit(observation, sites, config)
+    except TardisError:
+        raise
+    except Exception as error:
+        names = f"{', '.join(site.site.name for site in sites[:4])}{', ...' if len(sites) > 4 else ''}"
+        raise CalibrationError(
+            f"{method} cannot be fitted to {names}: {type(error).__name__}: {error} ({_amount(observation, sites)})"
+        ) from error
+    _warn_of_few(observation, sites)
+    faults = [_fault(plan, observation, site) for plan, site in zip(plans, sites, strict=True)]
+    if any(faults) and all(fault or plan.method is None for fault, plan in zip(faults, plans, strict=True)):
+        raise CalibrationError(next(filter(None, faults)))
+    for site, fault in zip(sites, faults, strict=True):
+        if fault:
+            _log.warning("%s is not rewritten: %s", site.site.name, fault)
+    return [refused(site, fault) if fault else plan for plan, site, fault in zip(plans, sites, faults, strict=True)]
+
+
+def _fault(plan: SitePlan, observation: Observation, site: ObservedSite) -> str | None:
+    """Why the error that a plan states is none, or None."""
+    if plan.method is None:
+        return None
+    if not math.isfinite(plan.error):
+        return f"the error of {plan.method} is {plan.error} ({_amount(observation, [site])}): values may be too large"
+    seen = observation.seen(site)
+    if seen is not None and not seen.held_back:
+        amount = _amount(observation, [site])
+        return f"no token is held back to measure the error of {plan.method} ({amount}): batches need 8 tokens or more"
+    return None
+
+
+def _amount(observation: Observation, sites: Sequence[ObservedSite]) -> str:
+    """Tokens, their greatest possible rank, and the number of inputs, of the site that saw least."""
+    columns = max(site.weights.w1.shape[1] for site in sites)
+    counts = [seen.tokens for site in sites if (seen := observation.seen(site)) is not None]
+    if not counts:
+        return f"{columns:,} inputs"
+    return f"{min(counts):,} tokens, so a rank of {min(*counts, columns):,} at most, for {columns:,} inputs"
+
+
+def _warn_of_few(observation: Observation, sites: Sequence[ObservedSite]) -> None:
+    """Warns once for an observation where the tokens are few."""
+    counts = [seen.tokens for site in sites if (seen := observation.seen(site)) is not None]
+    wanted = max(FEW_TOKENS, *(max(site.weights.w1.shape) for site in sites))
+    if counts and max(counts) < wanted and not observation.warned:
+        observation.warned = True
+        _log.warning(
+            "calibrated on %s tokens: with fewer than %s the error on other text may be higher than the plan says; "
+            "16,000 are a good number",
+            f"{max(counts):,}",
+            f"{wanted:,}",
+        )
 
 
 def _stored_once(entries: Sequence[SitePlan]) -> Iterator[SitePlan]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -13,9 +12,14 @@ import torch
 from torch import Tensor, fx, nn
 from tqdm import tqdm
 
+from tardis_fx.calibration.batches import Batch as Batch
+from tardis_fx.calibration.batches import checked as checked
+from tardis_fx.calibration.batches import real_tokens, uncompiled
 from tardis_fx.calibration.merging import merge
 from tardis_fx.calibration.ranks import Ranks
-from tardis_fx.errors import CalibrationError
+from tardis_fx.calibration.regression import fitted_tokens
+from tardis_fx.calibration.taps import Enter, Leave
+from tardis_fx.errors import CalibrationError, TardisError
 from tardis_fx.fingerprint import fingerprint
 from tardis_fx.foreign import raising_typed
 from tardis_fx.graph.capture import Capture
@@ -25,11 +29,11 @@ from tardis_fx.graph.subclasses import stored_tensors, subclass_name
 from tardis_fx.graph.unfuse import unfuse
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+
     from tardis_fx.calibration.checkpoint import Checkpoint
 
 _log = logging.getLogger("tardis_fx")
-
-Batch = Tensor | Mapping[str, Any]
 
 
 class SiteObserver(Protocol):
@@ -63,14 +67,33 @@ class ObservedSite:
     parameters: tuple[Tensor, ...]
 
 
+class Suspended(BaseException):
+    """A run has not seen its tokens yet: no error, and nothing for a rewrite's own ``except Exception``."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """How much a run has shown of a site.
+
+    Attributes:
+        tokens: padding left out.
+        held_back: those of them that nothing is fitted on.
+    """
+
+    tokens: int
+    held_back: int
+
+
 class Observation(ABC):
     """Sites whose inputs can be shown to observers, run by run.
 
     Attributes:
         memo: where rewrites keep what they measured, for further plans from the same observation.
+        warned: whether the user knows that the tokens are few.
     """
 
     memo: dict[str, Any]
+    warned: bool = False
 
     @property
     @abstractmethod
@@ -81,6 +104,8 @@ class Observation(ABC):
     def run(self, make: Callable[[ObservedSite], O], sites: Sequence[ObservedSite], what: str) -> dict[str, O]:
         """Shows inputs to observers and returns one observer a site, by the site's fingerprint.
 
+        A run that must wait for its tokens raises :class:`Suspended`.
+
         Args:
             make: makes the observer of a site.
             sites: the sites to observe.
@@ -89,6 +114,10 @@ class Observation(ABC):
         Raises:
             CalibrationError: a site's inputs are NaN or infinite, or it saw no token.
         """
+
+    def seen(self, site: ObservedSite) -> Seen | None:
+        """What runs have shown of a site, or None where that is not known."""
+        return None
 
 
 class BatchObservation(Observation):
@@ -119,16 +148,19 @@ class BatchObservation(Observation):
         Raises:
             CalibrationError: no batches, a model in training mode, or a model without any FFN.
         """
+        model = uncompiled(model)
         self._batches, self._progress = checked(model, batches), progress
         self._ranks, self._checkpoint, self._runs = ranks or Ranks(), checkpoint, 0
         self.memo: dict[str, Any] = {}
         self._sites: dict[str, ObservedSite] = {}
         self._known: dict[tuple[Any, ...], str] = {}
         self._observers: dict[str, SiteObserver] = {}
-        self._seen: set[str] = set()
+        self._batch: Batch = self._batches[0]
+        self._counts: dict[str, list[int]] = {}
+        self._seen: dict[str, Seen] = {}
         self._rewritten: dict[str, Callable[[Tensor], Tensor]] = {}
         self._capture = Capture(model, self._instrument)
-        self._capture(self._batches[0])
+        self._call(0)
         self._refuse_freed()
         if not self._sites:
             raise CalibrationError("the model has no feed-forward network that tardis_fx recognises")
@@ -154,8 +186,11 @@ class BatchObservation(Observation):
 
         restored = any(self._ranks.attempt(lambda: checkpoint is not None and checkpoint.restore(run, what, observers)))
         if not restored:
-            seen = set().union(*self._ranks.attempt(lambda: self._show(observers, what)))
-            if unseen := [site.site.name for site in sites if site.fingerprint not in seen]:
+            shown = self._ranks.attempt(lambda: self._show(observers, what))
+            for identity in observers:
+                counts = [counts[identity] for counts in shown if identity in counts]
+                self._seen[identity] = Seen(*map(sum, zip(*counts, strict=True))) if counts else Seen(0, 0)
+            if unseen := [site.site.name for site in sites if not self._seen[site.fingerprint].tokens]:
                 raise CalibrationError(f"no token of any batch reached {', '.join(unseen[:4])}")
         if self._ranks.count > 1:
             merge(observers, self._ranks)  # also gives to all what one has restored
@@ -163,16 +198,34 @@ class BatchObservation(Observation):
             self._ranks.attempt(keep)
         return observers
 
-    def _show(self, observers: Mapping[str, SiteObserver], what: str) -> set[str]:
-        """Runs this rank's batches; fingerprints of the sites that tokens reached."""
-        self._observers, self._seen = dict(observers), set()
-        shared = self._ranks.share(self._batches)
+    def seen(self, site: ObservedSite) -> Seen | None:
+        """See :meth:`Observation.seen`; runs that were restored from a checkpoint do not count."""
+        return self._seen.get(site.fingerprint)
+
+    def _show(self, observers: Mapping[str, SiteObserver], what: str) -> dict[str, list[int]]:
+        """Runs this rank's batches; numbers of tokens and of held-back ones by fingerprint, of sites reached."""
+        self._observers, self._counts = dict(observers), {}
+        shared = self._ranks.share(range(len(self._batches)))
         try:
-            for batch in tqdm(shared, desc=what, unit="batch", disable=not self._progress, leave=False):
-                self._capture(batch)
+            for number in tqdm(shared, desc=what, unit="batch", disable=not self._progress, leave=False):
+                self._call(number)
         finally:
             self._observers = {}
-        return self._seen
+        return self._counts
+
+    def _call(self, number: int) -> None:
+        """Runs a batch.
+
+        Raises:
+            CalibrationError: the model fails, with its error as the cause.
+        """
+        self._batch = self._batches[number]
+        try:
+            self._capture(self._batch)
+        except TardisError:
+            raise
+        except Exception as error:
+            raise CalibrationError(f"the model fails on batch {number}: {type(error).__name__}: {error}") from error
 
     def replace(self, site: ObservedSite, function: Callable[[Tensor], Tensor]) -> None:
         """From now on the site's output is ``function`` of its input, [..., d] to [..., d_out]."""
@@ -191,8 +244,8 @@ class BatchObservation(Observation):
             if site.reason is not None or any(not isinstance(values.get(p), Tensor) for p in site.parameters):
                 self._admit(site, [values[p] for p in site.parameters if isinstance(values.get(p), Tensor)])
                 continue
-            gm.add_submodule(f"tardis_enter_{i}", _Enter(weakref.proxy(self), site))
-            gm.add_submodule(f"tardis_leave_{i}", _Leave(weakref.proxy(self), site))
+            gm.add_submodule(f"tardis_enter_{i}", Enter(weakref.proxy(self), site))
+            gm.add_submodule(f"tardis_leave_{i}", Leave(weakref.proxy(self), site))
             with gm.graph.inserting_before(site.up.product):
                 entering = moved.get(site.input, site.input)
                 entered = gm.graph.call_module(f"tardis_enter_{i}", (entering, *site.parameters))
@@ -227,12 +280,20 @@ class BatchObservation(Observation):
         observer = self._observers.get(self._admit(site, parameters))
         if observer is None or x.numel() == 0:
             return
-        tokens = x.detach().reshape(-1, x.shape[-1]).float().cpu()
+        tokens = x.detach().reshape(-1, x.shape[-1])
+        real = real_tokens(self._batch, x.shape[:-1])
+        if real is not None:
+            tokens = tokens[real.reshape(-1).to(tokens.device)]
+        if not len(tokens):
+            return
+        tokens = tokens.float().cpu()
         if not torch.isfinite(tokens).all():
             raise CalibrationError(
                 f"the inputs of {site.name} hold NaN or infinity: look at the batch or at the layers before it"
             )
-        self._seen.add(self._admit(site, parameters))
+        counts = self._counts.setdefault(self._admit(site, parameters), [0, 0])
+        counts[0] += len(tokens)
+        counts[1] += len(tokens) - fitted_tokens(len(tokens))
         with raising_typed(f"{type(observer).__qualname__} at {site.name}"):
             observer.update(tokens)
 
@@ -246,47 +307,3 @@ def _dense(parameter: Tensor) -> Tensor:
     if subclass_name(parameter) is None:
         return parameter
     return torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
-
-
-def checked(model: nn.Module, batches: Iterable[Batch]) -> list[Batch]:
-    """The batches as a list.
-
-    Raises:
-        CalibrationError: there are none, or the model is in training mode.
-    """
-    training = next((name or type(module).__name__ for name, module in model.named_modules() if module.training), None)
-    if training is not None:
-        raise CalibrationError(f"{training} is in training mode: call model.eval() first")
-    if isinstance(batches, (Tensor, Mapping)):
-        raise CalibrationError("batches must be an iterable of batches: wrap a single one in a list")
-    try:
-        found = list(batches)
-    except TypeError:
-        raise CalibrationError(f"batches must be an iterable of batches, not {type(batches).__name__}") from None
-    if not found:
-        raise CalibrationError("no calibration batches")
-    return found
-
-
-class _Enter(nn.Module):
-    """Shows a site's inputs; a copy is kept only where the output is going to be replaced."""
-
-    def __init__(self, observation: BatchObservation, site: Site) -> None:
-        super().__init__()
-        self._observation, self._site = observation, site
-
-    def forward(self, x: Tensor, *parameters: Tensor) -> Tensor | None:
-        self._observation.observe(self._site, list(parameters), x)
-        return x.clone() if self._observation.rewritten(self._site, list(parameters)) else None
-
-
-class _Leave(nn.Module):
-    """Passes a site's output, or what replaces it."""
-
-    def __init__(self, observation: BatchObservation, site: Site) -> None:
-        super().__init__()
-        self._observation, self._site = observation, site
-
-    def forward(self, output: Tensor, x: Tensor | None, *parameters: Tensor) -> Tensor:
-        function = self._observation.rewritten(self._site, list(parameters))
-        return output if function is None or x is None else function(x).view_as(output)

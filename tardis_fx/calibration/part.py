@@ -9,7 +9,7 @@ from tardis_fx.calibration.observe import Observation
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from tardis_fx.calibration.observe import O, ObservedSite
+    from tardis_fx.calibration.observe import O, ObservedSite, Seen
 
 
 class Part(Observation):
@@ -39,3 +39,7 @@ class Part(Observation):
     def run(self, make: Callable[[ObservedSite], O], sites: Sequence[ObservedSite], what: str) -> dict[str, O]:
         """Shows the inputs of the original model; see :meth:`Observation.run`."""
         return self._whole.run(make, sites, f"{what} ({self._label})")
+
+    def seen(self, site: ObservedSite) -> Seen | None:
+        """See :meth:`Observation.seen`."""
+        return self._whole.seen(site)

@@ -154,6 +154,7 @@ def factor(gram: Tensor, *, damping: float = DAMPING, upper: bool = False) -> Te
     step = damping * mean
     while True:
         diagonal.add_(step)
+        triangle: Tensor
         triangle, failed = torch.linalg.cholesky_ex(damped, upper=upper)
         if not failed:
             return triangle

@@ -5,8 +5,8 @@ Every rank takes the same decisions from the same sums, so that nothing but stat
 
 from __future__ import annotations
 
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -34,6 +34,7 @@ class Ranks:
 
     rank: int = 0
     count: int = 1
+    _told: list[BaseException] = field(default_factory=list, compare=False, repr=False)  # errors that all ranks know of
 
     @classmethod
     def initialised(cls) -> Ranks:
@@ -50,24 +51,41 @@ class Ranks:
 
         Raises:
             TardisError: it raised one on some rank; then every rank raises, for none can go on alone.
-            CalibrationError: a rank died or did not answer in the time that the process group allows.
+            CalibrationError: it raised another error on another rank, or a rank died or did not answer in the time that
+                the process group allows.
         """
         if self.count == 1:
             return [function()]
-        mine: T | TardisError
+        raised: Exception | None = None
         try:
-            mine = function()
-        except TardisError as error:
-            mine = error
+            mine: Any = function()
+        except Exception as error:
+            mine, raised = _typed(error), error
         results: list[Any] = [None] * self.count
-        with _answered():
+        with self._answered():
             dist.all_gather_object(results, mine)
-        if isinstance(mine, TardisError):
-            raise mine
+        if raised is not None:
+            raise self._known(raised)
         for rank, result in enumerate(results):
             if isinstance(result, TardisError):
-                raise type(result)(f"rank {rank}: {result}")
+                raise self._known(type(result)(f"rank {rank}: {result}"))
         return results
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Ends the work of all ranks with that of one: an error between two exchanges is told instead of the next.
+
+        Whatever the ranks do in the meantime, they must exchange something afterwards.
+        """
+        try:
+            yield
+        except BaseException as error:
+            if self.count > 1 and not any(error is known or error.__cause__ is known for known in self._told):
+                with suppress(CalibrationError), self._answered():  # another rank may be gone, too
+                    dist.all_gather_object([None] * self.count, _typed(error))
+            raise
+        finally:
+            self._told.clear()
 
     def agree(self, what: str, value: Any) -> None:
         """Compares a value over the ranks.
@@ -77,7 +95,9 @@ class Ranks:
         """
         for rank, other in enumerate(found := self.attempt(lambda: value)):
             if other != found[0]:
-                raise CalibrationError(f"{what} of rank {rank} and of rank 0 differ: {_difference(other, found[0])}")
+                raise self._known(
+                    CalibrationError(f"{what} of rank {rank} and of rank 0 differ: {_difference(other, found[0])}")
+                )
 
     def merged(self, tensor: Tensor, how: Merge) -> Tensor:
         """The tensors of all ranks in one, on every rank the same to the bit; see :mod:`.merging`.
@@ -91,9 +111,22 @@ class Ranks:
             return torch.cat(self.attempt(lambda: tensor))
         operation = {"sum": dist.ReduceOp.SUM, "least": dist.ReduceOp.MIN, "greatest": dist.ReduceOp.MAX}[how]
         moved = tensor.to(_device()).clone()
-        with _answered():
+        with self._answered():
             dist.all_reduce(moved, operation)
         return moved.to(tensor.device)
+
+    def _known(self, error: Exception) -> Exception:
+        self._told.append(error)
+        return error
+
+    @contextmanager
+    def _answered(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            raise self._known(
+                CalibrationError(f"another process of the calibration died or did not answer in time: {error}")
+            ) from error
 
 
 def arithmetic() -> dict[str, Any]:
@@ -103,6 +136,11 @@ def arithmetic() -> dict[str, Any]:
         "vector instructions": torch.backends.cpu.get_cpu_capability(),
         "threads (OMP_NUM_THREADS)": torch.get_num_threads(),
     }
+
+
+def _typed(error: BaseException) -> TardisError:
+    """An error as other ranks are told it."""
+    return error if isinstance(error, TardisError) else CalibrationError(f"{type(error).__name__}: {error}")
 
 
 def _device() -> torch.device:
@@ -116,11 +154,3 @@ def _difference(one: Any, other: Any) -> str:
         names = [name for name in {**one, **other} if one.get(name) != other.get(name)]
         return "; ".join(f"{name}: {one.get(name)} and {other.get(name)}" for name in names[:4])
     return f"{one} and {other}"
-
-
-@contextmanager
-def _answered() -> Iterator[None]:
-    try:
-        yield
-    except RuntimeError as error:
-        raise CalibrationError(f"another process of the calibration died or did not answer in time: {error}") from error

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 import operator
+import threading
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx
 
-from tardis_fx.calibration.live import Profile, Settings, profiles_of
+from tardis_fx.calibration.live import OBSERVING, Profile, Settings, profiles_of
 from tardis_fx.calibration.observe import ObservedSite
 from tardis_fx.fingerprint import fingerprint
 from tardis_fx.graph.site import Site, SiteWeights
+from tardis_fx.runtime.retrace import CALLERS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+
+_log = logging.getLogger("tardis_fx")
 
 #: Of each call, how many tokens of a site are observed.
 TOKENS = 1024
@@ -36,7 +41,11 @@ def return_inputs(gm: fx.GraphModule, sites: Sequence[Site]) -> None:
 
 
 class ProfiledGraph:
-    """Runs the original graph and observes it, until every profile that it adds to is finished."""
+    """Runs the original graph and observes it, until every profile that it adds to is finished.
+
+    A call that finds another thread observing runs the original and nothing else. No error of the observation is one
+    of the call.
+    """
 
     def __init__(
         self,
@@ -44,7 +53,7 @@ class ProfiledGraph:
         sites: Sequence[Site],
         positions: Sequence[Sequence[int]],
         settings: Settings,
-        finished: Callable[[], None],
+        finished: Callable[[], Callable[..., Any] | None],
     ) -> None:
         """Joins a graph made by :func:`return_inputs` and the profiles of its sites.
 
@@ -53,21 +62,38 @@ class ProfiledGraph:
             sites: as given to :func:`return_inputs`.
             positions: of each site's parameters among the graph's inputs.
             settings: of the profiles.
-            finished: called when all profiles are.
+            finished: called once when all profiles are; what it returns is run from then on.
         """
         self._compiled, self._sites, self._positions = compiled, list(sites), positions
         self._settings, self._finished = settings, finished
         self._profiles: dict[str, Profile] = {}
+        self._observes = True
+        self._successor: Callable[..., Any] | None = None
 
     def __call__(self, *inputs: Any) -> Any:
         """Runs the graph."""
+        if self._successor is not None:
+            return self._successor(*inputs)
+        CALLERS.add(threading.get_ident())
         results = self._compiled(*inputs)
         outputs, seen = results[: -len(self._sites)], results[-len(self._sites) :]
-        with torch.inference_mode(mode=False), torch.no_grad():
-            self._observe([[inputs[i] for i in own] for own in self._positions], seen)
+        if self._observes and OBSERVING.acquire(blocking=False):
+            try:
+                with torch.inference_mode(mode=False), torch.no_grad():
+                    done = self._observe([[inputs[i] for i in own] for own in self._positions], seen)
+                self._observes = not done
+            except Exception as error:
+                self._observes = done = False
+                names = ", ".join(site.name for site in self._sites)
+                _log.error("%s: nothing is fitted, for observing fails: %s: %s", names, type(error).__name__, error)
+            finally:
+                OBSERVING.release()
+            if done:
+                self._successor = self._finished()
         return outputs
 
-    def _observe(self, parameters: list[list[Tensor]], seen: Sequence[Tensor]) -> None:
+    def _observe(self, parameters: list[list[Tensor]], seen: Sequence[Tensor]) -> bool:
+        """Whether all profiles are finished."""
         sites = [
             ObservedSite(site, fingerprint(own, site.function), SiteWeights.of(site, own), tuple(own))
             for site, own in zip(self._sites, parameters, strict=True)
@@ -78,5 +104,4 @@ class ProfiledGraph:
             profile.update(
                 [(s.fingerprint, x) for s, x in zip(sites, seen, strict=True) if profiles[s.fingerprint] is profile]
             )
-        if all(profile.plan is not None for profile in self._profiles.values()):
-            self._finished()
+        return all(profile.plan is not None for profile in self._profiles.values())

@@ -1,0 +1,162 @@
+"""What calibration is given: a model, batches, and which of their tokens are padding."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._dynamo.eval_frame import OptimizedModule
+
+from tardis_fx.errors import CalibrationError
+
+_log = logging.getLogger("tardis_fx")
+
+Batch = Tensor | Mapping[str, Any]
+
+#: Keyword arguments, [batch, tokens], that are 0 at padding and 1 elsewhere.
+MASKS = ("attention_mask", "decoder_attention_mask")
+
+
+def uncompiled(model: Any) -> nn.Module:
+    """The model, without what ``torch.compile`` has put around it.
+
+    Raises:
+        CalibrationError: it is no module.
+    """
+    if isinstance(model, OptimizedModule):
+        model = model._orig_mod
+    if isinstance(model, nn.Module):
+        return model
+    if isinstance(model, str):
+        raise CalibrationError(f"model must be a torch.nn.Module, not the name {model!r}: load the model and pass it")
+    hint = ""
+    if isinstance(getattr(model, "model", None), nn.Module):
+        hint = ": pass its attribute .model"
+    elif isinstance(model, type) and issubclass(model, nn.Module):
+        hint = ": make an instance of it"
+    elif callable(getattr(model, "encode", None)):
+        hint = ": a tokenizer makes batches, the model takes them"
+    elif isinstance(model, Mapping):
+        hint = ": load the weights into a model and pass that"
+    name = model.__name__ if isinstance(model, type) else type(model).__name__
+    raise CalibrationError(f"model must be a torch.nn.Module, not {name}{hint}")
+
+
+def checked(model: nn.Module, batches: Iterable[Batch]) -> list[Batch]:
+    """The batches as a list.
+
+    Raises:
+        CalibrationError: there are none, one of them is nothing that the model could take, or the model is none, on the
+            meta device or in training mode.
+    """
+    model = uncompiled(model)
+    training = next((name or type(module).__name__ for name, module in model.named_modules() if module.training), None)
+    if training is not None:
+        raise CalibrationError(f"{training} is in training mode: call model.eval() first")
+    parameters = list(model.parameters())
+    if parameters and all(parameter.is_meta for parameter in parameters):
+        raise CalibrationError("the model is on the meta device, where tensors hold no numbers: load its weights first")
+    given = _listed(batches)
+    vocabulary = _vocabulary(model)
+    for number, batch in enumerate(given):
+        _check(number, batch, vocabulary)
+    if ignored := sorted({name for batch in given for name, mask in _masks(batch) if not _understood(mask)}):
+        _log.warning(
+            "%s is not [batch, tokens] with 0 at padding and 1 elsewhere: padding counts as text", ", ".join(ignored)
+        )
+    return given
+
+
+def real_tokens(batch: Batch, shape: Sequence[int]) -> Tensor | None:
+    """Which tokens of a tensor [*shape, features] are no padding: [*shape], bool; None where the batch does not tell.
+
+    It tells by an attention mask of this shape, or of as many tokens where the shape is flat; not by two that differ.
+
+    Args:
+        batch: what the model was called with.
+        shape: of the tensor, without its last dimension.
+    """
+    found = [
+        mask != 0
+        for _, mask in _masks(batch)
+        if _understood(mask) and tuple(shape) in (tuple(mask.shape), (mask.numel(),))
+    ]
+    if not found or any(not torch.equal(found[0], other) for other in found[1:]):
+        return None
+    real: Tensor = found[0].reshape(tuple(shape))
+    return real
+
+
+def _listed(batches: Iterable[Batch]) -> list[Batch]:
+    if isinstance(batches, (Tensor, Mapping)):
+        raise CalibrationError("batches must be an iterable of batches: wrap a single one in a list")
+    if isinstance(batches, (str, bytes)):
+        raise CalibrationError("batches must be an iterable of batches, not text: give it to a tokenizer first")
+    try:
+        iterator = iter(batches)
+    except TypeError:
+        raise CalibrationError(f"batches must be an iterable of batches, not {type(batches).__name__}") from None
+    given = list(iterator)
+    if not given:
+        once = iterator is batches
+        hint = ": a generator gives its batches once, and this one has given them: pass a list" if once else ""
+        raise CalibrationError(f"no calibration batches{hint}")
+    return given
+
+
+def _check(number: int, batch: Batch, vocabulary: int | None) -> None:
+    """Looks for the mistakes that the model would answer with an error from deep inside.
+
+    Raises:
+        CalibrationError: text or lists where tensors belong, or ids that the model has no embedding of.
+    """
+    if isinstance(batch, str):
+        raise CalibrationError("a batch must be a tensor or a dict of keyword arguments, not str: tokenize the text")
+    named = dict(batch) if isinstance(batch, Mapping) else {"input_ids": batch}
+    for name, value in named.items():
+        if str(name).endswith(("_ids", "_mask")) and not isinstance(value, (Tensor, type(None))):
+            if isinstance(batch, Mapping):
+                raise CalibrationError(
+                    f"{name} of batch {number} must be a tensor, not {type(value).__name__}: a tokenizer makes tensors "
+                    "where it is called with return_tensors='pt'"
+                )
+            return  # no batch at all, which whatever runs it says
+    ids = named.get("input_ids")
+    if vocabulary is None or not isinstance(ids, Tensor) or ids.is_meta or not _integer(ids):
+        return
+    if ids.dim() == 1:
+        raise CalibrationError(
+            f"batch {number} holds ids of shape {list(ids.shape)}, and the model takes [batch, tokens]: use ids[None]"
+        )
+    text_alone = all(_integer(value) for value in named.values() if isinstance(value, Tensor))  # images have own ids
+    if text_alone and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
+        raise CalibrationError(
+            f"batch {number} holds ids from {int(ids.min())} to {int(ids.max())}, and the model has embeddings of 0 to "
+            f"{vocabulary - 1}: use the model's own tokenizer"
+        )
+
+
+def _integer(tensor: Tensor) -> bool:
+    return not tensor.is_floating_point() and not tensor.is_complex()
+
+
+def _vocabulary(model: nn.Module) -> int | None:
+    """How many ids a transformers model has embeddings of; None for other models."""
+    try:
+        embeddings = model.get_input_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError, TypeError):
+        return None
+    size = getattr(embeddings, "num_embeddings", None)
+    return size if isinstance(size, int) else None
+
+
+def _masks(batch: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(batch, Mapping):
+        yield from ((name, batch[name]) for name in MASKS if batch.get(name) is not None)
+
+
+def _understood(mask: Any) -> bool:
+    return isinstance(mask, Tensor) and mask.dim() == 2 and (mask.dtype == torch.bool or bool((mask >= 0).all()))

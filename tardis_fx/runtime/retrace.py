@@ -1,0 +1,57 @@
+"""Makes Dynamo trace code anew, where that is safe."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from typing import TYPE_CHECKING
+
+from torch._C._dynamo.eval_frame import reset_code
+from torch._dynamo import convert_frame
+from torch._dynamo.symbolic_convert import InstructionTranslator
+
+from tardis_fx.errors import ConfigError
+
+if TYPE_CHECKING:
+    from types import CodeType, FrameType
+
+#: Threads that have called graphs whose code may be forgotten.
+CALLERS: set[int] = set()
+
+
+class Retrace:
+    """Makes Dynamo forget all that it compiled of the code that it is compiling now."""
+
+    def __init__(self) -> None:
+        """Takes the code; called while Dynamo compiles.
+
+        Raises:
+            ConfigError: it does not.
+        """
+        try:
+            self._code: CodeType = InstructionTranslator.current_tx().output.root_tx.f_code
+        except AttributeError:
+            raise ConfigError("without a plan, the backend must be called by torch.compile") from None
+
+    def __call__(self) -> bool:
+        """Whether Dynamo has forgotten: not while another thread may be about to run or to compile the code.
+
+        Dynamo keeps what it compiled in a structure that it frees when it forgets. A thread that looks up a graph in
+        it, or that waits for its turn to compile one, has a pointer to it.
+        """
+        with convert_frame.compile_lock:
+            frames = sys._current_frames()
+            del frames[threading.get_ident()]
+            if CALLERS & frames.keys() or any(map(_compiles, frames.values())):
+                return False
+            reset_code(self._code)
+            return True
+
+
+def _compiles(frame: FrameType | None) -> bool:
+    """Whether a thread compiles something, or waits until it may."""
+    while frame is not None:
+        if frame.f_code.co_filename == convert_frame.__file__:
+            return True
+        frame = frame.f_back
+    return False
