@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, ClassVar
 
 from tardis_fx.calibration.regression import fitted_tokens, relative_error
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 class Check:
     """The error of a replacement, in the model's own dtype."""
 
-    merged: ClassVar[Mapping[str, Merge]] = {"_missed": "sum", "_total": "sum"}
+    merged: ClassVar[Mapping[str, Merge]] = {"_missed": "sum", "_total": "sum", "_tokens": "sum"}
 
     def __init__(self, site: ObservedSite, replacement: Callable[[Tensor], Tensor], *, held_back: bool = False) -> None:
         """Starts at zero.
@@ -28,17 +29,17 @@ class Check:
         Args:
             site: the original.
             replacement: [tokens, d] to [tokens, d_out].
-            held_back: look only at the tokens that :mod:`tardis_fx.calibration.regression` holds back, and at all of a
-                batch too small for that.
+            held_back: look only at the tokens that :mod:`tardis_fx.calibration.regression` holds back.
         """
         self._site, self._replacement, self._held_back = site, replacement, held_back
-        self._missed, self._total = 0.0, 0.0
+        self._missed, self._total, self._tokens = 0.0, 0.0, 0
 
     def update(self, x: Tensor) -> None:
         """Adds tokens, [tokens, d], float32."""
         weights = self._site.weights
         cut = fitted_tokens(len(x)) if self._held_back else 0
-        given = x[cut if cut < len(x) else 0 :].to(weights.w1.device, weights.w1.dtype)
+        given = x[cut:].to(weights.w1.device, weights.w1.dtype)
+        self._tokens += len(given)
         exact = original(weights, str(self._site.site.activation), given).float()
         found = self._replacement(given).float()
         self._missed += float((found - exact).double().square().sum())
@@ -46,8 +47,8 @@ class Check:
 
     @property
     def error(self) -> float:
-        """Root of the mean square error, relative to the output's."""
-        return relative_error(self._missed, self._total)
+        """Root of the mean square error, relative to the output's; NaN where there was no token."""
+        return relative_error(self._missed, self._total) if self._tokens else math.nan
 
 
 def original(weights: SiteWeights, activation: str, x: Tensor) -> Tensor:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn import functional as F  # noqa: N812
 
-from tardis_fx.calibration.observe import Observation, ObservedSite
+from tardis_fx.calibration.observe import Observation, ObservedSite, Seen
+from tardis_fx.calibration.regression import fitted_tokens
 from tardis_fx.errors import CalibrationError
 from tardis_fx.fingerprint import fingerprint
 from tardis_fx.graph.matcher import find_sites
@@ -55,6 +56,11 @@ class SiteObservation(Observation):
             for observer in observers.values():
                 observer.update(tokens.clone())
         return observers
+
+    def seen(self, site: ObservedSite) -> Seen:
+        """All tokens of all batches."""
+        sizes = [batch.shape[:-1].numel() for batch in self._batches]
+        return Seen(sum(sizes), sum(size - fitted_tokens(size) for size in sizes))
 
 
 def observed(ffn: FFN | GatedFFN) -> ObservedSite:
