@@ -153,7 +153,6 @@ class BatchObservation(Observation):
         self._ranks, self._checkpoint, self._runs = ranks or Ranks(), checkpoint, 0
         self.memo: dict[str, Any] = {}
         self._sites: dict[str, ObservedSite] = {}
-        self._known: dict[tuple[Any, ...], str] = {}
         self._observers: dict[str, SiteObserver] = {}
         self._batch: Batch = self._batches[0]
         self._counts: dict[str, list[int]] = {}
@@ -161,7 +160,7 @@ class BatchObservation(Observation):
         self._rewritten: dict[str, Callable[[Tensor], Tensor]] = {}
         self._capture = Capture(model, self._instrument)
         self._call(0)
-        self._refuse_freed()
+        self._refuse_absent()
         if not self._sites:
             raise CalibrationError("the model has no feed-forward network that tardis_fx recognises")
 
@@ -258,26 +257,29 @@ class BatchObservation(Observation):
 
     def _admit(self, site: Site, parameters: list[Tensor]) -> str:
         stored = stored_tensors(parameters)
-        key = (site.function, *(p.data_ptr() for p in stored))
-        if key not in self._known:
-            identity = self._known[key] = fingerprint(stored, site.function)
-            if len(parameters) == len(site.parameters) and identity not in self._sites:
-                weights = SiteWeights.of(site, [_dense(p) for p in parameters])
-                self._sites[identity] = ObservedSite(site, identity, weights, tuple(stored))
-        return self._known[key]
+        identity = fingerprint(stored, site.function)
+        if len(parameters) == len(site.parameters) and identity not in self._sites:
+            weights = SiteWeights.of(site, [_dense(p) for p in parameters])
+            self._sites[identity] = ObservedSite(site, identity, weights, tuple(stored))
+        return identity
 
-    def _refuse_freed(self) -> None:
-        """Refuses sites whose weights are gone after the forward pass, as FSDP and offloaders leave them."""
+    def _refuse_absent(self) -> None:
+        """Refuses sites whose weights are there during a forward pass only, as FSDP and offloaders leave them."""
         for identity, found in self._sites.items():
             if any(map(is_freed, found.parameters)):
                 reason = (
                     "its weights are freed after every forward pass: calibrate before the model is sharded or offloaded"
                 )
-                self._sites[identity] = replace(found, site=found.site.refused(reason))
+            elif fingerprint(found.parameters, found.site.function) != identity:
+                reason = "other weights took the place of its own: calibrate before the model is offloaded"
+            else:
+                continue
+            self._sites[identity] = replace(found, site=found.site.refused(reason))
 
     def observe(self, site: Site, parameters: list[Tensor], x: Tensor) -> None:
         """Called by a tap with the inputs of one call."""
-        observer = self._observers.get(self._admit(site, parameters))
+        identity = self._admit(site, parameters)
+        observer = self._observers.get(identity)
         if observer is None or x.numel() == 0:
             return
         tokens = x.detach().reshape(-1, x.shape[-1])
@@ -291,7 +293,7 @@ class BatchObservation(Observation):
             raise CalibrationError(
                 f"the inputs of {site.name} hold NaN or infinity: look at the batch or at the layers before it"
             )
-        counts = self._counts.setdefault(self._admit(site, parameters), [0, 0])
+        counts = self._counts.setdefault(identity, [0, 0])
         counts[0] += len(tokens)
         counts[1] += len(tokens) - fitted_tokens(len(tokens))
         with raising_typed(f"{type(observer).__qualname__} at {site.name}"):

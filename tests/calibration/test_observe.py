@@ -100,3 +100,26 @@ def test_a_site_knows_its_weights_as_they_are_stored() -> None:
     assert torch.equal(site.weights.b1, mlp.c_fc.bias)
     assert site.parameters[0].data_ptr() == mlp.c_fc.weight.data_ptr()
     assert site.weights.bytes == sum(p.numel() * 4 for p in mlp.parameters())
+
+
+class Streamed(Block):
+    """A block whose weights are in memory, in a buffer that all blocks share, while it runs."""
+
+    def __init__(self, seed: int, buffer: list[Tensor]) -> None:
+        super().__init__(ffn(seed=seed))
+        self.stored, self.buffer = [parameter.detach().clone() for parameter in self.ffn.parameters()], buffer
+        self.register_forward_pre_hook(lambda *_: self.arrive())
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def arrive(self) -> None:
+        for parameter, value, room in zip(self.ffn.parameters(), self.stored, self.buffer, strict=True):
+            parameter.data = room.copy_(value)
+
+
+def test_sites_whose_weights_share_a_buffer_are_refused_but_for_the_one_that_is_there() -> None:
+    buffer = [parameter.detach().clone() for parameter in ffn().parameters()]
+    model = nn.Sequential(*(Streamed(seed, buffer) for seed in range(3))).eval()
+    observation = BatchObservation(model, batches(), progress=False)
+    assert len({site.fingerprint for site in observation.sites}) == 3
+    reasons = [str(site.site.reason) for site in observation.sites]
+    assert ["took the place" in reason for reason in reasons] == [True, True, False], reasons
