@@ -9,7 +9,7 @@ all.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any
@@ -158,13 +158,17 @@ class GuardedGraph:
             known = self._admit(inputs)
         return known.run(*inputs, *known.constants)
 
-    def served(self) -> Iterator[tuple[SiteGuard, SitePlan, list[Tensor]]]:
-        """The sites that were answered from constants, with the entries and the weights of these."""
+    def served(self, tensors: Mapping[int, Tensor]) -> Iterator[tuple[SiteGuard, SitePlan, list[Tensor]]]:
+        """The sites that were answered from constants, with the entries and the weights of these.
+
+        Args:
+            tensors: by their ids; sites are left out whose weights are not among them.
+        """
         for known in list(self._known.values()):
-            tensors = known.weights.tensors
+            ids = iter(known.weights.ids)
             for guard, constants in zip(self._guards, known.shared, strict=False):  # none where the original ran
-                own, tensors = tensors[: len(guard.positions)], tensors[len(guard.positions) :]
-                if weights := [tensor for tensor in own if tensor is not None]:
+                own = [tensors.get(next(ids)) for _ in guard.positions]
+                if len(weights := [tensor for tensor in own if tensor is not None]) == len(own):
                     yield guard, constants.entry, weights
 
     @torch.inference_mode(mode=False)
@@ -192,7 +196,8 @@ class GuardedGraph:
     def _changed(self, weights: Sequence[Tensor]) -> bool:
         """Whether weights took the place of known ones: they share a tensor with them, or the known ones are gone."""
         return any(
-            not known.weights.alive or any(map(known.weights.includes, weights)) for known in list(self._known.values())
+            not known.weights.alive or not {*known.weights.ids}.isdisjoint(map(id, weights))
+            for known in list(self._known.values())
         )
 
 
@@ -221,10 +226,11 @@ class FrozenGraph:
             raise StaleWeightError("a weight changed, and freezing holds copies: call torch.compiler.reset() first")
         return self._compiled(*inputs)
 
-    def served(self) -> Iterator[tuple[SiteGuard, SitePlan, list[Tensor]]]:
+    def served(self, tensors: Mapping[int, Tensor]) -> Iterator[tuple[SiteGuard, SitePlan, list[Tensor]]]:
         """See :meth:`GuardedGraph.served`."""
         for guard, weights in self._sites:
-            yield guard, guard.compiled_for, list(weights)
+            if all(id(weight) in tensors for weight in weights):
+                yield guard, guard.compiled_for, list(weights)
 
 
 _GRAPHS: weakref.WeakSet[GuardedGraph | FrozenGraph] = weakref.WeakSet()
@@ -250,12 +256,10 @@ def verify(compiled: nn.Module) -> list[str]:
     """
     if not isinstance(compiled, nn.Module):
         raise ConfigError(f"verify takes the compiled model, not {type(compiled).__name__}")
-    own = {id(tensor) for tensor in (*compiled.parameters(), *compiled.buffers())}
+    own = {id(tensor): tensor for tensor in (*compiled.parameters(), *compiled.buffers())}
     compared: dict[str, bool] = {}
     for graph in list(_GRAPHS):
-        for guard, entry, weights in graph.served():
-            if own.isdisjoint(map(id, weights)):
-                continue
+        for guard, entry, weights in graph.served(own):
             same = guard.made_for(entry, weights)
             compared[entry.name] = compared.get(entry.name, True) and same
             if not same:

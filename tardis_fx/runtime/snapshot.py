@@ -20,7 +20,6 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from tardis_fx.errors import StaleWeightError
-from tardis_fx.graph.site import is_freed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -36,7 +35,9 @@ _version = attrgetter("_version")
 class Snapshot:
     """Tensors as they were: the objects, their storages, offsets, strides, sizes and versions, and samples of content.
 
-    Keeps neither the tensors nor their storages alive.
+    Keeps neither the tensors nor their storages alive, and refers to the tensors by their ids alone:
+    ``torch.utils.swap_tensors`` refuses those that have weak references. An id that passes to another tensor finds
+    another storage or, of the same one, another version.
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
@@ -46,39 +47,27 @@ class Snapshot:
             tensors: of any sizes. Contents are sampled of those on a CPU only.
 
         Raises:
-            StaleWeightError: a tensor is an inference tensor, which has no version, or its storage was freed.
+            StaleWeightError: a tensor is an inference tensor, which has no version.
         """
-        if any(map(is_freed, tensors)):  # to read it would end the process
-            raise StaleWeightError("the storage of a weight was freed: bring it back before the model is called")
-        self._gone: list[Any] = []
-        self._tensors = [weakref.ref(tensor, self._gone.append) for tensor in tensors]
+        self.ids = tuple(map(id, tensors))
         # As long as there is a weak reference no other storage takes the address.
         self._storages = [StorageWeakRef(tensor.untyped_storage()) for tensor in tensors]
         self._state = _state(tensors)
         self._sample = _Sample([tensor for tensor in tensors if tensor.device.type == "cpu"])
-        _WATCHED.update(zip(map(id, tensors), self._tensors, strict=True))
+        _WATCHED.update(dict.fromkeys(self.ids, self))
 
     @property
     def alive(self) -> bool:
-        """Whether all tensors still exist."""
-        return not self._gone
-
-    @property
-    def tensors(self) -> list[Tensor | None]:
-        """The tensors that still exist, and None for each of the others."""
-        return [ref() for ref in self._tensors]
-
-    def includes(self, tensor: Tensor) -> bool:
-        """Whether a tensor is one of these."""
-        return any(ref() is tensor for ref in self._tensors)
+        """Whether all storages still exist."""
+        return not any(storage.expired() for storage in self._storages)  # type: ignore[no-untyped-call]
 
     def holds(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether tensors, the same objects as far as they exist, are what they were; compares a few lines of each."""
-        return not self._gone and self._state == _state(tensors) and self._sample.next_lines_match()
+        """Whether tensors of the same ids are what they were; compares a few lines of each."""
+        return self._state == _state(tensors) and self._sample.next_lines_match()
 
     def holds_throughout(self, tensors: Sequence[Tensor]) -> bool:
         """The same, comparing every line that there is a copy of."""
-        return not self._gone and self._state == _state(tensors) and self._sample.all_lines_match()
+        return self._state == _state(tensors) and self._sample.all_lines_match()
 
 
 def _state(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
@@ -96,18 +85,14 @@ def _state(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
 
 _storage_address: Callable[[Tensor], int] = torch._C._storage_address  # type: ignore[attr-defined]
 
-_WATCHED: dict[int, weakref.ref[Tensor]] = {}
+#: By the ids of tensors, the last snapshot of each.
+_WATCHED: weakref.WeakValueDictionary[int, Snapshot] = weakref.WeakValueDictionary()
 
 
 def _count_step(optimiser: torch.optim.Optimizer, *_: Any) -> None:
     """Counts the step as a write to the weights that are watched: fused optimisers do not."""
-    for group in optimiser.param_groups:
-        for parameter in group["params"]:
-            watched = _WATCHED.get(id(parameter))
-            if watched is not None and (weight := watched()) is not None and weight is parameter:
-                torch.autograd.graph.increment_version(weight)
-    for key in [key for key, ref in list(_WATCHED.items()) if ref() is None]:
-        _WATCHED.pop(key, None)
+    parameters = (parameter for group in optimiser.param_groups for parameter in group["params"])
+    torch.autograd.graph.increment_version([parameter for parameter in parameters if id(parameter) in _WATCHED])
 
 
 register_optimizer_step_post_hook(_count_step)  # type: ignore[arg-type]
