@@ -192,64 +192,6 @@ ACTIVATIONS: dict[str, Activation] = {
 }
 
 
-def recognise(function: Callable[[Tensor], Tensor]) -> Activation | None:
-    """The activation that a function computes, whatever arithmetic spells it out: a registered or an affine one.
-
-    Constants may be rounded: the values must agree within 1e-6, absolute plus relative, at about 2000 points in
-    [-12, 12] and at a few beyond, where a clipped activation would differ. An affine function must be one to rounding,
-    and up to 1e30.
-
-    Args:
-        function: an elementwise function; called once, without gradients, on a float64 CPU tensor [points].
-
-    Returns:
-        The activation, or None if none agrees or the function raises, or returns anything but finite values of the
-        same shape.
-    """
-    grid, values = _grid()
-    points = np.concatenate([grid, _FAR])
-    try:
-        with torch.no_grad():
-            found = function(torch.tensor(points, dtype=torch.float64, device="cpu")).to(torch.float64).numpy()
-    except Exception:  # a function of unknown origin may fail in any way
-        return None
-    if found.shape != points.shape:
-        return None
-    if (affine := _affine(points, found)) is not None:
-        return affine
-    found = found[: len(grid)]
-    for name, expected in values.items():
-        if name == "identity":
-            continue
-        if np.all(np.abs(found - expected) <= 1e-6 * (1 + np.abs(expected))):
-            return ACTIVATIONS[name]
-    return None
-
-
-_FAR = np.outer([-1, 1], [1e3, 1e5, 1e10, 1e30]).ravel()
-
-
-def _affine(points: Array, values: Array) -> Activation | None:
-    """The affine function with these values, if there is one."""
-    at = {z: values[np.flatnonzero(points == z)[0]] for z in (0.0, 12.0)}
-    intercept, slope = at[0.0], (at[12.0] - at[0.0]) / 12
-    with np.errstate(all="ignore"):
-        error = np.abs(values - slope * points - intercept)
-        if not np.all(error <= 1e-13 * (np.abs(slope * points) + np.abs(intercept))):
-            return None
-    if (slope, intercept) == (1, 0):
-        return ACTIVATIONS["identity"]
-    slope, intercept = float(slope), float(intercept)
-    return Activation("affine", sympy.Float(slope) * Z + sympy.Float(intercept), lambda z: slope * z + intercept)
-
-
-@functools.cache
-def _grid() -> tuple[Array, dict[str, Array]]:
-    """[points], and the values of every activation there."""
-    grid = np.concatenate([np.linspace(-12, 12, 2001), [-100, -50, -20, 20, 50, 100]])
-    return grid, {name: activation.value(grid) for name, activation in ACTIVATIONS.items()}
-
-
 @dataclass(frozen=True)
 class _Pieces:
     """The intervals on which a derivative rises or falls: their bounds and the derivative at these, each [pieces]."""

@@ -6,9 +6,14 @@ from math import inf
 from typing import TYPE_CHECKING, Any
 
 from tardis_fx.graph.forms import call_name, is_transparent
+from tardis_fx.graph.writes import changes
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import fx
+
+    from tardis_fx.graph.writes import Write
 
 Bounds = tuple[float, float]
 
@@ -18,14 +23,18 @@ _BOUNDS: dict[str, Bounds] = {
 }  # fmt: skip
 
 
-def bounds_of(node: fx.Node) -> Bounds:
+def bounds_of(node: fx.Node, reader: fx.Node, writes: Sequence[Write]) -> Bounds:
     """Lower and upper bound, of the number types' rounding apart; infinite where the graph does not tell.
 
     Args:
         node: a tensor.
+        reader: the node that reads it.
+        writes: all of the graph; what is written to has no bounds.
     """
-    while is_transparent(node):
+    while is_transparent(node) and not changes(writes, node, node, reader):
         node = node.all_input_nodes[0]
+    if changes(writes, node, node, reader):
+        return -inf, inf
     name = call_name(node)
     if name in ("clamp", "clip", "hardtanh"):
         named = ("min", "max") if name != "hardtanh" else ("min_val", "max_val")

@@ -2,18 +2,38 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx
+from torch.utils._pytree import tree_leaves, tree_map
 
-from tardis_fx.graph.activations import Activation, recognise
-from tardis_fx.graph.forms import ELEMENTWISE, call_name, half, is_glu
+from tardis_fx.graph.forms import ARITHMETIC, ELEMENTWISE, call_name, half, is_glu
+from tardis_fx.graph.recognition import factor, recognise
+from tardis_fx.graph.writes import storages_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
+    from tardis_fx.graph.activations import Activation
     from tardis_fx.graph.site import Projection
+
+#: Have no kink, whatever the numbers among their arguments.
+_SMOOTH = ARITHMETIC | frozenset(
+    """
+    cos erf erfc exp exp2 expm1 gelu log log1p log2 mish ones_like pow reciprocal rsqrt sigmoid silu sin softsign sqrt
+    square tanh tanhshrink zeros_like
+    """.split()
+)
+
+#: Of the others, what they compare their argument with unless told otherwise.
+_BOUNDS: dict[str, tuple[float, ...]] = {
+    "hardshrink": (-0.5, 0.5), "hardsigmoid": (-3, 3), "hardswish": (-3, 3), "hardtanh": (-1, 1), "relu6": (0, 6),
+    "softplus": (20,), "softshrink": (-0.5, 0.5),
+}  # fmt: skip
 
 
 def activation_of(region: Sequence[fx.Node], up: Projection, down: Projection) -> Activation | None:
@@ -24,7 +44,8 @@ def activation_of(region: Sequence[fx.Node], up: Projection, down: Projection) -
         up: where they start.
         down: where they end.
     """
-    return recognise(lambda z: _run(region, down, {up.node: z.clone()}))
+    place = lambda z: {up.node: z}  # noqa: E731
+    return recognise(lambda z: _run(region, down, place(z)), **_settings(region, up, down, place))
 
 
 def gate_of(
@@ -40,46 +61,98 @@ def gate_of(
         down: where the region ends.
     """
     for first in (True, False):
-
-        def product(gate: Tensor, up: float, first: bool = first) -> Tensor:
-            halves = (gate.clone(), torch.full_like(gate, up))[:: 1 if first else -1]
-            values = dict(zip((p.node for p in ups), halves, strict=True)) if len(ups) == 2 else {ups[0].node: halves}
-            return _run(region, down, values)
-
-        activation = recognise(lambda gate, product=product: product(gate, 1.0))  # type: ignore[misc]
-        if activation is None or activation.affine is not None:
-            continue
-        if all(  # small and large: the other side must be left alone wherever it lies
-            recognise(lambda gate, up=up, product=product: product(gate, up) / up) is activation  # type: ignore[misc]
-            for up in (-2.5, 1e4, -1e4)
-        ):
-            half_seen = None if len(ups) == 2 else 1 - first
-            return ups[0 if first else -1], activation, half_seen
+        if (activation := _gated_by(first, region, ups, down)) is not None:
+            return ups[0 if first else -1], activation, None if len(ups) == 2 else 1 - first
     return None, None, None
 
 
-def _run(region: Sequence[fx.Node], down: Projection, values: dict[fx.Node, Any]) -> Tensor:
+def _gated_by(first: bool, region: Sequence[fx.Node], ups: Sequence[Projection], down: Projection) -> Activation | None:
+    """The activation of ``activation(gate) * up``, the gate being the first or the second projection or half."""
+
+    def product(gate: Tensor, up: Tensor) -> _Values:
+        halves = (gate, up)[:: 1 if first else -1]
+        return dict(zip((p.node for p in ups), halves, strict=True)) if len(ups) == 2 else {ups[0].node: halves}
+
+    def scaled(up: float) -> Activation | None:
+        place = lambda gate: product(gate, torch.full_like(gate, up))  # noqa: E731
+        return recognise(lambda gate: _run(region, down, place(gate)) / up, **_settings(region, ups[0], down, place))
+
+    def slope(gate: float) -> float | None:
+        place = lambda up: product(torch.full_like(up, gate), up)  # noqa: E731
+        return factor(lambda up: _run(region, down, place(up)), **_settings(region, ups[0], down, place))
+
+    activation = scaled(1.0)
+    if activation is None or activation.affine is not None:
+        return None
+    # Small and large: the other side must be left alone wherever it lies.
+    slopes = [(slope(gate), float(activation.value(gate))) for gate in (-0.7, 0.7, 3.0)]
+    alone = all(found is not None and math.isclose(found, value, rel_tol=1e-6) for found, value in slopes)
+    return activation if alone and all(scaled(up) is activation for up in (-2.5, 1e4, -1e4)) else None
+
+
+_Values = dict[fx.Node, Any]
+_Product = Callable[[Tensor, Tensor], _Values]
+
+
+def _settings(
+    region: Sequence[fx.Node], up: Projection, down: Projection, place: Callable[[Tensor], _Values]
+) -> dict[str, Any]:
+    """What recognition is to know of a region whose projections have the values that ``place`` makes of a tensor."""
+
+    def compared(z: Tensor) -> list[Tensor]:
+        differences: list[Tensor] = []
+        _run(region, down, place(z), differences)
+        return differences
+
+    return {"compared": compared, "dtype": up.weight.meta["example_value"].dtype}
+
+
+def _run(
+    region: Sequence[fx.Node],
+    down: Projection,
+    values: _Values,
+    differences: list[Tensor] | None = None,
+) -> Tensor:
     """The value that enters ``down``, from those of the projections; of a fused one, the pair of its halves.
 
-    Views are left out, so that the values may have any shape.
+    Views are left out, so that the values may have any shape. What is computed in place changes them.
+
+    Args:
+        region: the nodes between.
+        down: where they end.
+        values: of the projections; those of the region are added.
+        differences: takes what is compared on the way, :func:`_differences`.
     """
     for node in region:
         if call_name(node) in ELEMENTWISE:
-            values[node] = _call(node, lambda n: values[n] if n in values else _number(n))
+            values[node] = _call(node, lambda n: values[n] if n in values else _number(n), differences)
             continue
-        value = values[node.all_input_nodes[0]]
+        value = values[source := node.all_input_nodes[0]]
         if is_glu(node):
             value = value[0] * value[1].sigmoid()
         elif (part := half(node)) is not None:
             value = value[part]
         elif isinstance(value, Tensor) and not value.is_floating_point():  # the cast of a comparison
             value = value.double()
+        elif storages_of([node]) != storages_of([source]):  # a copy, which later writes do not reach
+            value = tree_map(torch.clone, value)
         values[node] = value
     return values[down.input]  # type: ignore[no-any-return]
 
 
-def _call(node: fx.Node, value: Callable[[fx.Node], Any]) -> Any:
+def _differences(node: fx.Node, operands: Sequence[Any]) -> list[Tensor]:
+    """What a node compares, each less the other: its tensors with each other and with numbers."""
+    name = call_name(node) or ""
+    tensors = [o for o in operands if isinstance(o, Tensor) and o.is_floating_point()]
+    numbers = {*(float(o) for o in operands if isinstance(o, (int, float))), *_BOUNDS.get(name, (0,))}
+    pairs = [a - b for a, b in itertools.combinations(tensors, 2)]
+    return [] if name in _SMOOTH else pairs + [t - number for t in tensors for number in sorted(numbers)]
+
+
+def _call(node: fx.Node, value: Callable[[fx.Node], Any], differences: list[Tensor] | None) -> Any:
     args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), value)
+    if differences is not None:
+        differences += _differences(node, tree_leaves((args, kwargs)))
     if callable(node.target):
         return node.target(*args, **kwargs)
     return getattr(args[0], node.target)(*args[1:], **kwargs)

@@ -2,7 +2,7 @@
 
 From each projection the graph is walked backwards over element-wise and transparent nodes; what this cone reaches is
 drawn as a small labelled DiGraph, its element-wise nodes drawn as one, and compared with the patterns below by
-networkx. The activation is then recognised by what it computes, not by how it is spelt (:func:`activations.recognise`).
+networkx. The activation is then recognised by what it computes, not by how it is spelt (:func:`recognition.recognise`).
 What only resembles an FFN is listed with the reason (:mod:`tardis_fx.graph.resemblance`), and so is what stands in a
 graph that the graph calls (:mod:`tardis_fx.graph.nested`).
 """
@@ -24,9 +24,14 @@ from tardis_fx.graph.projections import projection
 from tardis_fx.graph.refusal import checked
 from tardis_fx.graph.resemblance import resembling
 from tardis_fx.graph.site import Kind, Projection, Site
+from tardis_fx.graph.writes import writes_of
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import fx
+
+    from tardis_fx.graph.writes import Write
 
 _SAME_LABEL = categorical_node_match("label", None)
 
@@ -64,10 +69,10 @@ def _sites(graph: fx.Graph) -> list[Site]:
         if found.product is not found.node:  # a step of a projection is no projection by itself
             for step in found.node.all_input_nodes:
                 projections.pop(step, None)
-    sites: list[Site] = []
+    sites, writes = list[Site](), writes_of(graph)
     for node in graph.nodes:
         if node in projections:
-            site = _site(projections[node], projections) or resembling(projections[node], projections)
+            site = _site(projections[node], projections, writes) or resembling(projections[node], projections)
         else:
             sites += nested_sites(node, _sites)
             site = fused_site(node)
@@ -87,7 +92,7 @@ def _apart(sites: list[Site]) -> list[Site]:
     return [kept[i] for i in range(len(sites))]
 
 
-def _site(down: Projection, projections: dict[fx.Node, Projection]) -> Site | None:
+def _site(down: Projection, projections: dict[fx.Node, Projection], writes: Sequence[Write]) -> Site | None:
     cone = cone_of(down, projections, is_inner)
     if cone is None or not cone.ups or cone.strangers:
         return None
@@ -103,7 +108,7 @@ def _site(down: Projection, projections: dict[fx.Node, Projection]) -> Site | No
     up = next((p for p in ups if p is not gate), ups[0])
     inner = frozenset({*region, *(n for p in ups for n in (p.product, p.node)), down.product} - {down.node})
     name, affine = (activation.name, activation.affine) if activation else (None, None)
-    bounds = bounds_of(up.input)
+    bounds = bounds_of(up.input, up.product, writes)
     site = Site("", kind, name, up, down, gate, inner, affine=affine, bounds=bounds, gate_half=gate_half)
     if unread := next((p.reason for p in (*ups, down) if p.reason), None):
         return site.refused(unread) if matched != "linear" else None
@@ -113,7 +118,7 @@ def _site(down: Projection, projections: dict[fx.Node, Projection]) -> Site | No
         return site.refused("its hidden size does not exceed its input's: not an FFN") if named_so else None
     if matched is None:
         return site.refused("what stands between its projections is no activation function")
-    site = checked(site)
+    site = checked(site, writes)
     return None if matched == "linear" and site.reason else site  # nor are two that others read between
 
 

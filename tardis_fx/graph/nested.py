@@ -32,18 +32,19 @@ def nested_sites(node: fx.Node, find: Callable[[fx.Graph], list[Site]]) -> list[
     operands = tree_leaves((node.args, node.kwargs))
     found: list[Site] = []
     for operand in operands:
-        called = _called(operand)
+        called = called_graph(operand)
         if called is None:
             continue
         inputs = called.graph.find_nodes(op="placeholder")
-        values = [o for o in tree_leaves(node.args) if _called(o) is None][-len(inputs) :]
+        values = [o for o in tree_leaves(node.args) if called_graph(o) is None][-len(inputs) :]
         outer = {i: v for i, v in zip(inputs, values, strict=len(values) == len(inputs)) if isinstance(v, fx.Node)}
         reason = f"it is computed inside {call_name(node)}, in a graph of its own"
         found += [_lifted(replace(site, reason=reason), outer) for site in find(called.graph)]
     return found
 
 
-def _called(operand: object) -> fx.GraphModule | None:
+def called_graph(operand: object) -> fx.GraphModule | None:
+    """The graph that an operand of a higher-order op stands for, or None."""
     if not (isinstance(operand, fx.Node) and operand.op == "get_attr"):
         return None
     module = operand.graph.owning_module

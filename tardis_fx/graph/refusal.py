@@ -22,18 +22,33 @@ from tardis_fx.graph.forms import (
     value_of,
 )
 from tardis_fx.graph.subclasses import subclass_name
+from tardis_fx.graph.writes import changes
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import fx
 
     from tardis_fx.graph.site import Site
+    from tardis_fx.graph.writes import Write
+
+#: What the weights may be.
+_TYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 
 #: Put rows back to where an index says.
 _PUTS = frozenset("index_add index_copy index_put scatter scatter_add scatter_reduce setitem".split())
 
+#: Keep rows apart.
+_KEEPS = ELEMENTWISE | VIEWS | CASTS
 
-def checked(site: Site) -> Site:
-    """The site with the first reason, if any, why no rewrite may touch it."""
+
+def checked(site: Site, writes: Sequence[Write]) -> Site:
+    """The site with the first reason, if any, why no rewrite may touch it.
+
+    Args:
+        site: as matched.
+        writes: all of its graph.
+    """
     own = {*site.inner, site.output}
     ups = {site.up, site.gate} - {None}
     if foreign := _foreign(site):
@@ -57,8 +72,10 @@ def checked(site: Site) -> Site:
             return site.refused("its weights are part of the graph (freezing): that takes a plan")
         if not is_parameter(node):
             return site.refused(f"{node.name} is not a parameter of a module, or is computed in the graph")
-        if _written(node):
+        if any(write.reaches([node]) for write in writes):
             return site.refused(f"the graph writes to its weight {node.name}")
+    if reason := _changed(site, writes):
+        return site.refused(reason)
     if _is_routed(site):
         return site.refused("it is an expert of a mixture: its tokens are routed")
     entering, leaving = (shape_of(node) or torch.Size() for node in (site.input, site.output))
@@ -73,7 +90,7 @@ def checked(site: Site) -> Site:
         return site.refused("it needs gradients: call the model under torch.no_grad() or torch.inference_mode()")
     if _autocasts(site.output):
         return site.refused("it runs under autocast, which casts the weights at every call")
-    return site
+    return site.refused(reason) if (reason := _mixed(site)) else site
 
 
 def _foreign(site: Site) -> str | None:
@@ -114,7 +131,7 @@ def _is_routed(site: Site) -> bool:
         if any(_picks(user) or call_name(user) in _PUTS for user in users):
             return True
         seen.update(users)
-        front += [user for user in users if call_name(user) in ELEMENTWISE | VIEWS | CASTS]
+        front += [user for user in users if call_name(user) in _KEEPS]
     return False
 
 
@@ -135,19 +152,46 @@ def _autocasts(output: fx.Node) -> bool:
     return bool(inside) or torch.is_autocast_enabled(output.meta["example_value"].device.type)
 
 
-def _written(node: fx.Node) -> bool:
-    """Whether the graph writes to a weight, through whatever view: PyTorch counts writes, but not those of foreach."""
-    value = node.meta["example_value"]
-    if not value.is_inference() and value._version > 0:
-        return True
-    return any(_writes(user, node) for user in node.users)
+def _changed(site: Site, writes: Sequence[Write]) -> str | None:
+    """What keeps a site's values from being the same wherever they are read, if anything does.
+
+    A rewrite reads the input once, and makes the output from nothing.
+    """
+    reads = sorted({p.product for p in (site.up, site.gate) if p is not None})
+    if write := changes(writes, site.input, reads[0], reads[-1]):
+        return f"{write.node.name} writes to its input between the reads of its gate and its up projection"
+    own = {*site.inner, site.output}
+    for write in (w for w in writes if reads[0] <= w.node <= site.output):
+        if write.node not in own and write.reaches(site.inner):
+            return f"{write.node.name} writes to its intermediate value"
+        if write.node in own and write.reaches(n for n in site.output.graph.nodes if n < reads[0]):
+            return f"{write.node.name} writes to a tensor that is not of the site alone"
+    return None
 
 
-def _writes(user: fx.Node, node: fx.Node) -> bool:
-    name = str(getattr(user.target, "__name__", user.target))
-    in_place = name.endswith("_") or call_name(user) in ("iadd", "imul", "isub", "itruediv")
-    first = user.args[0] if user.args else None
-    return in_place and (first is node or (isinstance(first, (list, tuple)) and node in first))
+def _mixed(site: Site) -> str | None:
+    """What is of another type or on another device than the weights of the up projection, if anything is."""
+    named: dict[str, fx.Node] = {}
+    for role, projection in (("gate", site.gate), ("up", site.up), ("down", site.down)):
+        parts = () if projection is None else zip(("weight", "bias"), projection.parameters, strict=False)
+        named |= {f"the {part} of its {role} projection": node for part, node in parts}
+    named |= {"its input": site.input, "its result": site.output}
+    weight = site.up.weight.meta["example_value"]
+    if weight.dtype not in _TYPES:
+        return f"its weights are {weight.dtype}"
+    for name, node in named.items():
+        value = node.meta["example_value"]
+        for one, other in ((value.dtype, weight.dtype), (value.device, weight.device)):
+            if one != other:
+                return f"{name} is {one}, the weight of its up projection {other}"
+    limits = torch.finfo(weight.dtype)
+    for node in sorted(site.inner):
+        value = value_of(node)
+        if value is None or not value.is_floating_point():
+            continue
+        if (own := torch.finfo(value.dtype)).eps > limits.eps or own.max < limits.max:
+            return f"its intermediate value {node.name} is {value.dtype}, coarser than its weights, {weight.dtype}"
+    return None
 
 
 def _requires_grad(node: fx.Node) -> bool:

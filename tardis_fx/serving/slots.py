@@ -12,7 +12,7 @@ from vllm.model_executor.layers.linear import LinearBase, RowParallelLinear
 
 from tardis_fx.errors import PlanMismatchError, ServingError, StaleWeightError
 from tardis_fx.fingerprint import fingerprint
-from tardis_fx.graph.activations import recognise
+from tardis_fx.graph.recognition import recognise
 from tardis_fx.graph.site import SiteWeights
 from tardis_fx.passes.entry import check_entry
 

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from tardis_fx.graph.activations import ACTIVATIONS, Activation, Z, recognise
+from tardis_fx.graph.activations import ACTIVATIONS, Activation, Z
+from tardis_fx.graph.recognition import recognise
 
 Array = NDArray[np.float64]
 INF = np.inf
@@ -302,6 +303,10 @@ def test_recognise_finds_other_spellings(name: str, function: Callable[[Tensor],
     assert recognise(torch.relu) is ACTIVATIONS["relu"]  # the in-place one did not spoil the grid
 
 
+#: Where number types and their 8-bit kin end, and anywhere else.
+BOUNDS = [130, 240, 448, 480, 1e4, 57344, 65504, 1e10, 1e20, 1e30, 3e38, float(np.finfo(np.float32).max)]
+
+
 def refuse(z: Tensor) -> Tensor:
     raise RuntimeError("no")
 
@@ -313,6 +318,14 @@ def refuse(z: Tensor) -> Tensor:
         lambda z: 2 * torch.relu(z),
         lambda z: functional.leaky_relu(z, 0.02),
         lambda z: functional.gelu(z).clamp(max=15),
+        *(lambda z, bound=bound: torch.relu(z).clamp(max=bound) for bound in BOUNDS),
+        *(lambda z, bound=bound: functional.leaky_relu(z).clamp(min=-bound) for bound in BOUNDS),
+        *(lambda z, bound=bound: z.clamp(max=bound) for bound in BOUNDS),
+        lambda z: torch.tanh(z) * (z > -1e30),
+        lambda z: torch.where(z > 1e35, 1.0, torch.relu(z)),
+        lambda z: torch.relu(z) + torch.where(z.abs() < 1e-20, 1e-9, 0.0),
+        lambda z: torch.relu(z) + 1e-9,
+        lambda z: torch.exp(2 * z).sub(1) / torch.exp(2 * z).add(1),  # NaN far out
         lambda z: torch.relu(z) + torch.where(z == 0, 1e-3, 0.0),
         lambda z: z * torch.log(z) / torch.log(z),
         lambda z: torch.relu(z)[:-1],
@@ -323,6 +336,18 @@ def refuse(z: Tensor) -> Tensor:
 )
 def test_recognise_gives_none_for_anything_else(function: Callable[[Tensor], Tensor]) -> None:
     assert recognise(function) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@every_registered_activation
+def test_recognise_finds_the_eager_function_of_any_type(activation: Activation, dtype: torch.dtype) -> None:
+    assert recognise(activation.eager, dtype=dtype) is activation
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_a_clip_at_the_largest_number_is_seen_by_what_it_makes_of_infinity(dtype: torch.dtype) -> None:
+    largest = torch.finfo(dtype).max
+    assert recognise(lambda z: torch.relu(z).clamp(max=largest), dtype=dtype) is None
 
 
 def test_registered_activations_differ_by_far_more_than_the_tolerance() -> None:

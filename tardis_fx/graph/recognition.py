@@ -1,0 +1,177 @@
+"""Which activation a function computes, found by comparing its values with the registry's."""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING
+
+import numpy as np
+import sympy
+import torch
+
+from tardis_fx.graph.activations import ACTIVATIONS, Activation, Array, Z
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from torch import Tensor
+
+#: Beyond these, what an activation is spelt with overflows on its way, in float32 and in float64.
+_LARGEST, _LARGEST_KINK = 1e37, 1e100
+
+#: Where a number type ends: 8-bit floats, 8- and 16-bit integers, float16.
+_EDGES = (127, 240, 255, 448, 480, 32767, 57344, 61440, 65504, 65535)
+
+
+def recognise(
+    function: Callable[[Tensor], Tensor],
+    *,
+    compared: Callable[[Tensor], Sequence[Tensor]] | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Activation | None:
+    """The activation that a function computes, whatever arithmetic spells it out: a registered or an affine one.
+
+    Constants may be rounded: the values must agree within 1e-6, relative to the value and to the smaller of argument
+    and 1. They are compared at about 2000 points in [-12, 12], at others up to the largest number of the type, where a
+    clipped activation differs, down to 1e-37, and around kinks. At the infinities either may be NaN, as
+    arithmetic makes it. Of NaN nothing is asked: a comparison spelt out makes a number of it. An affine function must
+    be one to rounding.
+
+    Args:
+        function: an elementwise function; called without gradients on CPU tensors [points], of float64, and of float32
+            for the infinities.
+        compared: differences whose signs decide by which formula the function computes, [points] each; where one
+            changes, the function may have a kink.
+        dtype: what the function is for.
+
+    Returns:
+        The activation, or None if none agrees or the function raises, or returns anything but values of the same shape.
+    """
+    points = _grid(torch.finfo(dtype).max)
+    values = _values(function, points)
+    if values is None:
+        return None
+    if (line := _line(points, values)) is not None:
+        activation = ACTIVATIONS["identity"] if line == (1, 0) else _affine(*line)
+    else:
+        names = _expected(torch.finfo(dtype).max).items()
+        found = next((name for name, expected in names if _agree(points, values, expected)), None)
+        if found is None:
+            return None
+        activation = ACTIVATIONS[found]
+    return activation if _is(activation.value, activation.eager, function, compared, dtype) else None
+
+
+def factor(
+    function: Callable[[Tensor], Tensor],
+    *,
+    compared: Callable[[Tensor], Sequence[Tensor]] | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> float | None:
+    """The number that a function multiplies its argument by, or None where it does anything else; see ``recognise``."""
+    points = _grid(torch.finfo(dtype).max)
+    values = _values(function, points)
+    line = None if values is None else _line(points, values)
+    if line is None or line[1] != 0:
+        return None
+    slope, _ = line
+    return slope if _is(lambda z: slope * np.asarray(z), lambda z: slope * z, function, compared, dtype) else None
+
+
+def _is(
+    value: Callable[[Array], Array],
+    eager: Callable[[Tensor], Tensor],
+    function: Callable[[Tensor], Tensor],
+    compared: Callable[[Tensor], Sequence[Tensor]] | None,
+    dtype: torch.dtype,
+) -> bool:
+    """Whether a function that agrees with another one on the grid does so at its kinks and at the infinities."""
+    ends = torch.tensor([-torch.inf, torch.inf], dtype=torch.promote_types(dtype, torch.float32), device="cpu")
+    values, expected = _values(function, ends), _values(eager, ends)
+    if values is None or expected is None:
+        return False
+    if not np.all((values == expected) | np.isnan(values) | np.isnan(expected)):
+        return False
+    if compared is None:
+        return True
+    points = _around(_kinks(compared, _grid(torch.finfo(dtype).max)))
+    points = points[np.abs(points) <= min(torch.finfo(dtype).max, _LARGEST_KINK)]
+    values = _values(function, points)
+    return values is not None and _agree(points, values, value(points))
+
+
+def _values(function: Callable[[Tensor], Tensor], points: Tensor | Array) -> Array | None:
+    try:
+        with torch.no_grad():
+            values: Array = function(torch.as_tensor(points, device="cpu").clone()).to(torch.float64).numpy()
+    except Exception:  # a function of unknown origin may fail in any way
+        return None
+    return values if values.shape == points.shape else None
+
+
+def _agree(points: Array, values: Array, expected: Array) -> bool:
+    with np.errstate(all="ignore"):
+        # A product of very small numbers may come out as 0, or not.
+        allowed = 1e-6 * (np.minimum(1, np.abs(points)) + np.abs(expected)) + 1e-300
+        return bool(np.all(np.abs(values - expected) <= allowed))
+
+
+def _line(points: Array, values: Array) -> tuple[float, float] | None:
+    """Slope and intercept of the affine function with these values, if there is one."""
+    at = {z: values[np.flatnonzero(points == z)[0]] for z in (0.0, 12.0)}
+    with np.errstate(all="ignore"):
+        intercept, slope = float(at[0.0]), float((at[12.0] - at[0.0]) / 12)
+        error = np.abs(values - slope * points - intercept)
+        exact = np.all(error <= 1e-13 * (np.abs(slope * points) + np.abs(intercept)))
+    return (slope, intercept) if exact else None
+
+
+def _affine(slope: float, intercept: float) -> Activation:
+    return Activation("affine", sympy.Float(slope) * Z + sympy.Float(intercept), lambda z: slope * z + intercept)
+
+
+@functools.cache
+def _grid(largest: float) -> Array:
+    """[points], dense where activations bend, and up to the largest number of a type."""
+    largest = min(largest, _LARGEST)
+    edges = np.outer(_EDGES, [1 - 1e-3, 1, 1 + 1e-3]).ravel()
+    far = np.concatenate([[20, 50, 100, largest], edges, np.geomspace(12.1, largest, 400)])
+    sides = np.concatenate([far[far <= largest], np.geomspace(1e-37, 1e-2, 100)])
+    return np.unique(np.concatenate([np.linspace(-12, 12, 2001), -sides, sides]))
+
+
+@functools.cache
+def _expected(largest: float) -> dict[str, Array]:
+    """What every activation but the identity gives on the grid."""
+    return {name: a.value(_grid(largest)) for name, a in ACTIVATIONS.items() if name != "identity"}
+
+
+def _kinks(compared: Callable[[Tensor], Sequence[Tensor]], points: Array) -> Array:
+    """[kinks]: where one of the differences changes its sign, to rounding."""
+    kinks = points[:0]
+    for _ in range(2):  # what is hidden between two points shows when its own kinks are among them
+        signs = _signs(compared, points)
+        row, column = np.nonzero(signs[:, 1:] != signs[:, :-1])
+        if not row.size:
+            break
+        low, high = np.arcsinh(points[column]), np.arcsinh(points[column + 1])
+        for _ in range(64):
+            middle = (low + high) / 2
+            short = _signs(compared, np.sinh(middle))[row, np.arange(row.size)] == signs[row, column]
+            low, high = np.where(short, middle, low), np.where(short, high, middle)
+        kinks = np.unique(np.sinh(np.concatenate([low, high])))
+        points = np.unique(np.concatenate([points, _around(kinks)]))
+    return kinks
+
+
+def _signs(compared: Callable[[Tensor], Sequence[Tensor]], points: Array) -> Array:
+    """[differences, points], NaN being 0."""
+    with torch.no_grad():
+        differences = [d.double().numpy() for d in compared(torch.from_numpy(points.copy()))]
+    return np.asarray(np.nan_to_num(np.sign(np.array(differences).reshape(-1, points.size))))
+
+
+def _around(kinks: Array) -> Array:
+    """Points at kinks, on both sides of each, and between every two."""
+    sides = [np.nextafter(kinks, -np.inf), np.nextafter(kinks, np.inf), kinks * (1 - 1e-5), kinks * (1 + 1e-5)]
+    return np.concatenate([kinks, *sides, (kinks[1:] + kinks[:-1]) / 2])

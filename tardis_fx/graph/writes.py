@@ -1,0 +1,156 @@
+"""What a graph writes to in place: a Dynamo graph is not functional, so a node need not keep the value it had.
+
+Nodes whose example values share a storage share memory, whatever views lie between them. A call that is not known to
+write to nothing counts as writing to all its tensors.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, fx
+from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils._pytree import tree_leaves
+
+from tardis_fx.graph.forms import is_parameter
+from tardis_fx.graph.nested import called_graph
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+#: Statements of Python that write to their first operand, as functions of :mod:`operator`.
+_STATEMENTS = frozenset(
+    """
+    delitem iadd iand iconcat ifloordiv ilshift imatmul imod imul ior ipow irshift isub itruediv ixor setitem
+    """.split()
+)
+
+#: Write to their running statistics.
+_NORMS = frozenset({"batch_norm", "instance_norm"})
+
+#: Scale the rows that they read where their fourth argument, ``max_norm``, is given.
+_EMBEDDINGS = frozenset({"embedding", "embedding_bag"})
+
+#: Modules whose functions are read by their names.
+_READ_BY_NAME = frozenset({"_operator", "builtins", "math", "torch"})
+
+
+@dataclass(frozen=True)
+class Write:
+    """A node that writes in place.
+
+    Attributes:
+        node: the node.
+        storages: what it may write to; None, anything.
+    """
+
+    node: fx.Node
+    storages: frozenset[int] | None
+
+    def reaches(self, nodes: Iterable[fx.Node]) -> bool:
+        """Whether it may change the value of one of the nodes."""
+        held = storages_of(nodes)
+        return held is None or (bool(held) if self.storages is None else not held.isdisjoint(self.storages))
+
+
+def writes_of(graph: fx.Graph) -> list[Write]:
+    """All nodes of a graph that may write in place, in the order of the graph."""
+    # A later call may pass other views of one tensor than this one.
+    inputs = storages_of(n for n in graph.find_nodes(op="placeholder") if not is_parameter(n)) or frozenset()
+    found = []
+    for node in graph.nodes:
+        if targets := _targets(node):
+            storages = storages_of(targets)
+            if storages is not None and not storages.isdisjoint(inputs):
+                storages |= inputs
+            found.append(Write(node, storages))
+    return found
+
+
+def storages_of(nodes: Iterable[fx.Node]) -> frozenset[int] | None:
+    """The storages that the tensors of some nodes lie in; None where one of them does not tell."""
+    storages: set[int] = set()
+    for node in nodes:
+        for value in tree_leaves(node.meta.get("example_value")):
+            if not isinstance(value, Tensor):
+                continue
+            if is_traceable_wrapper_subclass(value):  # what it wraps has storages of its own
+                return None
+            try:
+                storages.add(value.untyped_storage()._cdata)
+            except (NotImplementedError, RuntimeError):  # a sparse tensor has none
+                return None
+    return frozenset(storages)
+
+
+def changes(writes: Sequence[Write], node: fx.Node, first: fx.Node, last: fx.Node) -> Write | None:
+    """A write strictly between two nodes that may change the value of a node, or None."""
+    return next((w for w in writes if first < w.node < last and w.reaches([node])), None)
+
+
+def _targets(node: fx.Node) -> Sequence[fx.Node]:
+    """The nodes whose values a node may write to."""
+    if node.op == "call_method":
+        return _by_name(node, str(node.target))
+    if node.op == "call_module":
+        return node.all_input_nodes
+    if node.op != "call_function":
+        return []
+    target: Any = node.target
+    if isinstance(target, OpOverload):
+        return _by_schema(node, [target])
+    if isinstance(target, OpOverloadPacket):
+        return _by_schema(node, [getattr(target, name) for name in target.overloads()])
+    if isinstance(target, HigherOrderOperator):
+        called = [g for o in tree_leaves((node.args, node.kwargs)) if (g := called_graph(o))]
+        pure = called and not any(_targets(inner) for graph in called for inner in graph.graph.nodes)
+        return [] if pure else node.all_input_nodes
+    owner = str(getattr(target, "__module__", None) or getattr(target, "__objclass__", target).__module__)
+    if not inspect.isroutine(target) or owner.startswith(("torch._dynamo", "torch.distributed")):
+        return node.all_input_nodes
+    if owner.partition(".")[0] not in _READ_BY_NAME:
+        return node.all_input_nodes
+    return _by_name(node, target.__name__)
+
+
+def _by_schema(node: fx.Node, overloads: Sequence[OpOverload]) -> list[fx.Node]:
+    written: list[Any] = []
+    for overload in overloads:
+        for i, argument in enumerate(overload._schema.arguments):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                written.append(node.args[i] if i < len(node.args) else node.kwargs.get(argument.name))
+    return _nodes(written)
+
+
+def _by_name(node: fx.Node, name: str) -> list[fx.Node]:
+    """Of a function or method of PyTorch: an underscore, ``out`` and ``inplace`` tell."""
+    first = node.args[0] if node.args else next(iter(node.kwargs.values()), None)
+    written: list[Any] = [node.kwargs.get("out")]
+    if name.startswith("__") and name.endswith("__"):
+        name = name.strip("_")
+    if name in _STATEMENTS or _is_set(node, "inplace"):
+        written.append(first)
+    elif name.endswith("_"):
+        one = isinstance(first, fx.Node) and not name.startswith("_fused")
+        written.append(first if one else node.all_input_nodes)
+    elif name in _NORMS:
+        written.append([n for n in node.all_input_nodes if n is not first])
+    elif name in _EMBEDDINGS and (node.args[3:4] or (node.kwargs.get("max_norm"),))[0] is not None:
+        written.append(node.all_input_nodes)
+    return _nodes(written)
+
+
+def _is_set(node: fx.Node, flag: str) -> bool:
+    """Whether a flag is given that is not False."""
+    code = getattr(node.target, "__code__", None)
+    names = code.co_varnames[: code.co_argcount] if code is not None else ()
+    i = names.index(flag) if flag in names else len(node.args)
+    value = node.args[i] if i < len(node.args) else node.kwargs.get(flag, False)
+    return value is not False
+
+
+def _nodes(values: object) -> list[fx.Node]:
+    return [value for value in tree_leaves(values) if isinstance(value, fx.Node)]
