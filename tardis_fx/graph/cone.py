@@ -16,6 +16,7 @@ from tardis_fx.graph.forms import (
     is_training_dropout,
     is_transparent,
 )
+from tardis_fx.graph.nested import called_graph
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -46,15 +47,26 @@ class Cone:
 
 
 def cone_of(
-    down: Projection, projections: Mapping[fx.Node, Projection], inner: Callable[[fx.Node], bool]
+    down: Projection,
+    projections: Mapping[fx.Node, Projection],
+    inner: Callable[[fx.Node], bool],
+    *,
+    constants: bool = False,
 ) -> Cone | None:
-    """Walks back from a projection's input over the nodes that ``inner`` accepts; None where there are too many."""
+    """Walks back from a projection's input over the nodes that ``inner`` accepts; None where there are too many.
+
+    Args:
+        down: the projection.
+        projections: all of the graph.
+        inner: whether a node is walked over.
+        constants: whether tensors that the graph makes of numbers count as parameters.
+    """
     region: set[fx.Node] = set()
     sources: set[fx.Node] = set()
     front = [down.input]
     while front:
         node = front.pop()
-        if node in region or node in sources or is_number(node):
+        if node in region or node in sources or is_number(node) or called_graph(node):
             continue
         if node in projections or not inner(node):
             sources.add(node)
@@ -64,7 +76,7 @@ def cone_of(
         if len(region) > LARGEST_CONE:
             return None
     others = sorted(node for node in sources if node not in projections)
-    parameters = [node for node in others if is_from_parameters(node)]
+    parameters = [node for node in others if is_from_parameters(node, constants=constants)]
     return Cone(
         sorted(region),
         [projections[node] for node in sorted(sources) if node in projections],

@@ -98,13 +98,18 @@ def is_parameter(node: fx.Node) -> bool:
     return node.op == "placeholder" and bool(static or isinstance(node.meta.get("example_value"), torch.nn.Parameter))
 
 
-def is_from_parameters(node: fx.Node) -> bool:
-    """Whether the node is a parameter, or computed from parameters alone in not too many steps."""
+def is_from_parameters(node: fx.Node, *, constants: bool = False) -> bool:
+    """Whether the node is a parameter, or computed from parameters alone in not too many steps.
+
+    Args:
+        node: any node.
+        constants: whether tensors that the graph makes of numbers count as parameters.
+    """
     front, seen = [node], {node}
     while front and len(seen) <= LARGEST_WEIGHT:
         found = front.pop()
         inputs = found.all_input_nodes
-        if not (inputs or is_parameter(found)):
+        if not (inputs or is_parameter(found) or (constants and found.op == "call_function")):
             return False
         front += [i for i in inputs if i not in seen]
         seen.update(inputs)

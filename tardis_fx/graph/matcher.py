@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import networkx as nx
 from networkx.algorithms.isomorphism import DiGraphMatcher, categorical_node_match
 
+from tardis_fx.graph.adapters import with_adapters
 from tardis_fx.graph.bounds import bounds_of
 from tardis_fx.graph.cone import Cone, cone_of, is_inner
 from tardis_fx.graph.forms import ELEMENTWISE, call_name, half, is_glu, is_halving, is_number, is_training_dropout
@@ -69,6 +70,7 @@ def _sites(graph: fx.Graph) -> list[Site]:
         if found.product is not found.node:  # a step of a projection is no projection by itself
             for step in found.node.all_input_nodes:
                 projections.pop(step, None)
+    projections = with_adapters(graph.nodes, projections)
     sites, writes = list[Site](), writes_of(graph)
     for node in graph.nodes:
         if node in projections:

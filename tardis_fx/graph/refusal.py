@@ -10,6 +10,7 @@ from torch.autograd import forward_ad
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, statically_known_true, sym_eq
 
 from tardis_fx.graph.forms import (
+    ARITHMETIC,
     CASTS,
     ELEMENTWISE,
     VIEWS,
@@ -56,7 +57,7 @@ def checked(site: Site, writes: Sequence[Write]) -> Site:
     if any(is_training_dropout(node) for node in site.inner):
         return site.refused("in training mode: dropout drops")
     if site.activation is None:
-        return site.refused("its activation is not in the registry")
+        return site.refused(f"its activation, made of {_made_of(site)}, is not in the registry")
     if any(p is not None and p.input is not site.input for p in ups):
         return site.refused("gate and up projection read different inputs")
     if site.gate is not None and site.gate is not site.up:
@@ -112,6 +113,12 @@ def _is_transformed(graph: fx.Graph) -> bool:
         node.op == "call_function" and getattr(node.target, "__name__", "").endswith("_increment_nesting")
         for node in graph.nodes
     )
+
+
+def _made_of(site: Site) -> str:
+    """Names of what the activation is computed by, arithmetic left out where there is more."""
+    names = dict.fromkeys(str(call_name(n)) for n in sorted(site.inner) if call_name(n) in ELEMENTWISE)
+    return ", ".join([name for name in names if name not in ARITHMETIC] or names)
 
 
 def _tokens(shape: torch.Size) -> int | torch.SymInt:

@@ -1,12 +1,15 @@
 """Lists what resembles an FFN but is none that the matcher knows, so that nothing is passed over in silence.
 
-It resembles an FFN when a projection widens its input, nothing but the nodes below stands between it and a projection
-that narrows again, and nothing else flows in: attention, recurrences and residual streams do not qualify.
+It resembles an FFN when a projection widens its input, nothing but the nodes below, or ops that no table knows and that
+keep the shape, stands between it and a projection that narrows again, and nothing else flows in: attention, recurrences
+and residual streams do not qualify.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
+
+import torch
 
 from tardis_fx.graph.cone import LARGEST_CONE, Cone, cone_of, is_inner
 from tardis_fx.graph.forms import (
@@ -18,6 +21,8 @@ from tardis_fx.graph.forms import (
     SPLIT,
     VIEWS,
     call_name,
+    is_from_parameters,
+    shape_of,
 )
 from tardis_fx.graph.site import Projection, Site
 
@@ -27,6 +32,9 @@ if TYPE_CHECKING:
     from torch import fx
 
 _BETWEEN = ELEMENTWISE | VIEWS | CASTS | DROPOUT | SPLIT | MIXING | {"glu"}
+
+#: Known to mix two of what they read: what is left of attention.
+_COMBINES = frozenset("addbmm addmm baddbmm bmm einsum linear matmul mm scaled_dot_product_attention tensordot".split())
 
 #: What may cut a mask or a scale out of another tensor.
 _CUTS = frozenset({"getitem", "expand", "repeat", "transpose"})
@@ -40,7 +48,7 @@ def resembling(down: Projection, projections: Mapping[fx.Node, Projection]) -> S
         projections: all projections of the graph.
     """
     entering, leaving = down.sizes
-    cone = cone_of(down, projections, lambda node: call_name(node) in _BETWEEN) if entering > leaving else None
+    cone = cone_of(down, projections, _is_between, constants=True) if entering > leaving else None
     if cone is None or not cone.ups:
         return None
     up = cone.ups[0]
@@ -54,14 +62,39 @@ def resembling(down: Projection, projections: Mapping[fx.Node, Projection]) -> S
     return Site("", "plain" if len(cone.ups) == 1 else "gated", None, up, down, None, inner, reason)
 
 
+def _is_between(node: fx.Node) -> bool:
+    return (call_name(node) in _BETWEEN or _is_unknown(node)) and not is_from_parameters(node, constants=True)
+
+
+def _is_unknown(node: fx.Node) -> bool:
+    """Whether no table knows the node, and it gives the shape of the one or two tensors that it reads, or halves it."""
+    if call_name(node) in _BETWEEN | _COMBINES | {None}:
+        return False
+    value = node.meta.get("example_value")
+    if isinstance(value, (tuple, list)) and len(value) == 1:  # of a higher-order op
+        (value,) = value
+    read = [i.meta["example_value"].shape for i in node.all_input_nodes if _is_activation(i)]
+    if not (isinstance(value, torch.Tensor) and value.dim() and 1 <= len(read) <= 2 and len({*read}) == 1):
+        return False
+    *batch, columns = read[0] or (0,)
+    return value.shape == read[0] or (len(read) == 1 and tuple(value.shape) == (*batch, columns // 2))
+
+
+def _is_activation(node: fx.Node) -> bool:
+    return shape_of(node) is not None and not is_from_parameters(node, constants=True)
+
+
 def _reason(cone: Cone, up: Projection, down: Projection, projections: Mapping[fx.Node, Projection]) -> str | None:
     """What keeps the cone from being an activation function; None where it is no FFN at all."""
     odd = [node for node in cone.region if not is_inner(node)]
     if not cone.strangers:
-        own = {*cone.region, down.product}
-        if not odd or any(user not in own for node in cone.region for user in node.users):
+        if not odd:
+            return "what stands between its projections is no activation function" if len(cone.ups) > 2 else None
+        own, unknown = {*cone.region, down.product}, [node for node in odd if _is_unknown(node)]
+        if not unknown and any(user not in own for node in cone.region for user in node.users):
             return None  # what another branch reads as well belongs to more than an FFN: a scan, a memory
-        return f"{call_name(odd[0])} stands between its projections, and is no activation function"
+        names = [name for node in unknown or odd if (name := call_name(node)) != "getitem"] or ["getitem"]
+        return f"{names[0]} stands between its projections, and is no activation function"
     activates = any(call_name(n) not in ARITHMETIC and call_name(n) in ELEMENTWISE for n in cone.region)
     if any(call_name(node) not in _CUTS for node in odd) or not activates:
         return None  # a norm of a residual stream, or only a sum

@@ -1,0 +1,57 @@
+"""Low-rank adapters: two narrow projections in a row, whose result is added to that of a wide one (LoRA)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from torch import fx
+
+from tardis_fx.graph.forms import call_name, is_training_dropout, is_transparent
+from tardis_fx.graph.naming import parameter_name
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from tardis_fx.graph.site import Projection
+
+
+def with_adapters(nodes: Iterable[fx.Node], projections: dict[fx.Node, Projection]) -> dict[fx.Node, Projection]:
+    """Projections in which each one with an adapter is a single projection that no rewrite may take.
+
+    Args:
+        nodes: of the graph, in its order.
+        projections: by their nodes.
+    """
+    found = dict(projections)
+    for node in nodes:
+        if call_name(node) not in ("add", "iadd") or node in found:
+            continue
+        operands = [found.get(_behind(operand)) for operand in node.args[:2] if isinstance(operand, fx.Node)]
+        for base, last in (operands, operands[::-1]) if len(operands) == 2 else ():
+            first = found.get(_behind(last.input)) if last else None
+            if base and last and first and _adapts(base, first, last):
+                module = parameter_name(base.weight).removesuffix(".weight").removesuffix(".base_layer")
+                reason = f"an adapter (LoRA) adds to {module}: merge it (merge_and_unload) before calibrating"
+                for own in (base, first, last):
+                    found.pop(own.node, None)
+                found[node] = replace(base, node=node, reason=reason)
+                break
+    return found
+
+
+def _adapts(base: Projection, first: Projection, last: Projection) -> bool:
+    rank = first.sizes[1]
+    fits = (first.sizes[0], last.sizes[1]) == base.sizes and rank == last.sizes[0] and rank < min(base.sizes)
+    return fits and _behind(first.input) is _behind(base.input)
+
+
+def _behind(node: fx.Node) -> fx.Node:
+    """The node behind views, casts, dropout, and factors that are numbers."""
+    while is_transparent(node) or is_training_dropout(node) or _is_scaled(node):
+        node = node.all_input_nodes[0]
+    return node
+
+
+def _is_scaled(node: fx.Node) -> bool:
+    return call_name(node) in ("mul", "div", "truediv", "imul") and len(node.all_input_nodes) == 1
