@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 def resident_bytes(device: torch.device) -> int | None:
     """Bytes of a device's memory that the process holds; None where the system does not tell.
 
+    Pages of mapped files, which the system takes back when memory is short, do not count.
+
     Args:
         device: a CUDA device, of which PyTorch's allocator knows, or the CPU, of which Linux does.
     """
@@ -23,7 +25,8 @@ def resident_bytes(device: torch.device) -> int | None:
     statm = Path("/proc/self/statm")
     if device.type != "cpu" or not statm.exists():
         return None
-    return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    _, resident, shared, *_ = map(int, statm.read_text().split())
+    return (resident - shared) * os.sysconf("SC_PAGE_SIZE")
 
 
 class FileMappings:
