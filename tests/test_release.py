@@ -103,6 +103,7 @@ def test_rows_of_the_original_weights_keep_them_once(caplog: pytest.LogCaptureFi
     plan, before = _planned(model, row_bits=16), model(x)
     fast = _fast(model, plan)(x)
     stored = tardis_fx.explain(model, plan, x).sites[0].stored_bytes
+    caplog.clear()
     assert tardis_fx.release(model, plan, x) == 4 * D * HIDDEN
     assert tardis_fx.explain(model, plan, x).sites[0].stored_bytes == stored - 4 * D * HIDDEN
     assert not caplog.text
