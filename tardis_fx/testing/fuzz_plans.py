@@ -1,6 +1,6 @@
 """Damages plan files and sees that nobody is hurt: the right answer, or an error that says that the plan is at fault.
 
-1. A mutant is a plan of a small model, changed by one to four mutations (:mod:`tardis_fx.testing.plan_mutations`). Half
+1. A mutant is a plan of a small model, changed by one to four mutations (:mod:`tardis_fx.testing.plan_mutations`). Most
    of them get the digest of what they then hold, as an attacker would write it.
 2. It is loaded, compiled with the inner backend ``eager``, and called, in a process of its own, so that a crash shows.
    One in 25 goes through ``torch.compile``, ``explain`` and ``release`` as well.
@@ -143,7 +143,7 @@ def drawn(draw: random.Random) -> Mutant:
     """A mutant."""
     names = [draw.choice(list(MUTATIONS)) for _ in range(draw.choice((1, 1, 1, 2, 4)))]
     subject = draw.randrange(len(SUBJECTS))
-    return Mutant(subject, tuple((name, draw.getrandbits(32)) for name in names), draw.random() < 0.5)
+    return Mutant(subject, tuple((name, draw.getrandbits(32)) for name in names), draw.random() < 0.7)
 
 
 def minimised(mutant: Mutant, worker: Worker) -> Mutant:
@@ -160,6 +160,7 @@ class Worker:
 
     def __init__(self) -> None:
         """Starts nothing yet."""
+        self._folder = tempfile.TemporaryDirectory()
         self._process: Any = None
         self._pipe: Connection | None = None
 
@@ -168,7 +169,7 @@ class Worker:
         if self._process is None:
             context = multiprocessing.get_context("spawn")
             self._pipe, other = context.Pipe()
-            self._process = context.Process(target=_serve, args=(other,), daemon=True)
+            self._process = context.Process(target=_serve, args=(other, self._folder.name), daemon=True)
             self._process.start()
             other.close()
         assert self._pipe is not None
@@ -182,28 +183,34 @@ class Worker:
             self._process.join()
             code = self._process.exitcode
             verdict = f"the process died of {signal.Signals(-code).name if code < 0 else f'exit code {code}'}"
-        self.close()
+        self._end()
         return verdict
 
     def close(self) -> None:
         """Ends the process."""
+        self._end()
+        self._folder.cleanup()
+
+    def _end(self) -> None:
         if self._process is not None:
+            assert self._pipe is not None
+            self._pipe.close()
+            self._process.join(timeout=5)
             self._process.kill()
             self._process.join()
             self._process = None
 
 
-def _serve(pipe: Connection) -> None:
+def _serve(pipe: Connection, folder: str) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     logging.getLogger("tardis_fx").setLevel(logging.CRITICAL)
-    with tempfile.TemporaryDirectory() as folder:
-        for number in range(10**9):
-            try:
-                mutant = pipe.recv()
-            except (EOFError, ConnectionError):
-                return
-            pipe.send(verdict_of(mutant, Path(folder, "plan"), thorough=number % 25 == 0))
+    for number in range(10**9):
+        try:
+            mutant = pipe.recv()
+        except (EOFError, ConnectionError):
+            return
+        pipe.send(verdict_of(mutant, Path(folder, "plan"), thorough=number % 25 == 0))
 
 
 def verdict_of(mutant: Mutant, path: Path, *, thorough: bool) -> str | None:
