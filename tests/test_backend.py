@@ -274,9 +274,9 @@ def test_the_plan_of_another_dtype_is_a_mismatch_that_names_both(model: FFN, pla
     raises(PlanMismatchError, "made for torch.float32 weights, these are torch.bfloat16", run)
 
 
-def test_a_plan_whose_rewrite_is_not_installed_is_a_config_error(model: FFN, plan: Plan) -> None:
+def test_a_plan_whose_rewrite_is_not_installed_is_refused(model: FFN, plan: Plan) -> None:
     entry = type(plan.sites[0])(**vars(plan.sites[0]) | {"method": "unheard of"})
-    raises(ConfigError, "unheard of", lambda: compiled(model, Plan((entry,), plan.config))(FEW))
+    raises(PlanFileError, "unheard of", lambda: compiled(model, Plan((entry,), plan.config))(FEW))
 
 
 def test_the_error_of_a_compiled_model_can_be_raised_again(plan: Plan) -> None:

@@ -411,7 +411,7 @@ def test_a_rewrite_that_cannot_be_healed_is_named(pair: tuple[Language, Plan], m
     only_exact = Plan(tuple(replace(site, method="exact_fold") for site in plan.sites), plan.config)
     with pytest.raises(ConfigError, match="no site to heal"):
         healed(model, only_exact)
-    monkeypatch.setattr(student, "rewrite_named", lambda _: object())
+    monkeypatch.setattr(student, "rewrite_of", lambda _: object())
     with pytest.raises(ConfigError, match="'dropping', which cannot be healed"):
         healed(model, Plan(tuple(replace(site, method="dropping") for site in plan.sites), plan.config))
 
