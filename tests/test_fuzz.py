@@ -105,7 +105,7 @@ def test_programs_find_an_error_of_no_type(monkeypatch: pytest.MonkeyPatch, tmp_
 
 def test_histories_find_a_guard_that_sees_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(Snapshot, "holds", lambda self, tensors: True)
-    failures = found("weights", 4, tmp_path, dynamo)
+    failures = found("weights", 2, tmp_path, dynamo)
     assert any(failure.fault.startswith("wrong answer after") for failure in failures)
     assert any(tmp_path.iterdir())
 
@@ -129,9 +129,9 @@ def test_programs_run_every_way(route: str) -> None:
 
 
 def test_the_command_passes_and_tells_its_seed() -> None:
-    result = CliRunner().invoke(command, ["--seed", "4", "--programs", "12", "--weights", "2", "--plans", "5"])
+    result = CliRunner().invoke(command, ["--seed", "6", "--programs", "12", "--weights", "2", "--plans", "5"])
     assert result.exit_code == 0, result.output
-    assert "seed 4" in result.output
+    assert "seed 6" in result.output
     for kind, count in (("program", 12), ("weights", 2), ("plans", 5)):
         assert f"{kind}: {count} tried" in result.output
 

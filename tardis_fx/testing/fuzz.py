@@ -123,7 +123,8 @@ def hunt(
         if failure is None:
             continue
         if sum(failure.fault == other.fault for other in failures) < _SHOWN:
-            failure = minimise(failure, partial(_again, judge, failure))
+            tries = 60 if verdict == "crashed" else 600  # every crash takes a new process
+            failure = minimise(failure, partial(_again, judge, failure), tries=tries)
             typer.echo(f"case {number}: {failure}")
             if save is not None:
                 typer.echo(f"saved: --replay {failure.save(save)}")

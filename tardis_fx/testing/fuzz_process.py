@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 #: Cases that one process judges: what compilers keep of every graph would fill the memory in the end.
 _CASES = 2000
+_PATIENCE = 5  # seconds for the process to end by itself
 
 
 class Worker:
@@ -64,10 +65,12 @@ class Worker:
 
     def close(self) -> None:
         """Ends the process."""
-        if self._process is not None:
+        if self._process is not None and self._pipe is not None:
+            self._pipe.close()  # which it ends by
+            self._process.join(_PATIENCE)
             self._process.kill()
             self._process.join()
-        self._process, self._left = None, 0
+        self._process, self._pipe, self._left = None, None, 0
 
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
