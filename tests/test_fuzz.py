@@ -12,8 +12,8 @@ from builders import killing
 from typer.testing import CliRunner
 
 from tardis_fx.errors import ConfigError
-from tardis_fx.fingerprint import Snapshot
 from tardis_fx.passes.partial_linear import PartialLinear
+from tardis_fx.runtime.snapshot import Snapshot
 from tardis_fx.testing import fuzz
 from tardis_fx.testing.fuzz import hunt, judge
 from tardis_fx.testing.fuzz_cases import Blocks, Choices, Failure, Judged, drawn, minimise
@@ -98,7 +98,7 @@ def test_programs_find_an_error_of_no_type(monkeypatch: pytest.MonkeyPatch, tmp_
     def fails(*_: object) -> None:
         raise KeyError("a fault")
 
-    monkeypatch.setattr(PartialLinear, "forward", fails)
+    monkeypatch.setattr(Snapshot, "holds", fails)
     failures = found("program", 8, tmp_path)
     assert any("KeyError" in failure.fault for failure in failures)
 
