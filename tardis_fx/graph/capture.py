@@ -5,7 +5,6 @@ from __future__ import annotations
 import types
 import weakref
 from collections.abc import Mapping
-from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 from warnings import catch_warnings, filterwarnings
 
@@ -83,11 +82,11 @@ class Capture:
         from torch._inductor import config as inductor_config  # takes its time
 
         inductor = inductor_config.patch(freezing=False)  # Dynamo asks it whether weights are inputs
-        stance = torch.compiler.set_stance("default")  # another one may run the model without the observer
-        surroundings = dynamo, inductor, stance, torch.inference_mode(mode=False), torch.set_grad_enabled(gradients)
-        with ExitStack() as stack, catch_warnings():
-            for entered in surroundings:
-                stack.enter_context(entered)
+        with (
+            dynamo, inductor,
+            torch.compiler.set_stance("default"),  # another one may run the model without the observer
+            torch.inference_mode(mode=False), torch.set_grad_enabled(gradients), catch_warnings(),
+        ):  # fmt: skip
             # Dynamo asks activations between two graphs for it, and hides the warning, but not where it is an error
             filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")
             return self._call(self._model, args, kwargs)
