@@ -86,6 +86,18 @@ def test_what_one_rank_cannot_use_is_an_error_on_both(outcome: Outcome) -> None:
         assert said.startswith("CheckpointError")
 
 
+def test_a_rank_that_fails_with_an_error_of_its_own_tells_the_others(outcome: Outcome) -> None:
+    here, there = outcome.said("batches that fail")
+    assert there == "OSError: the disk is gone"
+    assert here == "CalibrationError: rank 1: OSError: the disk is gone"
+    here, there = outcome.said("a rewrite that fails")
+    assert there.startswith(
+        "CalibrationError: partial_linear cannot be fitted to 0.ffn, 1.ffn: ZeroDivisionError: a bug"
+    )
+    assert here == there.replace("Error: p", "Error: rank 1: p", 1)
+    assert outcome.seconds < 100, "nobody waits for a rank that has failed"
+
+
 @pytest.mark.parametrize("what", ["batches", "configs", "threads"])
 def test_ranks_that_differ_are_told_so(what: str, outcome: Outcome) -> None:
     for said in outcome.said(what):

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from builders.ffns import Block, batches, config, ffn
 from tardis_fx import Config, TardisError, calibrate
 from tardis_fx.calibration.observe import BatchObservation
+from tardis_fx.passes.partial_linear import PartialLinear
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
     from pathlib import Path
 
 CONFIGS = {
@@ -50,6 +52,12 @@ def main(rank: int, folder: Path) -> None:
         "threads": _error(given(), config(), threads=1 + rank),
         "checkpoint": _error(given(), config(), checkpoint=folder / f"file-{rank}"),
     }
+    said["batches that fail"] = _error(_failing() if rank else given(), config())
+    settled = PartialLinear._settled
+    if rank:
+        PartialLinear._settled = _broken  # type: ignore[assignment, method-assign]
+    said["a rewrite that fails"] = _error(given(), config())
+    PartialLinear._settled = settled  # type: ignore[method-assign]
     shown: list[str] = []
     _note(shown)
     calibrate(model(), given(), config=config(), checkpoint=folder / "checkpoint").save(folder / f"resumed-{rank}")
@@ -67,15 +75,24 @@ def _with_nan() -> list[Tensor]:
     return x
 
 
+def _failing() -> Iterator[Tensor]:
+    yield from given()
+    raise OSError("the disk is gone")
+
+
+def _broken(*_: object) -> None:
+    raise ZeroDivisionError("a bug")
+
+
 def _error(
-    x: list[Tensor], chosen: Config, *, checkpoint: Path | None = None, plan: Path | None = None, threads: int = 1
+    x: Iterable[Tensor], chosen: Config, *, checkpoint: Path | None = None, plan: Path | None = None, threads: int = 1
 ) -> str:
     torch.set_num_threads(threads)
     try:
         found = calibrate(model(), x, config=chosen, checkpoint=checkpoint)
         if plan is not None:
             found.save(plan)
-    except TardisError as error:
+    except (TardisError, OSError) as error:
         return f"{type(error).__name__}: {error}"
     finally:
         torch.set_num_threads(1)
@@ -86,7 +103,7 @@ def _note(shown: list[str], last: int = 1000) -> None:
     """Notes which runs over the batches are made, and dies in the one of number ``last``."""
     show = BatchObservation._show
 
-    def noted(self: BatchObservation, observers: dict[str, object], what: str) -> set[str]:
+    def noted(self: BatchObservation, observers: dict[str, object], what: str) -> dict[str, list[int]]:
         shown.append(what)
         if self._runs == last:
             os._exit(1)
