@@ -158,6 +158,8 @@ def _find(plan: Plan, site: Site, weights: Sequence[Tensor]) -> SitePlan | None:
     if fold is None and entry is not None:
         check_site(entry, site, weights)
         check_entry(entry, SiteWeights.of(site, weights))
+        if entry.method == _FOLD.name:  # another graph showed bounds of the input that made it affine
+            return changed(entry, method=None, reason="its input has not the bounds in this graph that made it affine")
     return fold or entry
 
 

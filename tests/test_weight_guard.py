@@ -59,6 +59,31 @@ def test_two_models_of_equal_weights_share_a_plan(original: FFN, plan: Plan) -> 
         torch.testing.assert_close(compiled(model, plan)(FEW), expected(original, plan, FEW))
 
 
+class Turned(nn.Module):
+    """An FFN whose square second matrix is multiplied by from either side."""
+
+    def __init__(self, *, turned: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.down, self.turned = nn.Linear(16, 64), nn.Parameter(torch.randn(64, 64)), turned
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = F.gelu(self.up(x))
+        return z @ self.down if self.turned else F.linear(z, self.down)
+
+
+@torch.no_grad()
+def test_a_square_matrix_read_the_other_way_round_is_another_weight() -> None:
+    one, other = Turned(turned=False).eval(), Turned(turned=True).eval()
+    for planned_for, fitting, refused in ((one, one, other), (other, other, one)):
+        plan = planned(planned_for)
+        assert plan.sites[0].method == "partial_linear"
+        assert not torch.equal(compiled(fitting, plan)(FEW), fitting(FEW))
+        torch._dynamo.reset()
+        with pytest.raises(PlanMismatchError):
+            compiled(refused, plan)(FEW)
+
+
 # ---- Weights that change
 
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo.eval_frame import OptimizedModule
 
 from tardis_fx.errors import CalibrationError
 
@@ -26,6 +25,8 @@ def uncompiled(model: Any) -> nn.Module:
     Raises:
         CalibrationError: it is no module.
     """
+    from torch._dynamo.eval_frame import OptimizedModule  # slow to import
+
     if isinstance(model, OptimizedModule):
         model = model._orig_mod
     if isinstance(model, nn.Module):

@@ -98,8 +98,10 @@ class Site:
 
     @property
     def function(self) -> str | None:
-        """What the site computes of its weights, for its fingerprint: a fused matrix tells no gate from up."""
-        return self.activation if self.gate_half is None else f"{self.activation}, gate in half {self.gate_half}"
+        """What the site computes of its weights, for its fingerprint; see :func:`function_of`."""
+        projections = {"gate": self.gate, "up": self.up, "down": self.down}
+        turned = [n for n, p in projections.items() if p is not None and p.transposed and p.sizes[0] == p.sizes[1]]
+        return function_of(self.activation, self.gate_half, turned)
 
     def refused(self, reason: str) -> Site:
         """This site with a reason, the first one given being kept."""
@@ -111,6 +113,18 @@ def is_freed(weight: Tensor) -> bool:
     last = sum((size - 1) * stride for size, stride in zip(weight.shape, weight.stride(), strict=True))
     needed = (weight.storage_offset() + last + 1) * weight.element_size()
     return weight.numel() > 0 and weight.untyped_storage().nbytes() < needed
+
+
+def function_of(activation: str | None, gate_half: int | None = None, turned: Sequence[str] = ()) -> str | None:
+    """What an FFN computes of its weights, as far as their shapes do not tell.
+
+    Args:
+        activation: name in the registry, or None.
+        gate_half: which half of a fused matrix is the gate, if one is.
+        turned: square matrices that are stored [in, out]: ``gate``, ``up``, ``down``.
+    """
+    parts = [*([] if gate_half is None else [f"gate in half {gate_half}"]), *(f"{name} transposed" for name in turned)]
+    return ", ".join([str(activation), *parts]) if parts else activation
 
 
 def is_released(weight: Tensor) -> bool:

@@ -13,7 +13,7 @@ from vllm.model_executor.layers.linear import LinearBase, RowParallelLinear
 from tardis_fx.errors import PlanMismatchError, ServingError, StaleWeightError
 from tardis_fx.fingerprint import fingerprint
 from tardis_fx.graph.recognition import recognise
-from tardis_fx.graph.site import SiteWeights
+from tardis_fx.graph.site import SiteWeights, function_of
 from tardis_fx.passes.entry import check_entry
 
 if TYPE_CHECKING:
@@ -160,7 +160,9 @@ def _entry(slot: Slot, entries: Sequence[SitePlan]) -> SitePlan | None:
     weights = slot.whole_weights
     for activation, order in sorted({(e.activation, order) for e in entries for order in _orders(slot, e)}, key=str):
         w1, w2 = (w.mT if transposed else w for w, transposed in zip((weights.w1, weights.w2), order, strict=True))
-        identity = fingerprint([w for w in (w1, weights.b1, w2, weights.b2) if w is not None], activation)
+        turned = [n for n, w, t in zip(("up", "down"), (w1, w2), order, strict=True) if t and w.shape[0] == w.shape[1]]
+        own = [w for w in (w1, weights.b1, w2, weights.b2) if w is not None]
+        identity = fingerprint(own, function_of(activation, turned=turned))
         if entry := next((e for e in entries if e.fingerprint == identity), None):
             if entry.method is not None:
                 check_entry(entry, weights)

@@ -186,3 +186,15 @@ def test_calibration_folds_what_needs_no_fitting() -> None:
     model = nn.Sequential(Block(ffn()), Spelt(AFFINE["nothing"])).eval()
     plan = planned(model)
     assert [entry.method for entry in plan.sites] == ["partial_linear", "exact_fold"]
+
+
+@torch.no_grad()
+def test_a_planned_fold_is_not_used_where_the_graph_shows_no_bounds() -> None:
+    """The plan knows the weights; that their inputs are positive, only the graph of the first model tells."""
+    bounded, unbounded, x = signed(F.relu).eval(), signed(lambda x: x).eval(), inputs(20, 16)
+    plan = planned(bounded)
+    assert [entry.method for entry in plan.sites] == ["exact_fold"]
+    torch.testing.assert_close(compiled(unbounded, plan)(x), unbounded(x))
+    gm, given_inputs, _ = capture(unbounded, x)
+    (outcome,) = pipeline.outcomes(gm, given_inputs, plan)
+    assert "bounds" in str(outcome.reason)
