@@ -58,7 +58,7 @@ class Capture:
         # Whose method it is keeps the capture, and all of it should end with its last reference
         bound = isinstance(observer, types.MethodType)
         self._observer = weakref.WeakMethod(observer) if bound else lambda: observer
-        self._names: dict[int, tuple[weakref.ref[Tensor], list[str]]] = {}
+        self.names: dict[int, list[str]] = {}  # as of the last batch; weak references would forbid to swap weights
         known = weakref.ref(self)  # what Dynamo holds, no garbage collector sees
         with torch._dynamo.config.patch(disable=False):
             self._call = torch.compile(own_code(_call), backend=lambda gm, _: _Graph(gm, known))
@@ -75,6 +75,7 @@ class Capture:
         """
         args, kwargs = arguments(batch)
         self._check_devices([v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)])
+        self.names = self._named()
         dynamo = torch._dynamo.config.patch(
             recompile_limit=256, accumulated_recompile_limit=1024, fail_on_recompile_limit_hit=True,
             disable=False, error_on_recompile=False, suppress_errors=False, repro_after=None, optimize_ddp=False,
@@ -99,22 +100,19 @@ class Capture:
                     f"the batch is on {tensor.device}, the model on {parameter.device}: move one of them"
                 )
 
-    def names(self, tensor: Tensor) -> list[str]:
-        """All names of a tensor in the model, which may have got it only now; none where it is not the model's."""
-        known = self._names.get(id(tensor))
-        if (known is None or known[0]() is not tensor) and isinstance(tensor, nn.Parameter):
-            self._names = {}
-            for named in (self._model.named_parameters, self._model.named_buffers):
-                for name, own in named(remove_duplicate=False):
-                    self._names.setdefault(id(own), (weakref.ref(own), []))[1].append(name)
-            known = self._names.get(id(tensor))
-        return known[1] if known is not None and known[0]() is tensor else []
+    def _named(self) -> dict[int, list[str]]:
+        """All names of the model's tensors, by their ids."""
+        names: dict[int, list[str]] = {}
+        for named in (self._model.named_parameters, self._model.named_buffers):
+            for name, own in named(remove_duplicate=False):
+                names.setdefault(id(own), []).append(name)
+        return names
 
     def observe(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         """What the observer puts in the place of a copy of a graph."""
         gm = copy(gm)
         for node, value in zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True):
-            names = self.names(value) if isinstance(value, Tensor) else []
+            names = self.names.get(id(value), [])
             if names and parameter_name(node) not in names:
                 node.meta["parameter_name"] = names[0]
         observer = self._observer()
@@ -146,7 +144,7 @@ class _Graph:
 
     def _weights(self, inputs: Sequence[Any], capture: Capture) -> Hashable:
         """Tells sets of weights apart: by their names, for two modules may hold equal ones, and by what sites hold."""
-        names = tuple(tuple(capture.names(value)) for value in inputs if isinstance(value, Tensor))
+        names = tuple(tuple(capture.names.get(id(value), ())) for value in inputs if isinstance(value, Tensor))
         return names, *(identity([inputs[p] for p in own], function) for function, own in self._sites)
 
 
