@@ -184,7 +184,7 @@ ACTIVATIONS: dict[str, Activation] = {
         # With s the sigmoid, tanh(softplus(z)) is (1 - (1 - s)^2) / (1 + (1 - s)^2).
         Activation("mish", Z * (2 / (1 + (1 - _SIGMOID) ** 2) - 1), functional.mish),
         Activation(
-            "hardswish", sympy.Piecewise((0, Z < -3), (Z, Z > 3), (Z * (Z + 3) / 6, True)), functional.hardswish
+            "hardswish", Z * sympy.Piecewise((0, Z < -3), (1, Z > 3), ((Z + 3) / 6, True)), functional.hardswish
         ),
         Activation("tanh", sympy.tanh(Z), torch.tanh),
         Activation("sigmoid", _SIGMOID, torch.sigmoid),
