@@ -18,7 +18,7 @@ from tardis_fx.calibration.part import Part
 from tardis_fx.calibration.ranks import Ranks, arithmetic
 from tardis_fx.config import Config
 from tardis_fx.digest import digest
-from tardis_fx.errors import CalibrationError, ConfigError, TardisError
+from tardis_fx.errors import CalibrationError, ConfigError, RewriteError
 from tardis_fx.passes.base import rewrite_named
 from tardis_fx.passes.exact_fold import ExactFold
 from tardis_fx.plan import Plan, SitePlan
@@ -194,17 +194,13 @@ def _fitted(observation: Observation, sites: Sequence[ObservedSite], method: str
     """Fits a rewrite to some sites; where its error could not be measured, a site stays as it is.
 
     Raises:
-        CalibrationError: it could not be measured at any of them, or the rewrite fails.
+        CalibrationError: it could not be measured at any of them.
+        RewriteError: the rewrite fails.
     """
     try:
         plans = rewrite_named(method).fit(observation, sites, config)
-    except TardisError:
-        raise
-    except Exception as error:
-        names = f"{', '.join(site.site.name for site in sites[:4])}{', ...' if len(sites) > 4 else ''}"
-        raise CalibrationError(
-            f"{method} cannot be fitted to {names}: {type(error).__name__}: {error} ({_amount(observation, sites)})"
-        ) from error
+    except RewriteError as error:
+        raise RewriteError(f"{error} ({_amount(observation, sites)})") from error.__cause__
     _warn_of_few(observation, sites)
     faults = [_fault(plan, observation, site) for plan, site in zip(plans, sites, strict=True)]
     if any(faults) and all(fault or plan.method is None for fault, plan in zip(faults, plans, strict=True)):

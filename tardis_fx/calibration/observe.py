@@ -221,7 +221,7 @@ class BatchObservation(Observation):
         self._batch = self._batches[number]
         try:
             self._capture(self._batch)
-        except TardisError:
+        except (TardisError, MemoryError, torch.OutOfMemoryError):  # memory that ran out is handled by its type
             raise
         except Exception as error:
             raise CalibrationError(f"the model fails on batch {number}: {type(error).__name__}: {error}") from error
