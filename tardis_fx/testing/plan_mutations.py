@@ -113,10 +113,10 @@ def values(content: bytes, draw: random.Random) -> bytes:
     name = draw.choice([name for name in header if name != "__metadata__"])
     begin, end = header[name]["data_offsets"]
     extremes = {
-        "F32": torch.tensor([0, -1, 1e38, torch.inf, -torch.inf, torch.nan]),
-        "F16": torch.tensor([0, -1, 65504, torch.inf, torch.nan], dtype=torch.float16),
-        "I32": torch.tensor([0, -1, 31, 32, 2**31 - 1, -(2**31)], dtype=torch.int32),
-    }.get(header[name]["dtype"], torch.tensor([0, 1, 127, 128, 255], dtype=torch.uint8))
+        "F32": torch.tensor([0, -1, 1e38, torch.inf, -torch.inf, torch.nan], dtype=torch.float32, device="cpu"),
+        "F16": torch.tensor([0, -1, 65504, torch.inf, torch.nan], dtype=torch.float16, device="cpu"),
+        "I32": torch.tensor([0, -1, 31, 32, 2**31 - 1, -(2**31)], dtype=torch.int32, device="cpu"),
+    }.get(header[name]["dtype"], torch.tensor([0, 1, 127, 128, 255], dtype=torch.uint8, device="cpu"))
     size, changed = extremes.element_size(), bytearray(data)
     if end - begin >= size:
         for _ in range(draw.choice((1, 4, 64))):

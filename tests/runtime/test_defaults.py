@@ -15,23 +15,28 @@ from builders.gated import Gated
 from torch import Tensor, nn
 
 import tardis_fx
-from tardis_fx import Plan, calibrate
+from tardis_fx import Plan, calibrate, passes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-PACKAGE = Path(tardis_fx.__file__).parent
+#: The passes lie elsewhere in a checkout.
+FOLDERS = [Path(module.__file__).parent for module in (tardis_fx, passes) if module.__file__]
+#: Functions that take the dtype of an array or a tensor.
+FROM_DATA = ("as_tensor", "asarray")
 #: Functions of torch that ask for defaults where they are not told.
 FACTORIES = {
-    "arange", "as_tensor", "asarray", "bartlett_window", "empty", "empty_strided", "eye", "full", "hann_window", "linspace",
+    *FROM_DATA, "arange", "bartlett_window", "empty", "empty_strided", "eye", "full", "hann_window", "linspace",
     "logspace", "normal", "ones", "rand", "randint", "randn", "randperm", "range", "scalar_tensor", "tensor", "zeros",
 }  # fmt: skip
 
 
 def test_no_tensor_is_made_without_a_dtype_and_a_device() -> None:
     calls = {
-        f"{path.relative_to(PACKAGE)}:{node.lineno}": {keyword.arg for keyword in node.keywords}
-        for path in PACKAGE.rglob("*.py")
+        f"{path}:{node.lineno}": {keyword.arg for keyword in node.keywords}
+        | ({"dtype"} if node.func.attr in FROM_DATA else set())
+        for folder in FOLDERS
+        for path in folder.rglob("*.py")
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Call)
         and isinstance(node.func, ast.Attribute)
