@@ -200,6 +200,8 @@ def _fitted(observation: Observation, sites: Sequence[ObservedSite], method: str
     try:
         plans = rewrite_named(method).fit(observation, sites, config)
     except RewriteError as error:
+        if error.__cause__ is None:  # another rank's
+            raise
         raise RewriteError(f"{error} ({_amount(observation, sites)})") from error.__cause__
     _warn_of_few(observation, sites)
     faults = [_fault(plan, observation, site) for plan, site in zip(plans, sites, strict=True)]

@@ -74,7 +74,17 @@ def healed(model: nn.Module, plan: Plan, given: Any = TEXT, **changed: Any) -> P
 def loss(model: nn.Module, plan: Plan, given: list[Tensor]) -> float:
     torch._dynamo.reset()
     run = compiled(model, plan)
-    return sum(float(divergence(run(batch), model(batch))) for batch in given) / len(given)
+    return sum(float(divergence(run(batch), model(batch), batch)) for batch in given) / len(given)
+
+
+def test_the_loss_leaves_padding_out() -> None:
+    logits, dense = torch.randn(2, 2, 5, 7)
+    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 0]])
+    output = CausalLMOutput(logits=logits), CausalLMOutput(logits=dense)
+    masked = divergence(*output, {"input_ids": mask, "attention_mask": mask})
+    logits[mask == 0] = 1e3 * torch.arange(7.0)
+    assert divergence(*output, {"input_ids": mask, "attention_mask": mask}) == masked
+    assert divergence(*output, {"input_ids": mask}) > 10 * masked
 
 
 def same(a: Plan, b: Plan) -> bool:

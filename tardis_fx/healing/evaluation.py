@@ -55,7 +55,7 @@ class Evaluation:
     def _run(self) -> float:
         self._student.train(False)
         with torch.no_grad():
-            losses = [float(divergence(self._student(b), dense(self._model, b))) for b in self._batches]
+            losses = [float(divergence(self._student(b), dense(self._model, b), b)) for b in self._batches]
         return sum(losses) / len(losses)
 
     def _bytes(self) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from torch.utils import _pytree as pytree
 
+from tardis_fx.calibration.batches import real_tokens
 from tardis_fx.errors import CalibrationError, ConfigError, PlanMismatchError
 from tardis_fx.graph.capture import Capture
 from tardis_fx.healing.graft import graft
@@ -112,20 +113,25 @@ def _healable(plan: Plan) -> dict[str, PartialLinear]:
     return found
 
 
-def divergence(output: Any, dense: Any) -> Tensor:
+def divergence(output: Any, dense: Any, batch: Batch) -> Tensor:
     """How far an output is from the dense model's, a scalar.
 
     Of outputs with ``logits``, the Kullback-Leibler divergence of the healed from the dense distribution, in nats a
-    position; of others, the mean squared error of the first tensor of floating point.
+    position; of others, the mean squared error of the first tensor of floating point. Padding does not count.
 
     Args:
         output: what the healed model returned.
         dense: what the dense model returned.
+        batch: what both were called with.
     """
     if isinstance(getattr(dense, "logits", None), Tensor):
         found, wanted = (F.log_softmax(o.logits.float(), -1) for o in (output, dense))
-        return F.kl_div(found, wanted, log_target=True, reduction="none").sum(-1).mean()
-    return F.mse_loss(_first(output).float(), _first(dense).float())
+        errors = F.kl_div(found, wanted, log_target=True, reduction="none").sum(-1)
+    else:
+        errors = F.mse_loss(_first(output).float(), _first(dense).float(), reduction="none")
+        errors = errors.mean(-1) if errors.dim() > 1 else errors
+    real = real_tokens(batch, errors.shape)
+    return errors.mean() if real is None else errors[real.to(errors.device)].mean()
 
 
 def _first(output: Any) -> Tensor:

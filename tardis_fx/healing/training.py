@@ -101,7 +101,7 @@ class Training:
         )
         batch = self._batches[int(order[position])]
         self._student.train()
-        loss = divergence(self._student(batch, gradients=True), dense(self._model, batch))
+        loss = divergence(self._student(batch, gradients=True), dense(self._model, batch), batch)
         _finite(float(loss.detach()), f"batch {int(order[position])}")
         for site in self._student.sites.values():
             if not site.corrected.requires_grad:
