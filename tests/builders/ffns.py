@@ -241,7 +241,7 @@ def exact_gated_plan(weights: SiteWeights, parameters: Sequence[Tensor], activat
     return SitePlan(
         fingerprint=fingerprint(parameters, activation), name="ffn", kind="gated", activation=activation, dtype=str(weights.w1.dtype),
         shapes=tuple(tuple(p.shape) for p in parameters), dense_bytes=weights.bytes, method="partial_linear",
-        settings={"bits": 2, "fold_bits": 16, "row_bits": 16, "activation": activation},
+        settings={"bits": 2, "fold_bits": 16, "row_bits": 16, "group_size": 64, "activation": activation},
         tensors={
             "neurons": torch.arange(hidden, dtype=torch.int32),
             "codes": torch.zeros(0, 2, packed_bytes(d, 2), dtype=torch.uint8),

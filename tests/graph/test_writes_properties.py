@@ -26,7 +26,7 @@ ALIASES: dict[str, Callable[[Graph, fx.Node], fx.Node]] = {
     "a part": lambda g, t: g.call(operator.getitem, t, (Ellipsis, slice(1, 3))),
     "a row": lambda g, t: g.call(operator.getitem, t, 0),
     "detached": lambda g, t: g.call("detach", t),
-    "flat": lambda g, t: g.call("view", t, -1),
+    "flat": lambda g, t: g.call("reshape", t, -1),
     "transposed": lambda g, t: g.call(getattr, t, "T"),
     "a copy": lambda g, t: g.call("clone", t),
     "its own type": lambda g, t: g.call("to", t, torch.float32),
