@@ -20,6 +20,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from tardis_fx.errors import StaleWeightError
+from tardis_fx.graph.site import is_freed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -47,8 +48,10 @@ class Snapshot:
             tensors: of any sizes. Contents are sampled of those on a CPU only.
 
         Raises:
-            StaleWeightError: a tensor is an inference tensor, which has no version.
+            StaleWeightError: a tensor is an inference tensor, which has no version, or its storage was freed.
         """
+        if any(map(is_freed, tensors)):  # to read it would end the process
+            raise StaleWeightError("the storage of a weight was freed: bring it back before the model is called")
         self.ids = tuple(map(id, tensors))
         # As long as there is a weak reference no other storage takes the address.
         self._storages = [StorageWeakRef(tensor.untyped_storage()) for tensor in tensors]
