@@ -169,7 +169,9 @@ def test_the_plan_touches_what_the_budget_allows(
     assert plan.touched_fraction == pytest.approx(site.touched_bytes / site.dense_bytes)
     assert plan.touched_fraction <= budget * 1.02
     if activation not in ("relu", "relu2"):  # those two may be exact for less
-        assert plan.touched_fraction >= budget * 0.98 or site.outlier_rate > 0.99
+        # One price decides for all neurons, to a thousandth, and a neuron at the margin may take or leave all that it can
+        # cost, its share of the weights and its predictor row: what is left over is less than three of 128 such steps.
+        assert plan.touched_fraction >= budget * 0.98 - 3 / 128 or site.outlier_rate > 0.99
 
 
 def counted(plan: SitePlan, model: nn.Sequential, xs: list[Tensor]) -> float:
