@@ -12,7 +12,7 @@ from builders import killing
 from typer.testing import CliRunner
 
 from tardis_fx.errors import ConfigError
-from tardis_fx.passes.partial_linear import PartialLinear
+from tardis_fx.passes.base import rewrite_named
 from tardis_fx.runtime.snapshot import Snapshot
 from tardis_fx.testing import fuzz
 from tardis_fx.testing.fuzz import hunt, judge
@@ -79,13 +79,14 @@ def found(kind: str, count: int, save: Path, route: Any = backend) -> list[Failu
 
 
 def test_programs_find_a_wrong_bias(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    constants = PartialLinear.constants
+    rewrite = rewrite_named("partial_linear")
+    constants = rewrite.constants
 
-    def wrong(self: PartialLinear, plan: SitePlan, weights: SiteWeights) -> Mapping[str, Any]:
-        made = constants(self, plan, weights)
+    def wrong(plan: SitePlan, weights: SiteWeights) -> Mapping[str, Any]:
+        made = constants(plan, weights)
         return made | {"folded_bias": made["folded_bias"] + 1} if len(made["folded_bias"]) < 8 else made
 
-    monkeypatch.setattr(PartialLinear, "constants", wrong)
+    monkeypatch.setattr(rewrite, "constants", wrong)
     failures = found("program", 24, tmp_path)
     wrong_answers = [failure for failure in failures if failure.fault == "wrong answer"]
     assert wrong_answers
