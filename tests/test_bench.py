@@ -40,6 +40,13 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Machine, "measured", classmethod(lambda _: HERE))
 
 
+@pytest.fixture
+def without_torchao(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its modules, too: one that another test has imported is found without the package."""
+    for name in ["torchao", *(name for name in sys.modules if name.startswith("torchao."))]:
+        monkeypatch.setitem(sys.modules, name, None)
+
+
 def _run(*arguments: object) -> str:
     result = CliRunner().invoke(cli.app, ["bench", *map(str, arguments)], catch_exceptions=False)
     assert result.exit_code == 0, result.output
@@ -76,9 +83,8 @@ def test_ffn_has_a_row_for_every_case_and_contender(tmp_path: Path) -> None:
     assert all(row["rounds"] == "9" and float(row["ratio_min"]) <= float(row["ratio_max"]) for row in rows)
 
 
-@pytest.mark.usefixtures("measured")
-def test_model_has_a_row_for_every_contender_or_says_why_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "torchao", None)
+@pytest.mark.usefixtures("measured", "without_torchao")
+def test_model_has_a_row_for_every_contender_or_says_why_not(tmp_path: Path) -> None:
     out = tmp_path / "model.csv"
     text = _run("model", "--shape", "demo", "--layers", 1, "--steps", 16, "--context", 16, "--csv", out)
 
@@ -160,10 +166,9 @@ def test_ratios_are_taken_round_by_round() -> None:
     assert "| 5.00% |" in table.markdown([row], HERE)
 
 
-@pytest.mark.usefixtures("measured")
-def test_a_model_of_ones_own_decodes_by_ones_own_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("measured", "without_torchao")
+def test_a_model_of_ones_own_decodes_by_ones_own_plan(tmp_path: Path) -> None:
     """Its weights, not random ones: a plan fits no others."""
-    monkeypatch.setitem(sys.modules, "torchao", None)
     model = shapes.build(shapes.config_of("demo", 1), torch.float32, 1)
     model.save_pretrained(tmp_path / "own")  # type: ignore[operator]
     tokens = torch.randint(256, (32, 16))
