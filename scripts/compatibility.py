@@ -101,8 +101,8 @@ def write(page: Path, lane: str, rows: dict[str, tuple[str, str]]) -> None:
         before = {row[0]: dict(zip(LANES, row[2:], strict=True)) for row in cells if len(row) == 4}
     lines = []
     for name, (promised, found) in rows.items():
-        columns = before.get(name, dict.fromkeys(LANES, "")) | {lane: found}
-        lines.append(f"| {name} | {promised} | {' | '.join(columns[each] for each in LANES)} |\n")
+        columns = before.get(name, {}) | {lane: found}
+        lines.append(f"| {name} | {promised} | {' | '.join(columns.get(each) or 'not run' for each in LANES)} |\n")
     page.write_text(HEAD + "".join(lines))
 
 
