@@ -6,6 +6,7 @@ import copy
 import ctypes
 import gc
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -178,7 +179,8 @@ def _copy_another_module(w: Weight) -> None:
 
 
 def _swap_tensors(w: Weight) -> None:
-    torch.utils.swap_tensors(w.parameter, nn.Parameter(w.new))
+    with suppress(RuntimeError):  # PyTorch refuses weights to which Dynamo's guards have weak references
+        torch.utils.swap_tensors(w.parameter, nn.Parameter(w.new))
 
 
 def _cast_and_cast_back(w: Weight) -> None:
