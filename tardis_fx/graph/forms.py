@@ -82,9 +82,14 @@ def shape_of(node: fx.Node) -> torch.Size | None:
     return None if value is None else value.shape
 
 
+def same(one: Any, other: Any) -> bool:
+    """Whether two sizes, or two shapes, are known to be equal: plain ``==`` would bind the graph to what it finds."""
+    return bool(statically_known_true(sym_eq(one, other)))
+
+
 def same_tokens(one: torch.Size, other: torch.Size) -> bool:
     """Whether two shapes are known to be equal but for the last axis."""
-    return len(one) == len(other) and bool(statically_known_true(sym_eq(tuple(one[:-1]), tuple(other[:-1]))))
+    return same(tuple(one[:-1]), tuple(other[:-1]))
 
 
 def is_number(node: fx.Node) -> bool:
@@ -133,7 +138,7 @@ def is_transparent(node: fx.Node) -> bool:
         return False
     # A view as another type reads the bits anew, and a cast to whole numbers rounds.
     typed = before.dtype == after.dtype if name in VIEWS else name in CASTS and after.is_floating_point()
-    return typed and bool(before.shape[-1] == after.shape[-1])
+    return typed and same(before.shape[-1], after.shape[-1])
 
 
 def is_halving(node: fx.Node) -> bool:
@@ -142,7 +147,7 @@ def is_halving(node: fx.Node) -> bool:
     if call_name(node) not in SPLIT or not isinstance(parts, (tuple, list)) or len(parts) != 2:
         return False
     whole = shape_of(node.all_input_nodes[0])
-    return whole is not None and all(part.shape == (*whole[:-1], whole[-1] // 2) for part in parts)
+    return whole is not None and all(same(part.shape, (*whole[:-1], whole[-1] // 2)) for part in parts)
 
 
 def half(node: fx.Node) -> int | None:

@@ -164,8 +164,12 @@ def _call(node: fx.Node, value: Callable[[fx.Node], Any], differences: list[Tens
 
 
 def _number(node: fx.Node) -> Any:
-    """The value of a number node; Dynamo writes constants as symbolic floats when sizes are dynamic."""
+    """The value of a number node; Dynamo writes constants as symbolic floats when sizes are dynamic.
+
+    Raises:
+        ValueError: the number is a symbolic size, which the graph must not be bound to.
+    """
     value = node.meta["example_value"]
-    if isinstance(value, torch.SymFloat):
-        return float(value)
-    return int(value) if isinstance(value, torch.SymInt) else value
+    if isinstance(value, torch.SymInt):
+        raise ValueError(f"{node.name} is a symbolic size")
+    return float(value) if isinstance(value, torch.SymFloat) else value

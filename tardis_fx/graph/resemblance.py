@@ -22,6 +22,7 @@ from tardis_fx.graph.forms import (
     VIEWS,
     call_name,
     is_from_parameters,
+    same,
     shape_of,
 )
 from tardis_fx.graph.site import Projection, Site
@@ -74,10 +75,10 @@ def _is_unknown(node: fx.Node) -> bool:
     if isinstance(value, (tuple, list)) and len(value) == 1:  # of a higher-order op
         (value,) = value
     read = [i.meta["example_value"].shape for i in node.all_input_nodes if _is_activation(i)]
-    if not (isinstance(value, torch.Tensor) and value.dim() and 1 <= len(read) <= 2 and len({*read}) == 1):
+    if not (isinstance(value, torch.Tensor) and value.dim() and 1 <= len(read) <= 2 and same(read[0], read[-1])):
         return False
     *batch, columns = read[0] or (0,)
-    return value.shape == read[0] or (len(read) == 1 and tuple(value.shape) == (*batch, columns // 2))
+    return same(value.shape, read[0]) or (len(read) == 1 and same(value.shape, (*batch, columns // 2)))
 
 
 def _is_activation(node: fx.Node) -> bool:

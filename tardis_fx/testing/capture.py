@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
+from torch._guards import TracingContext
+from torch.utils._sympy.symbol import SymT, symbol_is_type
 
 from tardis_fx.graph.matcher import find_sites
 
@@ -26,11 +28,18 @@ class Captured(NamedTuple):
 def capture(
     model: Callable[..., Any], *args: Any, dynamic: bool | None = None, grad: bool = False, **kwargs: Any
 ) -> Captured:
-    """Runs a model through Dynamo, which must make one graph of it."""
+    """Runs a model through Dynamo, which must make one graph of it, bound to no more sizes once it is matched."""
     graphs: list[Captured] = []
 
     def backend(gm: fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        fake_mode: Any = TracingContext.get().fake_mode
+        guards = fake_mode.shape_env.guards
+        before = len(guards)
         graphs.append(Captured(gm, inputs, find_sites(gm.graph)))
+        # The numbers of an activation are part of what it is.
+        added = [guard.expr for guard in guards[before:]]
+        bound = [expr for expr in added if not all(symbol_is_type(s, SymT.FLOAT) for s in expr.free_symbols)]
+        assert not bound, f"matching bound the graph to {bound}"
         return gm.forward
 
     torch._dynamo.reset()

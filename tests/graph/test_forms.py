@@ -274,3 +274,13 @@ def test_its_neighbour_is_listed_and_refused(name: str) -> None:
         assert pair.reason in str(site.reason)
     if name != "dropout that does not drop":
         assert_same(output, model(X))
+
+
+@pytest.mark.parametrize("name", PLAIN | GATED)
+@pytest.mark.parametrize("which", ["accepted", "neighbour"])
+def test_symbolic_sizes_change_nothing_unless_the_reason_says_so(name: str, which: str) -> None:
+    model = Model(getattr((PLAIN | GATED)[name], which)).eval()
+    static, symbolic = (capture(model, X, dynamic=dynamic).sites for dynamic in (False, True))
+    for site, other in zip(static, symbolic, strict=True):
+        unknown = site.reason is None and "not known whether" in str(other.reason)
+        assert unknown or (other.kind, other.reason) == (site.kind, site.reason)

@@ -109,10 +109,11 @@ UNKNOWN: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("name", UNKNOWN)
-def test_an_activation_that_is_not_known_is_named(name: str) -> None:
+def test_an_activation_that_is_not_known_is_named(name: str, dynamic: bool) -> None:
     activation, op = UNKNOWN[name]
-    (site,) = sites_of(Activated(activation), X)
+    (site,) = sites_of(Activated(activation), X, dynamic=dynamic)
     assert op in str(site.reason)
 
 
@@ -125,6 +126,13 @@ class Activated(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(self.activation(self.up(x)))  # type: ignore[no-any-return]
+
+
+def test_a_number_of_tokens_is_no_constant_of_an_activation() -> None:
+    model = Activated(lambda h: F.silu(h) * (h.shape[0] // 2))
+    assert [site.reason for site in sites_of(model, X, dynamic=False)] == [None]
+    (site,) = sites_of(model, X, dynamic=True)
+    assert "not in the registry" in str(site.reason)
 
 
 def test_an_autograd_function_that_records_gradients_is_named() -> None:
@@ -140,9 +148,10 @@ GATES: dict[str, Callable[[Model, Tensor], Tensor]] = {
 }
 
 
+@pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("op", GATES)
-def test_a_gate_that_is_not_known_is_named(op: str) -> None:
-    (site,) = sites_of(Model(GATES[op]), X)
+def test_a_gate_that_is_not_known_is_named(op: str, dynamic: bool) -> None:
+    (site,) = sites_of(Model(GATES[op]), X, dynamic=dynamic)
     assert op in str(site.reason)
 
 
