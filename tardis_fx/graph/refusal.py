@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch.autograd import forward_ad
-from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, statically_known_true, sym_eq
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from tardis_fx.graph.forms import (
     ARITHMETIC,
@@ -18,6 +18,7 @@ from tardis_fx.graph.forms import (
     is_parameter,
     is_training_dropout,
     is_transparent,
+    same,
     same_tokens,
     shape_of,
     value_of,
@@ -82,7 +83,7 @@ def checked(site: Site, writes: Sequence[Write]) -> Site:
     entering, leaving = (shape_of(node) or torch.Size() for node in (site.input, site.output))
     if any(free_unbacked_symbols(size) for size in entering if isinstance(size, torch.SymInt)):
         return site.refused("how many tokens it gets depends on the data")
-    if not statically_known_true(sym_eq(_tokens(entering), _tokens(leaving))):
+    if not same(_tokens(entering), _tokens(leaving)):
         return site.refused("its result has not as many tokens as its input, or it is not known whether it has")
     symbolic = not all(isinstance(size, int) for size in leaving)
     if symbolic and len(leaving) != 2 and not same_tokens(entering, leaving):

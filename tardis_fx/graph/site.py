@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
+from torch.fx.experimental.symbolic_shapes import optimization_hint
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -38,8 +40,9 @@ class Projection:
 
     @property
     def sizes(self) -> tuple[int, int]:
-        """Columns in and columns out; of stacked weights, those of one expert."""
-        *stack, rows, columns = self.weight.meta["example_value"].shape
+        """Columns in and columns out; of stacked weights, those of one expert; of symbolic ones, what they stand for."""
+        shape = self.weight.meta["example_value"].shape
+        *stack, rows, columns = (optimization_hint(size, fallback=0) for size in shape)
         if stack and columns == 1:  # of a convolution: [out, in, kernel]
             (rows,), columns = stack, rows
         return (rows, columns) if self.transposed else (columns, rows)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from tardis_fx.graph.forms import CASTS, call_name, is_from_parameters, is_parameter, shape_of, value_of
+from tardis_fx.graph.forms import CASTS, call_name, is_from_parameters, is_parameter, same, shape_of, value_of
 
 #: Between the stored weights of all experts and those of the ones that are wanted.
 _SELECTS = frozenset("contiguous expand getattr getitem index_select to transpose unsqueeze".split())
@@ -20,20 +20,16 @@ def stored_bias(bias: Any, *, columns: int, stacked: bool) -> fx.Node | None:
     if stacked and (stack := stack_of(bias, dimensions=2)):
         return stack
     bias = stored(bias)
-    while call_name(bias) in ("view", "reshape", "unsqueeze") and _numel(bias) == _last(bias) == _numel(bias.args[0]):
-        bias = bias.args[0]  # type: ignore[assignment]
+    while call_name(bias) in ("view", "reshape", "unsqueeze") and _is_row(bias) and isinstance(bias.args[0], fx.Node):
+        bias = bias.args[0]
     shape = shape_of(bias)
-    return bias if shape is not None and shape == (columns,) and is_weight(bias) else None
+    return bias if shape is not None and same(shape, (columns,)) and is_weight(bias) else None
 
 
-def _numel(node: Any) -> int | None:
-    value = value_of(node) if isinstance(node, fx.Node) else None
-    return None if value is None else value.numel()
-
-
-def _last(node: fx.Node) -> Any:
+def _is_row(node: fx.Node) -> bool:
+    """Whether all that a view shows lies along its last axis."""
     shape = shape_of(node)
-    return shape[-1] if shape else None
+    return shape is not None and len(shape) > 0 and all(same(size, 1) for size in shape[:-1])
 
 
 def stored(node: fx.Node) -> fx.Node:
@@ -70,4 +66,4 @@ def transposes(node: fx.Node) -> bool:
         return False
     swapped = (*before.shape[:-2], before.shape[-1], before.shape[-2])
     strides = (*before.stride()[:-2], before.stride()[-1], before.stride()[-2])
-    return after.shape == swapped and after.stride() == strides
+    return same(after.shape, swapped) and same(after.stride(), strides)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
 import torch
@@ -14,6 +14,9 @@ from torch.nn import functional as F
 from tardis_fx.graph.activations import ACTIVATIONS
 from tardis_fx.graph.site import SiteWeights
 from tardis_fx.testing.capture import capture
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 gelu = F.gelu
 
@@ -284,3 +287,20 @@ def test_symbolic_sizes_change_nothing_unless_the_reason_says_so(name: str, whic
     for site, other in zip(static, symbolic, strict=True):
         unknown = site.reason is None and "not known whether" in str(other.reason)
         assert unknown or (other.kind, other.reason) == (site.kind, site.reason)
+
+
+FUNCTIONS: dict[str, Callable[..., Tensor]] = {
+    "plain": lambda x, w, u, v, a, b: F.linear(gelu(F.linear(x, w)), v),
+    "with biases": lambda x, w, u, v, a, b: F.linear(gelu(F.linear(x, w, u[:, 0])), v, a[0]),
+    "by the transposed": lambda x, w, u, v, a, b: gelu(x @ w.T) @ v.T,
+    "gated": lambda x, w, u, v, a, b: F.linear(F.silu(F.linear(x, w)) * F.linear(x, u), v),
+    "with an adapter": lambda x, w, u, v, a, b: F.linear(gelu(F.linear(x, w) + F.linear(F.linear(x, a), b)), v),
+    "unknown": lambda x, w, u, v, a, b: F.linear(F.logsigmoid(F.linear(x, w)), v),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_an_ffn_whose_weights_have_symbolic_sizes_is_listed(name: str) -> None:
+    tensors = [torch.randn(size) for size in ((3, 8), (32, 8), (32, 8), (8, 32), (2, 8), (32, 2))]
+    (site,) = capture(FUNCTIONS[name], *tensors, dynamic=True).sites
+    assert site.reason is not None
