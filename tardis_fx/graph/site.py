@@ -40,7 +40,7 @@ class Projection:
 
     @property
     def sizes(self) -> tuple[int, int]:
-        """Columns in and columns out; of stacked weights, those of one expert; of symbolic ones, what they stand for."""
+        """Columns in and columns out; of stacked weights those of one expert, of symbolic sizes their hints."""
         shape = self.weight.meta["example_value"].shape
         *stack, rows, columns = (optimization_hint(size, fallback=0) for size in shape)
         if stack and columns == 1:  # of a convolution: [out, in, kernel]
