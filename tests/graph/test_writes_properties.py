@@ -27,7 +27,7 @@ ALIASES: dict[str, Callable[[Graph, fx.Node], fx.Node]] = {
     "a row": lambda g, t: g.call(operator.getitem, t, 0),
     "detached": lambda g, t: g.call("detach", t),
     "flat": lambda g, t: g.call("reshape", t, -1),
-    "transposed": lambda g, t: g.call(getattr, t, "T"),
+    "transposed": lambda g, t: g.call("t", t),
     "a copy": lambda g, t: g.call("clone", t),
     "its own type": lambda g, t: g.call("to", t, torch.float32),
 }
