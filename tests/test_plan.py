@@ -9,6 +9,7 @@ import safetensors
 import safetensors.torch
 import torch
 from builders.ffns import ffn, planned
+from builders.profile import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -109,7 +110,7 @@ def saved(plan: Plan, tmp_path: Path) -> Path:
 # ---- What is written is read
 
 
-@settings(max_examples=100)
+@settings(max_examples=examples(100))
 @given(plan=plans)
 def test_a_plan_round_trips_bit_for_bit_through_its_file(plan: Plan) -> None:
     assert_plan_roundtrip(plan)
@@ -138,7 +139,7 @@ def test_tensors_that_share_memory_are_saved(plan: Plan, folder: Path) -> None:
     assert torch.equal(Plan.load(folder / "shared").sites[0].tensors["b"], whole)
 
 
-@settings(max_examples=50)
+@settings(max_examples=examples(50))
 @given(plan=plans)
 def test_the_touched_fraction_counts_refused_sites_in_full(plan: Plan) -> None:
     dense = sum(site.dense_bytes for site in plan.sites)

@@ -14,6 +14,7 @@ import safetensors
 import safetensors.torch
 import torch
 from builders.ffns import ffn, planned
+from builders.profile import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -74,7 +75,7 @@ def whole() -> bytes:
         return Path(folder, "plan").read_bytes()
 
 
-@settings(max_examples=60)
+@settings(max_examples=examples(60))
 @given(data=st.data())
 def test_a_plan_truncated_at_any_byte_is_refused(data: st.DataObject, folder: Path) -> None:
     path = folder / "truncated"
@@ -82,7 +83,7 @@ def test_a_plan_truncated_at_any_byte_is_refused(data: st.DataObject, folder: Pa
     fails(path, "truncated")
 
 
-@settings(max_examples=300)
+@settings(max_examples=examples(300))
 @given(data=st.data())
 def test_a_damaged_byte_anywhere_is_refused(data: st.DataObject, folder: Path) -> None:
     """Whatever byte is changed to whatever, unless the header says the same in other words."""
@@ -100,7 +101,7 @@ def test_a_damaged_byte_anywhere_is_refused(data: st.DataObject, folder: Path) -
         assert plan_contents(found) == plan_contents(Plan.load(path))
 
 
-@settings(max_examples=100)
+@settings(max_examples=examples(100))
 @given(data=st.data())
 def test_bytes_at_the_end_or_in_between_are_refused(data: st.DataObject, folder: Path) -> None:
     path, content = folder / "longer", whole()

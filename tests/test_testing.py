@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 import typer
+from builders.profile import examples
 from hypothesis import given, settings
 from torch import Tensor
 from torch.nn import functional as F
@@ -233,7 +234,7 @@ def test_the_package_needs_no_hypothesis_and_the_kit_says_that_it_does() -> None
 # ---- What is drawn
 
 
-@settings(max_examples=30)
+@settings(max_examples=examples(30))
 @given(sites())
 def test_what_is_drawn_is_whole_and_the_same_each_time(specimen: Specimen) -> None:
     (model,), (again,) = specimen.ffns(), specimen.ffns()
@@ -255,7 +256,7 @@ def test_no_two_structures_and_no_two_streams_are_alike() -> None:
         assert not any(torch.equal(a, b) for i, a in enumerate(several) for b in several[:i])
 
 
-@settings(max_examples=5)
+@settings(max_examples=examples(5))
 @given(sites(dtypes=[torch.float32], budgets=[0.5, 0.8]))
 def test_a_site_without_a_model_is_planned_as_the_model_is(specimen: Specimen) -> None:
     models, config = specimen.ffns(), Config(method="low_rank", budget=specimen.budget, progress=False)

@@ -5,6 +5,7 @@ from typing import cast
 
 import pytest
 import torch
+from builders.profile import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -89,7 +90,7 @@ def test_the_louder_site_gets_more_bytes(seed: int) -> None:
     assert loud.touched > quiet.touched
 
 
-@settings(max_examples=8)
+@settings(max_examples=examples(8))
 @given(seeds, st.permutations(range(3)))
 def test_the_order_of_the_sites_does_not_matter(seed: int, order: list[int]) -> None:
     allowed = 3 * FLOOR + EVERYTHING

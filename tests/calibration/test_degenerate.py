@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 from builders.ffns import config, ffn
+from builders.profile import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -53,7 +54,7 @@ METHODS = ("partial_linear", "gptq", "sparsegpt", "low_rank", "hot_fold", "linea
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("kind", ["plain", "gated"])
-@settings(max_examples=settings().max_examples // 2)
+@settings(max_examples=examples(10))
 @given(
     st.sampled_from(sorted(DATA)),
     st.lists(st.sampled_from([1, 7, 8, 9, 40, 200]), min_size=1, max_size=3),

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 from typing import cast
 
 import torch
+from builders.profile import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -49,7 +50,7 @@ class Neurons:
         return float(torch.where(ranges.hot, self.error(), 0).sum())
 
 
-@settings(max_examples=200)
+@settings(max_examples=examples(200))
 @given(st.lists(st.lists(st.integers(-9, 9), min_size=4, max_size=4), min_size=1, max_size=9))
 def test_the_cheapest_run_is_the_one_that_brute_force_finds(values: list[list[int]]) -> None:
     table = torch.tensor(values, dtype=torch.float64)

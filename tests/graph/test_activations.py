@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import sympy
 import torch
+from builders.profile import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -30,7 +31,9 @@ every_curved_activation = pytest.mark.parametrize(
 )
 every_registered_activation = pytest.mark.parametrize("activation", ACTIVATIONS.values(), ids=lambda a: a.name)
 
-unhurried = settings(deadline=None, max_examples=50)  # the first example of an activation derives all about it
+unhurried = settings(
+    deadline=None, max_examples=examples(50)
+)  # the first example of an activation derives all about it
 arguments = st.lists(st.floats(-30, 30), min_size=1, max_size=20).map(np.array)
 intervals = st.lists(st.floats(-30, 30), min_size=2, max_size=2).map(sorted)
 slopes = st.floats(-2, 3)

@@ -4,6 +4,7 @@ from random import Random
 
 import pytest
 import torch
+from builders.profile import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import fx
@@ -16,7 +17,7 @@ from tardis_fx.testing.building import Graph
 from tardis_fx.testing.graphs import HIDDEN, TOKENS, WIDTH, Drawn, graphs, reordered
 from tardis_fx.testing.spellings import SPELLINGS
 
-many = settings(max_examples=100)
+many = settings(max_examples=examples(100))
 
 
 def matched(graph: fx.Graph) -> list[Site]:

@@ -6,6 +6,7 @@ import operator
 from typing import TYPE_CHECKING, Any
 
 import torch
+from builders.profile import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import fx
@@ -100,7 +101,7 @@ def rewritten(graph: fx.Graph) -> int:
     return len(sites)
 
 
-@settings(max_examples=200)
+@settings(max_examples=examples(200))
 @given(programs())
 def test_a_site_that_is_matched_can_be_replaced(graph: fx.Graph) -> None:
     expected = evaluated(graph)

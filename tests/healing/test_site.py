@@ -9,6 +9,7 @@ import torch
 from builders.ffns import ACTIVATIONS as NAMES
 from builders.ffns import Oracle, classes, ffn, inputs, oracles, planned
 from builders.gated import FUNCTIONS, Gated
+from builders.profile import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -52,7 +53,7 @@ def changed(site: TrainableSite, seed: int, amount: float = 0.1) -> TrainableSit
     return site
 
 
-@settings(max_examples=20)
+@settings(max_examples=examples(20))
 @given(st.data(), oracles())
 def test_the_differentiable_forward_is_the_specification_whatever_the_classes(
     data: st.DataObject, case: Oracle
@@ -62,7 +63,7 @@ def test_the_differentiable_forward_is_the_specification_whatever_the_classes(
     torch.testing.assert_close(site(case.x), case.rewritten(guarded, exact), atol=1e-4, rtol=1e-4)
 
 
-@settings(max_examples=8)
+@settings(max_examples=examples(8))
 @given(kinds, st.sampled_from([4, 8, 16]), st.sampled_from([3, 4, 16]), st.data(), st.integers(0, 2**16))
 def test_the_differentiable_forward_is_what_the_stored_plan_runs_after_any_change(
     kind: str, fold_bits: int, row_bits: int, data: st.DataObject, seed: int

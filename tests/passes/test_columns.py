@@ -8,6 +8,7 @@ import pytest
 import torch
 from builders.ffns import ACTIVATIONS as NAMES
 from builders.ffns import config, ffn, inputs
+from builders.profile import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -50,7 +51,7 @@ def fit(
     return rewrite.fit(observation, observation.sites, config(budget=budget, fold_bits=8, row_bits=row_bits))
 
 
-@settings(max_examples=6)
+@settings(max_examples=examples(6))
 @given(st.sampled_from(NAMES), st.booleans(), st.sampled_from([0.15, 0.3]), st.sampled_from([3, 4, 8]))
 def test_fitted_columns_miss_less_and_change_nothing_else_but_the_fold(
     activation: str, gated: bool, budget: float, row_bits: int

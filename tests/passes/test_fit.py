@@ -6,6 +6,7 @@ import torch
 from builders.compiled import compiled
 from builders.ffns import ACTIVATIONS as NAMES
 from builders.ffns import FFN, LARGEST, SCALE, ZERO, Activation, Block, batches, config, ffn, inputs, oracle, planned
+from builders.profile import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from tardis_fx.passes.partial_linear import PartialLinear
 from tardis_fx.plan import SitePlan
 from tardis_fx.runtime.packing import unpack
 
-some = settings(max_examples=8)
+some = settings(max_examples=examples(8))
 
 
 def weights_of(model: nn.Sequential) -> SiteWeights:
@@ -155,7 +156,7 @@ def test_under_a_calibrated_oracle_exactly_the_true_outliers_are_corrected(
 # ---- The budget
 
 
-@settings(max_examples=12)
+@settings(max_examples=examples(12))
 @given(
     st.integers(0, 2**16), st.sampled_from(NAMES), st.booleans(), st.floats(0.3, 1.0), st.integers(1, 8),
     st.sampled_from([torch.float32, torch.bfloat16]),

@@ -12,6 +12,7 @@ import transformers as hf
 from builders import models
 from builders.compiled import compiled
 from builders.ffns import config
+from builders.profile import examples
 from hypothesis import given, settings
 
 from tardis_fx import Plan
@@ -44,7 +45,7 @@ def fitted(method: str, kind: str, budget: float = 0.6, *, bias: bool = True) ->
     return observation.sites[0], plan_for(observation, config(method=method, budget=budget)).sites[0]
 
 
-@settings(max_examples=5)
+@settings(max_examples=examples(5))
 @given(weights(dtypes=[torch.float32], kinds=KINDS))
 def test_with_all_the_bytes_the_output_is_the_originals(drawn: Weights) -> None:
     specimen = Specimen(drawn, CALIBRATION)

@@ -11,6 +11,7 @@ from builders import models
 from builders.compiled import compiled
 from builders.ffns import batches, classes, config, ffn, inputs
 from builders.gated import Gated, observed
+from builders.profile import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -83,7 +84,7 @@ def sites(draw: st.DrawFn) -> tuple[Gated, GatedDraft, Tensor]:
     return model, drafted(observed(model), x), x
 
 
-@settings(max_examples=10)
+@settings(max_examples=examples(10))
 @given(sites(), st.data())
 def test_neurons_beyond_the_threshold_and_exact_ones_are_the_original_and_all_others_their_planes(
     drawn: tuple[Gated, GatedDraft, Tensor], data: st.DataObject
@@ -104,7 +105,7 @@ def test_neurons_beyond_the_threshold_and_exact_ones_are_the_original_and_all_ot
     torch.testing.assert_close(found[clear], wanted[clear], rtol=1e-4, atol=atol)
 
 
-@settings(max_examples=6)
+@settings(max_examples=examples(6))
 @given(sites(), st.booleans())
 def test_correcting_everything_gives_the_original(drawn: tuple[Gated, GatedDraft, Tensor], guarded: bool) -> None:
     model, draft, x = drawn

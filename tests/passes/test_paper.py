@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 from builders.ffns import batches, config, ffn, planned
+from builders.profile import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -77,7 +78,7 @@ def test_a_budget_below_fold_and_predictor_is_refused() -> None:
         planned(ffn(32, 128), 32, method="paper", budget=0.2)
 
 
-@settings(max_examples=50)
+@settings(max_examples=examples(50))
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=12), st.floats(0, 1))
 def test_the_hot_range_is_the_narrowest_that_holds_its_share(counts: list[int], share: float) -> None:
     count = torch.tensor(counts, dtype=torch.float64)[:, None]

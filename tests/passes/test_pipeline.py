@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from builders.ffns import Block, config, exact_plan, ffn, inputs, oracle
+from builders.profile import examples
 from hypothesis import given, note, settings
 from torch import Tensor, fx, nn
 
@@ -37,7 +38,7 @@ def exact_plans(graph: fx.Graph, values: dict[fx.Node, Tensor]) -> list[SitePlan
     return plans
 
 
-@settings(max_examples=60)
+@settings(max_examples=examples(60))
 @given(graphs())
 @torch.no_grad()
 def test_any_graph_whose_ffns_compute_every_neuron_exactly_gives_the_same(drawn: Drawn) -> None:

@@ -9,6 +9,7 @@ import torch
 from builders.compiled import compiled
 from builders.ffns import ACTIVATIONS as NAMES
 from builders.ffns import FFN, batches, config, ffn, inputs, planned
+from builders.profile import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -42,7 +43,7 @@ def error(model: FFN, plan: SitePlan, x: Tensor) -> float:
     return float((rewritten(model, plan, x) - expected).norm() / expected.norm())
 
 
-@settings(max_examples=4)
+@settings(max_examples=examples(4))
 @given(st.integers(0, 2**16), st.sampled_from(NAMES), st.booleans())
 def test_with_rows_of_8_bits_computing_every_neuron_is_close_to_the_original(
     seed: int, activation: str, bias: bool

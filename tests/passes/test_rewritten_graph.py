@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from builders import profile
 from builders.compiled import compiled
 from builders.ffns import Oracle, classes, config, oracle, oracles
 from hypothesis import given, settings
@@ -52,7 +53,7 @@ def test_the_graph_that_inductor_compiles_equals_the_eager_specification(
     torch.testing.assert_close(run(o.model(), plan_of(o), x, inner="inductor"), o.rewritten(*CLASSES, x))
 
 
-@settings(max_examples=15)
+@settings(max_examples=profile.examples(15))
 @given(oracles(expanding=True), st.sampled_from(DTYPES), st.data())
 def test_any_ffn_under_any_plan_equals_the_eager_specification(
     o: Oracle, dtype: torch.dtype, data: st.DataObject

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from builders.profile import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -22,7 +23,7 @@ from tardis_fx.runtime.packing import (
     unpack,
 )
 
-many = settings(max_examples=100)
+many = settings(max_examples=examples(100))
 every_width = pytest.mark.parametrize("bits", range(1, 9))
 columns_of_interest = st.one_of(st.integers(1, 200), st.sampled_from([1, 63, 64, 65, 127, 128, 129, 192, 193]))
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 from builders.correction import Arguments, arguments, assert_agree, assert_right, changed, exact
+from builders.profile import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -90,7 +91,7 @@ def ops(draw: st.DrawFn) -> Arguments:
     )
 
 
-@settings(max_examples=10)
+@settings(max_examples=examples(10))
 @given(op=ops())
 def test_the_kernels_agree_with_the_reference(op: Arguments) -> None:
     agree(op)
