@@ -95,6 +95,13 @@ def test_programs_find_a_wrong_bias(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     assert any(tmp_path.iterdir())
 
 
+def test_what_inductor_does_wrong_is_tried_as_users_run_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Snapshot, "holds", lambda *_: 1 / 0)
+    _, failure = judge("program", "inductor", drawn(3, 0, most=12))
+    assert failure is not None
+    assert failure.route == "inductor_cpp"
+
+
 def test_programs_find_an_error_of_no_type(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def fails(*_: object) -> None:
         raise KeyError("a fault")

@@ -131,10 +131,7 @@ def compiled(drawn: Program, route: str, backend: Any) -> Ran:
         else:
             torch._dynamo.reset()
             call = torch.compile(host.call, backend=backend)
-    whole = route == "inductor"
-    # Inductor does not know what a view shares that it left to PyTorch, and would move reads before writes through it.
-    settings = {"fallback_by_default": whole, "reorder_for_peak_memory": not whole, "force_disable_caches": True}
-    with torch._inductor.config.patch(settings):
+    with torch._inductor.config.patch(fallback_by_default=route == "inductor", force_disable_caches=True):
         return host._replace(call=call).run(drawn.inference)
 
 
