@@ -34,8 +34,8 @@ def judge(blocks: Blocks, route: str = "backend") -> Judged:
 
     def failed(fault: str, message: str) -> Judged:
         if route == "inductor":
-            # What users run decides. Inductor moves reads before writes through a view that it left to PyTorch, as no user
-            # asks it to, and does not take every getitem.
+            # What users run decides. Where all is left to PyTorch, which no user asks for, Inductor moves reads before
+            # writes through a view, and does not take every getitem.
             return judge(blocks, "inductor_cpp")
         return Judged("failed", Failure("program", route, blocks, fault, message, drawn.code))
 
