@@ -25,7 +25,7 @@ TOKENS, WIDTH, HIDDEN = 3, 4, 8
 ALIASES: dict[str, Callable[[Graph, fx.Node], fx.Node]] = {
     "itself": lambda g, t: t,
     "a part": lambda g, t: g.call(operator.getitem, t, (Ellipsis, slice(1, 3))),
-    "a row": lambda g, t: g.call(operator.getitem, t, 0),
+    "a row": lambda g, t: g.call(operator.getitem, t, 0 if t.meta["example_value"].dim() > 1 else slice(0, 1)),
     "detached": lambda g, t: g.call("detach", t),
     "flat": lambda g, t: g.call("reshape", t, -1),
     "transposed": lambda g, t: g.call("t", t),
@@ -36,7 +36,7 @@ ALIASES: dict[str, Callable[[Graph, fx.Node], fx.Node]] = {
 WRITES: dict[str, Callable[[Graph, fx.Node], fx.Node]] = {
     "method": lambda g, t: g.call("mul_", t, 3),
     "statement": lambda g, t: g.call(operator.iadd, t, 1),
-    "item": lambda g, t: g.call(operator.setitem, t, 0, 2.0),
+    "item": lambda g, t: g.call(operator.setitem, t, slice(0, 1), 2.0),
     "out": lambda g, t: g.call(torch.add, t, 1, out=t),
     "list": lambda g, t: g.call(torch._foreach_add_, [t], 1.0),
     "inplace": lambda g, t: g.call(F.relu, t, inplace=True),
