@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves, tree_map
 
-from tardis_fx.graph.forms import ARITHMETIC, ELEMENTWISE, call_name, half, is_glu
+from tardis_fx.graph.forms import ARITHMETIC, DROPOUT, ELEMENTWISE, call_name, half, is_glu
 from tardis_fx.graph.recognition import factor, recognise
 from tardis_fx.graph.writes import storages_of
 
@@ -139,7 +139,8 @@ def _run(
             value = value[part]
         elif isinstance(value, Tensor) and not value.is_floating_point():  # the cast of a comparison
             value = value.double()
-        elif storages_of([node]) != storages_of([source]):  # a copy, which later writes do not reach
+        elif call_name(node) not in DROPOUT and storages_of([node]) != storages_of([source]):
+            # A copy, which later writes do not reach.
             value = tree_map(torch.clone, value)
         values[node] = value
     return values[down.input]  # type: ignore[no-any-return]

@@ -1,7 +1,8 @@
 """What a graph writes to in place: a Dynamo graph is not functional, so a node need not keep the value it had.
 
-Nodes whose example values share a storage share memory, whatever views lie between them. A call that is not known to
-write to nothing counts as writing to all its tensors.
+Nodes whose example values share a storage share memory, whatever views lie between them. A dropout that drops nothing
+returns its input, though its example value is a copy. A call that is not known to write to nothing counts as writing to
+all its tensors.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
-from tardis_fx.graph.forms import is_parameter
+from tardis_fx.graph.forms import DROPOUT, call_name, is_parameter
 from tardis_fx.graph.nested import called_graph
 
 if TYPE_CHECKING:
@@ -59,15 +60,19 @@ class Write:
 def writes_of(graph: fx.Graph) -> list[Write]:
     """All nodes of a graph that may write in place, in the order of the graph."""
     # A later call may pass other views of one tensor than this one.
-    inputs = storages_of(n for n in graph.find_nodes(op="placeholder") if not is_parameter(n)) or frozenset()
-    found = []
-    for node in graph.nodes:
-        if targets := _targets(node):
-            storages = storages_of(targets)
-            if storages is not None and not storages.isdisjoint(inputs):
-                storages |= inputs
-            found.append(Write(node, storages))
-    return found
+    together = [storages_of(n for n in graph.find_nodes(op="placeholder") if not is_parameter(n))]
+    together += [storages_of([n, *n.all_input_nodes[:1]]) for n in graph.nodes if call_name(n) in DROPOUT]
+    shared = [storages for storages in together if storages]
+    return [Write(node, _closed(storages_of(targets), shared)) for node in graph.nodes if (targets := _targets(node))]
+
+
+def _closed(storages: frozenset[int] | None, shared: Sequence[frozenset[int]]) -> frozenset[int] | None:
+    """Storages, and all that may be memory of theirs by way of sets that may be one memory."""
+    for _ in shared:
+        for group in shared:
+            if storages is not None and not storages.isdisjoint(group):
+                storages |= group
+    return storages
 
 
 def storages_of(nodes: Iterable[fx.Node]) -> frozenset[int] | None:

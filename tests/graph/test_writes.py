@@ -91,6 +91,9 @@ ALIASES: dict[str, Callable[[Tensor], Tensor]] = {
     "strided": lambda x: x.as_strided((4,), (2,)),
     "a view of bits": lambda x: x.view(torch.int32),
     "its own type": lambda x: x.float(),
+    "a dropout of nothing": lambda x: F.dropout(x, 0.5, training=False),
+    "a dropout of part of a dropout": lambda x: F.dropout(F.dropout(x, 0.0, training=True)[0], 0.5, training=False),
+    "a dropout of features": lambda x: F.alpha_dropout(x, 0.5, training=False),
     "expanded": lambda x: x.view(1, 2, 3, 8).expand(1, 2, 3, 8),
 }
 
