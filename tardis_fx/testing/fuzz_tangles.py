@@ -94,7 +94,7 @@ _WRITES: tuple[Callable[[Scene, fx.Node], fx.Node], ...] = (
     lambda s, v: s.call("index_fill_", v, -1, s.call(torch.tensor, [0]), 1.0),
     lambda s, v: s.call(torch._foreach_add_, [v], 1.0),
     lambda s, v: s.call(torch._foreach_mul_, [v], -1.0),
-    lambda s, v: s.call(torch._foreach_copy_, [v], [s.call("neg", v)]),  # Inductor turns a flip in one and the same memory
+    lambda s, v: s.call(torch._foreach_copy_, [v], [s.call("neg", v)]),  # Inductor flips wrongly there
     lambda s, v: s.call(torch.add, v, 1.0, out=v),
     lambda s, v: s.call(torch.neg, s.call("clone", v), out=v),
     lambda s, v: s.call(torch.ops.aten.add_.Scalar, v, 1.0),
