@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from typing import TYPE_CHECKING
+from unittest import mock
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from tardis_fx.calibration.predictor import DAMPING, factor, inverse_factor
 from tardis_fx.calibration.profile import Moments, precise
 from tardis_fx.calibration.regression import Residual, fitted_tokens, relative_error
 from tardis_fx.passes.base import rewrite_named
+from tardis_fx.runtime import cpu_build
 from tardis_fx.testing.ffn import gated_ffn
 from tardis_fx.testing.observation import SiteObservation
 
@@ -85,7 +87,9 @@ def test_a_plan_states_the_error_that_it_makes(
     assert any(size >= 8 for size in sizes), "no token was held back"
     rewrite = rewrite_named(plan.method)
     held = torch.cat([batch[fitted_tokens(len(batch)) :] for batch in batches])
-    with torch.no_grad():
+    # By the specification: the kernel rounds x to 2^-13 of its block's largest, so that beside a huge column a narrow hot
+    # range is decided by chance.
+    with torch.no_grad(), mock.patch.object(cpu_build, "load", return_value=None):
         exact = model(held).double()
         found = rewrite.forward(held, rewrite.constants(plan, site.weights), plan).double()
     made = relative_error(float((found - exact).square().sum()), float(exact.square().sum()))
