@@ -284,6 +284,14 @@ def test_a_model_without_ffns() -> None:
     refused("no feed-forward network", lambda: planned(nn.Sequential(nn.Linear(16, 16), nn.ReLU()).eval()))
 
 
+def test_a_model_whose_weights_are_all_computed_is_told_so_of_each() -> None:
+    model = nn.Sequential(Block(ffn()), Block(ffn()))
+    for block in model:
+        nn.utils.parametrizations.weight_norm(block.ffn.up)
+    with pytest.raises(CalibrationError, match=r"0\.ffn: .* computed in the graph; 1\.ffn: .* computed in the graph"):
+        planned(model.eval())
+
+
 def test_a_model_none_of_whose_ffns_can_be_rewritten_has_a_plan_that_says_so() -> None:
     plan = calibrate(models.llama(), [models.tokens(4, 16)], config=config(method="paper"))
     assert plan.sites

@@ -146,7 +146,7 @@ class BatchObservation(Observation):
             checkpoint: where the statistics of finished runs are kept, for one fit; given on one rank at the most.
 
         Raises:
-            CalibrationError: no batches, a model in training mode, or a model without any FFN.
+            CalibrationError: no batches, a model in training mode, or one without an FFN that has weights of its own.
         """
         model = uncompiled(model)
         self._batches, self._progress = checked(model, batches), progress
@@ -158,11 +158,16 @@ class BatchObservation(Observation):
         self._counts: dict[str, list[int]] = {}
         self._seen: dict[str, Seen] = {}
         self._rewritten: dict[str, Callable[[Tensor], Tensor]] = {}
+        self._refused: list[str] = []  # names and reasons, of sites that lack weights of their own
         self._capture = Capture(model, self._instrument)
         self._call(0)
         self._refuse_absent()
         if not self._sites:
-            raise CalibrationError("the model has no feed-forward network that tardis_fx recognises")
+            raise CalibrationError(
+                f"no feed-forward network of the model can be rewritten: {'; '.join(self._refused[:4])}"
+                if self._refused
+                else "the model has no feed-forward network that tardis_fx recognises"
+            )
 
     @property
     def sites(self) -> list[ObservedSite]:
@@ -241,7 +246,9 @@ class BatchObservation(Observation):
         moved: dict[fx.Node, fx.Node] = {}  # outputs of sites, where one feeds the next
         for i, site in enumerate(find_sites(gm.graph)):
             if site.reason is not None or any(not isinstance(values.get(p), Tensor) for p in site.parameters):
-                self._admit(site, [values[p] for p in site.parameters if isinstance(values.get(p), Tensor)])
+                parameters = [values[p] for p in site.parameters if isinstance(values.get(p), Tensor)]
+                if self._admit(site, parameters) not in self._sites:
+                    self._refused.append(f"{site.name}: {site.reason}")
                 continue
             gm.add_submodule(f"tardis_enter_{i}", Enter(weakref.proxy(self), site))
             gm.add_submodule(f"tardis_leave_{i}", Leave(weakref.proxy(self), site))
