@@ -263,6 +263,7 @@ class _NamedBefore(torch.nn.Module):
 @pytest.mark.parametrize(("model", "name"), [(_Named(), "cache"), (_NamedBefore(), "past_key_values")])
 def test_a_cache_is_passed_by_the_name_that_the_model_gives_it(model: torch.nn.Module, name: str) -> None:
     assert cache_argument(model) == name
+    assert cache_argument(torch.compile(model)) == name
 
 
 def test_a_model_that_takes_no_cache_is_refused() -> None:

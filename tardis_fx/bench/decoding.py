@@ -10,6 +10,7 @@ import torch
 from torch._inductor import config as inductor_config
 
 from tardis_fx.bench.machine import wait
+from tardis_fx.calibration.batches import uncompiled
 from tardis_fx.errors import BenchError
 from tardis_fx.graph.capture import own_code
 
@@ -61,13 +62,14 @@ def call_model(model: Callable[..., Any], tokens: Tensor, **rest: Any) -> Any:
 
 
 def cache_argument(model: Any) -> str:
-    """Name of the argument, and of the field of the output, in which a model takes and returns its key-value cache.
+    """Name of the argument, and of the output's field, for the key-value cache of a model, compiled or not.
 
     transformers 5.24 renamed ``past_key_values`` to ``cache``.
 
     Raises:
         BenchError: the model's ``forward`` takes neither.
     """
+    model = uncompiled(model)
     parameters = inspect.signature(model.forward).parameters
     for name in ("cache", "past_key_values"):
         if name in parameters:
