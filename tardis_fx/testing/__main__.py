@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Annotated
 
 import typer
@@ -35,4 +36,5 @@ def table(verdicts: list[Verdict]) -> str:
 
 
 if __name__ == "__main__":
+    logging.getLogger("tardis_fx").setLevel(logging.ERROR)  # that drawn models see few tokens is no news
     typer.run(main)
