@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 import typer
 from builders import killing
 from typer.testing import CliRunner
@@ -14,13 +15,13 @@ from typer.testing import CliRunner
 from tardis_fx.errors import ConfigError
 from tardis_fx.passes.base import rewrite_named
 from tardis_fx.runtime.snapshot import Snapshot
-from tardis_fx.testing import fuzz
+from tardis_fx.testing import fuzz, fuzz_runs
 from tardis_fx.testing.fuzz import hunt, judge
 from tardis_fx.testing.fuzz_cases import Blocks, Choices, Failure, Judged, drawn, minimise
 from tardis_fx.testing.fuzz_process import Worker
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from tardis_fx.graph.site import SiteWeights
     from tardis_fx.plan import SitePlan
@@ -134,6 +135,20 @@ def test_programs_run_every_way(route: str) -> None:
 
 
 # ---- The command
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize(
+    "layout",
+    [lambda x: x, lambda x: x[..., 1:], lambda x: x[:, :1], lambda x: x.t().contiguous().t(), lambda x: x[None]],
+)
+def test_a_second_call_has_twice_the_tokens_in_the_same_layout(
+    layout: Callable[[torch.Tensor], torch.Tensor], tokens: int
+) -> None:
+    x = layout(torch.randn(tokens, 4))
+    doubled = fuzz_runs._doubled(x)
+    assert torch.equal(doubled, torch.cat([x, x]))
+    assert doubled.is_contiguous() == x.is_contiguous()
 
 
 def test_the_command_passes_and_tells_its_seed() -> None:

@@ -88,11 +88,31 @@ def host_of(drawn: Program, values: Sequence[Tensor], *, module: bool = False) -
     nodes = drawn.graph.find_nodes(op="placeholder")
     given, more = dict(zip(nodes, own, strict=True)), dict(zip(nodes, again, strict=True))
     if drawn.again == "more tokens":
-        more = {node: torch.cat([value, value]) if value.dim() else value for node, value in more.items()}
+        more = {node: _doubled(value) for node, value in more.items()}
     arguments = [node for node in nodes if not (module and is_weight(node))]
     code = _module(drawn, given) if module else fx.GraphModule(nn.Module(), drawn.graph)
     once_more = [given[node] if is_weight(node) else more[node] for node in arguments]
     return Host(code, own, [given[node] for node in arguments], once_more if drawn.again else None)
+
+
+def _doubled(value: Tensor) -> Tensor:
+    """Twice along its first axis, in the same layout: whether ``contiguous`` copies is a property of the graph."""
+    if not value.dim():
+        return value
+    twice = torch.cat([value, value])
+    if not twice.numel():
+        return twice
+    sizes, (first, *rest) = (2 * len(value), *value.shape[1:]), value.stride()
+    if len(value) == 1:  # then its stride says nothing
+        first = _extent(value.shape[1:], rest)
+    strides = (first, *(2 * stride if stride > first else stride for stride in rest))
+    made = value.new_zeros(_extent(sizes, strides)).as_strided(sizes, strides)
+    return made.copy_(twice)
+
+
+def _extent(sizes: Sequence[int], strides: Sequence[int]) -> int:
+    """Elements from the first to the last."""
+    return 1 + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
 
 
 def _module(drawn: Program, given: dict[fx.Node, Tensor]) -> fx.GraphModule:
