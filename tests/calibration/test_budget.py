@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 from typing import cast
+from unittest import mock
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tardis_fx import CalibrationError
+from tardis_fx.calibration import budget
 from tardis_fx.calibration.budget import allocate
 from tardis_fx.calibration.profile import Histogram, Sums
 from tardis_fx.calibration.ranges import Costs, Ranges, SiteRanges
@@ -32,7 +34,7 @@ def site(seed: int, loudness: float = 1.0) -> SiteRanges:
 
 
 def left(sites: list[SiteRanges], chosen: list[Ranges], norms: list[torch.Tensor]) -> float:
-    """Squared error of what is hot, under the surrogates that were fitted last."""
+    """Squared error of what is hot, under the surrogates that the sites have."""
     total = 0.0
     for ranges, choice, norm in zip(sites, chosen, norms, strict=True):
         error = ranges.sums.error(ranges.slope, ranges.intercept) * norm.double() ** 2
@@ -61,17 +63,14 @@ def test_the_allowance_is_met_and_used(seeds: list[int], share: float) -> None:
 
 @given(seeds, st.floats(0.0, 1.0), st.floats(0.0, 1.0))
 def test_more_bytes_leave_no_more_error(seed: int, one: float, other: float) -> None:
-    """But for what the rounds' local optima differ by: a hundredth of the error with every neuron folded.
-
-    The most among 11,000 pairs, most of them budgets less than 3% apart, was 0.22%.
-    """
+    """In one round, where both start from the same surrogates; more rounds end in local optima, of which this is not true."""
     errors = []
-    for share in (0.0, *sorted((one, other))):
-        sites = [site(seed), site(seed + 1)]
-        chosen = allocate(sites, 2 * (FLOOR + share * (EVERYTHING - FLOOR)))
-        errors.append(left(sites, chosen, norms([seed, seed + 1])))
-    folded, less, more = errors
-    assert more <= less + 0.01 * folded
+    for share in sorted((one, other)):
+        with mock.patch.object(budget, "ROUNDS", 1):
+            chosen = allocate([site(seed), site(seed + 1)], 2 * (FLOOR + share * (EVERYTHING - FLOOR)))
+        errors.append(left([site(seed), site(seed + 1)], chosen, norms([seed, seed + 1])))
+    less, more = errors
+    assert more <= less * (1 + 1e-9)
 
 
 @given(seeds)
