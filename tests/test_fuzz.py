@@ -134,9 +134,6 @@ def test_programs_run_every_way(route: str) -> None:
     assert verdicts["rewritten"] > 2, verdicts
 
 
-# ---- The command
-
-
 @pytest.mark.parametrize("tokens", [1, 3])
 @pytest.mark.parametrize(
     "layout",
@@ -149,6 +146,9 @@ def test_a_second_call_has_twice_the_tokens_in_the_same_layout(
     doubled = fuzz_runs._doubled(x)
     assert torch.equal(doubled, torch.cat([x, x]))
     assert doubled.is_contiguous() == x.is_contiguous()
+
+
+# ---- The command
 
 
 def test_the_command_passes_and_tells_its_seed() -> None:
