@@ -284,7 +284,7 @@ def test_a_model_without_ffns() -> None:
     refused("no feed-forward network", lambda: planned(nn.Sequential(nn.Linear(16, 16), nn.ReLU()).eval()))
 
 
-def test_a_model_whose_weights_are_all_computed_is_told_so_of_each() -> None:
+def test_a_model_whose_weights_are_all_computed_is_refused_with_the_reasons() -> None:
     model = nn.Sequential(Block(ffn()), Block(ffn()))
     for block in model:
         nn.utils.parametrizations.weight_norm(block.ffn.up)
