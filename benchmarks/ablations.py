@@ -20,19 +20,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from tardis_fx import Config, Plan
-from tardis_fx.calibration.observe import BatchObservation
-from tardis_fx.calibration.ranges import Ranges, SiteRanges, _cheapest_run
-from tardis_fx.demo import measure
 from tardis_fx.demo.model import load
+from tardis_fx.measure import quality as measure
+from tardis_fx.observation.observe import BatchObservation
+from tardis_fx.partial_linear.ranges import Ranges, SiteRanges, _cheapest_run
 from tardis_fx.passes.partial_linear import PartialLinear
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from tardis_fx.calibration.draft import Draft
-    from tardis_fx.calibration.profile import Histogram
-    from tardis_fx.calibration.residuals import ResidualObserver
-    from tardis_fx.calibration.widths import Fitted
+    from tardis_fx.partial_linear.draft import Draft
+    from tardis_fx.partial_linear.histogram import Histogram
+    from tardis_fx.partial_linear.residuals import ResidualObserver
+    from tardis_fx.partial_linear.widths import Fitted
 
 WINDOWS = 64
 WIDTHS = Config(fold_bits=4, row_bits=4, progress=False)

@@ -24,15 +24,15 @@ from typing import TYPE_CHECKING
 import torch
 
 from tardis_fx.bench import ffn, model
-from tardis_fx.bench.machine import Gpu
 from tardis_fx.bench.plans import Widths
-from tardis_fx.bench.table import LEAST_ROUNDS, markdown
 from tardis_fx.errors import TardisError
+from tardis_fx.measure.machine import Gpu
+from tardis_fx.measure.table import LEAST_ROUNDS, markdown
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from tardis_fx.bench.table import Row
+    from tardis_fx.measure.table import Row
 
 ROOT = Path(__file__).resolve().parents[1]
 #: Seconds in all, and what a case is given to finish in: none is begun later.

@@ -15,7 +15,7 @@ import transformers as hf
 
 import tardis_fx
 from tardis_fx import backend
-from tardis_fx.bench.decoding import cache_argument
+from tardis_fx.measure.decoding import cache_argument
 from tardis_fx.runtime.guard import GuardedGraph
 
 if TYPE_CHECKING:

@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tardis_fx import Config, Plan, count_touched, heal
-from tardis_fx.calibrate import plan_for
-from tardis_fx.calibration.observe import BatchObservation
-from tardis_fx.demo import measure
 from tardis_fx.demo.model import load
+from tardis_fx.measure import quality as measure
+from tardis_fx.observation.observe import BatchObservation
+from tardis_fx.planning import plan_for
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

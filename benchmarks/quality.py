@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tardis_fx import Config, TardisError
-from tardis_fx.bench import compare_cli, intx
-from tardis_fx.bench.cases import Case, Dense, Planned, Torchao
-from tardis_fx.bench.subjects import LENGTH, WINDOWS, Encoder
+from tardis_fx.cli import compare as compare_cli
+from tardis_fx.compare import intx
+from tardis_fx.compare.cases import Case, Dense, Planned, Torchao
+from tardis_fx.compare.subjects import LENGTH, WINDOWS, Encoder
 from tardis_fx.errors import BenchError
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from tardis_fx.bench.subjects import Subject
+    from tardis_fx.compare.subjects import Subject
 
 #: Budgets by method; those of weight-only quantisation hold 2, 3, 4 and 8 bits with their scales, and 2 bits
 #: with groups of 128 columns, too.

@@ -20,9 +20,9 @@ from typing import Any
 import torch
 
 from tardis_fx.bench import shapes
-from tardis_fx.bench.decoding import cache_argument
 from tardis_fx.bench.plans import Widths, random_plans
-from tardis_fx.graph.capture import own_code
+from tardis_fx.measure.decoding import cache_argument
+from tardis_fx.observation.capture import own_code
 
 CONTEXT = 128
 WIDTHS = Widths(2, 4, 4)

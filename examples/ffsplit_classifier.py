@@ -18,9 +18,9 @@ from tqdm import tqdm
 from transformers import BertConfig, BertForSequenceClassification
 
 import tardis_fx
-from tardis_fx.bench.table import in_turn, ratio
 from tardis_fx.demo.corpus import Split, modules
 from tardis_fx.demo.model import load
+from tardis_fx.measure.table import in_turn, ratio
 
 #: Tokens of a snippet, characters that hold them, snippets of a batch, rounds of timing.
 LENGTH, LONGEST, BATCH, ROUNDS = 64, 800, 16, 20

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from tardis_fx.errors import ConfigError
-from tardis_fx.foreign import raising_typed
+from tardis_fx.observation.foreign import raising_typed
 from tardis_fx.passes.layout import check
 
 if TYPE_CHECKING:
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from tardis_fx.calibration.observe import Observation, ObservedSite
     from tardis_fx.config import Config
     from tardis_fx.graph.site import Site, SiteWeights
+    from tardis_fx.observation.observe import Observation, ObservedSite
     from tardis_fx.passes.layout import Layout
     from tardis_fx.plan import SitePlan
 

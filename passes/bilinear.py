@@ -12,18 +12,18 @@ from typing import TYPE_CHECKING, ClassVar
 
 from torch.nn import functional as F  # noqa: N812
 
-from tardis_fx.calibration.affine import Neurons, regress
 from tardis_fx.passes.hot_fold import folded, map_bytes, map_layout
 from tardis_fx.passes.static import Choice, StaticRewrite, measured
+from tardis_fx.statistics.affine import Neurons, regress
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from torch import Tensor
 
-    from tardis_fx.calibration.observe import Observation, ObservedSite
     from tardis_fx.config import Config
     from tardis_fx.graph.site import Site, SiteWeights
+    from tardis_fx.observation.observe import Observation, ObservedSite
     from tardis_fx.passes.layout import Layout
     from tardis_fx.plan import SitePlan
 

@@ -13,19 +13,19 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
-from tardis_fx.calibration.check import Check
-from tardis_fx.calibration.part import Part
 from tardis_fx.errors import ConfigError
+from tardis_fx.observation.part import Part
 from tardis_fx.passes.base import Rewrite, stored_bytes
+from tardis_fx.statistics.check import Check
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from torch import Tensor
 
-    from tardis_fx.calibration.observe import Observation, ObservedSite
     from tardis_fx.config import Config
     from tardis_fx.graph.site import Site, SiteWeights
+    from tardis_fx.observation.observe import Observation, ObservedSite
     from tardis_fx.plan import SitePlan
 
 

@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from tardis_fx.calibration.observe import Observation, ObservedSite
     from tardis_fx.config import Config
     from tardis_fx.graph.site import Site
+    from tardis_fx.observation.observe import Observation, ObservedSite
     from tardis_fx.passes.layout import Layout
 
 

@@ -11,21 +11,21 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-from tardis_fx.calibration.operands import Sizes
 from tardis_fx.graph.feed_forward import BIASES, biases, dense, feed_forward, matrices, narrowed
 from tardis_fx.passes.base import matrices_of
 from tardis_fx.passes.layout import indices, setting
 from tardis_fx.passes.low_rank import factors, thin, truncated
 from tardis_fx.passes.static import Choice, StaticRewrite, bias_bytes, measured
+from tardis_fx.statistics.operands import Sizes
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from torch import Tensor
 
-    from tardis_fx.calibration.observe import Observation, ObservedSite
     from tardis_fx.config import Config
     from tardis_fx.graph.site import SiteWeights
+    from tardis_fx.observation.observe import Observation, ObservedSite
     from tardis_fx.passes.layout import Layout
     from tardis_fx.plan import SitePlan
 

@@ -8,18 +8,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-from tardis_fx.calibration.operands import Grams
 from tardis_fx.graph.feed_forward import matrices
 from tardis_fx.passes.rtn import Rtn
 from tardis_fx.passes.static import measured
+from tardis_fx.statistics.operands import Grams
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from torch import Tensor
 
-    from tardis_fx.calibration.observe import Observation, ObservedSite
     from tardis_fx.config import Config
+    from tardis_fx.observation.observe import Observation, ObservedSite
 
 
 class Gptq(Rtn):

@@ -18,20 +18,20 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch.nn import functional as F  # noqa: N812
 
-from tardis_fx.calibration.affine import Neurons, Outputs
 from tardis_fx.graph.feed_forward import biases, dense, matrices, narrowed
 from tardis_fx.passes.base import matrices_of
 from tardis_fx.passes.layout import Expected, indices, setting
 from tardis_fx.passes.static import Choice, StaticRewrite, measured
+from tardis_fx.statistics.affine import Neurons, Outputs
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from torch import Tensor
 
-    from tardis_fx.calibration.observe import Observation, ObservedSite
     from tardis_fx.config import Config
     from tardis_fx.graph.site import SiteWeights
+    from tardis_fx.observation.observe import Observation, ObservedSite
     from tardis_fx.passes.layout import Layout
     from tardis_fx.plan import SitePlan
 

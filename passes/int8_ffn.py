@@ -23,12 +23,12 @@ import torch
 from torch.nn import functional as F  # noqa: N812
 from torch.overrides import TorchFunctionMode
 
-from tardis_fx.calibration.predictor import quantise
 from tardis_fx.errors import CalibrationError, ConfigError
 from tardis_fx.passes.base import Rewrite, stored_bytes
 from tardis_fx.passes.composed import with_errors
 from tardis_fx.passes.original import Original
 from tardis_fx.plan import SitePlan
+from tardis_fx.quantisation import quantise
 from tardis_fx.runtime import ops  # noqa: F401 - registers torch.ops.tardis
 from tardis_fx.runtime.packing import BLOCK, packed_bytes, row_bytes
 
@@ -37,9 +37,9 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from tardis_fx.calibration.observe import Observation, ObservedSite
     from tardis_fx.config import Config
     from tardis_fx.graph.site import Site, SiteWeights
+    from tardis_fx.observation.observe import Observation, ObservedSite
 
 
 class Int8Ffn(Rewrite):
@@ -208,7 +208,7 @@ class Int4Ffn(Int8Ffn):
         return codes, rows * row_bytes(columns, 4, BLOCK) - codes
 
     def quantise(self, matrix: Tensor) -> tuple[Tensor, ...]:
-        """As :func:`tardis_fx.calibration.predictor.quantise` lays them out."""
+        """As :func:`tardis_fx.quantisation.quantise` lays them out."""
         found = quantise(matrix.float(), None, 4, BLOCK)
         return found.codes, found.scale, found.zero
 

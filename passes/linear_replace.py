@@ -15,10 +15,10 @@ from tardis_fx.passes.whole import WholeSites
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from tardis_fx.calibration.regression import Residual
     from tardis_fx.graph.site import SiteWeights
     from tardis_fx.passes.layout import Layout
     from tardis_fx.plan import SitePlan
+    from tardis_fx.statistics.regression import Residual
 
 
 class LinearReplace(WholeSites):

@@ -13,21 +13,21 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch.nn import functional as F  # noqa: N812
 
-from tardis_fx.calibration.operands import Grams
-from tardis_fx.calibration.predictor import factor
 from tardis_fx.graph.feed_forward import BIASES, biases, feed_forward, linear, matrices
 from tardis_fx.passes.base import matrices_of
 from tardis_fx.passes.layout import Expected
 from tardis_fx.passes.static import Choice, StaticRewrite, bias_bytes, measured
+from tardis_fx.quantisation import factor
+from tardis_fx.statistics.operands import Grams
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from torch import Tensor
 
-    from tardis_fx.calibration.observe import Observation, ObservedSite
     from tardis_fx.config import Config
     from tardis_fx.graph.site import SiteWeights
+    from tardis_fx.observation.observe import Observation, ObservedSite
     from tardis_fx.passes.layout import Layout
     from tardis_fx.plan import SitePlan
 

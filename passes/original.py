@@ -13,9 +13,9 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from tardis_fx.calibration.observe import Observation, ObservedSite
     from tardis_fx.config import Config
     from tardis_fx.graph.site import SiteWeights
+    from tardis_fx.observation.observe import Observation, ObservedSite
     from tardis_fx.passes.layout import Layout
     from tardis_fx.plan import SitePlan
 

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from tardis_fx.calibration.ranges import Ranges, SiteRanges
 from tardis_fx.errors import CalibrationError
+from tardis_fx.partial_linear.ranges import Ranges, SiteRanges
 from tardis_fx.passes.partial_linear import PartialLinear
 
 if TYPE_CHECKING:
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from tardis_fx.calibration.draft import Draft
     from tardis_fx.graph.site import Site
+    from tardis_fx.partial_linear.draft import Draft
 
 
 class Paper(PartialLinear):

@@ -5,10 +5,10 @@
 2. The predictor, W1 in a few bits, tells which guarded neurons leave their hot range for this token; their exact terms
    are added from W1 and W2 (sections 5.2 and 5.3).
 3. Beyond the paper: neurons that earn no predictor row are always folded or always exact; hot ranges, classes and the
-   split over layers minimise the error at a given number of bytes (:mod:`tardis_fx.calibration.ranges`); C and B are
-   regressed on what is still missing (:mod:`tardis_fx.calibration.regression`); C and the rows that corrections read
-   may be quantised (:mod:`tardis_fx.calibration.draft`), and then the columns of W2 are regressed together with C
-   (:mod:`tardis_fx.calibration.columns`).
+   split over layers minimise the error at a given number of bytes (:mod:`tardis_fx.partial_linear.ranges`); C and B are
+   regressed on what is still missing (:mod:`tardis_fx.statistics.regression`); C and the rows that corrections read
+   may be quantised (:mod:`tardis_fx.partial_linear.draft`), and then the columns of W2 are regressed together with C
+   (:mod:`tardis_fx.partial_linear.columns`).
 4. Gated sites take the same path with a plane in the line's place (:mod:`tardis_fx.passes.gated`), at the same price of
    a byte.
 """
@@ -25,31 +25,32 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 from tqdm import tqdm
 
-from tardis_fx.calibration.budget import allocate
-from tardis_fx.calibration.columns import fit_columns
-from tardis_fx.calibration.draft import Draft
-from tardis_fx.calibration.gated_draft import GatedDraft, GatedRanges
-from tardis_fx.calibration.observe import BatchObservation
-from tardis_fx.calibration.products import ScoreHistogram
-from tardis_fx.calibration.profile import Histogram, Moments
-from tardis_fx.calibration.ranges import Ranges, SiteRanges
-from tardis_fx.calibration.residuals import ResidualObserver, Several, within_memory
-from tardis_fx.calibration.target import least_budget
-from tardis_fx.calibration.widths import Fitted, mix
 from tardis_fx.errors import CalibrationError
+from tardis_fx.observation.observe import BatchObservation
+from tardis_fx.partial_linear.budget import allocate
+from tardis_fx.partial_linear.columns import fit_columns
+from tardis_fx.partial_linear.draft import Draft
+from tardis_fx.partial_linear.gated_draft import GatedDraft, GatedRanges
+from tardis_fx.partial_linear.products import ScoreHistogram
+from tardis_fx.partial_linear.ranges import Ranges, SiteRanges
+from tardis_fx.partial_linear.residuals import ResidualObserver, Several, within_memory
+from tardis_fx.partial_linear.widths import Fitted, mix
 from tardis_fx.passes import gated
 from tardis_fx.passes.base import Rewrite, stored_bytes
 from tardis_fx.passes.layout import Expected, coded_rows, codes, indices, setting
 from tardis_fx.plan import SitePlan
 from tardis_fx.runtime import ops  # noqa: F401 - registers torch.ops.tardis
 from tardis_fx.runtime.packing import GROUP_SIZES, low_bits
+from tardis_fx.statistics.moments import Moments
+from tardis_fx.statistics.target import least_budget
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from tardis_fx.calibration.observe import Observation, ObservedSite
     from tardis_fx.config import Config
     from tardis_fx.graph.site import Site, SiteWeights
+    from tardis_fx.observation.observe import Observation, ObservedSite
+    from tardis_fx.partial_linear.histogram import Histogram
     from tardis_fx.passes.layout import Layout
 
     Histograms = Mapping[str, Histogram | ScoreHistogram]

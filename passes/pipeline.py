@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from torch._subclasses.fake_tensor import is_fake
 
 from tardis_fx.errors import PlanMismatchError, StaleWeightError
-from tardis_fx.fingerprint import fingerprint
 from tardis_fx.graph.matcher import find_sites
 from tardis_fx.graph.site import SiteWeights
 from tardis_fx.graph.subclasses import stored_tensors
@@ -20,7 +19,9 @@ from tardis_fx.graph.unfuse import unfuse
 from tardis_fx.passes.base import rewrite_named
 from tardis_fx.passes.entry import check_entry, check_site
 from tardis_fx.passes.exact_fold import ExactFold
-from tardis_fx.runtime import cpu, cuda
+from tardis_fx.runtime.cpu import op as cpu
+from tardis_fx.runtime.cuda import dispatch as cuda
+from tardis_fx.runtime.fingerprint import fingerprint
 from tardis_fx.runtime.guard import SiteGuard, refuse_released
 
 if TYPE_CHECKING:

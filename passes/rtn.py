@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch.nn import functional as F  # noqa: N812
 
-from tardis_fx.calibration.predictor import Quantised, quantise
 from tardis_fx.graph.feed_forward import BIASES, biases, feed_forward, matrices
 from tardis_fx.passes.layout import codes, setting
 from tardis_fx.passes.static import Choice, StaticRewrite, bias_bytes
+from tardis_fx.quantisation import Quantised, quantise
 from tardis_fx.runtime import ops  # noqa: F401 - registers torch.ops.tardis
 from tardis_fx.runtime.packing import GROUP_SIZES, row_bytes
 
@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from tardis_fx.calibration.observe import Observation, ObservedSite
     from tardis_fx.config import Config
     from tardis_fx.graph.site import SiteWeights
+    from tardis_fx.observation.observe import Observation, ObservedSite
     from tardis_fx.passes.layout import Layout
     from tardis_fx.plan import SitePlan
 

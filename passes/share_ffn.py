@@ -17,25 +17,25 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from tardis_fx.calibration.affine import regress
-from tardis_fx.calibration.operands import Dense
-from tardis_fx.calibration.regression import Residual, fitted_tokens
 from tardis_fx.errors import CalibrationError
 from tardis_fx.graph.feed_forward import biases, dense, matrices
 from tardis_fx.passes import layout
 from tardis_fx.passes.layout import Expected, setting
 from tardis_fx.passes.low_rank import factors, thin, truncated
 from tardis_fx.passes.static import Choice, StaticRewrite
+from tardis_fx.statistics.affine import regress
+from tardis_fx.statistics.operands import Dense
+from tardis_fx.statistics.regression import Residual, fitted_tokens
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from torch import Tensor
 
-    from tardis_fx.calibration.merging import Merge
-    from tardis_fx.calibration.observe import Observation, ObservedSite
     from tardis_fx.config import Config
     from tardis_fx.graph.site import SiteWeights
+    from tardis_fx.observation.merging import Merge
+    from tardis_fx.observation.observe import Observation, ObservedSite
     from tardis_fx.passes.layout import Layout
     from tardis_fx.plan import SitePlan
 

@@ -14,25 +14,25 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from tardis_fx.calibration.operands import Sizes
 from tardis_fx.graph.feed_forward import biases, dense, matrices
 from tardis_fx.passes.base import matrices_of
 from tardis_fx.passes.layout import Expected
 from tardis_fx.passes.layout import dense as dense_layout
 from tardis_fx.passes.static import Choice, StaticRewrite, bias_bytes, measured
 from tardis_fx.runtime.packing import pack, packed_bytes, unpack
+from tardis_fx.statistics.operands import Sizes
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from torch import Tensor
 
-    from tardis_fx.calibration.observe import Observation, ObservedSite
-    from tardis_fx.calibration.operands import ByMatrix
     from tardis_fx.config import Config
     from tardis_fx.graph.site import Site, SiteWeights
+    from tardis_fx.observation.observe import Observation, ObservedSite
     from tardis_fx.passes.layout import Layout
     from tardis_fx.plan import SitePlan
+    from tardis_fx.statistics.operands import ByMatrix
 
 
 class Sparse(StaticRewrite):

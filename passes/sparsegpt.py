@@ -13,17 +13,17 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from tardis_fx.calibration.operands import Grams
-from tardis_fx.calibration.predictor import inverse_factor
 from tardis_fx.graph.feed_forward import biases
 from tardis_fx.passes.sparse import Sparse, highest, two_of_four
+from tardis_fx.quantisation import inverse_factor
+from tardis_fx.statistics.operands import Grams
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from tardis_fx.calibration.operands import ByMatrix
     from tardis_fx.graph.site import SiteWeights
     from tardis_fx.plan import SitePlan
+    from tardis_fx.statistics.operands import ByMatrix
 
 #: Columns whose mask is chosen together.
 BLOCK = 128

@@ -13,22 +13,22 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from tardis_fx.calibration.check import Check
-from tardis_fx.calibration.observe import BatchObservation
-from tardis_fx.calibration.target import least_budget
 from tardis_fx.errors import CalibrationError
 from tardis_fx.graph.feed_forward import biases
+from tardis_fx.observation.observe import BatchObservation
 from tardis_fx.passes.base import Rewrite, stored_bytes
 from tardis_fx.plan import SitePlan
+from tardis_fx.statistics.check import Check
+from tardis_fx.statistics.target import least_budget
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from torch import Tensor
 
-    from tardis_fx.calibration.observe import Observation, ObservedSite, SiteObserver
     from tardis_fx.config import Config
     from tardis_fx.graph.site import Site, SiteWeights
+    from tardis_fx.observation.observe import Observation, ObservedSite, SiteObserver
 
 O = TypeVar("O", bound="SiteObserver")
 

@@ -14,23 +14,23 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch.nn import functional as F  # noqa: N812
 
-from tardis_fx.calibration.affine import Outputs
-from tardis_fx.calibration.operands import Dense
-from tardis_fx.calibration.regression import AffineMap, Residual, fitted_tokens
 from tardis_fx.graph.feed_forward import biases, dense, matrices
 from tardis_fx.passes.hot_fold import folded, map_bytes, map_layout
 from tardis_fx.passes.layout import Expected
 from tardis_fx.passes.static import Choice, StaticRewrite, measured
+from tardis_fx.statistics.affine import Outputs
+from tardis_fx.statistics.operands import Dense
+from tardis_fx.statistics.regression import AffineMap, Residual, fitted_tokens
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from torch import Tensor
 
-    from tardis_fx.calibration.merging import Merge
-    from tardis_fx.calibration.observe import Observation, ObservedSite
     from tardis_fx.config import Config
     from tardis_fx.graph.site import SiteWeights
+    from tardis_fx.observation.merging import Merge
+    from tardis_fx.observation.observe import Observation, ObservedSite
     from tardis_fx.passes.layout import Layout
     from tardis_fx.plan import SitePlan
 

@@ -12,20 +12,20 @@ from typing import TYPE_CHECKING
 
 from torch.nn import functional as F  # noqa: N812
 
-from tardis_fx.calibration.affine import Outputs
 from tardis_fx.errors import CalibrationError
 from tardis_fx.passes.static import Choice, StaticRewrite, measured
+from tardis_fx.statistics.affine import Outputs
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from torch import Tensor
 
-    from tardis_fx.calibration.observe import Observation, ObservedSite
-    from tardis_fx.calibration.regression import Residual
     from tardis_fx.config import Config
     from tardis_fx.graph.site import SiteWeights
+    from tardis_fx.observation.observe import Observation, ObservedSite
     from tardis_fx.plan import SitePlan
+    from tardis_fx.statistics.regression import Residual
 
 
 class WholeSites(StaticRewrite):

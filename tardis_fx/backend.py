@@ -15,18 +15,18 @@ from torch._dynamo.source import GlobalStateSource
 from torch._guards import TracingContext
 from torch._subclasses.fake_tensor import is_fake
 
-from tardis_fx.calibration.live import Settings, extended, reset
 from tardis_fx.config import Config, Options
 from tardis_fx.errors import ConfigError, PlanMismatchError, StaleWeightError, TardisError
-from tardis_fx.graph.capture import own_code
 from tardis_fx.graph.frozen import freeze, lift
 from tardis_fx.graph.surgery import copy
+from tardis_fx.live.profiled import ProfiledGraph, return_inputs
+from tardis_fx.live.profiles import Settings, extended, reset
+from tardis_fx.live.retrace import Retrace
+from tardis_fx.observation.capture import own_code
 from tardis_fx.passes import pipeline
 from tardis_fx.plan import resolve
-from tardis_fx.runtime.cuda import show_kernels
+from tardis_fx.runtime.cuda.dispatch import show_kernels
 from tardis_fx.runtime.guard import FrozenGraph, GuardedGraph, Unknown, refuse_released
-from tardis_fx.runtime.profiled import ProfiledGraph, return_inputs
-from tardis_fx.runtime.retrace import Retrace
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from tardis_fx.calibration import live
-from tardis_fx.graph.capture import Capture, identity
 from tardis_fx.graph.site import SiteWeights, is_released
 from tardis_fx.graph.subclasses import stored_tensors
+from tardis_fx.live import profiles as live
+from tardis_fx.observation.capture import Capture, identity
 from tardis_fx.passes import pipeline
 from tardis_fx.passes.base import rewrite_named
 from tardis_fx.plan import resolve
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
     from torch import fx, nn
 
-    from tardis_fx.calibration.observe import Batch
     from tardis_fx.graph.site import Site
+    from tardis_fx.observation.observe import Batch
     from tardis_fx.plan import Plan, SitePlan
 
 

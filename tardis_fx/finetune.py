@@ -11,18 +11,18 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from tardis_fx.calibration.check import Check
-from tardis_fx.calibration.observe import BatchObservation, checked
 from tardis_fx.errors import CalibrationError, ConfigError
-from tardis_fx.graph.capture import Capture, recordable
 from tardis_fx.heal import TUNING
 from tardis_fx.healing.dense import DenseSite
 from tardis_fx.healing.graft import graft
 from tardis_fx.healing.student import frozen
+from tardis_fx.observation.capture import Capture, recordable
+from tardis_fx.observation.observe import BatchObservation, checked
 from tardis_fx.passes import pipeline
 from tardis_fx.passes.entry import rewrite_of
 from tardis_fx.passes.exact_fold import ExactFold
 from tardis_fx.plan import Plan, resolve
+from tardis_fx.statistics.check import Check
 
 if TYPE_CHECKING:
     import os
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
     from torch import fx
 
-    from tardis_fx.calibration.observe import Batch
     from tardis_fx.graph.site import SiteWeights
+    from tardis_fx.observation.observe import Batch
     from tardis_fx.plan import SitePlan
 
 _log = logging.getLogger("tardis_fx")

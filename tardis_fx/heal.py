@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 import torch
 from tqdm import tqdm
 
-from tardis_fx.calibration.observe import checked
 from tardis_fx.errors import CalibrationError, ConfigError
 from tardis_fx.healing import checkpoint as checkpoints
 from tardis_fx.healing.evaluation import Evaluation
 from tardis_fx.healing.student import Student, frozen
 from tardis_fx.healing.training import Training
+from tardis_fx.observation.observe import checked
 from tardis_fx.plan import resolve
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from tardis_fx.calibration.observe import Batch
+    from tardis_fx.observation.observe import Batch
     from tardis_fx.plan import Plan
 
 _log = logging.getLogger("tardis_fx")

@@ -12,9 +12,9 @@ from safetensors import SafetensorError
 
 from tardis_fx.config import Config
 from tardis_fx.errors import ConfigError, PlanFileError, TardisError
-from tardis_fx.fingerprint import fingerprint
 from tardis_fx.planfile import VERSION as VERSION
 from tardis_fx.planfile import content_of, header_of
+from tardis_fx.runtime.fingerprint import fingerprint
 from tardis_fx.tensorfile import read, read_header, write
 
 if TYPE_CHECKING:

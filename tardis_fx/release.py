@@ -14,22 +14,22 @@ from torch import Tensor, nn
 
 from tardis_fx.digest import digest
 from tardis_fx.errors import ConfigError, PlanMismatchError
-from tardis_fx.fingerprint import fingerprint, remember
-from tardis_fx.graph.capture import Capture
 from tardis_fx.graph.site import SiteWeights, is_released
+from tardis_fx.observation.capture import Capture
 from tardis_fx.passes import pipeline
 from tardis_fx.passes.base import rewrite_named
 from tardis_fx.plan import resolve
 from tardis_fx.released import guard
 from tardis_fx.resident import FileMappings, resident_bytes
+from tardis_fx.runtime.fingerprint import fingerprint, remember
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from torch import fx
 
-    from tardis_fx.calibration.observe import Batch
     from tardis_fx.graph.site import Site
+    from tardis_fx.observation.observe import Batch
     from tardis_fx.plan import Plan, SitePlan
 
 _log = logging.getLogger("tardis_fx")

@@ -25,7 +25,7 @@ from tardis_fx import (
     calibrate,
     explain,
 )
-from tardis_fx.bench.decoding import cache_argument
+from tardis_fx.measure.decoding import cache_argument
 from tardis_fx.passes.pipeline import DECODE_TOKENS
 
 if TYPE_CHECKING:

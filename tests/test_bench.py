@@ -14,20 +14,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from tardis_fx import cli
-from tardis_fx.bench import machine, shapes, table, weight_only
 from tardis_fx.bench import model as models
-from tardis_fx.bench.decoding import cache_argument
+from tardis_fx.bench import shapes
 from tardis_fx.bench.ffn import COLD, copies_for
-from tardis_fx.bench.machine import Machine
 from tardis_fx.bench.model import FROZEN, MARGIN
 from tardis_fx.bench.plans import Widths, ffn_weights, random_plans
-from tardis_fx.bench.table import Row
 from tardis_fx.calibrate import calibrate
-from tardis_fx.calibration.observe import BatchObservation
-from tardis_fx.calibration.ranges import Costs
+from tardis_fx.cli import main as cli
 from tardis_fx.config import Config
 from tardis_fx.errors import BenchError, PlanMismatchError
+from tardis_fx.measure import machine, table, weight_only
+from tardis_fx.measure.decoding import cache_argument
+from tardis_fx.measure.machine import Machine
+from tardis_fx.measure.table import Row
+from tardis_fx.observation.observe import BatchObservation
+from tardis_fx.partial_linear.ranges import Costs
 from tardis_fx.passes.base import stored_bytes
 from tardis_fx.passes.partial_linear import PartialLinear
 from tardis_fx.runtime.touched import count_touched

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tardis_fx import CalibrationError, Config, ConfigError, Plan, TardisError, calibrate
-from tardis_fx.calibrate import plan_for
-from tardis_fx.calibration.observe import BatchObservation
+from tardis_fx.observation.observe import BatchObservation
 from tardis_fx.passes.base import rewrite_named
+from tardis_fx.planning import plan_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -21,7 +21,7 @@ from tardis_fx import (
     TardisError,
     calibrate,
 )
-from tardis_fx.cli import app
+from tardis_fx.cli.main import app
 from tardis_fx.demo.model import cut
 
 if TYPE_CHECKING:

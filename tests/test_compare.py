@@ -16,12 +16,14 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from typer.testing import CliRunner
 
-from tardis_fx import Config, Plan, cli
-from tardis_fx.bench import cases, compare_cli, intx, report
-from tardis_fx.bench.cases import Case, Contender, Dense, Planned, Torchao, Trial
-from tardis_fx.bench.compare import compare
-from tardis_fx.bench.records import Record, Records
-from tardis_fx.bench.subjects import Encoder, LanguageModel
+from tardis_fx import Config, Plan
+from tardis_fx.cli import compare as compare_cli
+from tardis_fx.cli import main as cli
+from tardis_fx.compare import cases, intx, report
+from tardis_fx.compare.cases import Case, Contender, Dense, Planned, Torchao, Trial
+from tardis_fx.compare.compare import compare
+from tardis_fx.compare.records import Record, Records
+from tardis_fx.compare.subjects import Encoder, LanguageModel
 from tardis_fx.demo.model import DemoModel, cut, load
 from tardis_fx.digest import digest
 from tardis_fx.errors import BenchError, CalibrationError, ConfigError, DemoError, TardisError

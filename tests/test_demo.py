@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from tardis_fx import cli
+from tardis_fx.cli import main as cli
 from tardis_fx.demo import corpus, run
 from tardis_fx.errors import DemoError
 

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.testing._internal.two_tensor import TwoTensor
 
 from tardis_fx import CalibrationError, PlanMismatchError, StaleWeightError, calibrate, explain
-from tardis_fx.calibration.observe import BatchObservation
+from tardis_fx.observation.observe import BatchObservation
 
 if TYPE_CHECKING:
     pass

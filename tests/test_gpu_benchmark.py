@@ -14,8 +14,8 @@ from types import ModuleType
 import pytest
 import torch
 
-from tardis_fx.bench.machine import Gpu
-from tardis_fx.bench.table import Row
+from tardis_fx.measure.machine import Gpu
+from tardis_fx.measure.table import Row
 
 needs_none = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")
 HERE = Gpu("A Device 80GB", 132, 50 << 20, 2500.0, 3000.0)

@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 from torch.nn.utils import parametrize
 
 from tardis_fx import PlanMismatchError, StaleWeightError, explain
-from tardis_fx.calibration.observe import BatchObservation
+from tardis_fx.observation.observe import BatchObservation
 
 pytestmark = pytest.mark.filterwarnings(r"ignore:`torch\.jit\.:DeprecationWarning")  # torch.func loads decompositions
 

@@ -26,14 +26,14 @@ from tardis_fx import (
     count_touched,
     heal,
 )
-from tardis_fx.calibrate import refused
-from tardis_fx.calibration.observe import BatchObservation
 from tardis_fx.graph.site import SiteWeights
 from tardis_fx.healing import checkpoint as checkpoints
 from tardis_fx.healing import student, training
 from tardis_fx.healing.evaluation import Evaluation
 from tardis_fx.healing.student import Student, divergence
+from tardis_fx.observation.observe import BatchObservation
 from tardis_fx.passes.base import rewrite_named
+from tardis_fx.planning import refused
 from tardis_fx.runtime.packing import low_bits, row_bytes
 
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ from builders.ffns import Block, batches, config, ffn, inputs
 from torch import nn
 
 from tardis_fx import ConfigError, Plan, calibrate, explain
-from tardis_fx.calibrate import plan_for
-from tardis_fx.calibration.observe import BatchObservation
+from tardis_fx.observation.observe import BatchObservation
+from tardis_fx.planning import plan_for
 from tardis_fx.testing import assert_equivalent, assert_plan_roundtrip
 from tardis_fx.testing.assertions import contents
 

@@ -15,7 +15,7 @@ from builders.offload import HIDDEN, SITES, D
 from torch import nn
 
 from tardis_fx import CheckpointError, ConfigError, Plan, calibrate
-from tardis_fx.calibration.profile import BINS
+from tardis_fx.partial_linear.histogram import BINS
 from tardis_fx.testing.assertions import contents
 
 

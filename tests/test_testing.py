@@ -19,14 +19,14 @@ from torch.nn import functional as F
 from typer.testing import CliRunner
 
 from tardis_fx import Config
-from tardis_fx.calibrate import plan_for
-from tardis_fx.calibration.observe import BatchObservation, Observation, ObservedSite
 from tardis_fx.graph.site import Site, SiteWeights
+from tardis_fx.observation.observe import BatchObservation, Observation, ObservedSite
 from tardis_fx.passes import base
 from tardis_fx.passes.hot_fold import HotFold
 from tardis_fx.passes.low_rank import LowRank
 from tardis_fx.passes.static import Choice
 from tardis_fx.plan import SitePlan
+from tardis_fx.planning import plan_for
 from tardis_fx.testing import (
     LAWS,
     assert_equivalent,

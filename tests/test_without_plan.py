@@ -13,8 +13,8 @@ from builders.ffns import Block, ffn, inputs
 from torch import Tensor, nn
 
 from tardis_fx import Config, ConfigError, explain
-from tardis_fx.calibration import residuals
-from tardis_fx.calibration.arrivals import PATIENCE, Repeats
+from tardis_fx.live.arrivals import PATIENCE, Repeats
+from tardis_fx.partial_linear import residuals
 from tardis_fx.passes.partial_linear import PartialLinear
 
 if TYPE_CHECKING:

@@ -1,8 +1,8 @@
 """Neurons whose output hardly varies become part of the bias; as many of the others stay as the budget allows."""
 
-from tardis_fx.calibration.operands import Operands
 from tardis_fx.graph.feed_forward import biases, dense, matrices, narrowed
 from tardis_fx.passes.static import Choice, StaticRewrite, measured
+from tardis_fx.statistics.operands import Operands
 
 
 class Spread(Operands):

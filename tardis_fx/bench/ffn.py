@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from tardis_fx.bench.machine import last_level_cache, wait
 from tardis_fx.bench.plans import Widths, random_plans
-from tardis_fx.bench.table import Row, in_turn
-from tardis_fx.graph.capture import own_code
+from tardis_fx.measure.machine import last_level_cache, wait
+from tardis_fx.measure.table import Row, in_turn
+from tardis_fx.observation.capture import own_code
 from tardis_fx.passes.pipeline import decode_tokens
 from tardis_fx.runtime import reference
 

@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tardis_fx.bench import shapes, weight_only
-from tardis_fx.bench.decoding import Decoder, call_model, texts
+from tardis_fx.bench import shapes
 from tardis_fx.bench.ffn import COLD
-from tardis_fx.bench.machine import available_memory, last_level_cache
 from tardis_fx.bench.plans import ffn_weights, random_plans
-from tardis_fx.bench.table import Row, in_turn
 from tardis_fx.errors import BenchError, ConfigError
-from tardis_fx.graph.capture import own_code
+from tardis_fx.measure import weight_only
+from tardis_fx.measure.decoding import Decoder, call_model, texts
+from tardis_fx.measure.machine import available_memory, last_level_cache
+from tardis_fx.measure.table import Row, in_turn
+from tardis_fx.observation.capture import own_code
 from tardis_fx.plan import Plan
 from tardis_fx.runtime.touched import count_touched
 

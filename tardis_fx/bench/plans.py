@@ -11,26 +11,26 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from tardis_fx.calibration.affine import regress
-from tardis_fx.calibration.observe import BatchObservation
-from tardis_fx.calibration.predictor import quantise
-from tardis_fx.calibration.ranges import Costs
 from tardis_fx.config import Config
 from tardis_fx.errors import BenchError
 from tardis_fx.graph.activations import ACTIVATIONS
+from tardis_fx.observation.observe import BatchObservation
+from tardis_fx.partial_linear.ranges import Costs
 from tardis_fx.passes.partial_linear import PartialLinear
 from tardis_fx.plan import Plan, SitePlan
+from tardis_fx.quantisation import quantise
 from tardis_fx.runtime.packing import low_bits
 from tardis_fx.runtime.reference import estimate
 from tardis_fx.runtime.reference_gated import beyond
+from tardis_fx.statistics.affine import regress
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import Tensor, nn
 
-    from tardis_fx.calibration.observe import ObservedSite
     from tardis_fx.graph.site import SiteWeights
+    from tardis_fx.observation.observe import ObservedSite
 
 #: Columns that share a scale and a zero point.
 GROUP_SIZE = Config().group_size
@@ -49,7 +49,7 @@ class Widths(NamedTuple):
     rows: int = 16
 
     def costs(self, d: int, d_out: int, size: int, *, bias: bool, gated: bool = False) -> Costs:
-        """Bytes of a site of such a plan; arguments as of :meth:`tardis_fx.calibration.ranges.Costs.of`."""
+        """Bytes of a site of such a plan; arguments as of :meth:`tardis_fx.partial_linear.ranges.Costs.of`."""
         bits = self.predictor, size, self.fold, self.rows
         return Costs.of(d, d_out, *bits, group_size=GROUP_SIZE, bias=bias, gated=gated)
 

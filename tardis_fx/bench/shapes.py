@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tardis_fx.bench.machine import available_memory
 from tardis_fx.errors import BenchError, ConfigError
+from tardis_fx.measure.machine import available_memory
 
 if TYPE_CHECKING:
     from torch import nn

@@ -13,13 +13,13 @@ import torch
 from rich.progress import Progress
 from rich.table import Table
 
-from tardis_fx.bench.table import in_turn, ratio
-from tardis_fx.calibrate import plan_for
-from tardis_fx.calibration.observe import BatchObservation
 from tardis_fx.config import Config
-from tardis_fx.demo import measure
 from tardis_fx.demo.model import DemoModel, load
 from tardis_fx.errors import DemoError
+from tardis_fx.measure import quality as measure
+from tardis_fx.measure.table import in_turn, ratio
+from tardis_fx.observation.observe import BatchObservation
+from tardis_fx.planning import plan_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 def parameter_name(node: fx.Node) -> str:
     """Name of a lifted parameter as in ``model.named_parameters()``, from the source that Dynamo noted.
 
-    Behind a graph break the source begins at some module inside the model; :class:`tardis_fx.graph.capture.Capture`,
-    which has the model, then notes the name itself. Of a weight that the graph computes, the name of the first
-    parameter it is computed from.
+    After a graph break the source begins at some module inside the model; the capture of an observation, which has the
+    model, then notes the name itself. Of a weight that the graph computes, the name of the first parameter that it is
+    computed from.
     """
     while node.op != "placeholder" and node.all_input_nodes:
         node = node.all_input_nodes[0]

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Sequence
 
-    from tardis_fx.calibration.observe import Batch
+    from tardis_fx.observation.observe import Batch
     from tardis_fx.plan import Plan
 
 

@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from tardis_fx.calibration.observe import BatchObservation
 from tardis_fx.graph import feed_forward
-from tardis_fx.graph.capture import arguments
 from tardis_fx.healing.student import Student, divergence
+from tardis_fx.observation.capture import arguments
+from tardis_fx.observation.observe import BatchObservation
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from tardis_fx.calibration.observe import Batch, ObservedSite
     from tardis_fx.healing.site import TrainableSite
+    from tardis_fx.observation.observe import Batch, ObservedSite
     from tardis_fx.plan import Plan, SitePlan
 
 

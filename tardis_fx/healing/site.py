@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from tardis_fx.calibration.ranges import Costs
+from tardis_fx.partial_linear.ranges import Costs
 from tardis_fx.runtime import reference
 from tardis_fx.runtime.packing import join, low_bits, pack, split, spread, unpack
 

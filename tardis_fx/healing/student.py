@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from torch.utils import _pytree as pytree
 
-from tardis_fx.calibration.batches import real_tokens
 from tardis_fx.errors import CalibrationError, ConfigError, PlanMismatchError
-from tardis_fx.graph.capture import Capture
 from tardis_fx.healing.graft import graft
 from tardis_fx.healing.kinds import KINDS
+from tardis_fx.observation.batches import real_tokens
+from tardis_fx.observation.capture import Capture
 from tardis_fx.passes import pipeline
 from tardis_fx.passes.entry import rewrite_of
 from tardis_fx.passes.exact_fold import ExactFold
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 
     from torch import fx
 
-    from tardis_fx.calibration.observe import Batch
     from tardis_fx.graph.site import SiteWeights
     from tardis_fx.healing.site import TrainableSite
+    from tardis_fx.observation.observe import Batch
     from tardis_fx.plan import Plan, SitePlan
 
 _log = logging.getLogger("tardis_fx")

@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from tardis_fx.calibration.observe import Batch
     from tardis_fx.healing.evaluation import Evaluation
     from tardis_fx.healing.student import Student
+    from tardis_fx.observation.observe import Batch
 
 _log = logging.getLogger("tardis_fx")
 

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from tardis_fx.errors import ConfigError, PlanMismatchError, StaleWeightError
-from tardis_fx.fingerprint import content_hash, fingerprint
 from tardis_fx.graph.site import Site, SiteWeights, is_released
+from tardis_fx.runtime.fingerprint import content_hash, fingerprint
 from tardis_fx.runtime.snapshot import Snapshot
 
 if TYPE_CHECKING:

@@ -10,8 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tardis_fx.runtime import cpu, cpu_gated, cuda, reference, reference_gated
+from tardis_fx.runtime import reference, reference_gated
 from tardis_fx.runtime.arguments import check, check_codes, check_devices, check_gated, check_lists
+from tardis_fx.runtime.cpu import gated as cpu_gated
+from tardis_fx.runtime.cpu import op as cpu
+from tardis_fx.runtime.cuda import dispatch as cuda
 from tardis_fx.runtime.touched import Touched, counted
 
 

@@ -133,7 +133,7 @@ class _Sample:
 @cache
 def _comparison() -> Callable[[int, int, int, int], int]:
     """Counts the lines that differ from their copies: in C++ where the kernel can be had."""
-    from tardis_fx.runtime import cpu_build
+    from tardis_fx.runtime.cpu import build as cpu_build
 
     library = cpu_build.load()
     if library is None:

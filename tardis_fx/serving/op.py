@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, fx
 
-from tardis_fx.calibration.check import original as dense
 from tardis_fx.graph.site import SiteWeights
 from tardis_fx.passes.base import rewrite_named
 from tardis_fx.passes.pipeline import decode_tokens
 from tardis_fx.plan import SitePlan
-from tardis_fx.runtime import cpu
+from tardis_fx.runtime.cpu import op as cpu
 from tardis_fx.serving.rows import decoding
 from tardis_fx.serving.step import query_lengths
+from tardis_fx.statistics.check import original as dense
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

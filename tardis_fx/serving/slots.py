@@ -11,10 +11,10 @@ from vllm.distributed import tensor_model_parallel_all_gather
 from vllm.model_executor.layers.linear import LinearBase, RowParallelLinear
 
 from tardis_fx.errors import PlanMismatchError, ServingError, StaleWeightError
-from tardis_fx.fingerprint import fingerprint
 from tardis_fx.graph.recognition import recognise
 from tardis_fx.graph.site import SiteWeights, function_of
 from tardis_fx.passes.entry import check_entry
+from tardis_fx.runtime.fingerprint import fingerprint
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

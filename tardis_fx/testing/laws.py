@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from hypothesis import reject
 
-from tardis_fx.calibrate import plan_for
-from tardis_fx.calibration.check import original
-from tardis_fx.calibration.regression import fitted_tokens
 from tardis_fx.config import Config
 from tardis_fx.errors import CalibrationError
 from tardis_fx.passes.base import rewrite_named
+from tardis_fx.planning import plan_for
+from tardis_fx.statistics.check import original
+from tardis_fx.statistics.regression import fitted_tokens
 from tardis_fx.testing.assertions import (
     TOLERANCES,
     assert_equivalent,
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from tardis_fx.calibration.observe import ObservedSite
+    from tardis_fx.observation.observe import ObservedSite
     from tardis_fx.plan import Plan, SitePlan
     from tardis_fx.testing.strategies import Specimen
 

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn import functional as F  # noqa: N812
 
-from tardis_fx.calibration.observe import Observation, ObservedSite, Seen
-from tardis_fx.calibration.regression import fitted_tokens
 from tardis_fx.errors import CalibrationError
-from tardis_fx.fingerprint import fingerprint
 from tardis_fx.graph.matcher import find_sites
 from tardis_fx.graph.site import SiteWeights
+from tardis_fx.observation.observe import Observation, ObservedSite, Seen
+from tardis_fx.runtime.fingerprint import fingerprint
+from tardis_fx.statistics.regression import fitted_tokens
 from tardis_fx.testing.building import Graph
 from tardis_fx.testing.ffn import FFN, GatedFFN, gated_ffn
 from tardis_fx.testing.spellings import SPELLINGS
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from tardis_fx.calibration.observe import O
     from tardis_fx.graph.site import Site
+    from tardis_fx.observation.observe import O
 
 
 class SiteObservation(Observation):

@@ -11,12 +11,12 @@ from torch.utils._pytree import tree_leaves
 
 from builders.ffns import config, exact_plan
 from tardis_fx import Plan
-from tardis_fx.fingerprint import fingerprint
 from tardis_fx.graph.matcher import find_sites
 from tardis_fx.graph.site import SiteWeights
 from tardis_fx.graph.unfuse import unfuse
 from tardis_fx.passes import pipeline
 from tardis_fx.passes.partial_linear import PartialLinear
+from tardis_fx.runtime.fingerprint import fingerprint
 from tardis_fx.runtime.guard import GuardedGraph
 
 if TYPE_CHECKING:

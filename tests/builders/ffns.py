@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tardis_fx import Config, Plan, calibrate
-from tardis_fx.fingerprint import fingerprint
 from tardis_fx.graph.site import SiteWeights
 from tardis_fx.passes.base import rewrite_named
 from tardis_fx.passes.partial_linear import PartialLinear
 from tardis_fx.plan import SitePlan
+from tardis_fx.runtime.fingerprint import fingerprint
 from tardis_fx.runtime.packing import group_count, pack, packed_bytes
 from tardis_fx.testing.ffn import ACTIVATIONS, FFN, Activation, inputs
 from tardis_fx.testing.ffn import Block as Block

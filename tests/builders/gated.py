@@ -12,7 +12,7 @@ from tardis_fx.testing.building import Graph
 from tardis_fx.testing.observation import of, site_of
 
 if TYPE_CHECKING:
-    from tardis_fx.calibration.observe import ObservedSite
+    from tardis_fx.observation.observe import ObservedSite
 
 
 FUNCTIONS = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu, "sigmoid": torch.sigmoid}

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from builders.ffns import Block, batches, config, ffn
 from tardis_fx import Config, TardisError, calibrate
-from tardis_fx.calibration.observe import BatchObservation
+from tardis_fx.observation.observe import BatchObservation
 from tardis_fx.passes.partial_linear import PartialLinear
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tardis_fx.calibration.affine import regress
+from tardis_fx.statistics.affine import regress
 
 
 def sums_of(terms: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from tardis_fx import CalibrationError, Config, ConfigError, TardisError, calibrate
-from tardis_fx.calibration.batches import MASKS, checked, real_tokens
+from tardis_fx.observation.batches import MASKS, checked, real_tokens
 from tardis_fx.testing.assertions import contents
 
 IDS = models.tokens(4, 16)

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tardis_fx import CalibrationError
-from tardis_fx.calibration import budget
-from tardis_fx.calibration.budget import allocate
-from tardis_fx.calibration.profile import Histogram, Sums
-from tardis_fx.calibration.ranges import Costs, Ranges, SiteRanges
+from tardis_fx.partial_linear import budget
+from tardis_fx.partial_linear.budget import allocate
+from tardis_fx.partial_linear.histogram import Histogram, Sums
+from tardis_fx.partial_linear.ranges import Costs, Ranges, SiteRanges
 
 seeds = st.integers(0, 2**16)
 TOKENS, HIDDEN, BINS = 400, 64, 32

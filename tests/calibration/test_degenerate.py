@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tardis_fx import CalibrationError
-from tardis_fx.calibrate import plan_for
-from tardis_fx.calibration.predictor import DAMPING, factor, inverse_factor
-from tardis_fx.calibration.profile import Moments, precise
-from tardis_fx.calibration.regression import Residual, fitted_tokens, relative_error
 from tardis_fx.passes.base import rewrite_named
-from tardis_fx.runtime import cpu_build
+from tardis_fx.planning import plan_for
+from tardis_fx.quantisation import DAMPING, factor, inverse_factor
+from tardis_fx.runtime.cpu import build as cpu_build
 from tardis_fx.runtime.reference import estimate
+from tardis_fx.statistics.moments import Moments, precise
+from tardis_fx.statistics.regression import Residual, fitted_tokens, relative_error
 from tardis_fx.testing.ffn import gated_ffn
 from tardis_fx.testing.observation import SiteObservation
 

@@ -6,7 +6,7 @@ import weakref
 from builders.ffns import config, ffn, inputs
 
 import tardis_fx
-from tardis_fx.calibration.observe import BatchObservation
+from tardis_fx.observation.observe import BatchObservation
 
 
 def test_an_observation_and_what_it_measured_end_with_the_calibration() -> None:

@@ -8,17 +8,17 @@ from builders import gated
 from builders.ffns import ffn, inputs
 
 from tardis_fx import CalibrationError, CheckpointError
-from tardis_fx.calibration.affine import Neurons, Outputs
-from tardis_fx.calibration.check import Check
-from tardis_fx.calibration.checkpoint import Checkpoint
-from tardis_fx.calibration.draft import Draft
-from tardis_fx.calibration.gated_draft import GatedDraft
-from tardis_fx.calibration.merging import statistics
-from tardis_fx.calibration.operands import Grams, Sizes
-from tardis_fx.calibration.profile import Moments
-from tardis_fx.calibration.ranges import Ranges, SiteRanges
-from tardis_fx.calibration.residuals import Several
+from tardis_fx.observation.checkpoint import Checkpoint
+from tardis_fx.observation.merging import statistics
+from tardis_fx.partial_linear.draft import Draft
+from tardis_fx.partial_linear.gated_draft import GatedDraft
+from tardis_fx.partial_linear.ranges import Ranges, SiteRanges
+from tardis_fx.partial_linear.residuals import Several
 from tardis_fx.passes.drop_bias import Lost
+from tardis_fx.statistics.affine import Neurons, Outputs
+from tardis_fx.statistics.check import Check
+from tardis_fx.statistics.moments import Moments
+from tardis_fx.statistics.operands import Grams, Sizes
 from tardis_fx.testing.observation import observed
 
 if TYPE_CHECKING:
@@ -95,9 +95,10 @@ def test_every_tensor_or_number_that_a_batch_changes_is_a_statistic(make: Callab
         found: dict[str, Any] = {}
         for name, value in vars(observer).items():
             for i, part in enumerate(value if isinstance(value, list) else [value]):
-                if type(part).__module__ in ("tardis_fx.calibration.regression", "tardis_fx.calibration.profile") or (
-                    type(part).__name__ == "ResidualObserver"
-                ):
+                if type(part).__module__ in (
+                    "tardis_fx.statistics.regression",
+                    "tardis_fx.partial_linear.histogram",
+                ) or (type(part).__name__ == "ResidualObserver"):
                     found |= {f"{name}.{i}.{key}": inner for key, inner in held(part).items()}
                 elif isinstance(part, (torch.Tensor, int, float)):
                     found[name] = torch.as_tensor(part).clone()

@@ -5,7 +5,7 @@ from builders import models
 from builders.ffns import Block, batches, ffn, inputs
 from torch import Tensor, nn
 
-from tardis_fx.calibration.observe import BatchObservation
+from tardis_fx.observation.observe import BatchObservation
 
 
 class Kept:

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tardis_fx.calibration.predictor import DAMPING, Quantised, quantise, quantise_in_turn
+from tardis_fx.quantisation import DAMPING, Quantised, quantise, quantise_in_turn
 from tardis_fx.runtime.packing import GROUP_SIZES, group_count, packed_bytes, unpack
 from tardis_fx.runtime.reference import estimate
 

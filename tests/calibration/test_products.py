@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tardis_fx.calibration.products import BINS, Products, ProductSums, ScoreHistogram
+from tardis_fx.partial_linear.products import BINS, Products, ProductSums, ScoreHistogram
 
 H = 5
 

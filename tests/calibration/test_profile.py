@@ -6,9 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tardis_fx.calibration.predictor import quantise
-from tardis_fx.calibration.profile import BINS, Histogram, Moments, Sums
 from tardis_fx.graph.activations import ACTIVATIONS
+from tardis_fx.partial_linear.histogram import BINS, Histogram, Sums
+from tardis_fx.quantisation import quantise
+from tardis_fx.statistics.moments import Moments
 
 seeds = st.integers(0, 2**16)
 FIELDS = ("count", "z", "zz", "a", "az", "aa")

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tardis_fx.calibration.profile import Histogram, Sums
-from tardis_fx.calibration.ranges import Costs, Ranges, SiteRanges, _cheapest_run
+from tardis_fx.partial_linear.histogram import Histogram, Sums
+from tardis_fx.partial_linear.ranges import Costs, Ranges, SiteRanges, _cheapest_run
 
 seeds = st.integers(0, 2**16)
 prices = st.floats(-12, 6).map(lambda exponent: 10**exponent)

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tardis_fx.calibration.regression import RIDGE, Residual
+from tardis_fx.statistics.regression import RIDGE, Residual
 
 seeds = st.integers(0, 2**16)
 D, D_OUT = 6, 4

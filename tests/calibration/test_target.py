@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tardis_fx import CalibrationError, Config, calibrate
-from tardis_fx.calibration.target import SLACK, TRIES, least_budget
+from tardis_fx.statistics.target import SLACK, TRIES, least_budget
 
 
 @given(st.floats(0.05, 0.5), st.floats(1.0, 30.0), st.floats(0.01, 0.6), st.floats(0.5, 2.0))

@@ -7,7 +7,7 @@ from typing import cast
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tardis_fx.calibration.widths import Fitted, mix
+from tardis_fx.partial_linear.widths import Fitted, mix
 
 numbers = st.integers(0, 20).map(float)
 sites = st.integers(1, 4).flatmap(

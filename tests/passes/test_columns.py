@@ -12,7 +12,7 @@ from builders.profile import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tardis_fx.calibration import residuals
+from tardis_fx.partial_linear import residuals
 from tardis_fx.passes.partial_linear import PartialLinear
 from tardis_fx.testing.ffn import gated_ffn
 from tardis_fx.testing.observation import SiteObservation
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from tardis_fx.calibration.draft import Draft
-    from tardis_fx.calibration.residuals import ResidualObserver
-    from tardis_fx.calibration.widths import Fitted
+    from tardis_fx.partial_linear.draft import Draft
+    from tardis_fx.partial_linear.residuals import ResidualObserver
+    from tardis_fx.partial_linear.widths import Fitted
     from tardis_fx.plan import SitePlan
     from tardis_fx.testing.ffn import FFN, GatedFFN
 

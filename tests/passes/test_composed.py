@@ -14,13 +14,13 @@ from builders.ffns import FFN, batches, config, expected, ffn, inputs
 from torch import Tensor, nn
 
 from tardis_fx import Config, ConfigError, Plan
-from tardis_fx.calibrate import plan_for
-from tardis_fx.calibration.observe import BatchObservation, Observation, ObservedSite
 from tardis_fx.explain import Report
 from tardis_fx.graph.site import Site, SiteWeights
+from tardis_fx.observation.observe import BatchObservation, Observation, ObservedSite
 from tardis_fx.passes import base
 from tardis_fx.passes.base import Rewrite, rewrite_named
 from tardis_fx.plan import SitePlan
+from tardis_fx.planning import plan_for
 from tardis_fx.testing import assert_equivalent, assert_plan_roundtrip, examine, laws
 from tardis_fx.testing.observation import SiteObservation
 

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from tardis_fx import Config, Plan, PlanFileError, PlanMismatchError, calibrate, explain
-from tardis_fx.fingerprint import fingerprint
 from tardis_fx.graph.site import SiteWeights
 from tardis_fx.passes import entry as entries
 from tardis_fx.passes.base import Rewrite, rewrite_named
 from tardis_fx.plan import SitePlan
-from tardis_fx.runtime import cpu
+from tardis_fx.runtime.cpu import op as cpu
+from tardis_fx.runtime.fingerprint import fingerprint
 from tardis_fx.testing.assertions import assert_equivalent
 from tardis_fx.testing.capture import capture
 from tardis_fx.testing.ffn import ffn, gated_ffn, inputs

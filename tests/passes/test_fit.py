@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tardis_fx import Plan, calibrate
-from tardis_fx.calibration.observe import BatchObservation
 from tardis_fx.graph.activations import ACTIVATIONS
 from tardis_fx.graph.site import SiteWeights
+from tardis_fx.observation.observe import BatchObservation
 from tardis_fx.passes.base import rewrite_named
 from tardis_fx.passes.partial_linear import PartialLinear
 from tardis_fx.plan import SitePlan

@@ -11,10 +11,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from tardis_fx import Plan
-from tardis_fx.calibrate import plan_for
-from tardis_fx.calibration.observe import BatchObservation
+from tardis_fx.observation.observe import BatchObservation
 from tardis_fx.passes.base import rewrite_named
 from tardis_fx.plan import SitePlan
+from tardis_fx.planning import plan_for
 
 D = 20
 

@@ -14,8 +14,8 @@ from torch._dynamo.exc import Unsupported
 from torch.fx.experimental.symbolic_shapes import ConstraintViolationError
 
 from tardis_fx import Config, Plan, RewriteError, TardisError, calibrate
-from tardis_fx.calibration.observe import Observation, ObservedSite
 from tardis_fx.graph.site import Site, SiteWeights
+from tardis_fx.observation.observe import Observation, ObservedSite
 from tardis_fx.passes import base
 from tardis_fx.plan import SitePlan
 

@@ -16,13 +16,13 @@ from builders.profile import examples
 from hypothesis import given, settings
 
 from tardis_fx import Plan
-from tardis_fx.bench.flops import prefill_share
-from tardis_fx.calibrate import plan_for
-from tardis_fx.calibration.check import original
-from tardis_fx.calibration.observe import BatchObservation, ObservedSite
 from tardis_fx.graph.site import SiteWeights
+from tardis_fx.measure.flops import prefill_share
+from tardis_fx.observation.observe import BatchObservation, ObservedSite
 from tardis_fx.passes.base import rewrite_named
 from tardis_fx.plan import SitePlan
+from tardis_fx.planning import plan_for
+from tardis_fx.statistics.check import original
 from tardis_fx.testing import LAWS, assert_equivalent, laws
 from tardis_fx.testing.assertions import relative_error
 from tardis_fx.testing.observation import SiteObservation, gated

@@ -26,17 +26,17 @@ from tardis_fx import (
     explain,
     release,
 )
-from tardis_fx.calibration.check import Check
-from tardis_fx.calibration.gated_draft import GatedDraft
-from tardis_fx.calibration.profile import Moments
+from tardis_fx.partial_linear.gated_draft import GatedDraft
 from tardis_fx.passes.paper import Paper
 from tardis_fx.passes.partial_linear import PartialLinear
 from tardis_fx.plan import SitePlan
+from tardis_fx.statistics.check import Check
+from tardis_fx.statistics.moments import Moments
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from tardis_fx.calibration.observe import ObservedSite
+    from tardis_fx.observation.observe import ObservedSite
 
 X = inputs(4, 16)
 

@@ -15,10 +15,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from tardis_fx import CalibrationError, ConfigError, Plan
-from tardis_fx.calibrate import plan_for
-from tardis_fx.calibration.observe import BatchObservation
+from tardis_fx.observation.observe import BatchObservation
 from tardis_fx.passes.base import rewrite_named
 from tardis_fx.passes.int8_ffn import Int4Ffn, Int8Ffn
+from tardis_fx.planning import plan_for
 from tardis_fx.runtime.reference import dequantise
 from tardis_fx.testing import examine, laws
 from tardis_fx.testing.observation import SiteObservation

@@ -8,11 +8,11 @@ from builders.ffns import FFN, batches, config, ffn, inputs
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tardis_fx.calibrate import plan_for
-from tardis_fx.calibration.observe import BatchObservation
-from tardis_fx.calibration.predictor import DAMPING, factor
+from tardis_fx.observation.observe import BatchObservation
 from tardis_fx.passes.low_rank import truncated
 from tardis_fx.plan import SitePlan
+from tardis_fx.planning import plan_for
+from tardis_fx.quantisation import DAMPING, factor
 
 
 def plan(model: FFN, method: str, budget: float) -> SitePlan:

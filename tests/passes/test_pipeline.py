@@ -10,11 +10,11 @@ from hypothesis import given, note, settings
 from torch import Tensor, fx, nn
 
 from tardis_fx import Plan, PlanMismatchError
-from tardis_fx.fingerprint import fingerprint
 from tardis_fx.graph.matcher import find_sites
 from tardis_fx.graph.site import SiteWeights
 from tardis_fx.passes import pipeline
 from tardis_fx.plan import SitePlan
+from tardis_fx.runtime.fingerprint import fingerprint
 from tardis_fx.testing.capture import capture
 from tardis_fx.testing.graphs import Drawn, graphs
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 import tardis_fx
 from tardis_fx import CalibrationError, Plan
-from tardis_fx.calibrate import plan_for
 from tardis_fx.passes.base import rewrite_named
+from tardis_fx.planning import plan_for
 from tardis_fx.testing.observation import SiteObservation
 
 D = 12

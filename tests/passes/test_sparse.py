@@ -9,15 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tardis_fx.calibrate import plan_for
-from tardis_fx.calibration.observe import BatchObservation
 from tardis_fx.graph.site import SiteWeights
+from tardis_fx.observation.observe import BatchObservation
 from tardis_fx.passes.base import rewrite_named
 from tardis_fx.passes.magnitude import Magnitude
 from tardis_fx.passes.ria import Ria
 from tardis_fx.passes.sparse import highest, two_of_four
 from tardis_fx.passes.sparsegpt import SparseGPT, SparseGPT24
 from tardis_fx.passes.wanda import Wanda
+from tardis_fx.planning import plan_for
 
 SCORES = [Magnitude(), Wanda(), Ria()]
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from builders.ffns import batches, config, ffn, inputs
 
-from tardis_fx.calibrate import plan_for
-from tardis_fx.calibration.observe import BatchObservation
+from tardis_fx.observation.observe import BatchObservation
+from tardis_fx.planning import plan_for
 
 D, HIDDEN = 80, 160
 

@@ -11,8 +11,8 @@ from builders.ffns import Block, batches, config, ffn, inputs
 from torch import nn
 
 from tardis_fx import CalibrationError, Plan
-from tardis_fx.calibrate import plan_for
-from tardis_fx.calibration.observe import BatchObservation
+from tardis_fx.observation.observe import BatchObservation
+from tardis_fx.planning import plan_for
 
 D, HIDDEN = 20, 80
 METHODS = ["linear_replace", "drop_ffn"]

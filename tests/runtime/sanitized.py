@@ -21,7 +21,9 @@ from builders.correction import FLOATS, Arguments
 from torch import Tensor
 
 from tardis_fx.graph.activations import ACTIVATIONS
-from tardis_fx.runtime import cpu, cpu_build, cpu_gated
+from tardis_fx.runtime.cpu import build as cpu_build
+from tardis_fx.runtime.cpu import gated as cpu_gated
+from tardis_fx.runtime.cpu import op as cpu
 from tardis_fx.runtime.packing import GROUP_SIZES
 
 PACK = cpu._CALL.pack

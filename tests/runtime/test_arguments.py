@@ -14,7 +14,10 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tardis_fx.errors import PlanMismatchError
-from tardis_fx.runtime import cpu, cpu_build, cpu_gated, ops
+from tardis_fx.runtime import ops
+from tardis_fx.runtime.cpu import build as cpu_build
+from tardis_fx.runtime.cpu import gated as cpu_gated
+from tardis_fx.runtime.cpu import op as cpu
 
 if TYPE_CHECKING:
     from collections.abc import Callable

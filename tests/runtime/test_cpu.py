@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tardis_fx.graph.activations import ACTIVATIONS
-from tardis_fx.runtime import cpu, cpu_build, reference
+from tardis_fx.runtime import reference
+from tardis_fx.runtime.cpu import build as cpu_build
+from tardis_fx.runtime.cpu import op as cpu
 from tardis_fx.runtime.packing import GROUP_SIZES, low_bits
 from tardis_fx.runtime.reference import dequantise, rows_of
 
@@ -196,7 +198,7 @@ def test_the_kernel_shares_the_openmp_runtime_of_pytorch() -> None:
     """In a process of its own, since scikit-learn brings a runtime and transformers may import it."""
     code = """
 import torch
-from tardis_fx.runtime import cpu_build
+from tardis_fx.runtime.cpu import build as cpu_build
 assert cpu_build.load() is not None
 torch.ones(1000, 1000).sum()
 print(len({line.split()[-1] for line in open("/proc/self/maps") if "libgomp" in line}))

@@ -18,7 +18,9 @@ import pytest
 import torch
 from builders.correction import Arguments, arguments
 
-from tardis_fx.runtime import cpu, cpu_build, reference
+from tardis_fx.runtime import reference
+from tardis_fx.runtime.cpu import build as cpu_build
+from tardis_fx.runtime.cpu import op as cpu
 
 if TYPE_CHECKING:
     import ctypes
@@ -280,7 +282,9 @@ def test_the_cache_may_lie_behind_a_link(
 def test_two_processes_that_build_at_the_same_time_both_work(tmp_path: Path) -> None:
     program = """
 import os, torch
-from tardis_fx.runtime import cpu, cpu_build, reference
+from tardis_fx.runtime import reference
+from tardis_fx.runtime.cpu import op as cpu
+from tardis_fx.runtime.cpu import build as cpu_build
 assert not os.path.exists(os.environ["TARDIS_FX_CACHE"]), "built on import"
 input(print("ready", flush=True) or "")
 codes, groups = torch.zeros(8, 16, dtype=torch.uint8), torch.zeros(8, 1, dtype=torch.uint8)

@@ -13,7 +13,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tardis_fx.graph.activations import ACTIVATIONS
-from tardis_fx.runtime import cpu, cpu_build, cpu_gated, reference_gated
+from tardis_fx.runtime import reference_gated
+from tardis_fx.runtime.cpu import build as cpu_build
+from tardis_fx.runtime.cpu import gated as cpu_gated
+from tardis_fx.runtime.cpu import op as cpu
 from tardis_fx.runtime.packing import GROUP_SIZES, low_bits
 from tardis_fx.runtime.reference import dequantise, rows_of
 

@@ -9,10 +9,10 @@ from builders.ffns import batches, config, ffn, oracle
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-from tardis_fx.bench.flops import prefill_share
-from tardis_fx.calibrate import plan_for
-from tardis_fx.calibration.observe import BatchObservation
+from tardis_fx.measure.flops import prefill_share
+from tardis_fx.observation.observe import BatchObservation
 from tardis_fx.passes.partial_linear import _PER_NEURON, PartialLinear
+from tardis_fx.planning import plan_for
 from tardis_fx.runtime import flops, ops, reference, reference_gated  # noqa: F401 - flops registers the formulas
 
 

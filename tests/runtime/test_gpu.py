@@ -34,7 +34,7 @@ def test_a_compiled_step_gives_what_the_reference_gives(
     on_gpu: FFN, plan: Plan, mode: str | None, tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fast = compiled(on_gpu, plan, mode=mode)
-    monkeypatch.setattr("tardis_fx.runtime.cuda.available", lambda: False)
+    monkeypatch.setattr("tardis_fx.runtime.cuda.dispatch.available", lambda: False)
     slow = compiled(copy.deepcopy(on_gpu), plan, inner="eager")
     for seed in range(4):  # warm up, record, replay
         x = inputs(tokens, 16, seed=seed).cuda()

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 
-from tardis_fx.calibration.predictor import quantise
 from tardis_fx.passes.partial_linear import _PER_NEURON, PartialLinear
+from tardis_fx.quantisation import quantise
 from tardis_fx.runtime import reference
 from tardis_fx.runtime.packing import low_bits
 

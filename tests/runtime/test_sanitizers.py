@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tardis_fx.runtime import cpu_build
+from tardis_fx.runtime.cpu import build as cpu_build
 
 pytestmark = [
     pytest.mark.sanitizer,

@@ -38,7 +38,7 @@ TOKENS = 16
 @pytest.fixture(autouse=True, scope="module")
 def few_programs() -> Iterator[None]:
     """Fewer programs than outliers, so that each takes several, and so that the interpreter is done some day."""
-    triton_op = pytest.importorskip("tardis_fx.runtime.triton_op")
+    triton_op = pytest.importorskip("tardis_fx.runtime.cuda.op")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(triton_op, "GATHERING", 3)
         patch.setattr(triton_op, "SHARES", 2)
@@ -50,7 +50,7 @@ def few_programs() -> Iterator[None]:
 
 def run(op: Arguments) -> Tensor:
     """The kernels and never the reference, on memory full of NaN."""
-    from tardis_fx.runtime import triton_op
+    from tardis_fx.runtime.cuda import op as triton_op
 
     moved = {name: value.to(DEVICE) if isinstance(value, Tensor) else value for name, value in op.items()}
     with pytest.MonkeyPatch.context() as patch:

@@ -16,8 +16,9 @@ from torch import Tensor, fx
 from torch._functorch.aot_autograd import aot_export_joint_simple
 from torch._subclasses import FakeTensorMode
 
-from tardis_fx.runtime import cuda, ops, reference  # noqa: F401 - ops registers the op
-from tardis_fx.runtime.cuda import show_kernels
+from tardis_fx.runtime import ops, reference  # noqa: F401 - ops registers the op
+from tardis_fx.runtime.cuda import dispatch as cuda
+from tardis_fx.runtime.cuda.dispatch import show_kernels
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 with_triton = pytest.mark.usefixtures("h100")
@@ -68,7 +69,6 @@ def on_cuda(op: Arguments, mode: FakeTensorMode) -> dict[str, Any]:
 
 def traced(op: Arguments) -> fx.GraphModule:
     """What Inductor is given of the op."""
-    from tardis_fx.runtime import triton_op  # noqa: F401 - registers it
 
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     fake = on_cuda(op, mode)
@@ -109,8 +109,8 @@ def test_the_kernels_compile_for_a_gpu(tokens: int) -> None:
     from triton import compiler
     from triton.backends.compiler import GPUTarget
 
-    from tardis_fx.runtime.triton_correction import accumulate, activate
-    from tardis_fx.runtime.triton_predictor import multiply, predict
+    from tardis_fx.runtime.cuda.correction import accumulate, activate
+    from tardis_fx.runtime.cuda.predictor import multiply, predict
 
     sizes = {
         "D": 128,
@@ -155,7 +155,7 @@ def test_a_graph_for_inductor_calls_the_triton_op_in_the_place_of_the_op() -> No
 def test_without_triton_the_reference_runs_after_one_warning(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setitem(sys.modules, "tardis_fx.runtime.triton_op", None)
+    monkeypatch.setitem(sys.modules, "tardis_fx.runtime.cuda.op", None)
     cuda.available.cache_clear()
     op = arguments()
     with caplog.at_level(logging.WARNING, logger="tardis_fx"):

@@ -20,8 +20,8 @@ from builders.compiled import compiled
 from builders.ffns import exact_plan
 
 from tardis_fx import Config, Plan, calibrate
-from tardis_fx.bench.decoding import cache_argument
-from tardis_fx.calibration.observe import BatchObservation
+from tardis_fx.measure.decoding import cache_argument
+from tardis_fx.observation.observe import BatchObservation
 
 if TYPE_CHECKING:
     from collections.abc import Callable

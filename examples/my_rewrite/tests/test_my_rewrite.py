@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tardis_fx import Config
-from tardis_fx.calibrate import plan_for
+from tardis_fx.planning import plan_for
 from tardis_fx.testing import LAWS, assert_equivalent, assert_error_within, assert_matches, examine, rewritten, sites
 from tardis_fx.testing.laws import output
 from tardis_fx.testing.observation import SiteObservation

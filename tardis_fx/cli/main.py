@@ -1,0 +1,50 @@
+"""The command ``tardis``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tardis_fx.cli.bench import bench
+from tardis_fx.cli.calibrate import calibrate
+from tardis_fx.cli.compare import compare
+from tardis_fx.errors import TardisError
+
+app = typer.Typer(
+    help="Makes transformer feed-forward networks partially linear.", no_args_is_help=True, add_completion=False
+)
+app.add_typer(bench, name="bench")
+app.command()(compare)
+app.command()(calibrate)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Where the Pareto picture goes, as PNG.")] = Path("tardis_demo.png"),
+) -> None:
+    """Calibrate, compile and measure an embedded model; some three minutes on two cores."""
+    from rich.console import Console
+
+    from tardis_fx.demo.run import run
+
+    run(out, Console())
+
+
+@app.command()
+def inspect(plan: Annotated[Path, typer.Argument(help="A file written by Plan.save.")]) -> None:
+    """Print what a plan does to every site."""
+    from tardis_fx.explain import Report
+    from tardis_fx.plan import Plan
+
+    typer.echo(str(Report.of(Plan.load(plan))))
+
+
+def main() -> None:
+    """Runs the command; a user's mistake is one line on stderr and exit code 1."""
+    try:
+        app()
+    except TardisError as error:
+        typer.echo(f"tardis: {error}", err=True)
+        raise SystemExit(1) from None

@@ -1,0 +1,1 @@
+"""``tardis compare``: rewrites and integers on one model, measured side by side."""

@@ -1,0 +1,226 @@
+"""What is compared: each case makes one rewritten form of the model under comparison."""
+
+from __future__ import annotations
+
+import inspect
+from abc import ABC, abstractmethod
+from collections import Counter
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from tardis_fx.compare import intx
+from tardis_fx.digest import digest
+from tardis_fx.errors import CalibrationError
+from tardis_fx.heal import heal
+from tardis_fx.measure.flops import prefill_share
+from tardis_fx.observation.observe import BatchObservation
+from tardis_fx.passes.base import rewrite_named
+from tardis_fx.planning import plan_for
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from torch import nn
+
+    from tardis_fx.compare.subjects import Subject
+    from tardis_fx.config import Config
+    from tardis_fx.observation.observe import Batch
+    from tardis_fx.plan import Plan
+
+
+class Trial:
+    """A model with the calibration text of one seed; what is costly is made when it is first asked for."""
+
+    def __init__(self, subject: Subject, seed: int) -> None:
+        """Names the model and the seed."""
+        self.subject, self.seed = subject, seed
+
+    @cached_property
+    def batches(self) -> Sequence[Batch]:
+        """The calibration batches."""
+        return self.subject.calibration(self.seed)
+
+    @cached_property
+    def identity(self) -> str:
+        """Hash of model, calibration text and test text."""
+        return digest(self.subject.identity, self.batches)
+
+    @cached_property
+    def observation(self) -> BatchObservation:
+        """Shared by all cases: what does not depend on a case is measured once."""
+        return BatchObservation(self.subject.model, self.batches, progress=False)
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A rewritten form of a model.
+
+    Attributes:
+        model: what is compiled, or runs as it is where there is no plan.
+        plan: of the rewrite, or None.
+        stored: weight bytes kept, over those of the dense FFNs.
+        touched: weight bytes read per decoded token, likewise.
+        flops: of a prefill in which every token takes the rewritten path, likewise.
+    """
+
+    model: nn.Module
+    plan: Plan | None = None
+    stored: float = 1.0
+    touched: float = 1.0
+    flops: float = 1.0
+
+    def every_token(self) -> Callable[..., Any]:
+        """The model with every token on the rewritten path, run eagerly; forgets what was compiled before."""
+        torch.compiler.reset()  # or Dynamo would count the cases as recompilations of one model
+        if self.plan is None:
+            return self.model
+        options: dict[str, Any] = {"plan": self.plan, "prefill": "rewritten", "inner": "eager"}
+        return torch.compile(self.model, backend="tardis", options=options)
+
+    def step(self) -> Callable[..., Any]:
+        """The model compiled by Inductor for decoding."""
+        if self.plan is None:
+            return torch.compile(self.model, fullgraph=True)
+        options: dict[str, Any] = {"plan": self.plan}
+        return torch.compile(self.model, backend="tardis", options=options, fullgraph=True)
+
+
+class Case(ABC):
+    """One row of a comparison.
+
+    Attributes:
+        label: of the method: a line of the plot.
+    """
+
+    label: str
+
+    @property
+    def budget(self) -> float | None:
+        """Fraction of the dense bytes that was asked for, or None."""
+        return None
+
+    @property
+    @abstractmethod
+    def identity(self) -> str:
+        """Hash of all that the figures depend on beside the model and the text."""
+
+    @abstractmethod
+    def check(self) -> None:
+        """Raises a :class:`tardis_fx.errors.TardisError` where the case cannot be run at all."""
+
+    @abstractmethod
+    def prepare(self, trial: Trial) -> Contender:
+        """Makes the rewritten form.
+
+        Raises:
+            CalibrationError: it is out of reach: at this budget, or for this model.
+        """
+
+
+@dataclass(frozen=True)
+class Dense(Case):
+    """The original, as the row that all others are compared with."""
+
+    label: str = "dense"
+
+    @property
+    def identity(self) -> str:
+        """The same always."""
+        return "dense"
+
+    def check(self) -> None:
+        """Nothing is needed."""
+
+    def prepare(self, trial: Trial) -> Contender:
+        """The model as it is."""
+        return Contender(trial.subject.model)
+
+
+@dataclass(frozen=True)
+class Planned(Case):
+    """A registered rewrite.
+
+    Attributes:
+        label: of the method.
+        config: how the plan is fitted.
+        healed: whether :func:`tardis_fx.heal` goes on with the plan on the same calibration batches.
+    """
+
+    label: str
+    config: Config
+    healed: bool = False
+
+    @property
+    def budget(self) -> float | None:
+        """Fraction of the dense bytes, or None where an error is aimed at instead."""
+        return self.config.budget if self.config.target_error is None else None
+
+    @property
+    def identity(self) -> str:
+        """Hash of the config and of the source of the rewrite."""
+        names = dict.fromkeys(name for method in self._methods for name in (method, *method.split("+")))
+        classes = [
+            c for name in names for c in type(rewrite_named(name)).__mro__ if c.__module__.startswith("tardis_fx.")
+        ]
+        sources = [Path(inspect.getfile(c)).read_text(encoding="utf-8") for c in classes]
+        return digest(asdict(replace(self.config, progress=False)), self.healed, sources)
+
+    def check(self) -> None:
+        """Raises ConfigError where no such rewrite is registered."""
+        for method in self._methods:
+            rewrite_named(method)
+
+    @property
+    def _methods(self) -> list[str]:
+        return [method for _, method in self.config.methods if method is not None]
+
+    def prepare(self, trial: Trial) -> Contender:
+        """Fits the plan, and heals it where asked."""
+        plan = plan_for(trial.observation, replace(self.config, progress=False))
+        if not any(site.method for site in plan.sites):
+            reasons = Counter(str(site.reason) for site in plan.sites)
+            raise CalibrationError(f"no site is rewritten: {reasons.most_common(1)[0][0]}")
+        if self.healed:
+            plan = heal(trial.subject.model, plan, [p for b in trial.batches for p in _parts(b)], progress=False)
+        dense = sum(site.dense_bytes for site in plan.sites)
+        stored = sum(site.stored_bytes if site.method else site.dense_bytes for site in plan.sites)
+        flops = prefill_share(plan, trial.observation)
+        return Contender(trial.subject.model, plan, stored / dense, plan.touched_fraction, flops)
+
+
+def _parts(batch: Batch) -> list[Batch]:
+    """Two rows at a time: steps of healing are many and small."""
+    leaves, structure = pytree.tree_flatten(batch)
+    return [pytree.tree_unflatten(part, structure) for part in zip(*(leaf.split(2) for leaf in leaves), strict=True)]
+
+
+@dataclass(frozen=True)
+class Torchao(Case):
+    """The FFNs' projections in torchao's weight-only integers, by rounding.
+
+    Attributes:
+        label: of the method.
+        bits: 2, 3, 4 or 8.
+    """
+
+    label: str
+    bits: int
+
+    @property
+    def identity(self) -> str:
+        """Hash of the width."""
+        return digest("torchao", self.bits)
+
+    def check(self) -> None:
+        """Raises BenchError where torchao cannot be imported."""
+        intx.quantiser(self.bits)
+
+    def prepare(self, trial: Trial) -> Contender:
+        """Quantises a copy of the model."""
+        model, share = intx.quantised(trial.subject.model, trial.observation.sites, self.bits)
+        return Contender(model, stored=share, touched=share)

@@ -1,0 +1,117 @@
+"""The comparison: any cases, with any seeds, on one model; every finished one is recorded at once."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from tqdm import tqdm
+
+from tardis_fx.compare.cases import Contender, Trial
+from tardis_fx.compare.records import Record
+from tardis_fx.digest import digest
+from tardis_fx.errors import CalibrationError
+from tardis_fx.measure.table import LEAST_ROUNDS, in_turn, ratio
+from tardis_fx.runtime.touched import count_touched
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from tardis_fx.compare.cases import Case
+    from tardis_fx.compare.records import Records
+    from tardis_fx.compare.subjects import Subject
+    from tardis_fx.plan import Plan
+
+#: Of the batches that are measured on, the first few in which touched bytes are counted.
+COUNTED = 2
+
+
+def compare(
+    subject: Subject,
+    cases: Sequence[Case],
+    seeds: Sequence[int],
+    records: Records,
+    *,
+    decode: bool = False,
+    progress: bool = True,
+) -> list[Record]:
+    """Runs what is not recorded yet, and returns all records, seed by seed, in the order of the cases.
+
+    Args:
+        subject: the model, its calibration text and its test text.
+        cases: what is compared.
+        seeds: each chooses other calibration text.
+        records: what is known, and where the rest is written.
+        decode: whether decoding is timed beside Inductor.
+        progress: whether a bar is shown.
+
+    Raises:
+        ConfigError: a case names no registered rewrite.
+        BenchError: a case cannot run here, or the records cannot be written.
+    """
+    for case in cases:
+        case.check()
+    found = []
+    with tqdm(total=len(seeds) * len(cases), unit="case", disable=not progress) as bar:
+        for seed in seeds:
+            trial = Trial(subject, seed)  # freed before the next seed's
+            for case in cases:
+                bar.set_description(f"{case.label}{'' if case.budget is None else f' {case.budget:.1%}'}, seed {seed}")
+                key = digest(trial.identity, case.identity)
+                record = records.get(key)
+                if record is None or (decode and record.reason is None and record.decode is None):
+                    record = _measured(key, case, trial, decode=decode)
+                    records.add(record)
+                found.append(record)
+                bar.update()
+    return found
+
+
+def _measured(key: str, case: Case, trial: Trial, *, decode: bool) -> Record:
+    """Fits and measures one case."""
+    subject = trial.subject
+    record = Record(key, case.identity, subject.name, case.label, case.budget, trial.seed)
+    started = time.perf_counter()
+    try:
+        contender = case.prepare(trial)
+    except CalibrationError as error:
+        return replace(record, reason=str(error))
+    fitted = time.perf_counter()
+    run = contender.every_token()
+    metrics, counted = subject.evaluate(run), _counted(subject, contender.plan, run)
+    measured = time.perf_counter()
+    return replace(
+        record,
+        stored=contender.stored,
+        touched=contender.touched,
+        counted=counted,
+        flops=contender.flops,
+        metrics=metrics,
+        decode=_decode(subject, contender) if decode else None,
+        seconds=[fitted - started, measured - fitted],
+    )
+
+
+@torch.no_grad()
+def _counted(subject: Subject, plan: Plan | None, run: Callable[..., Any]) -> float | None:
+    """Bytes read per token over the dense FFNs', as counted; None where a rewritten site cannot be counted."""
+    if plan is None:
+        return None
+    with count_touched() as touched:
+        for batch in subject.text()[:COUNTED]:
+            subject.call(run, batch)
+    if touched.sites < sum(site.method is not None for site in plan.sites):
+        return None
+    refused = sum(site.dense_bytes for site in plan.sites if site.method is None)
+    return (touched.per_token + refused) / sum(site.dense_bytes for site in plan.sites)
+
+
+def _decode(subject: Subject, contender: Contender) -> list[float]:
+    """Least, median and greatest ratio of Inductor's seconds per token to the contender's, in turns."""
+    torch.compiler.reset()
+    forms = {"Inductor": Contender(subject.model), "contender": contender}
+    runs = {name: subject.decoder(form.step()) for name, form in forms.items()}
+    seconds = in_turn(runs, LEAST_ROUNDS)
+    return list(ratio(seconds["Inductor"], seconds["contender"]))

@@ -1,0 +1,1 @@
+"""Calibration without a plan: a model is observed, fitted and checked while it serves."""

@@ -1,0 +1,107 @@
+"""A compiled original graph that also shows the inputs of its sites to their profiles."""
+
+from __future__ import annotations
+
+import logging
+import operator
+import threading
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx
+
+from tardis_fx.graph.site import Site, SiteWeights
+from tardis_fx.live.profiles import OBSERVING, Profile, Settings, profiles_of
+from tardis_fx.live.retrace import CALLERS
+from tardis_fx.observation.observe import ObservedSite
+from tardis_fx.runtime.fingerprint import fingerprint
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+_log = logging.getLogger("tardis_fx")
+
+#: Of each call, how many tokens of a site are observed.
+TOKENS = 1024
+
+
+def return_inputs(gm: fx.GraphModule, sites: Sequence[Site]) -> None:
+    """Makes a graph return the inputs of sites, [tokens, d] each, behind its own outputs."""
+    seen = []
+    for site in sites:
+        with gm.graph.inserting_before(site.up.product):  # as it is there, even if it is written to later
+            width = site.input.meta["example_value"].shape[-1]
+            tokens = gm.graph.call_function(torch.reshape, (site.input, (-1, width)))
+            some = gm.graph.call_function(operator.getitem, (tokens, slice(TOKENS)))
+            seen.append(gm.graph.call_function(torch.clone, (some,)))
+    output = gm.graph.output_node()
+    output.args = ((*output.args[0], *seen),)  # type: ignore[misc]
+    gm.graph.lint()
+    gm.recompile()
+
+
+class ProfiledGraph:
+    """Runs the original graph and observes it, until every profile that it adds to is finished.
+
+    A call that finds another thread observing runs the original and nothing else. No error of the observation is one
+    of the call.
+    """
+
+    def __init__(
+        self,
+        compiled: Callable[..., Any],
+        sites: Sequence[Site],
+        positions: Sequence[Sequence[int]],
+        settings: Settings,
+        finished: Callable[[], Callable[..., Any] | None],
+    ) -> None:
+        """Joins a graph made by :func:`return_inputs` and the profiles of its sites.
+
+        Args:
+            compiled: the graph.
+            sites: as given to :func:`return_inputs`.
+            positions: of each site's parameters among the graph's inputs.
+            settings: of the profiles.
+            finished: called once when all profiles are; what it returns is run from then on.
+        """
+        self._compiled, self._sites, self._positions = compiled, list(sites), positions
+        self._settings, self._finished = settings, finished
+        self._profiles: dict[str, Profile] = {}
+        self._observes = True
+        self._successor: Callable[..., Any] | None = None
+
+    def __call__(self, *inputs: Any) -> Any:
+        """Runs the graph."""
+        if self._successor is not None:
+            return self._successor(*inputs)
+        CALLERS.add(threading.get_ident())
+        results = self._compiled(*inputs)
+        outputs, seen = results[: -len(self._sites)], results[-len(self._sites) :]
+        if self._observes and OBSERVING.acquire(blocking=False):
+            try:
+                with torch.inference_mode(mode=False), torch.no_grad():
+                    done = self._observe([[inputs[i] for i in own] for own in self._positions], seen)
+                self._observes = not done
+            except Exception as error:
+                self._observes = done = False
+                names = ", ".join(site.name for site in self._sites)
+                _log.error("%s: nothing is fitted, for observing fails: %s: %s", names, type(error).__name__, error)
+            finally:
+                OBSERVING.release()
+            if done:
+                self._successor = self._finished()
+        return outputs
+
+    def _observe(self, parameters: list[list[Tensor]], seen: Sequence[Tensor]) -> bool:
+        """Whether all profiles are finished."""
+        sites = [
+            ObservedSite(site, fingerprint(own, site.function), SiteWeights.of(site, own), tuple(own))
+            for site, own in zip(self._sites, parameters, strict=True)
+        ]
+        profiles = profiles_of(sites, self._settings)
+        self._profiles = {k: p for k, p in self._profiles.items() if p.alive} | profiles
+        for profile in set(profiles.values()):
+            profile.update(
+                [(s.fingerprint, x) for s, x in zip(sites, seen, strict=True) if profiles[s.fingerprint] is profile]
+            )
+        return all(profile.plan is not None for profile in self._profiles.values())

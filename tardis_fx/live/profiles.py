@@ -1,0 +1,191 @@
+"""Calibration on live calls: a model compiled without a plan is observed, fitted and checked while it serves.
+
+A profile is what is known of the sites of one graph; profiles are found by the fingerprints of these sites' weights,
+so that all graphs of a model (prefill, decoding) add to the same ones, and a changed weight begins anew.
+
+Threads: one at a time observes and fits (:data:`OBSERVING`); others run the original meanwhile, and wait for nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import weakref
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from tardis_fx.config import Config
+from tardis_fx.errors import TardisError
+from tardis_fx.live.arrivals import PATIENCE, LiveObservation
+from tardis_fx.observation.observe import ObservedSite, Suspended
+from tardis_fx.passes.base import rewrite_named
+from tardis_fx.plan import Plan, SitePlan
+from tardis_fx.planning import plan_for, refused
+from tardis_fx.runtime.fingerprint import fingerprint
+from tardis_fx.statistics.check import Check
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+
+    from torch import Tensor
+
+_log = logging.getLogger("tardis_fx")
+
+#: Held while a thread adds to profiles.
+OBSERVING = threading.Lock()
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How profiles are fitted; see :class:`tardis_fx.config.Options`."""
+
+    config: Config
+    profile_tokens: int
+    tolerance: float
+
+
+class Profile:
+    """The sites of one graph on their way from observed to rewritten.
+
+    Attributes:
+        plan: what to do at them, or None as long as that is open.
+    """
+
+    def __init__(self, sites: Sequence[ObservedSite], settings: Settings) -> None:
+        """Begins the first run."""
+        self.plan: Plan | None = None
+        self._settings, self._left = settings, list[SitePlan]()
+        self._weights = [weakref.ref(weight) for site in sites for weight in site.parameters]
+        self._observation: LiveObservation | None = None
+        self._begin(sites)
+
+    @property
+    def alive(self) -> bool:
+        """Whether all weights still exist."""
+        return all(ref() is not None for ref in self._weights)
+
+    @property
+    def stage(self) -> str:
+        """Where the profile stands, for people."""
+        observation = self._observation
+        if observation is None:
+            return "fitted"
+        return f"profiling: {observation.what}, {observation.count:,} of {self._settings.profile_tokens:,} tokens"
+
+    def update(self, inputs: Sequence[tuple[str, Tensor]]) -> None:
+        """Adds the inputs of one call, with fingerprints; fits and checks when there are enough.
+
+        Whatever goes wrong ends the profile, not the call; only where the user interrupts, all is observed once more.
+        """
+        observation = self._observation
+        if observation is None:
+            return
+        with self._guarded(observation):
+            if not observation.waits:
+                self._advance(observation)  # to the first run
+            if observation.update(inputs):
+                self._advance(observation)
+            elif late := observation.monotonous():
+                self._leave(observation, late)
+
+    def _begin(self, sites: Sequence[ObservedSite]) -> None:
+        observation = self._observation = LiveObservation(sites, self._settings.profile_tokens)
+        with self._guarded(observation):
+            self._advance(observation)
+
+    @contextmanager
+    def _guarded(self, observation: LiveObservation) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            said = str(error) if isinstance(error, TardisError) else f"{type(error).__name__}: {error}"
+            _log.error("the feed-forward networks stay as they are: %s", said)
+            self._finish(refused(site, said) for site in observation.sites)
+        except BaseException:
+            self._observation = LiveObservation(observation.sites, self._settings.profile_tokens)
+            raise
+
+    def _advance(self, observation: LiveObservation) -> None:
+        with suppress(Suspended):
+            self._finish(self._checked(observation, plan_for(observation, self._settings.config)).sites)
+
+    def _finish(self, entries: Iterable[SitePlan]) -> None:
+        self.plan = Plan((*entries, *self._left), self._settings.config)
+        self._observation = None
+
+    def _leave(self, observation: LiveObservation, late: Sequence[ObservedSite]) -> None:
+        """Goes on without some sites, from the beginning: they might hold up the others for ever."""
+        for site in late:
+            wanted = self._settings.profile_tokens
+            reason = f"its inputs repeat: fewer than {wanted:,} different ones in {PATIENCE * wanted:,}"
+            _log.warning("%s is not rewritten: %s", site.site.name, reason)
+            self._left.append(refused(site, reason))
+        left = {site.fingerprint for site in late}
+        self._begin([site for site in observation.sites if site.fingerprint not in left])
+
+    def _checked(self, observation: LiveObservation, plan: Plan) -> Plan:
+        """The plan without sites whose error on calls that it was not fitted on exceeds the tolerance."""
+        entries = {entry.fingerprint: entry for entry in plan.sites}
+        sites = {site.fingerprint: site for site in observation.sites}
+        fitted = [site for identity, site in sites.items() if entries[identity].method is not None]
+        if not fitted:
+            return plan
+        checks = observation.run(lambda s: Check(s, _replacement(s, entries[s.fingerprint])), fitted, "check")
+        for identity, check in checks.items():
+            entry = entries[identity]
+            if not check.error <= self._settings.tolerance:
+                reason = f"its error on held-back calls, {check.error:.3f}, exceeds the tolerance"
+                _log.warning("%s is not rewritten: %s", entry.name, reason)
+                entries[identity] = refused(sites[identity], reason)
+            else:
+                entries[identity] = replace(entry, error=check.error)
+        return Plan(tuple(entries.values()), plan.config)
+
+
+def _replacement(site: ObservedSite, entry: SitePlan) -> Callable[[Tensor], Tensor]:
+    """What an entry puts in a site's place."""
+    rewrite = rewrite_named(str(entry.method))
+    constants = rewrite.constants(entry, site.weights)
+    return lambda x: rewrite.forward(x, constants, entry)
+
+
+# Replaced, never changed: whoever reads it needs no lock.
+_profiles: dict[tuple[str, Settings], Profile] = {}
+
+
+def reset() -> None:
+    """Forgets all profiles; what they gave to compiled graphs stays there."""
+    global _profiles
+    _profiles = {}
+
+
+def profiles_of(sites: Iterable[ObservedSite], settings: Settings) -> dict[str, Profile]:
+    """The profiles of sites, by fingerprint; those that have none begin one together. :data:`OBSERVING` is held."""
+    global _profiles
+    sites, known = list(sites), _profiles
+    if new := {site.fingerprint: site for site in sites if (site.fingerprint, settings) not in known}:
+        begun = Profile(list(new.values()), settings)
+        alive = {key: profile for key, profile in known.items() if profile.alive}
+        known = alive | {(identity, settings): begun for identity in new}
+        _profiles = known
+    return {site.fingerprint: known[site.fingerprint, settings] for site in sites}
+
+
+def extended(plan: Plan | None, settings: Settings) -> Plan:
+    """A plan with what profiles have added to it."""
+    plans = {id(p.plan): p.plan for (_, s), p in _profiles.items() if s == settings and p.plan is not None}
+    known = () if plan is None else plan.sites
+    return Plan((*known, *(site for p in plans.values() for site in p.sites)), settings.config)
+
+
+def fitted() -> Plan:
+    """All entries that profiles have fitted, the youngest first."""
+    plans = [profile.plan for profile in reversed(_profiles.values()) if profile.plan is not None]
+    return Plan(tuple(site for plan in plans for site in plan.sites), plans[0].config if plans else Config())
+
+
+def stage_of(weights: Sequence[Tensor], function: str | None) -> str | None:
+    """Where the youngest profile of a site stands, or None where there is none."""
+    identity = fingerprint(weights, function)
+    return next((p.stage for (key, _), p in reversed(_profiles.items()) if key == identity), None)

@@ -1,0 +1,43 @@
+"""FLOPs of the rewritten sites where every token takes them, as in a prefill with ``prefill="rewritten"``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from tardis_fx.passes.base import rewrite_named
+from tardis_fx.runtime import flops  # noqa: F401 - the correction op's formula
+
+if TYPE_CHECKING:
+    from tardis_fx.observation.observe import Observation
+    from tardis_fx.plan import Plan
+
+#: Tokens that are run: enough to be no decode step.
+TOKENS = 32
+
+
+@torch.no_grad()
+def prefill_share(plan: Plan, observation: Observation) -> float:
+    """FLOPs over those of the original sites; refused sites count in full.
+
+    Args:
+        plan: made from the observation.
+        observation: knows the sites' weights.
+    """
+    found = dense = 0
+    for site in observation.sites:
+        own = 2 * TOKENS * sum(p.numel() for p in site.parameters if p.dim() == 2)
+        dense += own
+        entry = plan.find(site.fingerprint)
+        if entry is None or entry.method is None:
+            found += own
+            continue
+        rewrite = rewrite_named(entry.method)
+        x = site.weights.w1.new_zeros(TOKENS, site.weights.w1.shape[1])
+        constants = rewrite.constants(entry, site.weights)
+        with FlopCounterMode(display=False) as counter:
+            rewrite.forward(x, constants, entry)
+        found += counter.get_total_flops()
+    return found / dense

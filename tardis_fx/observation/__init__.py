@@ -1,0 +1,1 @@
+"""Runs a model on calibration batches and shows the inputs of its sites to observers."""

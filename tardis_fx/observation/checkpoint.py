@@ -1,0 +1,92 @@
+"""The statistics of finished runs over the batches, so that an interrupted calibration need not repeat them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError
+
+from tardis_fx.errors import CheckpointError
+from tardis_fx.observation.merging import statistics
+from tardis_fx.tensorfile import check_digest, read, write
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Mapping
+
+_FORMAT = "tardis_fx.statistics"
+
+
+class Checkpoint:
+    """A folder with one safetensors file a run, numbered in their order.
+
+    A fit takes its decisions from statistics alone: with the same ones it asks for the same runs.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], owner: str) -> None:
+        """Makes the folder where there is none.
+
+        Args:
+            folder: of this calibration alone.
+            owner: hash of all that the statistics depend on.
+
+        Raises:
+            CheckpointError: it is no folder, or cannot be made.
+        """
+        self._folder, self._owner = Path(folder), owner
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CheckpointError(f"cannot keep checkpoints in {folder}: {error}") from error
+
+    def restore(self, run: int, what: str, observers: Mapping[str, Any]) -> bool:
+        """Puts the statistics of a finished run into new observers.
+
+        Args:
+            run: its number.
+            what: it measures.
+            observers: by the fingerprints of their sites.
+
+        Returns:
+            Whether the run was stored.
+
+        Raises:
+            CheckpointError: the file is damaged, or of another calibration.
+        """
+        path = self._path(run)
+        if not path.exists():
+            return False
+        try:
+            stored, header = read(path)
+            check_digest(stored, header)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{path} is damaged or no checkpoint: {error}") from error
+        wanted = statistics(observers)
+        if not self._header(what).items() <= header.items() or stored.keys() != wanted.keys():
+            raise CheckpointError(
+                f"{path} is of another model, other batches or another config: delete {self._folder}, or name another"
+            )
+        for name, statistic in wanted.items():
+            if statistic.how != "joined" and stored[name].shape != statistic.value.shape:
+                raise CheckpointError(f"{path} was written by another version of tardis_fx: delete {self._folder}")
+            statistic.assign(stored[name])
+        return True
+
+    def store(self, run: int, what: str, observers: Mapping[str, Any]) -> None:
+        """Writes the statistics of a finished run; the file appears whole or not at all.
+
+        Raises:
+            CheckpointError: it cannot be written.
+        """
+        tensors = {name: statistic.value.contiguous().clone() for name, statistic in statistics(observers).items()}
+        try:
+            write(self._path(run), tensors, self._header(what))
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"cannot write checkpoint {self._path(run)}: {error}") from error
+
+    def _path(self, run: int) -> Path:
+        return self._folder / f"run-{run:03}.safetensors"
+
+    def _header(self, what: str) -> dict[str, str]:
+        return {"format": _FORMAT, "owner": self._owner, "what": what}

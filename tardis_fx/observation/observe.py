@@ -1,0 +1,318 @@
+"""Runs the calibration batches through a model and shows every site's inputs to an observer."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor, fx, nn
+from tqdm import tqdm
+
+from tardis_fx.errors import CalibrationError, TardisError
+from tardis_fx.graph.matcher import find_sites
+from tardis_fx.graph.site import Site, SiteWeights, is_freed
+from tardis_fx.graph.subclasses import stored_tensors, subclass_name
+from tardis_fx.graph.unfuse import unfuse
+from tardis_fx.observation.batches import Batch as Batch
+from tardis_fx.observation.batches import checked as checked
+from tardis_fx.observation.batches import real_tokens, uncompiled
+from tardis_fx.observation.capture import Capture
+from tardis_fx.observation.foreign import raising_typed
+from tardis_fx.observation.merging import merge
+from tardis_fx.observation.ranks import Ranks
+from tardis_fx.observation.taps import Enter, Leave
+from tardis_fx.runtime.fingerprint import fingerprint
+from tardis_fx.statistics.regression import fitted_tokens
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+
+    from tardis_fx.observation.checkpoint import Checkpoint
+
+_log = logging.getLogger("tardis_fx")
+
+
+class SiteObserver(Protocol):
+    """Accumulates what a rewrite wants to know of a site.
+
+    For calibrations by several processes, and for those that can be resumed, it says how it is merged; see
+    :mod:`tardis_fx.observation.merging`.
+    """
+
+    def update(self, x: Tensor) -> None:
+        """Adds the site's inputs, [tokens, d], float32."""
+
+
+O = TypeVar("O", bound=SiteObserver)
+
+
+@dataclass(frozen=True)
+class ObservedSite:
+    """A site of the model with its weights.
+
+    Attributes:
+        site: as matched, with the reason where it is refused.
+        fingerprint: of its weights.
+        weights: as they are stored, in the model's dtype and on its device.
+        parameters: the same, in the order of ``site.parameters``; of a tensor subclass, what it is stored as.
+    """
+
+    site: Site
+    fingerprint: str
+    weights: SiteWeights
+    parameters: tuple[Tensor, ...]
+
+
+class Suspended(BaseException):
+    """A run has not seen its tokens yet: no error, and nothing for a rewrite's own ``except Exception``."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """How much a run has shown of a site.
+
+    Attributes:
+        tokens: padding left out.
+        held_back: those of them that nothing is fitted on.
+    """
+
+    tokens: int
+    held_back: int
+
+
+class Observation(ABC):
+    """Sites whose inputs can be shown to observers, run by run.
+
+    Attributes:
+        memo: where rewrites keep what they measured, for further plans from the same observation.
+        warned: whether the user knows that the tokens are few.
+    """
+
+    memo: dict[str, Any]
+    warned: bool = False
+
+    @property
+    @abstractmethod
+    def sites(self) -> Sequence[ObservedSite]:
+        """All sites, refused ones included."""
+
+    @abstractmethod
+    def run(self, make: Callable[[ObservedSite], O], sites: Sequence[ObservedSite], what: str) -> dict[str, O]:
+        """Shows inputs to observers and returns one observer a site, by the site's fingerprint.
+
+        A run that must wait for its tokens raises :class:`Suspended`.
+
+        Args:
+            make: makes the observer of a site.
+            sites: the sites to observe.
+            what: says what is being measured; another text for each run of one fit.
+
+        Raises:
+            CalibrationError: a site's inputs are NaN or infinite, or it saw no token.
+        """
+
+    def seen(self, site: ObservedSite) -> Seen | None:
+        """What runs have shown of a site, or None where that is not known."""
+        return None
+
+
+class BatchObservation(Observation):
+    """A model, its calibration batches, and its sites in the order in which they run.
+
+    The sites are found by running the first batch. Batches are kept in a list, for they are run once for every
+    :meth:`run`; a site's inputs are never kept.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Iterable[Batch],
+        *,
+        progress: bool = True,
+        ranks: Ranks | None = None,
+        checkpoint: Checkpoint | None = None,
+    ) -> None:
+        """Captures the model.
+
+        Args:
+            model: in eval mode.
+            batches: all of them, on every rank.
+            progress: show progress bars.
+            ranks: the processes that share the batches; this one alone where None.
+            checkpoint: where the statistics of finished runs are kept, for one fit; given on one rank at the most.
+
+        Raises:
+            CalibrationError: no batches, a model in training mode, or one without an FFN that has weights of its own.
+        """
+        model = uncompiled(model)
+        self._batches, self._progress = checked(model, batches), progress
+        self._ranks, self._checkpoint, self._runs = ranks or Ranks(), checkpoint, 0
+        self.memo: dict[str, Any] = {}
+        self._sites: dict[str, ObservedSite] = {}
+        self._observers: dict[str, SiteObserver] = {}
+        self._batch: Batch = self._batches[0]
+        self._counts: dict[str, list[int]] = {}
+        self._seen: dict[str, Seen] = {}
+        self._rewritten: dict[str, Callable[[Tensor], Tensor]] = {}
+        self._refused: list[str] = []  # names and reasons, of sites that lack weights of their own
+        self._capture = Capture(model, self._instrument)
+        self._call(0)
+        self._refuse_absent()
+        if not self._sites:
+            raise CalibrationError(
+                f"no feed-forward network of the model can be rewritten: {'; '.join(self._refused[:4])}"
+                if self._refused
+                else "the model has no feed-forward network that tardis_fx recognises"
+            )
+
+    @property
+    def sites(self) -> list[ObservedSite]:
+        """All sites, refused ones included."""
+        return list(self._sites.values())
+
+    def run(self, make: Callable[[ObservedSite], O], sites: Sequence[ObservedSite], what: str) -> dict[str, O]:
+        """Runs all batches once, each on one rank; see :meth:`Observation.run`.
+
+        Raises:
+            CheckpointError: the checkpoint is damaged, of another calibration, or cannot be written.
+        """
+        observers = {site.fingerprint: make(site) for site in sites}
+        self._runs += 1
+        checkpoint, run = self._checkpoint, self._runs
+
+        def keep() -> None:
+            if checkpoint is not None:
+                checkpoint.store(run, what, observers)
+
+        restored = any(self._ranks.attempt(lambda: checkpoint is not None and checkpoint.restore(run, what, observers)))
+        if not restored:
+            shown = self._ranks.attempt(lambda: self._show(observers, what))
+            for identity in observers:
+                counts = [counts[identity] for counts in shown if identity in counts]
+                self._seen[identity] = Seen(*map(sum, zip(*counts, strict=True))) if counts else Seen(0, 0)
+            if unseen := [site.site.name for site in sites if not self._seen[site.fingerprint].tokens]:
+                raise CalibrationError(f"no token of any batch reached {', '.join(unseen[:4])}")
+        if self._ranks.count > 1:
+            merge(observers, self._ranks)  # also gives to all what one has restored
+        if not restored:
+            self._ranks.attempt(keep)
+        return observers
+
+    def seen(self, site: ObservedSite) -> Seen | None:
+        """See :meth:`Observation.seen`; runs that were restored from a checkpoint do not count."""
+        return self._seen.get(site.fingerprint)
+
+    def _show(self, observers: Mapping[str, SiteObserver], what: str) -> dict[str, list[int]]:
+        """Runs this rank's batches; numbers of tokens and of held-back ones by fingerprint, of sites reached."""
+        self._observers, self._counts = dict(observers), {}
+        shared = self._ranks.share(range(len(self._batches)))
+        try:
+            for number in tqdm(shared, desc=what, unit="batch", disable=not self._progress, leave=False):
+                self._call(number)
+        finally:
+            self._observers = {}
+        return self._counts
+
+    def _call(self, number: int) -> None:
+        """Runs a batch.
+
+        Raises:
+            CalibrationError: the model fails, with its error as the cause.
+        """
+        self._batch = self._batches[number]
+        try:
+            self._capture(self._batch)
+        except (TardisError, MemoryError, torch.OutOfMemoryError):  # memory that ran out is handled by its type
+            raise
+        except Exception as error:
+            raise CalibrationError(f"the model fails on batch {number}: {type(error).__name__}: {error}") from error
+
+    def replace(self, site: ObservedSite, function: Callable[[Tensor], Tensor]) -> None:
+        """From now on the site's output is ``function`` of its input, [..., d] to [..., d_out]."""
+        self._rewritten[site.fingerprint] = function
+
+    def restore(self) -> None:
+        """Undoes every :meth:`replace`."""
+        self._rewritten = {}
+
+    def _instrument(self, gm: fx.GraphModule, example_inputs: list[Tensor]) -> Callable[..., Any]:
+        """Puts taps around every site; also the first batch's example inputs tell the sites' weights."""
+        unfuse(gm.graph)
+        values = dict(zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True))
+        moved: dict[fx.Node, fx.Node] = {}  # outputs of sites, where one feeds the next
+        for i, site in enumerate(find_sites(gm.graph)):
+            if site.reason is not None or any(not isinstance(values.get(p), Tensor) for p in site.parameters):
+                parameters = [values[p] for p in site.parameters if isinstance(values.get(p), Tensor)]
+                if self._admit(site, parameters) not in self._sites:
+                    self._refused.append(f"{site.name}: {site.reason}")
+                continue
+            gm.add_submodule(f"tardis_enter_{i}", Enter(weakref.proxy(self), site))
+            gm.add_submodule(f"tardis_leave_{i}", Leave(weakref.proxy(self), site))
+            with gm.graph.inserting_before(site.up.product):
+                entering = moved.get(site.input, site.input)
+                entered = gm.graph.call_module(f"tardis_enter_{i}", (entering, *site.parameters))
+            with gm.graph.inserting_after(site.output):
+                left = gm.graph.call_module(f"tardis_leave_{i}", (site.output, entered, *site.parameters))
+            moved[site.output] = left
+            site.output.replace_all_uses_with(left, delete_user_cb=lambda user, left=left: user is not left)  # type: ignore[misc]
+        gm.recompile()
+        return gm.forward
+
+    def _admit(self, site: Site, parameters: list[Tensor]) -> str:
+        stored = stored_tensors(parameters)
+        identity = fingerprint(stored, site.function)
+        if len(parameters) == len(site.parameters) and identity not in self._sites:
+            weights = SiteWeights.of(site, [_dense(p) for p in parameters])
+            self._sites[identity] = ObservedSite(site, identity, weights, tuple(stored))
+        return identity
+
+    def _refuse_absent(self) -> None:
+        """Refuses sites whose weights are there during a forward pass only, as FSDP and offloaders leave them."""
+        for identity, found in self._sites.items():
+            if any(map(is_freed, found.parameters)):
+                reason = (
+                    "its weights are freed after every forward pass: calibrate before the model is sharded or offloaded"
+                )
+            elif fingerprint(found.parameters, found.site.function) != identity:
+                reason = "other weights took the place of its own: calibrate before the model is offloaded"
+            else:
+                continue
+            self._sites[identity] = replace(found, site=found.site.refused(reason))
+
+    def observe(self, site: Site, parameters: list[Tensor], x: Tensor) -> None:
+        """Called by a tap with the inputs of one call."""
+        identity = self._admit(site, parameters)
+        observer = self._observers.get(identity)
+        if observer is None or x.numel() == 0:
+            return
+        tokens = x.detach().reshape(-1, x.shape[-1])
+        real = real_tokens(self._batch, x.shape[:-1])
+        if real is not None:
+            tokens = tokens[real.reshape(-1).to(tokens.device)]
+        if not len(tokens):
+            return
+        tokens = tokens.float().cpu()
+        if not torch.isfinite(tokens).all():
+            raise CalibrationError(
+                f"the inputs of {site.name} hold NaN or infinity: look at the batch or at the layers before it"
+            )
+        counts = self._counts.setdefault(identity, [0, 0])
+        counts[0] += len(tokens)
+        counts[1] += len(tokens) - fitted_tokens(len(tokens))
+        with raising_typed(f"{type(observer).__qualname__} at {site.name}"):
+            observer.update(tokens)
+
+    def rewritten(self, site: Site, parameters: list[Tensor]) -> Callable[[Tensor], Tensor] | None:
+        """What replaces a site's output, or None."""
+        return self._rewritten.get(self._admit(site, parameters))
+
+
+def _dense(parameter: Tensor) -> Tensor:
+    """The parameter; of a tensor subclass, whose site is refused, its shape alone."""
+    if subclass_name(parameter) is None:
+        return parameter
+    return torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")

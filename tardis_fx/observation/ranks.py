@@ -1,0 +1,156 @@
+"""The processes that share a calibration: each runs its part of the batches, and all fit to the sums of all.
+
+Every rank takes the same decisions from the same sums, so that nothing but statistics is sent.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from tardis_fx.errors import CalibrationError, TardisError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from tardis_fx.observation.merging import Merge
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes of the default process group of ``torch.distributed``, or this one alone.
+
+    Attributes:
+        rank: of this process; 0 writes files.
+        count: of processes.
+    """
+
+    rank: int = 0
+    count: int = 1
+    _told: list[BaseException] = field(default_factory=list, compare=False, repr=False)  # errors that all ranks know of
+
+    @classmethod
+    def initialised(cls) -> Ranks:
+        """Those of the process group where one is initialised, else this process alone."""
+        together = dist.is_available() and dist.is_initialized()
+        return cls(dist.get_rank(), dist.get_world_size()) if together else cls()
+
+    def share(self, batches: Sequence[T]) -> Sequence[T]:
+        """The batches that this rank runs: every rank in turn gets one."""
+        return batches[self.rank :: self.count]
+
+    def attempt(self, function: Callable[[], T]) -> list[T]:
+        """Calls a function on every rank, and returns what each rank's gave, in their order.
+
+        Raises:
+            TardisError: it raised one on some rank; then every rank raises, for none can go on alone.
+            CalibrationError: it raised another error on another rank, or a rank died or did not answer in the time that
+                the process group allows.
+        """
+        if self.count == 1:
+            return [function()]
+        raised: Exception | None = None
+        try:
+            mine: Any = function()
+        except Exception as error:
+            mine, raised = _typed(error), error
+        results: list[Any] = [None] * self.count
+        with self._answered():
+            dist.all_gather_object(results, mine)
+        if raised is not None:
+            raise self._known(raised)
+        for rank, result in enumerate(results):
+            if isinstance(result, TardisError):
+                raise self._known(type(result)(f"rank {rank}: {result}"))
+        return results
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Ends the work of all ranks with that of one: an error between two exchanges is told instead of the next.
+
+        Whatever the ranks do in the meantime, they must exchange something afterwards.
+        """
+        try:
+            yield
+        except BaseException as error:
+            if self.count > 1 and not any(error is known or error.__cause__ is known for known in self._told):
+                with suppress(CalibrationError), self._answered():  # another rank may be gone, too
+                    dist.all_gather_object([None] * self.count, _typed(error))
+            raise
+        finally:
+            self._told.clear()
+
+    def agree(self, what: str, value: Any) -> None:
+        """Compares a value over the ranks.
+
+        Raises:
+            CalibrationError: a rank has another one.
+        """
+        for rank, other in enumerate(found := self.attempt(lambda: value)):
+            if other != found[0]:
+                raise self._known(
+                    CalibrationError(f"{what} of rank {rank} and of rank 0 differ: {_difference(other, found[0])}")
+                )
+
+    def merged(self, tensor: Tensor, how: Merge) -> Tensor:
+        """The tensors of all ranks in one, on every rank the same to the bit; see :mod:`.merging`.
+
+        Raises:
+            CalibrationError: a rank died or did not answer in the time that the process group allows.
+        """
+        if self.count == 1:
+            return tensor
+        if how == "joined":
+            return torch.cat(self.attempt(lambda: tensor))
+        operation = {"sum": dist.ReduceOp.SUM, "least": dist.ReduceOp.MIN, "greatest": dist.ReduceOp.MAX}[how]
+        moved = tensor.to(_device()).clone()
+        with self._answered():
+            dist.all_reduce(moved, operation)
+        return moved.to(tensor.device)
+
+    def _known(self, error: Exception) -> Exception:
+        self._told.append(error)
+        return error
+
+    @contextmanager
+    def _answered(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            raise self._known(
+                CalibrationError(f"another process of the calibration died or did not answer in time: {error}")
+            ) from error
+
+
+def arithmetic() -> dict[str, Any]:
+    """What may change the last bit of a product on this machine, and with it a decision of the fit."""
+    return {
+        "version of torch": torch.__version__,
+        "vector instructions": torch.backends.cpu.get_cpu_capability(),
+        "threads (OMP_NUM_THREADS)": torch.get_num_threads(),
+    }
+
+
+def _typed(error: BaseException) -> TardisError:
+    """An error as other ranks are told it."""
+    return error if isinstance(error, TardisError) else CalibrationError(f"{type(error).__name__}: {error}")
+
+
+def _device() -> torch.device:
+    """Where the process group takes tensors from: statistics lie on the CPU, which NCCL alone cannot reach."""
+    takes_cpu = "cpu:" in dist.get_backend_config() or dist.get_backend() != "nccl"
+    return torch.device("cpu") if takes_cpu else torch.device("cuda", torch.cuda.current_device())
+
+
+def _difference(one: Any, other: Any) -> str:
+    if isinstance(one, dict) and isinstance(other, dict):
+        names = [name for name in {**one, **other} if one.get(name) != other.get(name)]
+        return "; ".join(f"{name}: {one.get(name)} and {other.get(name)}" for name in names[:4])
+    return f"{one} and {other}"

@@ -1,0 +1,1 @@
+"""How partial linearity is fitted: neurons, guards, budget, drafts, residuals."""

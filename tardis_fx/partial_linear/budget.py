@@ -1,0 +1,66 @@
+"""Splits the budget over the sites: one price per byte, the same everywhere, at which the model meets its budget.
+
+Equal marginal error per byte is the condition of least total error under a sum constraint (a Lagrangian relaxation;
+exact up to the size of a single bin).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from tardis_fx.errors import CalibrationError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from tardis_fx.partial_linear.ranges import Ranges, SiteRanges
+
+#: Rounds of choosing ranges and refitting the surrogates to them.
+ROUNDS = 4
+
+
+def allocate(sites: Sequence[SiteRanges], allowed: float) -> list[Ranges]:
+    """Ranges of all sites that together read at most ``allowed`` bytes per token, and the surrogates that fit them.
+
+    Raises:
+        CalibrationError: the folded weights alone read more.
+    """
+    floor = sum(site.costs.fold for site in sites)
+    if floor > allowed:
+        raise CalibrationError(
+            f"the budget allows {allowed:,.0f} bytes per token, the folded weights alone read {floor:,}"
+        )
+    price = 0.0
+    for _ in range(ROUNDS):
+        price = _price(sites, allowed, price)
+        chosen = [site.at(price) for site in sites]
+        for site, ranges in zip(sites, chosen, strict=True):
+            site.refit(ranges.hot)
+    return chosen
+
+
+def _price(sites: Sequence[SiteRanges], allowed: float, near: float) -> float:
+    """The lowest price that meets the budget, to a thousandth, by bisection on its logarithm.
+
+    Args:
+        sites: the sites.
+        allowed: bytes per token.
+        near: where the price of the last round was, or 0.
+    """
+
+    def meets(price: float) -> bool:
+        return sum(site.at(price).touched for site in sites) <= allowed
+
+    low = high = math.log(near or 1.0)
+    step = 1.0 if near else 8.0
+    while meets(math.exp(low)):
+        low, high, step = low - step, low, 2 * step
+        if low < -300:  # everything corrected, and still within the budget
+            return math.exp(low)
+    while not meets(math.exp(high)):
+        low, high, step = high, high + step, 2 * step
+    while high - low > 1e-3:
+        middle = (low + high) / 2
+        low, high = (low, middle) if meets(math.exp(middle)) else (middle, high)
+    return math.exp(high)

@@ -1,0 +1,180 @@
+"""Compiles ``kernel.cpp`` and keeps the library in a cache folder, from which it loads only what is its own.
+
+The folder is ``$TARDIS_FX_CACHE``, else ``$XDG_CACHE_HOME/tardis_fx``, else ``~/.cache/tardis_fx``; the compiler is
+``$CXX``, else ``g++`` or ``clang++``. Loading a library runs its code, so folder and library must belong to the user or
+to root, and nobody else may be able to write them. A library's name ends in a digest of its content, so that a
+truncated or damaged one is found before it is mapped. Where there is no such folder, the kernel is compiled anew in
+every process, in a folder of its own that is removed once the library is loaded.
+"""
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shlex
+import shutil
+import stat
+import subprocess
+import tempfile
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+
+from tardis_fx.graph.activations import ACTIVATIONS
+
+logger = logging.getLogger("tardis_fx")
+
+#: How the kernel numbers activations.
+ACTIVATION_NUMBERS = {name: number for number, name in enumerate(ACTIVATIONS)}
+
+_SOURCE = Path(__file__).with_name("kernel.cpp")
+# No -ffast-math: NaN and infinity must compare as they should. The two that are safe let conversions be vectorised.
+_FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC")
+#: Seconds after which a compiler is given up.
+_PATIENCE = 600
+_LOCK = threading.Lock()
+
+
+@cache
+def load() -> ctypes.CDLL | None:
+    """The compiled functions, or None (with one warning) where they cannot be had."""
+    with _LOCK:  # else threads that call at the same time would each compile, and each warn
+        return _loaded()
+
+
+@cache
+def _loaded() -> ctypes.CDLL | None:
+    try:
+        return _from_cache()
+    except Exception as error:  # whatever a system lacks or a compiler does: the reference can do the work
+        said = error.stderr if isinstance(error, subprocess.CalledProcessError) else ""
+        logger.warning("no CPU kernel, the (slow) eager implementation runs instead: %s\n%s", error, said)
+        return None
+
+
+def _from_cache() -> ctypes.CDLL:
+    compiler = _compiler()
+    version = _run([*compiler, "--version"])
+    sources = [path.read_text() for path in (_SOURCE, *sorted(_SOURCE.parent.glob("*.h")))]
+    parts = [*sources, _cases(), *compiler, version, *_FLAGS, _processor()]
+    name = f"kernel-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}"
+    try:
+        folder = _cache_folder()
+        for library in _libraries(folder, name):
+            with suppress(OSError):  # made where the C library is another, say
+                return _open(library)
+        scratch = tempfile.TemporaryDirectory(dir=folder)
+    except (OSError, RuntimeError) as error:
+        logger.warning(
+            "%s; the CPU kernel is compiled anew in every process: let TARDIS_FX_CACHE name a folder that only you can"
+            " write",
+            error,
+        )
+        folder, scratch = None, tempfile.TemporaryDirectory(prefix="tardis_fx-")
+    with scratch:
+        library = Path(scratch.name, "kernel.so")
+        compile_kernel(library, compiler, _FLAGS)
+        return _open(library if folder is None else _kept(library, folder, name))
+
+
+def _cache_folder() -> Path:
+    """The folder, made if need be.
+
+    Raises:
+        OSError: it cannot be made, or others can write it.
+        RuntimeError: the user has no home.
+    """
+    if named := os.environ.get("TARDIS_FX_CACHE"):
+        folder = Path(named)
+    else:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tardis_fx"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    folder = folder.resolve()
+    if not _ours(folder):
+        raise PermissionError(f"the cache folder {folder} belongs to another user, or others can write it")
+    return folder
+
+
+def _ours(path: Path) -> bool:
+    """Whether only this user and root can change a file or folder."""
+    status = path.lstat()
+    mine = status.st_uid in (0, os.geteuid())
+    return mine and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not path.is_symlink()
+
+
+def _libraries(folder: Path, name: str) -> Iterator[Path]:
+    """The whole libraries of that name that only this user could have put there; others of that name are removed."""
+    for library in sorted(folder.glob(f"{name}-*.so")):
+        try:
+            whole = _ours(library) and _digest(library) == library.stem.rsplit("-", 1)[1]
+        except OSError:
+            continue
+        if whole:
+            yield library
+        else:
+            library.unlink(missing_ok=True)
+
+
+def _kept(library: Path, folder: Path, name: str) -> Path:
+    """Where a library lies once it is moved into the folder."""
+    library.chmod(0o700)
+    with library.open("rb") as file:
+        os.fsync(file.fileno())  # else a crash of the system could leave the name without the content
+    # Atomic: of processes that build at the same time, each finds a whole file.
+    return library.replace(folder / f"{name}-{_digest(library)}.so")
+
+
+def compile_kernel(library: Path, compiler: Sequence[str], flags: Sequence[str]) -> None:
+    """Compiles the kernel to ``library``, beside which it leaves what it generates."""
+    Path(library.parent, "activations.inc").write_text(_cases())
+    defined = f"-DACTIVATIONS={len(ACTIVATION_NUMBERS)}"
+    _run([*compiler, *flags, defined, f"-I{library.parent}", str(_SOURCE), "-o", str(library)])
+    if not library.exists():
+        raise FileNotFoundError(f"{shlex.join(compiler)} ended well and wrote no library")
+
+
+def _cases() -> str:
+    """The activations, as cases of a C++ switch."""
+    return "".join(f"case {number}: return {ACTIVATIONS[name].cxx};\n" for name, number in ACTIVATION_NUMBERS.items())
+
+
+def _run(command: Sequence[str]) -> str:
+    """What a command writes to its standard output."""
+    run = subprocess.run(
+        command, check=True, capture_output=True, text=True, errors="replace", stdin=subprocess.DEVNULL,
+        timeout=_PATIENCE,
+    )  # fmt: skip
+    return run.stdout
+
+
+def _compiler() -> list[str]:
+    """The command of the C++ compiler."""
+    if named := shlex.split(os.environ.get("CXX", "")):
+        return named
+    for name in ("g++", "clang++"):
+        if found := shutil.which(name):
+            return [found]
+    raise FileNotFoundError("no C++ compiler: neither g++ nor clang++ on PATH, and CXX is not set")
+
+
+def _processor() -> str:
+    """What -march=native depends on, so that machines may share a cache folder."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    kept = {line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))}
+    return "\n".join([platform.machine(), platform.processor(), *sorted(kept)])
+
+
+def _digest(library: Path) -> str:
+    return hashlib.sha256(library.read_bytes()).hexdigest()[:32]
+
+
+def _open(path: Path) -> ctypes.CDLL:
+    library = ctypes.CDLL(str(path))
+    for function in (library.tardis_correct, library.tardis_correct_gated):
+        function.argtypes = [ctypes.c_char_p]
+        function.restype = ctypes.c_int64
+    return library

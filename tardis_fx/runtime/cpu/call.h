@@ -1,0 +1,47 @@
+// What op.py hands over, and whether it is what the kernel takes.
+
+#pragma once
+
+#include <cstdint>
+
+#include "codes.h"
+
+namespace {
+
+struct Call {  // of a plain site; op.py packs it: sixteen pointers and sixteen integers
+  static constexpr int PROJECTIONS = 1;  // in front of the activation
+  void* out;
+  const void *folded, *x, *w1, *b1, *w2t;
+  const int64_t* counts;
+  const int32_t* neurons;
+  const uint8_t* codes;
+  const Half* scale;
+  const uint8_t* zero;
+  const float *lower, *upper, *slope, *intercept;
+  const uint8_t* fold;
+  int64_t tokens, d, d_out, hidden, capacity, d_groups, d_out_groups, w1_stride, w2t_stride, bits, activation,
+      fold_bits, row_bits, low_bits, dtype, threads;
+};
+
+bool between(int64_t least, int64_t value, int64_t most) { return least <= value && value <= most; }
+
+// Whether every number of a call lies in the tables below, and its list in the tensors that hold it. That the tensors
+// are as large as these numbers say, op.py has checked; neurons are checked where they are read.
+bool taken(const Call& call) {
+  const auto width = [](int64_t bits) { return between(1, bits, 8) || bits == 16; };
+  const auto grouped = [](int64_t columns, int64_t groups) {
+    for (int64_t size = BLOCK / 2; size <= 2 * BLOCK; size *= 2)
+      if (groups == (columns + size - 1) / size) return true;
+    return false;
+  };
+  const int64_t listed = call.counts[0], guarded = call.counts[1];
+  const bool coded = call.row_bits != 16;
+  return between(1, call.tokens, TOKENS) && call.d >= 1 && call.d_out >= 0 && grouped(call.d, call.d_groups) &&
+         between(1, call.bits, 8) && width(call.fold_bits) && width(call.row_bits) &&
+         (!coded || (between(1, call.low_bits, 8) && grouped(call.d_out, call.d_out_groups))) &&
+         between(0, call.activation, ACTIVATIONS - 1) && between(0, call.dtype, 2) && call.threads >= 1 &&
+         between(0, guarded, listed) && listed <= call.capacity && (!coded || guarded == listed) &&
+         (listed == 0 || call.hidden >= 1);
+}
+
+}  // namespace

@@ -1,0 +1,321 @@
+// Adds the exact terms of the predicted outliers to the output of a folded FFN, for a few tokens, on a CPU.
+//
+// What is computed is specified by `correct` in reference.py, of gated sites in reference_gated.py. The time goes into
+// reading, once for all tokens, (a) the packed codes of every guarded neuron, (b) the rows of W1 and W2 of every
+// outlier, which may be codes, too, those of W1 nested in (a), (c) the folded weight, where it is given. The build
+// (build.py) writes activations.inc: one `case <number>: return <expression of z>;` an activation.
+// Not to be compiled with -ffast-math: a NaN estimate must compare false, and infinite bounds are ordinary.
+
+#include <omp.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <vector>
+
+#include "call.h"
+#include "codes.h"
+#include "vectors.h"
+
+namespace {
+
+constexpr int64_t SERIAL_BYTES = 32768;  // of packed codes: below, waking other threads costs more than it saves
+
+struct Outlier {
+  int32_t position;  // in the list of neurons
+  uint32_t tokens;   // bit t: token t
+};
+
+float activate(float z, int64_t activation) {
+  switch (activation) {
+#include "activations.inc"
+  }
+  return NAN;
+}
+
+// ---- The predictor.
+
+// Lists the outliers among the guarded neurons from `begin` to `end`, returns the end of the list. Their estimates are
+// kept, [guarded, tokens].
+template <int BITS>
+Outlier* test(const Call& call, const Inputs& x, int64_t begin, int64_t end, Outlier* list, float* estimates) {
+  const int64_t groups = x.row.groups, together = 1 + 63 / groups;  // neurons whose scales are converted at once
+  std::vector<float> scales(together * groups + LANES), shifts(together * groups + LANES);
+  for (int64_t row = begin; row < end; ++row) {
+    const int64_t at = (row - begin) % together * groups;
+    if (at == 0) {
+      const Half* const scale = call.scale + row * groups;
+      const uint8_t* const zero = call.zero + row * groups;
+      const int64_t size = std::min(together, end - row) * groups;
+      int64_t i = 0;
+      for (; i + LANES <= size; i += LANES) {
+        put(load(scale + i), &scales[i]);
+        put(load(scale + i) * load(zero + i), &shifts[i]);
+      }
+      for (; i < size; ++i) shifts[i] = (scales[i] = to_float(scale[i])) * zero[i];
+    }
+    const uint8_t* const packed = call.codes + row * x.blocks * (BITS * BLOCK / 8);
+    float z_hat[TOKENS];
+    estimate_all<BITS>(packed, &scales[at], &shifts[at], x, call.tokens, z_hat);
+    uint32_t tokens = 0;
+    for (int64_t t = 0; t < call.tokens; ++t)
+      tokens |= uint32_t(z_hat[t] < call.lower[row] || z_hat[t] > call.upper[row]) << t;
+    if (!tokens) continue;
+    *list++ = {int32_t(row), tokens};
+    std::copy_n(z_hat, call.tokens, estimates + row * call.tokens);
+  }
+  return list;
+}
+
+constexpr decltype(test<1>)* TESTS[] = {test<1>, test<2>, test<3>, test<4>, test<5>, test<6>, test<7>, test<8>};
+
+Outlier* find(const Call& call, const Inputs& x, int64_t begin, int64_t end, Outlier* list, float* estimates) {
+  return TESTS[call.bits - 1](call, x, begin, end, list, estimates);
+}
+
+// ---- The fold, and what corrections add.
+
+// Adds the products of the tokens and the rows of the folded weight from `begin` to `end`.
+template <int BITS>
+void fold(const Call& call, const Inputs& x, int64_t begin, int64_t end, float* sums) {
+  float *const scales = scratch<float, 8>(2 * x.stride), *const shifts = scales + x.stride;
+  std::fill_n(scales, 2 * x.stride, 0.0f);
+  for (int64_t row = begin; row < end; ++row) {
+    const uint8_t* const codes = call.fold + row * x.row.bytes(BITS);
+    open<BITS>(codes, x.row, scales, shifts);
+    float products[TOKENS];
+    estimate_all<BITS>(codes, scales, shifts, x, call.tokens, products);
+    for (int64_t t = 0; t < call.tokens; ++t) sums[t * call.d_out + row] += products[t];
+  }
+}
+
+constexpr decltype(fold<1>)* FOLDS[] = {fold<1>, fold<2>, fold<3>, fold<4>, fold<5>, fold<6>, fold<7>, fold<8>};
+
+// Rows of a folded weight that are multiplied at once: so many registers hold sums.
+constexpr int ROWS = WIDTH == 64 ? 4 : 2;
+
+// Adds the products of four tokens from `first` on and R rows of a folded weight that is stored as it is.
+template <int R, class W>
+void multiply(const Call& call, const Inputs& x, int64_t row, int64_t first, float* sums) {
+  constexpr int T = 4;
+  const int64_t d = call.d;
+  const W* const weights = (const W*)call.fold + row * d;
+  const Factor<W>* tokens[T];
+  for (int t = 0; t < T; ++t) tokens[t] = x.token<W>(first + t, d);
+  Floats totals[R][T] = {};
+  int64_t i = 0;
+  for (; i + LOT<W> <= d; i += LOT<W>) {
+    decltype(lot<W>(weights)) some[R];
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) some[r] = lot<W>(weights + r * d + i);
+#pragma GCC unroll 4
+    for (int t = 0; t < T; ++t) {
+      const auto token = lot<W>(tokens[t] + i);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) totals[r][t] = add_products(totals[r][t], some[r], token);
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int t = 0; t < T; ++t) {
+      float total = sum(totals[r][t]);
+      for (int64_t k = i; k < d; ++k) total += to_float(weights[r * d + k]) * to_float(tokens[t][k]);
+      sums[(first + t) * call.d_out + row + r] += total;
+    }
+}
+
+// As `fold`, of such a weight.
+template <class W>
+void fold_plain(const Call& call, const Inputs& x, int64_t begin, int64_t end, float* sums) {
+  for (int64_t row = begin; row < end;) {
+    const int64_t last = row + ROWS <= end ? row + ROWS : row + 1;
+    int64_t t = 0;
+    for (; t + 4 <= call.tokens; t += 4)
+      (last - row == ROWS ? multiply<ROWS, W> : multiply<1, W>)(call, x, row, t, sums);
+    for (; row < last; ++row) {
+      const W* const weights = (const W*)call.fold + row * call.d;
+      for (int64_t rest = t; rest < call.tokens; ++rest)
+        sums[rest * call.d_out + row] +=
+            dot(weights, x.token<W>(rest, call.d), call.d, row + 1 < end ? weights + call.d : weights);
+    }
+  }
+}
+
+float beyond_surrogate(const Call& call, int64_t position, float z) {
+  return activate(z, call.activation) - (call.slope[position] * z + call.intercept[position]);
+}
+
+// What the low planes of a row of W1 add to the estimates, [tokens], of an outlier.
+template <int BITS>
+void refine(const Call& call, const Inputs& x, uint32_t tokens, const uint8_t* row, float* z) {
+  float *const scales = scratch<float, 9>(2 * x.stride), *const shifts = scales + x.stride;
+  std::fill_n(scales, 2 * x.stride, 0.0f);
+  open<BITS>(row, x.row, scales, shifts);
+  for (int64_t t = 0; t < call.tokens; ++t) {
+    if (!(tokens >> t & 1)) continue;
+    z[t] += estimate_one<BITS>(row, scales, shifts, x, t);
+  }
+}
+
+// Adds a column of W2 times the residuals, [tokens], of an outlier.
+template <int BITS>
+void add_column(const Call& call, uint32_t tokens, const uint8_t* column, const float* residuals, float* sums) {
+  const Row row(call.d_out, call.d_out_groups);
+  float *const scales = scratch<float, 10>(2 * row.groups), *const shifts = scales + row.groups;
+  open<BITS>(column, row, scales, shifts);
+  float factors[TOKENS], *into[TOKENS];
+  int count = 0;
+  for (int64_t t = 0; t < call.tokens; ++t) {
+    if (!(tokens >> t & 1)) continue;
+    factors[count] = residuals[t];
+    into[count++] = sums + t * call.d_out;
+  }
+  for (int64_t b = 0; b < row.blocks; ++b, column += BITS * BLOCK / 8) {
+    uint8_t codes[BLOCK];
+    unpack<BITS>(column, codes);
+    const int64_t first = b * BLOCK, size = std::min<int64_t>(BLOCK, call.d_out - first);
+    int64_t i = 0;
+    for (; i + LANES <= size; i += LANES) {
+      const int64_t g = (2 * b + i / (BLOCK / 2)) >> row.shift;
+      const Floats weights = scales[g] * load(codes + i) - shifts[g];
+      for (int k = 0; k < count; ++k) put(load(into[k] + first + i) + factors[k] * weights, into[k] + first + i);
+    }
+    for (; i < size; ++i) {
+      const int64_t g = (2 * b + i / (BLOCK / 2)) >> row.shift;
+      for (int k = 0; k < count; ++k) into[k][first + i] += factors[k] * (scales[g] * codes[i] - shifts[g]);
+    }
+  }
+}
+
+constexpr decltype(refine<1>)* REFINE[] = {refine<1>, refine<2>, refine<3>, refine<4>,
+                                           refine<5>, refine<6>, refine<7>, refine<8>};
+constexpr decltype(add_column<1>)* ADD_COLUMN[] = {add_column<1>, add_column<2>, add_column<3>, add_column<4>,
+                                                   add_column<5>, add_column<6>, add_column<7>, add_column<8>};
+
+// Adds an outlier's exact terms, and asks for the rows of the neuron `next`, which comes after it. The outlier's
+// estimates become its pre-activations.
+void add_coded(const Call& call, const Inputs& x, Outlier outlier, int64_t neuron, int64_t next, float b1, float* z,
+               float* sums) {
+  const auto *const w1 = (const uint8_t*)call.w1, *const w2t = (const uint8_t*)call.w2t;
+  prefetch(w1 + next * call.w1_stride, x.row.bytes(call.low_bits));
+  prefetch(w2t + next * call.w2t_stride, Row(call.d_out, call.d_out_groups).bytes(call.row_bits));
+  REFINE[call.low_bits - 1](call, x, outlier.tokens, w1 + neuron * call.w1_stride, z);
+  for (int64_t t = 0; t < call.tokens; ++t)
+    if (outlier.tokens >> t & 1) z[t] = beyond_surrogate(call, outlier.position, z[t] + b1);
+  ADD_COLUMN[call.row_bits - 1](call, outlier.tokens, w2t + neuron * call.w2t_stride, z, sums);
+}
+
+// The same from rows that are stored as they are.
+template <class W>
+void add_plain(const Call& call, const Inputs& x, Outlier outlier, int64_t neuron, int64_t next, float b1,
+               float* sums) {
+  const W *const row = (const W*)call.w1 + neuron * call.w1_stride,
+                *const column = (const W*)call.w2t + neuron * call.w2t_stride;
+  for (int64_t t = 0; t < call.tokens; ++t) {
+    if (!(outlier.tokens >> t & 1)) continue;
+    const float z = dot(row, x.token<W>(t, call.d), call.d, column) + b1;
+    add_scaled(sums + t * call.d_out, beyond_surrogate(call, outlier.position, z), column, call.d_out,
+               (const W*)call.w1 + next * call.w1_stride);
+  }
+}
+
+template <class W>
+void add(const Call& call, const Inputs& x, Outlier outlier, int64_t neuron, int64_t next, float* estimates,
+         float* sums) {
+  const float bias = call.b1 ? to_float(((const W*)call.b1)[neuron]) : 0;
+  if (call.row_bits == 16)
+    add_plain<W>(call, x, outlier, neuron, next, bias, sums);
+  else
+    add_coded(call, x, outlier, neuron, next, bias, estimates, sums);
+}
+
+// ---- Gated sites.
+
+#include "gated.h"
+
+// ---- The ops.
+
+// False where the list names a neuron that is not there: then `out` means nothing.
+template <class W, class AnyCall>
+bool correct(const AnyCall& call) {
+  const int64_t tokens = call.tokens, d_out = call.d_out, size = tokens * d_out;
+  const int64_t listed = call.counts[0], guarded = call.counts[1], always = listed - guarded;
+  const W* const folded = (const W*)call.folded;
+  const Inputs x((const W*)call.x, tokens, call.d, call.d_groups);
+  // One thread or all of them: a team of another size makes libgomp end threads that PyTorch then starts again.
+  const int64_t kept = AnyCall::PROJECTIONS * tokens;  // estimates of a neuron
+  const int64_t bits = AnyCall::PROJECTIONS * listed * call.bits + (call.fold ? d_out * call.fold_bits : 0);
+  const int threads = bits * x.blocks * (BLOCK / 8) < SERIAL_BYTES ? 1 : call.threads;
+  float* const partial = scratch<float, 5>(threads * size);
+  Outlier* const list = scratch<Outlier, 6>(listed);
+  float* const estimates = scratch<float, 11>(guarded * kept);
+  int64_t *const begins = scratch<int64_t, 7>(2 * threads), *const ends = begins + threads;
+  std::atomic<bool> all_there = true;
+  const auto neuron_of = [&](const Outlier& outlier) -> int64_t {
+    const int64_t neuron = call.neurons[outlier.position];
+    if (between(0, neuron, call.hidden - 1)) return neuron;
+    all_there.store(false, std::memory_order_relaxed);
+    return 0;
+  };
+
+#pragma omp parallel num_threads(threads)
+  {
+    const int64_t team = omp_get_num_threads(), me = omp_get_thread_num();
+    const auto share = [team](int64_t of, int64_t thread) { return of * thread / team; };
+
+    begins[me] = share(guarded, me) + share(always, me);
+    Outlier* end = find(call, x, share(guarded, me), share(guarded, me + 1), list + begins[me], estimates);
+    for (int64_t i = share(always, me); i < share(always, me + 1); ++i)
+      *end++ = {int32_t(guarded + i), (1u << tokens) - 1};
+    ends[me] = end - list;
+    float* const sums = partial + me * size;
+    std::fill_n(sums, size, 0.0f);
+    if (call.fold)
+      (call.fold_bits == 16 ? fold_plain<W> : FOLDS[call.fold_bits - 1])(call, x, share(d_out, me),
+                                                                         share(d_out, me + 1), sums);
+#pragma omp barrier
+    // The joint list, cut evenly: outliers cluster, and one thread may have found most of them.
+    int64_t total = 0, before = 0;
+    for (int64_t thread = 0; thread < team; ++thread) total += ends[thread] - begins[thread];
+    for (int64_t thread = 0; thread < team; before += ends[thread] - begins[thread], ++thread) {
+      const Outlier* outlier = list + begins[thread] + std::max<int64_t>(share(total, me) - before, 0);
+      const Outlier* const last = list + std::min(begins[thread] + share(total, me + 1) - before, ends[thread]);
+      int64_t neuron = outlier < last ? neuron_of(*outlier) : 0;
+      for (; outlier < last; ++outlier) {
+        const int64_t next = outlier + 1 < last ? neuron_of(outlier[1]) : neuron;
+        add<W>(call, x, *outlier, neuron, next, estimates + outlier->position * kept, sums);
+        neuron = next;
+      }
+    }
+#pragma omp barrier
+    for (int64_t i = share(size, me); i < share(size, me + 1); ++i) {
+      float value = to_float(folded[call.fold ? i % d_out : i]);
+      for (int64_t thread = 0; thread < team; ++thread) value += partial[thread * size + i];
+      store(value, (W*)call.out + i);
+    }
+  }
+  return all_there;
+}
+
+template <class AnyCall>
+int64_t any_dtype(const AnyCall& call) {
+  if (!taken(call)) return 1;
+  const bool done = call.dtype == 0   ? correct<float>(call)
+                    : call.dtype == 1 ? correct<Bfloat16>(call)
+                                      : correct<Half>(call);
+  return done ? 0 : 1;
+}
+
+}  // namespace
+
+// Return 0, or 1 where the call is refused; op.py then says why.
+extern "C" int64_t tardis_correct(const Call* call) { return any_dtype(*call); }
+extern "C" int64_t tardis_correct_gated(const GatedCall* call) { return any_dtype(*call); }
+
+// How many of some lines, each of at most 64 bytes, differ from their copies (snapshot.py).
+extern "C" int64_t tardis_differing_lines(const void* const* lines, const int64_t* sizes, const uint8_t* copies,
+                                          int64_t count) {
+  int64_t differing = 0;
+  for (int64_t i = 0; i < count; ++i) differing += std::memcmp(lines[i], copies + 64 * i, sizes[i]) != 0;
+  return differing;
+}

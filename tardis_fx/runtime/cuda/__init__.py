@@ -1,0 +1,1 @@
+"""The correction op on a CUDA device, in Triton."""

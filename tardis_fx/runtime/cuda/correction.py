@@ -1,0 +1,189 @@
+# mypy: ignore-errors
+"""The Triton kernels that read outliers' rows of W1 and W2, stored as they are or as codes.
+
+The rules are those of :mod:`tardis_fx.runtime.cuda.predictor`. TILE counts columns in the place of blocks.
+"""
+
+import triton
+import triton.language as tl
+
+from tardis_fx.runtime.cuda.activations import activation
+from tardis_fx.runtime.cuda.codes import codes_of, products_of_joined, scales_of
+from tardis_fx.runtime.cuda.tuning import space
+
+
+@triton.autotune(
+    space(({"TILE": 1024}, 2), ({"TILE": 2048}, 4), ({"TILE": 2048}, 8), ({"TILE": 4096}, 8)),
+    key=["D", "TOKENS", "BITS"],
+    cache_results=True,
+)
+@triton.jit
+def activate(
+    x, w1, b1, slope, intercept, positions, chosen, masks, sizes, estimates, rows, residuals, count,
+    tokens, w1_stride, capacity, segments,
+    D: tl.constexpr, TOKENS: tl.constexpr, SEGMENT: tl.constexpr, SEGMENTS: tl.constexpr, GROUP: tl.constexpr,
+    BITS: tl.constexpr, BIASED: tl.constexpr, ACTIVATION: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """What the surrogate of every outlier misses; each program takes one outlier in so many as there are programs.
+
+    The number of outliers is read here: programs beyond it do nothing.
+
+    Args:
+        x: [tokens, D].
+        w1: [h, D], or low planes as rows of ``packing.join``, ``w1_stride`` elements or bytes apart.
+        b1: [h]; anything where not BIASED.
+        slope: [capacity], float32.
+        intercept: [capacity], float32.
+        positions: see :func:`tardis_fx.runtime.cuda.predictor.predict`, as are chosen, masks and sizes.
+        chosen: see above.
+        masks: see above.
+        sizes: see above.
+        estimates: see above; read where BITS is below 16.
+        rows: [capacity], int32, written: neurons of the outliers, all segments' joined.
+        residuals: [tokens, capacity], float32, written likewise: ``act(z) - slope z - intercept``, or 0.
+        count: [1], int32, written: how many outliers there are.
+        tokens: number of tokens.
+        w1_stride: see above.
+        capacity: length of the lists.
+        segments: number of segments.
+        D: see above, as are TOKENS and TILE.
+        TOKENS: see above.
+        SEGMENT: positions of a segment.
+        SEGMENTS: segments, rounded up.
+        GROUP: columns of w1 that share a scale.
+        BITS: of the codes of w1; 16 where they are none.
+        BIASED: whether there is a bias.
+        ACTIVATION: its name.
+        TILE: see above.
+    """
+    COLUMNS: tl.constexpr = TILE // TOKENS
+    program = tl.program_id(0)
+    s = tl.arange(0, SEGMENTS)
+    ends = tl.cumsum(tl.load(sizes + s, mask=s < segments, other=0), 0)
+    total = tl.max(ends, axis=0)
+    if program == 0:
+        tl.store(count, total)
+    i = program
+    while i < total:
+        before = ends <= i
+        segment = tl.sum(before.to(tl.int32), axis=0)
+        slot = segment * SEGMENT + i - tl.max(tl.where(before, ends, 0), axis=0)
+        position, neuron, mask = tl.load(positions + slot), tl.load(chosen + slot), tl.load(masks + slot)
+        row = w1 + neuron.to(tl.int64) * w1_stride
+        first = tokens * 0
+        while first < tokens:
+            if BITS == 16:
+                z = products_of_row(x + first * D, row, tokens - first, D, TOKENS, COLUMNS)
+            else:
+                only = tl.zeros((1,), tl.int32)
+                z = products_of_joined(
+                    x + first * D, row + only, only == 0, tokens - first, D, TOKENS, GROUP, BITS, COLUMNS // 64
+                )  # fmt: skip
+            for t in tl.static_range(TOKENS):
+                pre = tl.sum(z[t], axis=0)
+                if BITS < 16:
+                    at = estimates + (first + t) * segments * SEGMENT + position
+                    pre += tl.load(at, mask=first + t < tokens, other=0)
+                if BIASED:
+                    pre += tl.load(b1 + neuron).to(tl.float32)
+                surrogate = tl.load(slope + position) * pre + tl.load(intercept + position)
+                missed = tl.where((mask >> first + t & 1) != 0, activation(pre, ACTIVATION) - surrogate, 0.0)
+                tl.store(residuals + (first + t) * capacity + i, missed, mask=first + t < tokens)
+            first += TOKENS
+        tl.store(rows + i, neuron)
+        i += tl.num_programs(0)
+
+
+@triton.jit
+def products_of_row(x, row, tokens, D: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Products of tokens with a row that is stored as it is: [COLUMNS] for each token, still to be summed."""
+    sums = ()
+    for _ in tl.static_range(TOKENS):
+        sums += (tl.zeros((COLUMNS,), tl.float32),)
+    for start in range(0, D, COLUMNS):
+        column = start + tl.arange(0, COLUMNS)
+        weight = tl.load(row + column, mask=column < D, other=0).to(tl.float32)
+        added = ()
+        for t in tl.static_range(TOKENS):
+            inputs = tl.load(x + t * D + column, mask=(column < D) & (t < tokens), other=0).to(tl.float32)
+            added += (sums[t] + inputs * weight,)
+        sums = added
+    return sums
+
+
+@triton.autotune(
+    space(
+        ({"BLOCKS": 1, "TILE": 2048}, 4),
+        ({"BLOCKS": 2, "TILE": 2048}, 4),
+        ({"BLOCKS": 2, "TILE": 4096}, 4),
+        ({"BLOCKS": 4, "TILE": 4096}, 8),
+    ),
+    key=["D_OUT", "TOKENS", "BITS"],
+    cache_results=True,
+)
+@triton.jit
+def accumulate(
+    w2t, rows, residuals, count, partial, tokens, w2t_stride, capacity,
+    D_OUT: tl.constexpr, TOKENS: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr, BLOCKS: tl.constexpr,
+    TILE: tl.constexpr,
+):  # fmt: skip
+    """The residuals of a share of the outliers times their rows of W2, in BLOCKS blocks of columns.
+
+    Programs: [column blocks, shares]. Tiles are [rows, BLOCKS, columns]: of plain rows all columns of a block, of codes
+    those of a quarter.
+
+    Args:
+        w2t: [h, D_OUT], or rows of ``packing.join``, ``w2t_stride`` elements or bytes apart.
+        rows: see :func:`activate`, as are residuals and count.
+        residuals: see above.
+        count: see above.
+        partial: [shares, tokens, D_OUT], float32, written.
+        tokens: number of tokens.
+        w2t_stride: see above.
+        capacity: length of the lists.
+        D_OUT: see above, as are TOKENS and BLOCKS.
+        TOKENS: see above.
+        GROUP: columns of w2t that share a scale.
+        BITS: of the codes of w2t; 16 where they are none.
+        BLOCKS: see above.
+        TILE: tokens, rows and columns of a step.
+    """
+    ROWS: tl.constexpr = max(TILE // (TOKENS * BLOCKS * 64), 1)
+    QUARTERS: tl.constexpr = 1 if BITS == 16 else 4
+    share, shares = tl.program_id(1), tl.num_programs(1)
+    total = tl.load(count)
+    start, end = total * share // shares, total * (share + 1) // shares
+    block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
+    column = block[:, None] * 64 + tl.arange(0, 64 // QUARTERS)[None, :]
+    first = tokens * 0
+    while first < tokens:
+        sums = ()
+        for _ in tl.static_range(QUARTERS * TOKENS):
+            sums += (tl.zeros((ROWS, BLOCKS, 64 // QUARTERS), tl.float32),)
+        done = start
+        while done < end:
+            i = done + tl.arange(0, ROWS)
+            row = w2t + tl.load(rows + i, mask=i < end, other=0).to(tl.int64) * w2t_stride
+            present = (i < end)[:, None] & (block * 64 < D_OUT)[None, :]
+            added = ()
+            for quarter in tl.static_range(QUARTERS):
+                if BITS == 16:
+                    at = row[:, None, None] + column[None]
+                    weight = tl.load(at, mask=present[:, :, None] & (column < D_OUT)[None], other=0).to(tl.float32)
+                else:
+                    scale, zero = scales_of(row, block * 64 + 16 * quarter, present, D_OUT, GROUP, BITS)
+                    codes = codes_of(row[:, None] + block[None, :] * (8 * BITS), present, quarter, BITS)
+                    weight = scale[:, :, None] * (codes - zero[:, :, None])
+                for t in tl.static_range(TOKENS):
+                    at = residuals + (first + t) * capacity + i
+                    residual = tl.load(at, mask=(i < end) & (first + t < tokens), other=0)
+                    added += (sums[quarter * TOKENS + t] + residual[:, None, None] * weight,)
+            sums = added
+            done += ROWS
+        for quarter in tl.static_range(QUARTERS):
+            for t in tl.static_range(TOKENS):
+                at = column + 16 * quarter
+                into = partial + (share * tokens + first + t) * D_OUT + at
+                of_rows = tl.sum(sums[quarter * TOKENS + t], axis=0)
+                tl.store(into, of_rows, mask=(at < D_OUT) & (first + t < tokens))
+        first += TOKENS

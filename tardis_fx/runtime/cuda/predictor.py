@@ -1,0 +1,132 @@
+# mypy: ignore-errors
+"""The Triton kernels that read whole matrices of codes: the predictor's, and the quantised fold's.
+
+What the kernels of the op compute is specified by ``correct`` in reference.py; :mod:`tardis_fx.runtime.cuda.op`
+launches them. Every array that a kernel writes it writes whole, in an order that does not depend on timing, and no
+kernel adds to memory: results repeat bit for bit, autotuning may run a kernel twice, and what old memory holds cannot
+matter. Sums are of float32.
+
+Sizes in capitals are known at compile time: D and D_OUT, columns; TOKENS, ROWS and BLOCKS, how many are taken
+together; TILE, their product.
+"""
+
+import triton
+import triton.language as tl
+
+from tardis_fx.runtime.cuda.codes import products_of_joined, products_of_split
+from tardis_fx.runtime.cuda.tuning import space
+
+
+@triton.autotune(
+    space(({"TILE": 256}, 4), ({"TILE": 512}, 4), ({"TILE": 512}, 8), ({"TILE": 1024}, 8)),
+    key=["D", "TOKENS", "BITS"],
+    cache_results=True,
+)
+@triton.jit
+def predict(
+    x, counts, neurons, codes, scale, zero, lower, upper, positions, chosen, masks, sizes, estimates, tokens,
+    D: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr,
+    KEPT: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Estimates, tests and lists: each program the outliers among ROWS positions, in their order.
+
+    Args:
+        x: [tokens, D].
+        counts: [2], int64: listed, guarded.
+        neurons: [capacity], int32.
+        codes: [capacity, packed bytes], uint8.
+        scale: [capacity, groups], float16.
+        zero: [capacity, groups], uint8.
+        lower: [capacity], float32.
+        upper: [capacity], float32.
+        positions: [segments, ROWS], int32, written: the first ``sizes`` of each segment, outliers.
+        chosen: [segments, ROWS], int32, written likewise: their neurons.
+        masks: [segments, ROWS], int32, written likewise: bit t says whether token t has it.
+        sizes: [segments], int32, written.
+        estimates: [tokens, segments, ROWS], float32, written where KEPT, of guarded positions' segments.
+        tokens: number of tokens.
+        D: see above, as are TOKENS, ROWS and TILE.
+        TOKENS: see above.
+        ROWS: see above.
+        GROUP: columns that share a scale.
+        BITS: of a code.
+        KEPT: whether rows of W1 are nested in the predictor, and need its estimates.
+        TILE: see above.
+    """
+    BLOCKS: tl.constexpr = TILE // (ROWS * TOKENS)
+    segment = tl.program_id(0)
+    position = segment * ROWS + tl.arange(0, ROWS)
+    listed, guarded = tl.load(counts), tl.load(counts + 1)
+    tested = position < guarded
+    low = tl.load(lower + position, mask=tested, other=0)
+    high = tl.load(upper + position, mask=tested, other=0)
+    mask = tl.where((position >= guarded) & (position < listed), (1 << tokens) - 1, 0)
+    if segment * ROWS < guarded:
+        first = tokens * 0
+        while first < tokens:
+            z_hat = products_of_split(
+                x + first * D, codes, scale, zero, position, tested, tokens - first, D, TOKENS, GROUP, BITS, BLOCKS
+            )
+            for t in tl.static_range(TOKENS):
+                outside = (z_hat[t] < low) | (z_hat[t] > high)
+                mask += (outside & tested & (first + t < tokens)).to(tl.int32) << first + t
+                if KEPT:
+                    at = estimates + (first + t) * tl.num_programs(0) * ROWS + position
+                    tl.store(at, z_hat[t], mask=first + t < tokens)
+            first += TOKENS
+    found = (mask != 0).to(tl.int32)
+    # Not a store to places that depend on what was read: Inductor would take the weights for written to, and copy them.
+    slot = tl.arange(0, ROWS)
+    taken = (tl.cumsum(found, 0) - found)[None, :] == slot[:, None]
+    taken = taken & (mask != 0)[None, :]
+    neuron = tl.load(neurons + position, mask=position < listed, other=0)
+    tl.store(positions + segment * ROWS + slot, tl.sum(tl.where(taken, position[None, :], 0), axis=1))
+    tl.store(chosen + segment * ROWS + slot, tl.sum(tl.where(taken, neuron[None, :], 0), axis=1))
+    tl.store(masks + segment * ROWS + slot, tl.sum(tl.where(taken, mask[None, :], 0), axis=1))
+    tl.store(sizes + segment, tl.sum(found, axis=0))
+
+
+@triton.autotune(
+    space(
+        ({"ROWS": 16, "TILE": 256}, 2),
+        ({"ROWS": 16, "TILE": 256}, 4),
+        ({"ROWS": 16, "TILE": 512}, 4),
+        ({"ROWS": 32, "TILE": 1024}, 8),
+    ),
+    key=["D", "TOKENS", "BITS"],
+    cache_results=True,
+)
+@triton.jit
+def multiply(
+    x, weight, out, tokens, stride,
+    D: tl.constexpr, D_OUT: tl.constexpr, TOKENS: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr,
+    ROWS: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """A product with a matrix of codes, ROWS rows of which each program takes.
+
+    Args:
+        x: [tokens, D].
+        weight: rows of ``packing.join``, D_OUT of them.
+        out: [tokens, D_OUT], float32, written.
+        tokens: number of tokens.
+        stride: bytes from a row to the next.
+        D: see above, as are D_OUT, TOKENS, ROWS and TILE.
+        D_OUT: see above.
+        TOKENS: see above.
+        GROUP: columns that share a scale.
+        BITS: of a code.
+        ROWS: see above.
+        TILE: see above.
+    """
+    BLOCKS: tl.constexpr = TILE // (ROWS * TOKENS)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    pointers = weight + row.to(tl.int64) * stride
+    first = tokens * 0
+    while first < tokens:
+        products = products_of_joined(
+            x + first * D, pointers, row < D_OUT, tokens - first, D, TOKENS, GROUP, BITS, BLOCKS
+        )  # fmt: skip
+        for t in tl.static_range(TOKENS):
+            into = out + (first + t) * D_OUT + row
+            tl.store(into, products[t], mask=(row < D_OUT) & (first + t < tokens))
+        first += TOKENS

@@ -1,0 +1,56 @@
+"""The error of whatever replaces a site, measured against the original on inputs that nothing was fitted on."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, ClassVar
+
+from tardis_fx.graph.feed_forward import biases, dense, matrices
+from tardis_fx.statistics.regression import fitted_tokens, relative_error
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from torch import Tensor
+
+    from tardis_fx.graph.site import SiteWeights
+    from tardis_fx.observation.merging import Merge
+    from tardis_fx.observation.observe import ObservedSite
+
+
+class Check:
+    """The error of a replacement, in the model's own dtype."""
+
+    merged: ClassVar[Mapping[str, Merge]] = {"_missed": "sum", "_total": "sum", "_tokens": "sum"}
+
+    def __init__(self, site: ObservedSite, replacement: Callable[[Tensor], Tensor], *, held_back: bool = False) -> None:
+        """Starts at zero.
+
+        Args:
+            site: the original.
+            replacement: [tokens, d] to [tokens, d_out].
+            held_back: look only at the tokens that :mod:`tardis_fx.statistics.regression` holds back.
+        """
+        self._site, self._replacement, self._held_back = site, replacement, held_back
+        self._missed, self._total, self._tokens = 0.0, 0.0, 0
+
+    def update(self, x: Tensor) -> None:
+        """Adds tokens, [tokens, d], float32."""
+        weights = self._site.weights
+        cut = fitted_tokens(len(x)) if self._held_back else 0
+        given = x[cut:].to(weights.w1.device, weights.w1.dtype)
+        self._tokens += len(given)
+        exact = original(weights, str(self._site.site.activation), given).float()
+        found = self._replacement(given).float()
+        self._missed += float((found - exact).double().square().sum())
+        self._total += float(exact.double().square().sum())
+
+    @property
+    def error(self) -> float:
+        """Root of the mean square error, relative to the output's; NaN where there was no token."""
+        return relative_error(self._missed, self._total) if self._tokens else math.nan
+
+
+def original(weights: SiteWeights, activation: str, x: Tensor) -> Tensor:
+    """A site as it was, [tokens, d] to [tokens, d_out]."""
+    return dense(x, matrices(weights) | biases(weights), activation)

@@ -1,0 +1,175 @@
+"""The regressed fold: an affine map fitted to what fold and correction still miss."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor
+
+from tardis_fx.statistics.moments import Moments, precise
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from tardis_fx.observation.merging import Merge
+
+#: Ridge, as a share of the mean variance of an input.
+RIDGE = 1e-3
+
+#: Of each batch, the last tokens that are not fitted on, and measure the error instead.
+HELD_BACK = 1 / 8
+
+
+def fitted_tokens(tokens: int) -> int:
+    """How many of a batch's tokens, from its first on, are fitted on; the others measure the error."""
+    return tokens - int(tokens * HELD_BACK)
+
+
+def relative_error(missed: float, total: float) -> float:
+    """Root of a sum of squared errors, relative to that of the squared outputs.
+
+    Of outputs that are all zero, 0 where nothing is missed and infinite otherwise; NaN stays NaN.
+    """
+    if total == 0:
+        return 0.0 if missed == 0 else missed * math.inf
+    return math.sqrt(missed / total) if missed / total >= 0 else math.nan
+
+
+def least_ridge(shares: Tensor, noise: Tensor) -> Tensor:
+    """The mean of some shares of variances, and not less than what may be rounding in these: a scalar, float64."""
+    return torch.maximum(shares.mean(), noise.mean()).clamp(min=1e-30)
+
+
+class Residual:
+    """Sums of a residual against the inputs, apart for fitted and for held-back tokens.
+
+    Memory: 2 (d² + d d_out) float64.
+    """
+
+    merged: ClassVar[Mapping[str, Merge]] = {"_fitted": "parts", "_held": "parts"}
+
+    def __init__(self, d: int, d_out: int) -> None:
+        """Starts at zero."""
+        self._fitted, self._held = _Half(d, d_out), _Half(d, d_out)
+
+    def update(self, x: Tensor, residual: Tensor, output: Tensor) -> None:
+        """Adds tokens.
+
+        Args:
+            x: [tokens, d].
+            residual: [tokens, d_out], the exact output less what is already there.
+            output: [tokens, d_out], the exact output.
+        """
+        cut = fitted_tokens(len(x))
+        self._fitted.update(x[:cut], residual[:cut], output[:cut])
+        self._held.update(x[cut:], residual[cut:], output[cut:])
+
+    def solve(self, ridge: Tensor | None = None, given: Tensor | None = None) -> AffineMap:
+        """Ridge regression of the residual on the inputs of the fitted tokens.
+
+        Args:
+            ridge: [d], what is added to the variances of the inputs; :data:`RIDGE` of their mean where None.
+            given: [k, d_out], float64, the map's last rows, where these are not free.
+        """
+        fitted = self._fitted
+        free = len(fitted.cross) - (0 if given is None else len(given))
+        mean, target, covariance = fitted.inputs.mean, fitted.total / fitted.inputs.tokens, fitted.inputs.covariance
+        cross = (fitted.cross / fitted.inputs.tokens - torch.outer(mean, target))[:free]
+        if given is not None:
+            cross -= covariance[:free, free:] @ given
+        covariance = covariance[:free, :free]
+        if ridge is None:
+            ridge = least_ridge(RIDGE * covariance.diagonal(), fitted.inputs.noise[:free])
+        covariance.diagonal().add_(ridge)
+        weight = torch.linalg.solve(covariance, cross, left=True)
+        if given is not None:
+            weight = torch.cat([weight, given])
+        return AffineMap(weight, target - mean @ weight)
+
+    @property
+    def energy(self) -> float:
+        """Mean square of the exact output, summed over its features, on the held-back tokens."""
+        held = self._held if self._held.inputs.tokens else self._fitted
+        return held.output_square / max(1, held.inputs.tokens)
+
+    def error(self, weight: Tensor, bias: Tensor) -> float:
+        """Root-mean-square error that a map leaves on the held-back tokens, relative to the output's.
+
+        Args:
+            weight: [d, d_out], float64.
+            bias: [d_out], float64.
+        """
+        half = self._measuring
+        return relative_error(half.missed(weight, bias), half.output_square)
+
+    def missed(self, weight: Tensor, bias: Tensor) -> float:
+        """Mean square of what a map leaves of the residual on the held-back tokens; arguments as of :meth:`error`."""
+        half = self._measuring
+        return half.missed(weight, bias) / max(1, half.inputs.tokens)
+
+    def explained(self, weight: Tensor, bias: Tensor) -> float:
+        """R²: the share of the residual's variance on the held-back tokens that a map explains."""
+        half = self._measuring
+        variance = half.square - float(half.total.square().sum()) / max(1, half.inputs.tokens)
+        return 1.0 if variance <= 0 else 1 - half.missed(weight, bias) / variance
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean residual of the fitted tokens, [d_out], float64."""
+        return self._fitted.total / self._fitted.inputs.tokens
+
+    @property
+    def inputs(self) -> Moments:
+        """Of the fitted tokens."""
+        return self._fitted.inputs
+
+    @property
+    def _measuring(self) -> _Half:
+        return self._held if self._held.inputs.tokens else self._fitted
+
+
+class _Half:
+    """The sums over one part of the tokens."""
+
+    merged: ClassVar[Mapping[str, Merge]] = {
+        "inputs": "parts", "cross": "sum", "total": "sum", "square": "sum", "output_square": "sum",
+    }  # fmt: skip
+
+    def __init__(self, d: int, d_out: int) -> None:
+        self.inputs = Moments(d)
+        self.cross = torch.zeros(d, d_out, dtype=torch.float64, device="cpu")
+        self.total = torch.zeros(d_out, dtype=torch.float64, device="cpu")
+        self.square = 0.0
+        self.output_square = 0.0
+
+    def update(self, x: Tensor, residual: Tensor, output: Tensor) -> None:
+        self.inputs.update(x)
+        x = precise(x)
+        self.cross += x.T @ residual.to(x.dtype)
+        self.total += residual.sum(0, dtype=torch.float64)
+        self.square += residual.double().square().sum().item()
+        self.output_square += output.double().square().sum().item()
+
+    def missed(self, weight: Tensor, bias: Tensor) -> float:
+        """Sum of the squares of residual - (x weight + bias), from the sums."""
+        count, inputs = self.inputs.tokens, self.inputs.total
+        predicted = ((self.inputs.gram @ weight) * weight).sum() + 2 * (inputs @ weight) @ bias + count * bias @ bias
+        crossed = (self.cross * weight).sum() + self.total @ bias
+        missed: float = self.square - 2 * crossed.item() + predicted.item()
+        return 0.0 if missed < 0 else missed  # max() would take NaN for 0
+
+
+@dataclass(frozen=True)
+class AffineMap:
+    """A fitted map.
+
+    Attributes:
+        weight: [d, d_out], float64.
+        bias: [d_out], float64.
+    """
+
+    weight: Tensor
+    bias: Tensor
