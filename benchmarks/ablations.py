@@ -57,7 +57,7 @@ class AllGuarded(PartialLinear):
 
     def ranges(self, draft: Draft, histogram: Histogram) -> SiteRanges:
         """What hot ranges are chosen from."""
-        return Guarded(histogram, draft.w2.norm(dim=0), draft.costs)
+        return Guarded(histogram, draft.down.norm(dim=0), draft.costs)
 
 
 class OwnColumns(PartialLinear):
@@ -76,7 +76,7 @@ class Fisher(PartialLinear):
     def ranges(self, draft: Draft, histogram: Histogram) -> SiteRanges:
         """What hot ranges are chosen from."""
         gram = self._part(self._grams[draft.site.site.name])
-        return SiteRanges(histogram, ((gram @ draft.w2) * draft.w2).sum(0).clamp(min=0).sqrt(), draft.costs)
+        return SiteRanges(histogram, ((gram @ draft.down) * draft.down).sum(0).clamp(min=0).sqrt(), draft.costs)
 
 
 def gradient_grams(model: nn.Module, names: Sequence[str], windows: Tensor) -> dict[str, Tensor]:

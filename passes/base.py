@@ -144,15 +144,15 @@ def trial_run(rewrite: Rewrite, plan: SitePlan, weights: SiteWeights) -> None:
     """
     own: dict[str, Any] = {name: None if t is None else t.cpu() for name, t in vars(weights).items()}
     with torch.no_grad():
-        x = torch.zeros(2, weights.w1.shape[1], dtype=weights.w1.dtype, device="cpu")
+        x = torch.zeros(2, weights.up.shape[1], dtype=weights.up.dtype, device="cpu")
         output = rewrite.forward(x, rewrite.constants(plan, replace(weights, **own)), plan)
-    if (output.dtype, tuple(output.shape)) != (x.dtype, (2, len(weights.w2))):
+    if (output.dtype, tuple(output.shape)) != (x.dtype, (2, len(weights.down))):
         raise ValueError(f"it gives {output.dtype} {tuple(output.shape)} for x {x.dtype} {tuple(x.shape)}")
 
 
 def matrices_of(plan: SitePlan) -> tuple[str, ...]:
     """Names of an FFN's own matrices, as in :class:`tardis_fx.graph.site.SiteWeights`."""
-    return ("gate", "w1", "w2") if plan.kind == "gated" else ("w1", "w2")
+    return ("gate", "up", "down") if plan.kind == "gated" else ("up", "down")
 
 
 def stored_bytes(site: ObservedSite, constants: Mapping[str, Tensor]) -> int:

@@ -58,7 +58,7 @@ class Bilinear(StaticRewrite):
 
     def constants(self, plan: SitePlan, weights: SiteWeights) -> dict[str, Tensor]:
         """Folded weight [d_out, d] and bias [d_out]."""
-        return {name: tensor.to(weights.w1.device) for name, tensor in plan.tensors.items()}
+        return {name: tensor.to(weights.up.device) for name, tensor in plan.tensors.items()}
 
     def forward(self, x: Tensor, constants: Mapping[str, Tensor], plan: SitePlan) -> Tensor:
         """One linear layer."""
@@ -68,11 +68,11 @@ class Bilinear(StaticRewrite):
 def _fold(weights: SiteWeights, sums: Tensor) -> dict[str, Tensor]:
     slopes, intercept, _ = regress(sums.sum(0, keepdim=True))
     slope = slopes[:, 0]
-    w1, w2 = weights.w1.double().cpu(), weights.w2.double().cpu()
-    shift = intercept.expand(len(w1))
-    if weights.b1 is not None:
-        shift = shift + slope * weights.b1.double().cpu()
-    bias = w2 @ shift
-    if weights.b2 is not None:
-        bias = bias + weights.b2.double().cpu()
-    return folded((slope * w2 @ w1).T, bias, weights)
+    up, down = weights.up.double().cpu(), weights.down.double().cpu()
+    shift = intercept.expand(len(up))
+    if weights.up_bias is not None:
+        shift = shift + slope * weights.up_bias.double().cpu()
+    bias = down @ shift
+    if weights.down_bias is not None:
+        bias = bias + weights.down_bias.double().cpu()
+    return folded((slope * down @ up).T, bias, weights)

@@ -1,4 +1,4 @@
-"""The biases in front of the activation go; what they gave in the mean over the calibration tokens goes into ``b2``.
+"""The biases in front of the activation go; their mean effect on the calibration tokens goes into ``down_bias``.
 
 After it the site is an FFN without biases but the last one, which other rewrites can be fitted to.
 """
@@ -42,7 +42,7 @@ class DropBias(StaticRewrite):
 
     def floor(self, weights: SiteWeights) -> int:
         """The matrices, and the last bias."""
-        return weights.bytes - bias_bytes(weights) + len(weights.w2) * weights.w2.element_size()
+        return weights.bytes - bias_bytes(weights) + len(weights.down) * weights.down.element_size()
 
     def choose(self, observation: Observation, sites: Sequence[ObservedSite], config: Config) -> list[Choice]:
         """One run, of the means."""
@@ -51,11 +51,11 @@ class DropBias(StaticRewrite):
 
     def layout(self, plan: SitePlan, weights: SiteWeights) -> Layout:
         """The last bias."""
-        return {"bias": Expected(weights.w2.dtype, (len(weights.w2),))}
+        return {"bias": Expected(weights.down.dtype, (len(weights.down),))}
 
     def weights(self, plan: SitePlan, weights: SiteWeights) -> SiteWeights:
         """The matrices as they are, and the last bias."""
-        return replace(bare(weights), b2=plan.tensors["bias"].to(weights.w2.device))
+        return replace(bare(weights), down_bias=plan.tensors["bias"].to(weights.down.device))
 
     def matrices(self, plan: SitePlan) -> dict[str, float]:
         """All."""
@@ -80,7 +80,7 @@ class Lost(Operands):
         """Starts at zero."""
         super().__init__(site)
         self._bare = Dense(replace(site, weights=bare(site.weights)))
-        self._sum, self._tokens = torch.zeros(len(site.weights.w1), dtype=torch.float64, device="cpu"), 0
+        self._sum, self._tokens = torch.zeros(len(site.weights.up), dtype=torch.float64, device="cpu"), 0
 
     def add(self, x: Tensor, hidden: Tensor) -> None:
         """Adds the difference that they make."""
@@ -89,12 +89,12 @@ class Lost(Operands):
 
     def bias(self, weights: SiteWeights) -> Tensor:
         """The last bias that makes up for it, [d_out], in the dtype of the weights."""
-        bias = weights.w2.double().cpu() @ (self._sum / max(1, self._tokens))
-        if weights.b2 is not None:
-            bias = bias + weights.b2.double().cpu()
-        return bias.to(weights.w2.dtype)
+        bias = weights.down.double().cpu() @ (self._sum / max(1, self._tokens))
+        if weights.down_bias is not None:
+            bias = bias + weights.down_bias.double().cpu()
+        return bias.to(weights.down.dtype)
 
 
 def bare(weights: SiteWeights) -> SiteWeights:
     """The weights without biases in front of the activation."""
-    return replace(weights, b1=None, gate_bias=None)
+    return replace(weights, up_bias=None, gate_bias=None)

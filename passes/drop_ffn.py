@@ -32,18 +32,18 @@ class DropFfn(WholeSites):
 
     def floor(self, weights: SiteWeights) -> int:
         """One bias."""
-        return len(weights.w2) * weights.w2.element_size()
+        return len(weights.down) * weights.down.element_size()
 
     def layout(self, plan: SitePlan, weights: SiteWeights) -> Layout:
         """The mean."""
-        return {"mean": Expected(weights.w2.dtype, (len(weights.w2),))}
+        return {"mean": Expected(weights.down.dtype, (len(weights.down),))}
 
     def replaced(self, output: Residual, weights: SiteWeights) -> tuple[float, str, dict[str, Tensor]]:
         """Lost is the variance of the output."""
         mean = output.mean
-        missed = output.missed(torch.zeros(weights.w1.shape[1], len(mean), dtype=mean.dtype, device=mean.device), mean)
+        missed = output.missed(torch.zeros(weights.up.shape[1], len(mean), dtype=mean.dtype, device=mean.device), mean)
         loss = missed / (weights.bytes - self.floor(weights))
-        return loss, f"its output varies by {missed:.3g}", {"mean": mean.to(weights.w2.dtype)}
+        return loss, f"its output varies by {missed:.3g}", {"mean": mean.to(weights.down.dtype)}
 
     def forward(self, x: Tensor, constants: Mapping[str, Tensor], plan: SitePlan) -> Tensor:
         """The mean for every token."""

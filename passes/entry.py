@@ -73,9 +73,15 @@ def check_entry(entry: SitePlan, weights: SiteWeights) -> None:
         PlanMismatchError: it is for another dtype.
     """
     name = entry.name or "an FFN"
-    if entry.dtype != str(weights.w1.dtype):
-        raise PlanMismatchError(f"{name}: the plan's entry says dtype {entry.dtype!r:.80}, not {weights.w1.dtype}")
-    shapes = (weights.w1.shape, weights.w2.shape, weights.gate is None, weights.b1 is None, weights.b2 is None)
+    if entry.dtype != str(weights.up.dtype):
+        raise PlanMismatchError(f"{name}: the plan's entry says dtype {entry.dtype!r:.80}, not {weights.up.dtype}")
+    shapes = (
+        weights.up.shape,
+        weights.down.shape,
+        weights.gate is None,
+        weights.up_bias is None,
+        weights.down_bias is None,
+    )
     if shapes in _CHECKED.get(entry, ()):
         return
     rewrite = rewrite_of(entry)

@@ -3,7 +3,7 @@
 1. The activation is an affine function ``s z + t``: none at all, a scale, ``leaky_relu(1)``.
 2. Or it is a ReLU, and the sign of every neuron's pre-activation follows from the weights and from the bounds of the
    input (an input that is a ReLU or a softmax itself, say): then ``s`` is 1 or 0 by neuron.
-3. ``C = W2 diag(s) W1``, ``B = W2 (s * b1 + t) + b2``, in float64.
+3. ``C = W2 diag(s) W1``, ``B = W2 (s * up_bias + t) + down_bias``, in float64.
 """
 
 from __future__ import annotations
@@ -59,14 +59,14 @@ class ExactFold(Rewrite):
         line = _line(site, weights)
         if line is None:
             return None
-        bias = any(b is not None for b in (weights.b1, weights.b2)) or bool(line[1].any())
-        touched = weights.w1.shape[1] * weights.w2.shape[0] + bias * weights.w2.shape[0]
+        bias = any(b is not None for b in (weights.up_bias, weights.down_bias)) or bool(line[1].any())
+        touched = weights.up.shape[1] * weights.down.shape[0] + bias * weights.down.shape[0]
         return SitePlan.of(
             site,
             parameters,
             method=self.name,
-            stored_bytes=touched * weights.w1.element_size(),
-            touched_bytes=touched * weights.w1.element_size(),
+            stored_bytes=touched * weights.up.element_size(),
+            touched_bytes=touched * weights.up.element_size(),
             settings={"bias": bias},
             tensors={"slope": line[0], "intercept": line[1]},
         )
@@ -74,19 +74,19 @@ class ExactFold(Rewrite):
     def layout(self, plan: SitePlan, weights: SiteWeights) -> Layout:
         """Slope and intercept of every neuron."""
         setting(plan, "bias", (True, False))
-        line = Expected(torch.float64, (len(weights.w1),))
+        line = Expected(torch.float64, (len(weights.up),))
         return {"slope": line, "intercept": line}
 
     def constants(self, plan: SitePlan, weights: SiteWeights) -> dict[str, Tensor]:
         """Folded weight [d_out, d] and, where there is any, bias [d_out]."""
-        w1, w2 = weights.w1.double(), weights.w2.double()
-        slope, shift = (plan.tensors[name].to(w1.device) for name in ("slope", "intercept"))
-        if weights.b1 is not None:
-            shift = shift + slope * weights.b1.double()
-        constants = {"folded_weight": ((w2 * slope) @ w1).to(weights.w1.dtype)}
+        up, down = weights.up.double(), weights.down.double()
+        slope, shift = (plan.tensors[name].to(up.device) for name in ("slope", "intercept"))
+        if weights.up_bias is not None:
+            shift = shift + slope * weights.up_bias.double()
+        constants = {"folded_weight": ((down * slope) @ up).to(weights.up.dtype)}
         if plan.settings["bias"]:
-            bias = w2 @ shift if weights.b2 is None else w2 @ shift + weights.b2.double()
-            constants["folded_bias"] = bias.to(weights.w1.dtype)
+            bias = down @ shift if weights.down_bias is None else down @ shift + weights.down_bias.double()
+            constants["folded_bias"] = bias.to(weights.up.dtype)
         return constants
 
     def forward(self, x: Tensor, constants: Mapping[str, Tensor], plan: SitePlan) -> Tensor:
@@ -96,7 +96,7 @@ class ExactFold(Rewrite):
 
 def _line(site: Site, weights: SiteWeights) -> tuple[Tensor, Tensor] | None:
     """Slope and intercept of every neuron, [h] each, float64; None where the activation is no line for one of them."""
-    ones = torch.ones(len(weights.w1), dtype=torch.float64, device="cpu")
+    ones = torch.ones(len(weights.up), dtype=torch.float64, device="cpu")
     if site.affine is not None:
         return site.affine[0] * ones, site.affine[1] * ones
     lower, upper = _range(weights, site.bounds)
@@ -106,11 +106,11 @@ def _line(site: Site, weights: SiteWeights) -> tuple[Tensor, Tensor] | None:
 
 def _range(weights: SiteWeights, bounds: tuple[float, float]) -> tuple[Tensor, Tensor]:
     """Lowest and highest pre-activation of every neuron, [h] each; one that rounding turns is as small as rounding."""
-    w1 = weights.w1.double().cpu()
-    b1 = torch.zeros_like(w1[:, 0]) if weights.b1 is None else weights.b1.double().cpu()
+    up = weights.up.double().cpu()
+    up_bias = torch.zeros_like(up[:, 0]) if weights.up_bias is None else weights.up_bias.double().cpu()
 
     def least(weight: Tensor) -> Tensor:
         rise, fall = weight.clamp(min=0), weight.clamp(max=0)
         return (torch.where(rise == 0, 0, rise * bounds[0]) + torch.where(fall == 0, 0, fall * bounds[1])).sum(1)
 
-    return least(w1) + b1, b1 - least(-w1)
+    return least(up) + up_bias, up_bias - least(-up)

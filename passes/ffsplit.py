@@ -48,12 +48,12 @@ class FFSplit(StaticRewrite):
         return [self._split(site.weights, sizes[site.fingerprint].magnitude, config.budget) for site in sites]
 
     def _split(self, weights: SiteWeights, magnitude: Tensor, budget: float) -> Choice:
-        h = len(weights.w1)
+        h = len(weights.up)
         heavy = max(k for k in range(1, h + 1) if _bytes(weights, k) <= budget * weights.bytes)
-        order = (magnitude * weights.w2.double().cpu().norm(dim=0)).argsort(descending=True, stable=True)
+        order = (magnitude * weights.down.double().cpu().norm(dim=0)).argsort(descending=True, stable=True)
         tensors = {"neurons": order.int()}
         if heavy < h:
-            rest = matrices(narrowed(weights, order[heavy:].to(weights.w1.device)))
+            rest = matrices(narrowed(weights, order[heavy:].to(weights.up.device)))
             for (name, weight), rank in zip(rest.items(), _ranks(weights, heavy), strict=True):
                 a, b = truncated(weight.double().cpu(), rank)
                 tensors |= {f"{name}_a": a.to(weight.dtype), f"{name}_b": b.to(weight.dtype)}
@@ -61,13 +61,13 @@ class FFSplit(StaticRewrite):
 
     def layout(self, plan: SitePlan, weights: SiteWeights) -> Layout:
         """The order of the neurons, and factors of those that are no heavy hitters."""
-        hidden = len(weights.w1)
+        hidden = len(weights.up)
         heavy = setting(plan, "heavy", range(1, hidden + 1))
         found = {"neurons": indices(hidden, hidden)}
         if heavy < hidden:
             for (name, weight), rank in zip(matrices(weights).items(), _ranks(weights, heavy), strict=True):
                 (rows, columns), rest = weight.shape, hidden - heavy
-                sizes = (rows, rest) if name == "w2" else (rest, columns)
+                sizes = (rows, rest) if name == "down" else (rest, columns)
                 found |= factors(name, sizes, rank, weight.dtype)
         return found
 
@@ -76,12 +76,12 @@ class FFSplit(StaticRewrite):
         return dict.fromkeys([*matrices_of(plan), *(name for name in plan.tensors if name != "neurons")], 1.0)
 
     def constants(self, plan: SitePlan, weights: SiteWeights) -> dict[str, Tensor]:
-        """Heavy hitters ``w1`` [k, d], ``w2`` [d_out, k], ...; factors of the rest; biases cut in two alike."""
-        device, heavy = weights.w1.device, plan.settings["heavy"]
+        """Heavy hitters ``up`` [k, d], ``down`` [d_out, k], ...; factors of the rest; biases cut in two alike."""
+        device, heavy = weights.up.device, plan.settings["heavy"]
         order = plan.tensors["neurons"].long().to(device)
         found = {name: tensor.to(device) for name, tensor in plan.tensors.items() if name != "neurons"}
         kept, rest = (narrowed(weights, part) for part in (order[:heavy], order[heavy:]))
-        found |= {f"{name}_rest": bias for name, bias in biases(rest).items() if name != BIASES["w2"]}
+        found |= {f"{name}_rest": bias for name, bias in biases(rest).items() if name != BIASES["down"]}
         return found | matrices(kept) | biases(kept)
 
     def forward(self, x: Tensor, constants: Mapping[str, Tensor], plan: SitePlan) -> Tensor:
@@ -99,14 +99,14 @@ class FFSplit(StaticRewrite):
 
 def _ranks(weights: SiteWeights, heavy: int) -> list[int]:
     """Ranks of the rest of each matrix."""
-    h = len(weights.w1)
+    h = len(weights.up)
     share = PROPORTION * heavy / h
     return [min(h - heavy, max(1, round(share * min(w.shape)))) for w in matrices(weights).values()]
 
 
 def _bytes(weights: SiteWeights, heavy: int) -> int:
-    h, numbers = len(weights.w1), 0
+    h, numbers = len(weights.up), 0
     for weight, rank in zip(matrices(weights).values(), _ranks(weights, heavy), strict=True):
         side = weight.numel() // h
         numbers += heavy * side + rank * (h - heavy + side)
-    return numbers * weights.w1.element_size() + bias_bytes(weights)
+    return numbers * weights.up.element_size() + bias_bytes(weights)

@@ -72,12 +72,12 @@ class Finetuned(Rewrite):
         if layout is not None:
             blank = {n: torch.zeros(e.shape, dtype=e.dtype, device="cpu") for n, e in layout.items()}
             wanted = inner.constants(replace(entry, tensors=blank), weights)
-        check(plan.tensors, {name: Expected(weights.w1.dtype, tuple(t.shape)) for name, t in wanted.items()})
+        check(plan.tensors, {name: Expected(weights.up.dtype, tuple(t.shape)) for name, t in wanted.items()})
         trial_run(self, plan, weights)
 
     def constants(self, plan: SitePlan, weights: SiteWeights) -> dict[str, Tensor]:
         """The plan's tensors."""
-        return {name: tensor.to(weights.w1.device) for name, tensor in plan.tensors.items()}
+        return {name: tensor.to(weights.up.device) for name, tensor in plan.tensors.items()}
 
     def forward(self, x: Tensor, constants: Mapping[str, Tensor], plan: SitePlan) -> Tensor:
         """The other rewrite's."""

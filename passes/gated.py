@@ -29,12 +29,12 @@ PER_NEURON = ("neurons", "codes", "scale", "zero", "guard", "surrogate")
 
 def biases(plan: SitePlan, weights: SiteWeights) -> dict[str, Tensor]:
     """The biases of gate and up projection of the listed neurons, padded: ``biases`` [h, 2], float32; or none."""
-    if weights.b1 is None and weights.gate_bias is None:
+    if weights.up_bias is None and weights.gate_bias is None:
         return {}
-    (hidden, _), device = weights.w1.shape, weights.w1.device
+    (hidden, _), device = weights.up.shape, weights.up.device
     neurons = plan.tensors["neurons"].long().to(device)
     padded = torch.zeros(hidden, 2, dtype=torch.float32, device=device)
-    for column, bias in enumerate((weights.gate_bias, weights.b1)):
+    for column, bias in enumerate((weights.gate_bias, weights.up_bias)):
         if bias is not None:
             padded[: len(neurons), column] = bias[neurons].float()
     return {"biases": padded}

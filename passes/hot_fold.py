@@ -3,7 +3,7 @@
 1. Kept are the neurons of which an affine surrogate would leave the most error in the output, ``Σ (a_n - s z_n - t)²
    ‖W2[:, n]‖²`` with s and t by least squares; as many as the budget allows beside the map. The surrogate of a gated
    neuron has two slopes, for the two pre-activations that it multiplies.
-2. The map is the ridge regression of what all other neurons give, b2 included, on the site's input.
+2. The map is the ridge regression of what all other neurons give, down_bias included, on the site's input.
 3. A budget of all bytes keeps every neuron and needs no map.
 
 This is the first class of neurons of :mod:`tardis_fx.passes.partial_linear`, alone: what a fold gives without guard.
@@ -51,7 +51,7 @@ class HotFold(StaticRewrite):
         kept = {s.fingerprint: _kept(s.weights, neurons[s.fingerprint].missed, config.budget) for s in sites}
         if config.budget == 1:
             return [
-                Choice(s.weights.bytes, {"kept": kept[s.fingerprint].int()}, {"kept": len(s.weights.w1)}) for s in sites
+                Choice(s.weights.bytes, {"kept": kept[s.fingerprint].int()}, {"kept": len(s.weights.up)}) for s in sites
             ]
         make = partial(_rest, kept)
         what = f"what is not kept by hot_fold at a budget of {config.budget}"
@@ -66,7 +66,7 @@ class HotFold(StaticRewrite):
 
     def layout(self, plan: SitePlan, weights: SiteWeights) -> Layout:
         """The kept neurons and, unless these are all, the map."""
-        hidden = len(weights.w1)
+        hidden = len(weights.up)
         kept = setting(plan, "kept", range(hidden + 1))
         affine = map_layout(weights) if kept < hidden or "folded_weight" in plan.tensors else {}
         return {"kept": indices(kept, hidden)} | affine
@@ -76,13 +76,13 @@ class HotFold(StaticRewrite):
         return dict.fromkeys([*matrices_of(plan), *(name for name in plan.tensors if name == "folded_weight")], 1.0)
 
     def constants(self, plan: SitePlan, weights: SiteWeights) -> dict[str, Tensor]:
-        """Kept neurons ``w1`` [k, d], ``w2`` [d_out, k], ...; the others' ``folded_weight`` and ``folded_bias``."""
-        device = weights.w1.device
+        """Kept neurons ``up`` [k, d], ``down`` [d_out, k], ...; the others' ``folded_weight`` and ``folded_bias``."""
+        device = weights.up.device
         kept = narrowed(weights, plan.tensors["kept"].long().to(device))
         if "folded_weight" not in plan.tensors:
             return matrices(kept) | biases(kept)
         affine = {name: plan.tensors[name].to(device) for name in ("folded_weight", "folded_bias")}
-        return matrices(kept) | biases(replace(kept, b2=None)) | affine
+        return matrices(kept) | biases(replace(kept, down_bias=None)) | affine
 
     def forward(self, x: Tensor, constants: Mapping[str, Tensor], plan: SitePlan) -> Tensor:
         """A narrow FFN and a linear layer."""
@@ -94,21 +94,21 @@ class HotFold(StaticRewrite):
 
 def map_bytes(weights: SiteWeights) -> int:
     """Size of an affine map from a site's input to its output."""
-    return len(weights.w2) * (weights.w1.shape[1] + 1) * weights.w1.element_size()
+    return len(weights.down) * (weights.up.shape[1] + 1) * weights.up.element_size()
 
 
 def map_layout(weights: SiteWeights) -> Layout:
     """What :func:`folded` makes."""
-    dtype, d_out = weights.w1.dtype, len(weights.w2)
+    dtype, d_out = weights.up.dtype, len(weights.down)
     return {
-        "folded_weight": Expected(dtype, (d_out, weights.w1.shape[1])),
+        "folded_weight": Expected(dtype, (d_out, weights.up.shape[1])),
         "folded_bias": Expected(dtype, (d_out,)),
     }
 
 
 def folded(weight: Tensor, bias: Tensor, weights: SiteWeights) -> dict[str, Tensor]:
     """An affine map, [d, d_out] and [d_out], as a plan's tensors in the model's dtype."""
-    dtype = weights.w1.dtype
+    dtype = weights.up.dtype
     return {"folded_weight": weight.T.to(dtype).contiguous(), "folded_bias": bias.to(dtype)}
 
 
@@ -119,11 +119,11 @@ def _kept(weights: SiteWeights, missed: Tensor, budget: float) -> Tensor:
 
 
 def _row_bytes(weights: SiteWeights) -> int:
-    own = [*matrices(weights).values(), *biases(replace(weights, b2=None)).values()]
-    return sum(tensor.numel() for tensor in own) // len(weights.w1) * weights.w1.element_size()
+    own = [*matrices(weights).values(), *biases(replace(weights, down_bias=None)).values()]
+    return sum(tensor.numel() for tensor in own) // len(weights.up) * weights.up.element_size()
 
 
 def _rest(kept: Mapping[str, Tensor], site: ObservedSite) -> Outputs:
-    exact = torch.zeros(len(site.weights.w1), dtype=torch.bool, device="cpu")
+    exact = torch.zeros(len(site.weights.up), dtype=torch.bool, device="cpu")
     exact[kept[site.fingerprint]] = True
     return Outputs(site, exact)

@@ -76,7 +76,7 @@ class LowRank(StaticRewrite):
 
     def constants(self, plan: SitePlan, weights: SiteWeights) -> dict[str, Tensor]:
         """Factors ``w1_a`` [h, r1], ``w1_b`` [r1, d], ``w2_a`` [d_out, r2], ``w2_b`` [r2, h], ..., or the matrices."""
-        found = {name: tensor.to(weights.w1.device) for name, tensor in plan.tensors.items()} | biases(weights)
+        found = {name: tensor.to(weights.up.device) for name, tensor in plan.tensors.items()} | biases(weights)
         return found if plan.settings["ranks"] else found | matrices(weights)
 
     def forward(self, x: Tensor, constants: Mapping[str, Tensor], plan: SitePlan) -> Tensor:
@@ -130,4 +130,4 @@ def _ranks(weights: SiteWeights, budget: float) -> list[int]:
 
 def _bytes(weights: SiteWeights, ranks: Sequence[int]) -> int:
     numbers = sum(rank * sum(w.shape) for rank, w in zip(ranks, matrices(weights).values(), strict=True))
-    return numbers * weights.w1.element_size() + bias_bytes(weights)
+    return numbers * weights.up.element_size() + bias_bytes(weights)

@@ -39,7 +39,7 @@ class Paper(PartialLinear):
 
     def floor(self, draft: Draft) -> int:
         """The fold and a predictor for every neuron."""
-        return draft.costs.fold + draft.costs.predictor * len(draft.w1)
+        return draft.costs.fold + draft.costs.predictor * len(draft.up)
 
     def choose(self, sites: Sequence[SiteRanges], allowed: float) -> list[Ranges]:
         """The same outlier rate at every neuron of the model."""

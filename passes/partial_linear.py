@@ -157,7 +157,7 @@ class PartialLinear(Rewrite):
         quantisation = config.predictor_bits, config.group_size, config.rounding
         key = f"partial_linear drafts, {quantisation}"
         if key not in observation.memo:
-            moments = observation.run(lambda s: Moments(s.weights.w1.shape[1]), sites, "input moments")
+            moments = observation.run(lambda s: Moments(s.weights.up.shape[1]), sites, "input moments")
             kinds = {"plain": Draft, "gated": GatedDraft}
             bar = tqdm(sites, desc="predictors", unit="site", disable=not config.progress, leave=False)
             observation.memo[key] = [kinds[s.site.kind](s, moments[s.fingerprint], *quantisation) for s in bar]
@@ -184,7 +184,7 @@ class PartialLinear(Rewrite):
 
     def ranges(self, draft: Draft, histogram: Histogram | ScoreHistogram) -> SiteRanges:
         """What a site's hot ranges are chosen from; an error counts as the norm of its W2 column."""
-        norm = draft.w2.norm(dim=0)
+        norm = draft.down.norm(dim=0)
         if isinstance(histogram, ScoreHistogram):
             return GatedRanges(histogram.sums, norm, draft.costs)
         return SiteRanges(histogram, norm, draft.costs)
@@ -204,7 +204,7 @@ class PartialLinear(Rewrite):
     def _folded(self, draft: Draft, observer: ResidualObserver) -> Fitted:
         weights, site, residual = draft.site.weights, draft.site, observer.residual
         of_surrogates, bias = draft.fold()
-        of_columns = (draft.columns - draft.w2.T)[draft.copied].double()
+        of_columns = (draft.columns - draft.down.T)[draft.copied].double()
         added_weight, added_bias = torch.zeros_like(of_surrogates.T), torch.zeros_like(bias)
         if self.regressed:
             found = residual.solve(given=of_columns)
@@ -221,7 +221,7 @@ class PartialLinear(Rewrite):
             touched_bytes=draft.costs.fold
             + draft.costs.predictor * len(tensors["codes"])
             + draft.costs.row * corrected,
-            outlier_rate=corrected / weights.w1.shape[0],
+            outlier_rate=corrected / weights.up.shape[0],
             error=error,
             settings={
                 "bits": draft.bits,
@@ -241,20 +241,20 @@ class PartialLinear(Rewrite):
 
     def layout(self, plan: SitePlan, weights: SiteWeights) -> Layout:
         """The guard of the listed neurons, the rows that corrections read if these are codes, and the fold."""
-        (hidden, d), d_out, gated_site = weights.w1.shape, len(weights.w2), weights.gate is not None
+        (hidden, d), d_out, gated_site = weights.up.shape, len(weights.down), weights.gate is not None
         bits, group_size = setting(plan, "bits", range(1, 9)), setting(plan, "group_size", GROUP_SIZES)
         fold_bits, row_bits = (setting(plan, name, (3, 4, 8, 16)) for name in ("fold_bits", "row_bits"))
         setting(plan, "activation", (plan.activation,))
         listed, guarded = len(plan.tensors["neurons"]), len(plan.tensors["codes"])
         if guarded > listed or (row_bits < 16 and guarded < listed):
             raise ValueError(f"it guards {guarded} neurons of {listed} that it lists")
-        found = {"neurons": indices(listed, hidden), "folded_bias": Expected(weights.w1.dtype, (d_out,))}
+        found = {"neurons": indices(listed, hidden), "folded_bias": Expected(weights.up.dtype, (d_out,))}
         found["folded_weight"] = (
-            Expected(weights.w1.dtype, (d_out, d)) if fold_bits == 16 else coded_rows(d_out, d, fold_bits, group_size)
+            Expected(weights.up.dtype, (d_out, d)) if fold_bits == 16 else coded_rows(d_out, d, fold_bits, group_size)
         )
         if row_bits < 16:
             low = coded_rows(listed, d, low_bits(bits, row_bits), group_size)
-            found |= {"gate": low, "up": low} if gated_site else {"w1": low}
+            found |= {"gate": low, "up": low} if gated_site else {"up": low}
             found["w2t"] = coded_rows(listed, d_out, row_bits, group_size)
         if gated_site:
             guard = {"guard": Expected(torch.float32, (guarded, 4), unbounded=True)}
@@ -270,12 +270,12 @@ class PartialLinear(Rewrite):
 
     def constants(self, plan: SitePlan, weights: SiteWeights) -> dict[str, Tensor]:
         """The plan's tensors padded to the hidden size, and the weights by neuron; copied only where need be."""
-        hidden, device = weights.w1.shape[0], weights.w1.device
+        hidden, device = weights.up.shape[0], weights.up.device
         neurons = plan.tensors["neurons"]
         whole_list = torch.equal(neurons, torch.arange(hidden, dtype=neurons.dtype, device=neurons.device))
         listed, guarded = len(neurons), len(plan.tensors["codes"])
-        whole = {"w1": weights.w1} if weights.gate is None else {"gate": weights.gate, "up": weights.w1}
-        whole["w2t"] = weights.w2.T
+        whole = {"up": weights.up} if weights.gate is None else {"gate": weights.gate, "up": weights.up}
+        whole["w2t"] = weights.down.T
         constants = {}
         for name, weight in whole.items():
             if plan.settings["row_bits"] == 16:
@@ -287,8 +287,8 @@ class PartialLinear(Rewrite):
                 constants[name] = rows
         if weights.gate is not None:
             constants |= gated.biases(plan, weights)
-        elif weights.b1 is not None:
-            constants["b1"] = weights.b1
+        elif weights.up_bias is not None:
+            constants["up_bias"] = weights.up_bias
         constants["counts"] = torch.tensor([listed, guarded], dtype=torch.int64, device=device)
         for name in _PER_NEURON if weights.gate is None else gated.PER_NEURON:
             tensor = plan.tensors[name].to(device)
@@ -307,7 +307,7 @@ class PartialLinear(Rewrite):
         quantised = settings["fold_bits"] != 16
         folded, fold = (bias, weight) if quantised else (F.linear(x, weight, bias), None)
         corrected: Tensor = torch.ops.tardis.correct(
-            folded, x, constants["w1"], constants.get("b1"), constants["w2t"], constants["counts"],
+            folded, x, constants["up"], constants.get("up_bias"), constants["w2t"], constants["counts"],
             *(constants[name] for name in _PER_NEURON), settings["bits"], settings["activation"],
             fold, settings["fold_bits"], settings["row_bits"],
         )  # fmt: skip

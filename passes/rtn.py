@@ -54,7 +54,7 @@ class Rtn(StaticRewrite):
             tensors: dict[str, Tensor] = {}
             for name, weight in matrices(weights).items():
                 tensors |= _tensors(name, quantise(weight.float().cpu(), grams[name], bits, group_size))
-            shape = {"d": weights.w1.shape[1], "hidden": len(weights.w1)}
+            shape = {"d": weights.up.shape[1], "hidden": len(weights.up)}
             settings = {"bits": bits, "group_size": group_size, **shape}
             found.append(Choice(_bytes(weights, bits, group_size), tensors, settings))
         return found
@@ -67,7 +67,7 @@ class Rtn(StaticRewrite):
 
     def layout(self, plan: SitePlan, weights: SiteWeights) -> Layout:
         """Codes of every matrix."""
-        hidden, d = weights.w1.shape
+        hidden, d = weights.up.shape
         setting(plan, "hidden", (hidden,))
         setting(plan, "d", (d,))
         bits, group_size = setting(plan, "bits", range(1, 9)), setting(plan, "group_size", GROUP_SIZES)
@@ -78,7 +78,7 @@ class Rtn(StaticRewrite):
 
     def constants(self, plan: SitePlan, weights: SiteWeights) -> dict[str, Tensor]:
         """Codes, scales and zero points of the matrices, and the biases."""
-        return {name: tensor.to(weights.w1.device) for name, tensor in plan.tensors.items()} | biases(weights)
+        return {name: tensor.to(weights.up.device) for name, tensor in plan.tensors.items()} | biases(weights)
 
     def forward(self, x: Tensor, constants: Mapping[str, Tensor], plan: SitePlan) -> Tensor:
         """The FFN as it was, its matrices made from codes."""
@@ -86,7 +86,7 @@ class Rtn(StaticRewrite):
 
         def project(x: Tensor, name: str) -> Tensor:
             parts = (constants[f"{name}_{part}"] for part in _PARTS)
-            columns = plan.settings["hidden" if name == "w2" else "d"]
+            columns = plan.settings["hidden" if name == "down" else "d"]
             weight: Tensor = torch.ops.tardis.dequantise(*parts, bits, columns, dtype)
             return F.linear(x, weight, constants.get(BIASES[name]))
 

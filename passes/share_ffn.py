@@ -99,23 +99,23 @@ class ShareFfn(StaticRewrite):
             return Choice(share, settings={"rank": None})
         if fitted is None:
             return Choice(share, run.tensors, {"rank": None})
-        tensors = fitted.solve(run.rank, site.weights.w2.dtype)
+        tensors = fitted.solve(run.rank, site.weights.down.dtype)
         touched = share + sum(tensor.nbytes for tensor in tensors.values())
         return Choice(touched, tensors | run.tensors, {"rank": run.rank})
 
     def layout(self, plan: SitePlan, weights: SiteWeights) -> Layout:
         """The kept FFN, of the same shapes, and where it is another site's, the map."""
-        own, rank, d_out = matrices(weights) | biases(weights), plan.settings["rank"], len(weights.w2)
+        own, rank, d_out = matrices(weights) | biases(weights), plan.settings["rank"], len(weights.down)
         if rank is None:
             return layout.dense(own) if plan.tensors else {}
         setting(plan, "rank", range(1, d_out + 1))
-        dtype, d = weights.w2.dtype, weights.w1.shape[1]
+        dtype, d = weights.down.dtype, weights.up.shape[1]
         bias = {"map_bias": Expected(dtype, (d_out,))}
         return layout.dense(own) | factors("map", (d_out, d + d_out), rank, dtype) | bias
 
     def constants(self, plan: SitePlan, weights: SiteWeights) -> dict[str, Tensor]:
         """The kept FFN's, and ``map_a`` [d_out, r], ``map_b`` and ``map_bias`` where that is another site's."""
-        shared = {name: tensor.to(weights.w1.device) for name, tensor in plan.tensors.items()}
+        shared = {name: tensor.to(weights.up.device) for name, tensor in plan.tensors.items()}
         return shared or matrices(weights) | biases(weights)
 
     def forward(self, x: Tensor, constants: Mapping[str, Tensor], plan: SitePlan) -> Tensor:
@@ -165,7 +165,7 @@ class Tried:
         """Starts at zero."""
         self._own, self._others = Dense(site), [Dense(other) for other in others]
         #: Of the products of 1, theirs and the site's own output; [FFNs, 3, 3, d_out].
-        self.sums = torch.zeros(len(others), 3, 3, len(site.weights.w2), dtype=torch.float64, device="cpu")
+        self.sums = torch.zeros(len(others), 3, 3, len(site.weights.down), dtype=torch.float64, device="cpu")
 
     def update(self, x: Tensor) -> None:
         """Adds tokens, [tokens, d], float32."""
@@ -194,7 +194,7 @@ class Mapped:
     def __init__(self, site: ObservedSite, kept: ObservedSite) -> None:
         """Starts at zero."""
         self._own, self._kept = Dense(site), Dense(kept)
-        d_out, d = len(site.weights.w2), site.weights.w1.shape[1]
+        d_out, d = len(site.weights.down), site.weights.up.shape[1]
         self._residual = Residual(d + d_out, d_out)
 
     def update(self, x: Tensor) -> None:
@@ -226,7 +226,7 @@ def _alike(sites: Sequence[ObservedSite]) -> list[list[ObservedSite]]:
 
 def _split(weights: SiteWeights, sites: int, budget: float) -> tuple[int, int]:
     """How many FFNs are kept of so many, and the rank of the others' maps."""
-    full = len(weights.w2)
+    full = len(weights.down)
     for kept in range(1, sites):
         left = (budget * sites - kept) * weights.bytes / (sites - kept)
         rank = int((left - _map_bytes(weights, 0)) / (_map_bytes(weights, 1) - _map_bytes(weights, 0)))
@@ -236,5 +236,5 @@ def _split(weights: SiteWeights, sites: int, budget: float) -> tuple[int, int]:
 
 
 def _map_bytes(weights: SiteWeights, rank: int) -> int:
-    d_out, d = len(weights.w2), weights.w1.shape[1]
-    return (rank * (d + 2 * d_out) + d_out) * weights.w2.element_size()
+    d_out, d = len(weights.down), weights.up.shape[1]
+    return (rank * (d + 2 * d_out) + d_out) * weights.down.element_size()

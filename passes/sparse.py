@@ -64,7 +64,7 @@ class Sparse(StaticRewrite):
         if self.two_of_four:
             return self._bytes(weights, 0.5)
         own = bias_bytes(weights)
-        return math.ceil((weights.bytes - own) / min(weights.w1.shape)) + own
+        return math.ceil((weights.bytes - own) / min(weights.up.shape)) + own
 
     def choose(self, observation: Observation, sites: Sequence[ObservedSite], config: Config) -> list[Choice]:
         """Prunes every site."""
@@ -88,7 +88,7 @@ class Sparse(StaticRewrite):
     def _bytes(self, weights: SiteWeights, share: float) -> int:
         kept = sum(self.count(len(w), w.shape[1], share) for w in matrices(weights).values())
         positions = kept // 4 if self.two_of_four else 0
-        return kept * weights.w1.element_size() + positions + bias_bytes(weights)
+        return kept * weights.up.element_size() + positions + bias_bytes(weights)
 
     def layout(self, plan: SitePlan, weights: SiteWeights) -> Layout:
         """The matrices, pruned."""

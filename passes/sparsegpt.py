@@ -58,7 +58,7 @@ class SparseGPT(Sparse):
 
     def constants(self, plan: SitePlan, weights: SiteWeights) -> dict[str, Tensor]:
         """The matrices, and the biases."""
-        return {name: tensor.to(weights.w1.device) for name, tensor in plan.tensors.items()} | biases(weights)
+        return {name: tensor.to(weights.up.device) for name, tensor in plan.tensors.items()} | biases(weights)
 
 
 class SparseGPT24(SparseGPT):

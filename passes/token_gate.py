@@ -59,12 +59,12 @@ class TokenGate(StaticRewrite):
 
     def layout(self, plan: SitePlan, weights: SiteWeights) -> Layout:
         """The map and the gate."""
-        gate = {"token_gate": (1, weights.w1.shape[1]), "token_gate_bias": (1,)}
+        gate = {"token_gate": (1, weights.up.shape[1]), "token_gate_bias": (1,)}
         return map_layout(weights) | {name: Expected(torch.float32, shape) for name, shape in gate.items()}
 
     def constants(self, plan: SitePlan, weights: SiteWeights) -> dict[str, Tensor]:
         """The FFN, the map, and ``token_gate`` [1, d], ``token_gate_bias`` [1], float32."""
-        found = {name: tensor.to(weights.w1.device) for name, tensor in plan.tensors.items()}
+        found = {name: tensor.to(weights.up.device) for name, tensor in plan.tensors.items()}
         return found | matrices(weights) | biases(weights)
 
     def forward(self, x: Tensor, constants: Mapping[str, Tensor], plan: SitePlan) -> Tensor:
@@ -119,4 +119,4 @@ def _choice(weights: SiteWeights, affine: AffineMap, gate: AffineMap, scores: Te
 
 
 def _gate_bytes(weights: SiteWeights) -> int:
-    return 4 * (weights.w1.shape[1] + 1)
+    return 4 * (weights.up.shape[1] + 1)

@@ -77,7 +77,7 @@ class WholeSites(StaticRewrite):
 
     def constants(self, plan: SitePlan, weights: SiteWeights) -> dict[str, Tensor]:
         """The plan's tensors."""
-        return {name: tensor.to(weights.w1.device) for name, tensor in plan.tensors.items()}
+        return {name: tensor.to(weights.up.device) for name, tensor in plan.tensors.items()}
 
     def forward(self, x: Tensor, constants: Mapping[str, Tensor], plan: SitePlan) -> Tensor:
         """One linear layer."""

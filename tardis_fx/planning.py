@@ -115,7 +115,7 @@ def _fault(plan: SitePlan, observation: Observation, site: ObservedSite) -> str 
 
 def _amount(observation: Observation, sites: Sequence[ObservedSite]) -> str:
     """Tokens, their greatest possible rank, and the number of inputs, of the site that saw least."""
-    columns = max(site.weights.w1.shape[1] for site in sites)
+    columns = max(site.weights.up.shape[1] for site in sites)
     counts = [seen.tokens for site in sites if (seen := observation.seen(site)) is not None]
     if not counts:
         return f"{columns:,} inputs"
@@ -125,7 +125,7 @@ def _amount(observation: Observation, sites: Sequence[ObservedSite]) -> str:
 def _warn_of_few(observation: Observation, sites: Sequence[ObservedSite]) -> None:
     """Warns once for an observation where the tokens are few."""
     counts = [seen.tokens for site in sites if (seen := observation.seen(site)) is not None]
-    wanted = max(FEW_TOKENS, *(max(site.weights.w1.shape) for site in sites))
+    wanted = max(FEW_TOKENS, *(max(site.weights.up.shape) for site in sites))
     if counts and max(counts) < wanted and not observation.warned:
         observation.warned = True
         _log.warning(

@@ -72,7 +72,7 @@ def test_nothing_but_the_split_weights_changes() -> None:
     for before, after in zip(plan().sites, trained().sites, strict=True):
         assert (after.method, after.settings) == ("ffsplit+finetuned", {"inner": before.settings})
         assert (after.fingerprint, after.touched_bytes) == (before.fingerprint, before.touched_bytes)
-        assert set(after.tensors) == {"w1", "w2", "b1", "b1_rest", "b2", "w1_a", "w1_b", "w2_a", "w2_b"}
+        assert set(after.tensors) == {"up", "down", "up_bias", "b1_rest", "down_bias", "w1_a", "w1_b", "w2_a", "w2_b"}
         assert 0 < after.error != before.error
     assert "ffsplit+finetuned" in str(Report.of(trained()))
 
@@ -106,7 +106,7 @@ def test_a_fine_tuned_plan_is_trained_on_from_where_it_is() -> None:
         assert (after.method, after.settings) == ("ffsplit+finetuned", before.settings)
         assert (after.touched_bytes, after.stored_bytes) == (before.touched_bytes, before.stored_bytes)
         assert {n: t.shape for n, t in after.tensors.items()} == {n: t.shape for n, t in before.tensors.items()}
-        assert not torch.equal(after.tensors["w1"], before.tensors["w1"])
+        assert not torch.equal(after.tensors["up"], before.tensors["up"])
 
 
 @pytest.mark.parametrize("method", ["wanda", "partial_linear"])

@@ -107,16 +107,16 @@ def test_rows_of_the_original_weights_keep_them_once(caplog: pytest.LogCaptureFi
     assert tardis_fx.release(model, plan, x) == 4 * D * HIDDEN
     assert tardis_fx.explain(model, plan, x).sites[0].stored_bytes == stored - 4 * D * HIDDEN
     assert not caplog.text
-    w1, w2 = (p for p in model.parameters() if p.dim() == 2)
-    weights = SiteWeights(w1, model[0].bias, w2, model[2].bias)  # type: ignore[index,arg-type]
-    assert PartialLinear().constants(plan.sites[0], weights)["w2t"].data_ptr() == w2.data_ptr()
+    up, down = (p for p in model.parameters() if p.dim() == 2)
+    weights = SiteWeights(up, model[0].bias, down, model[2].bias)  # type: ignore[index,arg-type]
+    assert PartialLinear().constants(plan.sites[0], weights)["w2t"].data_ptr() == down.data_ptr()
     torch.compiler.reset()
     torch.testing.assert_close(_fast(model, plan, prefill="original")(x), before)
     torch.testing.assert_close(_fast(model, plan)(x), fast)
     with caplog.at_level(logging.WARNING, "tardis_fx"):
         assert tardis_fx.release(model, plan, x) == 0
     assert "keeps its weights" in caplog.text
-    w2.mul_(2)
+    down.mul_(2)
     with pytest.raises(tardis_fx.TardisError):
         _fast(model, plan)(x)
 

@@ -122,7 +122,7 @@ class Uneven(LowRank):
 
     def constants(self, plan: SitePlan, weights: SiteWeights) -> dict[str, Tensor]:
         found = super().constants(plan, weights)
-        return found | {"extra": torch.zeros(int(weights.w1.float().abs().sum() * 1000) % 97)}
+        return found | {"extra": torch.zeros(int(weights.up.float().abs().sum() * 1000) % 97)}
 
 
 class Fickle(HotFold):
@@ -146,7 +146,7 @@ class Scaling(HotFold):
     """Writes to the weights."""
 
     def constants(self, plan: SitePlan, weights: SiteWeights) -> dict[str, Tensor]:
-        weights.w1.mul_(2)
+        weights.up.mul_(2)
         return super().constants(plan, weights)
 
 

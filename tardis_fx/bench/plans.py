@@ -128,7 +128,7 @@ def random_plans(model: nn.Module, batch: Tensor, widths: Sequence[Widths], rate
 
 
 def _site_plan(site: ObservedSite, x: Tensor, widths: Widths, rate: float) -> SitePlan:
-    weights, (hidden, d) = site.weights, site.weights.w1.shape
+    weights, (hidden, d) = site.weights, site.weights.up.shape
     parts = [_part(weights, rows, x, widths, rate, str(site.site.activation)) for rows in _rows(hidden)]
     tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     tensors["neurons"] = torch.arange(hidden, dtype=torch.int32, device=x.device)
@@ -136,7 +136,7 @@ def _site_plan(site: ObservedSite, x: Tensor, widths: Widths, rate: float) -> Si
     surrogate = tensors["surrogate"] if gated else torch.stack([tensors["slope"], tensors["intercept"]], 1)
     tensors |= _fold(weights, surrogate, widths.fold)
     biased = any(bias is not None for _, _, bias in _projections(weights))
-    costs = widths.costs(d, weights.w2.shape[0], weights.w1.element_size(), bias=biased, gated=gated)
+    costs = widths.costs(d, weights.down.shape[0], weights.up.element_size(), bias=biased, gated=gated)
     return SitePlan.of(
         site.site,
         site.parameters,
@@ -157,8 +157,8 @@ def _site_plan(site: ObservedSite, x: Tensor, widths: Widths, rate: float) -> Si
 def _projections(weights: SiteWeights) -> list[tuple[str, Tensor, Tensor | None]]:
     """What lies in front of the activation: names of their rows in a plan, matrices [h, d], biases [h]."""
     if weights.gate is None:
-        return [("w1", weights.w1, weights.b1)]
-    return [("gate", weights.gate, weights.gate_bias), ("up", weights.w1, weights.b1)]
+        return [("up", weights.up, weights.up_bias)]
+    return [("gate", weights.gate, weights.gate_bias), ("up", weights.up, weights.up_bias)]
 
 
 def _rows(hidden: int) -> list[slice]:
@@ -178,7 +178,7 @@ def _part(
     if widths.rows != 16:
         low = low_bits(bits, widths.rows)
         found = {name: quantise(own[name] - rounded[name].weight, None, low, GROUP_SIZE).rows for name in own}
-        found["w2t"] = quantise(weights.w2[:, rows].float().T, None, widths.rows, GROUP_SIZE).rows
+        found["w2t"] = quantise(weights.down[:, rows].float().T, None, widths.rows, GROUP_SIZE).rows
     predictors = {name: [getattr(q, name) for q in rounded.values()] for name in ("codes", "scale", "zero")}
     z_hat = [estimate(x, q.codes, q.scale, q.zero, bits) for q in rounded.values()]
     activated = ACTIVATIONS[activation].eager(z[0])
@@ -212,13 +212,13 @@ def _surrogate(z: Sequence[Tensor], given: Tensor, kept: Tensor) -> Tensor:
 def _fold(weights: SiteWeights, surrogate: Tensor, bits: int) -> dict[str, Tensor]:
     """Folded weight and bias, in the model's dtype, or the weight as codes."""
     *slopes, shift = surrogate.unbind(1)
-    folded = surrogate.new_zeros(weights.w2.shape[0], weights.w1.shape[1])
+    folded = surrogate.new_zeros(weights.down.shape[0], weights.up.shape[1])
     for (_, matrix, bias), slope in zip(_projections(weights), slopes, strict=True):
         shift = shift if bias is None else shift + slope * bias.float()
         for rows in _rows(len(matrix)):
-            folded += (weights.w2[:, rows].float() * slope[rows]) @ matrix[rows].float()
-    bias = weights.w2.float() @ shift
-    if weights.b2 is not None:
-        bias += weights.b2.float()
-    stored = folded.to(weights.w1.dtype) if bits == 16 else quantise(folded, None, bits, GROUP_SIZE).rows
-    return {"folded_weight": stored, "folded_bias": bias.to(weights.w1.dtype)}
+            folded += (weights.down[:, rows].float() * slope[rows]) @ matrix[rows].float()
+    bias = weights.down.float() @ shift
+    if weights.down_bias is not None:
+        bias += weights.down_bias.float()
+    stored = folded.to(weights.up.dtype) if bits == 16 else quantise(folded, None, bits, GROUP_SIZE).rows
+    return {"folded_weight": stored, "folded_bias": bias.to(weights.up.dtype)}

@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     from tardis_fx.graph.site import SiteWeights
 
 #: Names of an FFN's matrices, as in :class:`tardis_fx.graph.site.SiteWeights`, with those of their biases.
-BIASES = {"gate": "gate_bias", "w1": "b1", "w2": "b2"}
+BIASES = {"gate": "gate_bias", "up": "up_bias", "down": "down_bias"}
 
 
 def matrices(weights: SiteWeights) -> dict[str, Tensor]:
-    """The matrices that a site has, by name: ``w1``, ``w2`` and, of a gated one, ``gate``."""
+    """The matrices that a site has, by name: ``up``, ``down`` and, of a gated one, ``gate``."""
     return {name: w for name in BIASES if (w := getattr(weights, name)) is not None}
 
 
@@ -35,21 +35,24 @@ def biases(weights: SiteWeights) -> dict[str, Tensor]:
 
 
 def narrowed(weights: SiteWeights, neurons: Tensor) -> SiteWeights:
-    """The FFN of some of the neurons, [k], copied; ``b2`` stays whole."""
-    w1, w2 = weights.w1[neurons], weights.w2[:, neurons].contiguous()
-    rest = {name: None if (t := getattr(weights, name)) is None else t[neurons] for name in ("b1", "gate", "gate_bias")}
-    return replace(weights, w1=w1, w2=w2, **rest)
+    """The FFN of some of the neurons, [k], copied; ``down_bias`` stays whole."""
+    up, down = weights.up[neurons], weights.down[:, neurons].contiguous()
+    rest = {}
+    for name in ("up_bias", "gate", "gate_bias"):
+        tensor = getattr(weights, name)
+        rest[name] = None if tensor is None else tensor[neurons]
+    return replace(weights, up=up, down=down, **rest)
 
 
 def preactivations(x: Tensor, project: Callable[[Tensor, str], Tensor], *, gated: bool) -> dict[str, Tensor]:
     """What enters the neurons, [..., h] each, by the name of the matrix; arguments as of :func:`feed_forward`."""
-    return {name: project(x, name) for name in (("gate", "w1") if gated else ("w1",))}
+    return {name: project(x, name) for name in (("gate", "up") if gated else ("up",))}
 
 
 def activations(z: Mapping[str, Tensor], activation: str) -> Tensor:
     """What the neurons give, [..., h], from :func:`preactivations`."""
-    activated = ACTIVATIONS[activation].eager(z["gate" if "gate" in z else "w1"])
-    return activated * z["w1"] if "gate" in z else activated
+    activated = ACTIVATIONS[activation].eager(z["gate" if "gate" in z else "up"])
+    return activated * z["up"] if "gate" in z else activated
 
 
 def feed_forward(x: Tensor, project: Callable[[Tensor, str], Tensor], activation: str, *, gated: bool) -> Tensor:
@@ -61,7 +64,7 @@ def feed_forward(x: Tensor, project: Callable[[Tensor, str], Tensor], activation
         activation: name in the registry.
         gated: whether there is a ``gate``.
     """
-    return project(activations(preactivations(x, project, gated=gated), activation), "w2")
+    return project(activations(preactivations(x, project, gated=gated), activation), "down")
 
 
 def dense(x: Tensor, tensors: Mapping[str, Tensor], activation: str) -> Tensor:

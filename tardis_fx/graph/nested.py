@@ -71,6 +71,6 @@ def fused_site(node: fx.Node) -> Site | None:
     """The FFN inside the one op that ``nn.TransformerEncoderLayer`` runs as in eval mode, or None."""
     if not is_fused(node):
         return None
-    x, gelu, (w1, b1, w2, b2) = node.args[0], node.args[7], node.args[14:18]
-    up, down = (Projection(node, node, x, w, b, False) for w, b in ((w1, b1), (w2, b2)))  # type: ignore[arg-type]
+    x, gelu, entering, leaving = node.args[0], node.args[7], node.args[14:16], node.args[16:18]
+    up, down = (Projection(node, node, x, weight, bias, False) for weight, bias in (entering, leaving))  # type: ignore[arg-type]
     return Site("", "plain", "gelu" if gelu else "relu", up, down, None, frozenset(), FUSED)

@@ -140,18 +140,18 @@ class SiteWeights:
     """The weights of a site, each matrix as [out, in] whatever way it is stored.
 
     Attributes:
-        w1: [h, d], of the up projection; of a fused matrix, its half.
-        b1: [h] or None.
-        w2: [d_out, h], of the down projection.
-        b2: [d_out] or None.
+        up: [h, d], of the up projection; of a fused matrix, its half.
+        up_bias: [h] or None.
+        down: [d_out, h], of the down projection.
+        down_bias: [d_out] or None.
         gate: [h, d], what the activation sees of a gated site; None of a plain one.
         gate_bias: [h] or None.
     """
 
-    w1: Tensor
-    b1: Tensor | None
-    w2: Tensor
-    b2: Tensor | None
+    up: Tensor
+    up_bias: Tensor | None
+    down: Tensor
+    down_bias: Tensor | None
     gate: Tensor | None = None
     gate_bias: Tensor | None = None
 
@@ -167,16 +167,18 @@ class SiteWeights:
         def bias(projection: Projection) -> Tensor | None:
             return None if projection.bias is None else values[projection.bias]
 
-        w1, b1, gate = matrix(site.up), bias(site.up), site.gate
+        up, up_bias, gate = matrix(site.up), bias(site.up), site.gate
         if site.gate_half is None:
             own = (None, None) if gate is None else (matrix(gate), bias(gate))
-            return cls(w1, b1, matrix(site.down), bias(site.down), *own)
-        up, seen = 1 - site.gate_half, site.gate_half
-        matrices, biases = w1.tensor_split(2, -2), (None, None) if b1 is None else b1.tensor_split(2, -1)
-        return cls(matrices[up], biases[up], matrix(site.down), bias(site.down), matrices[seen], biases[seen])
+            return cls(up, up_bias, matrix(site.down), bias(site.down), *own)
+        seen = site.gate_half
+        matrices, biases = up.tensor_split(2, -2), (None, None) if up_bias is None else up_bias.tensor_split(2, -1)
+        return cls(
+            matrices[1 - seen], biases[1 - seen], matrix(site.down), bias(site.down), matrices[seen], biases[seen]
+        )
 
     @property
     def bytes(self) -> int:
         """Size of all weights and biases."""
-        every = (self.w1, self.b1, self.w2, self.b2, self.gate, self.gate_bias)
+        every = (self.up, self.up_bias, self.down, self.down_bias, self.gate, self.gate_bias)
         return sum(w.numel() * w.element_size() for w in every if w is not None)

@@ -46,7 +46,7 @@ class DenseSite(nn.Module):
 
     def constants(self) -> dict[str, Tensor]:
         """The weights as they are now, in the model's dtype."""
-        return {name: parameter.to(self._weights.w1.dtype) for name, parameter in self.named_parameters()}
+        return {name: parameter.to(self._weights.up.dtype) for name, parameter in self.named_parameters()}
 
     def forward(self, x: Tensor) -> Tensor:
         """The rewritten site, [..., d] to [..., d_out], with gradients to its weights."""

@@ -37,7 +37,7 @@ class Evaluation:
             batches: the tuning split.
         """
         self._model, self._student, self._batches = model, student, batches
-        self._promised = {key: s.entry.outlier_rate * s.weights.w1.shape[0] for key, s in student.sites.items()}
+        self._promised = {key: s.entry.outlier_rate * s.weights.up.shape[0] for key, s in student.sites.items()}
         self.before = self._run()
         self._corrected = {key: float(s.corrections()[0]) for key, s in student.sites.items()}
 
@@ -86,7 +86,7 @@ class Evaluation:
     def _figures(self, key: str, site: TrainableSite) -> SitePlan:
         entry, now = site.planned(), float(self._healed(key, site)[0])
         touched = entry.touched_bytes + site.costs.row * (now - self._promised[key])
-        return replace(entry, touched_bytes=touched, outlier_rate=now / site.weights.w1.shape[0])
+        return replace(entry, touched_bytes=touched, outlier_rate=now / site.weights.up.shape[0])
 
 
 def dense(model: nn.Module, batch: Batch) -> Any:
@@ -111,7 +111,7 @@ class _Missed:
 
     def update(self, x: Tensor) -> None:
         """Adds tokens, [tokens, d], float32."""
-        x = x.to(self._site.weights.w1)
+        x = x.to(self._site.weights.up)
         output = feed_forward.dense(x, self._tensors, self._activation).double()
         self._missed += float((self._site(x).double() - output).square().sum())
         self._output += float(output.square().sum())

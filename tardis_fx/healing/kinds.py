@@ -23,9 +23,9 @@ class PlainSite(TrainableSite):
 
     def _open(self, constants: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
         self._predictor = self._dequantised(*(constants[name][: self._guarded] for name in ("codes", "scale", "zero")))
-        self._w1 = self._projection(constants, "w1", self._predictor)
+        self._w1 = self._projection(constants, "up", self._predictor)
         neurons = constants["neurons"][: self._listed].long()
-        self._b1 = constants["b1"][neurons].to(self._dtype) if "b1" in constants else None
+        self._b1 = constants["up_bias"][neurons].to(self._dtype) if "up_bias" in constants else None
         surrogates = {name: constants[name][: self._listed].to(self._dtype) for name in ("slope", "intercept")}
         bounds = {name: constants[name][: self._guarded] for name in self.OUTWARDS}
         return surrogates, bounds, bounds["upper"] - bounds["lower"]

@@ -57,10 +57,10 @@ class TrainableSite(nn.Module):
         super().__init__()
         self.entry, self.weights, self._rewrite = entry, weights, rewrite
         self._fold_bits: int = entry.settings["fold_bits"]
-        self._dtype = reference.compute_dtype(weights.w1.dtype)
+        self._dtype = reference.compute_dtype(weights.up.dtype)
         constants = rewrite.constants(entry, weights)
         self._listed, self._guarded = constants["counts"].tolist()
-        self._w2t = self._rows(constants, "w2t", len(weights.w2), entry.settings["row_bits"])
+        self._w2t = self._rows(constants, "w2t", len(weights.down), entry.settings["row_bits"])
         surrogates, bounds, width = self._open(constants)
         self._width = torch.where(width.isfinite() & (width > 0), width, 0)  # an empty range stays empty
         real = surrogates | {"folded_bias": constants["folded_bias"].to(self._dtype)}
@@ -97,14 +97,14 @@ class TrainableSite(nn.Module):
         """Bytes read."""
         settings, w = self.entry.settings, self.weights
         return Costs.of(
-            w.w1.shape[1],
-            len(w.w2),
+            w.up.shape[1],
+            len(w.down),
             settings["bits"],
-            w.w1.element_size(),
+            w.up.element_size(),
             self._fold_bits,
             settings["row_bits"],
             group_size=settings["group_size"],
-            bias=w.b1 is not None or w.gate_bias is not None,
+            bias=w.up_bias is not None or w.gate_bias is not None,
             gated=w.gate is not None,
         )
 
@@ -116,10 +116,10 @@ class TrainableSite(nn.Module):
     def train(self, mode: bool = True) -> TrainableSite:
         """Chooses what ``forward`` does, and starts counting at zero; leaving training fixes the stored plan."""
         super().train(mode)
-        self.corrected = torch.zeros((), dtype=torch.float32, device=self.weights.w1.device)
+        self.corrected = torch.zeros((), dtype=torch.float32, device=self.weights.up.device)
         if not mode:
             self._constants = self._rewrite.constants(self.planned(), self.weights)
-            self.tokens, self._counted = 0, torch.zeros(_STEPS, dtype=torch.float32, device=self.weights.w1.device)
+            self.tokens, self._counted = 0, torch.zeros(_STEPS, dtype=torch.float32, device=self.weights.up.device)
         return self
 
     def forward(self, x: Tensor) -> Tensor:
@@ -152,7 +152,7 @@ class TrainableSite(nn.Module):
     @torch.no_grad()
     def planned(self) -> SitePlan:
         """The entry with the tensors as they are now; its figures are the old ones."""
-        dtype = self.weights.w1.dtype
+        dtype = self.weights.up.dtype
         tensors = self._guard() | {"folded_bias": self._now("folded_bias").to(dtype)}
         weight = self._now("folded_weight")
         if self._fold_bits == 16:
@@ -171,7 +171,7 @@ class TrainableSite(nn.Module):
 
     def _dequantised(self, codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
         """Rows of a predictor, [rows, d]."""
-        bits, columns = self.entry.settings["bits"], self.weights.w1.shape[1]
+        bits, columns = self.entry.settings["bits"], self.weights.up.shape[1]
         return reference.dequantise(codes, scale, zero, bits, columns, self._dtype)
 
     def _projection(self, constants: Mapping[str, Tensor], name: str, predictor: Tensor) -> Tensor:
@@ -183,7 +183,7 @@ class TrainableSite(nn.Module):
     def _folded_weight(self, stored: Tensor) -> Tensor:
         if self._fold_bits == 16:
             return stored.to(self._dtype)
-        columns = self.weights.w1.shape[1]
+        columns = self.weights.up.shape[1]
         codes, self._scale, self._zero = split(stored, self._fold_bits, columns)
         scale, zero = (spread(t.to(self._dtype), columns) for t in (self._scale, self._zero))
         self._grid = scale, zero

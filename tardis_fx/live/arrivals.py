@@ -52,7 +52,7 @@ class LiveObservation(Observation):
             Suspended: they have not.
         """
         if what not in self._done:
-            self._arrivals = {s.fingerprint: _Arrivals(make(s), s.weights.w1.shape[1]) for s in sites}
+            self._arrivals = {s.fingerprint: _Arrivals(make(s), s.weights.up.shape[1]) for s in sites}
             self.what, self.count = what, 0
             raise Suspended
         return self._done[what]

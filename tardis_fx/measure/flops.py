@@ -35,7 +35,7 @@ def prefill_share(plan: Plan, observation: Observation) -> float:
             found += own
             continue
         rewrite = rewrite_named(entry.method)
-        x = site.weights.w1.new_zeros(TOKENS, site.weights.w1.shape[1])
+        x = site.weights.up.new_zeros(TOKENS, site.weights.up.shape[1])
         constants = rewrite.constants(entry, site.weights)
         with FlopCounterMode(display=False) as counter:
             rewrite.forward(x, constants, entry)

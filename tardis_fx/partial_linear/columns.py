@@ -30,7 +30,7 @@ def fit_columns(draft: Draft, residual: Residual) -> Quantised:
         draft: settled, with rows of fewer than 16 bits.
         residual: what it misses; see :class:`tardis_fx.partial_linear.residuals.ResidualObserver`.
     """
-    d, copied, columns = draft.w1.shape[1], draft.copied, draft.w2.T.clone()
+    d, copied, columns = draft.up.shape[1], draft.copied, draft.down.T.clone()
     if not len(copied):
         return quantise(columns, None, draft.row_bits, draft.group_size)
     covariance, sizes = residual.inputs.covariance, [d, len(copied)]

@@ -54,12 +54,14 @@ class Draft:
         def real(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else tensor.float().cpu()
 
-        self.w1, self.w2 = weights.w1.float().cpu(), weights.w2.float().cpu()
-        self.b1, self.b2 = real(weights.b1), real(weights.b2)
+        self.up, self.down = weights.up.float().cpu(), weights.down.float().cpu()
+        self.up_bias, self.down_bias = real(weights.up_bias), real(weights.down_bias)
         self.activation = ACTIVATIONS[str(self.site.site.activation)]
-        self.predictor: Quantised = self._quantised(self.w1, self.bits)
-        self._low = cache(lambda bits: self._quantised(self.w1 - self.predictor.weight, bits))
-        self._columns: Callable[[int], Quantised] = cache(lambda bits: quantise(self.w2.T, None, bits, self.group_size))
+        self.predictor: Quantised = self._quantised(self.up, self.bits)
+        self._low = cache(lambda bits: self._quantised(self.up - self.predictor.weight, bits))
+        self._columns: Callable[[int], Quantised] = cache(
+            lambda bits: quantise(self.down.T, None, bits, self.group_size)
+        )
 
     def at(self, fold_bits: int, row_bits: int) -> Draft:
         """The same draft at other widths, nothing settled; what is costly is shared."""
@@ -76,7 +78,7 @@ class Draft:
     @property
     def costs(self) -> Costs:
         """Bytes read."""
-        (d_out, _), d, size = self.w2.shape, self.w1.shape[1], self.site.weights.w1.element_size()
+        (d_out, _), d, size = self.down.shape, self.up.shape[1], self.site.weights.up.element_size()
         return Costs.of(
             d,
             d_out,
@@ -92,7 +94,7 @@ class Draft:
     @property
     def biased(self) -> bool:
         """Whether a projection in front of the activation has a bias."""
-        return self.b1 is not None
+        return self.up_bias is not None
 
     @property
     def low(self) -> tuple[Quantised, ...] | None:
@@ -102,11 +104,11 @@ class Draft:
     @property
     def columns(self) -> Tensor:
         """What corrections read of W2, transposed: [h, d_out]."""
-        return self.w2.T if self.row_bits == 16 else self._columns(self.row_bits).weight
+        return self.down.T if self.row_bits == 16 else self._columns(self.row_bits).weight
 
     def histogram(self) -> Histogram | ScoreHistogram:
         """An empty histogram of the predictor's estimates."""
-        return Histogram(self.moments, self.w1, self.b1, self.predictor, self.activation)
+        return Histogram(self.moments, self.up, self.up_bias, self.predictor, self.activation)
 
     def settle(self, surrogate: SiteRanges, ranges: Ranges, edges: Tensor) -> None:
         """Fixes hot ranges, classes and surrogates.
@@ -140,7 +142,7 @@ class Draft:
         rows = {}
         if self.low is not None:
             guarded = neurons
-            rows = {"w1": self.low[0].rows[neurons], "w2t": self._columns(self.row_bits).rows[neurons]}
+            rows = {"up": self.low[0].rows[neurons], "w2t": self._columns(self.row_bits).rows[neurons]}
         return rows | {
             "neurons": neurons.int(),
             "codes": self.predictor.codes[guarded],
@@ -154,10 +156,12 @@ class Draft:
 
     def fold(self) -> tuple[Tensor, Tensor]:
         """Folded weight [d_out, d] and bias [d_out], float64: every neuron by its surrogate."""
-        w1, w2, slope = self.w1.double(), self.w2.double(), self.slope.double()
-        shift = self.intercept.double() if self.b1 is None else self.intercept.double() + slope * self.b1.double()
-        bias = w2 @ shift
-        return (w2 * slope) @ w1, bias if self.b2 is None else bias + self.b2.double()
+        up, down, slope = self.up.double(), self.down.double(), self.slope.double()
+        shift = (
+            self.intercept.double() if self.up_bias is None else self.intercept.double() + slope * self.up_bias.double()
+        )
+        bias = down @ shift
+        return (down * slope) @ up, bias if self.down_bias is None else bias + self.down_bias.double()
 
     def stored(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
         """A fold as the plan holds it; what quantisation changes in the mean, the bias makes up for.
@@ -169,7 +173,7 @@ class Draft:
         Returns:
             The weight, in the model's dtype or as rows of :func:`tardis_fx.runtime.packing.join`; the bias.
         """
-        dtype = self.site.weights.w1.dtype
+        dtype = self.site.weights.up.dtype
         if self.fold_bits == 16:
             return weight.to(dtype).contiguous(), bias.to(dtype)
         quantised = self._quantised(weight, self.fold_bits)
@@ -178,7 +182,7 @@ class Draft:
 
     def opened(self, stored: Tensor) -> Tensor:
         """The folded weight that :meth:`stored` made, [d_out, d], float64."""
-        return rows_of(stored, self.fold_bits, self.w1.shape[1], torch.float64)
+        return rows_of(stored, self.fold_bits, self.up.shape[1], torch.float64)
 
     def _quantised(self, weight: Tensor, bits: int) -> Quantised:
         """A matrix that multiplies the site's inputs, [rows, d]."""

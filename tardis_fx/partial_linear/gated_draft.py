@@ -51,7 +51,7 @@ class GatedRanges(SiteRanges):
 
 @dataclass(eq=False)
 class GatedDraft(Draft):
-    """A gated site's plan in the making, in float32 on the CPU: ``w1``, ``b1`` and ``predictor`` are those of up."""
+    """A gated site's plan in the making, in float32 on the CPU: ``up`` and ``predictor`` are those of up."""
 
     def __post_init__(self) -> None:
         """Quantises the predictors of both projections."""
@@ -66,7 +66,7 @@ class GatedDraft(Draft):
     @property
     def biased(self) -> bool:
         """Whether gate or up projection has a bias."""
-        return self.b1 is not None or self.gate_bias is not None
+        return self.up_bias is not None or self.gate_bias is not None
 
     @property
     def low(self) -> tuple[Quantised, ...] | None:
@@ -78,7 +78,7 @@ class GatedDraft(Draft):
 
     def products(self) -> Products:
         """Empty sums, from which :meth:`prepare` takes the planes that the score is measured from."""
-        return Products(len(self.w1), self.neurons)
+        return Products(len(self.up), self.neurons)
 
     def prepare(self, products: Products) -> None:
         """Fixes the score."""
@@ -90,12 +90,14 @@ class GatedDraft(Draft):
 
     def neurons(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Exact pre-activations of gate and up and their products, [tokens, h] each, from [tokens, d]."""
-        return self.product(F.linear(x, self.gate, self.gate_bias), F.linear(x, self.w1, self.b1))
+        return self.product(F.linear(x, self.gate, self.gate_bias), F.linear(x, self.up, self.up_bias))
 
     def estimates(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The same as the predictors have them."""
         g, u = self.gate_predictor(x), self.predictor(x)
-        return self.product(g if self.gate_bias is None else g + self.gate_bias, u if self.b1 is None else u + self.b1)
+        return self.product(
+            g if self.gate_bias is None else g + self.gate_bias, u if self.up_bias is None else u + self.up_bias
+        )
 
     def product(self, g: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Pre-activations with their products, [tokens, h] each."""
@@ -138,9 +140,9 @@ class GatedDraft(Draft):
 
     def fold(self) -> tuple[Tensor, Tensor]:
         """Folded weight [d_out, d] and bias [d_out], float64: every neuron by its plane."""
-        w2, (alpha, beta, shift) = self.w2.double(), self.plane.double().unbind(1)
-        for slope, bias in ((alpha, self.gate_bias), (beta, self.b1)):
+        down, (alpha, beta, shift) = self.down.double(), self.plane.double().unbind(1)
+        for slope, bias in ((alpha, self.gate_bias), (beta, self.up_bias)):
             shift = shift if bias is None else shift + slope * bias.double()
-        weight = (w2 * alpha) @ self.gate.double() + (w2 * beta) @ self.w1.double()
-        folded_bias = w2 @ shift
-        return weight, folded_bias if self.b2 is None else folded_bias + self.b2.double()
+        weight = (down * alpha) @ self.gate.double() + (down * beta) @ self.up.double()
+        folded_bias = down @ shift
+        return weight, folded_bias if self.down_bias is None else folded_bias + self.down_bias.double()

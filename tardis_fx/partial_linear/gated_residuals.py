@@ -41,7 +41,7 @@ class GatedTokens:
     @cached_property
     def output(self) -> Tensor:
         """The original's."""
-        return F.linear(self.exact[2], self._draft.w2, self._draft.b2)
+        return F.linear(self.exact[2], self._draft.down, self._draft.down_bias)
 
     def refined(self, low: tuple[Quantised, ...]) -> tuple[Tensor, Tensor, Tensor]:
         """The neurons as low planes of these widths give them."""

@@ -60,19 +60,19 @@ class Histogram:
     merged: ClassVar[Mapping[str, Merge]] = {"_sums": "sum", "least": "least", "greatest": "greatest"}
 
     def __init__(
-        self, moments: Moments, w1: Tensor, b1: Tensor | None, predictor: Quantised, activation: Activation
+        self, moments: Moments, up: Tensor, up_bias: Tensor | None, predictor: Quantised, activation: Activation
     ) -> None:
         """Lays the bins.
 
         Args:
             moments: of the site's inputs.
-            w1: [h, d], float32.
-            b1: [h], float32, or None.
+            up: [h, d], float32.
+            up_bias: [h], float32, or None.
             predictor: gives the estimates.
             activation: the site's.
         """
-        h = len(w1)
-        self._w1, self._b1, self._predictor, self._activation = w1, b1, predictor, activation
+        h = len(up)
+        self._w1, self._b1, self._predictor, self._activation = up, up_bias, predictor, activation
         effective = predictor.weight.double()
         spread = SPREAD * (effective @ moments.covariance * effective).sum(1).clamp(min=1e-24).sqrt()
         self._low = (effective @ moments.mean - spread).float()

@@ -69,13 +69,13 @@ class PlainTokens:
     @cached_property
     def exact(self) -> tuple[Tensor, Tensor]:
         """Pre-activations and activations."""
-        return self._activated(self.x @ self._draft.w1.T)
+        return self._activated(self.x @ self._draft.up.T)
 
     @cached_property
     def output(self) -> Tensor:
         """The original's."""
-        output = self.exact[1] @ self._draft.w2.T
-        return output if self._draft.b2 is None else output + self._draft.b2
+        output = self.exact[1] @ self._draft.down.T
+        return output if self._draft.down_bias is None else output + self._draft.down_bias
 
     def refined(self, low: tuple[Quantised, ...]) -> tuple[Tensor, Tensor]:
         """Pre-activations and activations as low planes of this width give them."""
@@ -96,8 +96,8 @@ class PlainTokens:
         return missing, torch.where(outlier, found, 0), outlier
 
     def _activated(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        if self._draft.b1 is not None:
-            z = z + self._draft.b1
+        if self._draft.up_bias is not None:
+            z = z + self._draft.up_bias
         return z, self._draft.activation.eager(z)
 
 
@@ -120,14 +120,14 @@ class ResidualObserver:
     def __init__(self, draft: Draft) -> None:
         """Starts at zero."""
         self._draft, self._copied = draft, draft.copied
-        self.residual = Residual(draft.w1.shape[1] + len(self._copied), draft.w2.shape[0])
+        self.residual = Residual(draft.up.shape[1] + len(self._copied), draft.down.shape[0])
         self.outliers, self.tokens = 0, 0
 
     def add(self, tokens: PlainTokens | GatedTokens) -> None:
         """Adds tokens."""
         missing, corrected, outlier = tokens.missing(self._draft)  # type: ignore[arg-type]  # both are of one site
         terms = torch.cat([tokens.x, corrected[:, self._copied]], 1)
-        self.residual.update(terms, (missing - corrected) @ self._draft.w2.T, tokens.output)
+        self.residual.update(terms, (missing - corrected) @ self._draft.down.T, tokens.output)
         self.outliers += int(outlier.sum())
         self.tokens += len(tokens.x)
 
@@ -137,7 +137,7 @@ def within_memory(drafts: Iterable[Draft]) -> Iterator[dict[str, list[Draft]]]:
     part: dict[str, list[Draft]] = {}
     held = 0
     for draft in drafts:
-        size = 16 * (draft.w1.shape[1] + len(draft.copied)) ** 2
+        size = 16 * (draft.up.shape[1] + len(draft.copied)) ** 2
         if part and held + size > MEMORY:
             yield part
             part, held = {}, 0

@@ -156,7 +156,12 @@ def _rewrite(slot: slots.Slot, entry: SitePlan, prefill: Prefill) -> None:
     constants = rewrite.constants(entry, weights)
     original: dict[str, Tensor] = {}
     if prefill == "original" and not rewrite.exact:
-        given = {"w1": weights.w1, "b1": weights.b1, "w2": weights.w2, "b2": weights.b2 if rank == 0 else None}
+        given = {
+            "up": weights.up,
+            "up_bias": weights.up_bias,
+            "down": weights.down,
+            "down_bias": weights.down_bias if rank == 0 else None,
+        }
         original = {name: value for name, value in given.items() if value is not None}
     setattr(slot.parent, slot.up, Through(return_bias=up.return_bias))
     setattr(slot.parent, activation, nn.Identity())

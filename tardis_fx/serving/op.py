@@ -110,7 +110,7 @@ def serve(x: Tensor, constants: list[Tensor], original: list[Tensor], text: str,
 
 
 def _original(site: _Spec, rows: Tensor, weights: list[Tensor]) -> Tensor:
-    given = {"b1": None, "b2": None} | dict(zip(site.original, weights, strict=True))
+    given = {"up_bias": None, "down_bias": None} | dict(zip(site.original, weights, strict=True))
     return dense(SiteWeights(**given), site.activation, rows)  # type: ignore[arg-type]
 
 

@@ -65,8 +65,8 @@ class Slot:
         if self.shards[1] == 1:
             return own
         gather = tensor_model_parallel_all_gather
-        b1 = None if own.b1 is None else gather(own.b1, 0)
-        return replace(own, w1=gather(own.w1, 0), b1=b1, w2=gather(own.w2, 1))
+        up_bias = None if own.up_bias is None else gather(own.up_bias, 0)
+        return replace(own, up=gather(own.up, 0), up_bias=up_bias, down=gather(own.down, 1))
 
     def activation(self, wanted: str) -> str:
         """Name of the one child of ``parent`` that computes an activation.
@@ -159,9 +159,11 @@ def _entry(slot: Slot, entries: Sequence[SitePlan]) -> SitePlan | None:
     """The entry of the slot's weights."""
     weights = slot.whole_weights
     for activation, order in sorted({(e.activation, order) for e in entries for order in _orders(slot, e)}, key=str):
-        w1, w2 = (w.mT if transposed else w for w, transposed in zip((weights.w1, weights.w2), order, strict=True))
-        turned = [n for n, w, t in zip(("up", "down"), (w1, w2), order, strict=True) if t and w.shape[0] == w.shape[1]]
-        own = [w for w in (w1, weights.b1, w2, weights.b2) if w is not None]
+        up, down = (w.mT if transposed else w for w, transposed in zip((weights.up, weights.down), order, strict=True))
+        turned = [
+            n for n, w, t in zip(("up", "down"), (up, down), order, strict=True) if t and w.shape[0] == w.shape[1]
+        ]
+        own = [w for w in (up, weights.up_bias, down, weights.down_bias) if w is not None]
         identity = fingerprint(own, function_of(activation, turned=turned))
         if entry := next((e for e in entries if e.fingerprint == identity), None):
             if entry.method is not None:
@@ -175,7 +177,7 @@ def _mismatch(entry: SitePlan, alike: Sequence[Slot]) -> str:
     same = [slot for slot in alike if _orders(slot, entry)]
     if not same:
         return f"the model has no FFN of its shapes {', '.join(map(str, entry.shapes))}"
-    dtypes = {str(slot.weights.w1.dtype) for slot in same} - {entry.dtype}
+    dtypes = {str(slot.weights.up.dtype) for slot in same} - {entry.dtype}
     if dtypes:
         return (
             f"the plan was made for {entry.dtype} weights, the engine has {' and '.join(sorted(dtypes))}: use --dtype"

@@ -35,7 +35,7 @@ class Outputs:
             exact: [h], bool, neurons whose share of the output is left out of the regression; None for none.
         """
         self._dense, self._exact = Dense(site), exact
-        self.residual = Residual(self._dense.w1.shape[1], len(self._dense.w2))
+        self.residual = Residual(self._dense.up.shape[1], len(self._dense.down))
 
     def update(self, x: Tensor) -> None:
         """Adds tokens, [tokens, d], float32."""
@@ -59,7 +59,7 @@ class Neurons(Operands):
         """Starts at zero."""
         super().__init__(site)
         size = 4 if site.site.kind == "gated" else 3
-        self.sums = torch.zeros(len(self._dense.w1), size, size, dtype=torch.float64, device="cpu")
+        self.sums = torch.zeros(len(self._dense.up), size, size, dtype=torch.float64, device="cpu")
 
     def add(self, x: Tensor, hidden: Tensor) -> None:
         """Adds to the sums."""
@@ -74,7 +74,7 @@ class Neurons(Operands):
     @property
     def missed(self) -> Tensor:
         """Of each neuron, the squared error of its surrogate in the site's output, [h], summed over the tokens."""
-        return regress(self.sums)[2] * self._dense.w2.double().square().sum(0)
+        return regress(self.sums)[2] * self._dense.down.double().square().sum(0)
 
 
 def regress(sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -38,7 +38,7 @@ class Check:
         """Adds tokens, [tokens, d], float32."""
         weights = self._site.weights
         cut = fitted_tokens(len(x)) if self._held_back else 0
-        given = x[cut:].to(weights.w1.device, weights.w1.dtype)
+        given = x[cut:].to(weights.up.device, weights.up.dtype)
         self._tokens += len(given)
         exact = original(weights, str(self._site.site.activation), given).float()
         found = self._replacement(given).float()

@@ -34,14 +34,14 @@ class Dense:
         self._activation = str(site.site.activation)
 
     @property
-    def w1(self) -> Tensor:
+    def up(self) -> Tensor:
         """[h, d]."""
-        return self._tensors["w1"]
+        return self._tensors["up"]
 
     @property
-    def w2(self) -> Tensor:
+    def down(self) -> Tensor:
         """[d_out, h]."""
-        return self._tensors["w2"]
+        return self._tensors["down"]
 
     def hidden(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
         """Pre-activations (of a gated site, gate's and W1's) and what the neurons give, [tokens, h], of [tokens, d]."""
@@ -50,7 +50,7 @@ class Dense:
 
     def output(self, hidden: Tensor) -> Tensor:
         """The site's output, [tokens, d_out], from what the neurons give, [tokens, h]."""
-        return self._project(hidden, "w2")
+        return self._project(hidden, "down")
 
     def _project(self, x: Tensor, name: str) -> Tensor:
         return linear(x, self._tensors, name)
@@ -94,7 +94,7 @@ class Sizes(ByMatrix):
     def __init__(self, site: ObservedSite) -> None:
         """Starts at zero."""
         super().__init__(site)
-        (h, d), self.tokens = self._dense.w1.shape, 0
+        (h, d), self.tokens = self._dense.up.shape, 0
         self._inputs, self._hidden, self.magnitude = (
             torch.zeros(n, dtype=torch.float64, device="cpu") for n in (d, h, h)
         )
@@ -108,7 +108,7 @@ class Sizes(ByMatrix):
 
     def of(self, name: str) -> Tensor:
         """Norms of the columns of what a matrix multiplies, [columns]."""
-        return (self._hidden if name == "w2" else self._inputs).sqrt()
+        return (self._hidden if name == "down" else self._inputs).sqrt()
 
 
 class Grams(ByMatrix):
@@ -122,7 +122,7 @@ class Grams(ByMatrix):
     def __init__(self, site: ObservedSite) -> None:
         """Starts at zero."""
         super().__init__(site)
-        h, d = self._dense.w1.shape
+        h, d = self._dense.up.shape
         self._inputs, self._hidden = Moments(d), Moments(h)
 
     def add(self, x: Tensor, hidden: Tensor) -> None:
@@ -132,4 +132,4 @@ class Grams(ByMatrix):
 
     def of(self, name: str) -> Tensor:
         """The Gram matrix of what a matrix multiplies, [columns, columns]."""
-        return (self._hidden if name == "w2" else self._inputs).gram
+        return (self._hidden if name == "down" else self._inputs).gram

@@ -40,7 +40,7 @@ _Made = tuple[dict[str, Any], dict[str, "Tensor"]]
 
 def _partial_linear(site: Site, weights: SiteWeights) -> _Made:
     """All neurons corrected at every token, each off a surrogate of its own."""
-    (hidden, d), gated = weights.w1.shape, weights.gate is not None
+    (hidden, d), gated = weights.up.shape, weights.gate is not None
     both = (2,) if gated else ()
     tensors = {
         "neurons": torch.arange(hidden, dtype=torch.int32, device="cpu"),
@@ -49,23 +49,23 @@ def _partial_linear(site: Site, weights: SiteWeights) -> _Made:
         "zero": torch.zeros(0, *both, group_count(d, 64), dtype=torch.uint8, device="cpu"),
     }
     slope, other, intercept = (_line(hidden, start, end) for start, end in ((-0.5, 0.5), (0.5, -0.25), (-1, 1)))
-    w1, w2 = weights.w1.double(), weights.w2.double()
+    up, down = weights.up.double(), weights.down.double()
     shift = intercept.clone()
     if weights.gate is None:
-        lines = [(slope, w1, weights.b1)]
+        lines = [(slope, up, weights.up_bias)]
         tensors |= {"slope": slope, "intercept": intercept, "lower": _line(0, 0, 0), "upper": _line(0, 0, 0)}
     else:
-        lines = [(slope, weights.gate.double(), weights.gate_bias), (other, w1, weights.b1)]
+        lines = [(slope, weights.gate.double(), weights.gate_bias), (other, up, weights.up_bias)]
         tensors |= {"guard": _line(0, 0, 0).view(0, 4), "surrogate": torch.stack([slope, other, intercept], 1)}
     for steepness, _, bias in lines:
         shift += 0 if bias is None else steepness * bias.double()
-    folded_weight = sum((w2 * steepness) @ matrix for steepness, matrix, _ in lines)
-    folded_bias = w2 @ shift + (0 if weights.b2 is None else weights.b2.double())
+    folded_weight = sum((down * steepness) @ matrix for steepness, matrix, _ in lines)
+    folded_bias = down @ shift + (0 if weights.down_bias is None else weights.down_bias.double())
     assert not isinstance(folded_weight, int)
     tensors = {name: t.float() if t.dtype == torch.float64 else t for name, t in tensors.items()}
     folded = {"folded_weight": folded_weight, "folded_bias": folded_bias}
     settings = {"bits": 2, "fold_bits": 16, "row_bits": 16, "group_size": 64, "activation": site.activation}
-    return settings, tensors | {name: t.to(weights.w1.dtype) for name, t in folded.items()}
+    return settings, tensors | {name: t.to(weights.up.dtype) for name, t in folded.items()}
 
 
 def _line(count: int, start: float, end: float) -> Tensor:
@@ -80,7 +80,7 @@ def _low_rank(site: Site, weights: SiteWeights) -> _Made:
 
 def _hot_fold(site: Site, weights: SiteWeights) -> _Made:
     """Every neuron kept."""
-    hidden = len(weights.w1)
+    hidden = len(weights.up)
     return {"kept": hidden}, {"kept": torch.arange(hidden, dtype=torch.int32, device="cpu")}
 
 

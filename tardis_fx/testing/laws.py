@@ -114,7 +114,7 @@ def forward_is_finite_and_shaped_for_any_number_of_tokens(method: str, specimen:
     for shape in ((1,), (5,), (40,), (2, 3), (1, 7)):
         x = specimen.unseen(*shape)
         found = output(site, entry, x)
-        wanted = (*shape, len(site.weights.w2))
+        wanted = (*shape, len(site.weights.down))
         assert found.shape == wanted, f"{tuple(x.shape)} becomes {tuple(found.shape)}, not {wanted}"
         assert found.dtype == x.dtype, f"{x.dtype} becomes {found.dtype}"
         assert torch.isfinite(found).all(), f"NaN or infinity for {tuple(x.shape)}"
@@ -217,7 +217,7 @@ def gated_and_affine_sites_are_refused_with_a_reason_or_handled(method: str, spe
         assert entry.method or entry.reason, "neither rewritten nor refused with a reason"
         if entry.method:
             found = output(site, entry, specimen.calibration.batch(5, d))
-            assert found.shape == (5, len(site.weights.w2))
+            assert found.shape == (5, len(site.weights.down))
             assert torch.isfinite(found).all(), "NaN or infinity"
 
 

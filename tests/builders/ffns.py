@@ -77,19 +77,21 @@ class Oracle:
     def z(self) -> Tensor:
         """True pre-activations, [..., h]."""
         return F.linear(
-            self.x.float(), self.weights.w1.float(), None if self.weights.b1 is None else self.weights.b1.float()
+            self.x.float(),
+            self.weights.up.float(),
+            None if self.weights.up_bias is None else self.weights.up_bias.float(),
         )
 
     @property
     def outlier(self) -> Tensor:
         """Where the true pre-activation lies outside its hot range, [..., h]; ranges are those of estimates, without bias."""
-        z = F.linear(self.x.float(), self.weights.w1.float())
+        z = F.linear(self.x.float(), self.weights.up.float())
         return (z < self.lower) | (z > self.upper)
 
     def to(self, dtype: torch.dtype) -> Oracle:
         """The same in another dtype: exact, for 8 significant bits hold every weight."""
         w = self.weights
-        weights = SiteWeights(*(None if t is None else t.to(dtype) for t in (w.w1, w.b1, w.w2, w.b2)))  # type: ignore[arg-type]
+        weights = SiteWeights(*(None if t is None else t.to(dtype) for t in (w.up, w.up_bias, w.down, w.down_bias)))  # type: ignore[arg-type]
         return Oracle(
             weights, self.x.to(dtype), self.activation, self.codes, self.lower, self.upper, self.slope, self.intercept
         )
@@ -101,23 +103,25 @@ class Oracle:
             torch.tensor([*guarded, *exact], dtype=torch.int32),
             torch.tensor(guarded, dtype=torch.long),
         )
-        slope, b1 = self.slope.double(), 0 if w.b1 is None else w.b1.double()
-        folded_bias = w.w2.double() @ (slope * b1 + self.intercept) + (0 if w.b2 is None else w.b2.double())
+        slope, up_bias = self.slope.double(), 0 if w.up_bias is None else w.up_bias.double()
+        folded_bias = w.down.double() @ (slope * up_bias + self.intercept) + (
+            0 if w.down_bias is None else w.down_bias.double()
+        )
         tensors = {
             "neurons": listed,
             "codes": pack(self.codes, 8)[rows],
-            "scale": torch.full((len(rows), group_count(w.w1.shape[1], 64)), SCALE, dtype=torch.float16),
-            "zero": torch.full((len(rows), group_count(w.w1.shape[1], 64)), ZERO, dtype=torch.uint8),
+            "scale": torch.full((len(rows), group_count(w.up.shape[1], 64)), SCALE, dtype=torch.float16),
+            "zero": torch.full((len(rows), group_count(w.up.shape[1], 64)), ZERO, dtype=torch.uint8),
             "lower": self.lower[rows],
             "upper": self.upper[rows],
             "slope": self.slope[listed.long()],
             "intercept": self.intercept[listed.long()],
-            "folded_weight": ((w.w2.double() * slope) @ w.w1.double()).to(w.w1.dtype),
-            "folded_bias": folded_bias.to(w.w1.dtype),
+            "folded_weight": ((w.down.double() * slope) @ w.up.double()).to(w.up.dtype),
+            "folded_bias": folded_bias.to(w.up.dtype),
         }
-        parameters = [p for p in (w.w1, w.b1, w.w2, w.b2) if p is not None]
+        parameters = [p for p in (w.up, w.up_bias, w.down, w.down_bias) if p is not None]
         return SitePlan(
-            fingerprint=fingerprint(parameters, self.activation), name="ffn", kind="plain", activation=self.activation, dtype=str(w.w1.dtype),
+            fingerprint=fingerprint(parameters, self.activation), name="ffn", kind="plain", activation=self.activation, dtype=str(w.up.dtype),
             shapes=tuple(tuple(p.shape) for p in parameters), dense_bytes=w.bytes, method="partial_linear",
             settings={"bits": 8, "fold_bits": 16, "row_bits": 16, "group_size": 64, "activation": self.activation}, tensors=tensors,
         )  # fmt: skip
@@ -130,14 +134,14 @@ class Oracle:
     def dense(self, x: Tensor | None = None) -> Tensor:
         """The original's output."""
         w = self.weights
-        hidden = Activation(self.activation)(F.linear(self.x if x is None else x, w.w1, w.b1))
-        return F.linear(hidden, w.w2, w.b2)
+        hidden = Activation(self.activation)(F.linear(self.x if x is None else x, w.up, w.up_bias))
+        return F.linear(hidden, w.down, w.down_bias)
 
     def model(self) -> FFN:
         """The original as a module."""
         w = self.weights
         linears = []
-        for weight, bias in ((w.w1, w.b1), (w.w2, w.b2)):
+        for weight, bias in ((w.up, w.up_bias), (w.down, w.down_bias)):
             linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, dtype=weight.dtype)
             linear.weight = nn.Parameter(weight.clone())
             if bias is not None:
@@ -177,13 +181,13 @@ def oracle(
         return torch.randint(low, high + 1, shape, generator=g).float()
 
     codes = (whole(-LARGEST, LARGEST, hidden, d) + ZERO).to(torch.uint8)
-    w1 = (codes.float() - ZERO) * SCALE
-    w2 = torch.eye(hidden) if d_out is None else whole(-8, 8, d_out, hidden) / 32
+    up = (codes.float() - ZERO) * SCALE
+    down = torch.eye(hidden) if d_out is None else whole(-8, 8, d_out, hidden) / 32
     x = whole(-4, 4, tokens, d)
-    spread = (x @ w1.T).std(unbiased=False).clamp(min=1).item() if tokens else 8.0
+    spread = (x @ up.T).std(unbiased=False).clamp(min=1).item() if tokens else 8.0
     ends = torch.randn(2, hidden, generator=g).mul(spread).div(SCALE).floor().add(0.5).mul(SCALE).sort(0).values
     weights = SiteWeights(
-        w1, whole(-16, 16, hidden) * SCALE if bias else None, w2, whole(-16, 16, len(w2)) * SCALE if bias else None
+        up, whole(-16, 16, hidden) * SCALE if bias else None, down, whole(-16, 16, len(down)) * SCALE if bias else None
     )
     slope, intercept = torch.rand(hidden, generator=g), torch.randn(hidden, generator=g) / 4
     return Oracle(weights, x, activation, codes, ends[0], ends[1], slope, intercept)
@@ -208,11 +212,11 @@ def exact_plan(weights: SiteWeights, parameters: Sequence[Tensor], activation: s
     """A plan that computes every neuron exactly: its rewritten site gives what the original gives."""
     if weights.gate is not None:
         return exact_gated_plan(weights, parameters, activation)
-    hidden, d = weights.w1.shape
+    hidden, d = weights.up.shape
     slope, intercept = torch.linspace(-1, 1, hidden), torch.linspace(-2, 2, hidden)
-    shift = intercept if weights.b1 is None else intercept + slope * weights.b1
+    shift = intercept if weights.up_bias is None else intercept + slope * weights.up_bias
     return SitePlan(
-        fingerprint=fingerprint(parameters, activation), name="ffn", kind="plain", activation=activation, dtype=str(weights.w1.dtype),
+        fingerprint=fingerprint(parameters, activation), name="ffn", kind="plain", activation=activation, dtype=str(weights.up.dtype),
         shapes=tuple(tuple(p.shape) for p in parameters), dense_bytes=weights.bytes, method="partial_linear",
         settings={"bits": 2, "fold_bits": 16, "row_bits": 16, "group_size": 64, "activation": activation},
         tensors={
@@ -224,8 +228,8 @@ def exact_plan(weights: SiteWeights, parameters: Sequence[Tensor], activation: s
             "upper": torch.zeros(0),
             "slope": slope,
             "intercept": intercept,
-            "folded_weight": (weights.w2 * slope) @ weights.w1,
-            "folded_bias": weights.w2 @ shift + (0 if weights.b2 is None else weights.b2),
+            "folded_weight": (weights.down * slope) @ weights.up,
+            "folded_bias": weights.down @ shift + (0 if weights.down_bias is None else weights.down_bias),
         },
     )  # fmt: skip
 
@@ -233,13 +237,13 @@ def exact_plan(weights: SiteWeights, parameters: Sequence[Tensor], activation: s
 def exact_gated_plan(weights: SiteWeights, parameters: Sequence[Tensor], activation: str) -> SitePlan:
     """The same of a gated site."""
     assert weights.gate is not None
-    hidden, d = weights.w1.shape
+    hidden, d = weights.up.shape
     alpha, beta, gamma = torch.linspace(-1, 1, hidden), torch.linspace(2, -1, hidden), torch.linspace(-2, 2, hidden)
     shift = gamma.clone()
-    for slope, bias in ((alpha, weights.gate_bias), (beta, weights.b1)):
+    for slope, bias in ((alpha, weights.gate_bias), (beta, weights.up_bias)):
         shift += 0 if bias is None else slope * bias
     return SitePlan(
-        fingerprint=fingerprint(parameters, activation), name="ffn", kind="gated", activation=activation, dtype=str(weights.w1.dtype),
+        fingerprint=fingerprint(parameters, activation), name="ffn", kind="gated", activation=activation, dtype=str(weights.up.dtype),
         shapes=tuple(tuple(p.shape) for p in parameters), dense_bytes=weights.bytes, method="partial_linear",
         settings={"bits": 2, "fold_bits": 16, "row_bits": 16, "group_size": 64, "activation": activation},
         tensors={
@@ -249,8 +253,8 @@ def exact_gated_plan(weights: SiteWeights, parameters: Sequence[Tensor], activat
             "zero": torch.zeros(0, 2, group_count(d, 64), dtype=torch.uint8),
             "guard": torch.zeros(0, 4),
             "surrogate": torch.stack([alpha, beta, gamma], 1),
-            "folded_weight": (weights.w2 * alpha) @ weights.gate + (weights.w2 * beta) @ weights.w1,
-            "folded_bias": weights.w2 @ shift + (0 if weights.b2 is None else weights.b2),
+            "folded_weight": (weights.down * alpha) @ weights.gate + (weights.down * beta) @ weights.up,
+            "folded_bias": weights.down @ shift + (0 if weights.down_bias is None else weights.down_bias),
         },
     )  # fmt: skip
 

@@ -44,7 +44,7 @@ def draft() -> Draft:
     hot[24:72] = True
     guarded = torch.arange(hot.shape[1]) % 2 == 0
     ranges = Ranges(hot, guarded, torch.zeros_like(guarded), 0)
-    draft.settle(SiteRanges(histogram, draft.w2.norm(dim=0), draft.costs), ranges, histogram.edges)
+    draft.settle(SiteRanges(histogram, draft.down.norm(dim=0), draft.costs), ranges, histogram.edges)
     return draft
 
 

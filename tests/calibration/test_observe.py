@@ -94,10 +94,10 @@ def test_a_site_knows_its_weights_as_they_are_stored() -> None:
     gpt2 = models.gpt2()
     observation = BatchObservation(gpt2, [models.tokens(2, 8)], progress=False)
     site, mlp = observation.sites[0], gpt2.transformer.h[0].mlp
-    assert torch.equal(site.weights.w1, mlp.c_fc.weight.T)
-    assert torch.equal(site.weights.w2, mlp.c_proj.weight.T)
-    assert site.weights.b1 is not None
-    assert torch.equal(site.weights.b1, mlp.c_fc.bias)
+    assert torch.equal(site.weights.up, mlp.c_fc.weight.T)
+    assert torch.equal(site.weights.down, mlp.c_proj.weight.T)
+    assert site.weights.up_bias is not None
+    assert torch.equal(site.weights.up_bias, mlp.c_fc.bias)
     assert site.parameters[0].data_ptr() == mlp.c_fc.weight.data_ptr()
     assert site.weights.bytes == sum(p.numel() * 4 for p in mlp.parameters())
 

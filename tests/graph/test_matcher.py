@@ -131,8 +131,8 @@ def test_a_site_that_no_rewrite_may_touch_is_listed_with_the_reason(case: str) -
 
 
 def test_a_site_whose_weights_are_inputs_of_the_model_is_refused() -> None:
-    def forward(x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
-        return F.linear(F.gelu(F.linear(x, w1)), w2)
+    def forward(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        return F.linear(F.gelu(F.linear(x, up)), down)
 
     (site,) = capture(forward, X, torch.ones(32, 8), torch.ones(8, 32)).sites
     assert site.reason is not None

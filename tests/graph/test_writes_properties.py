@@ -91,7 +91,7 @@ def rewritten(graph: fx.Graph) -> int:
         sites = [site for site in find_sites(graph) if site.reason is None]
     moved: dict[fx.Node, fx.Node] = {}
     for site in sites:
-        weights = {"w1": site.up.weight, "w2": site.down.weight}
+        weights = {"up": site.up.weight, "down": site.down.weight}
         if site.gate is not None:
             weights["gate"] = site.gate.weight
         forward = lambda x, tensors, site=site: dense(x, tensors, str(site.activation))  # noqa: E731

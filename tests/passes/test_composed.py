@@ -88,9 +88,9 @@ def test_behind_drop_bias_a_rewrite_gives_what_it_gives_on_the_model_without_bia
     (dropped,) = planned("drop_bias", budget=1.0).sites
     left = rewrite_named("drop_bias").weights(dropped, site.weights)
     by_hand = FFN(nn.Linear(D, HIDDEN, bias=False), ffn(D, HIDDEN)[1], nn.Linear(HIDDEN, D)).eval()
-    by_hand.up.weight.copy_(left.w1)
-    by_hand.down.weight.copy_(left.w2)
-    by_hand.down.bias.copy_(left.b2)  # type: ignore[arg-type]
+    by_hand.up.weight.copy_(left.up)
+    by_hand.down.weight.copy_(left.down)
+    by_hand.down.bias.copy_(left.down_bias)  # type: ignore[arg-type]
     there = SiteObservation([by_hand], batches(d=D))
     (wanted,), (found,) = planned(method, there).sites, planned(["drop_bias", method]).sites
     assert found.touched_bytes == wanted.touched_bytes

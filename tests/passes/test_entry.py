@@ -161,7 +161,7 @@ def _site(case: str, entry: SitePlan) -> tuple[Any, list[Tensor]]:
     raise AssertionError(entry.name)
 
 
-WRONG: tuple[Any, ...] = (None, 0, -1, 5, 99, 2.0, True, "16", [], [99], {}, 2**62, 0.5, {"x": 1}, {"w1": 3})
+WRONG: tuple[Any, ...] = (None, 0, -1, 5, 99, 2.0, True, "16", [], [99], {}, 2**62, 0.5, {"x": 1}, {"up": 3})
 
 
 def wrong_settings(settings: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -254,10 +254,10 @@ class Scaled(Rewrite):
         raise NotImplementedError
 
     def constants(self, plan: SitePlan, weights: SiteWeights) -> dict[str, Tensor]:
-        return {"w1": weights.w1, "w2": weights.w2 * plan.tensors["scale"]}
+        return {"up": weights.up, "down": weights.down * plan.tensors["scale"]}
 
     def forward(self, x: Tensor, constants: Mapping[str, Tensor], plan: SitePlan) -> Tensor:
-        return (x @ constants["w1"].mT).relu() @ constants["w2"].mT
+        return (x @ constants["up"].mT).relu() @ constants["down"].mT
 
 
 SCALES: dict[str, tuple[Mapping[str, Tensor], str | None]] = {

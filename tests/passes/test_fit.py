@@ -93,7 +93,7 @@ def test_folding_no_activation_at_all_is_exact(seed: int, bias: bool, rewrite: P
     (plan,) = rewrite.fit(observation, [site], config())
     assert plan.outlier_rate == 0
     weights = weights_of(model)
-    torch.testing.assert_close(plan.tensors["folded_weight"], weights.w2 @ weights.w1, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(plan.tensors["folded_weight"], weights.down @ weights.up, rtol=1e-4, atol=1e-5)
     x = inputs(50, 16, seed=seed + 1)
     with torch.no_grad():
         torch.testing.assert_close(rewritten(model, plan, x), model(x), rtol=1e-4, atol=1e-4)
@@ -121,18 +121,18 @@ def test_under_a_calibrated_oracle_exactly_the_true_outliers_are_corrected(
     t, w = plan.tensors, weights_of(model)
     guarded, exact = t["neurons"][: len(t["lower"])].long(), t["neurons"][len(t["lower"]) :].long()
     quantised = (unpack(t["codes"], 8, 16).float() - t["zero"].float()) * t["scale"].float()
-    assert torch.equal(quantised, w.w1[guarded]), "not an oracle"
+    assert torch.equal(quantised, w.up[guarded]), "not an oracle"
 
     x = inputs(60, 16, seed=seed).round()
-    z = F.linear(x, w.w1, w.b1)
-    estimate = F.linear(x, w.w1)[:, guarded]
+    z = F.linear(x, w.up, w.up_bias)
+    estimate = F.linear(x, w.up)[:, guarded]
     outlier = torch.zeros_like(z, dtype=torch.bool)
     outlier[:, guarded] = (estimate < t["lower"]) | (estimate > t["upper"])
     outlier[:, exact] = True
     slope, intercept = torch.zeros(64), torch.zeros(64)
     slope[t["neurons"].long()], intercept[t["neurons"].long()] = t["slope"], t["intercept"]
     residual = torch.where(outlier, ACTIVATIONS[activation].eager(z) - slope * z - intercept, 0)
-    expected = F.linear(x, t["folded_weight"], t["folded_bias"]) + residual @ w.w2.T
+    expected = F.linear(x, t["folded_weight"], t["folded_bias"]) + residual @ w.down.T
     # A pair on its bound to rounding may fall either way: those tokens are left out.
     on_bound = ((estimate - t["lower"]).abs().minimum((estimate - t["upper"]).abs()) < 1e-2).any(1)
     found = rewritten(model, plan, x)
@@ -142,8 +142,8 @@ def test_under_a_calibrated_oracle_exactly_the_true_outliers_are_corrected(
 
     hot = ~outlier[:, guarded]
     error = (ACTIVATIONS[activation].eager(z) - slope * z - intercept).abs()[:, guarded].double().numpy()
-    b1 = torch.zeros(64) if w.b1 is None else w.b1
-    lower, upper = t["lower"] + b1[guarded], t["upper"] + b1[guarded]
+    up_bias = torch.zeros(64) if w.up_bias is None else w.up_bias
+    lower, upper = t["lower"] + up_bias[guarded], t["upper"] + up_bias[guarded]
     some_hot = (lower <= upper).numpy()
     ends = (torch.minimum(lower, upper), torch.maximum(lower, upper))
     bound = ACTIVATIONS[activation].max_error(
@@ -189,7 +189,9 @@ def counted(plan: SitePlan, model: nn.Sequential, xs: list[Tensor]) -> float:
     )
     folded = sum(t[name].numel() * t[name].element_size() for name in ("folded_weight", "folded_bias"))
     predictor = sum(t[name].numel() * t[name].element_size() for name in ("codes", "scale", "zero", "lower", "upper"))
-    row = w.w1.shape[1] * 4 + w.w2.shape[0] * 4 + (0 if w.b1 is None else 4) + 4 + 8  # and number, slope, intercept
+    row = (
+        w.up.shape[1] * 4 + w.down.shape[0] * 4 + (0 if w.up_bias is None else 4) + 4 + 8
+    )  # and number, slope, intercept
     return float(folded + predictor + outliers * row)
 
 

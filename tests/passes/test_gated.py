@@ -86,7 +86,7 @@ def test_touched_are_all_three_matrices(method: str, kind: str) -> None:
     constants = rewrite_named(method).constants(entry, site.weights)
     counted = sum(constant.nbytes for constant in constants.values())
     if method in (*PRUNED, *TWO_OF_FOUR):
-        values = [int((constants[name] != 0).sum()) for name in ("gate", "w1", "w2")]
+        values = [int((constants[name] != 0).sum()) for name in ("gate", "up", "down")]
         assert min(values) >= 0.95 * max(values), "one matrix is pruned more than another"  # rows keep whole numbers
         positions = sum(values) // 4 if method in TWO_OF_FOUR else 0  # two bits each
         counted = 4 * sum(values) + positions + 4 * (2 * 80 + 20)
@@ -120,7 +120,7 @@ def test_hot_fold_keeps_the_neurons_that_no_plane_fits(kind: str) -> None:
     site = SiteObservation([model], []).sites[0]
     assert site.weights.gate is not None
     with torch.no_grad():
-        site.weights.w2[:, [*curved, 1, 2]] *= 30
+        site.weights.down[:, [*curved, 1, 2]] *= 30
         site.weights.gate[[1, 2]] = 0  # times a constant, W1's half is a line
     observation = SiteObservation([model], specimen.batches())
     kept = plan_for(observation, config(method="hot_fold", budget=0.3)).sites[0].tensors["kept"].tolist()
@@ -137,7 +137,7 @@ def test_an_ffn_is_rid_of_the_biases_in_front_of_its_activation_and_refused_with
     site, entry = fitted("drop_bias", "gated", 1.0)
     assert entry.touched_bytes == entry.dense_bytes - 4 * 2 * 80
     x = CALIBRATION.batch(10, 20)
-    bare = replace(site.weights, b1=None, b2=entry.tensors["bias"], gate_bias=None)
+    bare = replace(site.weights, up_bias=None, down_bias=entry.tensors["bias"], gate_bias=None)
     assert_equivalent(laws.output(site, entry, x), original(bare, "silu", x))
     assert fitted("drop_bias", "fused", 1.0, bias=False)[1].reason == "it has no bias in front of its activation"
 

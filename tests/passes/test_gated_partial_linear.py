@@ -54,7 +54,7 @@ def drafted(site: ObservedSite, x: Tensor, bits: int = 2) -> GatedDraft:
 
 def output(draft: GatedDraft, x: Tensor, guarded: list[int], exact: list[int], threshold: Tensor) -> Tensor:
     """What the plan of some classes and thresholds gives."""
-    h = len(draft.w1)
+    h = len(draft.up)
     draft.plane = draft.line.flip(0)  # any planes will do
     draft.guarded, draft.exact = (
         torch.zeros(h, dtype=torch.bool).index_fill(0, torch.tensor(own, dtype=torch.long), True)
@@ -90,7 +90,7 @@ def test_neurons_beyond_the_threshold_and_exact_ones_are_the_original_and_all_ot
     drawn: tuple[Gated, GatedDraft, Tensor], data: st.DataObject
 ) -> None:
     model, draft, x = drawn
-    guarded, exact = data.draw(classes(len(draft.w1)))
+    guarded, exact = data.draw(classes(len(draft.up)))
     scores = draft.score(*draft.estimates(x))
     threshold = scores.sort(0).values[19:21].mean(0)
     clear = (scores - threshold).abs() > 1e-4 * (1 + threshold)
@@ -109,7 +109,7 @@ def test_neurons_beyond_the_threshold_and_exact_ones_are_the_original_and_all_ot
 @given(sites(), st.booleans())
 def test_correcting_everything_gives_the_original(drawn: tuple[Gated, GatedDraft, Tensor], guarded: bool) -> None:
     model, draft, x = drawn
-    every = list(range(len(draft.w1)))
+    every = list(range(len(draft.up)))
     below = torch.full((len(every),), -torch.inf)
     with torch.no_grad():
         dense, found = model(x), output(draft, x, *((every, []) if guarded else ([], every)), below)

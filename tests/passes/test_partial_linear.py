@@ -49,8 +49,8 @@ def test_an_endless_hot_range_corrects_nothing(oracle: Oracle) -> None:
 def test_every_true_outlier_is_corrected_under_an_oracle_predictor(oracle: Oracle, data: st.DataObject) -> None:
     """W2 is the identity: output n is what neuron n contributes."""
     guarded, exact = data.draw(classes(len(oracle.lower)))
-    b2 = 0 if oracle.weights.b2 is None else oracle.weights.b2
-    contribution = oracle.rewritten(guarded, exact) - b2
+    down_bias = 0 if oracle.weights.down_bias is None else oracle.weights.down_bias
+    contribution = oracle.rewritten(guarded, exact) - down_bias
     activated = ACTIVATIONS[oracle.activation].eager(oracle.z)
     corrected = torch.zeros_like(oracle.outlier)
     corrected[:, guarded] = oracle.outlier[:, guarded]
@@ -61,8 +61,8 @@ def test_every_true_outlier_is_corrected_under_an_oracle_predictor(oracle: Oracl
 @given(oracles(identity=True), st.data())
 def test_nothing_but_outliers_is_corrected_under_an_oracle_predictor(oracle: Oracle, data: st.DataObject) -> None:
     guarded, exact = data.draw(classes(len(oracle.lower)))
-    b2 = 0 if oracle.weights.b2 is None else oracle.weights.b2
-    contribution = oracle.rewritten(guarded, exact) - b2
+    down_bias = 0 if oracle.weights.down_bias is None else oracle.weights.down_bias
+    contribution = oracle.rewritten(guarded, exact) - down_bias
     surrogate = oracle.slope * oracle.z + oracle.intercept
     left = torch.ones_like(oracle.outlier)
     left[:, guarded] = ~oracle.outlier[:, guarded]
@@ -72,12 +72,12 @@ def test_nothing_but_outliers_is_corrected_under_an_oracle_predictor(oracle: Ora
 
 @given(oracles(identity=True))
 def test_under_an_oracle_predictor_the_error_stays_within_the_largest_on_the_hot_range(oracle: Oracle) -> None:
-    b1 = 0 if oracle.weights.b1 is None else oracle.weights.b1
-    b2 = 0 if oracle.weights.b2 is None else oracle.weights.b2
+    up_bias = 0 if oracle.weights.up_bias is None else oracle.weights.up_bias
+    down_bias = 0 if oracle.weights.down_bias is None else oracle.weights.down_bias
     activation = ACTIVATIONS[oracle.activation]
-    error = (oracle.rewritten(range(len(oracle.lower)), []) - b2 - activation.eager(oracle.z)).abs().double()
+    error = (oracle.rewritten(range(len(oracle.lower)), []) - down_bias - activation.eager(oracle.z)).abs().double()
     bound = activation.max_error(
-        *(t.double().numpy() for t in (oracle.slope, oracle.intercept, oracle.lower + b1, oracle.upper + b1))
+        *(t.double().numpy() for t in (oracle.slope, oracle.intercept, oracle.lower + up_bias, oracle.upper + up_bias))
     )
     rounding = BOUNDARY * max(1.0, activation.eager(oracle.z).abs().max().item())
     assert np.all(error.numpy() <= bound + rounding)

@@ -95,7 +95,7 @@ def test_touched_bytes_are_those_of_the_plans_tensors(
     plan = Plan((planned_in(model, xs, fold_bits, row_bits, group_size),), config())
     (site,) = plan.sites
     tensors, size = site.tensors, dtype.itemsize
-    row = 2 * D * size if row_bits == 16 else tensors["w1"].shape[1] + tensors["w2t"].shape[1]
+    row = 2 * D * size if row_bits == 16 else tensors["up"].shape[1] + tensors["w2t"].shape[1]
     row += size + 12  # bias; number, slope, intercept
     fixed = sum(
         tensors[name].nbytes for name in ("folded_weight", "folded_bias", "codes", "scale", "zero", "lower", "upper")
@@ -120,7 +120,7 @@ def test_a_quantised_fold_and_rows_are_what_is_stored(fold_bits: int, row_bits: 
     listed = len(plan.tensors["neurons"])
     assert 0 < listed < HIDDEN
     assert plan.tensors["folded_weight"].shape == (D, row_bytes(D, fold_bits, group_size))
-    for name, bits in (("w1", low_bits(2, row_bits)), ("w2t", row_bits)):
+    for name, bits in (("up", low_bits(2, row_bits)), ("w2t", row_bits)):
         assert plan.tensors[name].shape == (listed, row_bytes(D, bits, group_size))
         assert plan.tensors[name].dtype == torch.uint8
     rows = row_bytes(D, low_bits(2, row_bits), group_size) + row_bytes(D, row_bits, group_size)
@@ -134,8 +134,8 @@ def test_the_predictor_and_the_rows_nested_in_it_are_the_weights_of_the_listed_n
     (plan,) = planned(model, D, budget=0.4, row_bits=8).sites
     tensors, listed = plan.tensors, plan.tensors["neurons"].long()
     high = dequantise(tensors["codes"], tensors["scale"], tensors["zero"], 2, D)
-    w1, w2t = high + rows_of(tensors["w1"], 6, D, torch.float32), rows_of(tensors["w2t"], 8, D, torch.float32)
-    for found, weight in ((w1, model.up.weight), (w2t, model.down.weight.T)):
+    up, w2t = high + rows_of(tensors["up"], 6, D, torch.float32), rows_of(tensors["w2t"], 8, D, torch.float32)
+    for found, weight in ((up, model.up.weight), (w2t, model.down.weight.T)):
         step = (weight.amax() - weight.amin()) / 255
         assert (found - weight[listed]).abs().max() < 3 * step
 

@@ -89,24 +89,24 @@ def test_an_ffn_of_another_shape_or_activation_shares_nothing() -> None:
     assert {entry.settings["rank"] is None for entry in plan.sites} == {True, False}
     kept = next(i for i, entry in enumerate(plan.sites) if entry.settings["rank"] is None)
     for own in constants(plan, observation):
-        assert torch.equal(own["w1"], ffns[kept].up.weight)
+        assert torch.equal(own["up"], ffns[kept].up.weight)
 
 
 def test_a_plan_outlives_the_weights_that_it_shares() -> None:
     ffns = [ffn(D, 96), ffn(D, 96, seed=1)]
     plan, observation = fit(ffns, 0.6)
-    before = [own["w1"].clone() for own in constants(plan, observation)]
+    before = [own["up"].clone() for own in constants(plan, observation)]
     taker = next(i for i, entry in enumerate(plan.sites) if entry.settings["rank"] is not None)
     with torch.no_grad():
         ffns[1 - taker].up.weight.zero_()
-    assert torch.equal(constants(plan, observation)[taker]["w1"], before[taker])
+    assert torch.equal(constants(plan, observation)[taker]["up"], before[taker])
 
 
 def test_the_file_and_what_is_read_from_it_hold_a_shared_ffn_once(tmp_path: Path) -> None:
     plan, _ = fit([ffn(D, 96, seed=i) for i in range(4)], 0.4)
     plan.save(tmp_path / "plan")
     back = Plan.load(tmp_path / "plan")
-    held = [entry.tensors["w1"] for entry in back.sites if "w1" in entry.tensors]
+    held = [entry.tensors["up"] for entry in back.sites if "up" in entry.tensors]
     assert len(held) == 4
     assert len({t.data_ptr() for t in held}) == 1
     tensors = {t.data_ptr(): t.nbytes for entry in plan.sites for t in entry.tensors.values()}

@@ -23,7 +23,7 @@ SCORES = [Magnitude(), Wanda(), Ria()]
 
 
 def matrices(planned: dict[str, Tensor]) -> list[Tensor]:
-    return [planned["w1"], planned["w2"]]
+    return [planned["up"], planned["down"]]
 
 
 def correlated(columns: int, tokens: int = 600, seed: int = 0) -> Tensor:
@@ -76,7 +76,7 @@ def pruned(model: FFN, method: str, budget: float) -> list[Tensor]:
     (plan,) = plan_for(observation, config(method=method, budget=budget)).sites
     weights = SiteWeights(*(p.detach() for p in model.parameters()))
     constants = rewrite_named(method).constants(plan, weights)
-    return [constants["w1"], constants["w2"]]
+    return [constants["up"], constants["down"]]
 
 
 def test_wanda_keeps_as_many_weights_in_every_row() -> None:

@@ -68,7 +68,7 @@ def test_the_plan_touches_no_more_than_the_budget_and_what_its_constants_hold(me
     (entry,), (site,) = plan.sites, observation.sites
     constants = rewrite_named(method).constants(entry, site.weights)
     if method in (*PRUNED, *TWO_OF_FOUR):
-        values = sum(int((constants[name] != 0).sum()) for name in ("w1", "w2"))
+        values = sum(int((constants[name] != 0).sum()) for name in ("up", "down"))
         counted = 4 * values + sum(p.numel() * 4 for p in model.parameters() if p.dim() == 1)
         counted += values // 4 if method in TWO_OF_FOUR else 0  # two bits of position
     else:
@@ -144,11 +144,11 @@ def by_column() -> dict[str, Plan]:
     class Stored(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.w1, self.w2 = (nn.Parameter(w.detach().T.contiguous()) for w in (model.up.weight, model.down.weight))
-            self.b1, self.b2 = model.up.bias, model.down.bias
+            self.up, self.down = (nn.Parameter(w.detach().T.contiguous()) for w in (model.up.weight, model.down.weight))
+            self.up_bias, self.down_bias = model.up.bias, model.down.bias
 
         def forward(self, x: Tensor) -> Tensor:
-            return torch.addmm(self.b2, nn.functional.gelu(torch.addmm(self.b1, x, self.w1)), self.w2)
+            return torch.addmm(self.down_bias, nn.functional.gelu(torch.addmm(self.up_bias, x, self.up)), self.down)
 
     observation = BatchObservation(Stored().eval(), batches(d=D), progress=False)
     return {method: plan_for(observation, config(method=method, budget=BUDGET)) for method in METHODS}
@@ -221,7 +221,7 @@ def test_sites_of_one_shape_get_constants_of_one_shape(method: str) -> None:
     assert plan.sites[0].settings == plan.sites[1].settings
 
 
-@pytest.mark.parametrize(("method", "name"), [("sparsegpt", "w1"), ("gptq", "w1_codes"), ("low_rank", "w1_b")])
+@pytest.mark.parametrize(("method", "name"), [("sparsegpt", "up"), ("gptq", "w1_codes"), ("low_rank", "w1_b")])
 def test_sequential_fitting_sees_what_the_rewritten_sites_before_give(method: str, name: str) -> None:
     parallel, sequential = (
         plan_for(stacked()[1], config(method=method, budget=0.3, sequential=value)).sites for value in (False, True)

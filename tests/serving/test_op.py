@@ -25,7 +25,7 @@ class Site:
         self.made: Oracle = oracle(8, 40, tokens, "gelu", d_out=6)
         entry, w = self.made.plan(GUARDED, EXACT), self.made.weights
         self.constants = rewrite_named("partial_linear").constants(entry, w)
-        self.original = {"w1": w.w1, "b1": w.b1, "w2": w.w2, "b2": w.b2}
+        self.original = {"up": w.up, "up_bias": w.up_bias, "down": w.down, "down_bias": w.down_bias}
         self.text = op.spec(entry, list(self.constants), list(self.original))
         self.always = op.spec(entry, list(self.constants), [])
 

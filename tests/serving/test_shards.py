@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 
 def parts(entry: SitePlan, weights: SiteWeights, x: Tensor, size: int) -> list[Tensor]:
     """What each rank gives, from its rows of W1 and columns of W2 alone."""
-    rewrite, hidden = rewrite_named(str(entry.method)), len(weights.w1)
+    rewrite, hidden = rewrite_named(str(entry.method)), len(weights.up)
     found = []
     for rank in range(size):
         own = slice(rank * hidden // size, (rank + 1) * hidden // size)
-        b1 = None if weights.b1 is None else weights.b1[own]
-        held = replace(weights, w1=weights.w1[own], b1=b1, w2=weights.w2[:, own])
+        up_bias = None if weights.up_bias is None else weights.up_bias[own]
+        held = replace(weights, up=weights.up[own], up_bias=up_bias, down=weights.down[:, own])
         part = shard(entry, rank, size, hidden)
         found.append(rewrite.forward(x, rewrite.constants(part, held), part))
     return found
