@@ -38,5 +38,5 @@ class Run:
     replaced: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
 
 
-#: A fit in progress: it yields runs, is sent a mapping from fingerprints to what each run found, and returns its result.
+#: A fit in progress: it yields runs, is sent what each run found by fingerprint, and returns its result.
 Fit = Generator[Run, Mapping[str, Any], T]
