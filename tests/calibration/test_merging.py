@@ -98,6 +98,7 @@ def test_every_tensor_or_number_that_a_batch_changes_is_a_statistic(make: Callab
                 if type(part).__module__ in (
                     "tardis_fx.statistics.regression",
                     "tardis_fx.partial_linear.histogram",
+                    "tardis_fx.statistics.moments",
                 ) or (type(part).__name__ == "ResidualObserver"):
                     found |= {f"{name}.{i}.{key}": inner for key, inner in held(part).items()}
                 elif isinstance(part, (torch.Tensor, int, float)):

@@ -44,28 +44,28 @@ PLAIN: dict[str, Pair] = {
         "computed in the graph",
     ),
     "addmm": Pair(
-        lambda m, x: torch.addmm(m.down_bias, gelu(torch.addmm(m.up_bias, x[0], m.up, beta=1, alpha=1)), m.down),
-        lambda m, x: torch.addmm(m.down_bias, gelu(torch.addmm(m.up_bias, x[0], m.up, beta=2)), m.down),
+        lambda m, x: torch.addmm(m.b2, gelu(torch.addmm(m.b1, x[0], m.w1, beta=1, alpha=1)), m.w2),
+        lambda m, x: torch.addmm(m.b2, gelu(torch.addmm(m.b1, x[0], m.w1, beta=2)), m.w2),
         "its addmm scales",
     ),
     "addmm by keyword": Pair(
-        lambda m, x: torch.addmm(input=m.down_bias, mat1=gelu(m.up_bias.addmm(x[0], m.up)), mat2=m.down),
-        lambda m, x: torch.addmm(input=m.down_bias, mat1=gelu(m.up_bias.addmm(x[0], m.up, alpha=3)), mat2=m.down),
+        lambda m, x: torch.addmm(input=m.b2, mat1=gelu(m.b1.addmm(x[0], m.w1)), mat2=m.w2),
+        lambda m, x: torch.addmm(input=m.b2, mat1=gelu(m.b1.addmm(x[0], m.w1, alpha=3)), mat2=m.w2),
         "its addmm scales",
     ),
     "matmul and sum": Pair(
-        lambda m, x: gelu(x @ m.up + m.up_bias) @ m.down + m.down_bias,
-        lambda m, x: gelu(torch.add(x @ m.up, m.up_bias, alpha=2)) @ m.down + m.down_bias,
+        lambda m, x: gelu(x @ m.w1 + m.b1) @ m.w2 + m.b2,
+        lambda m, x: gelu(torch.add(x @ m.w1, m.b1, alpha=2)) @ m.w2 + m.b2,
         "its bias is scaled",
     ),
     "a bias with axes in front": Pair(
-        lambda m, x: gelu(x @ m.up + m.up_bias.view(1, 1, 32)) @ m.down,
-        lambda m, x: gelu(x @ m.up + m.at) @ m.down,
+        lambda m, x: gelu(x @ m.w1 + m.b1.view(1, 1, 32)) @ m.w2,
+        lambda m, x: gelu(x @ m.w1 + m.at) @ m.w2,
         NO_ACTIVATION,
     ),
     "a bias that makes columns of one": Pair(
-        lambda m, x: gelu(x @ m.up) @ m.column + m.down_bias,
-        lambda m, x: torch.addmm(m.down_bias[:1], gelu(x[0] @ m.up), m.down),
+        lambda m, x: gelu(x @ m.w1) @ m.column + m.b2,
+        lambda m, x: torch.addmm(m.b2[:1], gelu(x[0] @ m.w1), m.w2),
         "its bias is not a stored number for each column",
     ),
     "matmul by a transposed weight": Pair(
@@ -74,8 +74,8 @@ PLAIN: dict[str, Pair] = {
         "computed in the graph",
     ),
     "einsum": Pair(
-        lambda m, x: torch.einsum("bsh,hd->bsd", gelu(torch.einsum("...i,io->...o", x, m.up) + m.up_bias), m.down) + m.down_bias,
-        lambda m, x: torch.einsum("bsh,hd->sbd", gelu(torch.einsum("...i,io->...o", x, m.up) + m.up_bias), m.down),
+        lambda m, x: torch.einsum("bsh,hd->bsd", gelu(torch.einsum("...i,io->...o", x, m.w1) + m.b1), m.w2) + m.b2,
+        lambda m, x: torch.einsum("bsh,hd->sbd", gelu(torch.einsum("...i,io->...o", x, m.w1) + m.b1), m.w2),
         "does more than multiply",
     ),
     "einsum, weight first": Pair(
@@ -84,8 +84,8 @@ PLAIN: dict[str, Pair] = {
         "does more than multiply",
     ),
     "tensordot": Pair(
-        lambda m, x: torch.tensordot(gelu(torch.tensordot(x, m.up, 1)), m.down.weight, ([2], [1])),
-        lambda m, x: torch.tensordot(gelu(torch.tensordot(x, m.up, 1)).mT, m.down.weight, ([1], [1])),
+        lambda m, x: torch.tensordot(gelu(torch.tensordot(x, m.w1, 1)), m.down.weight, ([2], [1])),
+        lambda m, x: torch.tensordot(gelu(torch.tensordot(x, m.w1, 1)).mT, m.down.weight, ([1], [1])),
         "sums over another axis",
     ),
     "reshapes between": Pair(
@@ -144,8 +144,8 @@ PLAIN: dict[str, Pair] = {
         "",
     ),
     "tied weights": Pair(
-        lambda m, x: F.linear(gelu(F.linear(x, m.up.weight, m.up.bias)), m.up.weight.t(), m.down_bias),
-        lambda m, x: F.linear(gelu(F.linear(x, w := m.up.weight.clone().mul_(2))), w.t(), m.down_bias),
+        lambda m, x: F.linear(gelu(F.linear(x, m.up.weight, m.up.bias)), m.up.weight.t(), m.b2),
+        lambda m, x: F.linear(gelu(F.linear(x, w := m.up.weight.clone().mul_(2))), w.t(), m.b2),
         "computed in the graph",
     ),
     "a weight cast to its own type": Pair(
@@ -187,12 +187,12 @@ GATED: dict[str, Pair] = {
         "activation",
     ),
     "matrices of one size": Pair(
-        lambda m, x: m.down(gelu(m.up(x)) * (x @ m.up)),
+        lambda m, x: m.down(gelu(m.up(x)) * (x @ m.w1)),
         lambda m, x: m.down(gelu(m.one(x)) * m.up(x)),
         "differ in size",
     ),
     "two matrices": Pair(
-        lambda m, x: m.down((x @ m.up) * gelu(m.up(x))),
+        lambda m, x: m.down((x @ m.w1) * gelu(m.up(x))),
         lambda m, x: m.down(m.up(x) * gelu(m.up(x))),
         "have the same weights",
     ),
@@ -239,8 +239,8 @@ def _multiplied(transposed: bool, gate: int) -> Form:
 
 
 SEPARATE: dict[str, Form] = {
-    "its own gate": lambda m, x: m.down(gelu(m.up(x)) * (x @ m.up)),
-    "its own gate, first": lambda m, x: m.down((x @ m.up) * gelu(m.up(x))),
+    "its own gate": lambda m, x: m.down(gelu(m.up(x)) * (x @ m.w1)),
+    "its own gate, first": lambda m, x: m.down((x @ m.w1) * gelu(m.up(x))),
     "fused, gate first": _multiplied(False, 0),
     "fused and transposed, gate second": _multiplied(True, 1),
 }
