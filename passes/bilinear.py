@@ -14,7 +14,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from tardis_fx.passes.hot_fold import folded, map_bytes, map_layout
 from tardis_fx.passes.static import Choice, StaticRewrite, measured
-from tardis_fx.statistics.affine import Neurons, regress
+from tardis_fx.statistics.surrogates import Sums, SurrogateSums
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -45,7 +45,7 @@ class Bilinear(StaticRewrite):
 
     def choose(self, observation: Observation, sites: Sequence[ObservedSite], config: Config) -> list[Choice]:
         """Folds every site, whatever the budget leaves over."""
-        neurons = measured(observation, Neurons, sites, config)
+        neurons = measured(observation, SurrogateSums, sites, config)
         return [Choice(map_bytes(s.weights), tensors=_fold(s.weights, neurons[s.fingerprint].sums)) for s in sites]
 
     def layout(self, plan: SitePlan, weights: SiteWeights) -> Layout:
@@ -65,9 +65,9 @@ class Bilinear(StaticRewrite):
         return F.linear(x, constants["folded_weight"], constants["folded_bias"])
 
 
-def _fold(weights: SiteWeights, sums: Tensor) -> dict[str, Tensor]:
-    slopes, intercept, _ = regress(sums.sum(0, keepdim=True))
-    slope = slopes[:, 0]
+def _fold(weights: SiteWeights, sums: Sums) -> dict[str, Tensor]:
+    of_all = Sums(sums.table.sum(-1, keepdim=True), sums.k)
+    slope, intercept = of_all.regress().unbind(1)
     up, down = weights.up.double().cpu(), weights.down.double().cpu()
     shift = intercept.expand(len(up))
     if weights.up_bias is not None:

@@ -14,7 +14,8 @@ from tardis_fx.graph.feed_forward import biases, dense, matrices
 from tardis_fx.passes.base import matrices_of
 from tardis_fx.passes.layout import Expected
 from tardis_fx.passes.static import Choice, StaticRewrite, bias_bytes, measured
-from tardis_fx.statistics.operands import Dense, Operands
+from tardis_fx.statistics.neurons import Neurons
+from tardis_fx.statistics.operands import Operands
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -79,12 +80,12 @@ class Lost(Operands):
     def __init__(self, site: ObservedSite) -> None:
         """Starts at zero."""
         super().__init__(site)
-        self._bare = Dense(replace(site, weights=bare(site.weights)))
+        self._bare = Neurons.from_site(replace(site, weights=bare(site.weights)))
         self._sum, self._tokens = torch.zeros(len(site.weights.up), dtype=torch.float64, device="cpu"), 0
 
     def add(self, x: Tensor, hidden: Tensor) -> None:
         """Adds the difference that they make."""
-        self._sum += (hidden - self._bare.hidden(x)[1]).sum(0, dtype=torch.float64)
+        self._sum += (hidden - self._bare.evaluate(x)[1]).sum(0, dtype=torch.float64)
         self._tokens += len(x)
 
     def bias(self, weights: SiteWeights) -> Tensor:

@@ -22,7 +22,8 @@ from tardis_fx.graph.feed_forward import biases, dense, matrices, narrowed
 from tardis_fx.passes.base import matrices_of
 from tardis_fx.passes.layout import Expected, indices, setting
 from tardis_fx.passes.static import Choice, StaticRewrite, measured
-from tardis_fx.statistics.affine import Neurons, Outputs
+from tardis_fx.statistics.affine import Outputs
+from tardis_fx.statistics.surrogates import SurrogateSums
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -47,8 +48,8 @@ class HotFold(StaticRewrite):
 
     def choose(self, observation: Observation, sites: Sequence[ObservedSite], config: Config) -> list[Choice]:
         """Two runs: surrogates, and the regression."""
-        neurons = measured(observation, Neurons, sites, config)
-        kept = {s.fingerprint: _kept(s.weights, neurons[s.fingerprint].missed, config.budget) for s in sites}
+        neurons = measured(observation, SurrogateSums, sites, config)
+        kept = {s.fingerprint: _kept(s.weights, neurons[s.fingerprint].output_error, config.budget) for s in sites}
         if config.budget == 1:
             return [
                 Choice(s.weights.bytes, {"kept": kept[s.fingerprint].int()}, {"kept": len(s.weights.up)}) for s in sites

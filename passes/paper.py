@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 
 from tardis_fx.errors import CalibrationError
-from tardis_fx.partial_linear.ranges import Ranges, SiteRanges
 from tardis_fx.passes.partial_linear import PartialLinear
 
 if TYPE_CHECKING:
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
 
     from tardis_fx.graph.site import Site
     from tardis_fx.partial_linear.draft import Draft
+    from tardis_fx.partial_linear.ranges import PricedSite, Ranges
 
 
 class Paper(PartialLinear):
@@ -37,14 +37,15 @@ class Paper(PartialLinear):
             return "gated FFN: the paper's surrogate is a line in one pre-activation, and a gated neuron has two"
         return super().refuse(site)
 
-    def floor(self, draft: Draft) -> int:
+    def floor(self, draft: Draft, widths: tuple[int, int]) -> int:
         """The fold and a predictor for every neuron."""
-        return draft.costs.fold + draft.costs.predictor * len(draft.up)
+        costs = draft.costs(*widths)
+        return costs.fold + costs.predictor * len(draft.neurons)
 
-    def choose(self, sites: Sequence[SiteRanges], allowed: float) -> list[Ranges]:
+    def choose(self, sites: Sequence[PricedSite], allowed: float) -> list[tuple[PricedSite, Ranges]]:
         """The same outlier rate at every neuron of the model."""
-        fixed = sum(site.costs.fold + site.costs.predictor * len(site.slope) for site in sites)
-        rate = (allowed - fixed) / sum(site.costs.row * len(site.slope) for site in sites)
+        fixed = sum(site.costs.fold + site.costs.predictor * len(site.importance) for site in sites)
+        rate = (allowed - fixed) / sum(site.costs.row * len(site.importance) for site in sites)
         if rate < 0:
             raise CalibrationError(
                 f"the budget allows {allowed:,.0f} bytes per token, fold and predictor alone read {fixed:,}"
@@ -52,16 +53,14 @@ class Paper(PartialLinear):
         return [_frequent(site, rate) for site in sites]
 
 
-def _frequent(site: SiteRanges, rate: float) -> Ranges:
+def _frequent(site: PricedSite, rate: float) -> tuple[PricedSite, Ranges]:
     """Narrowest hot ranges that leave out at most ``rate`` of each neuron's tokens."""
     count = site.sums.count
     start, stop = _narrowest(count, (1 - rate) * count.sum(0))
     bins = torch.arange(len(count), dtype=torch.int64, device="cpu")[:, None]
     hot = (bins >= start) & (bins < stop)
-    site.refit(hot)
     every = torch.ones(count.shape[1], dtype=torch.bool, device="cpu")
-    cold = torch.where(hot, 0, count).sum().item() / count[:, 0].sum().item()
-    return Ranges(hot, every, ~every, site.costs.fold + site.costs.predictor * count.shape[1] + site.costs.row * cold)
+    return site.refit(hot), site.touching(hot, every, ~every)
 
 
 def _narrowest(count: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,43 +17,41 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
-from tqdm import tqdm
 
 from tardis_fx.errors import CalibrationError
-from tardis_fx.observation.observe import BatchObservation
+from tardis_fx.observation.run import Fit, Run
 from tardis_fx.partial_linear.budget import allocate
 from tardis_fx.partial_linear.columns import fit_columns
-from tardis_fx.partial_linear.draft import Draft
-from tardis_fx.partial_linear.gated_draft import GatedDraft, GatedRanges
-from tardis_fx.partial_linear.products import ScoreHistogram
-from tardis_fx.partial_linear.ranges import Ranges, SiteRanges
-from tardis_fx.partial_linear.residuals import ResidualObserver, Several, within_memory
-from tardis_fx.partial_linear.widths import Fitted, mix
+from tardis_fx.partial_linear.draft import Draft, DraftObserver, Quantisation
+from tardis_fx.partial_linear.histogram import Histogram
+from tardis_fx.partial_linear.ranges import PricedSite
+from tardis_fx.partial_linear.residuals import WidthResiduals, within_memory
+from tardis_fx.partial_linear.settled import Settled
+from tardis_fx.partial_linear.widths import Fitted, choose_widths
 from tardis_fx.passes import gated
 from tardis_fx.passes.base import Rewrite, stored_bytes
 from tardis_fx.passes.layout import Expected, coded_rows, codes, indices, setting
 from tardis_fx.plan import SitePlan
 from tardis_fx.runtime import ops  # noqa: F401 - registers torch.ops.tardis
 from tardis_fx.runtime.packing import GROUP_SIZES, low_bits
-from tardis_fx.statistics.moments import Moments
 from tardis_fx.statistics.target import least_budget
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from tardis_fx.config import Config
     from tardis_fx.graph.site import Site, SiteWeights
-    from tardis_fx.observation.observe import Observation, ObservedSite
-    from tardis_fx.partial_linear.histogram import Histogram
+    from tardis_fx.observation.observe import ObservedSite
+    from tardis_fx.partial_linear.ranges import Ranges
+    from tardis_fx.partial_linear.residuals import ResidualObserver
     from tardis_fx.passes.layout import Layout
-
-    Histograms = Mapping[str, Histogram | ScoreHistogram]
 
 #: Constants that hold one entry a listed neuron, and are padded to the hidden size.
 _PER_NEURON = ("neurons", "codes", "scale", "zero", "lower", "upper", "slope", "intercept")
@@ -74,166 +72,142 @@ class PartialLinear(Rewrite):
             return "no activation between its projections"
         return None
 
-    def fit(self, observation: Observation, sites: Sequence[ObservedSite], config: Config) -> list[SitePlan]:
-        """Three runs over the batches: moments, histograms of the predictor's estimates, residuals at every width.
+    def fit(self, sites: Sequence[ObservedSite], config: Config) -> Fit[list[SitePlan]]:
+        """Three runs: input moments, histograms of the guards' levels, residuals at every width.
 
-        The first two do not depend on the budget, and are done once for one observation. Gated sites take one more
-        between these two, for the planes that their scores are measured from.
+        The first two do not depend on the budget, and are done once for one observation.
         """
-        drafts = self._drafts(observation, sites, config)
-        histograms = self._histograms(observation, drafts, config)
+        quantisation = Quantisation(config.predictor_bits, config.group_size, config.rounding)
+        drafts = yield Run(
+            "input moments",
+            DraftObserver,
+            sites,
+            finish=lambda site, seen: Draft.from_observer(site, seen, quantisation),
+            key=(Draft, quantisation),
+        )
+        histograms = yield Run(
+            "hot ranges", lambda site: Histogram(drafts[site.fingerprint]), sites, key=(Histogram, quantisation)
+        )
+        pairs = [(drafts[site.fingerprint], histograms[site.fingerprint]) for site in sites]
         if config.target_error is None:
-            return self._fit_within(observation, drafts, histograms, config)
+            return (yield from self._fit_within(pairs, config))
         tried: dict[float, list[SitePlan]] = {}
 
-        def error(budget: float) -> float:
-            tried[budget] = self._fit_within(observation, drafts, histograms, replace(config, budget=budget))
-            return math.sqrt(sum(plan.error**2 for plan in tried[budget]) / len(drafts))
+        def error(budget: float) -> Fit[float]:
+            tried[budget] = yield from self._fit_within(pairs, replace(config, budget=budget))
+            return math.sqrt(sum(plan.error**2 for plan in tried[budget]) / len(pairs))
 
-        widths = self._widths(config)
-        floor = sum(min(self.floor(draft.at(*w)) for w in widths) for draft in drafts)
-        return tried[
-            least_budget(error, floor / sum(draft.site.weights.bytes for draft in drafts), config.target_error)
-        ]
+        floor = sum(min(self.floor(draft, widths) for widths in self._widths(config)) for draft, _ in pairs)
+        least = yield from least_budget(error, floor / sum(site.weights.bytes for site in sites), config.target_error)
+        return tried[least]
 
-    def _fit_within(
-        self, observation: Observation, drafts: Sequence[Draft], histograms: Histograms, config: Config
-    ) -> list[SitePlan]:
-        """Fits all sites at the config's budget, at every width, and takes of each site what is best for all."""
-        settled: list[list[Draft]] = []
+    def _fit_within(self, pairs: Sequence[tuple[Draft, Histogram]], config: Config) -> Fit[list[SitePlan]]:
+        """Fits all sites within the budget at every width, and takes of each site the fit that is best for all."""
+        settled: list[list[Settled]] = []
         refusals: list[CalibrationError] = []
         for widths in self._widths(config):
             try:
-                settled.append(self._settled([draft.at(*widths) for draft in drafts], histograms, config))
+                settled.append(self._settled(pairs, widths, config))
             except CalibrationError as error:  # out of this budget's reach
                 refusals.append(error)
         if not settled:
             raise refusals[0]
-        by_site = {site[0].site.fingerprint: site for site in zip(*settled, strict=True)}
+        chosen = [by_width[0] for by_width in zip(*settled, strict=True)]
         if not config.sequential or len(settled) > 1:
-            what = f"residuals at a budget of {config.budget}, bits {self._widths(config)}"
-            fitted: dict[str, list[Fitted]] = {key: [] for key in by_site}
-            for number, part in enumerate(within_memory(chain.from_iterable(by_site.values())), 1):
-                for key, several in _seen(observation, part, f"{what}, part {number}").items():
-                    fitted[key] += several.fits(self._fitted)
+            fitted: dict[str, list[Fitted]] = {draft.site.fingerprint: [] for draft, _ in pairs}
+            for part in within_memory(chain.from_iterable(zip(*settled, strict=True))):
+                for key, fits in (yield _residual_run(part, self._fitted)).items():
+                    fitted[key] += fits
             every = list(fitted.values())
-            chosen = mix(every) if config.allocation == "joint" else [min(f, key=lambda c: c.missed) for f in every]
+            best = (
+                choose_widths(every)
+                if config.allocation == "joint"
+                else [min(fits, key=lambda fit: fit.error) for fits in every]
+            )
             if not config.sequential:
-                return [choice.plan for choice in chosen]
-            by_site = {choice.draft.site.fingerprint: (choice.draft,) for choice in chosen}
-        assert isinstance(observation, BatchObservation)  # Options refuses it elsewhere
-        try:
-            return [self._fit_next(observation, draft) for (draft,) in by_site.values()]
-        finally:
-            observation.restore()
+                return [fit.plan for fit in best]
+            chosen = [fit.settled for fit in best]
+        return (yield from self._fit_in_order(chosen))
 
-    def _settled(self, drafts: list[Draft], histograms: Histograms, config: Config) -> list[Draft]:
-        """Chooses ranges, classes and surrogates at the widths of the drafts."""
-        surrogates = [self.ranges(draft, histograms[draft.site.fingerprint]) for draft in drafts]
-        allowed = [config.budget * draft.site.weights.bytes for draft in drafts]
+    def _fit_in_order(self, chosen: Sequence[Settled]) -> Fit[list[SitePlan]]:
+        """Fits one site after the other, each to what the rewritten ones before it give."""
+        plans: list[SitePlan] = []
+        replaced: dict[str, Callable[[Tensor], Tensor]] = {}
+        for settled in chosen:
+            site = settled.draft.site
+            ((fitted,),) = (yield _residual_run({site.fingerprint: [settled]}, self._fitted, dict(replaced))).values()
+            constants = self.constants(fitted.plan, site.weights)
+            replaced[site.fingerprint] = partial(self.forward, constants=constants, plan=fitted.plan)
+            plans.append(fitted.plan)
+        return plans
+
+    def _settled(
+        self, pairs: Sequence[tuple[Draft, Histogram]], widths: tuple[int, int], config: Config
+    ) -> list[Settled]:
+        """Chooses ranges, classes and surrogates at some widths."""
+        priced = [self.priced(draft, histogram, widths) for draft, histogram in pairs]
+        allowed = [config.budget * draft.site.weights.bytes for draft, _ in pairs]
         if config.allocation == "joint":
-            chosen = self.choose(surrogates, sum(allowed))
+            chosen = self.choose(priced, sum(allowed))
         else:
-            chosen = [self.choose([s], a)[0] for s, a in zip(surrogates, allowed, strict=True)]
-        for draft, surrogate, ranges in zip(drafts, surrogates, chosen, strict=True):
-            draft.settle(surrogate, ranges, histograms[draft.site.fingerprint].edges)
-        return drafts
+            chosen = [self.choose([site], bytes_)[0] for site, bytes_ in zip(priced, allowed, strict=True)]
+        return [
+            Settled.from_choice(draft, widths, site, ranges, histogram.edges)
+            for (draft, histogram), (site, ranges) in zip(pairs, chosen, strict=True)
+        ]
 
     def _widths(self, config: Config) -> list[tuple[int, int]]:
         """Bits of fold and rows to be tried."""
         return sorted({(config.fold_bits or fold, config.row_bits or rows) for fold, rows in self.widths})
 
-    def _fit_next(self, observation: BatchObservation, draft: Draft) -> SitePlan:
-        """Fits one site and rewrites it for all runs to come."""
-        site = draft.site
-        (several,) = _seen(observation, {site.fingerprint: [draft]}, f"residual of {site.site.name}").values()
-        (fitted,) = several.fits(self._fitted)
-        plan = fitted.plan
-        constants = self.constants(plan, site.weights)
-        observation.replace(site, lambda x: self.forward(x, constants, plan))
-        return plan
-
-    def _drafts(self, observation: Observation, sites: Sequence[ObservedSite], config: Config) -> list[Draft]:
-        quantisation = config.predictor_bits, config.group_size, config.rounding
-        key = f"partial_linear drafts, {quantisation}"
-        if key not in observation.memo:
-            moments = observation.run(lambda s: Moments(s.weights.up.shape[1]), sites, "input moments")
-            kinds = {"plain": Draft, "gated": GatedDraft}
-            bar = tqdm(sites, desc="predictors", unit="site", disable=not config.progress, leave=False)
-            observation.memo[key] = [kinds[s.site.kind](s, moments[s.fingerprint], *quantisation) for s in bar]
-        drafts: list[Draft] = observation.memo[key]
-        return drafts
-
-    def _histograms(self, observation: Observation, drafts: Sequence[Draft], config: Config) -> Histograms:
-        key = f"partial_linear histograms, {config.predictor_bits, config.group_size, config.rounding}"
-        if key not in observation.memo:
-            by_site = {draft.site.fingerprint: draft for draft in drafts}
-            sites = [draft.site for draft in drafts]
-            if own := {key: draft for key, draft in by_site.items() if isinstance(draft, GatedDraft)}:
-                with_gate = [draft.site for draft in own.values()]
-                found = observation.run(lambda s: own[s.fingerprint].products(), with_gate, "products of gate and up")
-                for identity, draft in own.items():
-                    draft.prepare(found[identity])
-            observation.memo[key] = observation.run(lambda s: by_site[s.fingerprint].histogram(), sites, "hot ranges")
-        histograms: Histograms = observation.memo[key]
-        return histograms
-
-    def floor(self, draft: Draft) -> int:
+    def floor(self, draft: Draft, widths: tuple[int, int]) -> int:
         """Bytes that a site reads at the least."""
-        return draft.costs.fold
+        return draft.costs(*widths).fold
 
-    def ranges(self, draft: Draft, histogram: Histogram | ScoreHistogram) -> SiteRanges:
-        """What a site's hot ranges are chosen from; an error counts as the norm of its W2 column."""
-        norm = draft.down.norm(dim=0)
-        if isinstance(histogram, ScoreHistogram):
-            return GatedRanges(histogram.sums, norm, draft.costs)
-        return SiteRanges(histogram, norm, draft.costs)
+    def priced(self, draft: Draft, histogram: Histogram, widths: tuple[int, int]) -> PricedSite:
+        """What a site's hot ranges are chosen from; an error counts as the norm of its column of down."""
+        importance = draft.neurons.down.norm(dim=0).double() ** 2
+        return PricedSite.from_sums(histogram.sums, draft.guard, importance, draft.costs(*widths))
 
-    def choose(self, sites: Sequence[SiteRanges], allowed: float) -> list[Ranges]:
-        """Ranges of all sites within ``allowed`` bytes per token; fits the surrogates to them."""
+    def choose(self, sites: Sequence[PricedSite], allowed: float) -> list[tuple[PricedSite, Ranges]]:
+        """Ranges of all sites within ``allowed`` bytes per token, and the sites with surrogates that fit them."""
         return allocate(sites, allowed)
 
-    def _fitted(self, draft: Draft, observer: ResidualObserver) -> Fitted:
-        """With fitted columns of W2, or with W2's own where these miss less of the held-back tokens."""
-        fitted = self._folded(draft, observer)
-        if not self.regressed or draft.row_bits == 16:
+    def _fitted(self, observer: ResidualObserver) -> Fitted:
+        """With fitted columns of down, or with down's own where these miss less of the held-back tokens."""
+        settled = observer.settled
+        fitted = self._folded(settled, observer)
+        if not self.regressed or settled.row_bits == 16:
             return fitted
-        other = self._folded(draft.with_columns(fit_columns(draft, observer.residual)), observer)
-        return min(fitted, other, key=lambda fit: fit.missed)
+        other = self._folded(settled.with_columns(fit_columns(settled, observer.residual)), observer)
+        return min(fitted, other, key=lambda fit: fit.error)
 
-    def _folded(self, draft: Draft, observer: ResidualObserver) -> Fitted:
-        weights, site, residual = draft.site.weights, draft.site, observer.residual
-        of_surrogates, bias = draft.fold()
-        of_columns = (draft.columns - draft.down.T)[draft.copied].double()
-        added_weight, added_bias = torch.zeros_like(of_surrogates.T), torch.zeros_like(bias)
+    def _folded(self, settled: Settled, observer: ResidualObserver) -> Fitted:
+        """The plan of a settled site, with the fold regressed on what is still missing."""
+        site, residual, costs = settled.draft.site, observer.residual, settled.costs
+        of_neurons, bias = settled.uncorrected.fold(settled.draft.neurons)
+        of_columns = settled.column_change
+        added_weight, added_bias = torch.zeros_like(of_neurons.T), torch.zeros_like(bias)
         if self.regressed:
-            found = residual.solve(given=of_columns)
-            added_weight, added_bias = found.weight[: len(added_weight)], found.bias
-        folded_weight, folded_bias = draft.stored(of_surrogates + added_weight.T, bias + added_bias)
-        tensors = draft.tensors | {"folded_weight": folded_weight, "folded_bias": folded_bias}
-        change = torch.cat([(draft.opened(folded_weight) - of_surrogates).T, of_columns])
+            regression = residual.solve(given=of_columns)
+            added_weight, added_bias = regression.weight[: len(added_weight)], regression.bias
+        folded_weight, folded_bias = settled.store_fold(of_neurons + added_weight.T, bias + added_bias)
+        tensors = settled.tensors | {"folded_weight": folded_weight, "folded_bias": folded_bias}
+        change = torch.cat([(settled.load_fold(folded_weight) - of_neurons).T, of_columns])
         error = residual.error(change, folded_bias.double() - bias)
         corrected = observer.outliers / max(1, observer.tokens)  # neurons a token, always exact ones included
         plan = SitePlan.of(
             site.site,
             site.parameters,
             method=self.name,
-            touched_bytes=draft.costs.fold
-            + draft.costs.predictor * len(tensors["codes"])
-            + draft.costs.row * corrected,
-            outlier_rate=corrected / weights.up.shape[0],
+            touched_bytes=costs.fold + costs.predictor * len(tensors["codes"]) + costs.row * corrected,
+            outlier_rate=corrected / len(settled.draft.neurons),
             error=error,
-            settings={
-                "bits": draft.bits,
-                "fold_bits": draft.fold_bits,
-                "row_bits": draft.row_bits,
-                "group_size": draft.group_size,
-                "activation": site.site.activation,
-            },
+            settings=settled.settings,
             tensors=tensors,
         )
-        plan = replace(plan, stored_bytes=stored_bytes(site, self.constants(plan, weights)))
-        return Fitted(draft, plan, error**2 * residual.energy)
+        plan = replace(plan, stored_bytes=stored_bytes(site, self.constants(plan, site.weights)))
+        return Fitted(settled, plan, error**2 * residual.energy)
 
     def matrices(self, plan: SitePlan) -> dict[str, float]:
         """The fold, where it is dense; rows are read by the correction alone."""
@@ -314,7 +288,20 @@ class PartialLinear(Rewrite):
         return corrected
 
 
-def _seen(observation: Observation, drafts: Mapping[str, Sequence[Draft]], what: str) -> dict[str, Several]:
-    """What drafts of some sites miss, in one run over the batches."""
-    sites = [of_site[0].site for of_site in drafts.values()]
-    return observation.run(lambda s: Several(drafts[s.fingerprint]), sites, what)
+def _residual_run(
+    settled: Mapping[str, Sequence[Settled]],
+    fit: Callable[[ResidualObserver], Fitted],
+    replaced: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
+) -> Run:
+    """Observes what sites settled at some widths miss, by fingerprint, and fits each of them."""
+
+    def finish(site: ObservedSite, seen: WidthResiduals) -> list[Fitted]:
+        fits = []
+        while seen.observers:  # the sums are large
+            fits.append(fit(seen.observers.pop(0)))
+        return fits
+
+    sites = [by_width[0].draft.site for by_width in settled.values()]
+    return Run(
+        "residuals", lambda site: WidthResiduals(settled[site.fingerprint]), sites, finish, replaced=replaced or {}
+    )

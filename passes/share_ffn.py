@@ -23,9 +23,9 @@ from tardis_fx.passes import layout
 from tardis_fx.passes.layout import Expected, setting
 from tardis_fx.passes.low_rank import factors, thin, truncated
 from tardis_fx.passes.static import Choice, StaticRewrite
-from tardis_fx.statistics.affine import regress
-from tardis_fx.statistics.operands import Dense
+from tardis_fx.statistics.neurons import Neurons
 from tardis_fx.statistics.regression import Residual, fitted_tokens
+from tardis_fx.statistics.surrogates import Sums, products
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -163,24 +163,23 @@ class Tried:
 
     def __init__(self, site: ObservedSite, others: Sequence[ObservedSite]) -> None:
         """Starts at zero."""
-        self._own, self._others = Dense(site), [Dense(other) for other in others]
-        #: Of the products of 1, theirs and the site's own output; [FFNs, 3, 3, d_out].
-        self.sums = torch.zeros(len(others), 3, 3, len(site.weights.down), dtype=torch.float64, device="cpu")
+        self._own, self._others = Neurons.from_site(site), [Neurons.from_site(other) for other in others]
+        #: Of the products of 1, their output and the site's own; [products, FFNs, d_out].
+        self.sums = Sums.zeros(1, len(others), len(site.weights.down)).table
 
     def update(self, x: Tensor) -> None:
         """Adds tokens, [tokens, d], float32."""
         x = x[: fitted_tokens(len(x)) : len(self._others)]
-        output = _output(self._own, x)
-        for sums, other in zip(self.sums, self._others, strict=True):
-            terms = torch.stack([torch.ones_like(output), _output(other, x), output])
-            sums += torch.einsum("itd,jtd->ijd", terms, terms)
+        output = self._own(x).double()
+        for sums, other in zip(self.sums.unbind(1), self._others, strict=True):
+            sums += torch.stack([product.sum(0) for product in products([other(x).double()], output)])
 
     @property
     def missed(self) -> Tensor:
         """Mean square of what each FFN misses, summed over the features, [FFNs]."""
-        by_feature = self.sums.permute(0, 3, 1, 2).flatten(0, 1)
-        missed = regress(by_feature)[2] / by_feature[:, 0, 0].clamp(min=1)
-        return missed.view(len(self.sums), -1).sum(1)
+        sums = Sums(self.sums.flatten(1), 1)
+        missed = sums.error(sums.regress()) / sums.count.clamp(min=1)
+        return missed.view(self.sums.shape[1:]).sum(1)
 
 
 class Mapped:
@@ -193,14 +192,14 @@ class Mapped:
 
     def __init__(self, site: ObservedSite, kept: ObservedSite) -> None:
         """Starts at zero."""
-        self._own, self._kept = Dense(site), Dense(kept)
+        self._own, self._kept = Neurons.from_site(site), Neurons.from_site(kept)
         d_out, d = len(site.weights.down), site.weights.up.shape[1]
         self._residual = Residual(d + d_out, d_out)
 
     def update(self, x: Tensor) -> None:
         """Adds tokens, [tokens, d], float32."""
-        output = _output(self._own, x)
-        self._residual.update(torch.cat([x, _output(self._kept, x)], 1), output, output)
+        output = self._own(x)
+        self._residual.update(torch.cat([x, self._kept(x)], 1), output, output)
 
     def solve(self, rank: int, dtype: torch.dtype) -> dict[str, Tensor]:
         """The map, ``map_a`` [d_out, rank], ``map_b`` [rank, d + d_out] and ``map_bias`` [d_out]."""
@@ -208,10 +207,6 @@ class Mapped:
         a, b = truncated(self._residual.solve().weight.T, rank, terms.covariance)
         bias = self._residual.mean - a @ (b @ terms.mean)
         return {name: t.to(dtype) for name, t in (("map_a", a), ("map_b", b), ("map_bias", bias))}
-
-
-def _output(ffn: Dense, x: Tensor) -> Tensor:
-    return ffn.output(ffn.hidden(x)[1])
 
 
 def _alike(sites: Sequence[ObservedSite]) -> list[list[ObservedSite]]:

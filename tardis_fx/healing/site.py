@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from tardis_fx.partial_linear.ranges import Costs
+from tardis_fx.partial_linear.costs import Costs
 from tardis_fx.runtime import reference
 from tardis_fx.runtime.packing import join, low_bits, pack, split, spread, unpack
 
@@ -105,7 +105,7 @@ class TrainableSite(nn.Module):
             settings["row_bits"],
             group_size=settings["group_size"],
             bias=w.up_bias is not None or w.gate_bias is not None,
-            gated=w.gate is not None,
+            k=1 if w.gate is None else 2,
         )
 
     @property

@@ -14,14 +14,14 @@ from tardis_fx.errors import CalibrationError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from tardis_fx.partial_linear.ranges import Ranges, SiteRanges
+    from tardis_fx.partial_linear.ranges import PricedSite, Ranges
 
 #: Rounds of choosing ranges and refitting the surrogates to them.
 ROUNDS = 4
 
 
-def allocate(sites: Sequence[SiteRanges], allowed: float) -> list[Ranges]:
-    """Ranges of all sites that together read at most ``allowed`` bytes per token, and the surrogates that fit them.
+def allocate(sites: Sequence[PricedSite], allowed: float) -> list[tuple[PricedSite, Ranges]]:
+    """Ranges of all sites that together read at most ``allowed`` bytes per token, and the sites refitted to them.
 
     Raises:
         CalibrationError: the folded weights alone read more.
@@ -35,18 +35,17 @@ def allocate(sites: Sequence[SiteRanges], allowed: float) -> list[Ranges]:
     for _ in range(ROUNDS):
         price = _price(sites, allowed, price)
         chosen = [site.at(price) for site in sites]
-        for site, ranges in zip(sites, chosen, strict=True):
-            site.refit(ranges.hot)
-    return chosen
+        sites = [site.refit(ranges.hot) for site, ranges in zip(sites, chosen, strict=True)]
+    return list(zip(sites, chosen, strict=True))
 
 
-def _price(sites: Sequence[SiteRanges], allowed: float, near: float) -> float:
+def _price(sites: Sequence[PricedSite], allowed: float, near: float) -> float:
     """The lowest price that meets the budget, to a thousandth, by bisection on its logarithm.
 
     Args:
         sites: the sites.
         allowed: bytes per token.
-        near: where the price of the last round was, or 0.
+        near: the price of the last round, or 0.
     """
 
     def meets(price: float) -> bool:

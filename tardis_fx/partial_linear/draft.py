@@ -1,190 +1,135 @@
-"""A site's plan in the making."""
+"""A site before its budget is known: neurons, predictor and guard."""
 
 from __future__ import annotations
 
-import copy
-from dataclasses import dataclass
-from functools import cache
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar
 
-import torch
-from torch import Tensor
-
-from tardis_fx.graph.activations import ACTIVATIONS
-from tardis_fx.partial_linear.histogram import Histogram
-from tardis_fx.partial_linear.ranges import Costs, Ranges, SiteRanges
+from tardis_fx.partial_linear.costs import Costs
+from tardis_fx.partial_linear.guards import Interval, Score
 from tardis_fx.quantisation import Quantised, quantise
 from tardis_fx.runtime.packing import low_bits
-from tardis_fx.runtime.reference import rows_of
+from tardis_fx.statistics.moments import Moments
+from tardis_fx.statistics.neurons import Neurons
+from tardis_fx.statistics.surrogates import SurrogateSums
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Mapping
+
+    from torch import Tensor
 
     from tardis_fx.config import Rounding
+    from tardis_fx.observation.merging import Merge
     from tardis_fx.observation.observe import ObservedSite
-    from tardis_fx.partial_linear.products import ScoreHistogram
-    from tardis_fx.statistics.moments import Moments
+    from tardis_fx.partial_linear.guards import Guard
 
 
-@dataclass(eq=False)
-class Draft:
-    """A site's plan in the making, in float32 on the CPU.
+class DraftObserver:
+    """Observes what a draft is made of: moments of the inputs and, where a score needs them, the neurons' sums."""
+
+    merged: ClassVar[Mapping[str, Merge]] = {"inputs": "parts", "surrogates": "parts"}
+
+    def __init__(self, site: ObservedSite) -> None:
+        """Starts at zero."""
+        self.inputs = Moments(site.weights.up.shape[1])
+        self.surrogates = [] if site.weights.gate is None else [SurrogateSums(site)]
+
+    def update(self, x: Tensor) -> None:
+        """Adds tokens, [tokens, d], float32."""
+        self.inputs.update(x)
+        for observer in self.surrogates:
+            observer.update(x)
+
+
+@dataclass(frozen=True)
+class Quantisation:
+    """How a plan's matrices are put into codes.
 
     Attributes:
-        site: the site.
-        moments: of its inputs.
         bits: of the predictor.
         group_size: columns that share a scale and a zero point, in the predictor, the folded weight and the rows.
-        rounding: of all of them but W2: ``"gptq"``, or ``"nearest"``.
-        fold_bits: of the folded weight, 16 for the model's own dtype.
-        row_bits: of the rows that corrections read; likewise.
+        rounding: of everything but the columns of down: ``"gptq"`` or ``"nearest"``.
     """
 
-    site: ObservedSite
-    moments: Moments
     bits: int
     group_size: int
     rounding: Rounding
-    fold_bits: int = 16
-    row_bits: int = 16
 
-    def __post_init__(self) -> None:
-        weights = self.site.weights
 
-        def real(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor.float().cpu()
+@dataclass(frozen=True, eq=False)
+class Draft:
+    """A site before its budget is known, in float32 on the CPU.
 
-        self.up, self.down = weights.up.float().cpu(), weights.down.float().cpu()
-        self.up_bias, self.down_bias = real(weights.up_bias), real(weights.down_bias)
-        self.activation = ACTIVATIONS[str(self.site.site.activation)]
-        self.predictor: Quantised = self._quantised(self.up, self.bits)
-        self._low = cache(lambda bits: self._quantised(self.up - self.predictor.weight, bits))
-        self._columns: Callable[[int], Quantised] = cache(
-            lambda bits: quantise(self.down.T, None, bits, self.group_size)
+    Attributes:
+        site: the site.
+        quantisation: of its plan.
+        inputs: their moments.
+        neurons: of the site.
+        predictors: k projections in few bits.
+        guard: what decides about corrections.
+    """
+
+    site: ObservedSite
+    quantisation: Quantisation
+    inputs: Moments
+    neurons: Neurons
+    predictors: tuple[Quantised, ...]
+    guard: Guard
+    _refinements: dict[int, tuple[Quantised, ...]] = field(default_factory=dict, repr=False)
+    _columns: dict[int, Quantised] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def from_observer(cls, site: ObservedSite, seen: DraftObserver, quantisation: Quantisation) -> Draft:
+        """Quantises the predictors."""
+        neurons, inputs = Neurons.from_site(site), seen.inputs
+        predictors = tuple(
+            quantise_projection(matrix, inputs, quantisation, quantisation.bits) for matrix in neurons.projections
         )
+        guard: Guard
+        if seen.surrogates:
+            guard = Score.from_sums(neurons, seen.surrogates[0].sums)
+        else:
+            guard = Interval.from_inputs(inputs, predictors[0])
+        return cls(site, quantisation, inputs, neurons, predictors, guard)
 
-    def at(self, fold_bits: int, row_bits: int) -> Draft:
-        """The same draft at other widths, nothing settled; what is costly is shared."""
-        other = copy.copy(self)
-        other.fold_bits, other.row_bits = fold_bits, row_bits
-        return other
+    def estimates(self, x: Tensor) -> list[Tensor]:
+        """The predictor's estimates without biases, k times [tokens, h], of inputs [tokens, d]."""
+        return [predictor(x) for predictor in self.predictors]
 
-    def with_columns(self, columns: Quantised) -> Draft:
-        """The same draft with other columns of W2 in its rows, [h, d_out]."""
-        other = copy.copy(self)
-        other._columns = lambda _: columns
-        return other
+    def refinements(self, row_bits: int) -> tuple[Quantised, ...]:
+        """What a correction adds to the predictor's rows, k matrices, for rows of so many bits."""
+        bits = low_bits(self.quantisation.bits, row_bits)
+        if bits not in self._refinements:
+            pairs = zip(self.neurons.projections, self.predictors, strict=True)
+            self._refinements[bits] = tuple(
+                quantise_projection(matrix - predictor.weight, self.inputs, self.quantisation, bits)
+                for matrix, predictor in pairs
+            )
+        return self._refinements[bits]
 
-    @property
-    def costs(self) -> Costs:
-        """Bytes read."""
-        (d_out, _), d, size = self.down.shape, self.up.shape[1], self.site.weights.up.element_size()
+    def columns(self, row_bits: int) -> Quantised:
+        """The columns of down, [h, d_out], rounded to nearest."""
+        if row_bits not in self._columns:
+            self._columns[row_bits] = quantise(self.neurons.down.T, None, row_bits, self.quantisation.group_size)
+        return self._columns[row_bits]
+
+    def costs(self, fold_bits: int, row_bits: int) -> Costs:
+        """Bytes read by a plan of such widths."""
+        weights, quantisation = self.site.weights, self.quantisation
         return Costs.of(
-            d,
-            d_out,
-            self.bits,
-            size,
-            self.fold_bits,
-            self.row_bits,
-            group_size=self.group_size,
-            bias=self.biased,
-            gated=self.site.weights.gate is not None,
+            weights.up.shape[1],
+            len(weights.down),
+            quantisation.bits,
+            weights.up.element_size(),
+            fold_bits,
+            row_bits,
+            k=len(self.predictors),
+            group_size=quantisation.group_size,
+            bias=self.neurons.biased,
         )
 
-    @property
-    def biased(self) -> bool:
-        """Whether a projection in front of the activation has a bias."""
-        return self.up_bias is not None
 
-    @property
-    def low(self) -> tuple[Quantised, ...] | None:
-        """What corrections read of W1 beside the predictor; None for the original weights."""
-        return None if self.row_bits == 16 else (self._low(low_bits(self.bits, self.row_bits)),)
-
-    @property
-    def columns(self) -> Tensor:
-        """What corrections read of W2, transposed: [h, d_out]."""
-        return self.down.T if self.row_bits == 16 else self._columns(self.row_bits).weight
-
-    def histogram(self) -> Histogram | ScoreHistogram:
-        """An empty histogram of the predictor's estimates."""
-        return Histogram(self.moments, self.up, self.up_bias, self.predictor, self.activation)
-
-    def settle(self, surrogate: SiteRanges, ranges: Ranges, edges: Tensor) -> None:
-        """Fixes hot ranges, classes and surrogates.
-
-        Args:
-            surrogate: slopes and intercepts.
-            ranges: hot bins and classes.
-            edges: [bins + 1, h] of the bins.
-        """
-        self.slope, self.intercept = surrogate.slope.float(), surrogate.intercept.float()
-        self.guarded, self.exact = ranges.guarded, ranges.exact
-        some = ranges.hot.any(0)
-        start = ranges.hot.byte().argmax(0)
-        stop = start + ranges.hot.sum(0)
-        self.lower = torch.where(some, edges.gather(0, start[None])[0], torch.inf)
-        self.upper = torch.where(some, edges.gather(0, stop[None])[0], -torch.inf)
-
-    @property
-    def copied(self) -> Tensor:
-        """Neurons whose columns of W2 the plan holds a copy of: with quantised rows, those that may be corrected."""
-        return (self.guarded | self.exact if self.row_bits < 16 else torch.zeros_like(self.exact)).nonzero()[:, 0]
-
-    @property
-    def tensors(self) -> dict[str, Tensor]:
-        """The guard: guarded neurons first, then the exact ones; with quantised rows, those of the same neurons.
-
-        There exact neurons are guarded ones that no estimate satisfies, for their rows are nested in the predictor's.
-        """
-        guarded, exact = self.guarded.nonzero()[:, 0], self.exact.nonzero()[:, 0]
-        neurons = torch.cat([guarded, exact])
-        rows = {}
-        if self.low is not None:
-            guarded = neurons
-            rows = {"up": self.low[0].rows[neurons], "w2t": self._columns(self.row_bits).rows[neurons]}
-        return rows | {
-            "neurons": neurons.int(),
-            "codes": self.predictor.codes[guarded],
-            "scale": self.predictor.scale[guarded],
-            "zero": self.predictor.zero[guarded],
-            "lower": self.lower[guarded],
-            "upper": self.upper[guarded],
-            "slope": self.slope[neurons],
-            "intercept": self.intercept[neurons],
-        }
-
-    def fold(self) -> tuple[Tensor, Tensor]:
-        """Folded weight [d_out, d] and bias [d_out], float64: every neuron by its surrogate."""
-        up, down, slope = self.up.double(), self.down.double(), self.slope.double()
-        shift = (
-            self.intercept.double() if self.up_bias is None else self.intercept.double() + slope * self.up_bias.double()
-        )
-        bias = down @ shift
-        return (down * slope) @ up, bias if self.down_bias is None else bias + self.down_bias.double()
-
-    def stored(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-        """A fold as the plan holds it; what quantisation changes in the mean, the bias makes up for.
-
-        Args:
-            weight: [d_out, d], float64.
-            bias: [d_out], float64.
-
-        Returns:
-            The weight, in the model's dtype or as rows of :func:`tardis_fx.runtime.packing.join`; the bias.
-        """
-        dtype = self.site.weights.up.dtype
-        if self.fold_bits == 16:
-            return weight.to(dtype).contiguous(), bias.to(dtype)
-        quantised = self._quantised(weight, self.fold_bits)
-        bias = bias + (weight - quantised.weight.double()) @ self.moments.mean
-        return quantised.rows, bias.to(dtype)
-
-    def opened(self, stored: Tensor) -> Tensor:
-        """The folded weight that :meth:`stored` made, [d_out, d], float64."""
-        return rows_of(stored, self.fold_bits, self.up.shape[1], torch.float64)
-
-    def _quantised(self, weight: Tensor, bits: int) -> Quantised:
-        """A matrix that multiplies the site's inputs, [rows, d]."""
-        gram = self.moments.gram if self.rounding == "gptq" else None
-        return quantise(weight, gram, bits, self.group_size)
+def quantise_projection(matrix: Tensor, inputs: Moments, quantisation: Quantisation, bits: int) -> Quantised:
+    """A matrix that multiplies the site's inputs, [rows, d], in codes."""
+    gram = inputs.gram if quantisation.rounding == "gptq" else None
+    return quantise(matrix, gram, bits, quantisation.group_size)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from tardis_fx.partial_linear.draft import Draft
+    from tardis_fx.partial_linear.settled import Settled
     from tardis_fx.plan import SitePlan
 
 
@@ -18,20 +18,20 @@ class Fitted:
     """A site fitted at one pair of widths.
 
     Attributes:
-        draft: what was fitted.
+        settled: what was fitted.
         plan: the result.
-        missed: mean squared error of the site's output, summed over its features, on held-back tokens.
+        error: mean squared error of the site's output, summed over its features, on held-back tokens.
     """
 
-    draft: Draft
+    settled: Settled
     plan: SitePlan
-    missed: float
+    error: float
 
 
-def mix(fitted: Sequence[Sequence[Fitted]]) -> list[Fitted]:
-    """Of every site one fit, so that the least is missed in all; no more bytes are touched than at any one width.
+def choose_widths(fitted: Sequence[Sequence[Fitted]]) -> list[Fitted]:
+    """Of every site one fit, so that the total error is least; no more bytes are touched than at any one width.
 
-    At a price of a byte every site takes the fit of least ``missed + price * touched``. What is chosen changes only at
+    At a price of a byte every site takes the fit of least ``error + price * touched``. What is chosen changes only at
     the finitely many prices where two fits of a site cost the same; all are tried, and so is the same width everywhere.
 
     Args:
@@ -43,14 +43,14 @@ def mix(fitted: Sequence[Sequence[Fitted]]) -> list[Fitted]:
     for fits in fitted:
         for one, other in combinations(fits, 2):
             difference = one.plan.touched_bytes - other.plan.touched_bytes
-            if difference and (other.missed - one.missed) / difference > 0:
-                prices.add((other.missed - one.missed) / difference)
+            if difference and (other.error - one.error) / difference > 0:
+                prices.add((other.error - one.error) / difference)
     mixed = (
-        [min(fits, key=lambda f: f.missed + price * (1 + 1e-9) * f.plan.touched_bytes) for fits in fitted]
+        [min(fits, key=lambda f: f.error + price * (1 + 1e-9) * f.plan.touched_bytes) for fits in fitted]
         for price in prices
     )
     within = [fits for fits in (*uniform, *mixed) if _touched(fits) <= allowed]
-    return min(within, key=lambda fits: sum(fit.missed for fit in fits))
+    return min(within, key=lambda fits: sum(fit.error for fit in fits))
 
 
 def _touched(fits: Sequence[Fitted]) -> float:

@@ -1,13 +1,10 @@
-"""Regression of what an FFN gives, or of what some of its neurons give, on its inputs."""
+"""The regression of what an FFN gives on its inputs."""
 
 from __future__ import annotations
 
-from itertools import combinations_with_replacement
 from typing import TYPE_CHECKING, ClassVar
 
-import torch
-
-from tardis_fx.statistics.operands import Dense, Operands
+from tardis_fx.statistics.neurons import Neurons
 from tardis_fx.statistics.regression import Residual
 
 if TYPE_CHECKING:
@@ -34,64 +31,12 @@ class Outputs:
             site: the site.
             exact: [h], bool, neurons whose share of the output is left out of the regression; None for none.
         """
-        self._dense, self._exact = Dense(site), exact
-        self.residual = Residual(self._dense.up.shape[1], len(self._dense.down))
+        self._neurons, self._exact = Neurons.from_site(site), exact
+        self.residual = Residual(site.weights.up.shape[1], len(site.weights.down))
 
     def update(self, x: Tensor) -> None:
         """Adds tokens, [tokens, d], float32."""
-        _, hidden = self._dense.hidden(x)
-        output = self._dense.output(hidden)
-        rest = output if self._exact is None else self._dense.output(hidden.masked_fill(self._exact, 0))
+        _, response = self._neurons.evaluate(x)
+        output = self._neurons.output(response)
+        rest = output if self._exact is None else self._neurons.output(response.masked_fill(self._exact, 0))
         self.residual.update(x, rest, output)
-
-
-class Neurons(Operands):
-    """Sums over the fitted tokens by which each neuron's best affine surrogate is known, and what it misses.
-
-    Attributes:
-        sums: [h, k, k], float64: of the products of 1, the neuron's pre-activations (one, or gate's and W1's), and what
-            it gives, in this order.
-    """
-
-    merged: ClassVar[Mapping[str, Merge]] = {"sums": "sum"}
-
-    def __init__(self, site: ObservedSite) -> None:
-        """Starts at zero."""
-        super().__init__(site)
-        size = 4 if site.site.kind == "gated" else 3
-        self.sums = torch.zeros(len(self._dense.up), size, size, dtype=torch.float64, device="cpu")
-
-    def add(self, x: Tensor, hidden: Tensor) -> None:
-        """Adds to the sums."""
-        z, _ = self._dense.hidden(x)
-        terms = [t.double() for t in (torch.ones_like(hidden), *z, hidden)]
-        for i, j in combinations_with_replacement(range(len(terms)), 2):
-            total = (terms[i] * terms[j]).sum(0)
-            self.sums[:, i, j] += total
-            if i != j:
-                self.sums[:, j, i] += total
-
-    @property
-    def missed(self) -> Tensor:
-        """Of each neuron, the squared error of its surrogate in the site's output, [h], summed over the tokens."""
-        return regress(self.sums)[2] * self._dense.down.double().square().sum(0)
-
-
-def regress(sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Least squares of what neurons give on their pre-activations.
-
-    Args:
-        sums: [h, k, k], as :attr:`Neurons.sums`.
-
-    Returns:
-        Slopes [h, k - 2], intercepts [h], and the squared errors left, [h], summed over the tokens.
-    """
-    count = sums[:, 0, 0].clamp(min=1)
-    means = sums[:, 0, 1:] / count[:, None]
-    seconds = sums[:, 1:, 1:] / count[:, None, None]
-    covariance = seconds - means[:, :, None] * means[:, None, :]
-    own, crossed = covariance[:, :-1, :-1], covariance[:, :-1, -1]
-    noise = 1e-12 * (1 + seconds[:, :-1, :-1].diagonal(dim1=1, dim2=2).amax(1))  # variances below it may be rounding
-    slopes = (torch.linalg.pinv(own, atol=noise, hermitian=True) @ crossed[..., None])[..., 0]
-    intercepts = means[:, -1] - (slopes * means[:, :-1]).sum(1)
-    return slopes, intercepts, count * (covariance[:, -1, -1] - (slopes * crossed).sum(1)).clamp(min=0)

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from tardis_fx.graph.feed_forward import activations, biases, linear, matrices, preactivations
 from tardis_fx.statistics.moments import Moments
+from tardis_fx.statistics.neurons import Neurons
 from tardis_fx.statistics.regression import fitted_tokens
 
 if TYPE_CHECKING:
@@ -24,49 +24,17 @@ if TYPE_CHECKING:
     from tardis_fx.observation.observe import ObservedSite
 
 
-class Dense:
-    """A site as it is, in float32 on the CPU."""
-
-    def __init__(self, site: ObservedSite) -> None:
-        """Copies the weights."""
-        own = matrices(site.weights) | biases(site.weights)
-        self._tensors = {name: tensor.float().cpu() for name, tensor in own.items()}
-        self._activation = str(site.site.activation)
-
-    @property
-    def up(self) -> Tensor:
-        """[h, d]."""
-        return self._tensors["up"]
-
-    @property
-    def down(self) -> Tensor:
-        """[d_out, h]."""
-        return self._tensors["down"]
-
-    def hidden(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Pre-activations (of a gated site, gate's and W1's) and what the neurons give, [tokens, h], of [tokens, d]."""
-        z = preactivations(x, self._project, gated="gate" in self._tensors)
-        return list(z.values()), activations(z, self._activation)
-
-    def output(self, hidden: Tensor) -> Tensor:
-        """The site's output, [tokens, d_out], from what the neurons give, [tokens, h]."""
-        return self._project(hidden, "down")
-
-    def _project(self, x: Tensor, name: str) -> Tensor:
-        return linear(x, self._tensors, name)
-
-
 class Operands:
     """Shows the fitted tokens to :meth:`add` as what the matrices multiply."""
 
     def __init__(self, site: ObservedSite) -> None:
         """Starts with no tokens."""
-        self._dense = Dense(site)
+        self._neurons = Neurons.from_site(site)
 
     def update(self, x: Tensor) -> None:
         """Adds tokens, [tokens, d], float32."""
         x = x[: fitted_tokens(len(x))]
-        self.add(x, self._dense.hidden(x)[1])
+        self.add(x, self._neurons.evaluate(x)[1])
 
     def add(self, x: Tensor, hidden: Tensor) -> None:
         """Adds inputs, [tokens, d], and what the neurons give, [tokens, h], both float32."""
@@ -94,7 +62,7 @@ class Sizes(ByMatrix):
     def __init__(self, site: ObservedSite) -> None:
         """Starts at zero."""
         super().__init__(site)
-        (h, d), self.tokens = self._dense.up.shape, 0
+        (h, d), self.tokens = site.weights.up.shape, 0
         self._inputs, self._hidden, self.magnitude = (
             torch.zeros(n, dtype=torch.float64, device="cpu") for n in (d, h, h)
         )
@@ -122,7 +90,7 @@ class Grams(ByMatrix):
     def __init__(self, site: ObservedSite) -> None:
         """Starts at zero."""
         super().__init__(site)
-        h, d = self._dense.up.shape
+        h, d = site.weights.up.shape
         self._inputs, self._hidden = Moments(d), Moments(h)
 
     def add(self, x: Tensor, hidden: Tensor) -> None:

@@ -10,15 +10,17 @@ from builders.ffns import ffn, inputs
 from tardis_fx import CalibrationError, CheckpointError
 from tardis_fx.observation.checkpoint import Checkpoint
 from tardis_fx.observation.merging import statistics
-from tardis_fx.partial_linear.draft import Draft
-from tardis_fx.partial_linear.gated_draft import GatedDraft
-from tardis_fx.partial_linear.ranges import Ranges, SiteRanges
-from tardis_fx.partial_linear.residuals import Several
+from tardis_fx.partial_linear.draft import Draft, DraftObserver, Quantisation
+from tardis_fx.partial_linear.histogram import Histogram
+from tardis_fx.partial_linear.ranges import PricedSite, Ranges
+from tardis_fx.partial_linear.residuals import WidthResiduals
+from tardis_fx.partial_linear.settled import Settled
 from tardis_fx.passes.drop_bias import Lost
-from tardis_fx.statistics.affine import Neurons, Outputs
+from tardis_fx.statistics.affine import Outputs
 from tardis_fx.statistics.check import Check
 from tardis_fx.statistics.moments import Moments
 from tardis_fx.statistics.operands import Grams, Sizes
+from tardis_fx.statistics.surrogates import SurrogateSums
 from tardis_fx.testing.observation import observed
 
 if TYPE_CHECKING:
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from torch import Tensor
+
+    from tardis_fx.observation.observe import ObservedSite
 
 D = 16
 BATCHES = [inputs(n, D, seed=n) for n in (70, 9, 40, 1)]
@@ -36,43 +40,40 @@ MERGED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-def draft() -> Draft:
-    """Half of the neurons guarded, on half of their bins."""
-    draft = Draft(SITE, seen(Moments(D), BATCHES), 2, 64, "gptq")
-    histogram = seen(draft.histogram(), BATCHES)
-    hot = torch.zeros_like(histogram.sums.count, dtype=torch.bool)
-    hot[24:72] = True
-    guarded = torch.arange(hot.shape[1]) % 2 == 0
-    ranges = Ranges(hot, guarded, torch.zeros_like(guarded), 0)
-    draft.settle(SiteRanges(histogram, draft.down.norm(dim=0), draft.costs), ranges, histogram.edges)
-    return draft
-
-
 def seen(observer: Any, batches: Sequence[Tensor]) -> Any:
     for batch in batches:
         observer.update(batch)
     return observer
 
 
-def gated_draft() -> GatedDraft:
-    """Nothing settled but the score."""
-    draft = GatedDraft(GATED, seen(Moments(D), BATCHES), 2, 64, "gptq")
-    draft.prepare(seen(draft.products(), BATCHES))
-    return draft
+def drafted(site: ObservedSite) -> Draft:
+    return Draft.from_observer(site, seen(DraftObserver(site), BATCHES), Quantisation(2, 64, "gptq"))
+
+
+def settled(draft: Draft, bits: int) -> Settled:
+    """Half of the neurons guarded, on half of their bins."""
+    histogram = seen(Histogram(draft), BATCHES)
+    hot = torch.zeros_like(histogram.sums.count, dtype=torch.bool)
+    hot[24:72] = True
+    guarded = torch.arange(hot.shape[1]) % 2 == 0
+    importance, costs = torch.ones(hot.shape[1]), draft.costs(bits, bits)
+    site = PricedSite.from_sums(histogram.sums, draft.guard, importance, costs).refit(hot)
+    ranges = Ranges(hot, guarded, torch.zeros_like(guarded), 0)
+    return Settled.from_choice(draft, (bits, bits), site, ranges, histogram.edges)
 
 
 SITE, GATED = observed(ffn()), gated.observed(gated.Gated(D))
-DRAFT, GATED_DRAFT = draft(), gated_draft()
+DRAFT, GATED_DRAFT = drafted(SITE), drafted(GATED)
 OBSERVERS: dict[str, Callable[[], Any]] = {
     "Moments": lambda: Moments(D),
-    "Histogram": DRAFT.histogram,
-    "Several": lambda: Several([DRAFT, DRAFT.at(8, 8)]),
+    "DraftObserver": lambda: DraftObserver(GATED),
+    "Histogram": lambda: Histogram(DRAFT),
+    "Histogram of scores": lambda: Histogram(GATED_DRAFT),
+    "WidthResiduals": lambda: WidthResiduals([settled(DRAFT, 16), settled(DRAFT, 8)]),
     "Sizes": lambda: Sizes(SITE),
     "Grams": lambda: Grams(SITE),
-    "Neurons": lambda: Neurons(SITE),
+    "SurrogateSums": lambda: SurrogateSums(SITE),
     "Outputs": lambda: Outputs(SITE),
-    "Products": GATED_DRAFT.products,
-    "ScoreHistogram": GATED_DRAFT.histogram,
     "Lost": lambda: Lost(GATED),
     "Check": lambda: Check(SITE, lambda x: x, held_back=True),
 }
@@ -97,8 +98,8 @@ def test_every_tensor_or_number_that_a_batch_changes_is_a_statistic(make: Callab
             for i, part in enumerate(value if isinstance(value, list) else [value]):
                 if type(part).__module__ in (
                     "tardis_fx.statistics.regression",
-                    "tardis_fx.partial_linear.histogram",
                     "tardis_fx.statistics.moments",
+                    "tardis_fx.statistics.surrogates",
                 ) or (type(part).__name__ == "ResidualObserver"):
                     found |= {f"{name}.{i}.{key}": inner for key, inner in held(part).items()}
                 elif isinstance(part, (torch.Tensor, int, float)):

@@ -1,21 +1,25 @@
 from __future__ import annotations
 
 import itertools
-from types import SimpleNamespace
-from typing import cast
 
 import torch
-from builders.profile import examples
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tardis_fx.partial_linear.histogram import Histogram, Sums
-from tardis_fx.partial_linear.ranges import Costs, Ranges, SiteRanges, _cheapest_run
+from tardis_fx.partial_linear.costs import Costs
+from tardis_fx.partial_linear.guards import Interval
+from tardis_fx.partial_linear.ranges import PricedSite, Ranges
+from tardis_fx.statistics.surrogates import Sums, products
 
 seeds = st.integers(0, 2**16)
 prices = st.floats(-12, 6).map(lambda exponent: 10**exponent)
 BINS, TOKENS = 7, 60
+
+
+def priced(sums: Sums, norm: Tensor, costs: Costs) -> PricedSite:
+    """A site whose guard allows every interval of bins."""
+    return PricedSite.from_sums(sums, Interval(norm, norm), norm.double() ** 2, costs)
 
 
 class Neurons:
@@ -27,16 +31,15 @@ class Neurons:
         a = torch.nn.functional.gelu(z)
         bins = (z + torch.randn(TOKENS, hidden, generator=g) / 2 + BINS / 2).clamp(0, BINS - 1).long()
         one = torch.nn.functional.one_hot(bins, BINS).double()
-        sums = Sums(*(torch.einsum("thb,th->bh", one, v) for v in (torch.ones_like(z), z, z * z, a, a * z, a * a)))
+        self.sums = Sums(torch.stack([torch.einsum("thb,th->bh", one, product) for product in products([z], a)]), 1)
         predictor, nested = int(torch.randint(1, 40, (), generator=g)), seed % 2 == 1
         self.costs = costs or Costs(fold=100, predictor=predictor, row=40, nested=nested)
         self.norm = torch.rand(hidden, generator=g) * 3
-        self.ranges = SiteRanges(cast("Histogram", SimpleNamespace(sums=sums)), self.norm, self.costs)
-        self.sums = sums
+        self.priced = priced(self.sums, self.norm, self.costs)
 
     def error(self) -> Tensor:
-        """[bins, h]: squared error that the surrogates leave, times the squared norm of the W2 column."""
-        return self.sums.error(self.ranges.slope, self.ranges.intercept) * self.norm.double() ** 2
+        """[bins, h]: squared error that the surrogates leave, times the squared norm of the column of down."""
+        return self.sums.error(self.priced.surrogate) * self.norm.double() ** 2
 
     def cost(self, n: int, price: float, hot: list[bool], *, guarded: bool) -> float:
         """What a neuron costs, by the definition."""
@@ -50,22 +53,10 @@ class Neurons:
         return float(torch.where(ranges.hot, self.error(), 0).sum())
 
 
-@settings(max_examples=examples(200))
-@given(st.lists(st.lists(st.integers(-9, 9), min_size=4, max_size=4), min_size=1, max_size=9))
-def test_the_cheapest_run_is_the_one_that_brute_force_finds(values: list[list[int]]) -> None:
-    table = torch.tensor(values, dtype=torch.float64)
-    start, stop = _cheapest_run(table)
-    for n in range(4):
-        column = [row[n] for row in values]
-        runs = itertools.combinations_with_replacement(range(len(column) + 1), 2)
-        assert sum(column[int(start[n]) : int(stop[n])]) == min(sum(column[i:j]) for i, j in runs)
-        assert 0 <= start[n] <= stop[n] <= len(column)
-
-
 @given(seeds, prices)
 def test_every_neuron_takes_the_cheapest_of_the_three_classes_and_of_all_ranges(seed: int, price: float) -> None:
     site = Neurons(seed)
-    ranges = site.ranges.at(price)
+    ranges = site.priced.at(price)
     runs = [[i <= b < j for b in range(BINS)] for i, j in itertools.combinations_with_replacement(range(BINS + 1), 2)]
     for n in range(len(site.norm)):
         folded, exact = (
@@ -81,7 +72,7 @@ def test_every_neuron_takes_the_cheapest_of_the_three_classes_and_of_all_ranges(
 
 @given(seeds, prices)
 def test_the_classes_exclude_each_other_and_say_what_is_hot(seed: int, price: float) -> None:
-    ranges = Neurons(seed).ranges.at(price)
+    ranges = Neurons(seed).priced.at(price)
     folded = ~ranges.guarded & ~ranges.exact
     assert not (ranges.guarded & ranges.exact).any()
     assert ranges.hot[:, folded].all()
@@ -91,7 +82,7 @@ def test_the_classes_exclude_each_other_and_say_what_is_hot(seed: int, price: fl
 @given(seeds, prices)
 def test_touched_bytes_are_fold_predictor_rows_and_corrections(seed: int, price: float) -> None:
     site = Neurons(seed)
-    ranges = site.ranges.at(price)
+    ranges = site.priced.at(price)
     corrected = float(torch.where(ranges.hot, 0, site.sums.count).sum()) / TOKENS
     read = ranges.guarded | ranges.exact if site.costs.nested else ranges.guarded
     expected = site.costs.fold + site.costs.predictor * int(read.sum()) + site.costs.row * corrected
@@ -101,7 +92,7 @@ def test_touched_bytes_are_fold_predictor_rows_and_corrections(seed: int, price:
 @given(seeds, prices, prices)
 def test_a_higher_price_never_touches_more_and_never_errs_less(seed: int, one: float, other: float) -> None:
     site = Neurons(seed)
-    cheap, dear = site.ranges.at(min(one, other)), site.ranges.at(max(one, other))
+    cheap, dear = site.priced.at(min(one, other)), site.priced.at(max(one, other))
     assert dear.touched <= cheap.touched * (1 + 1e-9)
     assert site.total_error(dear) >= site.total_error(cheap) * (1 - 1e-9) - 1e-12
 
@@ -109,8 +100,8 @@ def test_a_higher_price_never_touches_more_and_never_errs_less(seed: int, one: f
 @given(seeds)
 def test_bytes_that_cost_nothing_leave_no_error_and_bytes_beyond_price_are_not_read(seed: int) -> None:
     site = Neurons(seed)
-    assert site.total_error(site.ranges.at(0.0)) <= 1e-9
-    dear = site.ranges.at(1e12)
+    assert site.total_error(site.priced.at(0.0)) <= 1e-9
+    dear = site.priced.at(1e12)
     assert dear.hot.all()
     assert dear.touched == site.costs.fold
 
@@ -118,16 +109,15 @@ def test_bytes_that_cost_nothing_leave_no_error_and_bytes_beyond_price_are_not_r
 @given(seeds, prices)
 def test_refitting_to_the_hot_bins_never_adds_error_there(seed: int, price: float) -> None:
     site = Neurons(seed)
-    ranges = site.ranges.at(price)
+    ranges = site.priced.at(price)
     before = site.total_error(ranges)
-    site.ranges.refit(ranges.hot)
+    site.priced = site.priced.refit(ranges.hot)
     assert site.total_error(ranges) <= before * (1 + 1e-9) + 1e-9
-    assert torch.all(site.ranges.slope[ranges.exact] == 0)
-    assert torch.all(site.ranges.intercept[ranges.exact] == 0)
+    assert torch.all(site.priced.surrogate[ranges.exact] == 0)
 
 
 @given(seeds, prices)
-def test_a_column_of_w2_that_is_zero_is_folded(seed: int, price: float) -> None:
+def test_a_column_of_down_that_is_zero_is_folded(seed: int, price: float) -> None:
     site = Neurons(seed)
-    zero = SiteRanges(cast("Histogram", SimpleNamespace(sums=site.sums)), torch.zeros(6), site.costs)
+    zero = priced(site.sums, torch.zeros(6), site.costs)
     assert zero.at(price).touched == site.costs.fold

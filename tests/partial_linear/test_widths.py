@@ -7,7 +7,7 @@ from typing import cast
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tardis_fx.partial_linear.widths import Fitted, mix
+from tardis_fx.partial_linear.widths import Fitted, choose_widths
 
 numbers = st.integers(0, 20).map(float)
 sites = st.integers(1, 4).flatmap(
@@ -20,21 +20,21 @@ sites = st.integers(1, 4).flatmap(
 def fitted(table: list[list[tuple[float, float]]]) -> list[list[Fitted]]:
     """Fits that miss and touch what the table says."""
     return [
-        [cast(Fitted, SimpleNamespace(missed=m, plan=SimpleNamespace(touched_bytes=t))) for m, t in site]
+        [cast(Fitted, SimpleNamespace(error=m, plan=SimpleNamespace(touched_bytes=t))) for m, t in site]
         for site in table
     ]
 
 
 def total(fits: list[Fitted]) -> tuple[float, float]:
-    return sum(f.missed for f in fits), sum(f.plan.touched_bytes for f in fits)
+    return sum(f.error for f in fits), sum(f.plan.touched_bytes for f in fits)
 
 
 @given(sites)
-def test_a_mix_misses_no_more_than_any_one_width_and_touches_no_more_than_the_dearest(
+def test_chosen_widths_miss_no_more_than_any_one_width_and_touches_no_more_than_the_dearest(
     table: list[list[tuple[float, float]]],
 ) -> None:
     fits = fitted(table)
-    missed, touched = total(mix(fits))
+    missed, touched = total(choose_widths(fits))
     uniform = [total(list(column)) for column in zip(*fits, strict=True)]
     assert missed <= min(m for m, _ in uniform)
     assert touched <= max(t for _, t in uniform)
@@ -43,16 +43,16 @@ def test_a_mix_misses_no_more_than_any_one_width_and_touches_no_more_than_the_de
 @given(sites)
 def test_every_site_takes_one_of_its_own_fits(table: list[list[tuple[float, float]]]) -> None:
     fits = fitted(table)
-    assert all(any(choice is fit for fit in own) for choice, own in zip(mix(fits), fits, strict=True))
+    assert all(any(choice is fit for fit in own) for choice, own in zip(choose_widths(fits), fits, strict=True))
 
 
 @given(sites)
-def test_a_mix_is_off_the_best_choice_of_all_by_no_more_than_what_one_site_can_miss(
+def test_chosen_widths_are_off_the_best_choice_of_all_by_no_more_than_what_one_site_can_miss(
     table: list[list[tuple[float, float]]],
 ) -> None:
     fits = fitted(table)
-    missed = total(mix(fits))[0]
+    missed = total(choose_widths(fits))[0]
     allowed = max(total(list(column))[1] for column in zip(*fits, strict=True))
     bound = min(m for m, t in (total(list(choice)) for choice in product(*fits)) if t <= allowed)
-    gap = max(max(f.missed for f in own) - min(f.missed for f in own) for own in fits)
+    gap = max(max(f.error for f in own) - min(f.error for f in own) for own in fits)
     assert bound <= missed <= bound + gap + 1e-9

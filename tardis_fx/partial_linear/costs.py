@@ -1,0 +1,67 @@
+"""Bytes that a partially linear site reads for one token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tardis_fx.runtime.packing import low_bits, row_bytes
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Bytes read for one token.
+
+    Attributes:
+        fold: by the folded weight and bias.
+        predictor: by a neuron's predictor rows and guard.
+        row: by a correction.
+        nested: whether a correction needs the predictor rows, too.
+    """
+
+    fold: int
+    predictor: int
+    row: int
+    nested: bool = False
+
+    @property
+    def exact(self) -> int:
+        """By a neuron that is always corrected."""
+        return self.row + self.nested * self.predictor
+
+    @classmethod
+    def of(
+        cls,
+        d: int,
+        d_out: int,
+        bits: int,
+        size: int,
+        fold_bits: int = 16,
+        row_bits: int = 16,
+        *,
+        k: int,
+        group_size: int,
+        bias: bool,
+    ) -> Costs:
+        """Of a site, counting scales, zero points, guards, surrogates, biases and indices of neurons.
+
+        Args:
+            d: columns of a projection.
+            d_out: rows of down.
+            bits: of the predictor.
+            size: bytes of a weight in the model's own dtype.
+            fold_bits: of the folded weight; 16 is the model's own dtype.
+            row_bits: of the rows and columns that a correction reads; likewise. Below 16, a projection's row is the
+                predictor's and its refinement.
+            k: pre-activations of a neuron.
+            group_size: columns that share a scale and a zero point.
+            bias: whether any projection has one. A correction reads k numbers then, and so does a score.
+        """
+
+        def row(columns: int, width: int) -> int:
+            return columns * size if width == 16 else row_bytes(columns, width, group_size)
+
+        nested, biases, index = row_bits < 16, 4 * k * bias, 4
+        guard = 8 if k == 1 else 4 * (k + 2) + biases
+        predictor = k * row_bytes(d, bits, group_size) + guard
+        rows = k * row(d, low_bits(bits, row_bits) if nested else 16) + row(d_out, row_bits)
+        return cls((row(d, fold_bits) + size) * d_out, predictor, rows + 4 * (k + 1) + biases + index, nested)

@@ -1,0 +1,183 @@
+"""A site whose hot ranges, classes and widths are chosen: everything of its plan but what the residuals decide."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from tardis_fx.partial_linear.draft import quantise_projection
+from tardis_fx.partial_linear.guards import surrogate_error
+from tardis_fx.runtime.reference import rows_of
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from tardis_fx.partial_linear.costs import Costs
+    from tardis_fx.partial_linear.draft import Draft
+    from tardis_fx.partial_linear.ranges import PricedSite, Ranges
+    from tardis_fx.quantisation import Quantised
+    from tardis_fx.statistics.neurons import Neurons
+
+#: Names of the projections' rows in a plan, by their number.
+ROWS = {1: ("up",), 2: ("gate", "up")}
+
+
+@dataclass(frozen=True, eq=False)
+class AffineValue:
+    """What neurons give while they are not corrected: an affine function of their pre-activations, part of the fold.
+
+    Attributes:
+        surrogate: [h, k + 1], float32: slopes, then the intercept.
+    """
+
+    surrogate: Tensor
+
+    def residual(self, z: Sequence[Tensor], response: Tensor) -> Tensor:
+        """What a correction adds, [tokens, h], to replace this value by the response."""
+        return surrogate_error(self.surrogate, z, response)
+
+    def fold(self, neurons: Neurons) -> tuple[Tensor, Tensor]:
+        """What all neurons add to the output: weight [d_out, d] and bias [d_out], float64, the site's bias included."""
+        *slopes, shift = self.surrogate.double().unbind(1)
+        down = neurons.down.double()
+        weights = []
+        for slope, matrix, bias in zip(slopes, neurons.projections, neurons.biases, strict=True):
+            shift = shift if bias is None else shift + slope * bias.double()
+            weights.append((down * slope) @ matrix.double())
+        folded = down @ shift
+        if neurons.down_bias is not None:
+            folded = folded + neurons.down_bias.double()
+        return sum(weights[1:], weights[0]), folded
+
+    def tensors(self, listed: Tensor) -> dict[str, Tensor]:
+        """What a plan holds of it, for the neurons that it lists, [listed] int64."""
+        return {"surrogate": self.surrogate[listed]}
+
+
+@dataclass(frozen=True, eq=False)
+class Settled:
+    """A draft with its widths, hot ranges, classes and uncorrected values.
+
+    Attributes:
+        draft: of the site.
+        fold_bits: of the folded weight, 16 for the model's own dtype.
+        row_bits: of the rows and columns that corrections read; likewise.
+        uncorrected: what neurons give while they are not corrected.
+        limits: of the guard, [h, limits].
+        guarded: [h], bool.
+        exact: [h], bool.
+        columns: [h, d_out], the columns of down that corrections read, in codes; None for the original weights.
+    """
+
+    draft: Draft
+    fold_bits: int
+    row_bits: int
+    uncorrected: AffineValue
+    limits: Tensor
+    guarded: Tensor
+    exact: Tensor
+    columns: Quantised | None
+
+    @classmethod
+    def from_choice(
+        cls, draft: Draft, widths: tuple[int, int], site: PricedSite, ranges: Ranges, edges: Tensor
+    ) -> Settled:
+        """Takes what was chosen.
+
+        Args:
+            draft: of the site.
+            widths: bits of fold and rows.
+            site: with the surrogates that fit the ranges.
+            ranges: hot bins and classes.
+            edges: [bins + 1, h] of the bins.
+        """
+        columns = None if widths[1] == 16 else draft.columns(widths[1])
+        uncorrected, limits = AffineValue(site.surrogate.float()), draft.guard.limits(ranges.hot, edges)
+        return cls(draft, *widths, uncorrected, limits, ranges.guarded, ranges.exact, columns)
+
+    def with_columns(self, columns: Quantised) -> Settled:
+        """The same site with other columns of down."""
+        return replace(self, columns=columns)
+
+    @property
+    def costs(self) -> Costs:
+        """Bytes read."""
+        return self.draft.costs(self.fold_bits, self.row_bits)
+
+    @property
+    def refinements(self) -> tuple[Quantised, ...] | None:
+        """What corrections read of the projections beside the predictors; None for the original weights."""
+        return None if self.row_bits == 16 else self.draft.refinements(self.row_bits)
+
+    @property
+    def copied(self) -> Tensor:
+        """Neurons whose columns of down the plan holds a copy of: with coded rows, those that may be corrected."""
+        none = torch.zeros_like(self.exact)
+        return (none if self.columns is None else self.guarded | self.exact).nonzero()[:, 0]
+
+    @property
+    def column_change(self) -> Tensor:
+        """How the copied columns differ from down's own, [copied, d_out], float64."""
+        down = self.draft.neurons.down.T
+        return ((down if self.columns is None else self.columns.weight) - down)[self.copied].double()
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings of the plan."""
+        return {
+            "bits": self.draft.quantisation.bits,
+            "fold_bits": self.fold_bits,
+            "row_bits": self.row_bits,
+            "group_size": self.draft.quantisation.group_size,
+            "activation": self.draft.site.site.activation,
+        }
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """What a plan holds beside the fold: guarded neurons first, then the exact ones.
+
+        With coded rows exact neurons are guarded ones that always leave their hot range, for their rows are nested in
+        the predictor's.
+        """
+        guarded, exact = self.guarded.nonzero()[:, 0], self.exact.nonzero()[:, 0]
+        neurons = torch.cat([guarded, exact])
+        rows = {}
+        if self.columns is not None and self.refinements is not None:
+            guarded = neurons
+            names = ROWS[len(self.refinements)]
+            rows = {name: rows.rows[neurons] for name, rows in zip(names, self.refinements, strict=True)}
+            rows["columns"] = self.columns.rows[neurons]
+        predictors = self.draft.predictors
+        return rows | {
+            "neurons": neurons.int(),
+            "codes": torch.stack([q.codes[guarded] for q in predictors], 1),
+            "scale": torch.stack([q.scale[guarded] for q in predictors], 1),
+            "zero": torch.stack([q.zero[guarded] for q in predictors], 1),
+            "guard": self.draft.guard.tensor(self.limits)[guarded],
+            **self.uncorrected.tensors(neurons),
+        }
+
+    def store_fold(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        """A fold as the plan holds it; the bias makes up for what quantisation changes in the mean.
+
+        Args:
+            weight: [d_out, d], float64.
+            bias: [d_out], float64.
+
+        Returns:
+            The weight, in the model's dtype or as rows of :func:`tardis_fx.runtime.packing.join`; the bias.
+        """
+        dtype = self.draft.site.weights.up.dtype
+        if self.fold_bits == 16:
+            return weight.to(dtype).contiguous(), bias.to(dtype)
+        inputs = self.draft.inputs
+        quantised = quantise_projection(weight, inputs, self.draft.quantisation, self.fold_bits)
+        bias = bias + (weight - quantised.weight.double()) @ inputs.mean
+        return quantised.rows, bias.to(dtype)
+
+    def load_fold(self, stored: Tensor) -> Tensor:
+        """The folded weight that :meth:`store_fold` made, [d_out, d], float64."""
+        return rows_of(stored, self.fold_bits, self.draft.neurons.projections[0].shape[1], torch.float64)

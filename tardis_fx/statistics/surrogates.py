@@ -1,0 +1,137 @@
+"""The affine surrogates of neurons: sums over tokens, and least squares on them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import combinations, combinations_with_replacement
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor
+
+from tardis_fx.statistics.neurons import Neurons
+from tardis_fx.statistics.regression import fitted_tokens
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from tardis_fx.observation.merging import Merge
+    from tardis_fx.observation.observe import ObservedSite
+
+#: A variance below this share of the mean square, or of 1, may be rounding: such a pre-activation takes no slope.
+CONSTANT = 1e-12
+#: Nor does one whose variance is explained by the pre-activations before it, but for this share.
+COLLINEAR = 1e-4
+
+
+def products(z: Sequence[Tensor], response: Tensor) -> Iterator[Tensor]:
+    """What :class:`Sums` adds up, in its order: the products of any two of 1, the pre-activations and the response."""
+    yield torch.ones_like(response)
+    yield from (*z, response)
+    yield from (one * other for one, other in combinations_with_replacement((*z, response), 2))
+
+
+@dataclass(frozen=True, eq=False)
+class Sums:
+    """Sums over tokens by which the affine surrogates of neurons, and their errors, are known.
+
+    Attributes:
+        table: [products, ..., h], float64, in the order of :func:`products`; the axes between are bins.
+        k: number of pre-activations of a neuron.
+    """
+
+    table: Tensor
+    k: int
+
+    @classmethod
+    def zeros(cls, k: int, *shape: int) -> Sums:
+        """Of no tokens."""
+        return cls(torch.zeros((k + 2) * (k + 3) // 2, *shape, dtype=torch.float64, device="cpu"), k)
+
+    @property
+    def count(self) -> Tensor:
+        """Tokens in each bin, [..., h]."""
+        return self.table[0]
+
+    @property
+    def total(self) -> Sums:
+        """The sums over all bins of [bins, h]."""
+        return Sums(self.table.sum(1), self.k)
+
+    def within(self, chosen: Tensor) -> Sums:
+        """The sums over the chosen bins, [bins, h] bool."""
+        return Sums(torch.where(chosen, self.table, 0).sum(1), self.k)
+
+    def error(self, surrogate: Tensor) -> Tensor:
+        """Sum of the squared errors that surrogates, [h, k + 1], leave of the response, in each bin: [..., h]."""
+        *slopes, intercept = surrogate.double().unbind(1)
+        numbered = list(enumerate(slopes, 1))
+        squares, crossed = self._sum(-1, -1), torch.zeros_like(self.count)
+        for i, slope in numbered:
+            squares = squares + slope**2 * self._sum(i, i)
+            crossed = crossed + slope * intercept * self._sum(0, i)
+        for (i, slope), (j, other) in combinations(numbered, 2):
+            crossed = crossed + slope * other * self._sum(i, j)
+        for i, slope in numbered:
+            crossed = crossed - slope * self._sum(i, -1)
+        squares = squares + intercept**2 * self.count
+        return (squares + 2 * (crossed - intercept * self._sum(0, -1))).clamp(min=0)
+
+    def regress(self) -> Tensor:
+        """Least squares of the response on the pre-activations, [h, k + 1], float64, from sums without bins.
+
+        The pre-activations are eliminated in their order. One that is constant, or explained by those before it, gets
+        the slope 0. So does, with its intercept, a neuron without any token.
+        """
+        some, k = self.count.clamp(min=1), range(1, self.k + 1)
+        means = [self._sum(0, i) / some for i in (*k, -1)]
+        rows = [
+            [self._sum(i, j) / some - means[i - 1] * means[j - 1 if j > 0 else -1] for j in (*k, -1)] for i in k
+        ]  # covariances with each other, then with the response
+        pivots = []
+        for i, row in enumerate(rows):
+            square = self._sum(i + 1, i + 1) / some
+            variance = square - means[i] ** 2
+            pivots.append((row[i] > CONSTANT * (1 + square)) & (row[i] > COLLINEAR * variance))
+            for other in rows[i + 1 :]:
+                factor = torch.where(pivots[i], other[i] / row[i].clamp(min=1e-30), 0)
+                other[:] = [one - factor * above for one, above in zip(other, row, strict=True)]
+        slopes: list[Tensor] = []
+        for i in reversed(range(self.k)):
+            explained = sum((rows[i][i + 1 + n] * slope for n, slope in enumerate(slopes)), torch.zeros_like(some))
+            slopes.insert(0, torch.where(pivots[i], (rows[i][-1] - explained) / rows[i][i].clamp(min=1e-30), 0))
+        fitted = sum((slope * mean for slope, mean in zip(slopes, means, strict=False)), torch.zeros_like(some))
+        return torch.stack([*slopes, means[-1] - fitted], 1)
+
+    def _sum(self, i: int, j: int) -> Tensor:
+        """Of the products of two terms: 0 is 1, then come the pre-activations, and -1 is the response."""
+        size = self.k + 2
+        i, j = sorted((i % size, j % size))
+        return self.table[i * size - i * (i - 1) // 2 + j - i]
+
+
+class SurrogateSums:
+    """Observes, on the fitted tokens, the sums by which the neurons' best affine surrogates are known."""
+
+    merged: ClassVar[Mapping[str, Merge]] = {"_table": "sum"}
+
+    def __init__(self, site: ObservedSite) -> None:
+        """Starts at zero."""
+        self._neurons = Neurons.from_site(site)
+        self._table = Sums.zeros(len(self._neurons.projections), len(self._neurons)).table
+
+    def update(self, x: Tensor) -> None:
+        """Adds tokens, [tokens, d], float32."""
+        z, response = self._neurons.evaluate(x[: fitted_tokens(len(x))])
+        for total, product in zip(self._table, products([one.double() for one in z], response.double()), strict=True):
+            total += product.sum(0)
+
+    @property
+    def sums(self) -> Sums:
+        """The sums so far, [products, h]."""
+        return Sums(self._table, len(self._neurons.projections))
+
+    @property
+    def output_error(self) -> Tensor:
+        """Of each neuron, the squared error of its surrogate in the site's output, [h], summed over the tokens."""
+        return self.sums.error(self.sums.regress()) * self._neurons.down.double().square().sum(0)
