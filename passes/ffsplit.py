@@ -88,7 +88,7 @@ class FFSplit(StaticRewrite):
         """A narrow FFN, and one of thin matrices."""
         activation = str(plan.activation)
         found = dense(x, constants, activation)
-        if "w1_a" not in constants:
+        if "up_a" not in constants:
             return found
 
         def project(x: Tensor, name: str) -> Tensor:

@@ -75,7 +75,7 @@ class LowRank(StaticRewrite):
         return dict.fromkeys(plan.tensors or matrices_of(plan), 1.0)
 
     def constants(self, plan: SitePlan, weights: SiteWeights) -> dict[str, Tensor]:
-        """Factors ``w1_a`` [h, r1], ``w1_b`` [r1, d], ``w2_a`` [d_out, r2], ``w2_b`` [r2, h], ..., or the matrices."""
+        """Factors ``up_a`` [h, r1], ``up_b`` [r1, d], ``down_a`` [d_out, r2], ``down_b`` [r2, h], ..., or the matrices."""
         found = {name: tensor.to(weights.up.device) for name, tensor in plan.tensors.items()} | biases(weights)
         return found if plan.settings["ranks"] else found | matrices(weights)
 
