@@ -15,7 +15,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from itertools import chain
 from typing import TYPE_CHECKING, ClassVar
@@ -23,10 +22,9 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
-from tqdm import tqdm
 
 from tardis_fx.errors import CalibrationError
-from tardis_fx.observation.observe import BatchObservation
+from tardis_fx.observation.run import Run
 from tardis_fx.partial_linear.budget import allocate
 from tardis_fx.partial_linear.columns import fit_columns
 from tardis_fx.partial_linear.draft import Draft
@@ -42,14 +40,15 @@ from tardis_fx.plan import SitePlan
 from tardis_fx.runtime import ops  # noqa: F401 - registers torch.ops.tardis
 from tardis_fx.runtime.packing import GROUP_SIZES, low_bits
 from tardis_fx.statistics.moments import Moments
-from tardis_fx.statistics.target import least_budget
+from tardis_fx.statistics.target import fit_to_target
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from tardis_fx.config import Config
     from tardis_fx.graph.site import Site, SiteWeights
-    from tardis_fx.observation.observe import Observation, ObservedSite
+    from tardis_fx.observation.observe import ObservedSite
+    from tardis_fx.observation.run import Fit
     from tardis_fx.partial_linear.histogram import Histogram
     from tardis_fx.passes.layout import Layout
 
@@ -74,31 +73,27 @@ class PartialLinear(Rewrite):
             return "no activation between its projections"
         return None
 
-    def fit(self, observation: Observation, sites: Sequence[ObservedSite], config: Config) -> list[SitePlan]:
+    def fit(self, sites: Sequence[ObservedSite], config: Config) -> Fit[list[SitePlan]]:
         """Three runs over the batches: moments, histograms of the predictor's estimates, residuals at every width.
 
         The first two do not depend on the budget, and are done once for one observation. Gated sites take one more
         between these two, for the planes that their scores are measured from.
         """
-        drafts = self._drafts(observation, sites, config)
-        histograms = self._histograms(observation, drafts, config)
+        drafts = yield from self._drafts(sites, config)
+        histograms = yield from self._histograms(drafts, config)
         if config.target_error is None:
-            return self._fit_within(observation, drafts, histograms, config)
-        tried: dict[float, list[SitePlan]] = {}
-
-        def error(budget: float) -> float:
-            tried[budget] = self._fit_within(observation, drafts, histograms, replace(config, budget=budget))
-            return math.sqrt(sum(plan.error**2 for plan in tried[budget]) / len(drafts))
-
+            return (yield from self._fit_within(drafts, histograms, config))
         widths = self._widths(config)
         floor = sum(min(self.floor(draft.at(*w)) for w in widths) for draft in drafts)
-        return tried[
-            least_budget(error, floor / sum(draft.site.weights.bytes for draft in drafts), config.target_error)
-        ]
+        return (
+            yield from fit_to_target(
+                lambda budget: self._fit_within(drafts, histograms, replace(config, budget=budget)),
+                floor / sum(draft.site.weights.bytes for draft in drafts),
+                config.target_error,
+            )
+        )
 
-    def _fit_within(
-        self, observation: Observation, drafts: Sequence[Draft], histograms: Histograms, config: Config
-    ) -> list[SitePlan]:
+    def _fit_within(self, drafts: Sequence[Draft], histograms: Histograms, config: Config) -> Fit[list[SitePlan]]:
         """Fits all sites at the config's budget, at every width, and takes of each site what is best for all."""
         settled: list[list[Draft]] = []
         refusals: list[CalibrationError] = []
@@ -114,18 +109,26 @@ class PartialLinear(Rewrite):
             what = f"residuals at a budget of {config.budget}, bits {self._widths(config)}"
             fitted: dict[str, list[Fitted]] = {key: [] for key in by_site}
             for number, part in enumerate(within_memory(chain.from_iterable(by_site.values())), 1):
-                for key, several in _seen(observation, part, f"{what}, part {number}").items():
+                found = yield _missed(part, f"{what}, part {number}")
+                for key, several in found.items():
                     fitted[key] += several.fits(self._fitted)
             every = list(fitted.values())
             chosen = mix(every) if config.allocation == "joint" else [min(f, key=lambda c: c.missed) for f in every]
             if not config.sequential:
                 return [choice.plan for choice in chosen]
             by_site = {choice.draft.site.fingerprint: (choice.draft,) for choice in chosen}
-        assert isinstance(observation, BatchObservation)  # Options refuses it elsewhere
-        try:
-            return [self._fit_next(observation, draft) for (draft,) in by_site.values()]
-        finally:
-            observation.restore()
+        plans: list[SitePlan] = []
+        replaced: dict[str, Callable[[Tensor], Tensor]] = {}
+        for (draft,) in by_site.values():
+            site = draft.site
+            run = replace(
+                _missed({site.fingerprint: [draft]}, f"residual of {site.site.name}"), replaced=dict(replaced)
+            )
+            (several,) = (yield run).values()
+            (best,) = several.fits(self._fitted)
+            plans.append(best.plan)
+            replaced[site.fingerprint] = self.replacement(best.plan, site.weights)
+        return plans
 
     def _settled(self, drafts: list[Draft], histograms: Histograms, config: Config) -> list[Draft]:
         """Chooses ranges, classes and surrogates at the widths of the drafts."""
@@ -143,40 +146,38 @@ class PartialLinear(Rewrite):
         """Bits of fold and rows to be tried."""
         return sorted({(config.fold_bits or fold, config.row_bits or rows) for fold, rows in self.widths})
 
-    def _fit_next(self, observation: BatchObservation, draft: Draft) -> SitePlan:
-        """Fits one site and rewrites it for all runs to come."""
-        site = draft.site
-        (several,) = _seen(observation, {site.fingerprint: [draft]}, f"residual of {site.site.name}").values()
-        (fitted,) = several.fits(self._fitted)
-        plan = fitted.plan
-        constants = self.constants(plan, site.weights)
-        observation.replace(site, lambda x: self.forward(x, constants, plan))
-        return plan
-
-    def _drafts(self, observation: Observation, sites: Sequence[ObservedSite], config: Config) -> list[Draft]:
+    def _drafts(self, sites: Sequence[ObservedSite], config: Config) -> Fit[list[Draft]]:
         quantisation = config.predictor_bits, config.group_size, config.rounding
-        key = f"partial_linear drafts, {quantisation}"
-        if key not in observation.memo:
-            moments = observation.run(lambda s: Moments(s.weights.up.shape[1]), sites, "input moments")
-            kinds = {"plain": Draft, "gated": GatedDraft}
-            bar = tqdm(sites, desc="predictors", unit="site", disable=not config.progress, leave=False)
-            observation.memo[key] = [kinds[s.site.kind](s, moments[s.fingerprint], *quantisation) for s in bar]
-        drafts: list[Draft] = observation.memo[key]
-        return drafts
+        kinds = {"plain": Draft, "gated": GatedDraft}
+        drafts = yield Run(
+            "input moments",
+            lambda s: Moments(s.weights.up.shape[1]),
+            sites,
+            lambda s, moments: kinds[s.site.kind](s, moments, *quantisation),
+            key=("partial_linear drafts", quantisation),
+        )
+        return list(drafts.values())
 
-    def _histograms(self, observation: Observation, drafts: Sequence[Draft], config: Config) -> Histograms:
-        key = f"partial_linear histograms, {config.predictor_bits, config.group_size, config.rounding}"
-        if key not in observation.memo:
-            by_site = {draft.site.fingerprint: draft for draft in drafts}
-            sites = [draft.site for draft in drafts]
-            if own := {key: draft for key, draft in by_site.items() if isinstance(draft, GatedDraft)}:
-                with_gate = [draft.site for draft in own.values()]
-                found = observation.run(lambda s: own[s.fingerprint].products(), with_gate, "products of gate and up")
-                for identity, draft in own.items():
-                    draft.prepare(found[identity])
-            observation.memo[key] = observation.run(lambda s: by_site[s.fingerprint].histogram(), sites, "hot ranges")
-        histograms: Histograms = observation.memo[key]
-        return histograms
+    def _histograms(self, drafts: Sequence[Draft], config: Config) -> Fit[Histograms]:
+        quantisation = config.predictor_bits, config.group_size, config.rounding
+        by_site = {draft.site.fingerprint: draft for draft in drafts}
+        own = {key: draft for key, draft in by_site.items() if isinstance(draft, GatedDraft)}
+        if own:
+            yield Run(
+                "products of gate and up",
+                lambda s: own[s.fingerprint].products(),
+                [draft.site for draft in own.values()],
+                lambda s, products: own[s.fingerprint].prepare(products),
+                key=("partial_linear products", quantisation),
+            )
+        return (
+            yield Run(
+                "hot ranges",
+                lambda s: by_site[s.fingerprint].histogram(),
+                [draft.site for draft in drafts],
+                key=("partial_linear histograms", quantisation),
+            )
+        )
 
     def floor(self, draft: Draft) -> int:
         """Bytes that a site reads at the least."""
@@ -314,7 +315,6 @@ class PartialLinear(Rewrite):
         return corrected
 
 
-def _seen(observation: Observation, drafts: Mapping[str, Sequence[Draft]], what: str) -> dict[str, Several]:
+def _missed(drafts: Mapping[str, Sequence[Draft]], title: str) -> Run:
     """What drafts of some sites miss, in one run over the batches."""
-    sites = [of_site[0].site for of_site in drafts.values()]
-    return observation.run(lambda s: Several(drafts[s.fingerprint]), sites, what)
+    return Run(title, lambda s: Several(drafts[s.fingerprint]), [of_site[0].site for of_site in drafts.values()])

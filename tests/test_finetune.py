@@ -72,7 +72,17 @@ def test_nothing_but_the_split_weights_changes() -> None:
     for before, after in zip(plan().sites, trained().sites, strict=True):
         assert (after.method, after.settings) == ("ffsplit+finetuned", {"inner": before.settings})
         assert (after.fingerprint, after.touched_bytes) == (before.fingerprint, before.touched_bytes)
-        assert set(after.tensors) == {"up", "down", "up_bias", "up_bias_rest", "down_bias", "up_a", "up_b", "down_a", "down_b"}
+        assert set(after.tensors) == {
+            "up",
+            "down",
+            "up_bias",
+            "up_bias_rest",
+            "down_bias",
+            "up_a",
+            "up_b",
+            "down_a",
+            "down_b",
+        }
         assert 0 < after.error != before.error
     assert "ffsplit+finetuned" in str(Report.of(trained()))
 

@@ -15,6 +15,7 @@ from tardis_fx.config import Config
 from tardis_fx.errors import BenchError
 from tardis_fx.graph.activations import ACTIVATIONS
 from tardis_fx.observation.observe import BatchObservation
+from tardis_fx.observation.run import Run
 from tardis_fx.partial_linear.ranges import Costs
 from tardis_fx.passes.partial_linear import PartialLinear
 from tardis_fx.plan import Plan, SitePlan
@@ -117,7 +118,7 @@ def random_plans(model: nn.Module, batch: Tensor, widths: Sequence[Widths], rate
     sites = [s for s in observation.sites if s.site.reason is None and rewrite.refuse(s.site) is None]
     if not sites:
         raise BenchError("the model has no FFN that partial linearity takes")
-    kept = observation.run(lambda _: _Kept(), sites, "inputs of the FFNs")
+    kept = observation.answer(Run("inputs of the FFNs", lambda _: _Kept(), sites))
     return {
         w: Plan(
             tuple(_site_plan(site, kept[site.fingerprint].x, w, rate) for site in sites),

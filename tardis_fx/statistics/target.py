@@ -10,6 +10,9 @@ from tardis_fx.errors import CalibrationError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from tardis_fx.observation.run import Fit
+    from tardis_fx.plan import SitePlan
+
 #: How far below its target an error may stay.
 SLACK = 0.03
 
@@ -17,7 +20,27 @@ SLACK = 0.03
 TRIES = 8
 
 
-def least_budget(error: Callable[[float], float], floor: float, target: float) -> float:
+def fit_to_target(fit: Callable[[float], Fit[list[SitePlan]]], floor: float, target: float) -> Fit[list[SitePlan]]:
+    """The plans of the least budget whose root mean square error is at most the target; see :func:`least_budget`.
+
+    Args:
+        fit: the plans of all sites at a budget.
+        floor: the smallest possible budget.
+        target: error wanted.
+
+    Raises:
+        CalibrationError: the whole of the bytes does not suffice.
+    """
+    tried: dict[float, list[SitePlan]] = {}
+
+    def error(budget: float) -> Fit[float]:
+        tried[budget] = yield from fit(budget)
+        return math.sqrt(sum(plan.error**2 for plan in tried[budget]) / len(tried[budget]))
+
+    return tried[(yield from least_budget(error, floor, target))]
+
+
+def least_budget(error: Callable[[float], Fit[float]], floor: float, target: float) -> Fit[float]:
     """A budget tried whose error is at most the target, and the least of those tried.
 
     The logarithm of the error falls about linearly with the budget between two that enclose the target: false position,
@@ -34,7 +57,7 @@ def least_budget(error: Callable[[float], float], floor: float, target: float) -
     low, high = floor * (1 + 1e-6), 1.0
     if low >= high:
         raise CalibrationError(f"the folded weights alone read {floor:.0%} of the bytes")
-    at_low, at_high = error(low), None
+    at_low, at_high = (yield from error(low)), None
     if at_low <= target:
         return low
     for _ in range(TRIES - 1):
@@ -43,7 +66,7 @@ def least_budget(error: Callable[[float], float], floor: float, target: float) -
         else:
             share = math.log(at_low / target) / math.log(at_low / max(at_high, 1e-12))
             middle = low + (high - low) * min(0.9, max(0.1, share))
-        found = error(middle)
+        found = yield from error(middle)
         if found <= target:
             high, at_high = middle, found
             if found >= target * (1 - SLACK):
