@@ -23,6 +23,7 @@ from tardis_fx import Config, Plan
 from tardis_fx.demo.model import load
 from tardis_fx.measure import quality as measure
 from tardis_fx.observation.observe import BatchObservation
+from tardis_fx.observation.run import drive
 from tardis_fx.partial_linear.ranges import Ranges, SiteRanges, _cheapest_run
 from tardis_fx.passes.partial_linear import PartialLinear
 
@@ -142,7 +143,7 @@ def main() -> None:
     for budget in map(float, sys.argv[1:] or ["0.15"]):
         for label, (rewrite, changes) in variants(grams).items():
             config = replace(WIDTHS, budget=budget, **changes)
-            plan = Plan(tuple(rewrite.fit(observation, observation.sites, config)), config)
+            plan = Plan(tuple(drive(observation, rewrite.fit(observation.sites, config))), config)
             torch.compiler.reset()
             options: dict[str, Any] = {"plan": plan, "prefill": "rewritten", "inner": "eager"}
             found = measure.logits(torch.compile(demo.model, backend="tardis", options=options), text).float()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import replace
-from functools import cache, wraps
+from functools import cache, partial, wraps
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -12,7 +12,9 @@ import torch
 
 from tardis_fx.errors import ConfigError
 from tardis_fx.observation.foreign import raising_typed
+from tardis_fx.observation.run import Run, steps
 from tardis_fx.passes.layout import check
+from tardis_fx.statistics.check import Check
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +23,8 @@ if TYPE_CHECKING:
 
     from tardis_fx.config import Config
     from tardis_fx.graph.site import Site, SiteWeights
-    from tardis_fx.observation.observe import Observation, ObservedSite
+    from tardis_fx.observation.observe import ObservedSite
+    from tardis_fx.observation.run import Fit
     from tardis_fx.passes.layout import Layout
     from tardis_fx.plan import SitePlan
 
@@ -50,11 +53,11 @@ class Rewrite(ABC):
         """Why this rewrite cannot take a site that the matcher would let it have, or None."""
 
     @abstractmethod
-    def fit(self, observation: Observation, sites: Sequence[ObservedSite], config: Config) -> list[SitePlan]:
+    def fit(self, sites: Sequence[ObservedSite], config: Config) -> Fit[list[SitePlan]] | list[SitePlan]:
         """Plans every site of ``sites``, none of which :meth:`refuse` refuses, in their order.
 
-        On live calls it is begun again after every run that it asks of the observation, and those that are done answer
-        at once: it must ask for the same runs each time, and may keep what is costly in ``observation.memo``.
+        It yields the runs that it needs, and is sent what each of them found; where it needs none, it may return the
+        plans. It takes its decisions from what it is sent alone, so that an interrupted calibration can be resumed.
         """
 
     @abstractmethod
@@ -64,6 +67,10 @@ class Rewrite(ABC):
     @abstractmethod
     def forward(self, x: Tensor, constants: Mapping[str, Tensor], plan: SitePlan) -> Tensor:
         """The rewritten site: x [..., d] to [..., d_out]. Traced with ``torch.fx``: no branches on values or shapes."""
+
+    def replacement(self, plan: SitePlan, weights: SiteWeights) -> Callable[[Tensor], Tensor]:
+        """What a plan puts in a site's place, [..., d] to [..., d_out], eagerly."""
+        return partial(self.forward, constants=self.constants(plan, weights), plan=plan)
 
     def layout(self, plan: SitePlan, weights: SiteWeights) -> Layout | None:
         """The tensors that an entry with the plan's settings holds, or None where only :meth:`constants` knows.
@@ -150,6 +157,23 @@ def trial_run(rewrite: Rewrite, plan: SitePlan, weights: SiteWeights) -> None:
         raise ValueError(f"it gives {output.dtype} {tuple(output.shape)} for x {x.dtype} {tuple(x.shape)}")
 
 
+def with_errors(
+    rewrite: Rewrite, sites: Sequence[ObservedSite], plans: Sequence[SitePlan], config: Config
+) -> Fit[list[SitePlan]]:
+    """Plans with the errors that a rewrite makes on the held-back tokens against the original FFN, in one run."""
+    known = {plan.fingerprint: plan for plan in plans}
+    chosen = [site for site in sites if known[site.fingerprint].method == rewrite.method]
+    if chosen:
+        functions = {s.fingerprint: rewrite.replacement(known[s.fingerprint], s.weights) for s in chosen}
+        checks = yield Run(
+            f"error of {rewrite.method} at a budget of {config.budget}",
+            lambda s: Check(s, functions[s.fingerprint], held_back=True),
+            chosen,
+        )
+        known |= {identity: replace(known[identity], error=check.error) for identity, check in checks.items()}
+    return [known[site.fingerprint] for site in sites]
+
+
 def matrices_of(plan: SitePlan) -> tuple[str, ...]:
     """Names of an FFN's own matrices, as in :class:`tardis_fx.graph.site.SiteWeights`."""
     return ("gate", "up", "down") if plan.kind == "gated" else ("up", "down")
@@ -187,8 +211,9 @@ def _registered(name: str) -> Rewrite:
         raise ConfigError(f"the entry point {name!r} of group {GROUP} is no subclass of Rewrite: {rewrite!r}")
     with raising_typed(f"the rewrite {name!r}"):
         created: Rewrite = rewrite()
-    for step in ("refuse", "fit", "constants", "forward"):
+    for step in ("refuse", "constants", "forward"):
         setattr(created, step, _typed(name, step, getattr(created, step)))
+    created.fit = _typed_fit(name, created.fit)  # type: ignore[method-assign]
     return created
 
 
@@ -203,14 +228,32 @@ def _typed(name: str, step: str, method: Callable[..., Any]) -> Callable[..., An
     return call
 
 
+def _typed_fit(
+    name: str, method: Callable[..., Fit[list[SitePlan]] | list[SitePlan]]
+) -> Callable[..., Fit[list[SitePlan]]]:
+    """A rewrite's ``fit``, its steps and what its runs call likewise; what others raise during a run stays as it is."""
+
+    @wraps(method)
+    def fit(sites: Sequence[ObservedSite], config: Config) -> Fit[list[SitePlan]]:
+        where = f"the rewrite {name!r}: fit{_of_sites([sites])}"
+        with raising_typed(where):
+            fit = steps(method(sites, config))
+        answer: Any = None
+        while True:
+            with raising_typed(where):
+                try:
+                    run = fit.send(answer)
+                except StopIteration as done:
+                    plans: list[SitePlan] = done.value
+                    return plans
+            answer = yield replace(run, make=_typed(name, "fit", run.make), finish=_typed(name, "fit", run.finish))
+
+    return fit
+
+
 def _of_sites(arguments: Sequence[Any]) -> str:
     """The names of the sites among a step's arguments, for an error."""
-    several = [
-        entry.site
-        for argument in arguments
-        if isinstance(argument, (list, tuple))
-        for entry in argument
-        if hasattr(entry, "site")
-    ]
-    names = [one.name for one in (*arguments, *several) if isinstance(getattr(one, "name", None), str)]
+    several = [each for one in arguments for each in (one if isinstance(one, (list, tuple)) else [one])]
+    named = [getattr(one, "site", one) for one in several]
+    names = [one.name for one in named if isinstance(getattr(one, "name", None), str)]
     return f" of {', '.join(names[:4])}{', …' if len(names) > 4 else ''}" if names else ""

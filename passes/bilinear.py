@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
     from tardis_fx.config import Config
     from tardis_fx.graph.site import Site, SiteWeights
-    from tardis_fx.observation.observe import Observation, ObservedSite
+    from tardis_fx.observation.observe import ObservedSite
+    from tardis_fx.observation.run import Fit
     from tardis_fx.passes.layout import Layout
     from tardis_fx.plan import SitePlan
 
@@ -43,9 +44,9 @@ class Bilinear(StaticRewrite):
         """The map."""
         return map_bytes(weights)
 
-    def choose(self, observation: Observation, sites: Sequence[ObservedSite], config: Config) -> list[Choice]:
+    def choose(self, sites: Sequence[ObservedSite], config: Config) -> Fit[list[Choice]]:
         """Folds every site, whatever the budget leaves over."""
-        neurons = measured(observation, SurrogateSums, sites, config)
+        neurons = yield measured(SurrogateSums, sites)
         return [Choice(map_bytes(s.weights), tensors=_fold(s.weights, neurons[s.fingerprint].sums)) for s in sites]
 
     def layout(self, plan: SitePlan, weights: SiteWeights) -> Layout:

@@ -10,13 +10,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
 from tardis_fx.errors import ConfigError
-from tardis_fx.observation.part import Part
-from tardis_fx.passes.base import Rewrite, stored_bytes
-from tardis_fx.statistics.check import Check
+from tardis_fx.observation.run import changed, forgotten, steps
+from tardis_fx.passes.base import Rewrite, stored_bytes, with_errors
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -25,7 +23,8 @@ if TYPE_CHECKING:
 
     from tardis_fx.config import Config
     from tardis_fx.graph.site import Site, SiteWeights
-    from tardis_fx.observation.observe import Observation, ObservedSite
+    from tardis_fx.observation.observe import ObservedSite
+    from tardis_fx.observation.run import Fit
     from tardis_fx.plan import SitePlan
 
 
@@ -73,14 +72,13 @@ class Composed(Rewrite):
         """What either refuses."""
         return self.first.refuse(site) or self.second.refuse(site)
 
-    def fit(self, observation: Observation, sites: Sequence[ObservedSite], config: Config) -> list[SitePlan]:
+    def fit(self, sites: Sequence[ObservedSite], config: Config) -> Fit[list[SitePlan]]:
         """Fits one, then the other, then measures the error of both together."""
-        whole = replace(config, budget=1.0)
-        firsts = self.first.fit(Part(observation, sites, self.first.method), sites, whole)
+        firsts = yield from steps(self.first.fit(sites, replace(config, budget=1.0)))
         left = [replace(s, weights=self.first.weights(e, s.weights)) for s, e in zip(sites, firsts, strict=True)]
-        seconds = self.second.fit(Part(observation, left, self.method), left, config)
+        seconds = yield from changed(steps(self.second.fit(left, config)), forgotten)  # no other fit has these sites
         plans = [self._joined(s, *own) for s, *own in zip(sites, firsts, seconds, strict=True)]
-        return with_errors(self, observation, sites, plans, config)
+        return (yield from with_errors(self, sites, plans, config))
 
     def _joined(self, site: ObservedSite, first: SitePlan, second: SitePlan) -> SitePlan:
         if second.method is None:
@@ -135,21 +133,3 @@ class Composed(Rewrite):
     def forward(self, x: Tensor, constants: Mapping[str, Tensor], plan: SitePlan) -> Tensor:
         """The second's."""
         return self.second.forward(x, constants, self._entries(plan)[1])
-
-
-def with_errors(
-    rewrite: Rewrite, observation: Observation, sites: Sequence[ObservedSite], plans: Sequence[SitePlan], config: Config
-) -> list[SitePlan]:
-    """Plans with the errors that a rewrite makes on the held-back tokens against the original FFN, in one run."""
-    known = {plan.fingerprint: plan for plan in plans}
-    chosen = [site for site in sites if known[site.fingerprint].method == rewrite.method]
-    if chosen:
-        functions = {
-            s.fingerprint: partial(rewrite.forward, constants=rewrite.constants(plan, s.weights), plan=plan)
-            for s in chosen
-            for plan in (known[s.fingerprint],)
-        }
-        what = f"error of {rewrite.method} at a budget of {config.budget}"
-        checks = observation.run(lambda s: Check(s, functions[s.fingerprint], held_back=True), chosen, what)
-        known |= {identity: replace(known[identity], error=check.error) for identity, check in checks.items()}
-    return [known[site.fingerprint] for site in sites]

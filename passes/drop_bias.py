@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from tardis_fx.config import Config
     from tardis_fx.graph.site import Site, SiteWeights
     from tardis_fx.observation.merging import Merge
-    from tardis_fx.observation.observe import Observation, ObservedSite
+    from tardis_fx.observation.observe import ObservedSite
+    from tardis_fx.observation.run import Fit
     from tardis_fx.passes.layout import Layout
     from tardis_fx.plan import SitePlan
 
@@ -45,9 +46,9 @@ class DropBias(StaticRewrite):
         """The matrices, and the last bias."""
         return weights.bytes - bias_bytes(weights) + len(weights.down) * weights.down.element_size()
 
-    def choose(self, observation: Observation, sites: Sequence[ObservedSite], config: Config) -> list[Choice]:
+    def choose(self, sites: Sequence[ObservedSite], config: Config) -> Fit[list[Choice]]:
         """One run, of the means."""
-        lost = measured(observation, Lost, sites, config)
+        lost = yield measured(Lost, sites)
         return [Choice(self.floor(s.weights), {"bias": lost[s.fingerprint].bias(s.weights)}) for s in sites]
 
     def layout(self, plan: SitePlan, weights: SiteWeights) -> Layout:

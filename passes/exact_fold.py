@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from tardis_fx.config import Config
     from tardis_fx.graph.site import Site
-    from tardis_fx.observation.observe import Observation, ObservedSite
+    from tardis_fx.observation.observe import ObservedSite
     from tardis_fx.passes.layout import Layout
 
 
@@ -43,7 +43,7 @@ class ExactFold(Rewrite):
             return None
         return "it is not affine"
 
-    def fit(self, observation: Observation, sites: Sequence[ObservedSite], config: Config) -> list[SitePlan]:
+    def fit(self, sites: Sequence[ObservedSite], config: Config) -> list[SitePlan]:
         """Nothing is measured; a site that only its weights could have made affine is refused."""
         return [
             self.unaided(s.site, s.parameters)

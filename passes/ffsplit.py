@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
     from tardis_fx.config import Config
     from tardis_fx.graph.site import SiteWeights
-    from tardis_fx.observation.observe import Observation, ObservedSite
+    from tardis_fx.observation.observe import ObservedSite
+    from tardis_fx.observation.run import Fit
     from tardis_fx.passes.layout import Layout
     from tardis_fx.plan import SitePlan
 
@@ -42,9 +43,9 @@ class FFSplit(StaticRewrite):
         """One heavy hitter, and rank 1."""
         return _bytes(weights, 1)
 
-    def choose(self, observation: Observation, sites: Sequence[ObservedSite], config: Config) -> list[Choice]:
+    def choose(self, sites: Sequence[ObservedSite], config: Config) -> Fit[list[Choice]]:
         """Splits every site."""
-        sizes = measured(observation, Sizes, sites, config)
+        sizes = yield measured(Sizes, sites)
         return [self._split(site.weights, sizes[site.fingerprint].magnitude, config.budget) for site in sites]
 
     def _split(self, weights: SiteWeights, magnitude: Tensor, budget: float) -> Choice:
@@ -88,7 +89,7 @@ class FFSplit(StaticRewrite):
         """A narrow FFN, and one of thin matrices."""
         activation = str(plan.activation)
         found = dense(x, constants, activation)
-        if "w1_a" not in constants:
+        if "up_a" not in constants:
             return found
 
         def project(x: Tensor, name: str) -> Tensor:

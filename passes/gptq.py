@@ -6,30 +6,14 @@ what the matrix multiplies: of the site's inputs for W1 and a gate, of what the 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
-from tardis_fx.graph.feed_forward import matrices
 from tardis_fx.passes.rtn import Rtn
-from tardis_fx.passes.static import measured
 from tardis_fx.statistics.operands import Grams
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    from torch import Tensor
-
-    from tardis_fx.config import Config
-    from tardis_fx.observation.observe import Observation, ObservedSite
 
 
 class Gptq(Rtn):
     """The rule of the module's docstring."""
 
     name: ClassVar[str] = "gptq"
-
-    def grams(
-        self, observation: Observation, sites: Sequence[ObservedSite], config: Config
-    ) -> Sequence[Mapping[str, Tensor | None]]:
-        """Measured."""
-        found = measured(observation, Grams, sites, config)
-        return [{name: found[site.fingerprint].of(name) for name in matrices(site.weights)} for site in sites]
+    operands: ClassVar[type[Grams] | None] = Grams

@@ -19,6 +19,7 @@ import torch
 from torch.nn import functional as F  # noqa: N812
 
 from tardis_fx.graph.feed_forward import biases, dense, matrices, narrowed
+from tardis_fx.observation.run import Run
 from tardis_fx.passes.base import matrices_of
 from tardis_fx.passes.layout import Expected, indices, setting
 from tardis_fx.passes.static import Choice, StaticRewrite, measured
@@ -32,7 +33,8 @@ if TYPE_CHECKING:
 
     from tardis_fx.config import Config
     from tardis_fx.graph.site import SiteWeights
-    from tardis_fx.observation.observe import Observation, ObservedSite
+    from tardis_fx.observation.observe import ObservedSite
+    from tardis_fx.observation.run import Fit
     from tardis_fx.passes.layout import Layout
     from tardis_fx.plan import SitePlan
 
@@ -46,17 +48,15 @@ class HotFold(StaticRewrite):
         """The map alone."""
         return map_bytes(weights)
 
-    def choose(self, observation: Observation, sites: Sequence[ObservedSite], config: Config) -> list[Choice]:
+    def choose(self, sites: Sequence[ObservedSite], config: Config) -> Fit[list[Choice]]:
         """Two runs: surrogates, and the regression."""
-        neurons = measured(observation, SurrogateSums, sites, config)
+        neurons = yield measured(SurrogateSums, sites)
         kept = {s.fingerprint: _kept(s.weights, neurons[s.fingerprint].output_error, config.budget) for s in sites}
         if config.budget == 1:
             return [
                 Choice(s.weights.bytes, {"kept": kept[s.fingerprint].int()}, {"kept": len(s.weights.up)}) for s in sites
             ]
-        make = partial(_rest, kept)
-        what = f"what is not kept by hot_fold at a budget of {config.budget}"
-        rest = observation.run(make, sites, f"{what} of {sites[0].site.name}" if config.sequential else what)
+        rest = yield Run(f"what is not kept by hot_fold at a budget of {config.budget}", partial(_rest, kept), sites)
         found = []
         for site in sites:
             fitted, own = rest[site.fingerprint].residual.solve(), kept[site.fingerprint]

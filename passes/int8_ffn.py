@@ -24,8 +24,8 @@ from torch.nn import functional as F  # noqa: N812
 from torch.overrides import TorchFunctionMode
 
 from tardis_fx.errors import CalibrationError, ConfigError
-from tardis_fx.passes.base import Rewrite, stored_bytes
-from tardis_fx.passes.composed import with_errors
+from tardis_fx.observation.run import steps
+from tardis_fx.passes.base import Rewrite, stored_bytes, with_errors
 from tardis_fx.passes.original import Original
 from tardis_fx.plan import SitePlan
 from tardis_fx.quantisation import quantise
@@ -39,7 +39,8 @@ if TYPE_CHECKING:
 
     from tardis_fx.config import Config
     from tardis_fx.graph.site import Site, SiteWeights
-    from tardis_fx.observation.observe import Observation, ObservedSite
+    from tardis_fx.observation.observe import ObservedSite
+    from tardis_fx.observation.run import Fit
 
 
 class Int8Ffn(Rewrite):
@@ -81,7 +82,7 @@ class Int8Ffn(Rewrite):
         """What the other one refuses."""
         return self.inner.refuse(site)
 
-    def fit(self, observation: Observation, sites: Sequence[ObservedSite], config: Config) -> list[SitePlan]:
+    def fit(self, sites: Sequence[ObservedSite], config: Config) -> Fit[list[SitePlan]]:
         """Fits the other rewrite, then measures the error of both together.
 
         Raises:
@@ -91,13 +92,13 @@ class Int8Ffn(Rewrite):
         """
         if self._alone:
             plans = [self._around(site, _whole(site)) for site in sites]
-            plans = with_errors(self, observation, sites, plans, config)
+            plans = yield from with_errors(self, sites, plans, config)
             _check_finite(plans)
             self._check(plans, config)
             return plans
         if config.fold_bits is None:
             config = replace(config, fold_bits=16)  # to quantise the fold is what this rewrite is here for
-        inner = self.inner.fit(observation, sites, config)
+        inner = yield from steps(self.inner.fit(sites, config))
         if not any(plan.method is None or self.inner.matrices(plan) for plan in inner):
             raise ConfigError(
                 f"{self.inner.method} leaves no dense matrix to {self.name}: its fold is in few bits already"
@@ -108,7 +109,7 @@ class Int8Ffn(Rewrite):
             for site, plan in zip(sites, inner, strict=True)
         ]
         for rewrite in (self, alone):
-            plans = with_errors(rewrite, observation, sites, plans, config)
+            plans = yield from with_errors(rewrite, sites, plans, config)
         _check_finite(plans)
         return plans
 

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
     from tardis_fx.config import Config
     from tardis_fx.graph.site import SiteWeights
-    from tardis_fx.observation.observe import Observation, ObservedSite
+    from tardis_fx.observation.observe import ObservedSite
+    from tardis_fx.observation.run import Fit
     from tardis_fx.passes.layout import Layout
     from tardis_fx.plan import SitePlan
 
@@ -41,9 +42,9 @@ class LowRank(StaticRewrite):
         """All of rank 1."""
         return _bytes(weights, [1] * len(matrices(weights)))
 
-    def choose(self, observation: Observation, sites: Sequence[ObservedSite], config: Config) -> list[Choice]:
+    def choose(self, sites: Sequence[ObservedSite], config: Config) -> Fit[list[Choice]]:
         """Factors of every site."""
-        grams = measured(observation, Grams, sites, config)
+        grams = yield measured(Grams, sites)
         found = []
         for site in sites:
             weights, gram = site.weights, grams[site.fingerprint]
@@ -75,7 +76,7 @@ class LowRank(StaticRewrite):
         return dict.fromkeys(plan.tensors or matrices_of(plan), 1.0)
 
     def constants(self, plan: SitePlan, weights: SiteWeights) -> dict[str, Tensor]:
-        """Factors ``w1_a`` [h, r1], ``w1_b`` [r1, d], ``w2_a`` [d_out, r2], ``w2_b`` [r2, h], ..., or the matrices."""
+        """Factors ``up_a`` [h, r1], ``up_b`` [r1, d], ``down_a`` [d_out, r2], ..., or the matrices."""
         found = {name: tensor.to(weights.up.device) for name, tensor in plan.tensors.items()} | biases(weights)
         return found if plan.settings["ranks"] else found | matrices(weights)
 

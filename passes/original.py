@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from tardis_fx.config import Config
     from tardis_fx.graph.site import SiteWeights
-    from tardis_fx.observation.observe import Observation, ObservedSite
+    from tardis_fx.observation.observe import ObservedSite
     from tardis_fx.passes.layout import Layout
     from tardis_fx.plan import SitePlan
 
@@ -29,7 +29,7 @@ class Original(StaticRewrite):
         """All bytes."""
         return weights.bytes
 
-    def choose(self, observation: Observation, sites: Sequence[ObservedSite], config: Config) -> list[Choice]:
+    def choose(self, sites: Sequence[ObservedSite], config: Config) -> list[Choice]:
         """Nothing is chosen."""
         return [Choice(site.weights.bytes) for site in sites]
 

@@ -15,9 +15,7 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
-from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, ClassVar
 
@@ -41,7 +39,7 @@ from tardis_fx.passes.layout import Expected, coded_rows, codes, indices, settin
 from tardis_fx.plan import SitePlan
 from tardis_fx.runtime import ops  # noqa: F401 - registers torch.ops.tardis
 from tardis_fx.runtime.packing import GROUP_SIZES, low_bits
-from tardis_fx.statistics.target import least_budget
+from tardis_fx.statistics.target import fit_to_target
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -91,15 +89,14 @@ class PartialLinear(Rewrite):
         pairs = [(drafts[site.fingerprint], histograms[site.fingerprint]) for site in sites]
         if config.target_error is None:
             return (yield from self._fit_within(pairs, config))
-        tried: dict[float, list[SitePlan]] = {}
-
-        def error(budget: float) -> Fit[float]:
-            tried[budget] = yield from self._fit_within(pairs, replace(config, budget=budget))
-            return math.sqrt(sum(plan.error**2 for plan in tried[budget]) / len(pairs))
-
         floor = sum(min(self.floor(draft, widths) for widths in self._widths(config)) for draft, _ in pairs)
-        least = yield from least_budget(error, floor / sum(site.weights.bytes for site in sites), config.target_error)
-        return tried[least]
+        return (
+            yield from fit_to_target(
+                lambda budget: self._fit_within(pairs, replace(config, budget=budget)),
+                floor / sum(site.weights.bytes for site in sites),
+                config.target_error,
+            )
+        )
 
     def _fit_within(self, pairs: Sequence[tuple[Draft, Histogram]], config: Config) -> Fit[list[SitePlan]]:
         """Fits all sites within the budget at every width, and takes of each site the fit that is best for all."""
@@ -116,7 +113,8 @@ class PartialLinear(Rewrite):
         if not config.sequential or len(settled) > 1:
             fitted: dict[str, list[Fitted]] = {draft.site.fingerprint: [] for draft, _ in pairs}
             for part in within_memory(chain.from_iterable(zip(*settled, strict=True))):
-                for key, fits in (yield _residual_run(part, self._fitted)).items():
+                run = _residual_run(f"residuals at a budget of {config.budget}", part, self._fitted)
+                for key, fits in (yield run).items():
                     fitted[key] += fits
             every = list(fitted.values())
             best = (
@@ -135,9 +133,9 @@ class PartialLinear(Rewrite):
         replaced: dict[str, Callable[[Tensor], Tensor]] = {}
         for settled in chosen:
             site = settled.draft.site
-            ((fitted,),) = (yield _residual_run({site.fingerprint: [settled]}, self._fitted, dict(replaced))).values()
-            constants = self.constants(fitted.plan, site.weights)
-            replaced[site.fingerprint] = partial(self.forward, constants=constants, plan=fitted.plan)
+            run = _residual_run(f"residual of {site.site.name}", {site.fingerprint: [settled]}, self._fitted)
+            ((fitted,),) = (yield replace(run, replaced=dict(replaced))).values()
+            replaced[site.fingerprint] = self.replacement(fitted.plan, site.weights)
             plans.append(fitted.plan)
         return plans
 
@@ -289,9 +287,7 @@ class PartialLinear(Rewrite):
 
 
 def _residual_run(
-    settled: Mapping[str, Sequence[Settled]],
-    fit: Callable[[ResidualObserver], Fitted],
-    replaced: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
+    title: str, settled: Mapping[str, Sequence[Settled]], fit: Callable[[ResidualObserver], Fitted]
 ) -> Run:
     """Observes what sites settled at some widths miss, by fingerprint, and fits each of them."""
 
@@ -302,6 +298,4 @@ def _residual_run(
         return fits
 
     sites = [by_width[0].draft.site for by_width in settled.values()]
-    return Run(
-        "residuals", lambda site: WidthResiduals(settled[site.fingerprint]), sites, finish, replaced=replaced or {}
-    )
+    return Run(title, lambda site: WidthResiduals(settled[site.fingerprint]), sites, finish)

@@ -16,7 +16,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from tardis_fx.graph.feed_forward import BIASES, biases, feed_forward, matrices
 from tardis_fx.passes.layout import codes, setting
-from tardis_fx.passes.static import Choice, StaticRewrite, bias_bytes
+from tardis_fx.passes.static import Choice, StaticRewrite, bias_bytes, measured
 from tardis_fx.quantisation import Quantised, quantise
 from tardis_fx.runtime import ops  # noqa: F401 - registers torch.ops.tardis
 from tardis_fx.runtime.packing import GROUP_SIZES, row_bytes
@@ -28,9 +28,11 @@ if TYPE_CHECKING:
 
     from tardis_fx.config import Config
     from tardis_fx.graph.site import SiteWeights
-    from tardis_fx.observation.observe import Observation, ObservedSite
+    from tardis_fx.observation.observe import ObservedSite
+    from tardis_fx.observation.run import Fit
     from tardis_fx.passes.layout import Layout
     from tardis_fx.plan import SitePlan
+    from tardis_fx.statistics.operands import Grams
 
 #: Bits a weight and columns of a group that are tried, by rising bytes.
 WIDTHS = tuple((bits, group_size) for bits in (2, 3, 4, 8) for group_size in (128, 64))
@@ -40,30 +42,27 @@ class Rtn(StaticRewrite):
     """The rules of the module's docstring."""
 
     name: ClassVar[str] = "rtn"
+    #: What is measured for the rounding: nothing, to round to nearest.
+    operands: ClassVar[type[Grams] | None] = None
 
     def floor(self, weights: SiteWeights) -> int:
         """The matrices in the fewest bits."""
         return _bytes(weights, *WIDTHS[0])
 
-    def choose(self, observation: Observation, sites: Sequence[ObservedSite], config: Config) -> list[Choice]:
+    def choose(self, sites: Sequence[ObservedSite], config: Config) -> Fit[list[Choice]]:
         """Quantises every site."""
-        found = []
-        for site, grams in zip(sites, self.grams(observation, sites, config), strict=True):
-            weights = site.weights
+        found, grams = [], {} if self.operands is None else (yield measured(self.operands, sites))
+        for site in sites:
+            weights, own = site.weights, grams.get(site.fingerprint)
             bits, group_size = [w for w in WIDTHS if _bytes(weights, *w) <= config.budget * weights.bytes][-1]
             tensors: dict[str, Tensor] = {}
             for name, weight in matrices(weights).items():
-                tensors |= _tensors(name, quantise(weight.float().cpu(), grams[name], bits, group_size))
+                gram = None if own is None else own.of(name)
+                tensors |= _tensors(name, quantise(weight.float().cpu(), gram, bits, group_size))
             shape = {"d": weights.up.shape[1], "hidden": len(weights.up)}
             settings = {"bits": bits, "group_size": group_size, **shape}
             found.append(Choice(_bytes(weights, bits, group_size), tensors, settings))
         return found
-
-    def grams(
-        self, observation: Observation, sites: Sequence[ObservedSite], config: Config
-    ) -> Sequence[Mapping[str, Tensor | None]]:
-        """Of each site, the Gram matrices that its matrices are quantised by: none, to round to nearest."""
-        return [dict.fromkeys(matrices(site.weights)) for site in sites]
 
     def layout(self, plan: SitePlan, weights: SiteWeights) -> Layout:
         """Codes of every matrix."""

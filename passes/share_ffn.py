@@ -1,13 +1,14 @@
 """One FFN for several layers (One Wide Feedforward, arXiv 2309.01826), fitted to each of them by regression.
 
-1. Sites of one shape and activation, in the model's order, are cut into runs of equal length. A run keeps one of its
-   FFNs, the one whose output, scaled and shifted feature by feature, misses least of what the others give.
-2. Every other site of the run is an affine map of the kept FFN's output and of the site's own input. The map is their
+1. Sites of one shape and activation, in the model's order, are cut into groups of equal length. A group keeps one of
+   its FFNs, the one whose output, scaled and shifted feature by feature, misses least of what the others give.
+2. Every other site of the group is an affine map of the kept FFN's output and of the site's own input. The map is their
    ridge regression, cut to low rank where it errs least (reduced-rank regression).
-3. Bytes go to the maps first: the runs are as long as they can be with maps of full rank, and the rank is what is left.
+3. Bytes go to the maps first: the groups are as long as they can be with maps of full rank, and the rank is what is
+   left.
 
 The bytes that a token touches are counted once, however many layers touch them. Where a kept FFN outgrows the cache it
-is read from memory again by every layer of its run: sharing saves memory there, and no time.
+is read from memory again by every layer of its group: sharing saves memory there, and no time.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 
 from tardis_fx.errors import CalibrationError
 from tardis_fx.graph.feed_forward import biases, dense, matrices
+from tardis_fx.observation.run import Run
 from tardis_fx.passes import layout
 from tardis_fx.passes.layout import Expected, setting
 from tardis_fx.passes.low_rank import factors, thin, truncated
@@ -35,7 +37,8 @@ if TYPE_CHECKING:
     from tardis_fx.config import Config
     from tardis_fx.graph.site import SiteWeights
     from tardis_fx.observation.merging import Merge
-    from tardis_fx.observation.observe import Observation, ObservedSite
+    from tardis_fx.observation.observe import ObservedSite
+    from tardis_fx.observation.run import Fit
     from tardis_fx.passes.layout import Layout
     from tardis_fx.plan import SitePlan
 
@@ -76,32 +79,32 @@ class ShareFfn(StaticRewrite):
                 f"maps of rank 1, touch {least:.2%} of the original's bytes"
             )
 
-    def choose(self, observation: Observation, sites: Sequence[ObservedSite], config: Config) -> list[Choice]:
-        """Two runs: which FFN each run of sites keeps, and the regressions."""
-        runs: dict[str, Run] = {}
+    def choose(self, sites: Sequence[ObservedSite], config: Config) -> Fit[list[Choice]]:
+        """Two runs: which FFN each group of sites keeps, and the regressions."""
+        groups: dict[str, Group] = {}
         for alike in _alike(sites):
             count, rank = _split(alike[0].weights, len(alike), config.budget)
             for part in torch.arange(len(alike), dtype=torch.int64, device="cpu").tensor_split(count):
-                run = Run([alike[i] for i in part], rank)
-                runs |= dict.fromkeys((s.fingerprint for s in run.sites), run)
+                group = Group([alike[i] for i in part], rank)
+                groups |= dict.fromkeys((s.fingerprint for s in group.sites), group)
         what = f"which FFNs {self.name} keeps at a budget of {config.budget}"
-        tried = observation.run(lambda s: Tried(s, runs[s.fingerprint].sites), sites, what)
-        for run in runs.values():
-            run.keep(tried)
-        takers = [s for s in sites if runs[s.fingerprint].kept is not s]
+        tried = yield Run(what, lambda s: Tried(s, groups[s.fingerprint].sites), sites)
+        for group in groups.values():
+            group.keep(tried)
+        takers = [s for s in sites if groups[s.fingerprint].kept is not s]
         what = f"maps of {self.name} at a budget of {config.budget}"
-        maps = observation.run(lambda s: Mapped(s, runs[s.fingerprint].kept), takers, what) if takers else {}
-        return [self._choice(s, runs[s.fingerprint], maps.get(s.fingerprint)) for s in sites]
+        maps = (yield Run(what, lambda s: Mapped(s, groups[s.fingerprint].kept), takers)) if takers else {}
+        return [self._choice(s, groups[s.fingerprint], maps.get(s.fingerprint)) for s in sites]
 
-    def _choice(self, site: ObservedSite, run: Run, fitted: Mapped | None) -> Choice:
-        share = site.weights.bytes / len(run.sites)
-        if len(run.sites) == 1:
+    def _choice(self, site: ObservedSite, group: Group, fitted: Mapped | None) -> Choice:
+        share = site.weights.bytes / len(group.sites)
+        if len(group.sites) == 1:
             return Choice(share, settings={"rank": None})
         if fitted is None:
-            return Choice(share, run.tensors, {"rank": None})
-        tensors = fitted.solve(run.rank, site.weights.down.dtype)
+            return Choice(share, group.tensors, {"rank": None})
+        tensors = fitted.solve(group.rank, site.weights.down.dtype)
         touched = share + sum(tensor.nbytes for tensor in tensors.values())
-        return Choice(touched, tensors | run.tensors, {"rank": run.rank})
+        return Choice(touched, tensors | group.tensors, {"rank": group.rank})
 
     def layout(self, plan: SitePlan, weights: SiteWeights) -> Layout:
         """The kept FFN, of the same shapes, and where it is another site's, the map."""
@@ -126,7 +129,7 @@ class ShareFfn(StaticRewrite):
         return thin(torch.cat([x, shared], -1), constants, "map", "map_bias")
 
 
-class Run:
+class Group:
     """Sites that have one FFN between them.
 
     Attributes:
@@ -148,7 +151,7 @@ class Run:
 
     @cached_property
     def tensors(self) -> dict[str, Tensor]:
-        """A copy of the kept FFN, for all sites of the run: a plan outlives the weights that it is made from."""
+        """A copy of the kept FFN, for all sites of the group: a plan outlives the weights that it is made from."""
         own = matrices(self.kept.weights) | biases(self.kept.weights)
         return {name: tensor.detach().cpu().clone() for name, tensor in own.items()}
 

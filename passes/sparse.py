@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 
     from tardis_fx.config import Config
     from tardis_fx.graph.site import Site, SiteWeights
-    from tardis_fx.observation.observe import Observation, ObservedSite
+    from tardis_fx.observation.observe import ObservedSite
+    from tardis_fx.observation.run import Fit
     from tardis_fx.passes.layout import Layout
     from tardis_fx.plan import SitePlan
     from tardis_fx.statistics.operands import ByMatrix
@@ -66,9 +67,9 @@ class Sparse(StaticRewrite):
         own = bias_bytes(weights)
         return math.ceil((weights.bytes - own) / min(weights.up.shape)) + own
 
-    def choose(self, observation: Observation, sites: Sequence[ObservedSite], config: Config) -> list[Choice]:
+    def choose(self, sites: Sequence[ObservedSite], config: Config) -> Fit[list[Choice]]:
         """Prunes every site."""
-        operands = measured(observation, self.operands, sites, config)
+        operands = yield measured(self.operands, sites)
         found = []
         for site in sites:
             share, operand = self.share(site.weights, config), operands[site.fingerprint]

@@ -7,19 +7,17 @@
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from tardis_fx.errors import CalibrationError
 from tardis_fx.graph.feed_forward import biases
-from tardis_fx.observation.observe import BatchObservation
-from tardis_fx.passes.base import Rewrite, stored_bytes
+from tardis_fx.observation.run import Run, changed, steps
+from tardis_fx.passes.base import Rewrite, stored_bytes, with_errors
 from tardis_fx.plan import SitePlan
-from tardis_fx.statistics.check import Check
-from tardis_fx.statistics.target import least_budget
+from tardis_fx.statistics.target import fit_to_target
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -28,9 +26,10 @@ if TYPE_CHECKING:
 
     from tardis_fx.config import Config
     from tardis_fx.graph.site import Site, SiteWeights
-    from tardis_fx.observation.observe import Observation, ObservedSite, SiteObserver
+    from tardis_fx.observation.observe import ObservedSite
+    from tardis_fx.observation.run import Fit
 
-O = TypeVar("O", bound="SiteObserver")
+    Choices = Sequence["Choice | str"]
 
 
 @dataclass(frozen=True)
@@ -51,8 +50,11 @@ class StaticRewrite(Rewrite):
         """The least bytes per token that this rewrite can read at a site."""
 
     @abstractmethod
-    def choose(self, observation: Observation, sites: Sequence[ObservedSite], config: Config) -> Sequence[Choice | str]:
-        """What to do at each site within ``config.budget``, or why it stays as it is."""
+    def choose(self, sites: Sequence[ObservedSite], config: Config) -> Fit[Choices] | Choices:
+        """What to do at each site within ``config.budget``, or why it stays as it is; where it measures, a generator.
+
+        Like :meth:`Rewrite.fit`, it yields the runs that it needs.
+        """
 
     def least(self, sites: Sequence[ObservedSite]) -> float:
         """The least budget: by default, that every site's floor is within."""
@@ -76,55 +78,38 @@ class StaticRewrite(Rewrite):
         """Sites without an activation are refused."""
         return "no activation between its projections" if site.affine is not None else None
 
-    def fit(self, observation: Observation, sites: Sequence[ObservedSite], config: Config) -> list[SitePlan]:
+    def fit(self, sites: Sequence[ObservedSite], config: Config) -> Fit[list[SitePlan]]:
         """Chooses, and runs the batches once more for the error.
 
         Raises:
             CalibrationError: the budget is below a site's floor, or the target is out of reach.
         """
         if config.target_error is None:
-            return self._fit_within(observation, sites, config)
-        tried: dict[float, list[SitePlan]] = {}
+            return self._fit_within(sites, config)
+        return fit_to_target(
+            lambda budget: self._fit_within(sites, replace(config, budget=budget)),
+            self.least(sites),
+            config.target_error,
+        )
 
-        def error(budget: float) -> float:
-            tried[budget] = self._fit_within(observation, sites, replace(config, budget=budget))
-            return math.sqrt(sum(plan.error**2 for plan in tried[budget]) / len(sites))
-
-        return tried[least_budget(error, self.least(sites), config.target_error)]
-
-    def _fit_within(self, observation: Observation, sites: Sequence[ObservedSite], config: Config) -> list[SitePlan]:
+    def _fit_within(self, sites: Sequence[ObservedSite], config: Config) -> Fit[list[SitePlan]]:
         self.afford(sites, config)
         if not config.sequential:
-            return self._fit_together(observation, sites, config)
-        assert isinstance(observation, BatchObservation)  # Options refuses it elsewhere
-        try:
-            return [self._fit_next(observation, site, config) for site in sites]
-        finally:
-            observation.restore()
+            return (yield from self._fit_together(sites, config))
+        plans: list[SitePlan] = []
+        replaced: dict[str, Callable[[Tensor], Tensor]] = {}
+        for site in sites:
+            seeing = partial(replace, key=None, replaced=dict(replaced))
+            (plan,) = yield from changed(self._fit_together([site], config), seeing)
+            if plan.method is not None:
+                replaced[site.fingerprint] = self.replacement(plan, site.weights)
+            plans.append(plan)
+        return plans
 
-    def _fit_together(self, observation: Observation, sites: Sequence[ObservedSite], config: Config) -> list[SitePlan]:
-        choices = self.choose(observation, sites, config)
-        plans = {s.fingerprint: self._plan(s, choice) for s, choice in zip(sites, choices, strict=True)}
-        chosen = [s for s in sites if plans[s.fingerprint].method is not None]
-        if chosen:
-            functions = {s.fingerprint: self._function(s, plans[s.fingerprint]) for s in chosen}
-            checks = observation.run(
-                lambda s: Check(s, functions[s.fingerprint], held_back=True),
-                chosen,
-                f"error of {self.name} at a budget of {config.budget}",
-            )
-            plans |= {identity: replace(plans[identity], error=check.error) for identity, check in checks.items()}
-        return [plans[s.fingerprint] for s in sites]
-
-    def _fit_next(self, observation: BatchObservation, site: ObservedSite, config: Config) -> SitePlan:
-        """Fits one site and rewrites it for all runs to come."""
-        (plan,) = self._fit_together(observation, [site], config)
-        if plan.method is not None:
-            observation.replace(site, self._function(site, plan))
-        return plan
-
-    def _function(self, site: ObservedSite, plan: SitePlan) -> partial[Tensor]:
-        return partial(self.forward, constants=self.constants(plan, site.weights), plan=plan)
+    def _fit_together(self, sites: Sequence[ObservedSite], config: Config) -> Fit[list[SitePlan]]:
+        choices = yield from steps(self.choose(sites, config))
+        plans = [self._plan(site, choice) for site, choice in zip(sites, choices, strict=True)]
+        return (yield from with_errors(self, sites, plans, config))
 
     def _plan(self, site: ObservedSite, choice: Choice | str) -> SitePlan:
         if isinstance(choice, str):
@@ -133,20 +118,10 @@ class StaticRewrite(Rewrite):
         return replace(plan, stored_bytes=stored_bytes(site, self.constants(plan, site.weights)))
 
 
-def measured(
-    observation: Observation, kind: Callable[[ObservedSite], O], sites: Sequence[ObservedSite], config: Config
-) -> dict[str, O]:
-    """What observers that take a site saw of each, by fingerprint; once for one observation and the same sites.
-
-    A sequential fit sees what the rewritten sites before it give, and measures anew.
-    """
-    what = f"{kind.__name__.lower()} of {', '.join(site.site.name for site in sites)}"
-    if config.sequential:
-        return observation.run(kind, sites, what)
-    if what not in observation.memo:
-        observation.memo[what] = observation.run(kind, sites, what)
-    found: dict[str, O] = observation.memo[what]
-    return found
+def measured(kind: Callable[[ObservedSite], Any], sites: Sequence[ObservedSite]) -> Run:
+    """A run of observers that take a site; made once for one observation and the same sites."""
+    names = ", ".join(site.site.name for site in sites)
+    return Run(f"{kind.__name__.lower()} of {names}", kind, sites, key=kind)
 
 
 def bias_bytes(weights: SiteWeights) -> int:

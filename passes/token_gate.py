@@ -15,6 +15,7 @@ import torch
 from torch.nn import functional as F  # noqa: N812
 
 from tardis_fx.graph.feed_forward import biases, dense, matrices
+from tardis_fx.observation.run import Run
 from tardis_fx.passes.hot_fold import folded, map_bytes, map_layout
 from tardis_fx.passes.layout import Expected
 from tardis_fx.passes.static import Choice, StaticRewrite, measured
@@ -30,7 +31,8 @@ if TYPE_CHECKING:
     from tardis_fx.config import Config
     from tardis_fx.graph.site import SiteWeights
     from tardis_fx.observation.merging import Merge
-    from tardis_fx.observation.observe import Observation, ObservedSite
+    from tardis_fx.observation.observe import ObservedSite
+    from tardis_fx.observation.run import Fit
     from tardis_fx.passes.layout import Layout
     from tardis_fx.plan import SitePlan
 
@@ -44,14 +46,14 @@ class TokenGate(StaticRewrite):
         """Gate and map."""
         return _gate_bytes(weights) + map_bytes(weights)
 
-    def choose(self, observation: Observation, sites: Sequence[ObservedSite], config: Config) -> list[Choice]:
+    def choose(self, sites: Sequence[ObservedSite], config: Config) -> Fit[list[Choice]]:
         """Three runs: the maps, their errors, the gates' scores."""
-        outputs = measured(observation, Outputs, sites, config)
+        outputs = yield measured(Outputs, sites)
         maps = {s.fingerprint: outputs[s.fingerprint].residual.solve() for s in sites}
         names = ", ".join(site.site.name for site in sites)
-        errors = observation.run(lambda s: _Errors(s, maps[s.fingerprint]), sites, f"errors of affine maps of {names}")
+        errors = yield Run(f"errors of affine maps of {names}", lambda s: _Errors(s, maps[s.fingerprint]), sites)
         gates = {s.fingerprint: errors[s.fingerprint].residual.solve() for s in sites}
-        scores = observation.run(lambda s: _Scores(gates[s.fingerprint]), sites, f"gate scores of {names}")
+        scores = yield Run(f"gate scores of {names}", lambda s: _Scores(gates[s.fingerprint]), sites)
         return [
             _choice(s.weights, maps[s.fingerprint], gates[s.fingerprint], scores[s.fingerprint].all, config.budget)
             for s in sites

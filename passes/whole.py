@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
     from tardis_fx.config import Config
     from tardis_fx.graph.site import SiteWeights
-    from tardis_fx.observation.observe import Observation, ObservedSite
+    from tardis_fx.observation.observe import ObservedSite
+    from tardis_fx.observation.run import Fit
     from tardis_fx.plan import SitePlan
     from tardis_fx.statistics.regression import Residual
 
@@ -60,9 +61,9 @@ class WholeSites(StaticRewrite):
                 f"{floor:,} bytes per token, {floor / whole:.2%} of the original's"
             )
 
-    def choose(self, observation: Observation, sites: Sequence[ObservedSite], config: Config) -> list[Choice | str]:
+    def choose(self, sites: Sequence[ObservedSite], config: Config) -> Fit[list[Choice | str]]:
         """One run, of regressions."""
-        outputs = measured(observation, Outputs, sites, config)
+        outputs = yield measured(Outputs, sites)
         candidates = [self.replaced(outputs[s.fingerprint].residual, s.weights) for s in sites]
         touched = sum(site.weights.bytes for site in sites)
         allowed = config.budget * touched

@@ -18,6 +18,7 @@ from tardis_fx.healing.graft import graft
 from tardis_fx.healing.student import frozen
 from tardis_fx.observation.capture import Capture, recordable
 from tardis_fx.observation.observe import BatchObservation, checked
+from tardis_fx.observation.run import Run
 from tardis_fx.passes import pipeline
 from tardis_fx.passes.entry import rewrite_of
 from tardis_fx.passes.exact_fold import ExactFold
@@ -148,7 +149,7 @@ class _Split:
         for name, reason in dict.fromkeys((o.site.name or "an FFN", o.reason) for o in left):
             _log.warning("%s is not fine-tuned: %s", name, reason)
         # An observation knows the sites of its first batch until it has run the others
-        self._observation.run(lambda site: Check(site, nn.Identity()), [], "sites of the batches held back")
+        self._observation.answer(Run("sites of the batches held back", lambda site: Check(site, nn.Identity()), []))
         self._chosen = [site for site in self._observation.sites if site.fingerprint in trained_on]
         self._choose({site.fingerprint for site in self._chosen})
 
@@ -191,9 +192,8 @@ class _Split:
         """The plan with the weights as they are now, and their errors on the batches held back."""
         modules = dict(self.sites.items())
         with torch.no_grad():
-            checks = self._observation.run(
-                lambda s: Check(s, modules[s.fingerprint]), self._chosen, "errors after fine-tuning"
-            )
+            run = Run("errors after fine-tuning", lambda s: Check(s, modules[s.fingerprint]), self._chosen)
+            checks = self._observation.answer(run)
         entries = {key: modules[key].trained(check.error) for key, check in checks.items()}  # type: ignore[operator]
         return replace(self._plan, sites=tuple(entries.get(site.fingerprint, site) for site in self._plan.sites))
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from tardis_fx.errors import CalibrationError, RewriteError
-from tardis_fx.observation.part import Part
+from tardis_fx.observation.run import changed, drive, forgotten, steps
 from tardis_fx.passes.base import rewrite_named
 from tardis_fx.passes.exact_fold import ExactFold
 from tardis_fx.plan import Plan, SitePlan
@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from tardis_fx.config import Config
-    from tardis_fx.observation.observe import Observation, ObservedSite
+    from tardis_fx.observation.observe import Observation, ObservedSite, RepeatableObservation
+    from tardis_fx.observation.run import Fit
 
 _log = logging.getLogger("tardis_fx")
 
@@ -29,8 +30,16 @@ _log = logging.getLogger("tardis_fx")
 FEW_TOKENS = 2048
 
 
-def plan_for(observation: Observation, config: Config, *, offload: bool = False) -> Plan:
+def plan_for(observation: RepeatableObservation, config: Config, *, offload: bool = False) -> Plan:
     """Plans from an observation; several plans of one observation share what does not depend on the config.
+
+    Args and errors are those of :func:`fit_plan`.
+    """
+    return drive(observation, fit_plan(observation, config, offload=offload))
+
+
+def fit_plan(observation: Observation, config: Config, *, offload: bool = False) -> Fit[Plan]:
+    """The fits of all sites, which give a plan.
 
     Args:
         observation: of the sites.
@@ -63,13 +72,11 @@ def plan_for(observation: Observation, config: Config, *, offload: bool = False)
     fits = list(groups.items())
     if offload:
         fits = [(method, [site]) for method, group in fits for site in group]
-    for i, (method, group) in enumerate(fits, 1):
-        label = f"FFN {i} of {len(fits)}" if offload else method
-        whole = isinstance(config.method, str) and not offload
-        part = observation if whole else Part(observation, group, label)
-        planned |= {plan.fingerprint: plan for plan in _fitted(part, group, method, config)}
+    for method, group in fits:
+        fit = _fitted(observation, group, method, config)
+        plans = yield from changed(fit, forgotten) if offload else fit
+        planned |= {plan.fingerprint: plan for plan in plans}
         if offload:
-            part.memo.clear()
             gc.collect()  # drafts refer to themselves by what they cache
     for site in observation.sites[len(sites) :]:
         _log.warning("%s is not planned: the first batch does not reach it", site.site.name)
@@ -77,7 +84,9 @@ def plan_for(observation: Observation, config: Config, *, offload: bool = False)
     return Plan(tuple(_stored_once(entries)), config)
 
 
-def _fitted(observation: Observation, sites: Sequence[ObservedSite], method: str, config: Config) -> list[SitePlan]:
+def _fitted(
+    observation: Observation, sites: Sequence[ObservedSite], method: str, config: Config
+) -> Fit[list[SitePlan]]:
     """Fits a rewrite to some sites; where its error could not be measured, a site stays as it is.
 
     Raises:
@@ -85,7 +94,7 @@ def _fitted(observation: Observation, sites: Sequence[ObservedSite], method: str
         RewriteError: the rewrite fails.
     """
     try:
-        plans = rewrite_named(method).fit(observation, sites, config)
+        plans = yield from steps(rewrite_named(method).fit(sites, config))
     except RewriteError as error:
         if error.__cause__ is None:  # another rank's
             raise

@@ -72,7 +72,17 @@ def test_nothing_but_the_split_weights_changes() -> None:
     for before, after in zip(plan().sites, trained().sites, strict=True):
         assert (after.method, after.settings) == ("ffsplit+finetuned", {"inner": before.settings})
         assert (after.fingerprint, after.touched_bytes) == (before.fingerprint, before.touched_bytes)
-        assert set(after.tensors) == {"up", "down", "up_bias", "b1_rest", "down_bias", "w1_a", "w1_b", "w2_a", "w2_b"}
+        assert set(after.tensors) == {
+            "up",
+            "down",
+            "up_bias",
+            "up_bias_rest",
+            "down_bias",
+            "up_a",
+            "up_b",
+            "down_a",
+            "down_b",
+        }
         assert 0 < after.error != before.error
     assert "ffsplit+finetuned" in str(Report.of(trained()))
 
@@ -167,7 +177,7 @@ def test_a_site_that_only_later_batches_reach_is_trained() -> None:
     before, after = branching([16] * 8 + [48] * 6, [16, 48])
     assert [site.method for site in after.sites] == ["ffsplit+finetuned"] * 2
     for old, new in zip(before.sites, after.sites, strict=True):
-        assert not torch.equal(new.tensors["w1_a"], old.tensors["w1_a"])
+        assert not torch.equal(new.tensors["up_a"], old.tensors["up_a"])
         assert 0 < new.error != old.error
 
 
@@ -219,7 +229,7 @@ def test_blocks_that_share_a_graph_are_trained_as_those_that_do_not() -> None:
     )
     assert [site.method for site in found.sites] == ["ffsplit+finetuned"] * 4
     for old, new, same in zip(before.sites, found.sites, expected.sites, strict=True):
-        assert not torch.equal(new.tensors["w1_a"], old.tensors["w1_a"])
+        assert not torch.equal(new.tensors["up_a"], old.tensors["up_a"])
         torch.testing.assert_close(dict(new.tensors), dict(same.tensors))
         assert new.error == pytest.approx(same.error)
 

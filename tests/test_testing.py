@@ -20,7 +20,8 @@ from typer.testing import CliRunner
 
 from tardis_fx import Config
 from tardis_fx.graph.site import Site, SiteWeights
-from tardis_fx.observation.observe import BatchObservation, Observation, ObservedSite
+from tardis_fx.observation.observe import BatchObservation, ObservedSite
+from tardis_fx.observation.run import Fit
 from tardis_fx.passes import base
 from tardis_fx.passes.hot_fold import HotFold
 from tardis_fx.passes.low_rank import LowRank
@@ -62,15 +63,17 @@ def test_the_projects_own_rewrites_keep_every_law(method: str) -> None:
 class Greedy(HotFold):
     """Reads twice what it may."""
 
-    def choose(self, observation: Observation, sites: Sequence[ObservedSite], config: Config) -> list[Choice]:
-        return [Choice(2 * c.touched_bytes, c.tensors, c.settings) for c in super().choose(observation, sites, config)]
+    def choose(self, sites: Sequence[ObservedSite], config: Config) -> Fit[list[Choice]]:
+        choices = yield from super().choose(sites, config)
+        return [Choice(2 * c.touched_bytes, c.tensors, c.settings) for c in choices]
 
 
 class Weightless(HotFold):
     """Stores nothing, it says."""
 
-    def fit(self, observation: Observation, sites: Sequence[ObservedSite], config: Config) -> list[SitePlan]:
-        return [SitePlan(**vars(p) | {"stored_bytes": 0}) for p in super().fit(observation, sites, config)]
+    def fit(self, sites: Sequence[ObservedSite], config: Config) -> Fit[list[SitePlan]]:
+        plans = yield from super().fit(sites, config)
+        return [SitePlan(**vars(p) | {"stored_bytes": 0}) for p in plans]
 
 
 class Widening(HotFold):
@@ -98,8 +101,9 @@ class Traced(HotFold):
 class Boasting(HotFold):
     """Tells half of its error."""
 
-    def fit(self, observation: Observation, sites: Sequence[ObservedSite], config: Config) -> list[SitePlan]:
-        return [SitePlan(**vars(p) | {"error": p.error / 2}) for p in super().fit(observation, sites, config)]
+    def fit(self, sites: Sequence[ObservedSite], config: Config) -> Fit[list[SitePlan]]:
+        plans = yield from super().fit(sites, config)
+        return [SitePlan(**vars(p) | {"error": p.error / 2}) for p in plans]
 
 
 class Forgetful(HotFold):
@@ -107,8 +111,8 @@ class Forgetful(HotFold):
 
     kept: ClassVar[dict[int, float]] = {}
 
-    def fit(self, observation: Observation, sites: Sequence[ObservedSite], config: Config) -> list[SitePlan]:
-        plans = super().fit(observation, sites, config)
+    def fit(self, sites: Sequence[ObservedSite], config: Config) -> Fit[list[SitePlan]]:
+        plans = yield from super().fit(sites, config)
         for plan in plans:
             self.kept[id(plan.tensors)] = 2.0
         return plans
@@ -128,8 +132,8 @@ class Uneven(LowRank):
 class Fickle(HotFold):
     """Is drawn anew by each fit."""
 
-    def choose(self, observation: Observation, sites: Sequence[ObservedSite], config: Config) -> list[Choice]:
-        found = super().choose(observation, sites, config)
+    def choose(self, sites: Sequence[ObservedSite], config: Config) -> Fit[list[Choice]]:
+        found = yield from super().choose(sites, config)
         return [
             Choice(c.touched_bytes, c.tensors | {"noise": torch.tensor(list(os.urandom(8)))}, c.settings) for c in found
         ]

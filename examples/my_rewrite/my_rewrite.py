@@ -32,8 +32,8 @@ class MyRewrite(StaticRewrite):
     def floor(self, weights):
         return len(weights.down) * weights.down.element_size()  # no neuron, and the bias
 
-    def choose(self, observation, sites, config):
-        spreads = measured(observation, Spread, sites, config)
+    def choose(self, sites, config):
+        spreads = yield measured(Spread, sites)
         return [self.choice(site.weights, spreads[site.fingerprint], config.budget) for site in sites]
 
     def choice(self, weights, spread, budget):

@@ -13,6 +13,7 @@ import torch
 from tardis_fx.config import Config
 from tardis_fx.errors import BenchError
 from tardis_fx.observation.observe import BatchObservation
+from tardis_fx.observation.run import Run
 from tardis_fx.partial_linear.costs import Costs
 from tardis_fx.partial_linear.draft import Draft, DraftObserver, Quantisation
 from tardis_fx.partial_linear.settled import AffineValue, Settled
@@ -111,7 +112,7 @@ def random_plans(model: nn.Module, batch: Tensor, widths: Sequence[Widths], rate
     sites = [s for s in observation.sites if s.site.reason is None and rewrite.refuse(s.site) is None]
     if not sites:
         raise BenchError("the model has no FFN that partial linearity takes")
-    kept = observation.run(lambda _: _Kept(), sites, "inputs of the FFNs")
+    kept = observation.answer(Run("inputs of the FFNs", lambda _: _Kept(), sites))
     return {
         w: Plan(
             tuple(_site_plan(site, kept[site.fingerprint].x, w, rate) for site in sites),
@@ -122,7 +123,7 @@ def random_plans(model: nn.Module, batch: Tensor, widths: Sequence[Widths], rate
 
 
 def _site_plan(site: ObservedSite, x: Tensor, widths: Widths, rate: float) -> SitePlan:
-    """The plan of one site: every neuron guarded, the limits at quantiles of the levels, all codes rounded to nearest."""
+    """The plan of one site: every neuron guarded, the limits at quantiles of the levels, codes rounded to nearest."""
     seen = DraftObserver(site)
     seen.update(x)
     draft = Draft.from_observer(site, seen, Quantisation(widths.predictor, GROUP_SIZE, "nearest"))

@@ -12,6 +12,7 @@ from tardis_fx.graph import feed_forward
 from tardis_fx.healing.student import Student, divergence
 from tardis_fx.observation.capture import arguments
 from tardis_fx.observation.observe import BatchObservation
+from tardis_fx.observation.run import Run
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -79,7 +80,7 @@ class Evaluation:
         entries = {key: self._figures(key, site) for key, site in self._student.sites.items()}
         observation = BatchObservation(self._model, self._batches, progress=False)
         sites = [site for site in observation.sites if site.fingerprint in entries]
-        missed = observation.run(lambda s: _Missed(s, self._student.sites[s.fingerprint]), sites, "errors")
+        missed = observation.answer(Run("errors", lambda s: _Missed(s, self._student.sites[s.fingerprint]), sites))
         entries = {key: replace(entry, error=missed[key].error) for key, entry in entries.items()}
         return replace(plan, sites=tuple(entries.get(entry.fingerprint, entry) for entry in plan.sites))
 

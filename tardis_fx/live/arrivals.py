@@ -7,12 +7,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tardis_fx.errors import CalibrationError
-from tardis_fx.observation.observe import O, Observation, ObservedSite, SiteObserver, Suspended
+from tardis_fx.observation.observe import Observation, ObservedSite, SiteObserver
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from torch import Tensor
+
+    from tardis_fx.observation.run import Fit, Run
+    from tardis_fx.plan import Plan
 
 #: Tokens of a site that are kept until the observer gets them together.
 TOGETHER = 512
@@ -22,22 +25,27 @@ PATIENCE = 16
 
 
 class LiveObservation(Observation):
-    """Sites whose inputs arrive call by call.
+    """Sites whose inputs arrive call by call, and the fit that waits for them.
 
-    A run cannot wait for them, so it suspends the fit, which is begun again when the tokens are there: runs that are
-    done then answer at once. A run counts, and shows, each token once; see :class:`Repeats`.
+    A run counts, and shows, each token once; see :class:`Repeats`.
+
+    Attributes:
+        title: of the run that waits for tokens; empty before the first one.
+        count: how many different tokens it has seen of the site that it has seen least of.
     """
 
-    def __init__(self, sites: Sequence[ObservedSite], tokens: int) -> None:
+    def __init__(self, sites: Sequence[ObservedSite], tokens: int, fit: Callable[[LiveObservation], Fit[Plan]]) -> None:
         """Starts without any run.
 
         Args:
             sites: the sites.
             tokens: how many each run shows of every site.
+            fit: makes plans from this observation.
         """
-        self._sites, self._tokens, self.memo = list(sites), tokens, {}
-        self.what, self.count = "", 0
-        self._done: dict[str, dict[str, Any]] = {}
+        super().__init__()
+        self._sites, self._tokens, self._fit = list(sites), tokens, fit(self)
+        self.title, self.count = "", 0
+        self._run: Run | None = None
         self._arrivals: dict[str, _Arrivals] = {}
 
     @property
@@ -45,31 +53,38 @@ class LiveObservation(Observation):
         """All sites."""
         return self._sites
 
-    def run(self, make: Callable[[ObservedSite], O], sites: Sequence[ObservedSite], what: str) -> dict[str, O]:
-        """Answers when the tokens have been seen; see :meth:`Observation.run`.
-
-        Raises:
-            Suspended: they have not.
-        """
-        if what not in self._done:
-            self._arrivals = {s.fingerprint: _Arrivals(make(s), s.weights.up.shape[1]) for s in sites}
-            self.what, self.count = what, 0
-            raise Suspended
-        return self._done[what]
-
     @property
     def waits(self) -> bool:
         """Whether there is a run that waits for tokens."""
-        return bool(self._arrivals)
+        return self._run is not None
 
-    def update(self, inputs: Sequence[tuple[str, Tensor]]) -> bool:
+    def advance(self, answer: Mapping[str, Any] | None = None) -> Plan | None:
+        """Goes on with the fit until it needs tokens, and returns None, or to its end, and returns the plan.
+
+        Args:
+            answer: what :meth:`update` has returned; None at the beginning.
+        """
+        while True:
+            try:
+                run = self._fit.send(answer)  # type: ignore[arg-type]
+            except StopIteration as done:
+                plan: Plan = done.value
+                return plan
+            answer = self.recall(run)
+            if answer is None:
+                assert not run.replaced  # Options refuses sequential fits
+                self._arrivals = {s.fingerprint: _Arrivals(run.make(s), s.weights.up.shape[1]) for s in run.sites}
+                self._run, self.title, self.count = run, run.title, 0
+                return None
+
+    def update(self, inputs: Sequence[tuple[str, Tensor]]) -> Mapping[str, Any] | None:
         """Shows the inputs of one call to the observers of the current run.
 
         Args:
             inputs: fingerprints and inputs, [tokens, d].
 
         Returns:
-            Whether the run is done.
+            What the run has found, or None where it needs more tokens.
 
         Raises:
             CalibrationError: an input is NaN or infinite.
@@ -80,13 +95,13 @@ class LiveObservation(Observation):
                     raise CalibrationError("inputs of a feed-forward network hold NaN or infinity")
                 self._arrivals[identity].add(x.float().cpu())
         self.count = min((arrivals.count for arrivals in self._arrivals.values()), default=0)
-        if not self._arrivals or self.count < self._tokens:
-            return False
+        if self._run is None or self.count < self._tokens:
+            return None
         for arrivals in self._arrivals.values():
             arrivals.show()
-        self._done[self.what] = {identity: arrivals.observer for identity, arrivals in self._arrivals.items()}
-        self._arrivals = {}
-        return True
+        run, observers = self._run, {identity: arrivals.observer for identity, arrivals in self._arrivals.items()}
+        self._run, self._arrivals = None, {}
+        return self.conclude(run, observers)
 
     def monotonous(self) -> list[ObservedSite]:
         """Sites that go on repeating their inputs while all that the others need has been seen."""

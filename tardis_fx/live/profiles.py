@@ -11,24 +11,27 @@ from __future__ import annotations
 import logging
 import threading
 import weakref
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tardis_fx.config import Config
 from tardis_fx.errors import TardisError
 from tardis_fx.live.arrivals import PATIENCE, LiveObservation
-from tardis_fx.observation.observe import ObservedSite, Suspended
+from tardis_fx.observation.run import Run
 from tardis_fx.passes.base import rewrite_named
 from tardis_fx.plan import Plan, SitePlan
-from tardis_fx.planning import plan_for, refused
+from tardis_fx.planning import fit_plan, refused
 from tardis_fx.runtime.fingerprint import fingerprint
 from tardis_fx.statistics.check import Check
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from torch import Tensor
+
+    from tardis_fx.observation.observe import ObservedSite
+    from tardis_fx.observation.run import Fit
 
 _log = logging.getLogger("tardis_fx")
 
@@ -71,7 +74,7 @@ class Profile:
         observation = self._observation
         if observation is None:
             return "fitted"
-        return f"profiling: {observation.what}, {observation.count:,} of {self._settings.profile_tokens:,} tokens"
+        return f"profiling: {observation.title}, {observation.count:,} of {self._settings.profile_tokens:,} tokens"
 
     def update(self, inputs: Sequence[tuple[str, Tensor]]) -> None:
         """Adds the inputs of one call, with fingerprints; fits and checks when there are enough.
@@ -84,13 +87,13 @@ class Profile:
         with self._guarded(observation):
             if not observation.waits:
                 self._advance(observation)  # to the first run
-            if observation.update(inputs):
-                self._advance(observation)
+            if (found := observation.update(inputs)) is not None:
+                self._advance(observation, found)
             elif late := observation.monotonous():
                 self._leave(observation, late)
 
     def _begin(self, sites: Sequence[ObservedSite]) -> None:
-        observation = self._observation = LiveObservation(sites, self._settings.profile_tokens)
+        observation = self._observation = LiveObservation(sites, self._settings.profile_tokens, self._fit)
         with self._guarded(observation):
             self._advance(observation)
 
@@ -103,12 +106,13 @@ class Profile:
             _log.error("the feed-forward networks stay as they are: %s", said)
             self._finish(refused(site, said) for site in observation.sites)
         except BaseException:
-            self._observation = LiveObservation(observation.sites, self._settings.profile_tokens)
+            self._observation = LiveObservation(observation.sites, self._settings.profile_tokens, self._fit)
             raise
 
-    def _advance(self, observation: LiveObservation) -> None:
-        with suppress(Suspended):
-            self._finish(self._checked(observation, plan_for(observation, self._settings.config)).sites)
+    def _advance(self, observation: LiveObservation, found: Mapping[str, Any] | None = None) -> None:
+        plan = observation.advance(found)
+        if plan is not None:
+            self._finish(plan.sites)
 
     def _finish(self, entries: Iterable[SitePlan]) -> None:
         self.plan = Plan((*entries, *self._left), self._settings.config)
@@ -124,14 +128,20 @@ class Profile:
         left = {site.fingerprint for site in late}
         self._begin([site for site in observation.sites if site.fingerprint not in left])
 
-    def _checked(self, observation: LiveObservation, plan: Plan) -> Plan:
+    def _fit(self, observation: LiveObservation) -> Fit[Plan]:
         """The plan without sites whose error on calls that it was not fitted on exceeds the tolerance."""
+        plan = yield from fit_plan(observation, self._settings.config)
         entries = {entry.fingerprint: entry for entry in plan.sites}
         sites = {site.fingerprint: site for site in observation.sites}
         fitted = [site for identity, site in sites.items() if entries[identity].method is not None]
         if not fitted:
             return plan
-        checks = observation.run(lambda s: Check(s, _replacement(s, entries[s.fingerprint])), fitted, "check")
+
+        def check_of(site: ObservedSite) -> Check:
+            entry = entries[site.fingerprint]
+            return Check(site, rewrite_named(str(entry.method)).replacement(entry, site.weights))
+
+        checks = yield Run("check", check_of, fitted)
         for identity, check in checks.items():
             entry = entries[identity]
             if not check.error <= self._settings.tolerance:
@@ -141,13 +151,6 @@ class Profile:
             else:
                 entries[identity] = replace(entry, error=check.error)
         return Plan(tuple(entries.values()), plan.config)
-
-
-def _replacement(site: ObservedSite, entry: SitePlan) -> Callable[[Tensor], Tensor]:
-    """What an entry puts in a site's place."""
-    rewrite = rewrite_named(str(entry.method))
-    constants = rewrite.constants(entry, site.weights)
-    return lambda x: rewrite.forward(x, constants, entry)
 
 
 # Replaced, never changed: whoever reads it needs no lock.

@@ -40,12 +40,12 @@ class Checkpoint:
         except OSError as error:
             raise CheckpointError(f"cannot keep checkpoints in {folder}: {error}") from error
 
-    def restore(self, run: int, what: str, observers: Mapping[str, Any]) -> bool:
+    def restore(self, run: int, title: str, observers: Mapping[str, Any]) -> bool:
         """Puts the statistics of a finished run into new observers.
 
         Args:
             run: its number.
-            what: it measures.
+            title: what it measures.
             observers: by the fingerprints of their sites.
 
         Returns:
@@ -63,7 +63,7 @@ class Checkpoint:
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{path} is damaged or no checkpoint: {error}") from error
         wanted = statistics(observers)
-        if not self._header(what).items() <= header.items() or stored.keys() != wanted.keys():
+        if not self._header(title).items() <= header.items() or stored.keys() != wanted.keys():
             raise CheckpointError(
                 f"{path} is of another model, other batches or another config: delete {self._folder}, or name another"
             )
@@ -73,7 +73,7 @@ class Checkpoint:
             statistic.assign(stored[name])
         return True
 
-    def store(self, run: int, what: str, observers: Mapping[str, Any]) -> None:
+    def store(self, run: int, title: str, observers: Mapping[str, Any]) -> None:
         """Writes the statistics of a finished run; the file appears whole or not at all.
 
         Raises:
@@ -81,12 +81,12 @@ class Checkpoint:
         """
         tensors = {name: statistic.value.contiguous().clone() for name, statistic in statistics(observers).items()}
         try:
-            write(self._path(run), tensors, self._header(what))
+            write(self._path(run), tensors, self._header(title))
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"cannot write checkpoint {self._path(run)}: {error}") from error
 
     def _path(self, run: int) -> Path:
         return self._folder / f"run-{run:03}.safetensors"
 
-    def _header(self, what: str) -> dict[str, str]:
-        return {"format": _FORMAT, "owner": self._owner, "what": what}
+    def _header(self, title: str) -> dict[str, str]:
+        return {"format": _FORMAT, "owner": self._owner, "what": title}

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from tardis_fx.errors import RewriteError, TardisError
-from tardis_fx.observation.capture import Capture
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -19,7 +18,7 @@ def raising_typed(what: str) -> Iterator[None]:
     """Turns exceptions into a :class:`RewriteError` with their cause.
 
     Untouched are errors of this package, what Dynamo raises to restart or to give up a trace, and memory that ran out,
-    which callers handle by type. So are exceptions of a model that a rewrite observes.
+    which callers handle by type.
 
     Args:
         what: the rewrite, what it was doing, and at which site.
@@ -27,7 +26,7 @@ def raising_typed(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if isinstance(error, (TardisError, torch.OutOfMemoryError, MemoryError, *_of_dynamo())) or _of_model(error):
+        if isinstance(error, (TardisError, torch.OutOfMemoryError, MemoryError, *_of_dynamo())):
             raise
         raise RewriteError(f"{what} raised {type(error).__name__}: {error}") from error
 
@@ -37,12 +36,3 @@ def _of_dynamo() -> tuple[type[Exception], ...]:
     from torch.fx.experimental.symbolic_shapes import ConstraintViolationError
 
     return TorchDynamoException, ConstraintViolationError
-
-
-def _of_model(error: Exception) -> bool:
-    traceback = error.__traceback__
-    while traceback is not None:
-        if traceback.tb_frame.f_code is Capture.__call__.__code__:
-            return True
-        traceback = traceback.tb_next
-    return False

@@ -6,7 +6,7 @@ import logging
 import weakref
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, fx, nn
@@ -29,9 +29,10 @@ from tardis_fx.runtime.fingerprint import fingerprint
 from tardis_fx.statistics.regression import fitted_tokens
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 
     from tardis_fx.observation.checkpoint import Checkpoint
+    from tardis_fx.observation.run import Run
 
 _log = logging.getLogger("tardis_fx")
 
@@ -47,10 +48,7 @@ class SiteObserver(Protocol):
         """Adds the site's inputs, [tokens, d], float32."""
 
 
-O = TypeVar("O", bound=SiteObserver)
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ObservedSite:
     """A site of the model with its weights.
 
@@ -67,10 +65,6 @@ class ObservedSite:
     parameters: tuple[Tensor, ...]
 
 
-class Suspended(BaseException):
-    """A run has not seen its tokens yet: no error, and nothing for a rewrite's own ``except Exception``."""
-
-
 @dataclass(frozen=True)
 class Seen:
     """How much a run has shown of a site.
@@ -85,46 +79,65 @@ class Seen:
 
 
 class Observation(ABC):
-    """Sites whose inputs can be shown to observers, run by run.
+    """Sites whose inputs the runs of a fit show to observers.
 
     Attributes:
-        memo: where rewrites keep what they measured, for further plans from the same observation.
         warned: whether the user knows that the tokens are few.
     """
 
-    memo: dict[str, Any]
-    warned: bool = False
+    def __init__(self, *, progress: bool = False) -> None:
+        """Has made no run.
+
+        Args:
+            progress: show progress bars.
+        """
+        self.warned, self._progress = False, progress
+        self._memory: dict[tuple[Hashable, ...], Mapping[str, Any]] = {}
 
     @property
     @abstractmethod
     def sites(self) -> Sequence[ObservedSite]:
         """All sites, refused ones included."""
 
-    @abstractmethod
-    def run(self, make: Callable[[ObservedSite], O], sites: Sequence[ObservedSite], what: str) -> dict[str, O]:
-        """Shows inputs to observers and returns one observer a site, by the site's fingerprint.
-
-        A run that must wait for its tokens raises :class:`Suspended`.
-
-        Args:
-            make: makes the observer of a site.
-            sites: the sites to observe.
-            what: says what is being measured; another text for each run of one fit.
-
-        Raises:
-            CalibrationError: a site's inputs are NaN or infinite, or it saw no token.
-        """
-
     def seen(self, site: ObservedSite) -> Seen | None:
         """What runs have shown of a site, or None where that is not known."""
         return None
 
+    def recall(self, run: Run) -> Mapping[str, Any] | None:
+        """What an equal run has found before, or None."""
+        return None if run.key is None else self._memory.get((run.key, *run.sites))
 
-class BatchObservation(Observation):
+    def conclude(self, run: Run, observers: Mapping[str, Any]) -> Mapping[str, Any]:
+        """What a run has found by the site's fingerprints, from its observers; remembered where the run has a key."""
+        bar = tqdm(run.sites, desc=run.title, unit="site", disable=not self._progress, leave=False, delay=1)
+        found = {site.fingerprint: run.finish(site, observers[site.fingerprint]) for site in bar}
+        if run.key is not None:
+            self._memory[run.key, *run.sites] = found
+        return found
+
+
+class RepeatableObservation(Observation):
+    """An observation that answers a run at once, as often as one asks."""
+
+    def answer(self, run: Run) -> Mapping[str, Any]:
+        """What a run finds, by the fingerprints of its sites.
+
+        Raises:
+            CalibrationError: a site's inputs are NaN or infinite, or it saw no token.
+        """
+        found = self.recall(run)
+        return self.conclude(run, self._shown(run)) if found is None else found
+
+    @abstractmethod
+    def _shown(self, run: Run) -> Mapping[str, SiteObserver]:
+        """The observers of a run, by fingerprint, after they have seen all inputs of their sites."""
+
+
+class BatchObservation(RepeatableObservation):
     """A model, its calibration batches, and its sites in the order in which they run.
 
-    The sites are found by running the first batch. Batches are kept in a list, for they are run once for every
-    :meth:`run`; a site's inputs are never kept.
+    The sites are found by running the first batch. Batches are kept in a list, for they are run once for every run of a
+    fit; a site's inputs are never kept.
     """
 
     def __init__(
@@ -148,16 +161,16 @@ class BatchObservation(Observation):
         Raises:
             CalibrationError: no batches, a model in training mode, or one without an FFN that has weights of its own.
         """
+        super().__init__(progress=progress)
         model = uncompiled(model)
-        self._batches, self._progress = checked(model, batches), progress
+        self._batches = checked(model, batches)
         self._ranks, self._checkpoint, self._runs = ranks or Ranks(), checkpoint, 0
-        self.memo: dict[str, Any] = {}
         self._sites: dict[str, ObservedSite] = {}
-        self._observers: dict[str, SiteObserver] = {}
+        self._observers: Mapping[str, SiteObserver] = {}
         self._batch: Batch = self._batches[0]
         self._counts: dict[str, list[int]] = {}
         self._seen: dict[str, Seen] = {}
-        self._rewritten: dict[str, Callable[[Tensor], Tensor]] = {}
+        self._replaced: Mapping[str, Callable[[Tensor], Tensor]] = {}
         self._refused: list[str] = []  # names and reasons, of sites that lack weights of their own
         self._capture = Capture(model, self._instrument)
         self._call(0)
@@ -174,27 +187,30 @@ class BatchObservation(Observation):
         """All sites, refused ones included."""
         return list(self._sites.values())
 
-    def run(self, make: Callable[[ObservedSite], O], sites: Sequence[ObservedSite], what: str) -> dict[str, O]:
-        """Runs all batches once, each on one rank; see :meth:`Observation.run`.
+    def _shown(self, run: Run) -> dict[str, SiteObserver]:
+        """Runs all batches once, each on one rank.
 
         Raises:
             CheckpointError: the checkpoint is damaged, of another calibration, or cannot be written.
         """
-        observers = {site.fingerprint: make(site) for site in sites}
+        observers = {site.fingerprint: run.make(site) for site in run.sites}
         self._runs += 1
-        checkpoint, run = self._checkpoint, self._runs
+        checkpoint, number = self._checkpoint, self._runs
 
         def keep() -> None:
             if checkpoint is not None:
-                checkpoint.store(run, what, observers)
+                checkpoint.store(number, run.title, observers)
 
-        restored = any(self._ranks.attempt(lambda: checkpoint is not None and checkpoint.restore(run, what, observers)))
+        def restore() -> bool:
+            return checkpoint is not None and checkpoint.restore(number, run.title, observers)
+
+        restored = any(self._ranks.attempt(restore))
         if not restored:
-            shown = self._ranks.attempt(lambda: self._show(observers, what))
+            shown = self._ranks.attempt(lambda: self._show(run, observers))
             for identity in observers:
                 counts = [counts[identity] for counts in shown if identity in counts]
                 self._seen[identity] = Seen(*map(sum, zip(*counts, strict=True))) if counts else Seen(0, 0)
-            if unseen := [site.site.name for site in sites if not self._seen[site.fingerprint].tokens]:
+            if unseen := [site.site.name for site in run.sites if not self._seen[site.fingerprint].tokens]:
                 raise CalibrationError(f"no token of any batch reached {', '.join(unseen[:4])}")
         if self._ranks.count > 1:
             merge(observers, self._ranks)  # also gives to all what one has restored
@@ -206,15 +222,15 @@ class BatchObservation(Observation):
         """See :meth:`Observation.seen`; runs that were restored from a checkpoint do not count."""
         return self._seen.get(site.fingerprint)
 
-    def _show(self, observers: Mapping[str, SiteObserver], what: str) -> dict[str, list[int]]:
+    def _show(self, run: Run, observers: Mapping[str, SiteObserver]) -> dict[str, list[int]]:
         """Runs this rank's batches; numbers of tokens and of held-back ones by fingerprint, of sites reached."""
-        self._observers, self._counts = dict(observers), {}
+        self._observers, self._replaced, self._counts = observers, run.replaced, {}
         shared = self._ranks.share(range(len(self._batches)))
         try:
-            for number in tqdm(shared, desc=what, unit="batch", disable=not self._progress, leave=False):
+            for number in tqdm(shared, desc=run.title, unit="batch", disable=not self._progress, leave=False):
                 self._call(number)
         finally:
-            self._observers = {}
+            self._observers, self._replaced = {}, {}
         return self._counts
 
     def _call(self, number: int) -> None:
@@ -230,14 +246,6 @@ class BatchObservation(Observation):
             raise
         except Exception as error:
             raise CalibrationError(f"the model fails on batch {number}: {type(error).__name__}: {error}") from error
-
-    def replace(self, site: ObservedSite, function: Callable[[Tensor], Tensor]) -> None:
-        """From now on the site's output is ``function`` of its input, [..., d] to [..., d_out]."""
-        self._rewritten[site.fingerprint] = function
-
-    def restore(self) -> None:
-        """Undoes every :meth:`replace`."""
-        self._rewritten = {}
 
     def _instrument(self, gm: fx.GraphModule, example_inputs: list[Tensor]) -> Callable[..., Any]:
         """Puts taps around every site; also the first batch's example inputs tell the sites' weights."""
@@ -306,9 +314,9 @@ class BatchObservation(Observation):
         with raising_typed(f"{type(observer).__qualname__} at {site.name}"):
             observer.update(tokens)
 
-    def rewritten(self, site: Site, parameters: list[Tensor]) -> Callable[[Tensor], Tensor] | None:
-        """What replaces a site's output, or None."""
-        return self._rewritten.get(self._admit(site, parameters))
+    def replaced(self, site: Site, parameters: list[Tensor]) -> Callable[[Tensor], Tensor] | None:
+        """What replaces a site's output in the current run, or None."""
+        return self._replaced.get(self._admit(site, parameters))
 
 
 def _dense(parameter: Tensor) -> Tensor:

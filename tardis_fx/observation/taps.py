@@ -21,7 +21,7 @@ class Enter(nn.Module):
     def forward(self, x: Tensor, *parameters: Tensor) -> Tensor | None:
         """The site's inputs where they are needed to replace its output."""
         self._observation.observe(self._site, list(parameters), x)
-        return x.clone() if self._observation.rewritten(self._site, list(parameters)) else None
+        return x.clone() if self._observation.replaced(self._site, list(parameters)) else None
 
 
 class Leave(nn.Module):
@@ -33,5 +33,5 @@ class Leave(nn.Module):
 
     def forward(self, output: Tensor, x: Tensor | None, *parameters: Tensor) -> Tensor:
         """The site's output."""
-        function = self._observation.rewritten(self._site, list(parameters))
+        function = self._observation.replaced(self._site, list(parameters))
         return output if function is None or x is None else function(x).view_as(output)

@@ -11,12 +11,33 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from tardis_fx.observation.run import Fit
+    from tardis_fx.plan import SitePlan
 
 #: How far below its target an error may stay.
 SLACK = 0.03
 
 #: How often the sites are fitted at the most.
 TRIES = 8
+
+
+def fit_to_target(fit: Callable[[float], Fit[list[SitePlan]]], floor: float, target: float) -> Fit[list[SitePlan]]:
+    """The plans of the least budget whose root mean square error is at most the target; see :func:`least_budget`.
+
+    Args:
+        fit: the plans of all sites at a budget.
+        floor: the smallest possible budget.
+        target: error wanted.
+
+    Raises:
+        CalibrationError: the whole of the bytes does not suffice.
+    """
+    tried: dict[float, list[SitePlan]] = {}
+
+    def error(budget: float) -> Fit[float]:
+        tried[budget] = yield from fit(budget)
+        return math.sqrt(sum(plan.error**2 for plan in tried[budget]) / len(tried[budget]))
+
+    return tried[(yield from least_budget(error, floor, target))]
 
 
 def least_budget(error: Callable[[float], Fit[float]], floor: float, target: float) -> Fit[float]:
@@ -26,7 +47,7 @@ def least_budget(error: Callable[[float], Fit[float]], floor: float, target: flo
     kept a tenth of the way off the ends.
 
     Args:
-        error: fits the sites within a budget, and returns their error.
+        error: of a budget; every call fits the sites.
         floor: the smallest possible budget.
         target: error wanted.
 

@@ -11,6 +11,7 @@ from hypothesis import reject
 
 from tardis_fx.config import Config
 from tardis_fx.errors import CalibrationError
+from tardis_fx.observation.run import drive
 from tardis_fx.passes.base import rewrite_named
 from tardis_fx.planning import plan_for
 from tardis_fx.statistics.check import original
@@ -213,7 +214,7 @@ def gated_and_affine_sites_are_refused_with_a_reason_or_handled(method: str, spe
             assert reason.strip(), "refused without a reason"
             continue
         observation = SiteObservation([site], [specimen.calibration.batch(256, d)])
-        (entry,) = rewrite.fit(observation, [site], Fit(method, specimen).config(1.0))
+        (entry,) = drive(observation, rewrite.fit([site], Fit(method, specimen).config(1.0)))
         assert entry.method or entry.reason, "neither rewritten nor refused with a reason"
         if entry.method:
             found = output(site, entry, specimen.calibration.batch(5, d))

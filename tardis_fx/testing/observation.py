@@ -11,7 +11,7 @@ from torch.nn import functional as F  # noqa: N812
 from tardis_fx.errors import CalibrationError
 from tardis_fx.graph.matcher import find_sites
 from tardis_fx.graph.site import SiteWeights
-from tardis_fx.observation.observe import Observation, ObservedSite, Seen
+from tardis_fx.observation.observe import ObservedSite, RepeatableObservation, Seen
 from tardis_fx.runtime.fingerprint import fingerprint
 from tardis_fx.statistics.regression import fitted_tokens
 from tardis_fx.testing.building import Graph
@@ -19,15 +19,16 @@ from tardis_fx.testing.ffn import FFN, GatedFFN, gated_ffn
 from tardis_fx.testing.spellings import SPELLINGS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from torch import Tensor
 
     from tardis_fx.graph.site import Site
-    from tardis_fx.observation.observe import O
+    from tardis_fx.observation.observe import SiteObserver
+    from tardis_fx.observation.run import Run
 
 
-class SiteObservation(Observation):
+class SiteObservation(RepeatableObservation):
     """FFNs that all see the same batches; nothing is captured, so that a fit takes milliseconds."""
 
     def __init__(self, ffns: Sequence[FFN | GatedFFN | ObservedSite], batches: Sequence[Tensor]) -> None:
@@ -37,7 +38,7 @@ class SiteObservation(Observation):
             ffns: or sites; their weights are those of the sites, no copies.
             batches: each [tokens, d].
         """
-        self.memo: dict[str, Any] = {}
+        super().__init__()
         self._batches = batches
         self._sites = [ffn if isinstance(ffn, ObservedSite) else observed(ffn) for ffn in ffns]
 
@@ -46,13 +47,14 @@ class SiteObservation(Observation):
         """One an FFN, in their order."""
         return self._sites
 
-    def run(self, make: Callable[[ObservedSite], O], sites: Sequence[ObservedSite], what: str) -> dict[str, O]:
-        """Shows every batch to every site's observer; see :meth:`Observation.run`."""
-        observers = {site.fingerprint: make(site) for site in sites}
+    def _shown(self, run: Run) -> dict[str, SiteObserver]:
+        """Shows every batch to every site's observer."""
+        assert not run.replaced  # no site feeds another
+        observers = {site.fingerprint: run.make(site) for site in run.sites}
         for batch in self._batches:
             tokens = batch.detach().reshape(-1, batch.shape[-1]).float()
             if not torch.isfinite(tokens).all():
-                raise CalibrationError(f"the inputs hold NaN or infinity ({what})")
+                raise CalibrationError(f"the inputs hold NaN or infinity ({run.title})")
             for observer in observers.values():
                 observer.update(tokens.clone())
         return observers

@@ -17,8 +17,11 @@ from tardis_fx.observation.observe import BatchObservation
 from tardis_fx.passes.partial_linear import PartialLinear
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Mapping
     from pathlib import Path
+
+    from tardis_fx.observation.observe import SiteObserver
+    from tardis_fx.observation.run import Run
 
 CONFIGS = {
     "partial_linear": config(fold_bits=None, row_bits=None),
@@ -103,10 +106,10 @@ def _note(shown: list[str], last: int = 1000) -> None:
     """Notes which runs over the batches are made, and dies in the one of number ``last``."""
     show = BatchObservation._show
 
-    def noted(self: BatchObservation, observers: dict[str, object], what: str) -> dict[str, list[int]]:
-        shown.append(what)
+    def noted(self: BatchObservation, run: Run, observers: Mapping[str, SiteObserver]) -> dict[str, list[int]]:
+        shown.append(run.title)
         if self._runs == last:
             os._exit(1)
-        return show(self, observers, what)  # type: ignore[arg-type]
+        return show(self, run, observers)
 
     BatchObservation._show = noted  # type: ignore[assignment]

@@ -6,6 +6,7 @@ from builders.ffns import Block, batches, ffn, inputs
 from torch import Tensor, nn
 
 from tardis_fx.observation.observe import BatchObservation
+from tardis_fx.observation.run import Run
 
 
 class Kept:
@@ -38,7 +39,7 @@ def test_every_site_is_shown_its_own_inputs_in_every_run() -> None:
     assert [site.site.name for site in observation.sites] == ["0.ffn", "1.ffn", "2.ffn"]
     expected = inputs_of(blocks, torch.cat(batches()))
     for _ in range(2):
-        kept = observation.run(lambda _: Kept(), observation.sites, "test")
+        kept = observation.answer(Run("test", lambda _: Kept(), observation.sites))
         for site, x in zip(observation.sites, expected, strict=True):
             torch.testing.assert_close(kept[site.fingerprint].tokens, x)
 
@@ -46,7 +47,7 @@ def test_every_site_is_shown_its_own_inputs_in_every_run() -> None:
 def test_only_the_sites_asked_for_are_observed() -> None:
     model = nn.Sequential(*(Block(ffn(seed=i)) for i in range(2))).eval()
     observation = BatchObservation(model, batches(), progress=False)
-    kept = observation.run(lambda _: Kept(), observation.sites[1:], "test")
+    kept = observation.answer(Run("test", lambda _: Kept(), observation.sites[1:]))
     assert list(kept) == [observation.sites[1].fingerprint]
 
 
@@ -54,8 +55,8 @@ def test_a_replaced_site_changes_what_later_sites_see_and_not_what_it_sees_itsel
     blocks = [Block(ffn(seed=i)) for i in range(2)]
     observation = BatchObservation(nn.Sequential(*blocks).eval(), batches(), progress=False)
     first, second = observation.sites
-    observation.replace(first, lambda x: 2 * x)
-    kept = observation.run(lambda _: Kept(), observation.sites, "test")
+    run = Run("test", lambda _: Kept(), observation.sites, replaced={first.fingerprint: lambda x: 2 * x})
+    kept = observation.answer(run)
     x = torch.cat(batches())
     with torch.no_grad():
         normed = blocks[0].norm(x)
@@ -68,8 +69,8 @@ def test_a_replaced_site_is_seen_by_the_site_that_follows_directly() -> None:
     model = nn.Sequential(ffn(seed=1), ffn(seed=2)).eval()
     observation = BatchObservation(model, batches(), progress=False)
     first, second = observation.sites
-    observation.replace(first, lambda x: 2 * x)
-    kept = observation.run(lambda _: Kept(), [second], "test")
+    run = Run("test", lambda _: Kept(), [second], replaced={first.fingerprint: lambda x: 2 * x})
+    kept = observation.answer(run)
     torch.testing.assert_close(kept[second.fingerprint].tokens, 2 * torch.cat(batches()))
 
 
@@ -77,7 +78,7 @@ def test_tokens_come_as_rows_of_float32_whatever_the_batch() -> None:
     model = ffn().bfloat16()
     given = [inputs(5, 16).bfloat16(), inputs(2, 3, 16).bfloat16(), inputs(16).bfloat16()]
     observation = BatchObservation(model, given, progress=False)
-    kept = observation.run(lambda _: Kept(), observation.sites, "test")
+    kept = observation.answer(Run("test", lambda _: Kept(), observation.sites))
     (only,) = kept.values()
     assert [(x.shape, x.dtype) for x in only.seen] == [((n, 16), torch.float32) for n in (5, 6, 1)]
 
@@ -86,7 +87,7 @@ def test_no_token_is_missed_where_batches_differ_in_shape() -> None:
     """From the second shape on, the graph has symbolic sizes."""
     given = [models.tokens(2, 8), models.tokens(3, 9), models.tokens(1, 12)]
     observation = BatchObservation(models.gpt2(), given, progress=False)
-    kept = observation.run(lambda _: Kept(), observation.sites, "test")
+    kept = observation.answer(Run("test", lambda _: Kept(), observation.sites))
     assert [len(site.tokens) for site in kept.values()] == [16 + 27 + 12] * 2
 
 

@@ -1,6 +1,7 @@
 """The search for the least budget."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 from builders.ffns import batches, config, ffn
@@ -8,7 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tardis_fx import CalibrationError, Config, calibrate
+from tardis_fx.observation.run import drive, steps
 from tardis_fx.statistics.target import SLACK, TRIES, least_budget
+from tardis_fx.testing.observation import SiteObservation
+
+
+def searched(error: Callable[[float], float], floor: float, target: float) -> float:
+    """What the search finds where nothing has to be measured for an error."""
+    return drive(SiteObservation([], []), least_budget(lambda budget: steps(error(budget)), floor, target))
 
 
 @given(st.floats(0.05, 0.5), st.floats(1.0, 30.0), st.floats(0.01, 0.6), st.floats(0.5, 2.0))
@@ -24,7 +32,7 @@ def test_the_least_budget_meets_a_target_that_falls_with_the_bytes(
     if error(1.0) > target * (1 - SLACK):
         return
     tried.clear()
-    found = least_budget(error, floor, target)
+    found = searched(error, floor, target)
     assert tried[found] <= target
     assert found == min(budget for budget, reached in tried.items() if reached <= target)
     assert len(tried) <= TRIES
@@ -35,7 +43,7 @@ def test_the_least_budget_meets_a_target_that_falls_with_the_bytes(
 
 def test_a_target_out_of_reach_is_an_error_that_says_how_far() -> None:
     with pytest.raises(CalibrationError, match="out of reach, the error is 0.5"):
-        least_budget(lambda budget: 0.5, 0.1, 0.2)
+        searched(lambda budget: 0.5, 0.1, 0.2)
 
 
 def test_calibration_meets_the_target_with_few_bytes() -> None:

@@ -29,7 +29,7 @@ RESEMBLING: dict[str, tuple[Form, str]] = {
     "projections that are convolutions": (lambda m, x: m.point2(gelu(m.point1(x.mT))).mT, "is a convolution"),
     "the input": (lambda m, x: m.down(gelu(m.up(x)) + x.repeat(1, 1, 4)), "joins in"),
     "a mask that was given": (lambda m, x: m.down(gelu(m.up(x)) * (x[..., :1] > 0)), "joins in"),
-    "one number of a parameter": (lambda m, x: m.down(gelu(m.up(x)) * m.down_bias[0]), NO_ACTIVATION),
+    "one number of a parameter": (lambda m, x: m.down(gelu(m.up(x)) * m.b2[0]), NO_ACTIVATION),
     "experts in a batch": (
         lambda m, x: torch.bmm(gelu(torch.bmm(x[:1].expand(4, 3, 8), m.experts1)), m.experts2),
         "tokens are routed",
@@ -57,7 +57,7 @@ def test_what_resembles_an_ffn_is_listed_with_the_reason(name: str) -> None:
 
 
 def _attend(m: Model, x: Tensor) -> Tensor:
-    return F.scaled_dot_product_attention(m.up(x), x @ m.up, F.linear(x, m.up.weight))
+    return F.scaled_dot_product_attention(m.up(x), x @ m.w1, F.linear(x, m.up.weight))
 
 
 NO_FFN: dict[str, Form] = {
@@ -68,7 +68,7 @@ NO_FFN: dict[str, Form] = {
     "a norm of a sum of branches": lambda m, x: m.narrow(m.norm(m.up(x) + m.up(x * 2))),
     "a residual stream": lambda m, x: m.narrow(m.norm(m.up(x) + x.repeat(1, 1, 4))),
     "a residual stream before a square projection": lambda m, x: m.router(
-        m.small_norm(x + m.down(gelu(x @ m.up)).sin())
+        m.small_norm(x + m.down(gelu(x @ m.w1)).sin())
     ),
 }
 

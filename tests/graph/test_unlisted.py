@@ -141,10 +141,10 @@ def test_an_autograd_function_that_records_gradients_is_named() -> None:
 
 
 GATES: dict[str, Callable[[Model, Tensor], Tensor]] = {
-    "gated_pair": lambda m, x: m.down(_gated_pair(m.up(x), x @ m.up)),
+    "gated_pair": lambda m, x: m.down(_gated_pair(m.up(x), x @ m.w1)),
     "gated_halves": lambda m, x: m.down(_gated_halves(m.fused(x))),
-    "prelu": lambda m, x: m.down(torch.prelu(m.up(x), m.up_bias[:3]) * (x @ m.up)),
-    "what stands between": lambda m, x: m.down(F.silu(m.up(x)) * (x @ m.up) * F.linear(x, m.fused.weight[:32])),
+    "prelu": lambda m, x: m.down(torch.prelu(m.up(x), m.b1[:3]) * (x @ m.w1)),
+    "what stands between": lambda m, x: m.down(F.silu(m.up(x)) * (x @ m.w1) * F.linear(x, m.fused.weight[:32])),
 }
 
 
@@ -156,13 +156,13 @@ def test_a_gate_that_is_not_known_is_named(op: str, dynamic: bool) -> None:
 
 
 def test_an_intermediate_that_is_read_elsewhere_hides_nothing() -> None:
-    (site,) = sites_of(Model(lambda m, x: (m.down(h := torch.prelu(m.up(x), m.up_bias[:1])), h.sum())), X)
+    (site,) = sites_of(Model(lambda m, x: (m.down(h := torch.prelu(m.up(x), m.b1[:1])), h.sum())), X)
     assert "prelu" in str(site.reason)
 
 
 NO_FFN: dict[str, Callable[[Model, Tensor], Any]] = {
-    "an op of attention": lambda m, x: m.down(_attend(m.up(x), x @ m.up, F.linear(x, m.up.weight))),
-    "a product of two": lambda m, x: m.down((m.up(x) @ (x @ m.up).mT) @ m.up(x)),
+    "an op of attention": lambda m, x: m.down(_attend(m.up(x), x @ m.w1, F.linear(x, m.up.weight))),
+    "a product of two": lambda m, x: m.down((m.up(x) @ (x @ m.w1).mT) @ m.up(x)),
     "a recurrence": lambda m, x: m.down(m.lstm(m.up(x))[0]),
     "an op on a residual stream": lambda m, x: m.narrow(_swish(m.up(x) + x.repeat(1, 1, 4))),
 }
@@ -280,5 +280,5 @@ def test_what_the_graph_compares_with_is_looked_at(name: str) -> None:
 
 @pytest.mark.parametrize("name", UP)
 def test_what_the_graph_compares_the_up_projection_with_is_looked_at(name: str) -> None:
-    (site,) = sites_of(Model(lambda m, x: m.down(F.silu(m.up(x)) * UP[name](x @ m.up))), X)
+    (site,) = sites_of(Model(lambda m, x: m.down(F.silu(m.up(x)) * UP[name](x @ m.w1))), X)
     assert "not in the registry" in str(site.reason)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -12,6 +12,7 @@ from builders.profile import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tardis_fx.observation.run import drive
 from tardis_fx.partial_linear import residuals
 from tardis_fx.passes.partial_linear import PartialLinear
 from tardis_fx.testing.ffn import gated_ffn
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from tardis_fx.observation.run import Run
     from tardis_fx.partial_linear.draft import Draft
     from tardis_fx.partial_linear.residuals import ResidualObserver
     from tardis_fx.partial_linear.widths import Fitted
@@ -48,7 +50,7 @@ def fit(
     rewrite: PartialLinear, ffns: Sequence[FFN | GatedFFN], budget: float = 0.2, row_bits: int = 4
 ) -> list[SitePlan]:
     observation = SiteObservation(ffns, texts())
-    return rewrite.fit(observation, observation.sites, config(budget=budget, fold_bits=8, row_bits=row_bits))
+    return drive(observation, rewrite.fit(observation.sites, config(budget=budget, fold_bits=8, row_bits=row_bits)))
 
 
 @settings(max_examples=examples(6))
@@ -81,20 +83,19 @@ def test_columns_of_the_original_weights_are_not_copied() -> None:
 def test_sites_whose_sums_do_not_fit_in_memory_take_runs_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     ffns, runs = [ffn(D, HIDDEN, seed=seed) for seed in range(3)], []
     together = fit(PartialLinear(), ffns)
-    run = SiteObservation.run
+    shown = SiteObservation._shown
 
-    def counted(self: SiteObservation, make: object, sites: Sequence[object], what: str) -> object:
-        runs.append((what, len(sites)))
-        return run(self, make, sites, what)  # type: ignore[arg-type]
+    def counted(self: SiteObservation, run: Run) -> Any:
+        runs.append((run.title, len(run.sites)))
+        return shown(self, run)
 
-    monkeypatch.setattr(SiteObservation, "run", counted)
+    monkeypatch.setattr(SiteObservation, "_shown", counted)
     sizes = [16 * (D + len(plan.tensors["neurons"])) ** 2 for plan in together]
     for memory, sites in ((sum(sizes), [3]), (sum(sizes[:2]), [2, 1]), (1, [1, 1, 1])):
         runs.clear()
         monkeypatch.setattr(residuals, "MEMORY", memory)
         apart = fit(PartialLinear(), ffns)
-        assert [count for what, count in runs if what.startswith("residuals")] == sites
-        assert len({what for what, _ in runs}) == len(runs), "a run is known by its name"
+        assert [count for title, count in runs if title.startswith("residuals")] == sites
         for one, other in zip(together, apart, strict=True):
             assert all(torch.equal(one.tensors[name], other.tensors[name]) for name in one.tensors)
 
@@ -102,8 +103,8 @@ def test_sites_whose_sums_do_not_fit_in_memory_take_runs_of_their_own(monkeypatc
 def test_so_do_the_widths_of_one_site(monkeypatch: pytest.MonkeyPatch) -> None:
     observation = SiteObservation([ffn(D, HIDDEN)], texts())
     every = config(budget=0.3, fold_bits=None, row_bits=None)
-    (together,) = PartialLinear().fit(observation, observation.sites, every)
+    (together,) = drive(observation, PartialLinear().fit(observation.sites, every))
     monkeypatch.setattr(residuals, "MEMORY", 1)
-    (apart,) = PartialLinear().fit(observation, observation.sites, every)
+    (apart,) = drive(observation, PartialLinear().fit(observation.sites, every))
     assert together.settings == apart.settings
     assert together.error == pytest.approx(apart.error)

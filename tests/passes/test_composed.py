@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tardis_fx import Config, ConfigError, Plan
 from tardis_fx.explain import Report
 from tardis_fx.graph.site import Site, SiteWeights
-from tardis_fx.observation.observe import BatchObservation, Observation, ObservedSite
+from tardis_fx.observation.observe import BatchObservation, ObservedSite, RepeatableObservation
 from tardis_fx.passes import base
 from tardis_fx.passes.base import Rewrite, rewrite_named
 from tardis_fx.plan import SitePlan
@@ -36,7 +36,7 @@ class Same(Rewrite):
     def refuse(self, site: Site) -> str | None:
         return None
 
-    def fit(self, observation: Observation, sites: Sequence[ObservedSite], config: Config) -> list[SitePlan]:
+    def fit(self, sites: Sequence[ObservedSite], config: Config) -> list[SitePlan]:
         return [SitePlan.of(s.site, s.parameters, method=self.name, touched_bytes=s.weights.bytes) for s in sites]
 
     def weights(self, plan: SitePlan, weights: SiteWeights) -> SiteWeights:
@@ -54,7 +54,7 @@ def observed() -> SiteObservation:
     return SiteObservation([ffn(D, HIDDEN)], batches(d=D))
 
 
-def planned(method: Any, observation: Observation | None = None, budget: float = 0.6) -> Plan:
+def planned(method: Any, observation: RepeatableObservation | None = None, budget: float = 0.6) -> Plan:
     return plan_for(observation or observed(), config(method=method, budget=budget))
 
 
@@ -133,7 +133,7 @@ def test_a_composition_compiles_and_comes_back_from_its_file() -> None:
     assert_equivalent(compiled(model, plan)(x), expected(model, plan, x))
 
 
-def test_parts_of_an_observation_remember_apart() -> None:
+def test_an_observation_does_not_remember_a_site_for_what_a_rewrite_made_of_it() -> None:
     """As the drafts of partial_linear would be mixed up: they are of weights with biases, and of weights without."""
     observation = SiteObservation([ffn(D, HIDDEN)], batches(d=D))
     composed = ["drop_bias", "partial_linear"]

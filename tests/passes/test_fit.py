@@ -16,6 +16,7 @@ from tardis_fx import Plan, calibrate
 from tardis_fx.graph.activations import ACTIVATIONS
 from tardis_fx.graph.site import SiteWeights
 from tardis_fx.observation.observe import BatchObservation
+from tardis_fx.observation.run import drive
 from tardis_fx.passes.base import rewrite_named
 from tardis_fx.passes.partial_linear import PartialLinear
 from tardis_fx.plan import SitePlan
@@ -72,7 +73,7 @@ def test_neurons_that_stay_on_one_affine_piece_fold_exactly(
         if not bias:
             model.down.register_parameter("bias", None)
     observation = BatchObservation(model, batches(), progress=False)
-    (plan,) = rewrite.fit(observation, observation.sites, config())
+    (plan,) = drive(observation, rewrite.fit(observation.sites, config()))
     assert plan.outlier_rate == 0
     assert len(plan.tensors["neurons"]) == 0
     assert plan.error < 1e-5
@@ -90,7 +91,7 @@ def test_folding_no_activation_at_all_is_exact(seed: int, bias: bool, rewrite: P
     (site,) = observation.sites
     assert site.site.activation == "identity"
     assert rewrite.refuse(site.site) is not None
-    (plan,) = rewrite.fit(observation, [site], config())
+    (plan,) = drive(observation, rewrite.fit([site], config()))
     assert plan.outlier_rate == 0
     weights = weights_of(model)
     torch.testing.assert_close(plan.tensors["folded_weight"], weights.down @ weights.up, rtol=1e-4, atol=1e-5)
@@ -222,7 +223,7 @@ def test_more_budget_means_no_more_error(activation: str) -> None:
 def test_the_error_told_is_the_error_made_on_the_tokens_held_back(bias: bool, rewrite: PartialLinear) -> None:
     model = ffn(32, 128, bias=bias)
     observation = BatchObservation(model, batches(d=32), progress=False)
-    (plan,) = rewrite.fit(observation, observation.sites, config(budget=0.5))
+    (plan,) = drive(observation, rewrite.fit(observation.sites, config(budget=0.5)))
     held_back = torch.cat([batch[-len(batch) // 8 :] for batch in batches(d=32)])
     assert relative_error(rewritten(model, plan, held_back), model(held_back)) == pytest.approx(plan.error, rel=0.01)
     others = inputs(1000, 32, seed=9)
@@ -247,7 +248,8 @@ def test_the_regressed_fold_has_less_error_than_the_plain_one() -> None:
     model, errors = ffn(16, 64), {}
     for rewrite in (PartialLinear(), Plain()):
         observation = BatchObservation(model, clustered, progress=False)
-        errors[rewrite.regressed] = rewrite.fit(observation, observation.sites, config(budget=0.3))[0].error
+        (fitted,) = drive(observation, rewrite.fit(observation.sites, config(budget=0.3)))
+        errors[rewrite.regressed] = fitted.error
     assert errors[True] < errors[False]
 
 

@@ -15,7 +15,8 @@ from torch.fx.experimental.symbolic_shapes import ConstraintViolationError
 
 from tardis_fx import Config, Plan, RewriteError, TardisError, calibrate
 from tardis_fx.graph.site import Site, SiteWeights
-from tardis_fx.observation.observe import Observation, ObservedSite
+from tardis_fx.observation.observe import ObservedSite
+from tardis_fx.observation.run import Fit, Run
 from tardis_fx.passes import base
 from tardis_fx.plan import SitePlan
 
@@ -43,10 +44,14 @@ class Dropping(base.Rewrite):
         self._at("refuse")
         return None
 
-    def fit(self, observation: Observation, sites: Sequence[ObservedSite], config: Config) -> list[SitePlan]:
+    def fit(self, sites: Sequence[ObservedSite], config: Config) -> Fit[list[SitePlan]]:
         self._at("fit")
-        observation.run(lambda _: Nothing(), sites, "nothing")
+        yield Run("nothing", lambda _: self._nothing(), sites, lambda *_: self._at("finish"))
         return [SitePlan.of(site.site, site.parameters, method="own") for site in sites]
+
+    def _nothing(self) -> Nothing:
+        self._at("make")
+        return Nothing()
 
     def constants(self, plan: SitePlan, weights: SiteWeights) -> dict[str, Tensor]:
         self._at("constants")
@@ -74,16 +79,16 @@ def _run(model: nn.Module, step: str, error: BaseException) -> None:
     """Calibrates, or compiles with a plan that was made before, with a rewrite that raises in a step."""
     plan = Plan(calibrate(model, batches(), config=config(method="own")).sites, config())
     Dropping.raising = (step, error)
-    if step in ("refuse", "fit"):
+    if step not in ("constants", "forward"):
         calibrate(model, batches(), config=config(method="own"))
     with torch.no_grad():
         torch.compile(model, backend="tardis", options={"plan": plan, "inner": "eager"})(inputs(4, 16))
 
 
-@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("step", [*STEPS, "make", "finish"])
 def test_an_exception_in_a_rewrite_names_it_and_is_the_cause(step: str) -> None:
-    cause = ValueError("seven is odd")
-    with pytest.raises(TardisError, match=f"rewrite 'own': {step} of 0 raised ValueError: seven is odd") as raised:
+    cause, named = ValueError("seven is odd"), "fit" if step in ("make", "finish") else step
+    with pytest.raises(TardisError, match=f"rewrite 'own': {named} of 0 raised ValueError: seven is odd") as raised:
         _run(nn.Sequential(ffn()).eval(), step, cause)
     assert "backend=" not in str(raised.value)
     error: BaseException | None = raised.value

@@ -138,7 +138,7 @@ def test_the_sites_that_another_rewrite_leaves_are_quantised_too() -> None:
 def test_a_matrix_too_small_to_save_anything_stays_as_it_is() -> None:
     (entry,) = planned("low_rank+int8_ffn", 0.032).sites
     assert entry.settings["inner"]["ranks"] == [1, 1]
-    assert set(entry.settings["matrices"]) == {"w1_b", "w2_b"}, "factors of one column have a scale for each weight"
+    assert set(entry.settings["matrices"]) == {"up_b", "down_b"}, "factors of one column have a scale for each weight"
 
 
 def test_a_budget_or_a_target_out_of_reach_is_refused() -> None:
@@ -191,7 +191,7 @@ def test_what_reads_codes_as_numbers_is_a_bug() -> None:
 
     class Careless(type(inner)):  # type: ignore[misc]
         def forward(self, x, constants, plan):
-            return super().forward(x, constants, plan) + torch.mean(constants["w1_a"])
+            return super().forward(x, constants, plan) + torch.mean(constants["up_a"])
 
     with pytest.raises(AssertionError, match="reads codes as numbers"):
         Int8Ffn(Careless()).forward(inputs(2, D), constants, entry)

@@ -75,5 +75,5 @@ def test_ffsplit_keeps_the_papers_proportion() -> None:
     size = 4 * (20 * 40 + 60 * (2 + 2) + 2 * 2 * 20 + 100)
     found = plan(ffn(20, 80), "ffsplit", size / (4 * (2 * 20 * 80 + 100)))
     assert found.settings["heavy"] == 20
-    assert found.tensors["w1_b"].shape == found.tensors["w2_a"].T.shape == (2, 20)
+    assert found.tensors["up_b"].shape == found.tensors["down_a"].T.shape == (2, 20)
     assert found.touched_bytes == size

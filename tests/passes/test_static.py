@@ -221,7 +221,7 @@ def test_sites_of_one_shape_get_constants_of_one_shape(method: str) -> None:
     assert plan.sites[0].settings == plan.sites[1].settings
 
 
-@pytest.mark.parametrize(("method", "name"), [("sparsegpt", "up"), ("gptq", "w1_codes"), ("low_rank", "w1_b")])
+@pytest.mark.parametrize(("method", "name"), [("sparsegpt", "up"), ("gptq", "up_codes"), ("low_rank", "up_b")])
 def test_sequential_fitting_sees_what_the_rewritten_sites_before_give(method: str, name: str) -> None:
     parallel, sequential = (
         plan_for(stacked()[1], config(method=method, budget=0.3, sequential=value)).sites for value in (False, True)

@@ -20,7 +20,7 @@ from tardis_fx.runtime import flops, ops, reference, reference_gated  # noqa: F4
 def test_the_op_counts_what_the_reference_computes(guarded: int, exact: int) -> None:
     o = oracle(16, 32, 40, d_out=12)
     c = PartialLinear().constants(o.plan(range(guarded), range(guarded, guarded + exact)), o.weights)
-    given = (c["folded_bias"].expand(40, 12), o.x, c["w1"], c.get("b1"), c["w2t"], c["counts"])
+    given = (c["folded_bias"].expand(40, 12), o.x, c["up"], c.get("up_bias"), c["w2t"], c["counts"])
     given += (*(c[name] for name in _PER_NEURON), 8, o.activation)
     with FlopCounterMode(display=False) as expected:
         reference.correct(*given)

@@ -29,10 +29,10 @@ def arguments(
     folded = torch.nn.functional.linear(x, c["folded_weight"], c["folded_bias"])
     rest = (c["counts"], *(c[name] for name in _PER_NEURON), 8, o.activation)
     if not quantised:
-        return (folded, x, c["w1"], c.get("b1"), c["w2t"], *rest)
-    fold, w2t = (quantise(m, None, 8, 64).rows for m in (c["folded_weight"], o.weights.w2.T))
+        return (folded, x, c["up"], c.get("up_bias"), c["w2t"], *rest)
+    fold, w2t = (quantise(m, None, 8, 64).rows for m in (c["folded_weight"], o.weights.down.T))
     w1 = quantise(torch.zeros(32, 16), None, low_bits(8, 8), 64).rows
-    return (c["folded_bias"], x, w1, c.get("b1"), w2t, *rest, fold, 8, 8)
+    return (c["folded_bias"], x, w1, c.get("up_bias"), w2t, *rest, fold, 8, 8)
 
 
 @every_dtype
@@ -124,4 +124,4 @@ def test_estimates_are_products_with_the_dequantised_weights() -> None:
     o = oracle(70, 32, 8, d_out=12)
     c = PartialLinear().constants(o.plan(range(32), []), o.weights)
     estimate = reference.estimate(o.x, c["codes"], c["scale"], c["zero"], 8)
-    assert torch.equal(estimate, o.x @ o.weights.w1.T)
+    assert torch.equal(estimate, o.x @ o.weights.up.T)
