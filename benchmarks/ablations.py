@@ -5,7 +5,7 @@
 Calibrated on the first half of the calibration split and measured on the second, every token through fold and
 correction: changes were chosen here, so that the test split has no part in them. Fisher: the Gram matrix of the loss's
 gradients with respect to a site's output, on the calibration text with labels drawn from the model; a neuron's error
-then counts as the matrix takes its W2 column, in full, by its diagonal, or by its trace alone (a weight a layer).
+then counts as the matrix takes its column of down, in full, by its diagonal, or by its trace alone (a weight a layer).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tardis_fx.demo.model import load
 from tardis_fx.measure import quality as measure
 from tardis_fx.observation.observe import BatchObservation
 from tardis_fx.observation.run import drive
-from tardis_fx.partial_linear.ranges import Ranges, SiteRanges, _cheapest_run
+from tardis_fx.partial_linear.ranges import PricedSite, Ranges
 from tardis_fx.passes.partial_linear import PartialLinear
 
 if TYPE_CHECKING:
@@ -39,33 +39,29 @@ WINDOWS = 64
 WIDTHS = Config(fold_bits=4, row_bits=4, progress=False)
 
 
-class Guarded(SiteRanges):
+class Guarded(PricedSite):
     """Every neuron has a predictor row."""
 
     def at(self, price: float) -> Ranges:
         """As the base class has it, with one class only."""
-        error, count = self._error, self.sums.count
-        start, stop = _cheapest_run(error - price * self.costs.row * count)
-        bins = torch.arange(len(error))[:, None]
-        hot = (bins >= start) & (bins < stop)
-        every = torch.ones(count.shape[1], dtype=torch.bool)
-        cold = torch.where(hot, 0, count).sum().item() / self._tokens
-        return Ranges(hot, every, ~every, self.costs.fold + self.costs.predictor * len(every) + self.costs.row * cold)
+        hot = self.guard.cheapest(self.error - price * self.costs.row * self.sums.count)
+        every = torch.ones(hot.shape[1], dtype=torch.bool)
+        return self.touching(hot, every, ~every)
 
 
 class AllGuarded(PartialLinear):
     """Without the classes of neurons that need no predictor row."""
 
-    def ranges(self, draft: Draft, histogram: Histogram) -> SiteRanges:
+    def priced(self, draft: Draft, histogram: Histogram, widths: tuple[int, int]) -> PricedSite:
         """What hot ranges are chosen from."""
-        return Guarded(histogram, draft.down.norm(dim=0), draft.costs)
+        return Guarded(**vars(super().priced(draft, histogram, widths)))
 
 
 class OwnColumns(PartialLinear):
-    """With W2's own columns, rounded."""
+    """With down's own columns, rounded."""
 
-    def _fitted(self, draft: Draft, observer: ResidualObserver) -> Fitted:
-        return self._folded(draft, observer)
+    def _fitted(self, observer: ResidualObserver) -> Fitted:
+        return self._folded(observer.settled, observer)
 
 
 class Fisher(PartialLinear):
@@ -74,10 +70,12 @@ class Fisher(PartialLinear):
     def __init__(self, grams: dict[str, Tensor], part: Callable[[Tensor], Tensor]) -> None:
         self._grams, self._part = grams, part
 
-    def ranges(self, draft: Draft, histogram: Histogram) -> SiteRanges:
+    def priced(self, draft: Draft, histogram: Histogram, widths: tuple[int, int]) -> PricedSite:
         """What hot ranges are chosen from."""
-        gram = self._part(self._grams[draft.site.site.name])
-        return SiteRanges(histogram, ((gram @ draft.down) * draft.down).sum(0).clamp(min=0).sqrt(), draft.costs)
+        gram, down = self._part(self._grams[draft.site.site.name]), draft.neurons.down
+        return replace(
+            super().priced(draft, histogram, widths), importance=((gram @ down) * down).sum(0).clamp(min=0).double()
+        )
 
 
 def gradient_grams(model: nn.Module, names: Sequence[str], windows: Tensor) -> dict[str, Tensor]:
@@ -118,7 +116,7 @@ def variants(grams: dict[str, Tensor]) -> dict[str, tuple[PartialLinear, dict[st
         "groups of 64 columns": (PartialLinear(), {"group_size": 64}),
         "groups of 32 columns": (PartialLinear(), {"group_size": 32}),
         "rounded to nearest": (PartialLinear(), {"rounding": "nearest"}),
-        "W2's own columns": (OwnColumns(), {}),
+        "down's own columns": (OwnColumns(), {}),
         "every site the same share": (PartialLinear(), {"allocation": "per_site"}),
         "a predictor row for every neuron": (AllGuarded(), {}),
         "Fisher, full": (Fisher(grams, lambda g: g), {}),

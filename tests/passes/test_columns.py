@@ -1,4 +1,4 @@
-"""Columns of W2 that are fitted together with the fold."""
+"""Columns of down that are fitted together with the fold."""
 
 from __future__ import annotations
 
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from tardis_fx.observation.run import Run
-    from tardis_fx.partial_linear.draft import Draft
     from tardis_fx.partial_linear.residuals import ResidualObserver
     from tardis_fx.partial_linear.widths import Fitted
     from tardis_fx.plan import SitePlan
@@ -34,10 +33,10 @@ D, HIDDEN = 32, 128
 
 
 class Rounded(PartialLinear):
-    """With W2's own columns, rounded."""
+    """With down's own columns, rounded."""
 
-    def _fitted(self, draft: Draft, observer: ResidualObserver) -> Fitted:
-        return self._folded(draft, observer)
+    def _fitted(self, observer: ResidualObserver) -> Fitted:
+        return self._folded(observer.settled, observer)
 
 
 def texts() -> list[Tensor]:
@@ -63,7 +62,7 @@ def test_fitted_columns_miss_less_and_change_nothing_else_but_the_fold(
     assert fitted.error <= rounded.error
     assert (fitted.touched_bytes, fitted.stored_bytes) == (rounded.touched_bytes, rounded.stored_bytes)
     for name, tensor in rounded.tensors.items():
-        if name not in ("w2t", "folded_weight", "folded_bias"):
+        if name not in ("columns", "folded_weight", "folded_bias"):
             assert torch.equal(fitted.tensors[name], tensor), name
 
 
@@ -77,7 +76,7 @@ def test_where_neurons_fire_together_a_corrected_one_stands_in_for_those_that_ar
 def test_columns_of_the_original_weights_are_not_copied() -> None:
     (fitted,), (rounded,) = (fit(rewrite, [ffn(D, HIDDEN)], row_bits=16) for rewrite in (PartialLinear(), Rounded()))
     assert fitted.error == rounded.error
-    assert "w2t" not in fitted.tensors
+    assert "columns" not in fitted.tensors
 
 
 def test_sites_whose_sums_do_not_fit_in_memory_take_runs_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,12 +26,13 @@ from tardis_fx import (
     explain,
     release,
 )
-from tardis_fx.partial_linear.gated_draft import GatedDraft
+from tardis_fx.partial_linear.draft import Draft, DraftObserver, Quantisation
+from tardis_fx.partial_linear.guards import Score
+from tardis_fx.partial_linear.settled import AffineValue, Settled
 from tardis_fx.passes.paper import Paper
 from tardis_fx.passes.partial_linear import PartialLinear
 from tardis_fx.plan import SitePlan
 from tardis_fx.statistics.check import Check
-from tardis_fx.statistics.moments import Moments
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -41,39 +42,37 @@ if TYPE_CHECKING:
 X = inputs(4, 16)
 
 
-def drafted(site: ObservedSite, x: Tensor, bits: int = 2) -> GatedDraft:
-    """A draft that has seen tokens, nothing settled."""
-    moments = Moments(x.shape[1])
-    moments.update(x)
-    draft = GatedDraft(site, moments, bits, 64, "gptq")
-    products = draft.products()
-    products.update(x)
-    draft.prepare(products)
-    return draft
+def drafted(site: ObservedSite, x: Tensor, bits: int = 2) -> Draft:
+    """A draft that has seen tokens."""
+    seen = DraftObserver(site)
+    seen.update(x)
+    return Draft.from_observer(site, seen, Quantisation(bits, 64, "gptq"))
 
 
-def output(draft: GatedDraft, x: Tensor, guarded: list[int], exact: list[int], threshold: Tensor) -> Tensor:
-    """What the plan of some classes and thresholds gives."""
-    h = len(draft.up)
-    draft.plane = draft.line.flip(0)  # any planes will do
-    draft.guarded, draft.exact = (
-        torch.zeros(h, dtype=torch.bool).index_fill(0, torch.tensor(own, dtype=torch.long), True)
+def settled(draft: Draft, guarded: list[int], exact: list[int], threshold: Tensor) -> Settled:
+    """A draft with some classes and thresholds; any surrogates will do."""
+    classes = (
+        torch.zeros(len(draft.neurons), dtype=torch.bool).index_fill(0, torch.tensor(own, dtype=torch.long), True)
         for own in (guarded, exact)
     )
-    draft.threshold = threshold
-    weight, bias = draft.stored(*draft.fold())
-    site = draft.site
+    assert isinstance(draft.guard, Score)
+    return Settled(draft, 16, 16, AffineValue(draft.guard.surrogate.flip(0)), threshold[:, None], *classes, None)
+
+
+def output(settled: Settled, x: Tensor) -> Tensor:
+    """What the plan of a settled site gives."""
+    site = settled.draft.site
+    weight, bias = settled.store_fold(*settled.uncorrected.fold(settled.draft.neurons))
     plan = SitePlan.of(
-        site.site, site.parameters, method="partial_linear",
-        settings={"bits": draft.bits, "fold_bits": 16, "row_bits": 16, "activation": site.site.activation},
-        tensors=draft.tensors | {"folded_weight": weight, "folded_bias": bias},
+        site.site, site.parameters, method="partial_linear", settings=settled.settings,
+        tensors=settled.tensors | {"folded_weight": weight, "folded_bias": bias},
     )  # fmt: skip
     rewrite = PartialLinear()
     return rewrite.forward(x, rewrite.constants(plan, site.weights), plan)
 
 
 @st.composite
-def sites(draw: st.DrawFn) -> tuple[Gated, GatedDraft, Tensor]:
+def sites(draw: st.DrawFn) -> tuple[Gated, Draft, Tensor]:
     d = draw(st.sampled_from([1, 5, 64, 65]))
     hidden = draw(st.integers(d + 1, d + 20))
     activation = draw(st.sampled_from(["silu", "gelu", "relu", "sigmoid"]))
@@ -87,32 +86,31 @@ def sites(draw: st.DrawFn) -> tuple[Gated, GatedDraft, Tensor]:
 @settings(max_examples=examples(10))
 @given(sites(), st.data())
 def test_neurons_beyond_the_threshold_and_exact_ones_are_the_original_and_all_others_their_planes(
-    drawn: tuple[Gated, GatedDraft, Tensor], data: st.DataObject
+    drawn: tuple[Gated, Draft, Tensor], data: st.DataObject
 ) -> None:
     model, draft, x = drawn
-    guarded, exact = data.draw(classes(len(draft.up)))
-    scores = draft.score(*draft.estimates(x))
-    threshold = scores.sort(0).values[19:21].mean(0)
-    clear = (scores - threshold).abs() > 1e-4 * (1 + threshold)
+    levels = draft.guard.level(draft.estimates(x))
+    threshold = levels.sort(0).values[19:21].mean(0)
+    site = settled(draft, *data.draw(classes(len(draft.neurons))), threshold)
+    clear = (levels - threshold).abs() > 1e-4 * (1 + threshold)
     with torch.no_grad():
-        found, dense = output(draft, x, guarded, exact, threshold), model(x)
-        g, u, p = draft.neurons(x)
+        found, dense = output(site, x), model(x)
+        z, response = draft.neurons.evaluate(x)
         bias = 0 if model.down.bias is None else model.down.bias
-    alpha, beta, gamma = draft.plane.unbind(1)
-    corrected = draft.exact | draft.guarded & (scores > threshold)
-    wanted = torch.where(corrected, dense, alpha * g + beta * u + gamma + bias)
-    atol = 1e-4 * (1 + p.abs().max().item())
+    corrected = site.exact | site.guarded & (levels > threshold)
+    wanted = torch.where(corrected, dense, response - site.uncorrected.residual(z, response) + bias)
+    atol = 1e-4 * (1 + response.abs().max().item())
     torch.testing.assert_close(found[clear], wanted[clear], rtol=1e-4, atol=atol)
 
 
 @settings(max_examples=examples(6))
 @given(sites(), st.booleans())
-def test_correcting_everything_gives_the_original(drawn: tuple[Gated, GatedDraft, Tensor], guarded: bool) -> None:
+def test_correcting_everything_gives_the_original(drawn: tuple[Gated, Draft, Tensor], guarded: bool) -> None:
     model, draft, x = drawn
-    every = list(range(len(draft.up)))
+    every = list(range(len(draft.neurons)))
     below = torch.full((len(every),), -torch.inf)
     with torch.no_grad():
-        dense, found = model(x), output(draft, x, *((every, []) if guarded else ([], every)), below)
+        dense, found = model(x), output(settled(draft, *((every, []) if guarded else ([], every)), below), x)
     torch.testing.assert_close(found, dense, rtol=1e-4, atol=1e-4 * (1 + dense.abs().max().item()))
 
 
@@ -245,7 +243,7 @@ def test_without_a_plan_a_gated_site_is_observed_fitted_and_swapped_in() -> None
     for i in range(5):
         fast(inputs(tokens, 16, seed=i))
         stages.append(explain(fast, None, X).sites[0].reason.removeprefix("profiling: ").split(",")[0])
-    assert stages[:3] == ["products of gate and up", "hot ranges", "residuals at a budget of 0.5"]
+    assert stages[:3] == ["input moments", "hot ranges", "residuals at a budget of 0.5"]
     (site,) = explain(fast, None, X).sites
     assert (site.kind, site.status, site.method) == ("gated", "rewritten", "partial_linear")
     assert not torch.equal(fast(X), model(X))
