@@ -69,6 +69,7 @@ def on_cuda(op: Arguments, mode: FakeTensorMode) -> dict[str, Any]:
 
 def traced(op: Arguments) -> fx.GraphModule:
     """What Inductor is given of the op."""
+    import tardis_fx.runtime.cuda.op  # noqa: F401 - registers it
 
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     fake = on_cuda(op, mode)
