@@ -18,7 +18,7 @@ from tardis_fx.errors import ConfigError
 from tardis_fx.graph import activations
 from tardis_fx.graph.activations import ACTIVATIONS, Activation, Z, register
 from tardis_fx.graph.recognition import recognise
-from tardis_fx.runtime import cpu_build
+from tardis_fx.runtime.cpu import build as cpu_build
 
 Array = NDArray[np.float64]
 INF = np.inf

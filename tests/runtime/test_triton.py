@@ -121,7 +121,7 @@ def computed(activation: Activation, z: Tensor, function: object = None) -> Tens
     """The activation by Triton, in float64."""
     from builders.elementwise import elementwise
 
-    from tardis_fx.runtime import triton_activations
+    from tardis_fx.runtime.cuda import activations as triton_activations
 
     function, moved = function or triton_activations.activation, z.float().to(DEVICE)
     out = torch.full_like(moved, 7.0)
@@ -157,7 +157,7 @@ def test_every_formula_agrees_with_the_eager_function_everywhere(activation: Act
 @overflowing
 @pytest.mark.parametrize("activation", [ELU, RELU6, LECUN_TANH], ids=lambda a: a.name)
 def test_a_formula_generated_for_a_new_activation_agrees(activation: Activation) -> None:
-    from tardis_fx.runtime.triton_activations import generate
+    from tardis_fx.runtime.cuda.activations import generate
 
     function = generate([ACTIVATIONS["silu"], activation])
     assert_computed(activation, lambda z: computed(activation, z, function))

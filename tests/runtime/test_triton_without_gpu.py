@@ -152,7 +152,7 @@ def test_every_formula_compiles_for_a_gpu(activation: str) -> None:
     from triton import compiler
     from triton.backends.compiler import GPUTarget
 
-    from tardis_fx.runtime import triton_activations
+    from tardis_fx.runtime.cuda import activations as triton_activations
 
     signature = {"z": "*fp32", "out": "*fp32", "count": "i32"} | dict.fromkeys(
         ("FUNCTION", "NAME", "SIZE"), "constexpr"
@@ -166,7 +166,7 @@ def test_every_formula_compiles_for_a_gpu(activation: str) -> None:
 def test_inductor_writes_every_formula_beside_the_kernel() -> None:
     from torch._inductor.codegen.wrapper import user_defined_triton_kernel_transitive_closure_source_code as closure
 
-    from tardis_fx.runtime.triton_correction import activate
+    from tardis_fx.runtime.cuda.correction import activate
 
     functions = {node.name: node for node in ast.parse(closure(activate.fn)).body if isinstance(node, ast.FunctionDef)}
     assert {"activate", "activation", "tanh"} <= set(functions)
