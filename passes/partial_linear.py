@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from tardis_fx.observation.run import Fit
     from tardis_fx.partial_linear.histogram import Histogram
     from tardis_fx.passes.layout import Layout
+    from tardis_fx.plan import Planned
 
     Histograms = Mapping[str, Histogram | ScoreHistogram]
 
@@ -73,7 +74,7 @@ class PartialLinear(Rewrite):
             return "no activation between its projections"
         return None
 
-    def fit(self, sites: Sequence[ObservedSite], config: Config) -> Fit[list[SitePlan]]:
+    def fit(self, sites: Sequence[ObservedSite], config: Config) -> Fit[list[Planned]]:
         """Three runs over the batches: moments, histograms of the predictor's estimates, residuals at every width.
 
         The first two do not depend on the budget, and are done once for one observation. Gated sites take one more
@@ -93,7 +94,7 @@ class PartialLinear(Rewrite):
             )
         )
 
-    def _fit_within(self, drafts: Sequence[Draft], histograms: Histograms, config: Config) -> Fit[list[SitePlan]]:
+    def _fit_within(self, drafts: Sequence[Draft], histograms: Histograms, config: Config) -> Fit[list[Planned]]:
         """Fits all sites at the config's budget, at every width, and takes of each site what is best for all."""
         settled: list[list[Draft]] = []
         refusals: list[CalibrationError] = []
@@ -117,7 +118,7 @@ class PartialLinear(Rewrite):
             if not config.sequential:
                 return [choice.plan for choice in chosen]
             by_site = {choice.draft.site.fingerprint: (choice.draft,) for choice in chosen}
-        plans: list[SitePlan] = []
+        plans: list[Planned] = []
         replaced: dict[str, Callable[[Tensor], Tensor]] = {}
         for (draft,) in by_site.values():
             site = draft.site
