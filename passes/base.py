@@ -14,6 +14,7 @@ from tardis_fx.errors import ConfigError
 from tardis_fx.observation.foreign import raising_typed
 from tardis_fx.observation.run import Run, steps
 from tardis_fx.passes.layout import check
+from tardis_fx.plan import SitePlan
 from tardis_fx.statistics.check import Check
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from tardis_fx.observation.observe import ObservedSite
     from tardis_fx.observation.run import Fit
     from tardis_fx.passes.layout import Layout
-    from tardis_fx.plan import SitePlan
+    from tardis_fx.plan import Planned
 
 #: Entry points of this group name subclasses of :class:`Rewrite`.
 GROUP = "tardis_fx.passes"
@@ -53,7 +54,7 @@ class Rewrite(ABC):
         """Why this rewrite cannot take a site that the matcher would let it have, or None."""
 
     @abstractmethod
-    def fit(self, sites: Sequence[ObservedSite], config: Config) -> Fit[list[SitePlan]] | list[SitePlan]:
+    def fit(self, sites: Sequence[ObservedSite], config: Config) -> Fit[list[Planned]] | list[Planned]:
         """Plans every site of ``sites``, none of which :meth:`refuse` refuses, in their order.
 
         It yields the runs that it needs, and is sent what each of them found; where it needs none, it may return the
@@ -158,19 +159,20 @@ def trial_run(rewrite: Rewrite, plan: SitePlan, weights: SiteWeights) -> None:
 
 
 def with_errors(
-    rewrite: Rewrite, sites: Sequence[ObservedSite], plans: Sequence[SitePlan], config: Config
-) -> Fit[list[SitePlan]]:
+    rewrite: Rewrite, sites: Sequence[ObservedSite], plans: Sequence[Planned], config: Config
+) -> Fit[list[Planned]]:
     """Plans with the errors that a rewrite makes on the held-back tokens against the original FFN, in one run."""
-    known = {plan.fingerprint: plan for plan in plans}
-    chosen = [site for site in sites if known[site.fingerprint].method == rewrite.method]
+    known: dict[str, Planned] = {plan.fingerprint: plan for plan in plans}
+    own = {p.fingerprint: p for p in plans if isinstance(p, SitePlan) and p.method == rewrite.method}
+    chosen = [site for site in sites if site.fingerprint in own]
     if chosen:
-        functions = {s.fingerprint: rewrite.replacement(known[s.fingerprint], s.weights) for s in chosen}
+        functions = {s.fingerprint: rewrite.replacement(own[s.fingerprint], s.weights) for s in chosen}
         checks = yield Run(
             f"error of {rewrite.method} at a budget of {config.budget}",
             lambda s: Check(s, functions[s.fingerprint], held_back=True),
             chosen,
         )
-        known |= {identity: replace(known[identity], error=check.error) for identity, check in checks.items()}
+        known |= {identity: replace(own[identity], error=check.error) for identity, check in checks.items()}
     return [known[site.fingerprint] for site in sites]
 
 
@@ -229,12 +231,12 @@ def _typed(name: str, step: str, method: Callable[..., Any]) -> Callable[..., An
 
 
 def _typed_fit(
-    name: str, method: Callable[..., Fit[list[SitePlan]] | list[SitePlan]]
-) -> Callable[..., Fit[list[SitePlan]]]:
+    name: str, method: Callable[..., Fit[list[Planned]] | list[Planned]]
+) -> Callable[..., Fit[list[Planned]]]:
     """A rewrite's ``fit``, its steps and what its runs call likewise; what others raise during a run stays as it is."""
 
     @wraps(method)
-    def fit(sites: Sequence[ObservedSite], config: Config) -> Fit[list[SitePlan]]:
+    def fit(sites: Sequence[ObservedSite], config: Config) -> Fit[list[Planned]]:
         where = f"the rewrite {name!r}: fit{_of_sites([sites])}"
         with raising_typed(where):
             fit = steps(method(sites, config))
@@ -244,7 +246,7 @@ def _typed_fit(
                 try:
                     run = fit.send(answer)
                 except StopIteration as done:
-                    plans: list[SitePlan] = done.value
+                    plans: list[Planned] = done.value
                     return plans
             answer = yield replace(run, make=_typed(name, "fit", run.make), finish=_typed(name, "fit", run.finish))
 

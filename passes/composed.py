@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, ClassVar
 from tardis_fx.errors import ConfigError
 from tardis_fx.observation.run import changed, forgotten, steps
 from tardis_fx.passes.base import Rewrite, stored_bytes, with_errors
+from tardis_fx.plan import KeptSite, SitePlan
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from tardis_fx.graph.site import Site, SiteWeights
     from tardis_fx.observation.observe import ObservedSite
     from tardis_fx.observation.run import Fit
-    from tardis_fx.plan import SitePlan
+    from tardis_fx.plan import Planned
 
 
 class Composed(Rewrite):
@@ -72,17 +73,20 @@ class Composed(Rewrite):
         """What either refuses."""
         return self.first.refuse(site) or self.second.refuse(site)
 
-    def fit(self, sites: Sequence[ObservedSite], config: Config) -> Fit[list[SitePlan]]:
+    def fit(self, sites: Sequence[ObservedSite], config: Config) -> Fit[list[Planned]]:
         """Fits one, then the other, then measures the error of both together."""
         firsts = yield from steps(self.first.fit(sites, replace(config, budget=1.0)))
-        left = [replace(s, weights=self.first.weights(e, s.weights)) for s, e in zip(sites, firsts, strict=True)]
+        left = [replace(s, weights=self._weights(e, s.weights)) for s, e in zip(sites, firsts, strict=True)]
         seconds = yield from changed(steps(self.second.fit(left, config)), forgotten)  # no other fit has these sites
         plans = [self._joined(s, *own) for s, *own in zip(sites, firsts, seconds, strict=True)]
         return (yield from with_errors(self, sites, plans, config))
 
-    def _joined(self, site: ObservedSite, first: SitePlan, second: SitePlan) -> SitePlan:
-        if second.method is None:
-            return second
+    def _weights(self, first: Planned, weights: SiteWeights) -> SiteWeights:
+        return self.first.weights(first, weights) if isinstance(first, SitePlan) else weights
+
+    def _joined(self, site: ObservedSite, first: Planned, second: Planned) -> Planned:
+        if not (isinstance(first, SitePlan) and isinstance(second, SitePlan)):
+            return first if isinstance(first, KeptSite) else second
         plan = replace(
             second,
             method=self.method,

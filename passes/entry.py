@@ -55,7 +55,7 @@ def rewrite_of(entry: SitePlan) -> Rewrite:
         PlanFileError: it is not installed, or makes no sense.
     """
     try:
-        return rewrite_named(str(entry.method))
+        return rewrite_named(entry.method)
     except ConfigError as error:
         name = entry.name or "an FFN"
         raise PlanFileError(f"the plan's entry of {name} names a rewrite that is not there: {error!s:.300}") from error

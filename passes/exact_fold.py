@@ -16,7 +16,7 @@ from torch.nn import functional as F  # noqa: N812
 from tardis_fx.graph.site import SiteWeights
 from tardis_fx.passes.base import Rewrite
 from tardis_fx.passes.layout import Expected, setting
-from tardis_fx.plan import SitePlan
+from tardis_fx.plan import KeptSite, SitePlan
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from tardis_fx.graph.site import Site
     from tardis_fx.observation.observe import ObservedSite
     from tardis_fx.passes.layout import Layout
+    from tardis_fx.plan import Planned
 
 
 class ExactFold(Rewrite):
@@ -43,11 +44,11 @@ class ExactFold(Rewrite):
             return None
         return "it is not affine"
 
-    def fit(self, sites: Sequence[ObservedSite], config: Config) -> list[SitePlan]:
+    def fit(self, sites: Sequence[ObservedSite], config: Config) -> list[Planned]:
         """Nothing is measured; a site that only its weights could have made affine is refused."""
         return [
             self.unaided(s.site, s.parameters)
-            or SitePlan.of(s.site, s.parameters, reason="the sign of a pre-activation is not known")
+            or KeptSite.of(s.site, s.parameters, reason="the sign of a pre-activation is not known")
             for s in sites
         ]
 

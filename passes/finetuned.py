@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from tardis_fx.config import Config
     from tardis_fx.graph.site import Site, SiteWeights
     from tardis_fx.observation.observe import ObservedSite
-    from tardis_fx.plan import SitePlan
+    from tardis_fx.plan import Planned, SitePlan
 
 
 class Finetuned(Rewrite):
@@ -51,7 +51,7 @@ class Finetuned(Rewrite):
         """What the other one refuses."""
         return None if self._inner is None else self._inner.refuse(site)
 
-    def fit(self, sites: Sequence[ObservedSite], config: Config) -> list[SitePlan]:
+    def fit(self, sites: Sequence[ObservedSite], config: Config) -> list[Planned]:
         """Calibration trains nothing.
 
         Raises:

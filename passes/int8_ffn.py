@@ -27,7 +27,7 @@ from tardis_fx.errors import CalibrationError, ConfigError
 from tardis_fx.observation.run import steps
 from tardis_fx.passes.base import Rewrite, stored_bytes, with_errors
 from tardis_fx.passes.original import Original
-from tardis_fx.plan import SitePlan
+from tardis_fx.plan import KeptSite, SitePlan
 from tardis_fx.quantisation import quantise
 from tardis_fx.runtime import ops  # noqa: F401 - registers torch.ops.tardis
 from tardis_fx.runtime.packing import BLOCK, packed_bytes, row_bytes
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from tardis_fx.graph.site import Site, SiteWeights
     from tardis_fx.observation.observe import ObservedSite
     from tardis_fx.observation.run import Fit
+    from tardis_fx.plan import Planned
 
 
 class Int8Ffn(Rewrite):
@@ -82,7 +83,7 @@ class Int8Ffn(Rewrite):
         """What the other one refuses."""
         return self.inner.refuse(site)
 
-    def fit(self, sites: Sequence[ObservedSite], config: Config) -> Fit[list[SitePlan]]:
+    def fit(self, sites: Sequence[ObservedSite], config: Config) -> Fit[list[Planned]]:
         """Fits the other rewrite, then measures the error of both together.
 
         Raises:
@@ -91,21 +92,20 @@ class Int8Ffn(Rewrite):
             ConfigError: the other rewrite has quantised whatever it has.
         """
         if self._alone:
-            plans = [self._around(site, _whole(site)) for site in sites]
-            plans = yield from with_errors(self, sites, plans, config)
+            plans = yield from with_errors(self, sites, [self._around(site, _whole(site)) for site in sites], config)
             _check_finite(plans)
             self._check(plans, config)
             return plans
         if config.fold_bits is None:
             config = replace(config, fold_bits=16)  # to quantise the fold is what this rewrite is here for
         inner = yield from steps(self.inner.fit(sites, config))
-        if not any(plan.method is None or self.inner.matrices(plan) for plan in inner):
+        if not any(isinstance(plan, KeptSite) or self.inner.matrices(plan) for plan in inner):
             raise ConfigError(
                 f"{self.inner.method} leaves no dense matrix to {self.name}: its fold is in few bits already"
             )
         alone = type(self)()
         plans = [
-            alone._around(site, _whole(site)) if plan.method is None else self._around(site, plan)
+            self._around(site, plan) if isinstance(plan, SitePlan) else alone._around(site, _whole(site))
             for site, plan in zip(sites, inner, strict=True)
         ]
         for rewrite in (self, alone):
@@ -113,7 +113,7 @@ class Int8Ffn(Rewrite):
         _check_finite(plans)
         return plans
 
-    def _check(self, plans: Sequence[SitePlan], config: Config) -> None:
+    def _check(self, plans: Sequence[Planned], config: Config) -> None:
         if config.target_error is not None:
             error = math.sqrt(sum(plan.error**2 for plan in plans) / len(plans))
             if error > config.target_error:
@@ -250,9 +250,9 @@ def _whole(site: ObservedSite) -> SitePlan:
     return SitePlan.of(site.site, site.parameters, method=Original.name, touched_bytes=float(site.weights.bytes))
 
 
-def _check_finite(plans: Sequence[SitePlan]) -> None:
+def _check_finite(plans: Sequence[Planned]) -> None:
     for plan in plans:
-        if not math.isfinite(plan.error):
+        if isinstance(plan, SitePlan) and not math.isfinite(plan.error):
             raise CalibrationError(
                 f"{plan.name or 'an FFN'} gives NaN or infinity, as {plan.method} or as it was: "
                 f"{plan.dtype} is too narrow for it, use another dtype"

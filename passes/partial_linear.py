@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from tardis_fx.partial_linear.ranges import Ranges
     from tardis_fx.partial_linear.residuals import ResidualObserver
     from tardis_fx.passes.layout import Layout
+    from tardis_fx.plan import Planned
 
 #: Constants that hold one entry a listed neuron, and are padded to the hidden size.
 _PER_NEURON = ("neurons", "codes", "scale", "zero", "lower", "upper", "slope", "intercept")
@@ -70,7 +71,7 @@ class PartialLinear(Rewrite):
             return "no activation between its projections"
         return None
 
-    def fit(self, sites: Sequence[ObservedSite], config: Config) -> Fit[list[SitePlan]]:
+    def fit(self, sites: Sequence[ObservedSite], config: Config) -> Fit[list[Planned]]:
         """Three runs: input moments, histograms of the guards' levels, residuals at every width.
 
         The first two do not depend on the budget, and are done once for one observation.
@@ -98,7 +99,7 @@ class PartialLinear(Rewrite):
             )
         )
 
-    def _fit_within(self, pairs: Sequence[tuple[Draft, Histogram]], config: Config) -> Fit[list[SitePlan]]:
+    def _fit_within(self, pairs: Sequence[tuple[Draft, Histogram]], config: Config) -> Fit[list[Planned]]:
         """Fits all sites within the budget at every width, and takes of each site the fit that is best for all."""
         settled: list[list[Settled]] = []
         refusals: list[CalibrationError] = []
@@ -127,9 +128,9 @@ class PartialLinear(Rewrite):
             chosen = [fit.settled for fit in best]
         return (yield from self._fit_in_order(chosen))
 
-    def _fit_in_order(self, chosen: Sequence[Settled]) -> Fit[list[SitePlan]]:
+    def _fit_in_order(self, chosen: Sequence[Settled]) -> Fit[list[Planned]]:
         """Fits one site after the other, each to what the rewritten ones before it give."""
-        plans: list[SitePlan] = []
+        plans: list[Planned] = []
         replaced: dict[str, Callable[[Tensor], Tensor]] = {}
         for settled in chosen:
             site = settled.draft.site

@@ -19,6 +19,7 @@ from tardis_fx.graph.unfuse import unfuse
 from tardis_fx.passes.base import rewrite_named
 from tardis_fx.passes.entry import check_entry, check_site
 from tardis_fx.passes.exact_fold import ExactFold
+from tardis_fx.plan import KeptSite, SitePlan
 from tardis_fx.runtime.cpu import op as cpu
 from tardis_fx.runtime.cuda import dispatch as cuda
 from tardis_fx.runtime.fingerprint import fingerprint
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from tardis_fx.config import Prefill
     from tardis_fx.graph.site import Site
     from tardis_fx.passes.base import Rewrite
-    from tardis_fx.plan import Plan, SitePlan
+    from tardis_fx.plan import Plan, Planned
 
 #: Steps of up to this many tokens take fold and correction under ``prefill="original"``; on a CUDA device, of twice.
 DECODE_TOKENS = 8
@@ -58,7 +59,7 @@ class Outcome:
     """
 
     site: Site
-    plan: SitePlan | None
+    plan: Planned | None
     reason: str | None
 
     @property
@@ -112,10 +113,10 @@ def apply(gm: fx.GraphModule, example_inputs: Sequence[Tensor], plan: Plan, pref
     moved: dict[fx.Node, fx.Node] = {}  # outputs of sites, where one feeds the next
     for outcome in found:
         site, entry = outcome.site, outcome.plan
-        rewrite = None if entry is None or outcome.reason else rewrite_named(str(entry.method))
+        rewrite = rewrite_named(entry.method) if isinstance(entry, SitePlan) and not outcome.reason else None
         positions = [position[node] for node in site.parameters if node in position]
         weights = [example_inputs[p] for p in positions]
-        if rewrite is None or entry is None or _stays(site, rewrite, weights, prefill):
+        if rewrite is None or not isinstance(entry, SitePlan) or _stays(site, rewrite, weights, prefill):
             refuse_released(site.name, weights, outcome.reason or _HINT)
             continue
         guard = SiteGuard(site, positions, entry, partial(_find, plan), rewrite)
@@ -136,7 +137,7 @@ def apply(gm: fx.GraphModule, example_inputs: Sequence[Tensor], plan: Plan, pref
 def _promised(outcome: Outcome, prefill: Prefill) -> Outcome:
     """The outcome, with a reason where one graph is promised to serve steps of few and of many tokens."""
     site, entry = outcome.site, outcome.plan
-    if prefill != "original" or entry is None or outcome.reason or rewrite_named(str(entry.method)).exact:
+    if prefill != "original" or outcome.reason or not isinstance(entry, SitePlan) or rewrite_named(entry.method).exact:
         return outcome
     most = decode_tokens(site.input.meta["example_value"].device)
     if not pinned_between(_tokens(site), most):
@@ -151,16 +152,16 @@ def _stays(site: Site, rewrite: Rewrite, weights: Sequence[Tensor], prefill: Pre
     return not rewrite.exact and prefill == "original" and bool(_tokens(site) > decode_tokens(weights[0].device))
 
 
-def _find(plan: Plan, site: Site, weights: Sequence[Tensor]) -> SitePlan | None:
+def _find(plan: Plan, site: Site, weights: Sequence[Tensor]) -> Planned | None:
     entry = plan.find(fingerprint(weights, site.function))
-    if entry is not None and entry.reason:
+    if isinstance(entry, KeptSite):
         return entry
     fold = _FOLD.unaided(site, weights)
     if fold is None and entry is not None:
         check_site(entry, site, weights)
         check_entry(entry, SiteWeights.of(site, weights))
         if entry.method == _FOLD.name:  # another graph showed bounds of the input that made it affine
-            return changed(entry, method=None, reason="its input has not the bounds in this graph that made it affine")
+            return entry.kept("its input has not the bounds in this graph that made it affine")
     return fold or entry
 
 
@@ -185,14 +186,14 @@ def outcomes(gm: fx.GraphModule, example_inputs: Sequence[Tensor], plan: Plan) -
     return found
 
 
-def _entry(site: Site, values: list[Tensor], plan: Plan) -> tuple[SitePlan | None, str | None]:
+def _entry(site: Site, values: list[Tensor], plan: Plan) -> tuple[Planned | None, str | None]:
     """The plan's entry of a site, and why it is not to be rewritten, if so."""
     if site.reason is not None:
         return plan.find(fingerprint(stored_tensors(values), site.function)), site.reason
     entry = _find(plan, site, values)
     if entry is None:
         return None, _mismatch(values, plan)
-    return entry, entry.reason
+    return entry, entry.reason if isinstance(entry, KeptSite) else None
 
 
 def _mismatch(values: list[Tensor], plan: Plan) -> str:

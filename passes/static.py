@@ -16,7 +16,7 @@ from tardis_fx.errors import CalibrationError
 from tardis_fx.graph.feed_forward import biases
 from tardis_fx.observation.run import Run, changed, steps
 from tardis_fx.passes.base import Rewrite, stored_bytes, with_errors
-from tardis_fx.plan import SitePlan
+from tardis_fx.plan import KeptSite, SitePlan
 from tardis_fx.statistics.target import fit_to_target
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from tardis_fx.graph.site import Site, SiteWeights
     from tardis_fx.observation.observe import ObservedSite
     from tardis_fx.observation.run import Fit
+    from tardis_fx.plan import Planned
 
     Choices = Sequence["Choice | str"]
 
@@ -78,7 +79,7 @@ class StaticRewrite(Rewrite):
         """Sites without an activation are refused."""
         return "no activation between its projections" if site.affine is not None else None
 
-    def fit(self, sites: Sequence[ObservedSite], config: Config) -> Fit[list[SitePlan]]:
+    def fit(self, sites: Sequence[ObservedSite], config: Config) -> Fit[list[Planned]]:
         """Chooses, and runs the batches once more for the error.
 
         Raises:
@@ -92,28 +93,28 @@ class StaticRewrite(Rewrite):
             config.target_error,
         )
 
-    def _fit_within(self, sites: Sequence[ObservedSite], config: Config) -> Fit[list[SitePlan]]:
+    def _fit_within(self, sites: Sequence[ObservedSite], config: Config) -> Fit[list[Planned]]:
         self.afford(sites, config)
         if not config.sequential:
             return (yield from self._fit_together(sites, config))
-        plans: list[SitePlan] = []
+        plans: list[Planned] = []
         replaced: dict[str, Callable[[Tensor], Tensor]] = {}
         for site in sites:
             seeing = partial(replace, key=None, replaced=dict(replaced))
             (plan,) = yield from changed(self._fit_together([site], config), seeing)
-            if plan.method is not None:
+            if isinstance(plan, SitePlan):
                 replaced[site.fingerprint] = self.replacement(plan, site.weights)
             plans.append(plan)
         return plans
 
-    def _fit_together(self, sites: Sequence[ObservedSite], config: Config) -> Fit[list[SitePlan]]:
+    def _fit_together(self, sites: Sequence[ObservedSite], config: Config) -> Fit[list[Planned]]:
         choices = yield from steps(self.choose(sites, config))
         plans = [self._plan(site, choice) for site, choice in zip(sites, choices, strict=True)]
         return (yield from with_errors(self, sites, plans, config))
 
-    def _plan(self, site: ObservedSite, choice: Choice | str) -> SitePlan:
+    def _plan(self, site: ObservedSite, choice: Choice | str) -> Planned:
         if isinstance(choice, str):
-            return SitePlan.of(site.site, site.parameters, reason=choice)
+            return KeptSite.of(site.site, site.parameters, reason=choice)
         plan = SitePlan.of(site.site, site.parameters, method=self.name, **vars(choice))
         return replace(plan, stored_bytes=stored_bytes(site, self.constants(plan, site.weights)))
 

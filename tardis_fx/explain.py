@@ -14,7 +14,7 @@ from tardis_fx.live import profiles as live
 from tardis_fx.observation.capture import Capture, identity
 from tardis_fx.passes import pipeline
 from tardis_fx.passes.base import rewrite_named
-from tardis_fx.plan import resolve
+from tardis_fx.plan import KeptSite, SitePlan, resolve
 
 if TYPE_CHECKING:
     import os
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from tardis_fx.graph.site import Site
     from tardis_fx.observation.observe import Batch
-    from tardis_fx.plan import Plan, SitePlan
+    from tardis_fx.plan import Plan, Planned
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +140,7 @@ def explain(model: nn.Module, plan: Plan | str | os.PathLike[str] | None, exampl
             site, entry = outcome.site, outcome.plan
             own = stored_tensors(v for p in site.parameters if isinstance(v := values.get(p), Tensor))
             dense = sum(v.numel() * v.element_size() for v in own)
-            if entry and not outcome.reason:
+            if isinstance(entry, SitePlan) and not outcome.reason:
                 report = _planned(entry)
                 if not all(v.is_contiguous() for v in own):  # `release` may have been here
                     report = replace(report, stored_bytes=min(report.stored_bytes, _stored(site, entry, own)))
@@ -159,14 +159,14 @@ def explain(model: nn.Module, plan: Plan | str | os.PathLike[str] | None, exampl
 
 def _stored(site: Site, entry: SitePlan, weights: Sequence[Tensor]) -> int:
     """Bytes of the weights that are there, and of the constants that are none of them, shared ones in full."""
-    constants = rewrite_named(str(entry.method)).constants(entry, SiteWeights.of(site, weights)).values()
+    constants = rewrite_named(entry.method).constants(entry, SiteWeights.of(site, weights)).values()
     own = {v.untyped_storage().data_ptr() for v in weights}
     kept = sum(v.nbytes for v in weights if not is_released(v))
     return kept + sum(c.nbytes for c in constants if c.untyped_storage().data_ptr() not in own)
 
 
-def _planned(entry: SitePlan) -> SiteReport:
-    if entry.method is None:
+def _planned(entry: Planned) -> SiteReport:
+    if isinstance(entry, KeptSite):
         return _refused(entry.name, entry.kind, entry.activation, entry.reason, entry.dense_bytes)
     return SiteReport(
         name=entry.name,

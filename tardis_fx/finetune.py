@@ -136,7 +136,7 @@ class _Split:
         progress: bool,
     ) -> None:
         self._plan, self._loss, self.sites = plan, loss, nn.ModuleDict()
-        self._known = [site for site in plan.sites if site.method and not _is_exact(site)]
+        self._known = [site for site in plan.rewritten if not _is_exact(site)]
         if not self._known:
             raise ConfigError("the plan has no site to fine-tune: every one is refused or exact")
         self._outcomes: list[pipeline.Outcome] = []

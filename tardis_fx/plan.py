@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field, fields
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from safetensors import SafetensorError
 
@@ -40,8 +40,8 @@ _DAMAGE = (
 
 # Equal only to itself, as Dynamo compares the options of compiled models: tensors have no one truth value.
 @dataclass(frozen=True, kw_only=True, eq=False)
-class SitePlan:
-    """What to do at one site.
+class Entry:
+    """A site that a plan knows: one that it rewrites, :class:`SitePlan`, or one that it leaves, :class:`KeptSite`.
 
     Attributes:
         fingerprint: of the site's weights.
@@ -51,14 +51,6 @@ class SitePlan:
         dtype: of the weights, as in ``str(torch.float32)``.
         shapes: of the weights, in the order of the fingerprint.
         dense_bytes: weight bytes of the original site.
-        method: the rewrite, or None for a refused site.
-        reason: why the site is refused, or None.
-        stored_bytes: weight bytes that the rewritten site keeps, the original weights that corrections read included.
-        touched_bytes: weight bytes that it reads per decoded token, expected corrections included.
-        outlier_rate: share of (token, neuron) pairs corrected on the calibration text.
-        error: root-mean-square error of the site's output on held-back calibration tokens, relative to the output's.
-        settings: what the rewrite needs beside tensors.
-        tensors: what the rewrite needs, by name.
     """
 
     fingerprint: str
@@ -68,17 +60,9 @@ class SitePlan:
     dtype: str
     shapes: tuple[tuple[int, ...], ...]
     dense_bytes: int
-    method: str | None = None
-    reason: str | None = None
-    stored_bytes: int = 0
-    touched_bytes: float = 0.0
-    outlier_rate: float = 0.0
-    error: float = 0.0
-    settings: dict[str, Any] = field(default_factory=dict)
-    tensors: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def of(cls, site: Site, parameters: Sequence[Tensor], *, identity: str | None = None, **rest: Any) -> SitePlan:
+    def of(cls, site: Site, parameters: Sequence[Tensor], *, identity: str | None = None, **rest: Any) -> Self:
         """An entry that describes a site with its weights, and their fingerprint where known; all else by keyword."""
         return cls(
             fingerprint=fingerprint(parameters, site.function) if identity is None else identity,
@@ -91,27 +75,91 @@ class SitePlan:
             **rest,
         )
 
+    def kept(self, reason: str) -> KeptSite:
+        """The entry of the same site, which stays as it is."""
+        return KeptSite(**{own.name: getattr(self, own.name) for own in fields(Entry)}, reason=reason)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class KeptSite(Entry):
+    """A site that stays as it is.
+
+    Attributes:
+        reason: why.
+    """
+
+    method: ClassVar[None] = None
+    reason: str
+
+    @property
+    def error(self) -> float:
+        """Error of its output: none."""
+        return 0.0
+
+    @property
+    def stored_bytes(self) -> int:
+        """Weight bytes that it keeps: all."""
+        return self.dense_bytes
+
+    @property
+    def touched_bytes(self) -> int:
+        """Weight bytes that it reads per decoded token: all."""
+        return self.dense_bytes
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SitePlan(Entry):
+    """How a site is rewritten.
+
+    Attributes:
+        method: the rewrite.
+        stored_bytes: weight bytes that the rewritten site keeps, the original weights that corrections read included.
+        touched_bytes: weight bytes that it reads per decoded token, expected corrections included.
+        outlier_rate: share of (token, neuron) pairs corrected on the calibration text.
+        error: root-mean-square error of the site's output on held-back calibration tokens, relative to the output's.
+        settings: what the rewrite needs beside tensors.
+        tensors: what the rewrite needs, by name.
+    """
+
+    reason: ClassVar[None] = None
+    method: str
+    stored_bytes: int = 0
+    touched_bytes: float = 0.0
+    outlier_rate: float = 0.0
+    error: float = 0.0
+    settings: dict[str, Any] = field(default_factory=dict)
+    tensors: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
+
+
+#: What a plan says of a site.
+Planned = SitePlan | KeptSite
+
 
 @dataclass(frozen=True, eq=False)
 class Plan:
     """The product of calibration.
 
     Attributes:
-        sites: one entry a site, refused ones included.
+        sites: one entry a site, those that stay as they are included.
         config: how it was fitted.
     """
 
-    sites: tuple[SitePlan, ...]
+    sites: tuple[Planned, ...]
     config: Config
 
-    def find(self, fingerprint: str) -> SitePlan | None:
+    @property
+    def rewritten(self) -> tuple[SitePlan, ...]:
+        """The entries of the sites that are rewritten."""
+        return tuple(site for site in self.sites if isinstance(site, SitePlan))
+
+    def find(self, fingerprint: str) -> Planned | None:
         """The entry of the site with these weights, or None."""
         return next((site for site in self.sites if site.fingerprint == fingerprint), None)
 
     @property
     def touched_fraction(self) -> float:
-        """Weight bytes read per decoded token over those of the original FFNs, refused sites counted in full."""
-        touched = sum(site.touched_bytes if site.method else site.dense_bytes for site in self.sites)
+        """Weight bytes read per decoded token over those of the original FFNs, kept sites counted in full."""
+        touched = sum(site.touched_bytes for site in self.sites)
         return touched / max(1, sum(site.dense_bytes for site in self.sites))
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -127,7 +175,7 @@ class Plan:
         first: dict[int, str] = {}  # of the tensors that several sites share, by object: written once
         same: dict[str, str] = {}
         for i, site in enumerate(self.sites):
-            for name, t in site.tensors.items():
+            for name, t in site.tensors.items() if isinstance(site, SitePlan) else ():
                 key = f"{i}.{name}"
                 if (known := first.setdefault(id(t), key)) == key:
                     tensors[key] = t.contiguous().clone()
@@ -154,7 +202,8 @@ class Plan:
             raise PlanFileError(f"{path} is truncated or no safetensors file: {error}") from error
         try:
             config, sites = content_of(header, tensors)
-            return cls(tuple(SitePlan(**site) for site in sites), Config(**config))
+            entries = tuple(KeptSite(**site) if "reason" in site else SitePlan(**site) for site in sites)
+            return cls(entries, Config(**config))
         except PlanFileError as error:
             raise PlanFileError(f"{path}: {error}") from error
         except _DAMAGE as error:
@@ -162,7 +211,7 @@ class Plan:
 
     def __str__(self) -> str:
         """One line."""
-        methods = Counter(site.method or "refused" for site in self.sites)
+        methods = Counter(site.method if isinstance(site, SitePlan) else "refused" for site in self.sites)
         listed = ", ".join(f"{count} {method}" for method, count in methods.items())
         return (
             f"Plan({len(self.sites)} sites: {listed}; {self.touched_fraction:.1%} of the FFN bytes touched per token)"

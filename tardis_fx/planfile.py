@@ -9,19 +9,20 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from tardis_fx.errors import PlanFileError
 from tardis_fx.tensorfile import check_digest, unique_pairs
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from torch import Tensor
 
 FORMAT = "tardis_fx.plan"
 #: Raised whenever a plan written now would be misread by older code.
-VERSION = 4
+VERSION = 5
 #: Levels of lists and mappings in an entry's settings.
 _DEEPEST = 32
 
@@ -67,7 +68,9 @@ def content_of(header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> tupl
     entries: list[dict[str, Any]] = [dict(site) for site in sites]
     for fields in entries:
         _check_fields(fields)
-        fields |= {"shapes": tuple(map(tuple, fields["shapes"])), "tensors": {}}
+        fields |= {"shapes": tuple(map(tuple, fields["shapes"]))}
+        if "method" in fields:
+            fields["tensors"] = {}
     if both := sorted(same.keys() & tensors.keys()):
         raise KeyError(f"{both[0]} is in the file twice")
     for key, tensor in {**tensors, **{name: tensors[of] for name, of in same.items()}}.items():
@@ -84,9 +87,10 @@ def _check_fields(fields: dict[str, Any]) -> None:
     Raises:
         ValueError: one is not, one is missing, or there are others.
     """
-    if missing := _FIELDS.keys() ^ fields.keys():
+    known = _SITE | (_KEPT if "reason" in fields else _REWRITTEN)
+    if missing := known.keys() ^ fields.keys():
         raise ValueError(f"an entry lacks fields or has others: {', '.join(sorted(missing))[:200]}")
-    for name, (is_valid, wanted) in _FIELDS.items():
+    for name, (is_valid, wanted) in known.items():
         if not is_valid(fields[name]):
             raise ValueError(f"{name} of an entry must be {wanted}, not {_shortened(fields[name])}")
 
@@ -138,9 +142,10 @@ def _optional(is_valid: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda value: value is None or is_valid(value)
 
 
+_Fields = dict[str, tuple[Callable[[Any], Any], str]]
 _SIZE, _AMOUNT = (_is_size, "a number of bytes"), (_is_amount, "a finite number, zero or more")
-#: Of an entry, all but its tensors.
-_FIELDS: dict[str, tuple[Callable[[Any], Any], str]] = {
+#: Fields of every entry.
+_SITE: _Fields = {
     "fingerprint": (lambda v: isinstance(v, str) and re.fullmatch("[0-9a-f]{1,128}", v), "a hexadecimal string"),
     "name": (_is_text, "a string"),
     "kind": (lambda v: v in ("plain", "gated"), "'plain' or 'gated'"),
@@ -148,8 +153,12 @@ _FIELDS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "dtype": (_is_text, "a string"),
     "shapes": (_are_shapes, "a list of lists of positive sizes"),
     "dense_bytes": _SIZE,
-    "method": (_optional(_is_text), "a string or null"),
-    "reason": (_optional(_is_text), "a string or null"),
+}
+#: Further ones of a site that stays as it is.
+_KEPT: _Fields = {"reason": (_is_text, "a string")}
+#: And of one that is rewritten, but for its tensors.
+_REWRITTEN: _Fields = {
+    "method": (_is_text, "a string"),
     "stored_bytes": _SIZE,
     "touched_bytes": _AMOUNT,
     "outlier_rate": _AMOUNT,

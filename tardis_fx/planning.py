@@ -15,7 +15,7 @@ from tardis_fx.errors import CalibrationError, RewriteError
 from tardis_fx.observation.run import changed, drive, forgotten, steps
 from tardis_fx.passes.base import rewrite_named
 from tardis_fx.passes.exact_fold import ExactFold
-from tardis_fx.plan import Plan, SitePlan
+from tardis_fx.plan import KeptSite, Plan
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from tardis_fx.config import Config
     from tardis_fx.observation.observe import Observation, ObservedSite, RepeatableObservation
     from tardis_fx.observation.run import Fit
+    from tardis_fx.plan import Planned
 
 _log = logging.getLogger("tardis_fx")
 
@@ -53,7 +54,7 @@ def fit_plan(observation: Observation, config: Config, *, offload: bool = False)
     sites = tuple(observation.sites)
     methods = {s.fingerprint: _method_of(s.site.name, config) for s in sites}
     fold = ExactFold()
-    planned = {
+    planned: dict[str, Planned] = {
         s.fingerprint: plan
         for s in sites
         if methods[s.fingerprint] is not None and (plan := fold.unaided(s.site, s.parameters))
@@ -80,13 +81,11 @@ def fit_plan(observation: Observation, config: Config, *, offload: bool = False)
             gc.collect()  # drafts refer to themselves by what they cache
     for site in observation.sites[len(sites) :]:
         _log.warning("%s is not planned: the first batch does not reach it", site.site.name)
-    entries = [planned.get(s.fingerprint) or refused(s, reasons[s.fingerprint]) for s in sites]
+    entries = [planned.get(s.fingerprint) or refused(s, reasons[s.fingerprint] or "") for s in sites]
     return Plan(tuple(_stored_once(entries)), config)
 
 
-def _fitted(
-    observation: Observation, sites: Sequence[ObservedSite], method: str, config: Config
-) -> Fit[list[SitePlan]]:
+def _fitted(observation: Observation, sites: Sequence[ObservedSite], method: str, config: Config) -> Fit[list[Planned]]:
     """Fits a rewrite to some sites; where its error could not be measured, a site stays as it is.
 
     Raises:
@@ -101,7 +100,7 @@ def _fitted(
         raise RewriteError(f"{error} ({_amount(observation, sites)})") from error.__cause__
     _warn_of_few(observation, sites)
     faults = [_fault(plan, observation, site) for plan, site in zip(plans, sites, strict=True)]
-    if any(faults) and all(fault or plan.method is None for fault, plan in zip(faults, plans, strict=True)):
+    if any(faults) and all(fault or isinstance(plan, KeptSite) for fault, plan in zip(faults, plans, strict=True)):
         raise CalibrationError(next(filter(None, faults)))
     for site, fault in zip(sites, faults, strict=True):
         if fault:
@@ -109,9 +108,9 @@ def _fitted(
     return [refused(site, fault) if fault else plan for plan, site, fault in zip(plans, sites, faults, strict=True)]
 
 
-def _fault(plan: SitePlan, observation: Observation, site: ObservedSite) -> str | None:
+def _fault(plan: Planned, observation: Observation, site: ObservedSite) -> str | None:
     """Why the error that a plan states is none, or None."""
-    if plan.method is None:
+    if isinstance(plan, KeptSite):
         return None
     if not math.isfinite(plan.error):
         return f"the error of {plan.method} is {plan.error} ({_amount(observation, [site])}): values may be too large"
@@ -145,10 +144,13 @@ def _warn_of_few(observation: Observation, sites: Sequence[ObservedSite]) -> Non
         )
 
 
-def _stored_once(entries: Sequence[SitePlan]) -> Iterator[SitePlan]:
+def _stored_once(entries: Sequence[Planned]) -> Iterator[Planned]:
     """The entries, with tensors that several of them hold counted as stored at the first of these."""
     counted: set[int] = set()
     for entry in entries:
+        if isinstance(entry, KeptSite):
+            yield entry
+            continue
         again = sum(t.nbytes for t in entry.tensors.values() if id(t) in counted)
         counted |= {id(t) for t in entry.tensors.values()}
         yield replace(entry, stored_bytes=entry.stored_bytes - again) if again else entry
@@ -159,6 +161,6 @@ def _method_of(name: str, config: Config) -> str | None:
     return next((method for pattern, method in config.methods if fnmatchcase(name, pattern)), None)
 
 
-def refused(site: ObservedSite, reason: str | None) -> SitePlan:
+def refused(site: ObservedSite, reason: str) -> KeptSite:
     """The entry of a site that is not rewritten."""
-    return SitePlan.of(site.site, site.parameters, identity=site.fingerprint, reason=reason)
+    return KeptSite.of(site.site, site.parameters, identity=site.fingerprint, reason=reason)

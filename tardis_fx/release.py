@@ -18,7 +18,7 @@ from tardis_fx.graph.site import SiteWeights, is_released
 from tardis_fx.observation.capture import Capture
 from tardis_fx.passes import pipeline
 from tardis_fx.passes.base import rewrite_named
-from tardis_fx.plan import resolve
+from tardis_fx.plan import SitePlan, resolve
 from tardis_fx.released import guard
 from tardis_fx.resident import FileMappings, resident_bytes
 from tardis_fx.runtime.fingerprint import fingerprint, remember
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from tardis_fx.graph.site import Site
     from tardis_fx.observation.observe import Batch
-    from tardis_fx.plan import Plan, SitePlan
+    from tardis_fx.plan import Plan
 
 _log = logging.getLogger("tardis_fx")
 
@@ -142,7 +142,7 @@ def _find(model: nn.Module, plan: Plan, example: Batch) -> tuple[list[_Planned],
         }
         inside: set[fx.Node] = set()
         for site, entry, reason in ((o.site, o.plan, o.reason) for o in outcomes):
-            if entry is not None and not reason:
+            if isinstance(entry, SitePlan) and not reason:
                 inside |= {*site.inner, site.output}
                 weights = [values[node] for node in site.parameters]
                 found[site.function, *map(id, weights)] = _Planned(site, entry, weights)
@@ -190,7 +190,7 @@ def _storage(tensor: Tensor) -> int:
 
 def _stands_alone(site: Site, entry: SitePlan, weights: Sequence[Tensor], matrices: Sequence[Tensor]) -> bool:
     """Whether a rewrite makes the same constants without these matrices."""
-    rewrite, gone = rewrite_named(str(entry.method)), {id(matrix) for matrix in matrices}
+    rewrite, gone = rewrite_named(entry.method), {id(matrix) for matrix in matrices}
     without = [_nothing(w) if id(w) in gone else w for w in weights]
     made = [rewrite.constants(entry, SiteWeights.of(site, each)) for each in (weights, without)]
     return all(torch.equal(made[0][name], made[1][name]) for name in made[0])
@@ -198,7 +198,7 @@ def _stands_alone(site: Site, entry: SitePlan, weights: Sequence[Tensor], matric
 
 def _share(site: Site, entry: SitePlan, weights: Sequence[Tensor], matrices: Sequence[Tensor]) -> int:
     """Makes matrices views of the transposed copies that a rewrite makes of them; the bytes of the copies."""
-    copies = rewrite_named(str(entry.method)).constants(entry, SiteWeights.of(site, weights)).values()
+    copies = rewrite_named(entry.method).constants(entry, SiteWeights.of(site, weights)).values()
     shared = 0
     for matrix in matrices:
         for copy in copies:

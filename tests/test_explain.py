@@ -14,7 +14,6 @@ from torch.nn import functional as F
 
 from tardis_fx import CalibrationError, ConfigError, Plan, PlanFileError, Report, calibrate, explain
 from tardis_fx.explain import SiteReport
-from tardis_fx.plan import SitePlan
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -236,7 +235,7 @@ def test_a_report_of_the_plan_alone_lists_its_sites(mixed: tuple[Mixed, Plan]) -
     of_plan, of_model = Report.of(plan), explain(model, plan, X)
     planned_sites = {site.name: site for site in of_plan.sites}
     assert planned_sites["done"] == of_model.sites[0]
-    refused = SitePlan(**vars(plan.sites[0]) | {"method": None, "reason": "for a test"})
+    refused = plan.sites[0].kept("for a test")
     (site,) = Report.of(Plan((refused,), plan.config)).sites
     assert (site.status, site.reason, site.touched_bytes) == ("refused", "for a test", site.dense_bytes)
 

@@ -69,8 +69,7 @@ site_plans = st.builds(
     dtype=st.sampled_from([str(dtype) for dtype in DTYPES]),
     shapes=st.lists(st.lists(st.integers(1, 2**53), max_size=3).map(tuple), max_size=4).map(tuple),
     dense_bytes=sizes,
-    method=st.none() | st.text(),
-    reason=st.none() | st.text(),
+    method=st.text(),
     stored_bytes=sizes,
     touched_bytes=finite,
     outlier_rate=st.floats(0, 1),
@@ -78,6 +77,7 @@ site_plans = st.builds(
     settings=st.dictionaries(st.text(), json_values, max_size=3),
     tensors=st.dictionaries(st.text(), tensors(), max_size=4),
 )
+sites = site_plans | st.builds(lambda site, reason: site.kept(reason), site_plans, st.text())
 configs = st.builds(
     Config,
     budget=st.floats(0, 1, exclude_min=True),
@@ -87,7 +87,7 @@ configs = st.builds(
     sequential=st.booleans(),
     progress=st.booleans(),
 )
-plans = st.builds(Plan, st.lists(site_plans, max_size=3).map(tuple), configs)
+plans = st.builds(Plan, st.lists(sites, max_size=3).map(tuple), configs)
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +143,7 @@ def test_tensors_that_share_memory_are_saved(plan: Plan, folder: Path) -> None:
 @given(plan=plans)
 def test_the_touched_fraction_counts_refused_sites_in_full(plan: Plan) -> None:
     dense = sum(site.dense_bytes for site in plan.sites)
-    refused = [SitePlan(**vars(site) | {"method": None}) for site in plan.sites]
+    refused = [site.kept("for a test") for site in plan.sites]
     assert Plan(tuple(refused), plan.config).touched_fraction == (1 if dense else 0)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import gc
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -245,7 +244,7 @@ def test_instances_that_the_plan_treats_differently_share_a_graph() -> None:
     for order in (0, 1), (1, 0):
         blocks = [Block(ffn(seed=seed)) for seed in range(2)]
         plan = planned(nn.Sequential(*blocks).eval())
-        refused = replace(plan.sites[1], method=None, reason="for a test")
+        refused = plan.sites[1].kept("for a test")
         plan = Plan((plan.sites[0], refused), plan.config)
         for block in blocks:
             block.compile(backend="tardis", options={"plan": plan, "inner": "eager"})

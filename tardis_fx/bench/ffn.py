@@ -123,7 +123,7 @@ def _case(model: _Copies, plans: dict[Widths, Plan], xs: Tensor, rounds: int) ->
     for widths, plan in plans.items():
         name = f"tardis, {widths}"
         if rewritten:
-            found = [_reads(entry, widths, x) for entry, x in zip(plan.sites, xs, strict=True)]
+            found = [_reads(entry, widths, x) for entry, x in zip(plan.rewritten, xs, strict=True)]
             touched, share = (sum(part) / copies for part in zip(*found, strict=True))
             rows.append(Row(case, name, seconds[name], base, touched, share))
         else:

@@ -140,7 +140,7 @@ class _Field:
 
 def _added(plan: Plan) -> float:
     """Bytes that a plan adds to the FFNs, over their own."""
-    more = sum(site.stored_bytes - site.dense_bytes for site in plan.sites if site.method)
+    more = sum(site.stored_bytes - site.dense_bytes for site in plan.sites)
     return more / max(1, sum(site.dense_bytes for site in plan.sites))
 
 

@@ -20,6 +20,7 @@ from tardis_fx.heal import heal
 from tardis_fx.measure.flops import prefill_share
 from tardis_fx.observation.observe import BatchObservation
 from tardis_fx.passes.base import rewrite_named
+from tardis_fx.plan import KeptSite
 from tardis_fx.planning import plan_for
 
 if TYPE_CHECKING:
@@ -182,13 +183,13 @@ class Planned(Case):
     def prepare(self, trial: Trial) -> Contender:
         """Fits the plan, and heals it where asked."""
         plan = plan_for(trial.observation, replace(self.config, progress=False))
-        if not any(site.method for site in plan.sites):
-            reasons = Counter(str(site.reason) for site in plan.sites)
+        if not plan.rewritten:
+            reasons = Counter(site.reason for site in plan.sites if isinstance(site, KeptSite))
             raise CalibrationError(f"no site is rewritten: {reasons.most_common(1)[0][0]}")
         if self.healed:
             plan = heal(trial.subject.model, plan, [p for b in trial.batches for p in _parts(b)], progress=False)
         dense = sum(site.dense_bytes for site in plan.sites)
-        stored = sum(site.stored_bytes if site.method else site.dense_bytes for site in plan.sites)
+        stored = sum(site.stored_bytes for site in plan.sites)
         flops = prefill_share(plan, trial.observation)
         return Contender(trial.subject.model, plan, stored / dense, plan.touched_fraction, flops)
 

@@ -102,9 +102,9 @@ def _counted(subject: Subject, plan: Plan | None, run: Callable[..., Any]) -> fl
     with count_touched() as touched:
         for batch in subject.text()[:COUNTED]:
             subject.call(run, batch)
-    if touched.sites < sum(site.method is not None for site in plan.sites):
+    if touched.sites < len(plan.rewritten):
         return None
-    refused = sum(site.dense_bytes for site in plan.sites if site.method is None)
+    refused = sum(site.dense_bytes for site in plan.sites if site not in plan.rewritten)
     return (touched.per_token + refused) / sum(site.dense_bytes for site in plan.sites)
 
 

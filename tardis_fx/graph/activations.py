@@ -1,4 +1,11 @@
-"""The registry of activations: each is one sympy expression; all else about it is derived from that expression."""
+"""The registry of activations: each is one sympy expression; all else about it is derived from that expression.
+
+:func:`register` adds one. Matching, calibration, the eager reference and the kernels in C++ and Triton then know it:
+
+```python
+register(Activation("lecun_tanh", 1.7159 * sympy.tanh(2 * Z / 3), lambda z: 1.7159 * torch.tanh(2 * z / 3)))
+```
+"""
 
 import functools
 import itertools
@@ -11,6 +18,8 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 from torch.nn import functional
+
+from tardis_fx.errors import ConfigError
 
 Array = NDArray[np.float64]
 
@@ -106,18 +115,40 @@ class Activation:
 
     @property
     def cxx(self) -> str:
-        """The activation as a C++ expression of ``float z``, in single precision throughout."""
+        """The activation as a C++ expression of ``float z``, in single precision throughout.
+
+        Raises:
+            ConfigError: the expression has a function that C++ does not have.
+        """
         from sympy.codegen.ast import float32, real  # slow to import, seldom needed
         from sympy.codegen.rewriting import create_expand_pow_optimization
 
         in_z = self._piecewise.subs(Z, sympy.Symbol("z", real=True))
         rounded = in_z.replace(lambda e: e.is_number and not e.is_Integer, lambda e: e.evalf(9))
         products = create_expand_pow_optimization(4, base_req=lambda base: True)(rounded)
-        return " ".join(sympy.cxxcode(products, type_aliases={real: float32}).split())
+        try:
+            code = " ".join(sympy.cxxcode(products, type_aliases={real: float32}, strict=True).split())
+        except NotImplementedError as error:
+            raise ConfigError(f"no C++ code for {self.expression}: {error}") from error
+        choices = self._piecewise.atoms(sympy.Piecewise)
+        # No comparison holds for a NaN, which takes the last formula.
+        return code if all(choice.args[-1].expr.free_symbols for choice in choices) else f"((z == z) ? ({code}) : (z))"
+
+    @property
+    def triton(self) -> str:
+        """The activation as a Triton expression of ``z``, float32, that may call the ``tanh`` of the kernels' module.
+
+        Raises:
+            ConfigError: the expression has a function or a power that Triton does not have.
+        """
+        from tardis_fx.graph.triton_printer import triton_code
+
+        return triton_code(self._piecewise, Z)
 
     @functools.cached_property
     def _piecewise(self) -> sympy.Expr:
-        return self.expression.rewrite(sympy.Piecewise)
+        # A product with a choice would make NaN of an infinity times 0; a choice of products takes the 0.
+        return sympy.piecewise_fold(self.expression.rewrite(sympy.Piecewise))
 
     @functools.cached_property
     def _derivatives(self) -> tuple[Callable[[ArrayLike], Array], ...]:
@@ -129,7 +160,8 @@ class Activation:
         """[kinks], ascending: where the expression passes from one formula to the next."""
         conditions = self._piecewise.atoms(sympy.core.relational.Relational)
         kinks = np.unique([float(z) for c in conditions for z in sympy.solve(c.lhs - c.rhs, Z)])
-        assert np.all(np.abs(kinks) < REACH), f"{self.name}: a kink beyond {REACH}"
+        if not np.all(np.abs(kinks) < REACH):
+            raise ConfigError(f"{self.name}: a kink beyond {REACH}")
         return kinks
 
     @functools.cached_property
@@ -140,7 +172,8 @@ class Activation:
             slope = float(self.derivative(end))
             beyond = self.derivative(np.geomspace(end, 250 * end, 1000))
             constant = bool(np.all(np.abs(beyond - slope) <= 1e-12))
-            assert constant or abs(beyond[-1]) > 10 * abs(slope), f"{self.name}: no asymptote found"
+            if not constant and not abs(beyond[-1]) > 10 * abs(slope):
+                raise ConfigError(f"{self.name}: no asymptote found")
             tails.append((slope, float(self.value(end)) - slope * end) if constant else (np.nan, np.nan))
         return tuple(tails)
 
@@ -150,7 +183,8 @@ class Activation:
         edges = np.array([-REACH, *self._kinks, REACH])
         brackets = _sign_changes(curvature, edges, points=2000)
         # Two inflections between neighbours of one grid would escape it, but not the other grid as well.
-        assert len(brackets) == len(_sign_changes(curvature, edges, points=9001)), f"{self.name}: inflections missed"
+        if len(brackets) != len(_sign_changes(curvature, edges, points=9001)):
+            raise ConfigError(f"{self.name}: its inflections lie too close together")
         before, after = brackets.T
         inflections = _bisect(curvature, np.zeros(1), before, after, rising=curvature(after) > curvature(before))
         below, above = (ENDLESS if np.isnan(slope) else REACH for slope, _ in self._tails)
@@ -190,6 +224,47 @@ ACTIVATIONS: dict[str, Activation] = {
         Activation("sigmoid", _SIGMOID, torch.sigmoid),
     )
 }
+
+_closed = False
+
+
+def register(activation: Activation) -> Activation:
+    """Adds an activation to the registry.
+
+    A plan names its activations: register them in every process that calibrates a model or loads a plan, before the
+    first call on a CUDA device, whose kernels are generated once.
+
+    Returns:
+        The activation.
+
+    Raises:
+        ConfigError: the name is taken or no identifier; the expression has other symbols than :data:`Z`, a kink beyond
+            :data:`REACH` or no asymptote, or C++ or Triton has no code for it; the eager function computes something
+            else; or the registry is closed.
+    """
+    name = activation.name
+    if not name.isidentifier():
+        raise ConfigError(f"the name of an activation must be an identifier, not {name!r}")
+    if name in ACTIVATIONS or name == "affine":
+        raise ConfigError(f"there is an activation {name!r} already")
+    if _closed:
+        raise ConfigError(f"{name}: activations must be registered before the first call on a CUDA device")
+    if not activation.expression.free_symbols <= {Z}:
+        raise ConfigError(f"{name}: the only symbol in {activation.expression} must be tardis_fx.graph.activations.Z")
+    z = np.linspace(-30, 30, 601)
+    if not np.allclose(activation.value(z), activation.eager(torch.from_numpy(z)).numpy(), rtol=1e-6, atol=1e-6):
+        raise ConfigError(f"{name}: the eager function does not compute {activation.expression}")
+    for derive in (lambda: activation.slope_points([0.0]), lambda: activation.cxx, lambda: activation.triton):
+        derive()  # raises where it cannot
+    ACTIVATIONS[name] = activation
+    return activation
+
+
+def close() -> tuple[Activation, ...]:
+    """The registered activations; none can be added from now on."""
+    global _closed
+    _closed = True
+    return tuple(ACTIVATIONS.values())
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,7 @@ def recognise(
     if (line := _line(points, values)) is not None:
         activation = ACTIVATIONS["identity"] if line == (1, 0) else _affine(*line)
     else:
-        names = _expected(torch.finfo(dtype).max).items()
+        names = _expected(torch.finfo(dtype).max, tuple(ACTIVATIONS)).items()
         found = next((name for name, expected in names if _agree(points, values, expected)), None)
         if found is None:
             return None
@@ -141,9 +141,9 @@ def _grid(largest: float) -> Array:
 
 
 @functools.cache
-def _expected(largest: float) -> dict[str, Array]:
+def _expected(largest: float, names: tuple[str, ...]) -> dict[str, Array]:
     """What every activation but the identity gives on the grid."""
-    return {name: a.value(_grid(largest)) for name, a in ACTIVATIONS.items() if name != "identity"}
+    return {name: ACTIVATIONS[name].value(_grid(largest)) for name in names if name != "identity"}
 
 
 def _kinks(compared: Callable[[Tensor], Sequence[Tensor]], points: Array) -> Array:

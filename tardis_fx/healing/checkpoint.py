@@ -47,7 +47,7 @@ class State:
 def identity(plan: Plan, batches: Sequence[Batch], **settings: float) -> str:
     """Hash of all that a healing depends on beside the model, whose weights the plan knows."""
     digest = hashlib.sha256(repr(sorted(settings.items())).encode())
-    named = [(name, t) for site in plan.sites for name, t in [(site.fingerprint, None), *sorted(site.tensors.items())]]
+    named = [(site.fingerprint, sorted(site.tensors.items())) for site in plan.rewritten]
     for value in pytree.tree_leaves([named, list(batches)]):
         if isinstance(value, Tensor):
             digest.update(f"{value.dtype}{tuple(value.shape)}".encode())

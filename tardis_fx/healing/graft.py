@@ -10,11 +10,12 @@ from torch import Tensor, fx, nn
 from tardis_fx.graph.site import SiteWeights
 from tardis_fx.graph.surgery import replace
 from tardis_fx.passes import pipeline
+from tardis_fx.plan import SitePlan
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from tardis_fx.plan import Plan, SitePlan
+    from tardis_fx.plan import Plan
 
 
 def graft(
@@ -36,7 +37,7 @@ def graft(
         found = pipeline.outcomes(gm, example_inputs, plan)
     moved: dict[fx.Node, fx.Node] = {}  # outputs of sites, where one feeds the next
     for i, (site, entry, reason) in enumerate((o.site, o.plan, o.reason) for o in found):
-        if entry is None or reason:
+        if not isinstance(entry, SitePlan) or reason:
             continue
         module = module_of(entry, SiteWeights.of(site, [values[p] for p in site.parameters]))
         if module is None:

@@ -99,11 +99,11 @@ class Student:
 def _healable(plan: Plan) -> dict[str, PartialLinear]:
     """The rewrite of every site that can be healed, by fingerprint."""
     found: dict[str, PartialLinear] = {}
-    for entry in plan.sites:
-        rewrite = None if entry.method is None else rewrite_of(entry)
+    for entry in plan.rewritten:
+        rewrite = rewrite_of(entry)
         if isinstance(rewrite, PartialLinear):
             found[entry.fingerprint] = rewrite
-        elif rewrite is not None and not isinstance(rewrite, ExactFold):
+        elif not isinstance(rewrite, ExactFold):
             raise ConfigError(
                 f"{entry.name} is rewritten by {entry.method!r}, which cannot be healed: "
                 f"plans of 'partial_linear' and 'paper' can"

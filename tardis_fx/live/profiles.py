@@ -20,7 +20,7 @@ from tardis_fx.errors import TardisError
 from tardis_fx.live.arrivals import PATIENCE, LiveObservation
 from tardis_fx.observation.run import Run
 from tardis_fx.passes.base import rewrite_named
-from tardis_fx.plan import Plan, SitePlan
+from tardis_fx.plan import KeptSite, Plan
 from tardis_fx.planning import fit_plan, refused
 from tardis_fx.runtime.fingerprint import fingerprint
 from tardis_fx.statistics.check import Check
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
     from tardis_fx.observation.observe import ObservedSite
     from tardis_fx.observation.run import Fit
+    from tardis_fx.plan import Planned
 
 _log = logging.getLogger("tardis_fx")
 
@@ -58,7 +59,7 @@ class Profile:
     def __init__(self, sites: Sequence[ObservedSite], settings: Settings) -> None:
         """Begins the first run."""
         self.plan: Plan | None = None
-        self._settings, self._left = settings, list[SitePlan]()
+        self._settings, self._left = settings, list[KeptSite]()
         self._weights = [weakref.ref(weight) for site in sites for weight in site.parameters]
         self._observation: LiveObservation | None = None
         self._begin(sites)
@@ -114,7 +115,7 @@ class Profile:
         if plan is not None:
             self._finish(plan.sites)
 
-    def _finish(self, entries: Iterable[SitePlan]) -> None:
+    def _finish(self, entries: Iterable[Planned]) -> None:
         self.plan = Plan((*entries, *self._left), self._settings.config)
         self._observation = None
 
@@ -133,15 +134,15 @@ class Profile:
         plan = yield from fit_plan(observation, self._settings.config)
         entries = {entry.fingerprint: entry for entry in plan.sites}
         sites = {site.fingerprint: site for site in observation.sites}
-        fitted = [site for identity, site in sites.items() if entries[identity].method is not None]
+        fitted = {entry.fingerprint: entry for entry in plan.rewritten}
         if not fitted:
             return plan
 
         def check_of(site: ObservedSite) -> Check:
-            entry = entries[site.fingerprint]
-            return Check(site, rewrite_named(str(entry.method)).replacement(entry, site.weights))
+            entry = fitted[site.fingerprint]
+            return Check(site, rewrite_named(entry.method).replacement(entry, site.weights))
 
-        checks = yield Run("check", check_of, fitted)
+        checks = yield Run("check", check_of, [sites[identity] for identity in fitted])
         for identity, check in checks.items():
             entry = entries[identity]
             if not check.error <= self._settings.tolerance:

@@ -8,6 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from tardis_fx.passes.base import rewrite_named
+from tardis_fx.plan import SitePlan
 from tardis_fx.runtime import flops  # noqa: F401 - the correction op's formula
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ def prefill_share(plan: Plan, observation: Observation) -> float:
         own = 2 * TOKENS * sum(p.numel() for p in site.parameters if p.dim() == 2)
         dense += own
         entry = plan.find(site.fingerprint)
-        if entry is None or entry.method is None:
+        if not isinstance(entry, SitePlan):
             found += own
             continue
         rewrite = rewrite_named(entry.method)

@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -24,10 +24,10 @@ from tardis_fx.runtime.snapshot import Snapshot
 
 if TYPE_CHECKING:
     from tardis_fx.passes.base import Rewrite
-    from tardis_fx.plan import SitePlan
+    from tardis_fx.plan import Planned, SitePlan
 
 #: The entry of a site with certain weights, or None.
-Find = Callable[[Site, Sequence[Tensor]], "SitePlan | None"]
+Find = Callable[[Site, Sequence[Tensor]], "Planned | None"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,13 +72,14 @@ class SiteGuard:
         self.positions, self.name = tuple(positions), compiled_for.name
         self._site, self.compiled_for, self._find, self._rewrite = site, compiled_for, find, rewrite
 
-    def entry(self, weights: Sequence[Tensor]) -> SitePlan | None:
+    def entry(self, weights: Sequence[Tensor]) -> Planned | None:
         """What is planned for these weights, or None where nothing is known of them."""
         return self._find(self._site, weights)
 
-    def fits(self, entry: SitePlan) -> bool:
+    def fits(self, entry: Planned) -> TypeGuard[SitePlan]:
         """Whether the graph does what an entry plans."""
-        return (entry.method, entry.settings) == (self.compiled_for.method, self.compiled_for.settings)
+        own = self.compiled_for
+        return isinstance(entry, type(own)) and (entry.method, entry.settings) == (own.method, own.settings)
 
     def constants(self, entry: SitePlan, weights: Sequence[Tensor]) -> Constants:
         """The tensors that an entry makes of weights."""

@@ -117,7 +117,7 @@ class TardisLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not there 
         found = slots.find(model, plan)
         for slot, entry in found:
             _rewrite(slot, entry, self._options.prefill or plan.config.prefill)
-        kept = [entry.name for entry in plan.sites if entry.method is None]
+        kept = [entry.name for entry in plan.sites if entry not in plan.rewritten]
         _log.info("%s: %d FFNs rewritten; original by the plan: %s", plan, len(found), ", ".join(kept) or "none")
 
 
@@ -152,7 +152,7 @@ def _rewrite(slot: slots.Slot, entry: SitePlan, prefill: Prefill) -> None:
     reduce = slots.reduces(slot)
     if size > 1:
         entry = shard(entry, rank, size, up.output_size)
-    rewrite = rewrite_named(str(entry.method))
+    rewrite = rewrite_named(entry.method)
     constants = rewrite.constants(entry, weights)
     original: dict[str, Tensor] = {}
     if prefill == "original" and not rewrite.exact:

@@ -67,7 +67,7 @@ def _traced(entry: SitePlan, names: Sequence[str], few: bool) -> Callable[..., T
     graph = fx.Graph()
     tracer = fx.proxy.GraphAppendingTracer(graph)
     x, *constants = (fx.Proxy(graph.placeholder(name), tracer) for name in ("x", *names))
-    output = rewrite_named(str(entry.method)).forward(x, dict(zip(names, constants, strict=True)), entry).node  # type: ignore[arg-type, attr-defined]
+    output = rewrite_named(entry.method).forward(x, dict(zip(names, constants, strict=True)), entry).node  # type: ignore[arg-type, attr-defined]
     graph.output(output)
     if few:
         cpu.take_fold(output)

@@ -14,6 +14,7 @@ from tardis_fx.errors import PlanMismatchError, ServingError, StaleWeightError
 from tardis_fx.graph.recognition import recognise
 from tardis_fx.graph.site import SiteWeights, function_of
 from tardis_fx.passes.entry import check_entry
+from tardis_fx.plan import SitePlan
 from tardis_fx.runtime.fingerprint import fingerprint
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-    from tardis_fx.plan import Plan, SitePlan
+    from tardis_fx.plan import Entry, Plan, Planned
 
 
 @dataclass(frozen=True)
@@ -97,8 +98,7 @@ def find(model: nn.Module, plan: Plan) -> list[tuple[Slot, SitePlan]]:
         PlanMismatchError: none of the plan's FFNs is in the model.
         StaleWeightError: some are not.
     """
-    planned = [entry for entry in plan.sites if entry.method is not None]
-    if not planned:
+    if not plan.rewritten:
         raise PlanMismatchError("the plan rewrites no FFN")
     found, alike = [], []
     for slot in _slots(model):
@@ -108,10 +108,10 @@ def find(model: nn.Module, plan: Plan) -> list[tuple[Slot, SitePlan]]:
         entry = _entry(slot, entries)
         if entry is None:
             alike.append(slot)
-        elif entry.method is not None:
+        elif isinstance(entry, SitePlan):
             found.append((slot, entry))
     served = {entry.fingerprint for _, entry in found}
-    if missing := [entry for entry in planned if entry.fingerprint not in served]:
+    if missing := [entry for entry in plan.rewritten if entry.fingerprint not in served]:
         reasons = "; ".join(f"{e.name}: {_mismatch(e, alike)}" for e in missing[:4])
         more = f"; and {len(missing) - 4} more" if len(missing) > 4 else ""
         if served:
@@ -139,7 +139,7 @@ def _is_sharded(layer: LinearBase) -> bool:
     return tuple(layer.weight.shape) != (layer.output_size, layer.input_size)
 
 
-def _orders(slot: Slot, entry: SitePlan) -> list[tuple[bool, bool]]:
+def _orders(slot: Slot, entry: Entry) -> list[tuple[bool, bool]]:
     """In which ways the two matrices may have been stored transposed, going by the shapes."""
     up, down = slot.layers
     one, other = (up.output_size, up.input_size), (down.output_size, down.input_size)
@@ -155,7 +155,7 @@ def _kept(*values: tuple[int, ...] | None) -> tuple[tuple[int, ...], ...]:
     return tuple(value for value in values if value is not None)
 
 
-def _entry(slot: Slot, entries: Sequence[SitePlan]) -> SitePlan | None:
+def _entry(slot: Slot, entries: Sequence[Planned]) -> Planned | None:
     """The entry of the slot's weights."""
     weights = slot.whole_weights
     for activation, order in sorted({(e.activation, order) for e in entries for order in _orders(slot, e)}, key=str):
@@ -166,13 +166,13 @@ def _entry(slot: Slot, entries: Sequence[SitePlan]) -> SitePlan | None:
         own = [w for w in (up, weights.up_bias, down, weights.down_bias) if w is not None]
         identity = fingerprint(own, function_of(activation, turned=turned))
         if entry := next((e for e in entries if e.fingerprint == identity), None):
-            if entry.method is not None:
+            if isinstance(entry, SitePlan):
                 check_entry(entry, weights)
             return entry
     return None
 
 
-def _mismatch(entry: SitePlan, alike: Sequence[Slot]) -> str:
+def _mismatch(entry: Entry, alike: Sequence[Slot]) -> str:
     """Why an entry has no slot."""
     same = [slot for slot in alike if _orders(slot, entry)]
     if not same:

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from tardis_fx.observation.run import Fit
-    from tardis_fx.plan import SitePlan
+    from tardis_fx.plan import Planned
 
 #: How far below its target an error may stay.
 SLACK = 0.03
@@ -20,7 +20,7 @@ SLACK = 0.03
 TRIES = 8
 
 
-def fit_to_target(fit: Callable[[float], Fit[list[SitePlan]]], floor: float, target: float) -> Fit[list[SitePlan]]:
+def fit_to_target(fit: Callable[[float], Fit[list[Planned]]], floor: float, target: float) -> Fit[list[Planned]]:
     """The plans of the least budget whose root mean square error is at most the target; see :func:`least_budget`.
 
     Args:
@@ -31,7 +31,7 @@ def fit_to_target(fit: Callable[[float], Fit[list[SitePlan]]], floor: float, tar
     Raises:
         CalibrationError: the whole of the bytes does not suffice.
     """
-    tried: dict[float, list[SitePlan]] = {}
+    tried: dict[float, list[Planned]] = {}
 
     def error(budget: float) -> Fit[float]:
         tried[budget] = yield from fit(budget)

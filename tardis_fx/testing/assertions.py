@@ -13,14 +13,13 @@ from torch import Tensor, fx, nn
 
 from tardis_fx.graph.matcher import find_sites
 from tardis_fx.passes import pipeline
-from tardis_fx.plan import Plan
+from tardis_fx.plan import Plan, SitePlan
 from tardis_fx.testing.capture import capture
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from tardis_fx.passes.pipeline import Rewritten
-    from tardis_fx.plan import SitePlan
 
 #: Norm of a difference over the norm of the result, at which two ways to compute one thing still agree.
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -118,7 +117,7 @@ def contents(plan: Plan) -> list[Any]:
     """All of a plan as plain values, tensors by their bits; floats by their digits, for -0.0 equals 0.0."""
     entries = [
         {f.name: repr(getattr(site, f.name)) for f in fields(site) if f.name != "tensors"}
-        | {"tensors": {name: _bits(tensor) for name, tensor in site.tensors.items()}}
+        | ({"tensors": {n: _bits(t) for n, t in site.tensors.items()}} if isinstance(site, SitePlan) else {})
         for site in plan.sites
     ]
     return [repr(asdict(plan.config)), *entries]

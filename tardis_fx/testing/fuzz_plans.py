@@ -301,7 +301,7 @@ def _subject(number: int) -> _Subject:
                     settings={"inner": entry.settings},
                     tensors=rewrite_named(trained).constants(entry, own),
                 )
-                for entry, own in zip(plan.sites, weights, strict=True)
+                for entry, own in zip(plan.rewritten, weights, strict=True)
             ),
         )
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():

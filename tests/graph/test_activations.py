@@ -1,10 +1,12 @@
 import re
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import sympy
 import torch
+from builders.activations import CUBE, ELU, LECUN_TANH, RELU6
 from builders.profile import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,15 +14,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from tardis_fx.graph.activations import ACTIVATIONS, Activation, Z
+from tardis_fx.errors import ConfigError
+from tardis_fx.graph import activations
+from tardis_fx.graph.activations import ACTIVATIONS, Activation, Z, register
 from tardis_fx.graph.recognition import recognise
+from tardis_fx.runtime.cpu import build as cpu_build
 
 Array = NDArray[np.float64]
 INF = np.inf
 
-# Unregistered: one spelt with Max and Min, one whose derivative diverges on both sides.
-RELU6 = Activation("relu6", sympy.Min(sympy.Max(Z, 0), 6), functional.relu6)
-CUBE = Activation("cube", Z**3, lambda z: z**3)
+STEP = Activation("step", sympy.Piecewise((0, Z < 0), (1, True)), lambda z: (z >= 0).to(z.dtype))
 
 KINKS = {"relu": [0.0], "relu2": [0.0], "leaky_relu": [0.0], "hardswish": [-3.0, 3.0], "relu6": [0.0, 6.0]}
 MOST_SLOPE_POINTS = {"identity": 0, "relu": 0, "leaky_relu": 0, "relu6": 0, "relu2": 1, "hardswish": 1}
@@ -244,12 +247,12 @@ def test_max_error_refuses_bounds_out_of_order(lower: float, upper: float) -> No
 
 
 def test_expression_with_a_far_kink_is_refused() -> None:
-    with pytest.raises(AssertionError, match="relu50: a kink beyond"):
+    with pytest.raises(ConfigError, match="relu50: a kink beyond"):
         Activation("relu50", sympy.Max(Z, 50), lambda z: z.clamp(min=50)).slope_points(np.zeros(1))
 
 
 def test_expression_that_nears_its_asymptote_slowly_is_refused() -> None:
-    with pytest.raises(AssertionError, match="softsign: no asymptote"):
+    with pytest.raises(ConfigError, match="softsign: no asymptote"):
         Activation("softsign", Z / (1 + sympy.Abs(Z)), functional.softsign).slope_points(np.zeros(1))
 
 
@@ -260,22 +263,118 @@ class Taken(float):
         return True
 
 
-@every_registered_activation
+def cxx(activation: Activation, z: float) -> float:
+    """What the C++ expression gives in float64."""
+    code = re.sub(r"([0-9])F\b", r"\1", activation.cxx).replace("std::", "")
+    code = code.replace("&&", "and").replace("?", "and Taken").replace(":", "or")
+    names = {"Taken": Taken, "tanh": np.tanh, "erf": lambda x: torch.tensor(x).erf().item()}
+    return float(eval(code, names, {"z": z}))
+
+
+def triton(activation: Activation, z: float) -> float:
+    """What the Triton expression gives in float64."""
+    tl = SimpleNamespace(
+        where=np.where, erf=lambda x: torch.tensor(x).erf().item(), sigmoid=lambda x: (1 + np.tanh(x / 2)) / 2
+    )
+    return float(eval(activation.triton, {"tl": tl, "tanh": np.tanh}, {"z": np.float64(z)}))
+
+
+every_printed_activation = pytest.mark.parametrize(
+    "activation", [*ACTIVATIONS.values(), RELU6, CUBE, ELU, LECUN_TANH, STEP], ids=lambda a: a.name
+)
+
+
+@pytest.mark.parametrize("language", [cxx, triton])
+@every_printed_activation
 @unhurried
 @given(z=arguments)
-def test_cxx_computes_the_value_with_constants_of_nine_digits(activation: Activation, z: Array) -> None:
-    code = (
-        re.sub(r"([0-9])F\b", r"\1", activation.cxx).replace("std::", "").replace("?", "and Taken").replace(":", "or")
-    )
-    names = {"Taken": Taken, "tanh": np.tanh, "erf": lambda x: torch.tensor(x).erf().item()}
-    found = [float(eval(code, names, {"z": each})) for each in z]
-    np.testing.assert_allclose(found, activation.value(z), rtol=1e-8, atol=1e-8)
+def test_generated_code_computes_the_value(
+    language: Callable[[Activation, float], float], activation: Activation, z: Array
+) -> None:
+    found = [language(activation, each) for each in z]
+    digits = 1e-8 if language is cxx else 6e-8  # of constants: nine in C++, those of float32 in Triton
+    np.testing.assert_allclose(found, activation.value(z), rtol=10 * digits, atol=digits)
+
+
+@pytest.mark.parametrize("language", [cxx, triton])
+@every_printed_activation
+@pytest.mark.filterwarnings("ignore:invalid value")
+def test_generated_code_keeps_a_nan(language: Callable[[Activation, float], float], activation: Activation) -> None:
+    assert np.isnan(language(activation, np.nan))
+
+
+@pytest.mark.parametrize(
+    ("activation", "code"),
+    [
+        (ACTIVATIONS["silu"], "z*tl.sigmoid(z)"),
+        (ACTIVATIONS["hardswish"], "tl.where(z < -3.0, 0.0, tl.where(z > 3.0, z, 0.16666667*z*(z + 3.0)))"),
+        (CUBE, "(z*z*z)"),
+        (ELU, "tl.where(z < 0.0, tanh(0.5*z)/tl.sigmoid(-z), z)"),
+        (STEP, "tl.where(z == z, tl.where(z < 0.0, 0.0, 1.0), z)"),
+        (Activation("root", sympy.sqrt(Z**2 + 2), torch.sin), "tl.sqrt((z*z) + 2.0)"),
+    ],
+    ids=lambda value: getattr(value, "name", None),
+)
+def test_triton_code_is_simplified_and_loses_no_digits(activation: Activation, code: str) -> None:
+    assert activation.triton == code or activation.triton == f"({code})"
 
 
 @every_registered_activation
 def test_cxx_has_no_power_and_no_double_literal(activation: Activation) -> None:
     assert "pow" not in activation.cxx
     assert not re.search(r"\d\.\d+(?![\dF])", activation.cxx)
+
+
+@pytest.fixture
+def registry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The registry, whose additions are gone after the test."""
+    monkeypatch.setattr(activations, "_closed", False)
+    for added in ("elu", "odd"):
+        monkeypatch.setitem(ACTIVATIONS, added, ACTIVATIONS["relu"])
+        monkeypatch.delitem(ACTIVATIONS, added)
+
+
+@pytest.mark.usefixtures("registry")
+def test_a_registered_activation_is_known_everywhere() -> None:
+    assert recognise(functional.elu) is None
+    assert register(ELU) is ACTIVATIONS["elu"] is ELU
+    assert recognise(functional.elu) is ELU
+    assert recognise(lambda z: torch.where(z > 0, z, torch.expm1(z))) is ELU
+    assert f"case {len(ACTIVATIONS) - 1}: return {ELU.cxx};" in cpu_build._cases()
+
+
+@pytest.mark.usefixtures("registry")
+@pytest.mark.parametrize(
+    ("activation", "reason"),
+    [
+        (Activation("relu", Z, lambda z: z), "there is an activation 'relu'"),
+        (Activation("affine", Z, lambda z: z), "there is an activation 'affine'"),
+        (Activation("not a name", Z, lambda z: z), "must be an identifier"),
+        (Activation("odd", Z, lambda z: 2 * z), "the eager function does not compute Z"),
+        (Activation("odd", 2 * sympy.Symbol("Z"), lambda z: 2 * z), "the only symbol"),
+        (Activation("odd", sympy.Max(Z, 50), lambda z: z.clamp(min=50)), "a kink beyond"),
+        (Activation("odd", Z / (1 + sympy.Abs(Z)), functional.softsign), "no asymptote"),
+    ],
+    ids=str,
+)
+def test_register_refuses_what_the_registry_does_not_handle(activation: Activation, reason: str) -> None:
+    before = dict(ACTIVATIONS)
+    with pytest.raises(ConfigError, match=reason):
+        register(activation)
+    assert before == ACTIVATIONS
+
+
+@pytest.mark.usefixtures("registry")
+def test_register_refuses_once_kernels_are_generated() -> None:
+    assert activations.close() == tuple(ACTIVATIONS.values())
+    with pytest.raises(ConfigError, match="elu: activations must be registered before"):
+        register(ELU)
+
+
+@pytest.mark.parametrize("code", ["cxx", "triton"])
+def test_a_function_without_code_is_named(code: str) -> None:
+    with pytest.raises(ConfigError, match="no .* code for .*bessel"):
+        getattr(Activation("odd", sympy.besselj(2, Z), torch.sin), code)
 
 
 @every_registered_activation

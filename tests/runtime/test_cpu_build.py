@@ -16,8 +16,10 @@ from unittest import mock
 
 import pytest
 import torch
+from builders.activations import ELU
 from builders.correction import Arguments, arguments
 
+from tardis_fx.graph.activations import ACTIVATIONS
 from tardis_fx.runtime import reference
 from tardis_fx.runtime.cpu import build as cpu_build
 from tardis_fx.runtime.cpu import op as cpu
@@ -69,7 +71,7 @@ def compile_program(text: str, library: Path) -> None:
 
 
 def forget() -> None:
-    cpu_build.load.cache_clear()
+    cpu_build._library.cache_clear()
     cpu_build._loaded.cache_clear()
 
 
@@ -146,6 +148,19 @@ def test_a_kernel_is_compiled_once_and_only_its_user_can_read_or_change_it(
     (library,) = cache.iterdir()
     assert [stat.S_IMODE(path.stat().st_mode) for path in (cache, library)] == [0o700, 0o700]
     assert not caplog.records
+
+
+def test_an_activation_registered_after_the_first_call_gets_a_kernel_of_its_own(
+    cache: Path, compilations: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, numbers = cpu_build.load(), [cpu_build.activation_number(name) for name in ACTIVATIONS]
+    assert numbers == list(range(len(ACTIVATIONS)))
+    monkeypatch.setitem(ACTIVATIONS, "elu", ELU)
+    assert cpu_build.activation_number("elu") == len(numbers)
+    assert cpu_build.load() is cpu_build.load() is not first
+    assert len(compilations) == len(list(cache.iterdir())) == 2
+    monkeypatch.undo()
+    assert cpu_build.load() is first
 
 
 def test_a_library_is_on_the_disk_before_it_has_its_name(
@@ -282,6 +297,7 @@ def test_the_cache_may_lie_behind_a_link(
 def test_two_processes_that_build_at_the_same_time_both_work(tmp_path: Path) -> None:
     program = """
 import os, torch
+from tardis_fx.graph.activations import ACTIVATIONS
 from tardis_fx.runtime import reference
 from tardis_fx.runtime.cpu import op as cpu
 from tardis_fx.runtime.cpu import build as cpu_build

@@ -12,18 +12,19 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from builders.activations import ELU, LECUN_TANH, RELU6
 from builders.correction import Arguments, arguments, assert_agree, assert_right, changed, exact
 from builders.profile import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tardis_fx.graph.activations import ACTIVATIONS
+from tardis_fx.graph.activations import ACTIVATIONS, Activation
 from tardis_fx.runtime import ops as _registered  # noqa: F401
 from tardis_fx.runtime.packing import GROUP_SIZES
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -114,6 +115,57 @@ def test_every_width_of_fold_and_rows_agrees(bits: int, group_size: int) -> None
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_every_activation_agrees(activation: str) -> None:
     agree(arguments(h=20, d=20, d_out=5, activation=activation, outliers=1))
+
+
+def computed(activation: Activation, z: Tensor, function: object = None) -> Tensor:
+    """The activation by Triton, in float64."""
+    from builders.elementwise import elementwise
+
+    from tardis_fx.runtime.cuda import activations as triton_activations
+
+    function, moved = function or triton_activations.activation, z.float().to(DEVICE)
+    out = torch.full_like(moved, 7.0)
+    elementwise[(1,)](moved, out, len(z), FUNCTION=function, NAME=activation.name, SIZE=1 << (len(z) - 1).bit_length())
+    return out.cpu().double()
+
+
+def assert_computed(activation: Activation, found: Callable[[Tensor], Tensor]) -> None:
+    """Digits of small results and of a result for a large argument are kept; those lost to cancellation are few."""
+    sides = torch.cat([torch.logspace(-37, 38, 400, dtype=torch.float64), torch.linspace(0.01, 12, 600).double()])
+    z = torch.cat([-sides, torch.zeros(1).double(), sides]).float().double()
+    expected = activation.eager(z)
+    expected = expected.where(expected.abs() < torch.finfo(torch.float32).max, expected.sign() * math.inf)
+    tolerance = 2e-6 * expected.abs() + 2e-7 * z.abs().clamp(max=16)
+    error = (found(z) - expected).abs()
+    wrong = ~((error <= tolerance) | (found(z) == expected))
+    assert not wrong.any(), (z[wrong], found(z)[wrong], expected[wrong])
+    ends = torch.tensor([-math.inf, math.inf], dtype=torch.float64)
+    limits = activation.eager(ends)  # NaN where torch multiplies infinity by 0
+    assert (torch.isclose(found(ends), limits, rtol=1e-6, atol=0) | limits.isnan()).all()
+    assert found(torch.tensor([math.nan])).isnan().all()
+
+
+overflowing = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")  # of numpy, in the interpreter
+
+
+@overflowing
+@pytest.mark.parametrize("activation", ACTIVATIONS.values(), ids=lambda a: a.name)
+def test_every_formula_agrees_with_the_eager_function_everywhere(activation: Activation) -> None:
+    assert_computed(activation, lambda z: computed(activation, z))
+
+
+@overflowing
+@pytest.mark.parametrize("activation", [ELU, RELU6, LECUN_TANH], ids=lambda a: a.name)
+def test_a_formula_generated_for_a_new_activation_agrees(activation: Activation) -> None:
+    from tardis_fx.runtime.cuda.activations import generate
+
+    function = generate([ACTIVATIONS["silu"], activation])
+    assert_computed(activation, lambda z: computed(activation, z, function))
+
+
+@overflowing
+def test_hardswish_of_minus_infinity_is_0() -> None:
+    assert computed(ACTIVATIONS["hardswish"], torch.tensor([-math.inf])).tolist() == [0]
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)

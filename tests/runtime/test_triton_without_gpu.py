@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import logging
 import os
 import subprocess
@@ -16,6 +17,7 @@ from torch import Tensor, fx
 from torch._functorch.aot_autograd import aot_export_joint_simple
 from torch._subclasses import FakeTensorMode
 
+from tardis_fx.graph.activations import ACTIVATIONS
 from tardis_fx.runtime import ops, reference  # noqa: F401 - ops registers the op
 from tardis_fx.runtime.cuda import dispatch as cuda
 from tardis_fx.runtime.cuda.dispatch import show_kernels
@@ -69,6 +71,7 @@ def on_cuda(op: Arguments, mode: FakeTensorMode) -> dict[str, Any]:
 
 def traced(op: Arguments) -> fx.GraphModule:
     """What Inductor is given of the op."""
+    import tardis_fx.runtime.cuda.op  # noqa: F401 - registers it
 
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     fake = on_cuda(op, mode)
@@ -140,6 +143,35 @@ def test_the_kernels_compile_for_a_gpu(tokens: int) -> None:
             constants[names.index("tokens"),], signature["tokens"] = 1, "constexpr"
         built = compiler.compile(compiler.ASTSource(tuned.fn, signature, constants), target=GPUTarget("cuda", 90, 32))
         assert built.asm["cubin"], tuned.fn.__name__
+
+
+@with_triton
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_every_formula_compiles_for_a_gpu(activation: str) -> None:
+    from builders.elementwise import elementwise
+    from triton import compiler
+    from triton.backends.compiler import GPUTarget
+
+    from tardis_fx.runtime.cuda import activations as triton_activations
+
+    signature = {"z": "*fp32", "out": "*fp32", "count": "i32"} | dict.fromkeys(
+        ("FUNCTION", "NAME", "SIZE"), "constexpr"
+    )
+    constants = {(3,): triton_activations.activation, (4,): activation, (5,): 128}
+    built = compiler.compile(compiler.ASTSource(elementwise, signature, constants), target=GPUTarget("cuda", 90, 32))
+    assert built.asm["cubin"]
+
+
+@with_triton
+def test_inductor_writes_every_formula_beside_the_kernel() -> None:
+    from torch._inductor.codegen.wrapper import user_defined_triton_kernel_transitive_closure_source_code as closure
+
+    from tardis_fx.runtime.cuda.correction import activate
+
+    functions = {node.name: node for node in ast.parse(closure(activate.fn)).body if isinstance(node, ast.FunctionDef)}
+    assert {"activate", "activation", "tanh"} <= set(functions)
+    written = ast.unparse(functions["activation"])
+    assert all(ast.unparse(ast.parse(activation.triton)) in written for activation in ACTIVATIONS.values())
 
 
 @with_triton

@@ -27,9 +27,6 @@ from tardis_fx.graph.activations import ACTIVATIONS
 
 logger = logging.getLogger("tardis_fx")
 
-#: How the kernel numbers activations.
-ACTIVATION_NUMBERS = {name: number for number, name in enumerate(ACTIVATIONS)}
-
 _SOURCE = Path(__file__).with_name("kernel.cpp")
 # No -ffast-math: NaN and infinity must compare as they should. The two that are safe let conversions be vectorised.
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC")
@@ -38,15 +35,24 @@ _PATIENCE = 600
 _LOCK = threading.Lock()
 
 
-@cache
 def load() -> ctypes.CDLL | None:
-    """The compiled functions, or None (with one warning) where they cannot be had."""
-    with _LOCK:  # else threads that call at the same time would each compile, and each warn
-        return _loaded()
+    """The compiled functions for the registered activations, or None (with one warning) where they cannot be had."""
+    return _library(tuple(ACTIVATIONS))
+
+
+def activation_number(name: str) -> int:
+    """How the kernel numbers an activation: by its place in the registry, where others are added behind it."""
+    return list(ACTIVATIONS).index(name)
 
 
 @cache
-def _loaded() -> ctypes.CDLL | None:
+def _library(names: tuple[str, ...]) -> ctypes.CDLL | None:
+    with _LOCK:  # else threads that call at the same time would each compile, and each warn
+        return _loaded(names)
+
+
+@cache
+def _loaded(names: tuple[str, ...]) -> ctypes.CDLL | None:
     try:
         return _from_cache()
     except Exception as error:  # whatever a system lacks or a compiler does: the reference can do the work
@@ -130,7 +136,7 @@ def _kept(library: Path, folder: Path, name: str) -> Path:
 def compile_kernel(library: Path, compiler: Sequence[str], flags: Sequence[str]) -> None:
     """Compiles the kernel to ``library``, beside which it leaves what it generates."""
     Path(library.parent, "activations.inc").write_text(_cases())
-    defined = f"-DACTIVATIONS={len(ACTIVATION_NUMBERS)}"
+    defined = f"-DACTIVATIONS={len(ACTIVATIONS)}"
     _run([*compiler, *flags, defined, f"-I{library.parent}", str(_SOURCE), "-o", str(library)])
     if not library.exists():
         raise FileNotFoundError(f"{shlex.join(compiler)} ended well and wrote no library")
@@ -138,7 +144,7 @@ def compile_kernel(library: Path, compiler: Sequence[str], flags: Sequence[str])
 
 def _cases() -> str:
     """The activations, as cases of a C++ switch."""
-    return "".join(f"case {number}: return {ACTIVATIONS[name].cxx};\n" for name, number in ACTIVATION_NUMBERS.items())
+    return "".join(f"case {activation_number(name)}: return {a.cxx};\n" for name, a in ACTIVATIONS.items())
 
 
 def _run(command: Sequence[str]) -> str:

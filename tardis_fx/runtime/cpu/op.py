@@ -88,7 +88,7 @@ def correct(
         w1_stride,
         w2t_stride,
         bits,
-        cpu_build.ACTIVATION_NUMBERS[activation],
+        cpu_build.activation_number(activation),
         fold_bits,
         row_bits,
         sizes.low,
