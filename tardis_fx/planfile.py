@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 FORMAT = "tardis_fx.plan"
 #: Raised whenever a plan written now would be misread by older code.
-VERSION = 4
+VERSION = 5
 #: Levels of lists and mappings in an entry's settings.
 _DEEPEST = 32
 

@@ -13,7 +13,6 @@ import torch
 
 from tardis_fx.config import Config
 from tardis_fx.errors import BenchError
-from tardis_fx.graph.activations import ACTIVATIONS
 from tardis_fx.observation.observe import BatchObservation
 from tardis_fx.observation.run import Run
 from tardis_fx.partial_linear.ranges import Costs
@@ -21,8 +20,7 @@ from tardis_fx.passes.partial_linear import PartialLinear
 from tardis_fx.plan import Plan, SitePlan
 from tardis_fx.quantisation import quantise
 from tardis_fx.runtime.packing import low_bits
-from tardis_fx.runtime.reference import estimate
-from tardis_fx.runtime.reference_gated import beyond
+from tardis_fx.runtime.reference import estimate, response, surrogate_error
 from tardis_fx.statistics.affine import regress
 
 if TYPE_CHECKING:
@@ -133,10 +131,9 @@ def _site_plan(site: ObservedSite, x: Tensor, widths: Widths, rate: float) -> Si
     parts = [_part(weights, rows, x, widths, rate, str(site.site.activation)) for rows in _rows(hidden)]
     tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     tensors["neurons"] = torch.arange(hidden, dtype=torch.int32, device=x.device)
+    tensors |= _fold(weights, tensors["surrogate"], widths.fold)
     gated = weights.gate is not None
-    surrogate = tensors["surrogate"] if gated else torch.stack([tensors["slope"], tensors["intercept"]], 1)
-    tensors |= _fold(weights, surrogate, widths.fold)
-    biased = any(bias is not None for _, _, bias in _projections(weights))
+    biased = any(bias is not None for _, bias in weights.projections.values())
     costs = widths.costs(d, weights.down.shape[0], weights.up.element_size(), bias=biased, gated=gated)
     return SitePlan.of(
         site.site,
@@ -155,13 +152,6 @@ def _site_plan(site: ObservedSite, x: Tensor, widths: Widths, rate: float) -> Si
     )
 
 
-def _projections(weights: SiteWeights) -> list[tuple[str, Tensor, Tensor | None]]:
-    """What lies in front of the activation: names of their rows in a plan, matrices [h, d], biases [h]."""
-    if weights.gate is None:
-        return [("up", weights.up, weights.up_bias)]
-    return [("gate", weights.gate, weights.gate_bias), ("up", weights.up, weights.up_bias)]
-
-
 def _rows(hidden: int) -> list[slice]:
     return [slice(start, min(start + _CHUNK, hidden)) for start in range(0, hidden, _CHUNK)]
 
@@ -171,30 +161,30 @@ def _part(
 ) -> dict[str, Tensor]:
     """Predictors, guard, surrogates and, where they are codes, rows of some neurons."""
     bits = widths.predictor
-    own = {name: matrix[rows].float().contiguous() for name, matrix, _ in _projections(weights)}
-    biases = [0 if bias is None else bias[rows].float() for _, _, bias in _projections(weights)]
+    own = {name: matrix[rows].float().contiguous() for name, (matrix, _) in weights.projections.items()}
+    biases = [0 if bias is None else bias[rows].float() for _, bias in weights.projections.values()]
     rounded = {name: quantise(matrix, None, bits, GROUP_SIZE) for name, matrix in own.items()}
-    z = [x @ matrix.T + bias for matrix, bias in zip(own.values(), biases, strict=True)]
-    found = {}
+    predictor = {
+        name: torch.stack([getattr(q, name) for q in rounded.values()], 1) for name in ("codes", "scale", "zero")
+    }
+    coded = {}
     if widths.rows != 16:
         low = low_bits(bits, widths.rows)
-        found = {name: quantise(own[name] - rounded[name].weight, None, low, GROUP_SIZE).rows for name in own}
-        found["w2t"] = quantise(weights.down[:, rows].float().T, None, widths.rows, GROUP_SIZE).rows
-    predictors = {name: [getattr(q, name) for q in rounded.values()] for name in ("codes", "scale", "zero")}
+        coded = {name: quantise(own[name] - rounded[name].weight, None, low, GROUP_SIZE).rows for name in own}
+        coded["columns"] = quantise(weights.down[:, rows].float().T, None, widths.rows, GROUP_SIZE).rows
+    z = [x @ matrix.T + bias for matrix, bias in zip(own.values(), biases, strict=True)]
     z_hat = [estimate(x, q.codes, q.scale, q.zero, bits) for q in rounded.values()]
-    activated = ACTIVATIONS[activation].eager(z[0])
-    if weights.gate is None:
+    given = response(z, activation)
+    if len(z) == 1:
         lower, upper = _quantile(z_hat[0], rate / 2), _quantile(z_hat[0], 1 - rate / 2)
-        line = _surrogate(z, activated, (z_hat[0] >= lower) & (z_hat[0] <= upper))
-        guard = {"lower": lower, "upper": upper, "slope": line[:, 0], "intercept": line[:, 1]}
-        return found | {name: part for name, (part,) in predictors.items()} | guard
-    plane = _surrogate(z, activated * z[1], torch.ones_like(activated, dtype=torch.bool))
-    both = torch.stack([z + bias for z, bias in zip(z_hat, biases, strict=True)], -1)
-    score = beyond(both, plane, activation).abs()
-    threshold = _quantile(score, 1 - rate)
-    surrogate = _surrogate(z, activated * z[1], score <= threshold)
-    found |= {name: torch.stack(parts, 1) for name, parts in predictors.items()}
-    return found | {"guard": torch.cat([plane, threshold[:, None]], 1), "surrogate": surrogate}
+        guard, hot = torch.stack([lower, upper], 1), (z_hat[0] >= lower) & (z_hat[0] <= upper)
+    else:
+        plane = _surrogate(z, given, torch.ones_like(given, dtype=torch.bool))
+        z_hat = [z + bias for z, bias in zip(z_hat, biases, strict=True)]
+        score = surrogate_error(z_hat, plane, activation).abs()
+        threshold = _quantile(score, 1 - rate)
+        guard, hot = torch.cat([plane, threshold[:, None]], 1), score <= threshold
+    return coded | predictor | {"guard": guard, "surrogate": _surrogate(z, given, hot)}
 
 
 def _quantile(values: Tensor, share: float) -> Tensor:
@@ -214,7 +204,7 @@ def _fold(weights: SiteWeights, surrogate: Tensor, bits: int) -> dict[str, Tenso
     """Folded weight and bias, in the model's dtype, or the weight as codes."""
     *slopes, shift = surrogate.unbind(1)
     folded = surrogate.new_zeros(weights.down.shape[0], weights.up.shape[1])
-    for (_, matrix, bias), slope in zip(_projections(weights), slopes, strict=True):
+    for (matrix, bias), slope in zip(weights.projections.values(), slopes, strict=True):
         shift = shift if bias is None else shift + slope * bias.float()
         for rows in _rows(len(matrix)):
             folded += (weights.down[:, rows].float() * slope[rows]) @ matrix[rows].float()

@@ -142,16 +142,14 @@ class Draft:
         rows = {}
         if self.low is not None:
             guarded = neurons
-            rows = {"up": self.low[0].rows[neurons], "w2t": self._columns(self.row_bits).rows[neurons]}
+            rows = {"up": self.low[0].rows[neurons], "columns": self._columns(self.row_bits).rows[neurons]}
         return rows | {
             "neurons": neurons.int(),
-            "codes": self.predictor.codes[guarded],
-            "scale": self.predictor.scale[guarded],
-            "zero": self.predictor.zero[guarded],
-            "lower": self.lower[guarded],
-            "upper": self.upper[guarded],
-            "slope": self.slope[neurons],
-            "intercept": self.intercept[neurons],
+            "codes": self.predictor.codes[guarded][:, None],
+            "scale": self.predictor.scale[guarded][:, None],
+            "zero": self.predictor.zero[guarded][:, None],
+            "guard": torch.stack([self.lower, self.upper], 1)[guarded],
+            "surrogate": torch.stack([self.slope, self.intercept], 1)[neurons],
         }
 
     def fold(self) -> tuple[Tensor, Tensor]:

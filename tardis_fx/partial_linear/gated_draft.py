@@ -127,7 +127,7 @@ class GatedDraft(Draft):
         if self.low is not None:
             guarded = neurons
             rows = {"gate": self.low[0].rows[neurons], "up": self.low[1].rows[neurons]}
-            rows["w2t"] = self._columns(self.row_bits).rows[neurons]
+            rows["columns"] = self._columns(self.row_bits).rows[neurons]
         predictors = self.gate_predictor, self.predictor
         return rows | {
             "neurons": neurons.int(),

@@ -82,7 +82,7 @@ class Costs:
             return columns * size if width == 16 else row_bytes(columns, width, group_size)
 
         nested = row_bits < 16
-        projections, beside, surrogate = (2, 16, 16 + 8 * bias) if gated else (1, 8, 12 + size * bias)
+        projections, beside, surrogate = (2, 16, 16 + 8 * bias) if gated else (1, 8, 12 + 4 * bias)
         predictor = projections * row_bytes(d, bits, group_size) + beside + 8 * (gated and bias)
         correction = projections * row(d, low_bits(bits, row_bits) if nested else 16) + row(d_out, row_bits) + surrogate
         return cls((row(d, fold_bits) + size) * d_out, predictor, correction, nested)

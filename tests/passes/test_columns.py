@@ -63,7 +63,7 @@ def test_fitted_columns_miss_less_and_change_nothing_else_but_the_fold(
     assert fitted.error <= rounded.error
     assert (fitted.touched_bytes, fitted.stored_bytes) == (rounded.touched_bytes, rounded.stored_bytes)
     for name, tensor in rounded.tensors.items():
-        if name not in ("w2t", "folded_weight", "folded_bias"):
+        if name not in ("columns", "folded_weight", "folded_bias"):
             assert torch.equal(fitted.tensors[name], tensor), name
 
 
@@ -77,7 +77,7 @@ def test_where_neurons_fire_together_a_corrected_one_stands_in_for_those_that_ar
 def test_columns_of_the_original_weights_are_not_copied() -> None:
     (fitted,), (rounded,) = (fit(rewrite, [ffn(D, HIDDEN)], row_bits=16) for rewrite in (PartialLinear(), Rounded()))
     assert fitted.error == rounded.error
-    assert "w2t" not in fitted.tensors
+    assert "columns" not in fitted.tensors
 
 
 def test_sites_whose_sums_do_not_fit_in_memory_take_runs_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
