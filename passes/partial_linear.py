@@ -9,15 +9,17 @@
    regressed on what is still missing (:mod:`tardis_fx.statistics.regression`); C and the rows that corrections read
    may be quantised (:mod:`tardis_fx.partial_linear.draft`), and then the columns of W2 are regressed together with C
    (:mod:`tardis_fx.partial_linear.columns`).
-4. Gated sites take the same path with a plane in the line's place (:mod:`tardis_fx.passes.gated`), at the same price of
-   a byte.
+4. Gated sites take the same path, at the same price of a byte: the surrogate of ``act(g) u`` is a plane in ``g`` and
+   ``u``, and a neuron is corrected where product and plane of the estimates are farther apart than its threshold. That
+   score is measured from the plane that fits all tokens, known before the thresholds are; the fold has the plane that
+   fits those tokens which stay uncorrected.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 from itertools import chain
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -33,11 +35,13 @@ from tardis_fx.partial_linear.ranges import PricedSite
 from tardis_fx.partial_linear.residuals import WidthResiduals, within_memory
 from tardis_fx.partial_linear.settled import Settled
 from tardis_fx.partial_linear.widths import Fitted, choose_widths
-from tardis_fx.passes import gated
 from tardis_fx.passes.base import Rewrite, stored_bytes
 from tardis_fx.passes.layout import Expected, coded_rows, codes, indices, setting
 from tardis_fx.plan import SitePlan
 from tardis_fx.runtime import ops  # noqa: F401 - registers torch.ops.tardis
+from tardis_fx.runtime.correction import Correction, guard_width
+from tardis_fx.runtime.cpu import layout as cpu
+from tardis_fx.runtime.cuda import layout as cuda
 from tardis_fx.runtime.packing import GROUP_SIZES, low_bits
 from tardis_fx.statistics.target import fit_to_target
 
@@ -51,9 +55,6 @@ if TYPE_CHECKING:
     from tardis_fx.partial_linear.residuals import ResidualObserver
     from tardis_fx.passes.layout import Layout
     from tardis_fx.plan import Planned
-
-#: Constants that hold one entry a listed neuron, and are padded to the hidden size.
-_PER_NEURON = ("neurons", "codes", "scale", "zero", "lower", "upper", "slope", "intercept")
 
 
 class PartialLinear(Rewrite):
@@ -214,77 +215,52 @@ class PartialLinear(Rewrite):
 
     def layout(self, plan: SitePlan, weights: SiteWeights) -> Layout:
         """The guard of the listed neurons, the rows that corrections read if these are codes, and the fold."""
-        (hidden, d), d_out, gated_site = weights.up.shape, len(weights.down), weights.gate is not None
+        (hidden, d), d_out, k = weights.up.shape, len(weights.down), len(weights.projections)
         bits, group_size = setting(plan, "bits", range(1, 9)), setting(plan, "group_size", GROUP_SIZES)
         fold_bits, row_bits = (setting(plan, name, (3, 4, 8, 16)) for name in ("fold_bits", "row_bits"))
         setting(plan, "activation", (plan.activation,))
         listed, guarded = len(plan.tensors["neurons"]), len(plan.tensors["codes"])
         if guarded > listed or (row_bits < 16 and guarded < listed):
             raise ValueError(f"it guards {guarded} neurons of {listed} that it lists")
-        found = {"neurons": indices(listed, hidden), "folded_bias": Expected(weights.up.dtype, (d_out,))}
-        found["folded_weight"] = (
+        expected = codes("", (guarded, k), d, bits, group_size)
+        expected["neurons"] = indices(listed, hidden)
+        expected["guard"] = Expected(torch.float32, (guarded, guard_width(k)), unbounded=True)
+        expected["surrogate"] = Expected(torch.float32, (listed, k + 1))
+        expected["folded_bias"] = Expected(weights.up.dtype, (d_out,))
+        expected["folded_weight"] = (
             Expected(weights.up.dtype, (d_out, d)) if fold_bits == 16 else coded_rows(d_out, d, fold_bits, group_size)
         )
         if row_bits < 16:
             low = coded_rows(listed, d, low_bits(bits, row_bits), group_size)
-            found |= {"gate": low, "up": low} if gated_site else {"up": low}
-            found["w2t"] = coded_rows(listed, d_out, row_bits, group_size)
-        if gated_site:
-            guard = {"guard": Expected(torch.float32, (guarded, 4), unbounded=True)}
-            return (
-                found
-                | guard
-                | {"surrogate": Expected(torch.float32, (listed, 3))}
-                | codes("", (guarded, 2), d, bits, group_size)
-            )
-        found |= dict.fromkeys(("lower", "upper"), Expected(torch.float32, (guarded,), unbounded=True))
-        found |= dict.fromkeys(("slope", "intercept"), Expected(torch.float32, (listed,)))
-        return found | codes("", (guarded,), d, bits, group_size)
+            expected |= dict.fromkeys(weights.projections, low)
+            expected["columns"] = coded_rows(listed, d_out, row_bits, group_size)
+        return expected
 
     def constants(self, plan: SitePlan, weights: SiteWeights) -> dict[str, Tensor]:
-        """The plan's tensors padded to the hidden size, and the weights by neuron; copied only where need be."""
-        hidden, device = weights.up.shape[0], weights.up.device
-        neurons = plan.tensors["neurons"]
-        whole_list = torch.equal(neurons, torch.arange(hidden, dtype=neurons.dtype, device=neurons.device))
-        listed, guarded = len(neurons), len(plan.tensors["codes"])
-        whole = {"up": weights.up} if weights.gate is None else {"gate": weights.gate, "up": weights.up}
-        whole["w2t"] = weights.down.T
-        constants = {}
-        for name, weight in whole.items():
-            if plan.settings["row_bits"] == 16:
-                constants[name] = weight.contiguous()
-            else:
-                rows = plan.tensors[name].to(device)
-                if not whole_list:
-                    rows = rows.new_zeros(hidden, rows.shape[1]).index_copy_(0, neurons.long().to(device), rows)
-                constants[name] = rows
-        if weights.gate is not None:
-            constants |= gated.biases(plan, weights)
-        elif weights.up_bias is not None:
-            constants["up_bias"] = weights.up_bias
-        constants["counts"] = torch.tensor([listed, guarded], dtype=torch.int64, device=device)
-        for name in _PER_NEURON if weights.gate is None else gated.PER_NEURON:
-            tensor = plan.tensors[name].to(device)
-            missing = hidden - len(tensor)
-            constants[name] = torch.cat([tensor, tensor.new_zeros(missing, *tensor.shape[1:])]) if missing else tensor
-        return constants | {name: plan.tensors[name].to(device) for name in ("folded_weight", "folded_bias")}
+        """The fold, and what corrections read, as the device's kernels take it."""
+        device = weights.up.device
+        prepare = cuda.prepare if device.type == "cuda" else cpu.prepare
+        prepared = prepare(plan.tensors, weights.projections, weights.down.T, plan.settings["row_bits"])
+        return prepared | {name: plan.tensors[name].to(device) for name in ("folded_weight", "folded_bias")}
 
     def forward(self, x: Tensor, constants: Mapping[str, Tensor], plan: SitePlan) -> Tensor:
         """The folded map by whatever Inductor makes of a linear layer, then the corrections in one op.
 
         A quantised fold is part of the op.
         """
-        if plan.kind == "gated":
-            return gated.forward(x, constants, plan)
         settings, weight, bias = plan.settings, constants["folded_weight"], constants["folded_bias"]
         quantised = settings["fold_bits"] != 16
         folded, fold = (bias, weight) if quantised else (F.linear(x, weight, bias), None)
-        corrected: Tensor = torch.ops.tardis.correct(
-            folded, x, constants["up"], constants.get("up_bias"), constants["w2t"], constants["counts"],
-            *(constants[name] for name in _PER_NEURON), settings["bits"], settings["activation"],
-            fold, settings["fold_bits"], settings["row_bits"],
-        )  # fmt: skip
+        projections = [constants[name] for name in ("gate", "up") if name in constants]
+        named: dict[str, Any] = {name: constants[name] for name in _CONSTANTS}
+        named |= {name: settings[name] for name in ("bits", "activation", "fold_bits", "row_bits")}
+        call = Correction(folded, x, projections, biases=constants.get("biases"), fold=fold, **named)
+        corrected: Tensor = torch.ops.tardis.correct(*call)
         return corrected
+
+
+#: Constants that every site has.
+_CONSTANTS = ("columns", "counts", "neurons", "codes", "scale", "zero", "guard", "surrogate")
 
 
 def _residual_run(

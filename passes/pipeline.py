@@ -20,8 +20,8 @@ from tardis_fx.passes.base import rewrite_named
 from tardis_fx.passes.entry import check_entry, check_site
 from tardis_fx.passes.exact_fold import ExactFold
 from tardis_fx.plan import KeptSite, SitePlan
+from tardis_fx.runtime.correction import MOST_TOKENS
 from tardis_fx.runtime.cpu import op as cpu
-from tardis_fx.runtime.cuda import dispatch as cuda
 from tardis_fx.runtime.fingerprint import fingerprint
 from tardis_fx.runtime.guard import SiteGuard, refuse_released
 
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from tardis_fx.passes.base import Rewrite
     from tardis_fx.plan import Plan, Planned
 
-#: Steps of up to this many tokens take fold and correction under ``prefill="original"``; on a CUDA device, of twice.
+#: Steps of up to this many tokens take fold and correction under ``prefill="original"`` on a CPU.
 DECODE_TOKENS = 8
 
 _FOLD = ExactFold()
@@ -45,7 +45,7 @@ _HINT = "compile with prefill='rewritten'"
 
 def decode_tokens(device: torch.device) -> int:
     """Tokens of a step that still counts as decoding on a device."""
-    return cuda.DECODE_TOKENS if device.type == "cuda" else DECODE_TOKENS
+    return MOST_TOKENS if device.type == "cuda" else DECODE_TOKENS
 
 
 @dataclass(frozen=True)

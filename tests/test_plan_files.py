@@ -182,7 +182,7 @@ DAMAGE: dict[str, Callable[[Path], Path]] = {
     "plan is nested deeply": lambda p: with_header(p, lambda h: h["__metadata__"].update(plan="[" * 10**6)),
     "sites is a string": lambda p: with_content(p, lambda c: c.update(sites="sites")),
     "a tensor of a site's other number": lambda p: with_header(p, lambda h: h.update({"00.a": h.pop("0.neurons")})),
-    "a tensor that two names claim": lambda p: with_content(p, lambda c: c.update(same={"0.neurons": "0.lower"})),
+    "a tensor that two names claim": lambda p: with_content(p, lambda c: c.update(same={"0.neurons": "0.guard"})),
     "a tensor that is another's and missing": lambda p: with_content(p, lambda c: c.update(same={"0.a": "0.b"})),
     "same is a list": lambda p: with_content(p, lambda c: c.update(same=["0.a"])),
     "config has a huge number": lambda p: with_content(p, lambda c: c["config"].update(budget=10**400)),

@@ -109,7 +109,7 @@ def test_rows_of_the_original_weights_keep_them_once(caplog: pytest.LogCaptureFi
     assert not caplog.text
     up, down = (p for p in model.parameters() if p.dim() == 2)
     weights = SiteWeights(up, model[0].bias, down, model[2].bias)  # type: ignore[index,arg-type]
-    assert PartialLinear().constants(plan.sites[0], weights)["w2t"].data_ptr() == down.data_ptr()
+    assert PartialLinear().constants(plan.sites[0], weights)["columns"].data_ptr() == down.data_ptr()
     torch.compiler.reset()
     torch.testing.assert_close(_fast(model, plan, prefill="original")(x), before)
     torch.testing.assert_close(_fast(model, plan)(x), fast)

@@ -176,11 +176,10 @@ def _seconds(run: Callable[[], object], xs: Tensor, passes: int) -> float:
 
 def _reads(entry: SitePlan, widths: Widths, x: Tensor) -> tuple[float, float]:
     """Bytes that a step reads, an outlier of several tokens read once, and the share of pairs that are outliers."""
-    t, d_out, bits = entry.tensors, len(entry.tensors["folded_bias"]), widths.predictor
-    counts = torch.tensor([len(t["neurons"]), len(t["lower"])], dtype=torch.int64, device="cpu")
-    outlier = reference.outliers(
-        x.float(), counts, t["codes"], t["scale"], t["zero"], t["lower"], t["upper"], bits
-    )  # fmt: skip
+    t, d_out, activation = entry.tensors, len(entry.tensors["folded_bias"]), entry.settings["activation"]
+    codes, scale, zero = (t[name][:, 0] for name in ("codes", "scale", "zero"))
+    z_hat = reference.estimate(x.float(), codes, scale, zero, widths.predictor)
+    outlier = reference.outside([z_hat], None, t["guard"], activation)
     costs = widths.costs(x.shape[-1], d_out, x.element_size(), bias=True)
-    read = costs.fold + costs.predictor * len(t["lower"]) + costs.row * int(outlier.any(0).sum())
+    read = costs.fold + costs.predictor * len(t["guard"]) + costs.row * int(outlier.any(0).sum())
     return read, float(outlier.float().mean())

@@ -178,6 +178,12 @@ class SiteWeights:
         )
 
     @property
+    def projections(self) -> dict[str, tuple[Tensor, Tensor | None]]:
+        """What gives the pre-activations, by name: matrices [h, d] and biases [h]; the gate first."""
+        gate = {} if self.gate is None else {"gate": (self.gate, self.gate_bias)}
+        return {**gate, "up": (self.up, self.up_bias)}
+
+    @property
     def bytes(self) -> int:
         """Size of all weights and biases."""
         every = (self.up, self.up_bias, self.down, self.down_bias, self.gate, self.gate_bias)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from dataclasses import replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
+from tardis_fx.healing.guard import Guard, Interval, Score
 from tardis_fx.partial_linear.costs import Costs
 from tardis_fx.runtime import reference
 from tardis_fx.runtime.packing import join, low_bits, pack, split, spread, unpack
@@ -32,19 +32,19 @@ _STEPS, _WIDEST = 1024, 1.0
 class TrainableSite(nn.Module):
     """What a plan puts in a site's place, with the small tensors as parameters and all else fixed.
 
-    The parameters are changes, zero at first: of the folded weight and bias and of the surrogates in units of the
-    tensor's root mean square, of the guard's bounds in tenths of the neuron's hot range, outwards. With ``training``
-    set, ``forward`` is differentiable; its value is the specification's all the same, for rounding (of codes, and to
-    the model's dtype) and guard are straight-through: exact forward, and backward as if a code were not rounded and the
-    guard were a sigmoid. The guard passes gradients to its bounds alone. Otherwise ``forward`` is what the stored plan
-    runs, and counts corrections.
+    The parameters are changes, zero at first: of the folded weight and bias in units of the tensor's root mean square,
+    of slopes and intercepts in units of theirs over the neurons, of the guard's bounds in tenths of the neuron's hot
+    range, outwards. With ``training`` set, ``forward`` is differentiable; its value is the specification's all the
+    same, for rounding (of codes, and to the model's dtype) and guard are straight-through: exact forward, and backward
+    as if a code were not rounded and the guard were a sigmoid. The guard passes gradients to its bounds alone.
+    Otherwise ``forward`` is what the stored plan runs, and counts corrections.
 
     Memory: the matrices of the listed neurons and the predictors, in float32; of a training step, some six values of
     float32 for every token and neuron, of a gated site some ten.
     """
 
-    #: The guard's bounds, and whether a hot range widens as they grow (1) or as they fall (-1).
-    OUTWARDS: ClassVar[dict[str, int]]
+    #: The changes of the guard's bounds.
+    bounds: nn.Parameter
 
     def __init__(self, entry: SitePlan, weights: SiteWeights, rewrite: PartialLinear) -> None:
         """Opens an entry.
@@ -57,40 +57,35 @@ class TrainableSite(nn.Module):
         super().__init__()
         self.entry, self.weights, self._rewrite = entry, weights, rewrite
         self._fold_bits: int = entry.settings["fold_bits"]
+        self._activation: str = entry.settings["activation"]
         self._dtype = reference.compute_dtype(weights.up.dtype)
         constants = rewrite.constants(entry, weights)
         self._listed, self._guarded = constants["counts"].tolist()
-        self._w2t = self._rows(constants, "w2t", len(weights.down), entry.settings["row_bits"])
-        surrogates, bounds, width = self._open(constants)
+        self._columns = self._rows(constants, "columns", len(weights.down), entry.settings["row_bits"])
+        self._biases = constants.get("biases")
+        self._predictors = [self._predictor(constants, i) for i in range(len(weights.projections))]
+        self._projections = [
+            self._projection(constants, name, predictor)
+            for name, predictor in zip(weights.projections, self._predictors, strict=True)
+        ]
+        guard = constants["guard"][: self._guarded]
+        self._guard: Guard = (
+            Interval(guard) if len(self._projections) == 1 else Score(guard, self._biases, self._activation)
+        )
+        width = self._guard.width
         self._width = torch.where(width.isfinite() & (width > 0), width, 0)  # an empty range stays empty
-        real = surrogates | {"folded_bias": constants["folded_bias"].to(self._dtype)}
+        real = {name: constants[name].to(self._dtype) for name in ("surrogate", "folded_bias")}
+        real["surrogate"] = real["surrogate"][: self._listed]
         real["folded_weight"] = self._folded_weight(constants["folded_weight"])
-        self._base = real | bounds
+        self._base = {**real, "bounds": self._guard.bounds}
         self._unit = {name: tensor.square().mean().sqrt() if tensor.numel() else 0 for name, tensor in real.items()}
-        self._unit |= {name: sign * BOUND_UNIT * self._width for name, sign in self.OUTWARDS.items()}
+        if self._listed:
+            self._unit["surrogate"] = real["surrogate"].square().mean(0).sqrt()
+        outwards = torch.tensor(self._guard.outwards, dtype=width.dtype, device=width.device)
+        self._unit["bounds"] = outwards * BOUND_UNIT * self._width[:, None]
         for name, tensor in self._base.items():
             self.register_parameter(name, nn.Parameter(torch.zeros_like(tensor)))
         self.eval()
-
-    # ---- What a kind of site adds
-
-    @abstractmethod
-    def _open(self, constants: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
-        """Keeps the fixed tensors of the listed neurons; surrogates, bounds, widths of the hot ranges."""
-
-    @abstractmethod
-    def _beyond(self, tokens: Tensor) -> list[Tensor]:
-        """How far beyond each bound the predictor puts the guarded neurons, [tokens, guarded]; gradients to bounds."""
-
-    @abstractmethod
-    def _residual(self, tokens: Tensor) -> Tensor:
-        """What the surrogates miss of the listed neurons, [tokens, listed]."""
-
-    @abstractmethod
-    def _guard(self) -> dict[str, Tensor]:
-        """Surrogates and bounds as they are now, as the plan has them."""
-
-    # ---- What all share
 
     @property
     def costs(self) -> Costs:
@@ -107,11 +102,6 @@ class TrainableSite(nn.Module):
             bias=w.up_bias is not None or w.gate_bias is not None,
             k=1 if w.gate is None else 2,
         )
-
-    @property
-    def bounds(self) -> list[nn.Parameter]:
-        """The changes of the guard's bounds."""
-        return [self.get_parameter(name) for name in self.OUTWARDS]
 
     def train(self, mode: bool = True) -> TrainableSite:
         """Chooses what ``forward`` does, and starts counting at zero; leaving training fixes the stored plan."""
@@ -130,7 +120,9 @@ class TrainableSite(nn.Module):
             return self._rewrite.forward(x, self._constants, self.entry)
         outlier = self._outliers(tokens)
         self.corrected = self.corrected + outlier.sum()
-        added = (outlier * self._residual(tokens)) @ self._w2t
+        z = reference.biased([tokens @ rows.T for rows in self._projections], self._biases, self._listed)
+        residual = reference.surrogate_error(z, self._now("surrogate"), self._activation)
+        added = (outlier * residual) @ self._columns
         weight, bias = self._rounded(self._now("folded_weight")), self._now("folded_bias").to(x.dtype)
         if self._fold_bits == 16:
             folded = F.linear(x, weight.to(x.dtype), bias)
@@ -146,14 +138,14 @@ class TrainableSite(nn.Module):
     @torch.no_grad()
     def widen(self, step: int) -> None:
         """Moves the bounds outwards, to the widening of this index in :meth:`corrections`."""
-        for bound in self.bounds:
-            bound.add_(step * _WIDEST / _STEPS / BOUND_UNIT)
+        self.bounds.add_(step * _WIDEST / _STEPS / BOUND_UNIT)
 
     @torch.no_grad()
     def planned(self) -> SitePlan:
         """The entry with the tensors as they are now; its figures are the old ones."""
         dtype = self.weights.up.dtype
-        tensors = self._guard() | {"folded_bias": self._now("folded_bias").to(dtype)}
+        tensors = {name: self._now(name) for name in ("surrogate", "folded_bias")}
+        tensors["guard"] = self._guard.tensor(self._now("bounds"))
         weight = self._now("folded_weight")
         if self._fold_bits == 16:
             tensors["folded_weight"] = weight.to(dtype)
@@ -169,13 +161,14 @@ class TrainableSite(nn.Module):
         neurons = constants["neurons"][: self._listed].long()
         return reference.rows_of(constants[name][neurons], bits, columns, self._dtype)
 
-    def _dequantised(self, codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-        """Rows of a predictor, [rows, d]."""
+    def _predictor(self, constants: Mapping[str, Tensor], projection: int) -> Tensor:
+        """Rows of a predictor, [guarded, d]."""
+        codes, scale, zero = (constants[name][: self._guarded, projection] for name in ("codes", "scale", "zero"))
         bits, columns = self.entry.settings["bits"], self.weights.up.shape[1]
         return reference.dequantise(codes, scale, zero, bits, columns, self._dtype)
 
     def _projection(self, constants: Mapping[str, Tensor], name: str, predictor: Tensor) -> Tensor:
-        """Rows of a matrix in front of the activation, [listed, d]: as they are, or nested in the predictor."""
+        """Rows of a projection, [listed, d]: as they are, or nested in the predictor."""
         bits, row_bits = self.entry.settings["bits"], self.entry.settings["row_bits"]
         rows = self._rows(constants, name, predictor.shape[1], 16 if row_bits == 16 else low_bits(bits, row_bits))
         return rows if row_bits == 16 else predictor + rows
@@ -203,6 +196,11 @@ class TrainableSite(nn.Module):
             return weight
         scale, zero = self._grid
         return (self._codes(weight) - zero) * scale + (weight - weight.detach())
+
+    def _beyond(self, tokens: Tensor) -> list[Tensor]:
+        """How far beyond each bound the predictor puts the guarded neurons, [tokens, guarded]; gradients to bounds."""
+        z_hat = [tokens.detach() @ predictor.T for predictor in self._predictors]
+        return self._guard.beyond(z_hat, self._now("bounds"))
 
     def _outliers(self, tokens: Tensor) -> Tensor:
         """Ones where listed neurons are corrected, [tokens, listed], straight-through."""

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from tardis_fx.errors import CalibrationError, ConfigError, PlanMismatchError
 from tardis_fx.healing.graft import graft
-from tardis_fx.healing.kinds import KINDS
+from tardis_fx.healing.site import TrainableSite
 from tardis_fx.observation.batches import real_tokens
 from tardis_fx.observation.capture import Capture
 from tardis_fx.passes import pipeline
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from torch import fx
 
     from tardis_fx.graph.site import SiteWeights
-    from tardis_fx.healing.site import TrainableSite
     from tardis_fx.observation.observe import Batch
     from tardis_fx.plan import Plan, SitePlan
 
@@ -92,7 +91,7 @@ class Student:
                 raise CalibrationError(
                     f"a later batch is the first to reach {entry.name}: every batch must run every site"
                 )
-            self.sites[entry.fingerprint] = KINDS[entry.kind](entry, weights, rewrite)
+            self.sites[entry.fingerprint] = TrainableSite(entry, weights, rewrite)
         return self.sites[entry.fingerprint]
 
 

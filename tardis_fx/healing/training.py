@@ -117,7 +117,7 @@ class Training:
     def _hold_bytes(self) -> None:
         """Takes out of the bounds' gradient what would change the expected bytes, at one price for all sites."""
         sites = self._student.sites.values()
-        bounds = [bound for site in sites for bound in site.bounds]
+        bounds = [site.bounds for site in sites]
         read = torch.stack([site.costs.row * site.corrected for site in sites]).sum()
         slopes = torch.autograd.grad(read, bounds)
         found = [bound.grad for bound in bounds if bound.grad is not None]

@@ -21,10 +21,6 @@ if TYPE_CHECKING:
     from tardis_fx.quantisation import Quantised
     from tardis_fx.statistics.neurons import Neurons
 
-#: Names of the projections' rows in a plan, by their number.
-ROWS = {1: ("up",), 2: ("gate", "up")}
-
-
 @dataclass(frozen=True, eq=False)
 class AffineValue:
     """What neurons give while they are not corrected: an affine function of their pre-activations, part of the fold.
@@ -147,7 +143,7 @@ class Settled:
         rows = {}
         if self.columns is not None and self.refinements is not None:
             guarded = neurons
-            names = ROWS[len(self.refinements)]
+            names = self.draft.site.weights.projections
             rows = {name: rows.rows[neurons] for name, rows in zip(names, self.refinements, strict=True)}
             rows["columns"] = self.columns.rows[neurons]
         predictors = self.draft.predictors

@@ -11,8 +11,8 @@ number of scales that a row has for its columns.
 A row that is read on its own, of a matrix whose rows are not read in order, is one run of bytes: codes, then the
 scales of its groups, float16, then their zero points, uint8.
 
-Rows of W1 in a few bits are nested in the predictor: its codes are the high planes, and the row that a correction reads
-holds the low ones, which are codes, with a scale of their own, of what the predictor leaves.
+Rows of projections in a few bits are nested in the predictor: its codes are the high planes, and the row that a
+correction reads holds the low ones, which are codes, with a scale of their own, of what the predictor leaves.
 """
 
 import torch
@@ -60,7 +60,7 @@ def spread(values: Tensor, columns: int) -> Tensor:
 
 
 def low_bits(bits: int, row_bits: int) -> int:
-    """Bits a weight that a row of W1 holds beside a predictor's of ``bits``, for a row of ``row_bits``; at least 2.
+    """Bits a weight that a projection's row holds beside the predictor's ``bits``, for one of ``row_bits``; at least 2.
 
     One bit has no code for what lies in the middle, and would add more error than it takes away.
     """

@@ -1,10 +1,106 @@
 """The eager specification of the run-time ops. Every kernel is tested against it."""
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from tardis_fx.graph.activations import ACTIVATIONS
+from tardis_fx.runtime.correction import Correction
 from tardis_fx.runtime.packing import low_bits, split, spread, unpack
+
+
+def correct(call: Correction) -> Tensor:
+    """Adds the exact terms of the predicted outliers to the folded output (paper, section 5.3).
+
+    A neuron responds to its pre-activations, one or several, with ``activation(z[0])`` times the others; the fold has
+    an affine function of them, the surrogate, in its place. The first ``guarded`` neurons of the list are corrected
+    where the guard says so, the rest of the ``listed`` ones always. Correcting a neuron replaces the surrogate by the
+    response, of pre-activations computed from the original weights; or, with quantised rows, of the estimates and what
+    rows of low planes add to them, for which every listed neuron is a guarded one (a bound may be infinite).
+
+    Returns:
+        [..., d_out], of the dtype of ``folded``.
+    """
+    (*shape, d), dtype = call.x.shape, compute_dtype(call.x.dtype)
+    tokens = call.x.reshape(-1, d).to(dtype)
+    outlier = outliers(call)
+    listed = outlier.shape[1]
+    rows = call.neurons[:listed].long()
+    if call.row_bits == 16:
+        z = [tokens @ projection[rows].to(dtype).T for projection in call.projections]
+    else:
+        width = low_bits(call.bits, call.row_bits)
+        low = [tokens @ rows_of(projection[rows], width, d, dtype).T for projection in call.projections]
+        z = [high + rest for high, rest in zip(estimates(call, tokens, listed), low, strict=True)]
+    error = surrogate_error(biased(z, call.biases, listed), call.surrogate[:listed], call.activation)
+    residual = torch.where(outlier, error, 0)
+    added = residual @ rows_of(call.columns[rows], call.row_bits, call.folded.shape[-1], dtype)
+    if call.fold is not None:
+        added += tokens @ rows_of(call.fold, call.fold_bits, d, dtype).T
+    return (call.folded.to(dtype) + added.view(*shape, call.folded.shape[-1])).to(call.folded.dtype)
+
+
+def outliers(call: Correction) -> Tensor:
+    """Which listed neurons are corrected, [tokens, listed]."""
+    tokens = call.x.reshape(-1, call.x.shape[-1]).to(compute_dtype(call.x.dtype))
+    listed, guarded = call.counts.tolist()
+    outlier = torch.ones(len(tokens), listed, dtype=torch.bool, device=tokens.device)
+    z_hat = estimates(call, tokens, guarded)
+    outlier[:, :guarded] = outside(z_hat, call.biases, call.guard[:guarded], call.activation)
+    return outlier
+
+
+def outside(z_hat: Sequence[Tensor], biases: Tensor | None, guard: Tensor, activation: str) -> Tensor:
+    """Which guarded neurons are corrected, [tokens, guarded].
+
+    Args:
+        z_hat: estimates without biases, k of [tokens, guarded].
+        biases: [guarded or more, k], or None.
+        guard: [guarded, numbers of a guard].
+        activation: name in the registry.
+    """
+    if len(z_hat) == 1:
+        lower, upper = guard.unbind(1)
+        return (z_hat[0] < lower) | (z_hat[0] > upper)
+    score = surrogate_error(biased(z_hat, biases, len(guard)), guard[:, :-1], activation).abs()
+    return score > guard[:, -1].to(score.dtype)
+
+
+def estimates(call: Correction, tokens: Tensor, count: int) -> list[Tensor]:
+    """The predictor's estimates of k pre-activations, without their biases: k of [tokens, count].
+
+    Args:
+        call: the call.
+        tokens: [tokens, d].
+        count: of the listed neurons, the first ones.
+    """
+    codes, scale, zero = (tensor[:count].unbind(1) for tensor in (call.codes, call.scale, call.zero))
+    return [estimate(tokens, *parts, call.bits) for parts in zip(codes, scale, zero, strict=True)]
+
+
+def biased(z: Sequence[Tensor], biases: Tensor | None, count: int) -> Sequence[Tensor]:
+    """Pre-activations of the first ``count`` listed neurons, k of [tokens, count], with their biases, [capacity, k]."""
+    return z if biases is None else [p + biases[:count, i].to(p.dtype) for i, p in enumerate(z)]
+
+
+def surrogate_error(z: Sequence[Tensor], surrogate: Tensor, activation: str) -> Tensor:
+    """What affine functions miss of the responses, [tokens, neurons].
+
+    Args:
+        z: pre-activations, k of [tokens, neurons].
+        surrogate: [neurons, k + 1]: slopes and intercept.
+        activation: name in the registry.
+    """
+    *slopes, intercept = surrogate.to(z[0].dtype).unbind(1)
+    affine = sum(slope * p for slope, p in zip(slopes, z, strict=True)) + intercept
+    return response(z, activation) - affine
+
+
+def response(z: Sequence[Tensor], activation: str) -> Tensor:
+    """What neurons give for their pre-activations, k of one shape."""
+    return math.prod(z[1:], start=ACTIVATIONS[activation].eager(z[0]))
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -13,17 +109,17 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def estimate(x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
-    """The predictor's estimate of the pre-activations, without their bias (paper, section 5.2).
+    """The predictor's estimate of pre-activations, without their bias (paper, section 5.2).
 
     Args:
         x: [tokens, d].
-        codes: [guarded, packed bytes of d columns], the packed codes of W1's rows.
-        scale: [guarded, groups], float16; a weight is ``scale * (code - zero)``.
-        zero: [guarded, groups], uint8.
+        codes: [rows, packed bytes of d columns], the packed codes of a projection's rows.
+        scale: [rows, groups], float16; a weight is ``scale * (code - zero)``.
+        zero: [rows, groups], uint8.
         bits: bits of a code.
 
     Returns:
-        [tokens, guarded].
+        [tokens, rows].
     """
     return x @ dequantise(codes, scale, zero, bits, x.shape[-1], x.dtype).T
 
@@ -39,88 +135,3 @@ def dequantise(
 def rows_of(weight: Tensor, bits: int, columns: int, dtype: torch.dtype) -> Tensor:
     """A matrix, [rows, columns], that is stored whole (``bits`` is 16) or as rows of :func:`packing.join`."""
     return weight.to(dtype) if bits == 16 else dequantise(*split(weight, bits, columns), bits, columns, dtype)
-
-
-def outliers(
-    x: Tensor, counts: Tensor, codes: Tensor, scale: Tensor, zero: Tensor, lower: Tensor, upper: Tensor, bits: int
-) -> Tensor:
-    """Which listed neurons are corrected, [tokens, listed]; arguments as of :func:`correct`, x as [tokens, d]."""
-    listed, guarded = counts.tolist()
-    outlier = torch.ones(len(x), listed, dtype=torch.bool, device=x.device)
-    z_hat = estimate(x, codes[:guarded], scale[:guarded], zero[:guarded], bits)
-    outlier[:, :guarded] = (z_hat < lower[:guarded]) | (z_hat > upper[:guarded])
-    return outlier
-
-
-def correct(
-    folded: Tensor,
-    x: Tensor,
-    w1: Tensor,
-    b1: Tensor | None,
-    w2t: Tensor,
-    counts: Tensor,
-    neurons: Tensor,
-    codes: Tensor,
-    scale: Tensor,
-    zero: Tensor,
-    lower: Tensor,
-    upper: Tensor,
-    slope: Tensor,
-    intercept: Tensor,
-    bits: int,
-    activation: str,
-    fold: Tensor | None = None,
-    fold_bits: int = 16,
-    row_bits: int = 16,
-) -> Tensor:
-    """Adds the exact terms of the predicted outliers to the folded output (paper, section 5.3).
-
-    The first ``guarded`` neurons of the list are corrected where the estimate leaves their hot range, the rest of
-    the ``listed`` ones always. Correcting neuron ``n`` replaces ``slope z + intercept`` by ``activation(z)``, with
-    ``z`` computed from the original weights; or, with quantised rows, the estimate of ``z`` and what a row of low
-    planes adds to it, for which every listed neuron is a guarded one (a bound may be infinite).
-
-    Args:
-        folded: [..., d_out], ``x C + B``; or [d_out], B, where ``fold`` is given.
-        x: [..., d], of the dtype of ``folded``, as are ``w1``, ``b1`` and ``w2t``.
-        w1: [h, d]; with ``row_bits`` below 16, [h, row bytes], uint8, as :func:`packing.join` makes them, of
-            :func:`packing.low_bits` a weight.
-        b1: [h] or None.
-        w2t: [h, d_out], the second matrix, one row a neuron; or [h, row bytes], uint8, of ``row_bits`` a weight.
-        counts: [2], int64: listed, guarded.
-        neurons: [capacity], int32: rows of ``w1``; like all that follow, only the first ``listed`` (or ``guarded``
-            for the predictor and the bounds) entries mean anything.
-        codes: [capacity, packed bytes]: see :func:`estimate`; groups are of the same size in all codes of a call.
-        scale: [capacity, groups], float16.
-        zero: [capacity, groups], uint8.
-        lower: [capacity], float32: an estimate below it is an outlier.
-        upper: [capacity], float32: an estimate above it is an outlier.
-        slope: [capacity], float32.
-        intercept: [capacity], float32.
-        bits: bits of a code.
-        activation: name in the registry.
-        fold: C transposed, [d_out, d], or in codes, [d_out, row bytes], uint8; None where ``folded`` has it.
-        fold_bits: bits of a code of ``fold``; 16 where it is no codes.
-        row_bits: bits a weight of the rows; 16 where they are no codes.
-
-    Returns:
-        [..., d_out], of the dtype of ``folded``.
-    """
-    dtype = compute_dtype(x.dtype)
-    tokens = x.reshape(-1, x.shape[-1]).to(dtype)
-    outlier = outliers(tokens, counts, codes, scale, zero, lower, upper, bits)
-    listed = outlier.shape[1]
-    rows = neurons[:listed].long()
-    if row_bits == 16:
-        z = tokens @ w1[rows].to(dtype).T
-    else:
-        low = rows_of(w1[rows], low_bits(bits, row_bits), x.shape[-1], dtype)
-        z = estimate(tokens, codes[:listed], scale[:listed], zero[:listed], bits) + tokens @ low.T
-    if b1 is not None:
-        z = z + b1[rows].to(dtype)
-    surrogate = slope[:listed].to(dtype) * z + intercept[:listed].to(dtype)
-    residual = torch.where(outlier, ACTIVATIONS[activation].eager(z) - surrogate, 0)
-    added = residual @ rows_of(w2t[rows], row_bits, folded.shape[-1], dtype)
-    if fold is not None:
-        added += tokens @ rows_of(fold, fold_bits, x.shape[-1], dtype).T
-    return (folded.to(dtype) + added.view(*x.shape[:-1], folded.shape[-1])).to(folded.dtype)

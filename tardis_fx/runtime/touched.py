@@ -5,12 +5,14 @@ from __future__ import annotations
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from tardis_fx.runtime import reference, reference_gated
+from tardis_fx.runtime import reference
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from torch import Tensor
+
+    from tardis_fx.runtime.correction import Correction
 
 _COUNTING: list[Touched] = []
 
@@ -39,42 +41,21 @@ class Touched:
         """Share of (token, neuron) pairs that were corrected, over all sites."""
         return self._corrected / max(1, self._pairs)
 
-    def add(
-        self, folded: Tensor, x: Tensor, w1: Tensor, b1: Tensor | None, w2t: Tensor, counts: Tensor, neurons: Tensor,
-        codes: Tensor, scale: Tensor, zero: Tensor, lower: Tensor, upper: Tensor, slope: Tensor, intercept: Tensor,
-        bits: int, activation: str, fold: Tensor | None = None, fold_bits: int = 16, row_bits: int = 16,
-    ) -> None:  # fmt: skip
-        """Adds one call of the op, as :func:`tardis_fx.runtime.reference.correct` takes it."""
-        tokens = x.reshape(-1, x.shape[-1]).to(reference.compute_dtype(x.dtype))
-        outlier = reference.outliers(tokens, counts, codes, scale, zero, lower, upper, bits)
-        corrected = [t for t in (w1, w2t, b1, slope, intercept, neurons) if t is not None]
-        row, tested = _bytes_a_row(*corrected), _bytes_a_row(codes, scale, zero, lower, upper)
-        weight = folded.shape[-1] * x.shape[-1] * folded.element_size() if fold is None else fold.nbytes
-        fixed = weight + folded.shape[-1] * folded.element_size() + tested * int(counts[1])
-        site = codes.data_ptr()
-        self._tokens[site] = self._tokens.get(site, 0) + len(tokens)
-        self._bytes[site] = self._bytes.get(site, 0) + fixed * len(tokens) + row * int(outlier.sum())
+    def add(self, call: Correction) -> None:
+        """Adds one call of the op."""
+        outlier, d_out = reference.outliers(call), call.folded.shape[-1]
+        corrected = [*call.projections, call.columns, call.surrogate, call.neurons]
+        tested = [call.codes, call.scale, call.zero, call.guard]
+        if call.biases is not None:
+            corrected.append(call.biases)
+            tested += [call.biases] * (len(call.projections) > 1)  # the bounds of one estimate do without its bias
+        weight = d_out * call.x.shape[-1] * call.folded.element_size() if call.fold is None else call.fold.nbytes
+        fixed = weight + d_out * call.folded.element_size() + _bytes_a_row(*tested) * int(call.counts[1])
+        tokens, site = len(outlier), call.codes.data_ptr()
+        self._tokens[site] = self._tokens.get(site, 0) + tokens
+        self._bytes[site] = self._bytes.get(site, 0) + fixed * tokens + _bytes_a_row(*corrected) * int(outlier.sum())
         self._corrected += int(outlier.sum())
-        self._pairs += len(tokens) * len(w1)
-
-    def add_gated(
-        self, folded: Tensor, x: Tensor, gate: Tensor, up: Tensor, w2t: Tensor, counts: Tensor, neurons: Tensor,
-        codes: Tensor, scale: Tensor, zero: Tensor, biases: Tensor | None, guard: Tensor, surrogate: Tensor,
-        bits: int, activation: str, fold: Tensor | None = None, fold_bits: int = 16, row_bits: int = 16,
-    ) -> None:  # fmt: skip
-        """Adds one call of the op, as :func:`tardis_fx.runtime.reference_gated.correct` takes it."""
-        tokens = x.reshape(-1, x.shape[-1]).to(reference.compute_dtype(x.dtype))
-        outlier = reference_gated.outliers(tokens, counts, codes, scale, zero, biases, guard, bits, activation)
-        own = () if biases is None else (biases,)
-        weight = folded.shape[-1] * x.shape[-1] * folded.element_size() if fold is None else fold.nbytes
-        fixed = weight + folded.shape[-1] * folded.element_size()
-        fixed += _bytes_a_row(codes, scale, zero, guard, *own) * int(counts[1])
-        row = _bytes_a_row(gate, up, w2t, neurons, surrogate, *own)
-        site = codes.data_ptr()
-        self._tokens[site] = self._tokens.get(site, 0) + len(tokens)
-        self._bytes[site] = self._bytes.get(site, 0) + fixed * len(tokens) + row * int(outlier.sum())
-        self._corrected += int(outlier.sum())
-        self._pairs += len(tokens) * len(gate)
+        self._pairs += tokens * len(call.columns)
 
 
 @contextmanager
@@ -93,13 +74,13 @@ def count_touched() -> Iterator[Touched]:
         _COUNTING.remove(touched)
 
 
-def counted(correct: Callable[..., Tensor], add: Callable[..., None]) -> Callable[..., Tensor]:
-    """An implementation of an op that also shows its calls, by a method of Touched, to whatever is counting."""
+def counted(correct: Callable[[Correction], Tensor]) -> Callable[[Correction], Tensor]:
+    """An implementation of the op that also shows its calls to whatever is counting."""
 
-    def run(*args: object) -> Tensor:
-        corrected = correct(*args)  # first: it checks its arguments
+    def run(call: Correction) -> Tensor:
+        corrected = correct(call)  # first: it checks its arguments
         for touched in _COUNTING:
-            add(touched, *args)
+            touched.add(call)
         return corrected
 
     return run

@@ -39,8 +39,7 @@ class Neurons:
     def from_site(cls, site: ObservedSite) -> Neurons:
         """Copies the weights of a site."""
         weights = site.weights
-        gate = () if weights.gate is None else ((weights.gate, weights.gate_bias),)
-        matrices, biases = zip(*gate, (weights.up, weights.up_bias), strict=True)
+        matrices, biases = zip(*weights.projections.values(), strict=True)
         return cls(
             tuple(matrix.float().cpu() for matrix in matrices),
             tuple(None if bias is None else bias.float().cpu() for bias in biases),

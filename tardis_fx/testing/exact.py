@@ -9,6 +9,7 @@ import torch
 from tardis_fx.graph.feed_forward import matrices
 from tardis_fx.graph.site import SiteWeights
 from tardis_fx.plan import SitePlan
+from tardis_fx.runtime.correction import guard_width
 from tardis_fx.runtime.packing import group_count, pack, packed_bytes
 
 if TYPE_CHECKING:
@@ -40,29 +41,22 @@ _Made = tuple[dict[str, Any], dict[str, "Tensor"]]
 
 def _partial_linear(site: Site, weights: SiteWeights) -> _Made:
     """All neurons corrected at every token, each off a surrogate of its own."""
-    (hidden, d), gated = weights.up.shape, weights.gate is not None
-    both = (2,) if gated else ()
+    (hidden, d), k = weights.up.shape, len(weights.projections)
     tensors = {
         "neurons": torch.arange(hidden, dtype=torch.int32, device="cpu"),
-        "codes": torch.zeros(0, *both, packed_bytes(d, 2), dtype=torch.uint8, device="cpu"),
-        "scale": torch.zeros(0, *both, group_count(d, 64), dtype=torch.float16, device="cpu"),
-        "zero": torch.zeros(0, *both, group_count(d, 64), dtype=torch.uint8, device="cpu"),
+        "codes": torch.zeros(0, k, packed_bytes(d, 2), dtype=torch.uint8, device="cpu"),
+        "scale": torch.zeros(0, k, group_count(d, 64), dtype=torch.float16, device="cpu"),
+        "zero": torch.zeros(0, k, group_count(d, 64), dtype=torch.uint8, device="cpu"),
+        "guard": torch.zeros(0, guard_width(k), dtype=torch.float32, device="cpu"),
     }
-    slope, other, intercept = (_line(hidden, start, end) for start, end in ((-0.5, 0.5), (0.5, -0.25), (-1, 1)))
-    up, down = weights.up.double(), weights.down.double()
-    shift = intercept.clone()
-    if weights.gate is None:
-        lines = [(slope, up, weights.up_bias)]
-        tensors |= {"slope": slope, "intercept": intercept, "lower": _line(0, 0, 0), "upper": _line(0, 0, 0)}
-    else:
-        lines = [(slope, weights.gate.double(), weights.gate_bias), (other, up, weights.up_bias)]
-        tensors |= {"guard": _line(0, 0, 0).view(0, 4), "surrogate": torch.stack([slope, other, intercept], 1)}
-    for steepness, _, bias in lines:
-        shift += 0 if bias is None else steepness * bias.double()
-    folded_weight = sum((down * steepness) @ matrix for steepness, matrix, _ in lines)
+    slopes = [_line(hidden, start, end) for start, end in ((-0.5, 0.5), (0.5, -0.25))[:k]]
+    intercept, down = _line(hidden, -1, 1), weights.down.double()
+    shift, folded_weight = intercept, torch.zeros(len(down), d, dtype=torch.float64, device="cpu")
+    for slope, (matrix, bias) in zip(slopes, weights.projections.values(), strict=True):
+        shift = shift if bias is None else shift + slope * bias.double()
+        folded_weight += (down * slope) @ matrix.double()
     folded_bias = down @ shift + (0 if weights.down_bias is None else weights.down_bias.double())
-    assert not isinstance(folded_weight, int)
-    tensors = {name: t.float() if t.dtype == torch.float64 else t for name, t in tensors.items()}
+    tensors["surrogate"] = torch.stack([*slopes, intercept], 1).float()
     folded = {"folded_weight": folded_weight, "folded_bias": folded_bias}
     settings = {"bits": 2, "fold_bits": 16, "row_bits": 16, "group_size": 64, "activation": site.activation}
     return settings, tensors | {name: t.to(weights.up.dtype) for name, t in folded.items()}

@@ -15,6 +15,7 @@ from tardis_fx.graph.site import SiteWeights
 from tardis_fx.passes.base import rewrite_named
 from tardis_fx.passes.partial_linear import PartialLinear
 from tardis_fx.plan import SitePlan
+from tardis_fx.runtime.correction import guard_width
 from tardis_fx.runtime.fingerprint import fingerprint
 from tardis_fx.runtime.packing import group_count, pack, packed_bytes
 from tardis_fx.testing.ffn import ACTIVATIONS, FFN, Activation, inputs
@@ -109,13 +110,11 @@ class Oracle:
         )
         tensors = {
             "neurons": listed,
-            "codes": pack(self.codes, 8)[rows],
-            "scale": torch.full((len(rows), group_count(w.up.shape[1], 64)), SCALE, dtype=torch.float16),
-            "zero": torch.full((len(rows), group_count(w.up.shape[1], 64)), ZERO, dtype=torch.uint8),
-            "lower": self.lower[rows],
-            "upper": self.upper[rows],
-            "slope": self.slope[listed.long()],
-            "intercept": self.intercept[listed.long()],
+            "codes": pack(self.codes, 8)[rows, None],
+            "scale": torch.full((len(rows), 1, group_count(w.up.shape[1], 64)), SCALE, dtype=torch.float16),
+            "zero": torch.full((len(rows), 1, group_count(w.up.shape[1], 64)), ZERO, dtype=torch.uint8),
+            "guard": torch.stack([self.lower, self.upper], 1)[rows],
+            "surrogate": torch.stack([self.slope, self.intercept], 1)[listed.long()],
             "folded_weight": ((w.down.double() * slope) @ w.up.double()).to(w.up.dtype),
             "folded_bias": folded_bias.to(w.up.dtype),
         }
@@ -210,50 +209,26 @@ def oracles(draw: st.DrawFn, *, identity: bool = False, expanding: bool = False)
 
 def exact_plan(weights: SiteWeights, parameters: Sequence[Tensor], activation: str) -> SitePlan:
     """A plan that computes every neuron exactly: its rewritten site gives what the original gives."""
-    if weights.gate is not None:
-        return exact_gated_plan(weights, parameters, activation)
-    hidden, d = weights.up.shape
-    slope, intercept = torch.linspace(-1, 1, hidden), torch.linspace(-2, 2, hidden)
-    shift = intercept if weights.up_bias is None else intercept + slope * weights.up_bias
-    return SitePlan(
-        fingerprint=fingerprint(parameters, activation), name="ffn", kind="plain", activation=activation, dtype=str(weights.up.dtype),
-        shapes=tuple(tuple(p.shape) for p in parameters), dense_bytes=weights.bytes, method="partial_linear",
-        settings={"bits": 2, "fold_bits": 16, "row_bits": 16, "group_size": 64, "activation": activation},
-        tensors={
-            "neurons": torch.arange(hidden, dtype=torch.int32),
-            "codes": torch.zeros(0, packed_bytes(d, 2), dtype=torch.uint8),
-            "scale": torch.zeros(0, group_count(d, 64), dtype=torch.float16),
-            "zero": torch.zeros(0, group_count(d, 64), dtype=torch.uint8),
-            "lower": torch.zeros(0),
-            "upper": torch.zeros(0),
-            "slope": slope,
-            "intercept": intercept,
-            "folded_weight": (weights.down * slope) @ weights.up,
-            "folded_bias": weights.down @ shift + (0 if weights.down_bias is None else weights.down_bias),
-        },
-    )  # fmt: skip
-
-
-def exact_gated_plan(weights: SiteWeights, parameters: Sequence[Tensor], activation: str) -> SitePlan:
-    """The same of a gated site."""
-    assert weights.gate is not None
-    hidden, d = weights.up.shape
-    alpha, beta, gamma = torch.linspace(-1, 1, hidden), torch.linspace(2, -1, hidden), torch.linspace(-2, 2, hidden)
-    shift = gamma.clone()
-    for slope, bias in ((alpha, weights.gate_bias), (beta, weights.up_bias)):
+    (hidden, d), k = weights.up.shape, len(weights.projections)
+    slopes = [torch.linspace(-1, 1, hidden), torch.linspace(2, -1, hidden)][:k]
+    intercept = torch.linspace(-2, 2, hidden)
+    shift, folded_weight = intercept.clone(), torch.zeros(len(weights.down), d, dtype=weights.up.dtype)
+    for slope, (matrix, bias) in zip(slopes, weights.projections.values(), strict=True):
         shift += 0 if bias is None else slope * bias
+        folded_weight += (weights.down * slope) @ matrix
     return SitePlan(
-        fingerprint=fingerprint(parameters, activation), name="ffn", kind="gated", activation=activation, dtype=str(weights.up.dtype),
-        shapes=tuple(tuple(p.shape) for p in parameters), dense_bytes=weights.bytes, method="partial_linear",
+        fingerprint=fingerprint(parameters, activation), name="ffn", kind="plain" if k == 1 else "gated",
+        activation=activation, dtype=str(weights.up.dtype), shapes=tuple(tuple(p.shape) for p in parameters),
+        dense_bytes=weights.bytes, method="partial_linear",
         settings={"bits": 2, "fold_bits": 16, "row_bits": 16, "group_size": 64, "activation": activation},
         tensors={
             "neurons": torch.arange(hidden, dtype=torch.int32),
-            "codes": torch.zeros(0, 2, packed_bytes(d, 2), dtype=torch.uint8),
-            "scale": torch.zeros(0, 2, group_count(d, 64), dtype=torch.float16),
-            "zero": torch.zeros(0, 2, group_count(d, 64), dtype=torch.uint8),
-            "guard": torch.zeros(0, 4),
-            "surrogate": torch.stack([alpha, beta, gamma], 1),
-            "folded_weight": (weights.down * alpha) @ weights.gate + (weights.down * beta) @ weights.up,
+            "codes": torch.zeros(0, k, packed_bytes(d, 2), dtype=torch.uint8),
+            "scale": torch.zeros(0, k, group_count(d, 64), dtype=torch.float16),
+            "zero": torch.zeros(0, k, group_count(d, 64), dtype=torch.uint8),
+            "guard": torch.zeros(0, guard_width(k)),
+            "surrogate": torch.stack([*slopes, intercept], 1),
+            "folded_weight": folded_weight,
             "folded_bias": weights.down @ shift + (0 if weights.down_bias is None else weights.down_bias),
         },
     )  # fmt: skip

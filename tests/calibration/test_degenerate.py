@@ -62,10 +62,11 @@ def on_an_edge(plan: SitePlan, x: Tensor) -> bool:
 
     That is so of two inputs that are as frequent: they lie a standard deviation off the mean, and a bin is an eighth of it.
     """
-    if "lower" not in plan.tensors:
+    if plan.kind == "gated" or "guard" not in plan.tensors:
         return False
-    found = estimate(x, *(plan.tensors[name] for name in ("codes", "scale", "zero")), int(plan.settings["bits"]))
-    edges = torch.stack([plan.tensors[name][: found.shape[1]] for name in ("lower", "upper")])
+    codes, scale, zero = (plan.tensors[name][:, 0] for name in ("codes", "scale", "zero"))
+    found = estimate(x, codes, scale, zero, int(plan.settings["bits"]))
+    edges = plan.tensors["guard"].T
     return bool(((found - edges[:, None]).abs() <= 1e-5 * found.abs()).any())
 
 

@@ -120,22 +120,23 @@ def test_under_a_calibrated_oracle_exactly_the_true_outliers_are_corrected(
     model = exactly_quantisable(activation, seed)
     plan = calibrate(model, [b.round() for b in batches()], config=config(budget=budget, predictor_bits=8)).sites[0]
     t, w = plan.tensors, weights_of(model)
-    guarded, exact = t["neurons"][: len(t["lower"])].long(), t["neurons"][len(t["lower"]) :].long()
-    quantised = (unpack(t["codes"], 8, 16).float() - t["zero"].float()) * t["scale"].float()
+    guarded, exact = t["neurons"][: len(t["guard"])].long(), t["neurons"][len(t["guard"]) :].long()
+    (lower, upper), (codes, scale, zero) = t["guard"].T, (t[name][:, 0] for name in ("codes", "scale", "zero"))
+    quantised = (unpack(codes, 8, 16).float() - zero.float()) * scale.float()
     assert torch.equal(quantised, w.up[guarded]), "not an oracle"
 
     x = inputs(60, 16, seed=seed).round()
     z = F.linear(x, w.up, w.up_bias)
     estimate = F.linear(x, w.up)[:, guarded]
     outlier = torch.zeros_like(z, dtype=torch.bool)
-    outlier[:, guarded] = (estimate < t["lower"]) | (estimate > t["upper"])
+    outlier[:, guarded] = (estimate < lower) | (estimate > upper)
     outlier[:, exact] = True
     slope, intercept = torch.zeros(64), torch.zeros(64)
-    slope[t["neurons"].long()], intercept[t["neurons"].long()] = t["slope"], t["intercept"]
+    slope[t["neurons"].long()], intercept[t["neurons"].long()] = t["surrogate"].T
     residual = torch.where(outlier, ACTIVATIONS[activation].eager(z) - slope * z - intercept, 0)
     expected = F.linear(x, t["folded_weight"], t["folded_bias"]) + residual @ w.down.T
     # A pair on its bound to rounding may fall either way: those tokens are left out.
-    on_bound = ((estimate - t["lower"]).abs().minimum((estimate - t["upper"]).abs()) < 1e-2).any(1)
+    on_bound = ((estimate - lower).abs().minimum((estimate - upper).abs()) < 1e-2).any(1)
     found = rewritten(model, plan, x)
     torch.testing.assert_close(
         found[~on_bound], expected[~on_bound], rtol=1e-3, atol=1e-3 * float(expected.abs().max())
@@ -144,7 +145,7 @@ def test_under_a_calibrated_oracle_exactly_the_true_outliers_are_corrected(
     hot = ~outlier[:, guarded]
     error = (ACTIVATIONS[activation].eager(z) - slope * z - intercept).abs()[:, guarded].double().numpy()
     up_bias = torch.zeros(64) if w.up_bias is None else w.up_bias
-    lower, upper = t["lower"] + up_bias[guarded], t["upper"] + up_bias[guarded]
+    lower, upper = lower + up_bias[guarded], upper + up_bias[guarded]
     some_hot = (lower <= upper).numpy()
     ends = (torch.minimum(lower, upper), torch.maximum(lower, upper))
     bound = ACTIVATIONS[activation].max_error(
@@ -179,17 +180,13 @@ def test_the_plan_touches_what_the_budget_allows(
 def counted(plan: SitePlan, model: nn.Sequential, xs: list[Tensor]) -> float:
     """Bytes read per token, counted on the tokens themselves from the plan's tensors: the definition."""
     t, w = plan.tensors, weights_of(model)
-    guarded = t["neurons"][: len(t["lower"])].long()
+    (lower, upper), (codes, scale, zero) = t["guard"].T, (t[name][:, 0] for name in ("codes", "scale", "zero"))
     x = torch.cat(xs)
     bits = plan.settings["bits"]
-    estimate = (
-        x @ ((unpack(t["codes"], bits, x.shape[1]).float() - t["zero"].float()[:, :1]) * t["scale"].float()[:, :1]).T
-    )
-    outliers = (
-        ((estimate < t["lower"]) | (estimate > t["upper"])).sum().item() / len(x) + len(t["neurons"]) - len(guarded)
-    )
+    estimate = x @ ((unpack(codes, bits, x.shape[1]).float() - zero.float()[:, :1]) * scale.float()[:, :1]).T
+    outliers = ((estimate < lower) | (estimate > upper)).sum().item() / len(x) + len(t["neurons"]) - len(lower)
     folded = sum(t[name].numel() * t[name].element_size() for name in ("folded_weight", "folded_bias"))
-    predictor = sum(t[name].numel() * t[name].element_size() for name in ("codes", "scale", "zero", "lower", "upper"))
+    predictor = sum(t[name].numel() * t[name].element_size() for name in ("codes", "scale", "zero", "guard"))
     row = (
         w.up.shape[1] * 4 + w.down.shape[0] * 4 + (0 if w.up_bias is None else 4) + 4 + 8
     )  # and number, slope, intercept

@@ -16,9 +16,10 @@ def test_every_neuron_is_folded_and_guarded(activation: str) -> None:
     (plan,) = planned(ffn(32, 128, activation), 32, method="paper", budget=0.5).sites
     assert plan.method == "paper"
     assert plan.tensors["neurons"].tolist() == list(range(128))
-    assert len(plan.tensors["lower"]) == 128
-    assert torch.all(plan.tensors["lower"] < plan.tensors["upper"])
-    assert plan.tensors["slope"].abs().max() > 0
+    lower, upper = plan.tensors["guard"].T
+    assert len(lower) == 128
+    assert torch.all(lower < upper)
+    assert plan.tensors["surrogate"][:, 0].abs().max() > 0
 
 
 @pytest.mark.parametrize("budget", [0.35, 0.5, 0.8])
@@ -33,7 +34,8 @@ def test_every_neuron_leaves_its_hot_range_as_often() -> None:
     (plan,) = calibrate(model, xs, config=config(method="paper", budget=0.5, predictor_bits=8)).sites
     with torch.no_grad():
         estimates = torch.cat(xs) @ model.up.weight.T  # 8 bits: as good as the predictor's
-    rate = ((estimates < plan.tensors["lower"]) | (estimates > plan.tensors["upper"])).float().mean(0)
+    lower, upper = plan.tensors["guard"].T
+    rate = ((estimates < lower) | (estimates > upper)).float().mean(0)
     assert rate.mean().item() == pytest.approx(plan.outlier_rate, rel=0.02)
     assert rate.min() > plan.outlier_rate * 0.7
     assert rate.max() < plan.outlier_rate * 1.3
@@ -47,17 +49,17 @@ def test_the_surrogate_is_least_squares_on_the_hot_range() -> None:
         z, estimate = model.up(x), x @ model.up.weight.T
         a = model[1](z)
     for n in range(0, 128, 16):
-        hot = (estimate[:, n] >= plan.tensors["lower"][n]) & (estimate[:, n] <= plan.tensors["upper"][n])
+        lower, upper = plan.tensors["guard"][n]
+        hot = (estimate[:, n] >= lower) & (estimate[:, n] <= upper)
         columns = torch.stack([z[hot, n], torch.ones(int(hot.sum()))], 1)
         slope, intercept = torch.linalg.lstsq(columns, a[hot, n, None]).solution[:, 0]
-        assert plan.tensors["slope"][n].item() == pytest.approx(slope.item(), abs=0.02)
-        assert plan.tensors["intercept"][n].item() == pytest.approx(intercept.item(), abs=0.02)
+        assert plan.tensors["surrogate"][n].tolist() == pytest.approx([slope.item(), intercept.item()], abs=0.02)
 
 
 def test_the_fold_is_that_of_the_surrogates() -> None:
     model = ffn(32, 128)
     (plan,) = planned(model, 32, method="paper", budget=0.5).sites
-    slope, intercept = plan.tensors["slope"], plan.tensors["intercept"]
+    slope, intercept = plan.tensors["surrogate"].T
     with torch.no_grad():
         weight = (model.down.weight * slope) @ model.up.weight
         bias = model.down.weight @ (slope * model.up.bias + intercept) + model.down.bias

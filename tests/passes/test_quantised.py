@@ -95,11 +95,9 @@ def test_touched_bytes_are_those_of_the_plans_tensors(
     plan = Plan((planned_in(model, xs, fold_bits, row_bits, group_size),), config())
     (site,) = plan.sites
     tensors, size = site.tensors, dtype.itemsize
-    row = 2 * D * size if row_bits == 16 else tensors["up"].shape[1] + tensors["w2t"].shape[1]
-    row += size + 12  # bias; number, slope, intercept
-    fixed = sum(
-        tensors[name].nbytes for name in ("folded_weight", "folded_bias", "codes", "scale", "zero", "lower", "upper")
-    )
+    row = 2 * D * size if row_bits == 16 else tensors["up"].shape[1] + tensors["columns"].shape[1]
+    row += 4 + 12  # bias; number, slope, intercept
+    fixed = sum(tensors[name].nbytes for name in ("folded_weight", "folded_bias", "codes", "scale", "zero", "guard"))
     assert site.touched_bytes == pytest.approx(fixed + row * site.outlier_rate * HIDDEN, rel=1e-6)
     with count_touched() as touched, torch.no_grad():
         run = compiled(model, plan, prefill="rewritten")
@@ -120,12 +118,12 @@ def test_a_quantised_fold_and_rows_are_what_is_stored(fold_bits: int, row_bits: 
     listed = len(plan.tensors["neurons"])
     assert 0 < listed < HIDDEN
     assert plan.tensors["folded_weight"].shape == (D, row_bytes(D, fold_bits, group_size))
-    for name, bits in (("up", low_bits(2, row_bits)), ("w2t", row_bits)):
+    for name, bits in (("up", low_bits(2, row_bits)), ("columns", row_bits)):
         assert plan.tensors[name].shape == (listed, row_bytes(D, bits, group_size))
         assert plan.tensors[name].dtype == torch.uint8
     rows = row_bytes(D, low_bits(2, row_bits), group_size) + row_bytes(D, row_bits, group_size)
     codes = HIDDEN * rows + D * row_bytes(D, fold_bits, group_size)
-    predictor = HIDDEN * (row_bytes(D, 2, group_size) + 4 * 5)  # bounds, slope, intercept, number; all padded
+    predictor = HIDDEN * (row_bytes(D, 2, group_size) + 4 * 6)  # bounds, slope, intercept, bias, number; all padded
     assert plan.stored_bytes == plan.dense_bytes + codes + D * 4 + predictor + 16
 
 
@@ -133,18 +131,20 @@ def test_the_predictor_and_the_rows_nested_in_it_are_the_weights_of_the_listed_n
     model = ffn(D, HIDDEN)
     (plan,) = planned(model, D, budget=0.4, row_bits=8).sites
     tensors, listed = plan.tensors, plan.tensors["neurons"].long()
-    high = dequantise(tensors["codes"], tensors["scale"], tensors["zero"], 2, D)
-    up, w2t = high + rows_of(tensors["up"], 6, D, torch.float32), rows_of(tensors["w2t"], 8, D, torch.float32)
-    for found, weight in ((up, model.up.weight), (w2t, model.down.weight.T)):
+    codes, scale, zero = (tensors[name][:, 0] for name in ("codes", "scale", "zero"))
+    up = dequantise(codes, scale, zero, 2, D) + rows_of(tensors["up"], 6, D, torch.float32)
+    columns = rows_of(tensors["columns"], 8, D, torch.float32)
+    for found, weight in ((up, model.up.weight), (columns, model.down.weight.T)):
         step = (weight.amax() - weight.amin()) / 255
         assert (found - weight[listed]).abs().max() < 3 * step
 
 
 def test_neurons_that_are_always_exact_have_a_predictor_that_no_estimate_satisfies() -> None:
     (plan,) = planned(ffn(D, HIDDEN), D, budget=0.5, row_bits=4).sites
-    always = plan.tensors["lower"] == torch.inf
+    lower, upper = plan.tensors["guard"].T
+    always = lower == torch.inf
     assert 0 < always.sum() < len(always) == len(plan.tensors["neurons"])
-    assert (plan.tensors["upper"][always] == -torch.inf).all()
+    assert (upper[always] == -torch.inf).all()
 
 
 def test_the_bias_makes_up_for_what_quantising_the_fold_changes_in_the_mean() -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from tardis_fx import Plan
 from tardis_fx.runtime import reference
+from tardis_fx.runtime.correction import Correction
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(0,), (1,), (5,), (40,), (), (2, 3), (2, 0), (3, 1, 7), (1, 64)]
@@ -72,7 +73,7 @@ def test_the_rewritten_graph_equals_the_reference_op_to_rounding(
     o = oracle(16, 32, 40, d_out=16).to(dtype)
     result = run(o.model(), plan_of(o), o.x[:5])
     with monkeypatch.context() as patch:
-        patch.setattr(torch.ops.tardis, "correct", reference.correct)
+        patch.setattr(torch.ops.tardis, "correct", lambda *fields: reference.correct(Correction(*fields)))
         expected = o.rewritten(*CLASSES, o.x[:5])
     tolerance = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 5e-3}[dtype]
     torch.testing.assert_close(result, expected, rtol=tolerance, atol=tolerance)

@@ -1,8 +1,8 @@
 """Calls a kernel that is compiled with AddressSanitizer and UBSan; test_sanitizers.py runs it in a process of its own.
 
-``LD_PRELOAD=<libasan.so> python sanitized.py LIBRARY CALLS [wrong]``: random calls of both ops, on tensors of exactly the size
+``LD_PRELOAD=<libasan.so> python sanitized.py LIBRARY CALLS [wrong]``: random calls of the op, on tensors of exactly the size
 that they need, so that a read or write past one of them is reported. PyTorch's memory comes from malloc, which the
-sanitizer watches. With ``wrong``, plain calls read past their tokens, and a report must come.
+sanitizer watches. With ``wrong``, calls read past their tokens, and a report must come.
 """
 
 from __future__ import annotations
@@ -16,13 +16,11 @@ from unittest import mock
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for `builders`
 
 import torch
-from builders import correction, gated_correction
-from builders.correction import FLOATS, Arguments
-from torch import Tensor
+from builders.correction import FLOATS, arguments
 
 from tardis_fx.graph.activations import ACTIVATIONS
+from tardis_fx.runtime.correction import MOST_TOKENS, Correction
 from tardis_fx.runtime.cpu import build as cpu_build
-from tardis_fx.runtime.cpu import gated as cpu_gated
 from tardis_fx.runtime.cpu import op as cpu
 from tardis_fx.runtime.packing import GROUP_SIZES
 
@@ -33,11 +31,10 @@ TOGETHER = 10
 EXTREMES = (0.0, 1e-45, 1e-38, 1e30, 3e38, torch.inf, -torch.inf, torch.nan)
 
 
-def arguments(draw: random.Random) -> tuple[bool, Arguments]:
-    gated = draw.random() < 0.5
-    make = gated_correction.arguments if gated else correction.arguments
-    return gated, make(
-        shape=(draw.randint(1, cpu.DECODE_TOKENS),),
+def drawn(draw: random.Random) -> Correction:
+    return arguments(
+        k=draw.choice((1, 2)),
+        shape=(draw.randint(1, MOST_TOKENS),),
         d=draw.randint(1, 300),
         d_out=draw.randint(1, 200),
         h=draw.randint(1, 40),
@@ -55,20 +52,17 @@ def arguments(draw: random.Random) -> tuple[bool, Arguments]:
     )
 
 
-def with_other_tokens(draw: random.Random, op: Arguments) -> Arguments:
-    x, folded = op["x"], op["folded"]
-    assert isinstance(x, Tensor)
-    assert isinstance(folded, Tensor)
-    tokens = draw.randint(1, len(x))
-    x = x[:tokens].clone()
+def with_other_tokens(draw: random.Random, op: Correction) -> Correction:
+    tokens = draw.randint(1, len(op.x))
+    x = op.x[:tokens].clone()
     if draw.random() < 0.3:
         x[draw.randrange(tokens), draw.randrange(x.shape[1])] = draw.choice(EXTREMES)
-    return {**op, "x": x, "folded": folded if folded.ndim == 1 else folded[:tokens].clone()}
+    return op._replace(x=x, folded=op.folded if op.folded.ndim == 1 else op.folded[:tokens].clone())
 
 
 def one_token_more(*numbers: int) -> bytes:
     """A call that tells of a token which is not there."""
-    return PACK(*numbers[:16], numbers[16] + 1, *numbers[17:])
+    return PACK(*numbers[:16], numbers[16] + 1, *numbers[17:])  # behind fifteen pointers and k
 
 
 def main(library: str, calls: int, *, wrong: bool) -> None:
@@ -78,9 +72,9 @@ def main(library: str, calls: int, *, wrong: bool) -> None:
         cpu._CALL = mock.Mock(pack=one_token_more)
     for call in range(calls):
         if call % TOGETHER == 0:
-            gated, op = arguments(draw)
+            op = drawn(draw)
         torch.get_num_threads = partial(draw.choice, (1, 2, 3))  # type: ignore[misc]
-        (cpu_gated if gated else cpu).correct(**with_other_tokens(draw, op))  # type: ignore[arg-type]
+        cpu.correct(with_other_tokens(draw, op))
     sys.stdout.write(f"{calls} calls\n")
 
 

@@ -17,7 +17,7 @@ from unittest import mock
 import pytest
 import torch
 from builders.activations import ELU
-from builders.correction import Arguments, arguments
+from builders.correction import arguments
 
 from tardis_fx.graph.activations import ACTIVATIONS
 from tardis_fx.runtime import reference
@@ -27,6 +27,8 @@ from tardis_fx.runtime.cpu import op as cpu
 if TYPE_CHECKING:
     import ctypes
     from collections.abc import Iterator
+
+    from tardis_fx.runtime.correction import Correction
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="modes, owners and /proc of Linux")
 
@@ -60,9 +62,7 @@ def compilations(kernel: object, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     return compiled
 
 
-STUB = "".join(
-    f'extern "C" long {name}(void*) {{ return 1; }}\n' for name in ("tardis_correct", "tardis_correct_gated")
-)
+STUB = 'extern "C" long tardis_correct(void*) { return 1; }\n'
 
 
 def compile_program(text: str, library: Path) -> None:
@@ -81,8 +81,8 @@ def loaded() -> bool:
     return cpu_build.load() is not None
 
 
-def run(op: Arguments) -> torch.Tensor:
-    return cpu.correct(**op)  # type: ignore[arg-type]
+def run(op: Correction) -> torch.Tensor:
+    return cpu.correct(op)
 
 
 def of_another_user(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,7 +123,7 @@ def test_without_a_kernel_the_reference_runs_after_one_warning(
         monkeypatch.setenv(name, value)
     op = arguments()
     for _ in range(2):
-        assert torch.equal(run(op), reference.correct(**op))  # type: ignore[arg-type]
+        assert torch.equal(run(op), reference.correct(op))
     (record,) = caplog.records
     assert "eager implementation" in record.getMessage()
     assert word in record.getMessage()
@@ -299,17 +299,20 @@ def test_two_processes_that_build_at_the_same_time_both_work(tmp_path: Path) -> 
 import os, torch
 from tardis_fx.graph.activations import ACTIVATIONS
 from tardis_fx.runtime import reference
+from tardis_fx.runtime.correction import Correction
 from tardis_fx.runtime.cpu import op as cpu
 from tardis_fx.runtime.cpu import build as cpu_build
 assert not os.path.exists(os.environ["TARDIS_FX_CACHE"]), "built on import"
 input(print("ready", flush=True) or "")
-codes, groups = torch.zeros(8, 16, dtype=torch.uint8), torch.zeros(8, 1, dtype=torch.uint8)
-ones, neurons = torch.ones(8), torch.arange(8, dtype=torch.int32)
-op = (torch.ones(1, 4), torch.ones(1, 64), torch.ones(8, 64), None, torch.ones(8, 4), torch.tensor([8, 8]), neurons)
-op += (codes, groups.half(), groups, ones, ones, ones, ones, 2, "relu")
-expected = reference.correct(*op)
+codes, groups = torch.zeros(8, 1, 16, dtype=torch.uint8), torch.zeros(8, 1, 1, dtype=torch.uint8)
+pairs, neurons = torch.ones(8, 2), torch.arange(8, dtype=torch.int32)
+op = Correction(
+    torch.ones(1, 4), torch.ones(1, 64), [torch.ones(8, 64)], torch.ones(8, 4), torch.tensor([8, 8]), neurons,
+    codes, groups.half(), groups, None, pairs, pairs, 2, "relu",
+)
+expected = reference.correct(op)
 reference.correct = None
-assert torch.equal(cpu.correct(*op), expected)
+assert torch.equal(cpu.correct(op), expected)
 """
     environment = os.environ | {"TARDIS_FX_CACHE": str(tmp_path / "cache")}
     root, pipe = Path(__file__).parents[2], subprocess.PIPE

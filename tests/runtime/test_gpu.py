@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from builders.correction import arguments, assert_agree, exact
+from builders.correction import arguments, assert_agree, assert_right, every_k, exact, mapped
 from builders.ffns import FFN, inputs
 from torch import Tensor
 
 from tardis_fx import Plan
-from tardis_fx.runtime import ops, reference  # noqa: F401 - ops registers the op
+from tardis_fx.runtime import ops  # noqa: F401 - registers the op
+from tardis_fx.runtime.correction import Correction
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -52,31 +53,31 @@ def test_a_step_of_a_compiled_graph_holds_the_kernels_and_no_opaque_op(on_gpu: F
         assert kernel in code
 
 
-def on_device(**changed: Any) -> tuple[dict[str, Any], Tensor]:
+def on_device(**changed: Any) -> tuple[Correction, Tensor]:
     op = arguments(**changed)
-    moved = {name: value.cuda() if isinstance(value, Tensor) else value for name, value in op.items()}
-    return moved, exact(op)
+    return mapped(Tensor.cuda, op), exact(op)
 
 
+@every_k
 @pytest.mark.parametrize("quantised", [{}, {"fold_bits": 4, "row_bits": 3}], ids=str)
-def test_the_op_waits_for_nothing_and_replays_on_other_inputs(quantised: dict[str, int]) -> None:
-    op, _ = on_device(shape=(2,), **quantised)
-    other, expected = on_device(shape=(2,), seed=1, **quantised)
-    torch.ops.tardis.correct(**op)  # compiles and tunes
+def test_the_op_waits_for_nothing_and_replays_on_other_inputs(quantised: dict[str, int], k: int) -> None:
+    op, _ = on_device(k=k, shape=(2,), **quantised)
+    other, expected = on_device(k=k, shape=(2,), seed=1, **quantised)
+    torch.ops.tardis.correct(*op)  # compiles and tunes
     torch.cuda.set_sync_debug_mode("error")
     try:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            out = torch.ops.tardis.correct(**op)
+            out = torch.ops.tardis.correct(*op)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    for name, value in op.items():
-        if isinstance(value, Tensor):
-            value.copy_(other[name])
+    for tensor, value in zip(op.tensors, other.tensors, strict=True):
+        tensor.copy_(value)
     graph.replay()
-    assert_agree(out.cpu(), expected, atol=2e-3)
+    assert_right(out.cpu(), other, expected, coded=2e-3)
 
 
-def test_many_tokens_are_the_references() -> None:
-    op, expected = on_device(shape=(17,))
-    assert_agree(torch.ops.tardis.correct(**op).cpu(), expected, atol=1e-2)
+@every_k
+def test_many_tokens_are_the_references(k: int) -> None:
+    op, expected = on_device(k=k, shape=(17,))
+    assert_agree(torch.ops.tardis.correct(*op).cpu(), expected, atol=1e-2)

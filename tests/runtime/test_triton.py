@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 from builders.activations import ELU, LECUN_TANH, RELU6
-from builders.correction import Arguments, arguments, assert_agree, assert_right, changed, exact
+from builders.correction import FLOATS, NOTHING, arguments, assert_right, every_k, exact, mapped
 from builders.profile import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from tardis_fx.graph.activations import ACTIVATIONS, Activation
 from tardis_fx.runtime import ops as _registered  # noqa: F401
+from tardis_fx.runtime.correction import MOST_TOKENS, Correction
 from tardis_fx.runtime.packing import GROUP_SIZES
 
 if TYPE_CHECKING:
@@ -32,8 +33,6 @@ pytestmark = [
     *([] if INTERPRETED else [pytest.mark.gpu]),
     pytest.mark.skipif(not INTERPRETED and not torch.cuda.is_available(), reason="no CUDA device"),
 ]
-FLOATS = [torch.float32, torch.bfloat16, torch.float16]
-TOKENS = 16
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -49,15 +48,14 @@ def few_programs() -> Iterator[None]:
         yield
 
 
-def run(op: Arguments) -> Tensor:
+def run(op: Correction) -> Tensor:
     """The kernels and never the reference, on memory full of NaN."""
     from tardis_fx.runtime.cuda import op as triton_op
 
-    moved = {name: value.to(DEVICE) if isinstance(value, Tensor) else value for name, value in op.items()}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(triton_op.torch, "empty", poisoned)
         patch.setattr(torch.ops.tardis, "correct", None)  # which takes what the kernels do not
-        return triton_op.correct(**moved).cpu()  # type: ignore[arg-type]
+        return triton_op.correct(*mapped(lambda tensor: tensor.to(DEVICE), op)).cpu()
 
 
 def poisoned(shape: tuple[int, ...], *, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -65,15 +63,16 @@ def poisoned(shape: tuple[int, ...], *, dtype: torch.dtype, device: torch.device
     return torch.full(shape, math.nan if dtype.is_floating_point else 2**30 + 1, dtype=dtype, device=device)
 
 
-def agree(op: Arguments) -> None:
+def agree(op: Correction) -> None:
     """A code is read as a fraction of 256, which costs float32 eight of its bits."""
     assert_right(run(op), op, exact(op), coded=2e-3)
 
 
 @st.composite
-def ops(draw: st.DrawFn) -> Arguments:
+def ops(draw: st.DrawFn) -> Correction:
     h = draw(st.sampled_from([1, 2, 30]))
     return arguments(
+        k=draw(st.sampled_from([1, 2])),
         shape=draw(st.sampled_from([(), (1,), (1, 1), (2,), (3,), (2, 3)])),
         d=draw(st.sampled_from([1, 15, 63, 64, 65, 96, 128, 200])),
         d_out=draw(st.sampled_from([1, 2, 17, 64, 130, 192])),
@@ -94,27 +93,31 @@ def ops(draw: st.DrawFn) -> Arguments:
 
 @settings(max_examples=examples(10))
 @given(op=ops())
-def test_the_kernels_agree_with_the_reference(op: Arguments) -> None:
+def test_the_kernels_agree_with_the_reference(op: Correction) -> None:
     agree(op)
 
 
+@every_k
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_every_width_and_dtype_agrees(bits: int, dtype: torch.dtype) -> None:
-    agree(arguments(shape=(2,), d=130, h=30, bits=bits, dtype=dtype))
+def test_every_width_and_dtype_agrees(bits: int, dtype: torch.dtype, k: int) -> None:
+    agree(arguments(k=k, shape=(2,), d=130, h=30, bits=bits, dtype=dtype))
 
 
+@every_k
 @pytest.mark.parametrize(("bits", "group_size"), [(3, 64), (4, 128), (8, 128)])
-def test_every_width_of_fold_and_rows_agrees(bits: int, group_size: int) -> None:
+def test_every_width_of_fold_and_rows_agrees(bits: int, group_size: int, k: int) -> None:
     op = arguments(
-        h=20, d=130, d_out=70, always=3, fold_bits=bits, row_bits=bits, group_size=group_size, dtype=torch.bfloat16
-    )
+        k=k, h=20, d=130, d_out=70, always=3, fold_bits=bits, row_bits=bits, group_size=group_size,
+        dtype=torch.bfloat16,
+    )  # fmt: skip
     agree(op)
 
 
+@every_k
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_every_activation_agrees(activation: str) -> None:
-    agree(arguments(h=20, d=20, d_out=5, activation=activation, outliers=1))
+def test_every_activation_agrees(activation: str, k: int) -> None:
+    agree(arguments(k=k, h=20, d=20, d_out=5, activation=activation, outliers=1))
 
 
 def computed(activation: Activation, z: Tensor, function: object = None) -> Tensor:
@@ -168,55 +171,55 @@ def test_hardswish_of_minus_infinity_is_0() -> None:
     assert computed(ACTIVATIONS["hardswish"], torch.tensor([-math.inf])).tolist() == [0]
 
 
+@every_k
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_with_no_outliers_the_folded_output_comes_back_bit_for_bit(dtype: torch.dtype) -> None:
-    op = arguments(shape=(3,), d=70, h=60, outliers=0, dtype=dtype)
-    assert torch.equal(run(op), op["folded"])  # type: ignore[arg-type]
+def test_with_no_outliers_the_folded_output_comes_back_bit_for_bit(dtype: torch.dtype, k: int) -> None:
+    op = arguments(k=k, shape=(3,), d=70, h=60, outliers=0, dtype=dtype)
+    assert torch.equal(run(op), op.folded)
 
 
-def test_with_an_empty_list_the_folded_output_comes_back() -> None:
-    op = changed(arguments(shape=(5,), h=60), counts=torch.tensor([0, 0]))
-    assert torch.equal(run(op), op["folded"])  # type: ignore[arg-type]
+@every_k
+def test_with_an_empty_list_the_folded_output_comes_back(k: int) -> None:
+    op = arguments(k=k, shape=(5,), h=60)._replace(counts=torch.tensor([0, 0]))
+    assert torch.equal(run(op), op.folded)
 
 
+@every_k
 @pytest.mark.parametrize("always", [0, 200])
-def test_every_neuron_may_be_an_outlier_of_every_token(always: int) -> None:
-    agree(arguments(shape=(3,), d=70, h=30, always=always, outliers=1))
+def test_every_neuron_may_be_an_outlier_of_every_token(always: int, k: int) -> None:
+    agree(arguments(k=k, shape=(3,), d=70, h=30, always=always, outliers=1))
 
 
-def test_as_many_tokens_as_are_taken_agree() -> None:
-    agree(arguments(shape=(TOKENS,), d=70, h=12, d_out=70, outliers=0.3))
+@every_k
+def test_as_many_tokens_as_are_taken_agree(k: int) -> None:
+    agree(arguments(k=k, shape=(MOST_TOKENS,), d=70, h=12, d_out=70, outliers=0.3))
 
 
-def test_outliers_may_all_lie_together_at_the_end() -> None:
-    op = arguments(shape=(2,), d=70, h=90, outliers=0)
-    lower = op["lower"]
-    assert isinstance(lower, Tensor)
-    lower[55:] = math.inf
+@every_k
+def test_outliers_may_all_lie_together_at_the_end(k: int) -> None:
+    op = arguments(k=k, shape=(2,), d=70, h=90, outliers=0)
+    op.guard[55:] = NOTHING[k]
     agree(op)
 
 
-def test_strided_arguments_give_the_same() -> None:
-    op = arguments(shape=(2,), d=70, h=30)
-    strided = {
-        name: torch.stack([value, value], -1)[..., 0] if isinstance(value, Tensor) else value
-        for name, value in op.items()
-    }
-    assert torch.equal(run(strided), run(op))
+@every_k
+def test_strided_arguments_give_the_same(k: int) -> None:
+    op = arguments(k=k, shape=(2,), d=70, h=30)
+    assert torch.equal(run(mapped(lambda tensor: torch.stack([tensor, tensor], -1)[..., 0], op)), run(op))
 
 
+@every_k
 @pytest.mark.parametrize("always", [0, 5])
-def test_a_nan_estimate_is_no_outlier_and_a_nan_stays_with_its_token(always: int) -> None:
-    op = arguments(shape=(6,), d=70, h=20, always=always)
-    x = op["x"]
-    assert isinstance(x, Tensor)
-    x[2, 7] = torch.nan
+def test_a_nan_estimate_is_no_outlier_and_a_nan_stays_with_its_token(always: int, k: int) -> None:
+    op = arguments(k=k, shape=(6,), d=70, h=20, always=always)
+    op.x[2, 7] = torch.nan
     out = run(op)
-    assert_agree(out, exact(op))
+    assert_right(out, op, exact(op), coded=2e-3)
     assert out[2].isnan().all() == (always > 0)
     assert out[[0, 1, 3, 4, 5]].isfinite().all()
 
 
-def test_results_repeat_bit_for_bit() -> None:
-    op = arguments(shape=(2,), d=70, h=20, d_out=70, outliers=0.5)
+@every_k
+def test_results_repeat_bit_for_bit(k: int) -> None:
+    op = arguments(k=k, shape=(2,), d=70, h=20, d_out=70, outliers=0.5)
     assert torch.equal(run(op), run(op))

@@ -12,13 +12,15 @@ from typing import Any
 
 import pytest
 import torch
-from builders.correction import Arguments, arguments
+from builders.correction import arguments, every_k, mapped
 from torch import Tensor, fx
 from torch._functorch.aot_autograd import aot_export_joint_simple
 from torch._subclasses import FakeTensorMode
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from tardis_fx.graph.activations import ACTIVATIONS
 from tardis_fx.runtime import ops, reference  # noqa: F401 - ops registers the op
+from tardis_fx.runtime.correction import MOST_TOKENS, Correction
 from tardis_fx.runtime.cuda import dispatch as cuda
 from tardis_fx.runtime.cuda.dispatch import show_kernels
 
@@ -58,38 +60,33 @@ def h100(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton.runtime.driver, "_active", Driver())
 
 
-def on_cuda(op: Arguments, mode: FakeTensorMode) -> dict[str, Any]:
-    """Tensors of the same shapes on a device that need not be there."""
-    with mode:
-        return {
-            name: torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="cuda")
-            if isinstance(value, Tensor)
-            else value
-            for name, value in op.items()
-        }
-
-
-def traced(op: Arguments) -> fx.GraphModule:
-    """What Inductor is given of the op."""
-    import tardis_fx.runtime.cuda.op  # noqa: F401 - registers it
-
+def traced(op: Correction) -> fx.GraphModule:
+    """What Inductor is given of the op, on a device that need not be there."""
+    assert cuda.available()
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    fake = on_cuda(op, mode)
-    names = [name for name, value in fake.items() if isinstance(value, Tensor)]
 
-    def call(*tensors: Tensor) -> tuple[Tensor]:
-        return (torch.ops.tardis.correct_triton(**fake | dict(zip(names, tensors, strict=True))),)
+    def on_cuda(tensor: Tensor) -> Tensor:
+        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cuda")
 
     with mode:
-        return aot_export_joint_simple(call, [fake[name] for name in names], trace_joint=False)
+        leaves, spec = tree_flatten(mapped(on_cuda, op))
+        at = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+
+        def call(*tensors: Tensor) -> tuple[Tensor]:
+            given = dict(zip(at, tensors, strict=True))
+            fields = tree_unflatten([given.get(i, leaf) for i, leaf in enumerate(leaves)], spec)
+            return (torch.ops.tardis.correct_triton(*fields),)
+
+        return aot_export_joint_simple(call, [leaves[i] for i in at], trace_joint=False)
 
 
 @with_triton
+@every_k
 @pytest.mark.parametrize(("quantised", "kernels"), [({}, 3), ({"fold_bits": 4, "row_bits": 3}, 4)], ids=str)
 def test_inductor_sees_the_kernels_and_that_they_write_to_scratch_alone(
-    quantised: dict[str, int], kernels: int, caplog: pytest.LogCaptureFixture
+    quantised: dict[str, Any], kernels: int, k: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    graph = traced(arguments(shape=(3,), d=128, d_out=70, h=60, **quantised)).graph
+    graph = traced(arguments(k=k, shape=(3,), d=128, d_out=70, h=60, **quantised)).graph
     seen = [node for node in graph.nodes if "triton_kernel_wrapper" in str(node.target)]
     assert len(seen) == kernels
     for node in seen:
@@ -107,8 +104,9 @@ def test_many_tokens_stay_one_opaque_op() -> None:
 
 
 @with_triton
+@every_k
 @pytest.mark.parametrize("tokens", [1, 2])
-def test_the_kernels_compile_for_a_gpu(tokens: int) -> None:
+def test_the_kernels_compile_for_a_gpu(tokens: int, k: int) -> None:
     from triton import compiler
     from triton.backends.compiler import GPUTarget
 
@@ -116,6 +114,7 @@ def test_the_kernels_compile_for_a_gpu(tokens: int) -> None:
     from tardis_fx.runtime.cuda.predictor import multiply, predict
 
     sizes = {
+        "K": k,
         "D": 128,
         "D_OUT": 128,
         "TOKENS": tokens,
@@ -126,15 +125,13 @@ def test_the_kernels_compile_for_a_gpu(tokens: int) -> None:
         "KEPT": True,
         "ACTIVATION": "gelu",
     }
-    types = {"x": "*bf16", "b1": "*bf16", "counts": "*i64", "codes": "*u8", "scale": "*fp16", "zero": "*u8"}
+    types = {"x": "*bf16", "counts": "*i64", "codes": "*u8", "scale": "*fp16", "zero": "*u8"}
     types["weight"] = "*u8"
-    types |= dict.fromkeys(
-        ["lower", "upper", "slope", "intercept", "residuals", "partial", "out", "estimates"], "*fp32"
-    )
-    types |= dict.fromkeys(["tokens", "w1_stride", "w2t_stride", "capacity", "segments", "stride"], "i32")
+    types |= dict.fromkeys(["biases", "guard", "surrogate", "residuals", "partial", "out", "estimates"], "*fp32")
+    types |= dict.fromkeys(["tokens", "first_stride", "second_stride", "capacity", "segments", "stride"], "i32")
     cases = [(predict, 3), (activate, 16), (activate, 2), (accumulate, 16), (accumulate, 4), (multiply, 4)]
     for tuned, bits in cases:
-        types |= dict.fromkeys(["w1", "w2t"], "*bf16" if bits == 16 else "*u8")
+        types |= dict.fromkeys(["first_projection", "second_projection", "weights"], "*bf16" if bits == 16 else "*u8")
         names = tuned.fn.arg_names
         given = {"ROWS": 32, **sizes, "BITS": bits} | tuned.configs[0].kwargs
         constants = {(i,): given[name] for i, name in enumerate(names) if name.isupper()}
@@ -177,39 +174,46 @@ def test_inductor_writes_every_formula_beside_the_kernel() -> None:
 @with_triton
 def test_a_graph_for_inductor_calls_the_triton_op_in_the_place_of_the_op() -> None:
     graph = fx.Graph()
-    graph.output(graph.call_function(torch.ops.tardis.correct, tuple(graph.placeholder(f"a{i}") for i in range(16))))
+    graph.output(graph.call_function(torch.ops.tardis.correct, tuple(graph.placeholder(f"a{i}") for i in range(14))))
     gm = fx.GraphModule({}, graph)
     show_kernels(gm)
     assert [n.target for n in gm.graph.find_nodes(op="call_function", target=torch.ops.tardis.correct)] == []
     assert len(gm.graph.find_nodes(op="call_function", target=torch.ops.tardis.correct_triton.default)) == 1
 
 
+@every_k
 def test_without_triton_the_reference_runs_after_one_warning(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    k: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setitem(sys.modules, "tardis_fx.runtime.cuda.op", None)
     cuda.available.cache_clear()
-    op = arguments()
+    op = arguments(k=k)
     with caplog.at_level(logging.WARNING, logger="tardis_fx"):
         for _ in range(2):
-            assert torch.equal(cuda.correct(*op.values()), reference.correct(**op))  # type: ignore[arg-type]
+            assert torch.equal(cuda.correct(op), reference.correct(op))
     cuda.available.cache_clear()
     (record,) = caplog.records
     assert "eager implementation" in record.getMessage()
 
 
+@every_k
 @pytest.mark.parametrize(
-    "op",
+    "changed",
     [
-        pytest.param(arguments(shape=(cuda.DECODE_TOKENS + 1,)), id="many tokens"),
-        pytest.param(arguments(shape=(2, 0)), id="no tokens"),
-        pytest.param(arguments(dtype=torch.float64), id="float64"),
-        pytest.param(arguments(dtype=torch.float16) | {"b1": torch.zeros(400)}, id="mixed dtypes"),
+        pytest.param({"shape": (MOST_TOKENS + 1,)}, id="many tokens"),
+        pytest.param({"shape": (2, 0)}, id="no tokens"),
+        pytest.param({"dtype": torch.float64}, id="float64"),
+        pytest.param({"dtype": torch.float16}, id="mixed dtypes"),
     ],
 )
-def test_what_the_kernels_do_not_take_goes_to_the_reference(op: Arguments, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_kernels_do_not_take_goes_to_the_reference(
+    changed: dict[str, Any], k: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    op = arguments(k=k, **changed)
+    if op.x.dtype == torch.float16:
+        op.projections[-1] = op.projections[-1].float()
     monkeypatch.setattr(cuda, "available", lambda: pytest.fail("the kernels were asked for"))
-    assert torch.equal(cuda.correct(*op.values()), reference.correct(**op))  # type: ignore[arg-type]
+    assert torch.equal(cuda.correct(op), reference.correct(op))
 
 
 def test_the_op_is_registered_for_both_devices() -> None:

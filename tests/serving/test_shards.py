@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 from builders.ffns import FFN, Oracle, oracle, planned
+from builders.gated import Gated
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -21,13 +22,14 @@ if TYPE_CHECKING:
 
 
 def parts(entry: SitePlan, weights: SiteWeights, x: Tensor, size: int) -> list[Tensor]:
-    """What each rank gives, from its rows of W1 and columns of W2 alone."""
+    """What each rank gives, from its rows of the projections and columns of ``down`` alone."""
     rewrite, hidden = rewrite_named(str(entry.method)), len(weights.up)
     found = []
     for rank in range(size):
         own = slice(rank * hidden // size, (rank + 1) * hidden // size)
-        up_bias = None if weights.up_bias is None else weights.up_bias[own]
-        held = replace(weights, up=weights.up[own], up_bias=up_bias, down=weights.down[:, own])
+        rows = {name: getattr(weights, name) for name in ("gate", "gate_bias", "up", "up_bias")}
+        rows = {name: None if tensor is None else tensor[own] for name, tensor in rows.items()}
+        held = replace(weights, **rows, down=weights.down[:, own])
         part = shard(entry, rank, size, hidden)
         found.append(rewrite.forward(x, rewrite.constants(part, held), part))
     return found
@@ -43,10 +45,14 @@ def test_the_ranks_sum_to_the_whole_site(size: int, per: int, data: st.DataObjec
     torch.testing.assert_close(sum(parts(entry, made.weights, made.x, size)), whole)
 
 
-@pytest.mark.parametrize("bits", [3, 8])
-def test_the_ranks_sum_to_the_whole_site_where_fold_and_rows_are_codes(original: FFN, bits: int) -> None:
-    entry = planned(original, fold_bits=bits, row_bits=bits).sites[0]
-    weights = SiteWeights(*(p.detach() for p in original.parameters()))
+@pytest.mark.parametrize("kind", ["plain", "gated"])
+@pytest.mark.parametrize("bits", [3, 8, 16])
+def test_the_ranks_sum_to_the_whole_site_of_a_calibrated_plan(original: FFN, bits: int, kind: str) -> None:
+    model = original if kind == "plain" else Gated()
+    entry = planned(model, fold_bits=bits, row_bits=bits).sites[0]
+    assert len(entry.tensors["codes"]) > 0
+    projections = [model.up, model.down] if isinstance(model, FFN) else [model.up, model.down, model.gate]
+    weights = SiteWeights(*(p.detach() for projection in projections for p in projection.parameters()))
     rewrite, x = rewrite_named(str(entry.method)), torch.randn(5, 16, generator=torch.Generator().manual_seed(3))
     whole = rewrite.forward(x, rewrite.constants(entry, weights), entry)
     torch.testing.assert_close(sum(parts(entry, weights, x, 2)), whole, rtol=1e-4, atol=1e-4)

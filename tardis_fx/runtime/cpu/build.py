@@ -24,6 +24,7 @@ from functools import cache
 from pathlib import Path
 
 from tardis_fx.graph.activations import ACTIVATIONS
+from tardis_fx.runtime.correction import MOST_TOKENS
 
 logger = logging.getLogger("tardis_fx")
 
@@ -65,7 +66,7 @@ def _from_cache() -> ctypes.CDLL:
     compiler = _compiler()
     version = _run([*compiler, "--version"])
     sources = [path.read_text() for path in (_SOURCE, *sorted(_SOURCE.parent.glob("*.h")))]
-    parts = [*sources, _cases(), *compiler, version, *_FLAGS, _processor()]
+    parts = [*sources, _cases(), *compiler, version, *_FLAGS, *_defined(), _processor()]
     name = f"kernel-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}"
     try:
         folder = _cache_folder()
@@ -136,10 +137,14 @@ def _kept(library: Path, folder: Path, name: str) -> Path:
 def compile_kernel(library: Path, compiler: Sequence[str], flags: Sequence[str]) -> None:
     """Compiles the kernel to ``library``, beside which it leaves what it generates."""
     Path(library.parent, "activations.inc").write_text(_cases())
-    defined = f"-DACTIVATIONS={len(ACTIVATIONS)}"
-    _run([*compiler, *flags, defined, f"-I{library.parent}", str(_SOURCE), "-o", str(library)])
+    _run([*compiler, *flags, *_defined(), f"-I{library.parent}", str(_SOURCE), "-o", str(library)])
     if not library.exists():
         raise FileNotFoundError(f"{shlex.join(compiler)} ended well and wrote no library")
+
+
+def _defined() -> list[str]:
+    """The sizes of the kernel's tables."""
+    return [f"-DACTIVATIONS={len(ACTIVATIONS)}", f"-DTOKENS={MOST_TOKENS}"]
 
 
 def _cases() -> str:
@@ -180,7 +185,6 @@ def _digest(library: Path) -> str:
 
 def _open(path: Path) -> ctypes.CDLL:
     library = ctypes.CDLL(str(path))
-    for function in (library.tardis_correct, library.tardis_correct_gated):
-        function.argtypes = [ctypes.c_char_p]
-        function.restype = ctypes.c_int64
+    library.tardis_correct.argtypes = [ctypes.c_char_p]
+    library.tardis_correct.restype = ctypes.c_int64
     return library

@@ -8,18 +8,19 @@
 
 namespace {
 
-struct Call {  // of a plain site; op.py packs it: sixteen pointers and sixteen integers
-  static constexpr int PROJECTIONS = 1;  // in front of the activation
+constexpr int MOST = 2;  // projections
+
+struct Call {  // op.py packs it: fifteen pointers and eighteen integers
   void* out;
-  const void *folded, *x, *w1, *b1, *w2t;
+  const void *folded, *x, *projections[MOST], *columns;
   const int64_t* counts;
   const int32_t* neurons;
-  const uint8_t* codes;
+  const uint8_t* codes;  // [capacity, k, ...], as are scale and zero
   const Half* scale;
   const uint8_t* zero;
-  const float *lower, *upper, *slope, *intercept;
+  const float *guard, *surrogate, *biases;  // [capacity, 2 or k + 2], [capacity, k + 1], [capacity, k] or null
   const uint8_t* fold;
-  int64_t tokens, d, d_out, hidden, capacity, d_groups, d_out_groups, w1_stride, w2t_stride, bits, activation,
+  int64_t k, tokens, d, d_out, hidden, capacity, d_groups, d_out_groups, strides[MOST], column_stride, bits, activation,
       fold_bits, row_bits, low_bits, dtype, threads;
 };
 
@@ -36,7 +37,7 @@ bool taken(const Call& call) {
   };
   const int64_t listed = call.counts[0], guarded = call.counts[1];
   const bool coded = call.row_bits != 16;
-  return between(1, call.tokens, TOKENS) && call.d >= 1 && call.d_out >= 0 && grouped(call.d, call.d_groups) &&
+  return between(1, call.k, MOST) && between(1, call.tokens, TOKENS) && call.d >= 1 && call.d_out >= 0 && grouped(call.d, call.d_groups) &&
          between(1, call.bits, 8) && width(call.fold_bits) && width(call.row_bits) &&
          (!coded || (between(1, call.low_bits, 8) && grouped(call.d_out, call.d_out_groups))) &&
          between(0, call.activation, ACTIVATIONS - 1) && between(0, call.dtype, 2) && call.threads >= 1 &&

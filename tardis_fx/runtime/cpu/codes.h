@@ -9,7 +9,6 @@
 
 namespace {
 
-constexpr int TOKENS = 16;  // of one call, at most: a token is a bit of a mask
 constexpr int BLOCK = 64;  // columns whose codes lie together; half a block, one, or two share a scale
 
 // The blocks of a row of codes, and how many of its scales lie one behind the other.

@@ -1,9 +1,9 @@
 // Adds the exact terms of the predicted outliers to the output of a folded FFN, for a few tokens, on a CPU.
 //
-// What is computed is specified by `correct` in reference.py, of gated sites in reference_gated.py. The time goes into
-// reading, once for all tokens, (a) the packed codes of every guarded neuron, (b) the rows of W1 and W2 of every
-// outlier, which may be codes, too, those of W1 nested in (a), (c) the folded weight, where it is given. The build
-// (build.py) writes activations.inc: one `case <number>: return <expression of z>;` an activation.
+// What is computed is specified by `correct` in reference.py. The time goes into reading, once for all tokens, (a) the
+// packed codes of every guarded neuron, (b) the rows of projections and columns of every outlier, which may be codes,
+// too, those of projections nested in (a), (c) the folded weight, where it is given. K is the number of projections of a
+// neuron. The build (build.py) writes activations.inc: one `case <number>: return <expression of z>;` an activation.
 // Not to be compiled with -ffast-math: a NaN estimate must compare false, and infinite bounds are ordinary.
 
 #include <omp.h>
@@ -34,13 +34,46 @@ float activate(float z, int64_t activation) {
   return NAN;
 }
 
+// What an affine function (K slopes, then the intercept) misses of a neuron's response.
+template <int K>
+float surrogate_error(const Call& call, const float* affine, const float* z, int64_t stride) {
+  float response = activate(z[0], call.activation), surrogate = affine[0] * z[0];
+#pragma GCC unroll 2
+  for (int i = 1; i < K; ++i) {
+    response *= z[i * stride];
+    surrogate += affine[i] * z[i * stride];
+  }
+  return response - (surrogate + affine[K]);
+}
+
 // ---- The predictor.
 
+// Adds the biases of a listed neuron to its pre-activations: K for each token, `stride` apart.
+template <int K>
+void add_biases(const Call& call, int64_t position, float* z, int64_t stride) {
+  if (!call.biases) return;
+  for (int i = 0; i < K; ++i)
+    for (int64_t t = 0; t < call.tokens; ++t) z[i * stride + t] += call.biases[K * position + i];
+}
+
+// Whether the guard has a neuron corrected for a token: by an estimate without bias, or by several with theirs.
+template <int K>
+bool outside(const Call& call, int64_t position, const float (&z)[K][TOKENS], int64_t t) {
+  if constexpr (K == 1) {
+    const float* const bounds = call.guard + 2 * position;
+    return z[0][t] < bounds[0] || z[0][t] > bounds[1];
+  } else {
+    const float* const guard = call.guard + (K + 2) * position;
+    return std::fabs(surrogate_error<K>(call, guard, &z[0][t], TOKENS)) > guard[K + 1];
+  }
+}
+
 // Lists the outliers among the guarded neurons from `begin` to `end`, returns the end of the list. Their estimates are
-// kept, [guarded, tokens].
-template <int BITS>
+// kept as the guard takes them, [guarded, K, tokens].
+template <int K, int BITS>
 Outlier* test(const Call& call, const Inputs& x, int64_t begin, int64_t end, Outlier* list, float* estimates) {
-  const int64_t groups = x.row.groups, together = 1 + 63 / groups;  // neurons whose scales are converted at once
+  const int64_t groups = K * x.row.groups, packed_bytes = x.blocks * (BITS * BLOCK / 8);
+  const int64_t together = 1 + 63 / groups;  // neurons whose scales are converted at once
   std::vector<float> scales(together * groups + LANES), shifts(together * groups + LANES);
   for (int64_t row = begin; row < end; ++row) {
     const int64_t at = (row - begin) % together * groups;
@@ -55,24 +88,27 @@ Outlier* test(const Call& call, const Inputs& x, int64_t begin, int64_t end, Out
       }
       for (; i < size; ++i) shifts[i] = (scales[i] = to_float(scale[i])) * zero[i];
     }
-    const uint8_t* const packed = call.codes + row * x.blocks * (BITS * BLOCK / 8);
-    float z_hat[TOKENS];
-    estimate_all<BITS>(packed, &scales[at], &shifts[at], x, call.tokens, z_hat);
+    float z_hat[K][TOKENS];
+#pragma GCC unroll 2
+    for (int i = 0; i < K; ++i) {
+      const int64_t first = at + i * x.row.groups;
+      estimate_all<BITS>(call.codes + (K * row + i) * packed_bytes, &scales[first], &shifts[first], x, call.tokens,
+                         z_hat[i]);
+    }
+    if constexpr (K > 1) add_biases<K>(call, row, z_hat[0], TOKENS);
     uint32_t tokens = 0;
-    for (int64_t t = 0; t < call.tokens; ++t)
-      tokens |= uint32_t(z_hat[t] < call.lower[row] || z_hat[t] > call.upper[row]) << t;
+    for (int64_t t = 0; t < call.tokens; ++t) tokens |= uint32_t(outside<K>(call, row, z_hat, t)) << t;
     if (!tokens) continue;
     *list++ = {int32_t(row), tokens};
-    std::copy_n(z_hat, call.tokens, estimates + row * call.tokens);
+#pragma GCC unroll 2
+    for (int i = 0; i < K; ++i) std::copy_n(z_hat[i], call.tokens, estimates + (K * row + i) * call.tokens);
   }
   return list;
 }
 
-constexpr decltype(test<1>)* TESTS[] = {test<1>, test<2>, test<3>, test<4>, test<5>, test<6>, test<7>, test<8>};
-
-Outlier* find(const Call& call, const Inputs& x, int64_t begin, int64_t end, Outlier* list, float* estimates) {
-  return TESTS[call.bits - 1](call, x, begin, end, list, estimates);
-}
+template <int K>
+constexpr decltype(test<K, 1>)* TESTS[] = {test<K, 1>, test<K, 2>, test<K, 3>, test<K, 4>,
+                                           test<K, 5>, test<K, 6>, test<K, 7>, test<K, 8>};
 
 // ---- The fold, and what corrections add.
 
@@ -141,11 +177,7 @@ void fold_plain(const Call& call, const Inputs& x, int64_t begin, int64_t end, f
   }
 }
 
-float beyond_surrogate(const Call& call, int64_t position, float z) {
-  return activate(z, call.activation) - (call.slope[position] * z + call.intercept[position]);
-}
-
-// What the low planes of a row of W1 add to the estimates, [tokens], of an outlier.
+// What the low planes of a projection's row add to the estimates, [tokens], of an outlier.
 template <int BITS>
 void refine(const Call& call, const Inputs& x, uint32_t tokens, const uint8_t* row, float* z) {
   float *const scales = scratch<float, 9>(2 * x.stride), *const shifts = scales + x.stride;
@@ -157,7 +189,7 @@ void refine(const Call& call, const Inputs& x, uint32_t tokens, const uint8_t* r
   }
 }
 
-// Adds a column of W2 times the residuals, [tokens], of an outlier.
+// Adds a column of `down` times the residuals, [tokens], of an outlier.
 template <int BITS>
 void add_column(const Call& call, uint32_t tokens, const uint8_t* column, const float* residuals, float* sums) {
   const Row row(call.d_out, call.d_out_groups);
@@ -192,59 +224,72 @@ constexpr decltype(refine<1>)* REFINE[] = {refine<1>, refine<2>, refine<3>, refi
 constexpr decltype(add_column<1>)* ADD_COLUMN[] = {add_column<1>, add_column<2>, add_column<3>, add_column<4>,
                                                    add_column<5>, add_column<6>, add_column<7>, add_column<8>};
 
+// A neuron's row of a projection, or of the columns.
+template <class W>
+const W* row_of(const void* matrix, int64_t neuron, int64_t stride) {
+  return (const W*)matrix + neuron * stride;
+}
+
 // Adds an outlier's exact terms, and asks for the rows of the neuron `next`, which comes after it. The outlier's
-// estimates become its pre-activations.
-void add_coded(const Call& call, const Inputs& x, Outlier outlier, int64_t neuron, int64_t next, float b1, float* z,
+// estimates, [K, tokens], become its pre-activations, and the first of them its residuals.
+template <int K>
+void add_coded(const Call& call, const Inputs& x, Outlier outlier, int64_t neuron, int64_t next, float* estimates,
                float* sums) {
-  const auto *const w1 = (const uint8_t*)call.w1, *const w2t = (const uint8_t*)call.w2t;
-  prefetch(w1 + next * call.w1_stride, x.row.bytes(call.low_bits));
-  prefetch(w2t + next * call.w2t_stride, Row(call.d_out, call.d_out_groups).bytes(call.row_bits));
-  REFINE[call.low_bits - 1](call, x, outlier.tokens, w1 + neuron * call.w1_stride, z);
+  for (int i = 0; i < K; ++i)
+    prefetch(row_of<uint8_t>(call.projections[i], next, call.strides[i]), x.row.bytes(call.low_bits));
+  prefetch(row_of<uint8_t>(call.columns, next, call.column_stride),
+           Row(call.d_out, call.d_out_groups).bytes(call.row_bits));
+  for (int i = 0; i < K; ++i)
+    REFINE[call.low_bits - 1](call, x, outlier.tokens, row_of<uint8_t>(call.projections[i], neuron, call.strides[i]),
+                              estimates + i * call.tokens);
+  if constexpr (K == 1) add_biases<K>(call, outlier.position, estimates, call.tokens);
+  const float* const surrogate = call.surrogate + (K + 1) * outlier.position;
   for (int64_t t = 0; t < call.tokens; ++t)
-    if (outlier.tokens >> t & 1) z[t] = beyond_surrogate(call, outlier.position, z[t] + b1);
-  ADD_COLUMN[call.row_bits - 1](call, outlier.tokens, w2t + neuron * call.w2t_stride, z, sums);
+    if (outlier.tokens >> t & 1) estimates[t] = surrogate_error<K>(call, surrogate, estimates + t, call.tokens);
+  ADD_COLUMN[call.row_bits - 1](call, outlier.tokens, row_of<uint8_t>(call.columns, neuron, call.column_stride),
+                                estimates, sums);
 }
 
 // The same from rows that are stored as they are.
-template <class W>
-void add_plain(const Call& call, const Inputs& x, Outlier outlier, int64_t neuron, int64_t next, float b1,
-               float* sums) {
-  const W *const row = (const W*)call.w1 + neuron * call.w1_stride,
-                *const column = (const W*)call.w2t + neuron * call.w2t_stride;
+template <int K, class W>
+void add_plain(const Call& call, const Inputs& x, Outlier outlier, int64_t neuron, int64_t next, float* sums) {
+  const W* rows[K + 1];  // in the order that they are read in
+#pragma GCC unroll 2
+  for (int i = 0; i < K; ++i) rows[i] = row_of<W>(call.projections[i], neuron, call.strides[i]);
+  rows[K] = row_of<W>(call.columns, neuron, call.column_stride);
+  const float none[K] = {}, *const biases = call.biases ? call.biases + K * outlier.position : none;
   for (int64_t t = 0; t < call.tokens; ++t) {
     if (!(outlier.tokens >> t & 1)) continue;
-    const float z = dot(row, x.token<W>(t, call.d), call.d, column) + b1;
-    add_scaled(sums + t * call.d_out, beyond_surrogate(call, outlier.position, z), column, call.d_out,
-               (const W*)call.w1 + next * call.w1_stride);
+    float z[K];
+#pragma GCC unroll 2
+    for (int i = 0; i < K; ++i) z[i] = dot(rows[i], x.token<W>(t, call.d), call.d, rows[i + 1]) + biases[i];
+    const float error = surrogate_error<K>(call, call.surrogate + (K + 1) * outlier.position, z, 1);
+    add_scaled(sums + t * call.d_out, error, rows[K], call.d_out,
+               row_of<W>(call.projections[0], next, call.strides[0]));
   }
 }
 
-template <class W>
+template <int K, class W>
 void add(const Call& call, const Inputs& x, Outlier outlier, int64_t neuron, int64_t next, float* estimates,
          float* sums) {
-  const float bias = call.b1 ? to_float(((const W*)call.b1)[neuron]) : 0;
   if (call.row_bits == 16)
-    add_plain<W>(call, x, outlier, neuron, next, bias, sums);
+    add_plain<K, W>(call, x, outlier, neuron, next, sums);
   else
-    add_coded(call, x, outlier, neuron, next, bias, estimates, sums);
+    add_coded<K>(call, x, outlier, neuron, next, estimates, sums);
 }
 
-// ---- Gated sites.
-
-#include "gated.h"
-
-// ---- The ops.
+// ---- The op.
 
 // False where the list names a neuron that is not there: then `out` means nothing.
-template <class W, class AnyCall>
-bool correct(const AnyCall& call) {
+template <int K, class W>
+bool correct(const Call& call) {
   const int64_t tokens = call.tokens, d_out = call.d_out, size = tokens * d_out;
   const int64_t listed = call.counts[0], guarded = call.counts[1], always = listed - guarded;
   const W* const folded = (const W*)call.folded;
   const Inputs x((const W*)call.x, tokens, call.d, call.d_groups);
   // One thread or all of them: a team of another size makes libgomp end threads that PyTorch then starts again.
-  const int64_t kept = AnyCall::PROJECTIONS * tokens;  // estimates of a neuron
-  const int64_t bits = AnyCall::PROJECTIONS * listed * call.bits + (call.fold ? d_out * call.fold_bits : 0);
+  const int64_t kept = K * tokens;  // estimates of a neuron
+  const int64_t bits = K * listed * call.bits + (call.fold ? d_out * call.fold_bits : 0);
   const int threads = bits * x.blocks * (BLOCK / 8) < SERIAL_BYTES ? 1 : call.threads;
   float* const partial = scratch<float, 5>(threads * size);
   Outlier* const list = scratch<Outlier, 6>(listed);
@@ -264,7 +309,8 @@ bool correct(const AnyCall& call) {
     const auto share = [team](int64_t of, int64_t thread) { return of * thread / team; };
 
     begins[me] = share(guarded, me) + share(always, me);
-    Outlier* end = find(call, x, share(guarded, me), share(guarded, me + 1), list + begins[me], estimates);
+    Outlier* end = TESTS<K>[call.bits - 1](call, x, share(guarded, me), share(guarded, me + 1), list + begins[me],
+                                           estimates);
     for (int64_t i = share(always, me); i < share(always, me + 1); ++i)
       *end++ = {int32_t(guarded + i), (1u << tokens) - 1};
     ends[me] = end - list;
@@ -283,7 +329,7 @@ bool correct(const AnyCall& call) {
       int64_t neuron = outlier < last ? neuron_of(*outlier) : 0;
       for (; outlier < last; ++outlier) {
         const int64_t next = outlier + 1 < last ? neuron_of(outlier[1]) : neuron;
-        add<W>(call, x, *outlier, neuron, next, estimates + outlier->position * kept, sums);
+        add<K, W>(call, x, *outlier, neuron, next, estimates + outlier->position * kept, sums);
         neuron = next;
       }
     }
@@ -297,20 +343,19 @@ bool correct(const AnyCall& call) {
   return all_there;
 }
 
-template <class AnyCall>
-int64_t any_dtype(const AnyCall& call) {
-  if (!taken(call)) return 1;
-  const bool done = call.dtype == 0   ? correct<float>(call)
-                    : call.dtype == 1 ? correct<Bfloat16>(call)
-                                      : correct<Half>(call);
-  return done ? 0 : 1;
+template <int K>
+bool any_dtype(const Call& call) {
+  return call.dtype == 0   ? correct<K, float>(call)
+         : call.dtype == 1 ? correct<K, Bfloat16>(call)
+                           : correct<K, Half>(call);
 }
 
 }  // namespace
 
-// Return 0, or 1 where the call is refused; op.py then says why.
-extern "C" int64_t tardis_correct(const Call* call) { return any_dtype(*call); }
-extern "C" int64_t tardis_correct_gated(const GatedCall* call) { return any_dtype(*call); }
+// Returns 0, or 1 where the call is refused; op.py then says why.
+extern "C" int64_t tardis_correct(const Call* call) {
+  return taken(*call) && (call->k == 1 ? any_dtype<1> : any_dtype<2>)(*call) ? 0 : 1;
+}
 
 // How many of some lines, each of at most 64 bytes, differ from their copies (snapshot.py).
 extern "C" int64_t tardis_differing_lines(const void* const* lines, const int64_t* sizes, const uint8_t* copies,

@@ -6,8 +6,6 @@ ask for a library of the same name. Without a compiler the eager reference runs,
 
 import ctypes
 import struct
-from collections.abc import Sequence
-from typing import NoReturn
 
 import torch
 from torch import Tensor, fx
@@ -15,95 +13,71 @@ from torch.nn import functional as F  # noqa: N812
 
 from tardis_fx.runtime import reference
 from tardis_fx.runtime.arguments import check, check_lists
+from tardis_fx.runtime.correction import MOST_TOKENS, Correction
 from tardis_fx.runtime.cpu import build as cpu_build
-
-#: More tokens than this are a prefill, for which the kernel's row by row work is not made; its arrays are this long.
-DECODE_TOKENS = 16
 
 #: How the kernel numbers dtypes.
 DTYPE_NUMBERS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_CALL = struct.Struct("32q")  # of the kernel: sixteen pointers and sixteen integers
+_CALL = struct.Struct("33q")  # of the kernel: fifteen pointers and eighteen integers
 
 
-def correct(
-    folded: Tensor,
-    x: Tensor,
-    w1: Tensor,
-    b1: Tensor | None,
-    w2t: Tensor,
-    counts: Tensor,
-    neurons: Tensor,
-    codes: Tensor,
-    scale: Tensor,
-    zero: Tensor,
-    lower: Tensor,
-    upper: Tensor,
-    slope: Tensor,
-    intercept: Tensor,
-    bits: int,
-    activation: str,
-    fold: Tensor | None = None,
-    fold_bits: int = 16,
-    row_bits: int = 16,
-) -> Tensor:
+def correct(call: Correction) -> Tensor:
     """Adds the exact terms of the predicted outliers: :func:`tardis_fx.runtime.reference.correct`, fast.
 
-    The kernel takes up to ``DECODE_TOKENS`` tokens of float32, bfloat16 or float16; the reference does the rest. Sums
-    are taken in float32 and rounded once. Rows of ``w1`` and ``w2t`` should be contiguous: others are copied, whole, at
-    every call. Gradients do not flow through it. Arguments and result are those of the reference.
+    The kernel takes up to ``MOST_TOKENS`` tokens of float32, bfloat16 or float16; the reference does the rest. Sums
+    are taken in float32 and rounded once. Rows of projections and columns should be contiguous: others are copied,
+    whole, at every call. Gradients do not flow through it.
     """
-    plan = (counts, neurons, codes, scale, zero, lower, upper, slope, intercept)
-    sizes = check(folded, x, w1, b1, w2t, *plan, bits, activation, fold, fold_bits, row_bits)
-    d, d_out = x.shape[-1], folded.shape[-1]
-    tokens = x.numel() // max(1, d)
-    weights = (folded, b1, w1, w2t) if row_bits == 16 else (folded, b1)
-    kernel = kernel_for(x, tokens, weights if fold_bits != 16 else (*weights, fold))
+    sizes = check(call)
+    d, d_out = call.x.shape[-1], call.folded.shape[-1]
+    tokens = call.x.numel() // max(1, d)
+    kernel = _kernel_for(call, tokens)
     if kernel is None:
-        check_lists(counts, neurons, w2t.shape[0], row_bits)
-        return reference.correct(folded, x, w1, b1, w2t, *plan, bits, activation, fold, fold_bits, row_bits)
+        check_lists(call)
+        return reference.correct(call)
     # By name, since the copies must outlive the call.
-    w1, w1_stride = rows_apart(w1)
-    w2t, w2t_stride = rows_apart(w2t)
-    folded, x = folded.contiguous(), x.contiguous()
-    b1 = None if b1 is None else b1.contiguous()
-    fold = None if fold is None else fold.contiguous()
-    own = [tensor.contiguous() for tensor in plan]
+    projections = [_rows_apart(matrix) for matrix in call.projections]
+    columns, column_stride = _rows_apart(call.columns)
+    folded, x = call.folded.contiguous(), call.x.contiguous()
+    listed = [call.counts, call.neurons, call.codes, call.scale, call.zero, call.guard, call.surrogate]
+    listed = [tensor.contiguous() for tensor in listed]
+    biases = None if call.biases is None else call.biases.contiguous()
+    fold = None if call.fold is None else call.fold.contiguous()
+    (first, first_stride), (second, second_stride) = projections[0], projections[-1]
     out = torch.empty_like(x) if d == d_out else x.new_empty((*x.shape[:-1], d_out))
-    call = _CALL.pack(
+    packed = _CALL.pack(
         out.data_ptr(),
         folded.data_ptr(),
         x.data_ptr(),
-        w1.data_ptr(),
-        0 if b1 is None else b1.data_ptr(),
-        w2t.data_ptr(),
-        *[tensor.data_ptr() for tensor in own],
+        first.data_ptr(),
+        second.data_ptr(),
+        columns.data_ptr(),
+        *[tensor.data_ptr() for tensor in listed],
+        0 if biases is None else biases.data_ptr(),
         0 if fold is None else fold.data_ptr(),
+        len(projections),
         tokens,
         d,
         d_out,
-        w2t.shape[0],
-        neurons.shape[0],
-        scale.shape[1],
+        columns.shape[0],
+        call.neurons.shape[0],
+        call.scale.shape[2],
         sizes.column_groups,
-        w1_stride,
-        w2t_stride,
-        bits,
-        cpu_build.activation_number(activation),
-        fold_bits,
-        row_bits,
+        first_stride,
+        second_stride,
+        column_stride,
+        call.bits,
+        cpu_build.activation_number(call.activation),
+        call.fold_bits,
+        call.row_bits,
         sizes.low,
         DTYPE_NUMBERS[x.dtype],
         torch.get_num_threads(),
     )
-    if kernel.tardis_correct(call):
-        refuse(counts, neurons, w2t.shape[0], row_bits)
+    if kernel.tardis_correct(packed):
+        check_lists(call)
+        raise AssertionError("the kernel refuses numbers that its entry let pass")
     return out
-
-
-def refuse(counts: Tensor, neurons: Tensor, hidden: int, row_bits: int) -> NoReturn:
-    """Says why the kernel refused a call; arguments as of :func:`tardis_fx.runtime.arguments.check_lists`."""
-    check_lists(counts, neurons, hidden, row_bits)
-    raise AssertionError("the kernel refuses numbers that its entry let pass")
 
 
 def take_fold(output: fx.Node) -> None:
@@ -113,34 +87,31 @@ def take_fold(output: fx.Node) -> None:
     """
     corrected = output.args[0] if output.target is torch.reshape else output
     assert isinstance(corrected, fx.Node)
-    if corrected.target not in (torch.ops.tardis.correct, torch.ops.tardis.correct_gated):
+    if corrected.target is not torch.ops.tardis.correct:
         return
-    folded, *rest = corrected.args
-    at = [argument.name for argument in corrected.target.default._schema.arguments].index("fold")
-    if isinstance(folded, fx.Node) and folded.target is F.linear and rest[at - 1] is None and len(folded.users) == 1:
+    call = Correction(*corrected.args)  # type: ignore[arg-type]  # nodes stand for tensors
+    folded = call.folded
+    if isinstance(folded, fx.Node) and folded.target is F.linear and call.fold is None and len(folded.users) == 1:
         _, weight, bias = folded.args
-        corrected.args = (bias, *rest[: at - 1], weight, *rest[at:])
+        corrected.args = tuple(call._replace(folded=bias, fold=weight))
         corrected.graph.erase_node(folded)
 
 
-def kernel_for(x: Tensor, tokens: int, whole: Sequence[Tensor | None]) -> ctypes.CDLL | None:
-    """The compiled functions, or None where they do not take such a call.
-
-    Args:
-        x: the tokens.
-        tokens: how many.
-        whole: the tensors that must be of its dtype.
-    """
-    dtype = x.dtype
-    if not 0 < tokens <= DECODE_TOKENS or dtype not in DTYPE_NUMBERS:
+def _kernel_for(call: Correction, tokens: int) -> ctypes.CDLL | None:
+    """The compiled functions, or None where they do not take such a call."""
+    dtype = call.x.dtype
+    if not 0 < tokens <= MOST_TOKENS or dtype not in DTYPE_NUMBERS or call.folded.dtype is not dtype:
         return None
-    for tensor in whole:
-        if tensor is not None and tensor.dtype is not dtype:
-            return None
+    if call.row_bits == 16:
+        for matrix in (*call.projections, call.columns):
+            if matrix.dtype is not dtype:
+                return None
+    if call.fold is not None and call.fold_bits == 16 and call.fold.dtype is not dtype:
+        return None
     return cpu_build.load()
 
 
-def rows_apart(weight: Tensor) -> tuple[Tensor, int]:
+def _rows_apart(matrix: Tensor) -> tuple[Tensor, int]:
     """A matrix whose rows are contiguous, copied if need be, and how many entries lie between their beginnings."""
-    far, near = weight.stride()
-    return (weight, far) if near == 1 else (weight.contiguous(), weight.shape[1])
+    far, near = matrix.stride()
+    return (matrix, far) if near == 1 else (matrix.contiguous(), matrix.shape[1])

@@ -1,5 +1,5 @@
 # mypy: ignore-errors
-"""The Triton kernels that read outliers' rows of W1 and W2, stored as they are or as codes.
+"""The Triton kernels that read outliers' rows of projections and columns, stored as they are or as codes.
 
 The rules are those of :mod:`tardis_fx.runtime.cuda.predictor`. TILE counts columns in the place of blocks.
 """
@@ -7,22 +7,22 @@ The rules are those of :mod:`tardis_fx.runtime.cuda.predictor`. TILE counts colu
 import triton
 import triton.language as tl
 
-from tardis_fx.runtime.cuda.activations import activation
 from tardis_fx.runtime.cuda.codes import codes_of, products_of_joined, scales_of
+from tardis_fx.runtime.cuda.predictor import biased, surrogate_error
 from tardis_fx.runtime.cuda.tuning import space
 
 
 @triton.autotune(
     space(({"TILE": 1024}, 2), ({"TILE": 2048}, 4), ({"TILE": 2048}, 8), ({"TILE": 4096}, 8)),
-    key=["D", "TOKENS", "BITS"],
+    key=["K", "D", "TOKENS", "BITS"],
     cache_results=True,
 )
 @triton.jit
 def activate(
-    x, w1, b1, slope, intercept, positions, chosen, masks, sizes, estimates, rows, residuals, count,
-    tokens, w1_stride, capacity, segments,
-    D: tl.constexpr, TOKENS: tl.constexpr, SEGMENT: tl.constexpr, SEGMENTS: tl.constexpr, GROUP: tl.constexpr,
-    BITS: tl.constexpr, BIASED: tl.constexpr, ACTIVATION: tl.constexpr, TILE: tl.constexpr,
+    x, first_projection, second_projection, biases, surrogate, positions, chosen, masks, sizes, estimates,
+    rows, residuals, count, tokens, first_stride, second_stride, capacity, segments,
+    K: tl.constexpr, D: tl.constexpr, TOKENS: tl.constexpr, SEGMENT: tl.constexpr, SEGMENTS: tl.constexpr,
+    GROUP: tl.constexpr, BITS: tl.constexpr, BIASED: tl.constexpr, ACTIVATION: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """What the surrogate of every outlier misses; each program takes one outlier in so many as there are programs.
 
@@ -30,29 +30,31 @@ def activate(
 
     Args:
         x: [tokens, D].
-        w1: [h, D], or low planes as rows of ``packing.join``, ``w1_stride`` elements or bytes apart.
-        b1: [h]; anything where not BIASED.
-        slope: [capacity], float32.
-        intercept: [capacity], float32.
+        first_projection: [h, D], or low planes as rows of ``packing.join``, ``first_stride`` elements or bytes apart.
+        second_projection: likewise, where K is 2.
+        biases: [capacity, K], float32; anything where not BIASED.
+        surrogate: [capacity, K + 1], float32.
         positions: see :func:`tardis_fx.runtime.cuda.predictor.predict`, as are chosen, masks and sizes.
         chosen: see above.
         masks: see above.
         sizes: see above.
         estimates: see above; read where BITS is below 16.
         rows: [capacity], int32, written: neurons of the outliers, all segments' joined.
-        residuals: [tokens, capacity], float32, written likewise: ``act(z) - slope z - intercept``, or 0.
+        residuals: [tokens, capacity], float32, written likewise: response less surrogate, or 0.
         count: [1], int32, written: how many outliers there are.
         tokens: number of tokens.
-        w1_stride: see above.
+        first_stride: see above.
+        second_stride: see above.
         capacity: length of the lists.
         segments: number of segments.
-        D: see above, as are TOKENS and TILE.
+        K: see above, as are D, TOKENS and TILE.
+        D: see above.
         TOKENS: see above.
         SEGMENT: positions of a segment.
         SEGMENTS: segments, rounded up.
-        GROUP: columns of w1 that share a scale.
-        BITS: of the codes of w1; 16 where they are none.
-        BIASED: whether there is a bias.
+        GROUP: columns of a projection that share a scale.
+        BITS: of the codes of projections; 16 where they are none.
+        BIASED: whether there are biases.
         ACTIVATION: its name.
         TILE: see above.
     """
@@ -69,26 +71,34 @@ def activate(
         segment = tl.sum(before.to(tl.int32), axis=0)
         slot = segment * SEGMENT + i - tl.max(tl.where(before, ends, 0), axis=0)
         position, neuron, mask = tl.load(positions + slot), tl.load(chosen + slot), tl.load(masks + slot)
-        row = w1 + neuron.to(tl.int64) * w1_stride
         first = tokens * 0
         while first < tokens:
-            if BITS == 16:
-                z = products_of_row(x + first * D, row, tokens - first, D, TOKENS, COLUMNS)
-            else:
-                only = tl.zeros((1,), tl.int32)
-                z = products_of_joined(
-                    x + first * D, row + only, only == 0, tokens - first, D, TOKENS, GROUP, BITS, COLUMNS // 64
-                )  # fmt: skip
+            products = ()
+            for p in tl.static_range(K):
+                if p == 0:
+                    row = first_projection + neuron.to(tl.int64) * first_stride
+                else:
+                    row = second_projection + neuron.to(tl.int64) * second_stride
+                if BITS == 16:
+                    products += products_of_row(x + first * D, row, tokens - first, D, TOKENS, COLUMNS)
+                else:
+                    only = tl.zeros((1,), tl.int32)
+                    products += products_of_joined(
+                        x + first * D, row + only, only == 0, tokens - first, D, TOKENS, GROUP, BITS, COLUMNS // 64
+                    )  # fmt: skip
             for t in tl.static_range(TOKENS):
-                pre = tl.sum(z[t], axis=0)
-                if BITS < 16:
-                    at = estimates + (first + t) * segments * SEGMENT + position
-                    pre += tl.load(at, mask=first + t < tokens, other=0)
-                if BIASED:
-                    pre += tl.load(b1 + neuron).to(tl.float32)
-                surrogate = tl.load(slope + position) * pre + tl.load(intercept + position)
-                missed = tl.where((mask >> first + t & 1) != 0, activation(pre, ACTIVATION) - surrogate, 0.0)
-                tl.store(residuals + (first + t) * capacity + i, missed, mask=first + t < tokens)
+                z = ()
+                for p in tl.static_range(K):
+                    pre = tl.sum(products[p * TOKENS + t], axis=0)
+                    if BITS < 16:
+                        at = estimates + ((first + t) * K + p) * segments * SEGMENT + position
+                        pre += tl.load(at, mask=first + t < tokens, other=0)
+                    z += (pre,)
+                live = (mask >> first + t & 1) != 0
+                z = biased(z, position, biases, live, K, BIASED)
+                missed = surrogate_error(z, surrogate + (K + 1) * position, live, K, ACTIVATION)
+                at = residuals + (first + t) * capacity + i
+                tl.store(at, tl.where(live, missed, 0.0), mask=first + t < tokens)
             first += TOKENS
         tl.store(rows + i, neuron)
         i += tl.num_programs(0)
@@ -123,28 +133,28 @@ def products_of_row(x, row, tokens, D: tl.constexpr, TOKENS: tl.constexpr, COLUM
 )
 @triton.jit
 def accumulate(
-    w2t, rows, residuals, count, partial, tokens, w2t_stride, capacity,
+    weights, rows, residuals, count, partial, tokens, stride, capacity,
     D_OUT: tl.constexpr, TOKENS: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr, BLOCKS: tl.constexpr,
     TILE: tl.constexpr,
 ):  # fmt: skip
-    """The residuals of a share of the outliers times their rows of W2, in BLOCKS blocks of columns.
+    """The residuals of a share of the outliers times their columns of ``down``, in BLOCKS blocks of 64 outputs.
 
-    Programs: [column blocks, shares]. Tiles are [rows, BLOCKS, columns]: of plain rows all columns of a block, of codes
-    those of a quarter.
+    Programs: [blocks of outputs, shares]. Tiles are [rows, BLOCKS, outputs]: of plain rows all outputs of a block, of
+    codes those of a quarter.
 
     Args:
-        w2t: [h, D_OUT], or rows of ``packing.join``, ``w2t_stride`` elements or bytes apart.
+        weights: [h, D_OUT], the columns, or rows of ``packing.join``, ``stride`` elements or bytes apart.
         rows: see :func:`activate`, as are residuals and count.
         residuals: see above.
         count: see above.
         partial: [shares, tokens, D_OUT], float32, written.
         tokens: number of tokens.
-        w2t_stride: see above.
+        stride: see above.
         capacity: length of the lists.
         D_OUT: see above, as are TOKENS and BLOCKS.
         TOKENS: see above.
-        GROUP: columns of w2t that share a scale.
-        BITS: of the codes of w2t; 16 where they are none.
+        GROUP: entries of a row that share a scale.
+        BITS: of the codes; 16 where they are none.
         BLOCKS: see above.
         TILE: tokens, rows and columns of a step.
     """
@@ -163,7 +173,7 @@ def accumulate(
         done = start
         while done < end:
             i = done + tl.arange(0, ROWS)
-            row = w2t + tl.load(rows + i, mask=i < end, other=0).to(tl.int64) * w2t_stride
+            row = weights + tl.load(rows + i, mask=i < end, other=0).to(tl.int64) * stride
             present = (i < end)[:, None] & (block * 64 < D_OUT)[None, :]
             added = ()
             for quarter in tl.static_range(QUARTERS):

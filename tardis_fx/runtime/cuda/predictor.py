@@ -6,27 +6,28 @@ launches them. Every array that a kernel writes it writes whole, in an order tha
 kernel adds to memory: results repeat bit for bit, autotuning may run a kernel twice, and what old memory holds cannot
 matter. Sums are of float32.
 
-Sizes in capitals are known at compile time: D and D_OUT, columns; TOKENS, ROWS and BLOCKS, how many are taken
-together; TILE, their product.
+Sizes in capitals are known at compile time: K, projections of a neuron; D and D_OUT, columns; TOKENS, ROWS and BLOCKS,
+how many are taken together; TILE, their product.
 """
 
 import triton
 import triton.language as tl
 
+from tardis_fx.runtime.cuda.activations import activation
 from tardis_fx.runtime.cuda.codes import products_of_joined, products_of_split
 from tardis_fx.runtime.cuda.tuning import space
 
 
 @triton.autotune(
     space(({"TILE": 256}, 4), ({"TILE": 512}, 4), ({"TILE": 512}, 8), ({"TILE": 1024}, 8)),
-    key=["D", "TOKENS", "BITS"],
+    key=["K", "D", "TOKENS", "BITS"],
     cache_results=True,
 )
 @triton.jit
 def predict(
-    x, counts, neurons, codes, scale, zero, lower, upper, positions, chosen, masks, sizes, estimates, tokens,
-    D: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr,
-    KEPT: tl.constexpr, TILE: tl.constexpr,
+    x, counts, neurons, codes, scale, zero, biases, guard, positions, chosen, masks, sizes, estimates, tokens,
+    K: tl.constexpr, D: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, GROUP: tl.constexpr,
+    BITS: tl.constexpr, KEPT: tl.constexpr, BIASED: tl.constexpr, ACTIVATION: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Estimates, tests and lists: each program the outliers among ROWS positions, in their order.
 
@@ -34,23 +35,26 @@ def predict(
         x: [tokens, D].
         counts: [2], int64: listed, guarded.
         neurons: [capacity], int32.
-        codes: [capacity, packed bytes], uint8.
-        scale: [capacity, groups], float16.
-        zero: [capacity, groups], uint8.
-        lower: [capacity], float32.
-        upper: [capacity], float32.
+        codes: [capacity, K, packed bytes], uint8.
+        scale: [capacity, K, groups], float16.
+        zero: [capacity, K, groups], uint8.
+        biases: [capacity, K], float32; anything where not BIASED.
+        guard: [capacity, 2 or K + 2], float32: bounds, or a plane and a threshold.
         positions: [segments, ROWS], int32, written: the first ``sizes`` of each segment, outliers.
         chosen: [segments, ROWS], int32, written likewise: their neurons.
         masks: [segments, ROWS], int32, written likewise: bit t says whether token t has it.
         sizes: [segments], int32, written.
-        estimates: [tokens, segments, ROWS], float32, written where KEPT, of guarded positions' segments.
+        estimates: [tokens, K, segments, ROWS], float32, written where KEPT, of guarded positions' segments.
         tokens: number of tokens.
-        D: see above, as are TOKENS, ROWS and TILE.
+        K: see above, as are D, TOKENS, ROWS and TILE.
+        D: see above.
         TOKENS: see above.
         ROWS: see above.
         GROUP: columns that share a scale.
         BITS: of a code.
-        KEPT: whether rows of W1 are nested in the predictor, and need its estimates.
+        KEPT: whether rows of projections are nested in the predictor, and need its estimates.
+        BIASED: whether there are biases.
+        ACTIVATION: its name.
         TILE: see above.
     """
     BLOCKS: tl.constexpr = TILE // (ROWS * TOKENS)
@@ -58,21 +62,26 @@ def predict(
     position = segment * ROWS + tl.arange(0, ROWS)
     listed, guarded = tl.load(counts), tl.load(counts + 1)
     tested = position < guarded
-    low = tl.load(lower + position, mask=tested, other=0)
-    high = tl.load(upper + position, mask=tested, other=0)
     mask = tl.where((position >= guarded) & (position < listed), (1 << tokens) - 1, 0)
     if segment * ROWS < guarded:
         first = tokens * 0
         while first < tokens:
-            z_hat = products_of_split(
-                x + first * D, codes, scale, zero, position, tested, tokens - first, D, TOKENS, GROUP, BITS, BLOCKS
-            )
+            z_hat = ()
+            for i in tl.static_range(K):
+                z_hat += products_of_split(
+                    x + first * D, codes, scale, zero, position * K + i, tested, tokens - first, D, TOKENS, GROUP, BITS,
+                    BLOCKS,
+                )  # fmt: skip
             for t in tl.static_range(TOKENS):
-                outside = (z_hat[t] < low) | (z_hat[t] > high)
-                mask += (outside & tested & (first + t < tokens)).to(tl.int32) << first + t
+                z = ()
+                for i in tl.static_range(K):
+                    z += (z_hat[i * TOKENS + t],)
+                outlier = outside(z, position, biases, guard, tested, K, BIASED, ACTIVATION)
+                mask += (outlier & tested & (first + t < tokens)).to(tl.int32) << first + t
                 if KEPT:
-                    at = estimates + (first + t) * tl.num_programs(0) * ROWS + position
-                    tl.store(at, z_hat[t], mask=first + t < tokens)
+                    for i in tl.static_range(K):
+                        at = estimates + ((first + t) * K + i) * tl.num_programs(0) * ROWS + position
+                        tl.store(at, z[i], mask=first + t < tokens)
             first += TOKENS
     found = (mask != 0).to(tl.int32)
     # Not a store to places that depend on what was read: Inductor would take the weights for written to, and copy them.
@@ -84,6 +93,63 @@ def predict(
     tl.store(chosen + segment * ROWS + slot, tl.sum(tl.where(taken, neuron[None, :], 0), axis=1))
     tl.store(masks + segment * ROWS + slot, tl.sum(tl.where(taken, mask[None, :], 0), axis=1))
     tl.store(sizes + segment, tl.sum(found, axis=0))
+
+
+@triton.jit
+def outside(
+    z, position, biases, guard, live, K: tl.constexpr, BIASED: tl.constexpr, ACTIVATION: tl.constexpr
+):  # fmt: skip
+    """Whether the guard has neurons corrected.
+
+    Args:
+        z: K estimates without biases, [ROWS] each.
+        position: [ROWS].
+        biases: see :func:`predict`, as is guard.
+        guard: see above.
+        live: [ROWS], whether it is to be read.
+        K: see above.
+        BIASED: see above.
+        ACTIVATION: see above.
+    """
+    if K == 1:
+        low = tl.load(guard + 2 * position, mask=live, other=0)
+        high = tl.load(guard + 2 * position + 1, mask=live, other=0)
+        return (z[0] < low) | (z[0] > high)
+    else:
+        own = guard + (K + 2) * position
+        score = surrogate_error(biased(z, position, biases, live, K, BIASED), own, live, K, ACTIVATION)
+        return tl.abs(score) > tl.load(own + K + 1, mask=live, other=0)
+
+
+@triton.jit
+def biased(z, position, biases, live, K: tl.constexpr, BIASED: tl.constexpr):
+    """Pre-activations with their biases; arguments as of :func:`outside`."""
+    with_biases = ()
+    for i in tl.static_range(K):
+        if BIASED:
+            with_biases += (z[i] + tl.load(biases + K * position + i, mask=live, other=0),)
+        else:
+            with_biases += (z[i],)
+    return with_biases
+
+
+@triton.jit
+def surrogate_error(z, affine, live, K: tl.constexpr, ACTIVATION: tl.constexpr):
+    """What affine functions miss of neurons' responses.
+
+    Args:
+        z: K pre-activations.
+        affine: pointers to K slopes and the intercept.
+        live: whether they are to be read.
+        K: see above.
+        ACTIVATION: name.
+    """
+    response = activation(z[0], ACTIVATION)
+    surrogate = tl.load(affine, mask=live, other=0) * z[0]
+    for i in tl.static_range(1, K):
+        response *= z[i]
+        surrogate += tl.load(affine + i, mask=live, other=0) * z[i]
+    return response - (surrogate + tl.load(affine + K, mask=live, other=0))
 
 
 @triton.autotune(

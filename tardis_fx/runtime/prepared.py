@@ -1,0 +1,51 @@
+"""The constants of a site: a plan's tensors and the model's weights as the op takes them."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from tardis_fx.runtime.reference import compute_dtype
+
+#: Tensors of a plan that have one entry a listed neuron, the predictor's and the guard's of a guarded one.
+_LISTED = ("neurons", "codes", "scale", "zero", "guard", "surrogate")
+
+
+def prepare(
+    planned: Mapping[str, Tensor], projections: Mapping[str, tuple[Tensor, Tensor | None]], columns: Tensor,
+    row_bits: int,
+) -> dict[str, Tensor]:  # fmt: skip
+    """The arguments of the op by name, the projections by their own; copied only where need be.
+
+    Lists are padded to the hidden size, so that no shape depends on what the plan decided; coded rows lie at their
+    neurons, so that they are found as the model's own.
+
+    Args:
+        planned: tensors of the plan's entry.
+        projections: matrices [h, d] and biases [h] of the model.
+        columns: [h, d_out], of the model.
+        row_bits: bits a weight of the rows; 16 for the model's own.
+    """
+    hidden, device = len(columns), columns.device
+    neurons = planned["neurons"].to(device)
+    whole = torch.equal(neurons, torch.arange(hidden, dtype=neurons.dtype, device=device))
+    constants = {name: weight for name, (weight, _) in projections.items()} | {"columns": columns}
+    for name, weight in constants.items():
+        rows = weight.contiguous() if row_bits == 16 else planned[name].to(device)
+        if row_bits < 16 and not whole:
+            rows = rows.new_zeros(hidden, rows.shape[1]).index_copy_(0, neurons.long(), rows)
+        constants[name] = rows
+    biases = [bias for _, bias in projections.values()]
+    if any(bias is not None for bias in biases):
+        dtype = compute_dtype(next(weight.dtype for weight, _ in projections.values()))
+        constants["biases"] = torch.zeros(hidden, len(biases), dtype=dtype, device=device)
+        for i, bias in enumerate(biases):
+            if bias is not None:
+                constants["biases"][: len(neurons), i] = bias[neurons.long()].to(dtype)
+    counts = [len(neurons), len(planned["codes"])]
+    constants["counts"] = torch.tensor(counts, dtype=torch.int64, device=device)
+    for name in _LISTED:
+        tensor = planned[name].to(device)
+        missing = hidden - len(tensor)
+        constants[name] = torch.cat([tensor, tensor.new_zeros(missing, *tensor.shape[1:])]) if missing else tensor
+    return constants
