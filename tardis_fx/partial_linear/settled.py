@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from tardis_fx.quantisation import Quantised
     from tardis_fx.statistics.neurons import Neurons
 
+
 @dataclass(frozen=True, eq=False)
 class AffineValue:
     """What neurons give while they are not corrected: an affine function of their pre-activations, part of the fold.
