@@ -44,7 +44,7 @@ def least_budget(error: Callable[[float], Fit[float]], floor: float, target: flo
     """A budget tried whose error is at most the target, and the least of those tried.
 
     The logarithm of the error falls about linearly with the budget between two that enclose the target: false position,
-    kept a tenth of the way off the ends.
+    kept a tenth of the way off the ends, with the Illinois rule (an end that stays twice counts half).
 
     Args:
         error: of a budget; every call fits the sites.
@@ -57,25 +57,28 @@ def least_budget(error: Callable[[float], Fit[float]], floor: float, target: flo
     low, high = floor * (1 + 1e-6), 1.0
     if low >= high:
         raise CalibrationError(f"the folded weights alone read {floor:.0%} of the bytes")
-    at_low, at_high = (yield from error(low)), None
+    at_low = yield from error(low)
     if at_low <= target:
         return low
+    kept_low = False
+    above, below = math.log(at_low / target), 0.0  # the ends' errors, as logarithms of their ratio to the target
     for _ in range(TRIES - 1):
-        if at_high is None:
+        if not below:
             middle = min(1.0, 2 * low)  # most of the gain lies there
         else:
-            share = math.log(at_low / target) / math.log(at_low / max(at_high, 1e-12))
-            middle = low + (high - low) * min(0.9, max(0.1, share))
+            middle = low + (high - low) * min(0.9, max(0.1, above / (above - below)))
         found = yield from error(middle)
         if found <= target:
-            high, at_high = middle, found
             if found >= target * (1 - SLACK):
-                break
+                return middle
+            above = above / 2 if below and kept_low else above
+            high, below, kept_low = middle, math.log(max(found, 1e-12) / target), True
         else:
-            low, at_low = middle, found
+            below = below / 2 if below and not kept_low else below
+            low, at_low, above, kept_low = middle, found, math.log(found / target), False
             if middle >= 1:
                 break
-    if at_high is None:
+    if not below:
         raise CalibrationError(
             f"target_error {target}: out of reach, the error is {at_low:.3g} at {low:.0%} of the bytes"
         )
