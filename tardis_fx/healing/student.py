@@ -17,8 +17,6 @@ from tardis_fx.observation.batches import real_tokens
 from tardis_fx.observation.capture import Capture
 from tardis_fx.passes import pipeline
 from tardis_fx.passes.entry import rewrite_of
-from tardis_fx.passes.exact_fold import ExactFold
-from tardis_fx.passes.partial_linear import PartialLinear
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -28,6 +26,7 @@ if TYPE_CHECKING:
     from tardis_fx.graph.site import SiteWeights
     from tardis_fx.healing.site import TrainableSite
     from tardis_fx.observation.observe import Batch
+    from tardis_fx.passes.base import Rewrite
     from tardis_fx.plan import Plan, SitePlan
 
 _log = logging.getLogger("tardis_fx")
@@ -96,14 +95,14 @@ class Student:
         return self.sites[entry.fingerprint]
 
 
-def _healable(plan: Plan) -> dict[str, PartialLinear]:
+def _healable(plan: Plan) -> dict[str, Rewrite]:
     """The rewrite of every site that can be healed, by fingerprint."""
-    found: dict[str, PartialLinear] = {}
+    found: dict[str, Rewrite] = {}
     for entry in plan.sites:
         rewrite = None if entry.method is None else rewrite_of(entry)
-        if isinstance(rewrite, PartialLinear):
+        if rewrite is not None and rewrite.heals:
             found[entry.fingerprint] = rewrite
-        elif rewrite is not None and not isinstance(rewrite, ExactFold):
+        elif rewrite is not None and not rewrite.exact:
             raise ConfigError(
                 f"{entry.name} is rewritten by {entry.method!r}, which cannot be healed: "
                 f"plans of 'partial_linear' and 'paper' can"
