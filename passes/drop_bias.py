@@ -14,7 +14,7 @@ from tardis_fx.graph.feed_forward import biases, dense, matrices
 from tardis_fx.passes.base import matrices_of
 from tardis_fx.passes.layout import Expected
 from tardis_fx.passes.static import Choice, StaticRewrite, bias_bytes, measured
-from tardis_fx.statistics.operands import Dense, Operands
+from tardis_fx.statistics.operands import Operands, ReferenceFFN
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -82,7 +82,7 @@ class Lost(Operands):
     def __init__(self, site: ObservedSite) -> None:
         """Starts at zero."""
         super().__init__(site)
-        self._bare = Dense(replace(site, weights=bare(site.weights)))
+        self._bare = ReferenceFFN(replace(site, weights=bare(site.weights)))
         self._sum, self._tokens = torch.zeros(len(site.weights.up), dtype=torch.float64, device="cpu"), 0
 
     def add(self, x: Tensor, hidden: Tensor) -> None:

@@ -21,12 +21,11 @@ import torch
 from tardis_fx.errors import CalibrationError
 from tardis_fx.graph.feed_forward import biases, dense, matrices
 from tardis_fx.observation.run import Run
-from tardis_fx.passes import layout
-from tardis_fx.passes.layout import Expected, setting
+from tardis_fx.passes.layout import Expected, like, setting
 from tardis_fx.passes.low_rank import factors, thin, truncated
 from tardis_fx.passes.static import Choice, StaticRewrite
 from tardis_fx.statistics.affine import regress
-from tardis_fx.statistics.operands import Dense
+from tardis_fx.statistics.operands import ReferenceFFN
 from tardis_fx.statistics.regression import Residual, fitted_tokens
 
 if TYPE_CHECKING:
@@ -107,11 +106,11 @@ class ShareFfn(StaticRewrite):
         """The kept FFN, of the same shapes, and where it is another site's, the map."""
         own, rank, d_out = matrices(weights) | biases(weights), plan.settings["rank"], len(weights.down)
         if rank is None:
-            return layout.dense(own) if plan.tensors else {}
+            return like(own) if plan.tensors else {}
         setting(plan, "rank", range(1, d_out + 1))
         dtype, d = weights.down.dtype, weights.up.shape[1]
         bias = {"map_bias": Expected(dtype, (d_out,))}
-        return layout.dense(own) | factors("map", (d_out, d + d_out), rank, dtype) | bias
+        return like(own) | factors("map", (d_out, d + d_out), rank, dtype) | bias
 
     def constants(self, plan: SitePlan, weights: SiteWeights) -> dict[str, Tensor]:
         """The kept FFN's, and ``map_a`` [d_out, r], ``map_b`` and ``map_bias`` where that is another site's."""
@@ -163,16 +162,16 @@ class Tried:
 
     def __init__(self, site: ObservedSite, others: Sequence[ObservedSite]) -> None:
         """Starts at zero."""
-        self._own, self._others = Dense(site), [Dense(other) for other in others]
+        self._own, self._others = ReferenceFFN(site), [ReferenceFFN(other) for other in others]
         #: Of the products of 1, theirs and the site's own output; [FFNs, 3, 3, d_out].
         self.sums = torch.zeros(len(others), 3, 3, len(site.weights.down), dtype=torch.float64, device="cpu")
 
     def update(self, x: Tensor) -> None:
         """Adds tokens, [tokens, d], float32."""
         x = x[: fitted_tokens(len(x)) : len(self._others)]
-        output = _output(self._own, x)
+        output = self._own(x)
         for sums, other in zip(self.sums, self._others, strict=True):
-            terms = torch.stack([torch.ones_like(output), _output(other, x), output])
+            terms = torch.stack([torch.ones_like(output), other(x), output])
             sums += torch.einsum("itd,jtd->ijd", terms, terms)
 
     @property
@@ -193,14 +192,14 @@ class Mapped:
 
     def __init__(self, site: ObservedSite, kept: ObservedSite) -> None:
         """Starts at zero."""
-        self._own, self._kept = Dense(site), Dense(kept)
+        self._own, self._kept = ReferenceFFN(site), ReferenceFFN(kept)
         d_out, d = len(site.weights.down), site.weights.up.shape[1]
         self._residual = Residual(d + d_out, d_out)
 
     def update(self, x: Tensor) -> None:
         """Adds tokens, [tokens, d], float32."""
-        output = _output(self._own, x)
-        self._residual.update(torch.cat([x, _output(self._kept, x)], 1), output, output)
+        output = self._own(x)
+        self._residual.update(torch.cat([x, self._kept(x)], 1), output, output)
 
     def solve(self, rank: int, dtype: torch.dtype) -> dict[str, Tensor]:
         """The map, ``map_a`` [d_out, rank], ``map_b`` [rank, d + d_out] and ``map_bias`` [d_out]."""
@@ -208,10 +207,6 @@ class Mapped:
         a, b = truncated(self._residual.solve().weight.T, rank, terms.covariance)
         bias = self._residual.mean - a @ (b @ terms.mean)
         return {name: t.to(dtype) for name, t in (("map_a", a), ("map_b", b), ("map_bias", bias))}
-
-
-def _output(ffn: Dense, x: Tensor) -> Tensor:
-    return ffn.output(ffn.hidden(x)[1])
 
 
 def _alike(sites: Sequence[ObservedSite]) -> list[list[ObservedSite]]:

@@ -20,7 +20,7 @@ from tardis_fx.passes.hot_fold import folded, map_bytes, map_layout
 from tardis_fx.passes.layout import Expected
 from tardis_fx.passes.static import Choice, StaticRewrite, measured
 from tardis_fx.statistics.affine import Outputs
-from tardis_fx.statistics.operands import Dense
+from tardis_fx.statistics.operands import ReferenceFFN
 from tardis_fx.statistics.regression import AffineMap, Residual, fitted_tokens
 
 if TYPE_CHECKING:
@@ -83,11 +83,11 @@ class _Errors:
     merged: ClassVar[Mapping[str, Merge]] = {"residual": "parts"}
 
     def __init__(self, site: ObservedSite, affine: AffineMap) -> None:
-        self._dense, self._weight, self._bias = Dense(site), affine.weight.float(), affine.bias.float()
+        self._ffn, self._weight, self._bias = ReferenceFFN(site), affine.weight.float(), affine.bias.float()
         self.residual = Residual(len(self._weight), 1)
 
     def update(self, x: Tensor) -> None:
-        missed = self._dense.output(self._dense.hidden(x)[1]) - (x @ self._weight + self._bias)
+        missed = self._ffn(x) - (x @ self._weight + self._bias)
         logarithm = missed.square().sum(1, keepdim=True).clamp(min=1e-30).log()
         self.residual.update(x, logarithm, logarithm)
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from tardis_fx.statistics.operands import Dense, Operands
+from tardis_fx.statistics.operands import Operands, ReferenceFFN
 from tardis_fx.statistics.regression import Residual
 
 if TYPE_CHECKING:
@@ -34,14 +34,14 @@ class Outputs:
             site: the site.
             exact: [h], bool, neurons whose share of the output is left out of the regression; None for none.
         """
-        self._dense, self._exact = Dense(site), exact
-        self.residual = Residual(self._dense.up.shape[1], len(self._dense.down))
+        self._ffn, self._exact = ReferenceFFN(site), exact
+        self.residual = Residual(self._ffn.up.shape[1], len(self._ffn.down))
 
     def update(self, x: Tensor) -> None:
         """Adds tokens, [tokens, d], float32."""
-        _, hidden = self._dense.hidden(x)
-        output = self._dense.output(hidden)
-        rest = output if self._exact is None else self._dense.output(hidden.masked_fill(self._exact, 0))
+        _, hidden = self._ffn.hidden(x)
+        output = self._ffn.output(hidden)
+        rest = output if self._exact is None else self._ffn.output(hidden.masked_fill(self._exact, 0))
         self.residual.update(x, rest, output)
 
 
@@ -59,11 +59,11 @@ class Neurons(Operands):
         """Starts at zero."""
         super().__init__(site)
         size = 4 if site.site.kind == "gated" else 3
-        self.sums = torch.zeros(len(self._dense.up), size, size, dtype=torch.float64, device="cpu")
+        self.sums = torch.zeros(len(self.ffn.up), size, size, dtype=torch.float64, device="cpu")
 
     def add(self, x: Tensor, hidden: Tensor) -> None:
         """Adds to the sums."""
-        z, _ = self._dense.hidden(x)
+        z, _ = self.ffn.hidden(x)
         terms = [t.double() for t in (torch.ones_like(hidden), *z, hidden)]
         for i, j in combinations_with_replacement(range(len(terms)), 2):
             total = (terms[i] * terms[j]).sum(0)
@@ -74,7 +74,7 @@ class Neurons(Operands):
     @property
     def missed(self) -> Tensor:
         """Of each neuron, the squared error of its surrogate in the site's output, [h], summed over the tokens."""
-        return regress(self.sums)[2] * self._dense.down.double().square().sum(0)
+        return regress(self.sums)[2] * self.ffn.down.double().square().sum(0)
 
 
 def regress(sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from tardis_fx.observation.observe import ObservedSite
 
 
-class Dense:
+class ReferenceFFN:
     """A site as it is, in float32 on the CPU."""
 
     def __init__(self, site: ObservedSite) -> None:
@@ -52,21 +52,29 @@ class Dense:
         """The site's output, [tokens, d_out], from what the neurons give, [tokens, h]."""
         return self._project(hidden, "down")
 
+    def __call__(self, x: Tensor) -> Tensor:
+        """The site's output, [tokens, d_out], of its inputs, [tokens, d]."""
+        return self.output(self.hidden(x)[1])
+
     def _project(self, x: Tensor, name: str) -> Tensor:
         return linear(x, self._tensors, name)
 
 
 class Operands:
-    """Shows the fitted tokens to :meth:`add` as what the matrices multiply."""
+    """Shows the fitted tokens to :meth:`add` as what the matrices multiply.
+
+    Attributes:
+        ffn: the site as it is.
+    """
 
     def __init__(self, site: ObservedSite) -> None:
         """Starts with no tokens."""
-        self._dense = Dense(site)
+        self.ffn = ReferenceFFN(site)
 
     def update(self, x: Tensor) -> None:
         """Adds tokens, [tokens, d], float32."""
         x = x[: fitted_tokens(len(x))]
-        self.add(x, self._dense.hidden(x)[1])
+        self.add(x, self.ffn.hidden(x)[1])
 
     def add(self, x: Tensor, hidden: Tensor) -> None:
         """Adds inputs, [tokens, d], and what the neurons give, [tokens, h], both float32."""
@@ -94,7 +102,7 @@ class Sizes(ByMatrix):
     def __init__(self, site: ObservedSite) -> None:
         """Starts at zero."""
         super().__init__(site)
-        (h, d), self.tokens = self._dense.up.shape, 0
+        (h, d), self.tokens = self.ffn.up.shape, 0
         self._inputs, self._hidden, self.magnitude = (
             torch.zeros(n, dtype=torch.float64, device="cpu") for n in (d, h, h)
         )
@@ -122,7 +130,7 @@ class Grams(ByMatrix):
     def __init__(self, site: ObservedSite) -> None:
         """Starts at zero."""
         super().__init__(site)
-        h, d = self._dense.up.shape
+        h, d = self.ffn.up.shape
         self._inputs, self._hidden = Moments(d), Moments(h)
 
     def add(self, x: Tensor, hidden: Tensor) -> None:
