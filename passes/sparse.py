@@ -16,8 +16,7 @@ import torch
 
 from tardis_fx.graph.feed_forward import biases, dense, matrices
 from tardis_fx.passes.base import matrices_of
-from tardis_fx.passes.layout import Expected
-from tardis_fx.passes.layout import dense as dense_layout
+from tardis_fx.passes.layout import Expected, like
 from tardis_fx.passes.static import Choice, StaticRewrite, bias_bytes, measured
 from tardis_fx.runtime.packing import pack, packed_bytes, unpack
 from tardis_fx.statistics.operands import Sizes
@@ -39,6 +38,7 @@ if TYPE_CHECKING:
 class Sparse(StaticRewrite):
     """A rewrite that sets weights to zero; see the module's docstring."""
 
+    leaves_matrices = True
     #: Whether two of four are kept; else the budget says how many.
     two_of_four: ClassVar[bool] = False
     #: What is measured.
@@ -94,7 +94,7 @@ class Sparse(StaticRewrite):
     def layout(self, plan: SitePlan, weights: SiteWeights) -> Layout:
         """The matrices, pruned."""
         _check_share(plan)
-        return dense_layout(matrices(weights))
+        return like(matrices(weights))
 
     def matrices(self, plan: SitePlan) -> dict[str, float]:
         """Both; only the kept values are counted."""

@@ -63,9 +63,8 @@ def least_budget(error: Callable[[float], Fit[float]], floor: float, target: flo
     kept_low = False
     above, below = math.log(at_low / target), 0.0  # the ends' errors, as logarithms of their ratio to the target
     for _ in range(TRIES - 1):
-        if not below:
-            middle = min(1.0, 2 * low)  # most of the gain lies there
-        else:
+        middle = min(1.0, 2 * low)  # most of the gain lies there
+        if below:
             middle = low + (high - low) * min(0.9, max(0.1, above / (above - below)))
         found = yield from error(middle)
         if found <= target:
