@@ -20,9 +20,9 @@ from tardis_fx.statistics.operands import Grams, Operands, Sizes
 from tardis_fx.statistics.surrogates import Sums, SurrogateSums
 
 __all__ = [
-    "BIASES", "CalibrationError", "Choice", "Config", "ConfigError", "Expected", "Fit", "Grams", "KeptSite", "Layout", "Merge",
-    "Moments", "Neurons", "ObservedSite", "Operands", "Planned", "Rewrite", "RewriteError", "Run", "Site", "SitePlan",
-    "SiteWeights", "Sizes", "StaticRewrite", "Sums", "SurrogateSums", "TardisError", "bias_bytes", "biases", "changed", "coded_rows",
-    "codes", "dense", "feed_forward", "indices", "like", "linear", "matrices", "matrices_of", "measured",
-    "narrowed", "one_of", "setting", "steps", "stored_bytes", "with_errors",
+    "BIASES", "CalibrationError", "Choice", "Config", "ConfigError", "Expected", "Fit", "Grams", "KeptSite",
+    "Layout", "Merge", "Moments", "Neurons", "ObservedSite", "Operands", "Planned", "Rewrite", "RewriteError",
+    "Run", "Site", "SitePlan", "SiteWeights", "Sizes", "StaticRewrite", "Sums", "SurrogateSums", "TardisError",
+    "bias_bytes", "biases", "changed", "coded_rows", "codes", "dense", "feed_forward", "indices", "like", "linear",
+    "matrices", "matrices_of", "measured", "narrowed", "one_of", "setting", "steps", "stored_bytes", "with_errors",
 ]  # fmt: skip
