@@ -37,8 +37,8 @@ bool taken(const Call& call) {
   };
   const int64_t listed = call.counts[0], guarded = call.counts[1];
   const bool coded = call.row_bits != 16;
-  return between(1, call.k, MOST) && between(1, call.tokens, TOKENS) && call.d >= 1 && call.d_out >= 0 && grouped(call.d, call.d_groups) &&
-         between(1, call.bits, 8) && width(call.fold_bits) && width(call.row_bits) &&
+  return between(1, call.k, MOST) && between(1, call.tokens, TOKENS) && call.d >= 1 && call.d_out >= 0 &&
+         grouped(call.d, call.d_groups) && between(1, call.bits, 8) && width(call.fold_bits) && width(call.row_bits) &&
          (!coded || (between(1, call.low_bits, 8) && grouped(call.d_out, call.d_out_groups))) &&
          between(0, call.activation, ACTIVATIONS - 1) && between(0, call.dtype, 2) && call.threads >= 1 &&
          between(0, guarded, listed) && listed <= call.capacity && (!coded || guarded == listed) &&

@@ -2,8 +2,8 @@
 //
 // What is computed is specified by `correct` in reference.py. The time goes into reading, once for all tokens, (a) the
 // packed codes of every guarded neuron, (b) the rows of projections and columns of every outlier, which may be codes,
-// too, those of projections nested in (a), (c) the folded weight, where it is given. K is the number of projections of a
-// neuron. The build (build.py) writes activations.inc: one `case <number>: return <expression of z>;` an activation.
+// too, those of projections nested in (a), (c) the folded weight, where it is given. K is the number of projections of
+// a neuron. The build (build.py) writes activations.inc: one `case <number>: return <expression of z>;` an activation.
 // Not to be compiled with -ffast-math: a NaN estimate must compare false, and infinite bounds are ordinary.
 
 #include <omp.h>
