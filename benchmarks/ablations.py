@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 import sys
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -36,7 +35,7 @@ if TYPE_CHECKING:
     from tardis_fx.partial_linear.widths import Fitted
 
 WINDOWS = 64
-WIDTHS = Config(fold_bits=4, row_bits=4, progress=False)
+WIDTHS = {"fold_bits": 4, "row_bits": 4}
 
 
 class Guarded(PricedSite):
@@ -108,14 +107,14 @@ def variants(grams: dict[str, Tensor]) -> dict[str, tuple[PartialLinear, dict[st
     """By label: a rewrite and the changes of the config."""
     return {
         "fold and rows of 4 bits": (PartialLinear(), {}),
-        "widths chosen site by site": (PartialLinear(), {"fold_bits": None, "row_bits": None}),
-        "rows of 3 bits": (PartialLinear(), {"row_bits": 3}),
-        "rows of 8 bits": (PartialLinear(), {"row_bits": 8}),
-        "fold of 8 bits": (PartialLinear(), {"fold_bits": 8}),
-        "predictor of 3 bits": (PartialLinear(), {"predictor_bits": 3}),
-        "groups of 64 columns": (PartialLinear(), {"group_size": 64}),
-        "groups of 32 columns": (PartialLinear(), {"group_size": 32}),
-        "rounded to nearest": (PartialLinear(), {"rounding": "nearest"}),
+        "widths chosen site by site": (PartialLinear(), {"options": {"fold_bits": None, "row_bits": None}}),
+        "rows of 3 bits": (PartialLinear(), {"options": {"row_bits": 3}}),
+        "rows of 8 bits": (PartialLinear(), {"options": {"row_bits": 8}}),
+        "fold of 8 bits": (PartialLinear(), {"options": {"fold_bits": 8}}),
+        "predictor of 3 bits": (PartialLinear(), {"options": {"predictor_bits": 3}}),
+        "groups of 64 columns": (PartialLinear(), {"options": {"group_size": 64}}),
+        "groups of 32 columns": (PartialLinear(), {"options": {"group_size": 32}}),
+        "rounded to nearest": (PartialLinear(), {"options": {"rounding": "nearest"}}),
         "down's own columns": (OwnColumns(), {}),
         "every site the same share": (PartialLinear(), {"allocation": "per_site"}),
         "a predictor row for every neuron": (AllGuarded(), {}),
@@ -140,7 +139,8 @@ def main() -> None:
     )
     for budget in map(float, sys.argv[1:] or ["0.15"]):
         for label, (rewrite, changes) in variants(grams).items():
-            config = replace(WIDTHS, budget=budget, **changes)
+            given = WIDTHS | changes.get("options", {})
+            config = Config(budget=budget, progress=False, **changes | {"options": given})
             plan = Plan(tuple(drive(observation, rewrite.fit(observation.sites, config))), config)
             torch.compiler.reset()
             options: dict[str, Any] = {"plan": plan, "prefill": "rewritten", "inner": "eager"}

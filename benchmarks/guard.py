@@ -66,7 +66,9 @@ def main() -> None:
     )
     model = hf.GPT2LMHeadModel(config).eval()
     batches = [torch.randint(0, VOCABULARY, (4, CONTEXT)) for _ in range(4)]
-    plan = tardis_fx.calibrate(model, batches, config=tardis_fx.Config(budget=0.3, fold_bits=4, row_bits=4))
+    plan = tardis_fx.calibrate(
+        model, batches, config=tardis_fx.Config(budget=0.3, options={"fold_bits": 4, "row_bits": 4})
+    )
     backend.GuardedGraph = Recorded  # type: ignore[misc]
     fast = torch.compile(model, backend="tardis", options={"plan": plan})
     token, cache = torch.tensor([[1]]), {cache_argument(model): hf.StaticCache(config=config, max_cache_len=CONTEXT)}

@@ -61,7 +61,7 @@ def main() -> None:
     print(f"healed on {windows * demo.context:,} tokens of the calibration split; {text.numel():,} held-out tokens\n")
     print("| plan | rise | agreement | touched | plan says | time |\n|---|---|---|---|---|---|", flush=True)
     for budget in budgets:
-        config = Config(budget=budget, fold_bits=bits, row_bits=bits, progress=False)
+        config = Config(budget=budget, options={"fold_bits": bits, "row_bits": bits}, progress=False)
         started = time.perf_counter()
         plan = plan_for(observation, config)
         fitted = time.perf_counter()

@@ -53,7 +53,7 @@ TITLES |= {"ria": "RIA", "ria_2_4": "RIA 2:4", "low_rank": "low rank", "ffsplit"
 def cases() -> list[Case]:
     """All rows, in the order of the table."""
     found: list[Case] = [Dense()]
-    ours = [Config(budget=b, fold_bits=None, row_bits=None) for b in OURS]
+    ours = [Config(budget=b) for b in OURS]
     found += [Planned("ours", config) for config in ours]
     found += [Planned("ours, healed", config, healed=True) for config in ours if config.budget in HEALED]
     for method, budgets in OTHERS.items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
 from functools import cache, partial, wraps
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -33,6 +33,11 @@ if TYPE_CHECKING:
 GROUP = "tardis_fx.passes"
 
 
+@dataclass(frozen=True)
+class NoOptions:
+    """Of a rewrite without knobs."""
+
+
 class Rewrite(ABC):
     """One way to replace a site.
 
@@ -46,8 +51,33 @@ class Rewrite(ABC):
 
     #: Name in ``Config(method=...)`` and in the entry-point group.
     name: ClassVar[str]
+    #: Its knobs: a frozen dataclass with a default for each, which refuses a wrong value with a ConfigError.
+    Options: ClassVar[type[Any]] = NoOptions
     #: Whether :meth:`forward` gives what the original gives, to rounding: then prefill takes it, too.
-    exact: ClassVar[bool] = False
+    exact: bool = False
+    #: Whether what becomes of a site depends on the others even where each has bytes of its own: then :meth:`fit` needs
+    #: all of them at once, and ``calibrate(offload=True)`` refuses the rewrite.
+    compares_sites: bool = False
+    #: Whether the rewritten site is an FFN still, of :meth:`weights`, which another rewrite can be fitted to.
+    leaves_ffn: bool = False
+    #: Whether there may be any :meth:`matrices`.
+    leaves_matrices: bool = False
+    #: Whether :meth:`forward` is a fold and its corrections, whose tensors :func:`tardis_fx.heal` distils.
+    heals: bool = False
+    #: Whether its plans hold weights that :func:`tardis_fx.finetune` has trained.
+    trained: bool = False
+
+    def options(self, config: Config) -> Any:
+        """Its :attr:`Options` as a config has them.
+
+        Raises:
+            ConfigError: an option is unknown or out of its range.
+        """
+        given, known = config.options_of(self.name), [each.name for each in fields(self.Options)]
+        if unknown := [name for name in given if name not in known]:
+            listed = f"it has {', '.join(known)}" if known else "it has none"
+            raise ConfigError(f"{self.name} has no option {', '.join(map(repr, unknown))}: {listed}")
+        return self.Options(**given)
 
     @abstractmethod
     def refuse(self, site: Site) -> str | None:
@@ -97,14 +127,6 @@ class Rewrite(ABC):
         else:
             check(plan.tensors, layout)
 
-    @property
-    def compares_sites(self) -> bool:
-        """Whether what becomes of a site depends on the others even where each has bytes of its own.
-
-        Then :meth:`fit` needs all of them at once, and ``calibrate(offload=True)`` refuses the rewrite.
-        """
-        return False
-
     # ---- What a rewrite offers to those that come behind it; see tardis_fx.passes.composed and int8_ffn
 
     @property
@@ -112,25 +134,19 @@ class Rewrite(ABC):
         """What plans call it: its name, or, of a composition, the names in their order with ``+`` between."""
         return self.name
 
-    @property
-    def leaves_ffn(self) -> bool:
-        """Whether the rewritten site is an FFN still, of :meth:`weights`, which another rewrite can be fitted to."""
-        return type(self).weights is not Rewrite.weights
-
     def weights(self, plan: SitePlan, weights: SiteWeights) -> SiteWeights:
         """The weights of the FFN that the rewritten site is, where it is one."""
         raise NotImplementedError
-
-    @property
-    def leaves_matrices(self) -> bool:
-        """Whether there may be any :meth:`matrices`."""
-        return type(self).matrices is not Rewrite.matrices
 
     def matrices(self, plan: SitePlan) -> dict[str, float]:
         """Names of the constants, [out, in] in the model's dtype, that :meth:`forward` reads as weights of ``F.linear``
         and not otherwise, each with the share of it that ``touched_bytes`` counts.
         """  # noqa: D205
         return {}
+
+    def for_matrices(self, config: Config) -> Config:
+        """The config by which it leaves matrices where that is a matter of options, for a rewrite that takes these."""
+        return config
 
     def after(self, previous: Rewrite) -> Rewrite:
         """This rewrite behind another one at the same sites.
@@ -202,6 +218,32 @@ def rewrite_named(method: str) -> Rewrite:
     for other in others:
         rewrite = other.after(rewrite)
     return rewrite
+
+
+def check_rewrites(config: Config) -> None:
+    """Looks up every rewrite that a config names, before anything is measured.
+
+    Raises:
+        ConfigError: as :func:`rewrite_named`, or an option is unknown or out of its range.
+    """
+    for _, method in config.methods:
+        if method is not None:
+            rewrite_named(method)
+    for name in config.rewrites:
+        rewrite_named(name).options(config)
+
+
+def owners_of_options(method: str) -> dict[str, list[str]]:
+    """The options of a method's rewrites, each with the names of the rewrites that have it.
+
+    Raises:
+        ConfigError: as :func:`rewrite_named`.
+    """
+    found: dict[str, list[str]] = {}
+    for name in method.split("+"):
+        for option in fields(rewrite_named(name).Options):
+            found.setdefault(option.name, []).append(name)
+    return found
 
 
 def _registered(name: str) -> Rewrite:

@@ -33,6 +33,7 @@ class Bilinear(StaticRewrite):
     """The rule of the module's docstring."""
 
     name: ClassVar[str] = "bilinear"
+    leaves_matrices = True
 
     def refuse(self, site: Site) -> str | None:
         """Without its activation a gated FFN is no affine map."""

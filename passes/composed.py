@@ -48,26 +48,17 @@ class Composed(Rewrite):
                 f"it can only stand last, or in front of int8_ffn and int4_ffn"
             )
         self.first, self.second = first, second
+        self.leaves_ffn, self.leaves_matrices = second.leaves_ffn, second.leaves_matrices
+        self.compares_sites = first.compares_sites or second.compares_sites
 
     @property
     def method(self) -> str:
         """Both names."""
         return f"{self.first.method}+{self.second.method}"
 
-    @property
-    def leaves_ffn(self) -> bool:
-        """Where the second does."""
-        return self.second.leaves_ffn
-
-    @property
-    def leaves_matrices(self) -> bool:
+    def for_matrices(self, config: Config) -> Config:
         """The second's."""
-        return self.second.leaves_matrices
-
-    @property
-    def compares_sites(self) -> bool:
-        """Where either does."""
-        return self.first.compares_sites or self.second.compares_sites
+        return self.second.for_matrices(config)
 
     def refuse(self, site: Site) -> str | None:
         """What either refuses."""

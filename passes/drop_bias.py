@@ -35,6 +35,8 @@ class DropBias(StaticRewrite):
     """The rules of the module's docstring."""
 
     name: ClassVar[str] = "drop_bias"
+    leaves_matrices = True
+    leaves_ffn = True
 
     def refuse(self, site: Site) -> str | None:
         """Sites that have no bias in front of the activation to lose."""

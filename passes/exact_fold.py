@@ -34,7 +34,7 @@ class ExactFold(Rewrite):
     """The rewrite that needs no plan; see the module's docstring for its rules."""
 
     name: ClassVar[str] = "exact_fold"
-    exact: ClassVar[bool] = True
+    exact = True
 
     def refuse(self, site: Site) -> str | None:
         """Whatever is no affine function, as far as the graph shows."""

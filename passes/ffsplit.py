@@ -38,6 +38,7 @@ class FFSplit(StaticRewrite):
     """The rules of the module's docstring."""
 
     name: ClassVar[str] = "ffsplit"
+    leaves_matrices = True
 
     def floor(self, weights: SiteWeights) -> int:
         """One heavy hitter, and rank 1."""

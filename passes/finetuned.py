@@ -29,6 +29,8 @@ class Finetuned(Rewrite):
     """The rule of the module's docstring."""
 
     name: ClassVar[str] = "finetuned"
+    leaves_matrices = True
+    trained = True
 
     def __init__(self, inner: Rewrite | None = None) -> None:
         """Wraps the rewrite that was trained; None is good for nothing but to be put behind one."""

@@ -43,6 +43,7 @@ class HotFold(StaticRewrite):
     """The rules of the module's docstring."""
 
     name: ClassVar[str] = "hot_fold"
+    leaves_matrices = True
 
     def floor(self, weights: SiteWeights) -> int:
         """The map alone."""

@@ -53,21 +53,13 @@ class Int8Ffn(Rewrite):
 
     def __init__(self, inner: Rewrite | None = None) -> None:
         """Quantises what a rewrite leaves; None for the FFN as it is."""
-        self.inner = Original() if inner is None else inner
-
-    @property
-    def _alone(self) -> bool:
-        return isinstance(self.inner, Original)
+        self._alone, self.inner = inner is None, inner or Original()
+        self.compares_sites = self.inner.compares_sites
 
     @property
     def method(self) -> str:
         """Its name behind the other's."""
         return self.name if self._alone else f"{self.inner.method}+{self.name}"
-
-    @property
-    def compares_sites(self) -> bool:
-        """The other's."""
-        return self.inner.compares_sites
 
     def after(self, previous: Rewrite) -> Rewrite:
         """Around another rewrite.
@@ -96,9 +88,7 @@ class Int8Ffn(Rewrite):
             _check_finite(plans)
             self._check(plans, config)
             return plans
-        if config.fold_bits is None:
-            config = replace(config, fold_bits=16)  # to quantise the fold is what this rewrite is here for
-        inner = yield from steps(self.inner.fit(sites, config))
+        inner = yield from steps(self.inner.fit(sites, self.inner.for_matrices(config)))
         if not any(isinstance(plan, KeptSite) or self.inner.matrices(plan) for plan in inner):
             raise ConfigError(
                 f"{self.inner.method} leaves no dense matrix to {self.name}: its fold is in few bits already"

@@ -25,6 +25,7 @@ class LinearReplace(WholeSites):
     """The rules of the module's docstring."""
 
     name: ClassVar[str] = "linear_replace"
+    leaves_matrices = True
 
     def floor(self, weights: SiteWeights) -> int:
         """The map."""

@@ -37,6 +37,7 @@ class LowRank(StaticRewrite):
     """The rules of the module's docstring."""
 
     name: ClassVar[str] = "low_rank"
+    leaves_matrices = True
 
     def floor(self, weights: SiteWeights) -> int:
         """All of rank 1."""

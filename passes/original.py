@@ -24,6 +24,7 @@ class Original(StaticRewrite):
     """The rule of the module's docstring."""
 
     name: ClassVar[str] = "original"
+    leaves_matrices = True
 
     def floor(self, weights: SiteWeights) -> int:
         """All bytes."""

@@ -17,7 +17,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
+from tardis_fx.config import one_of
 from tardis_fx.errors import CalibrationError
 from tardis_fx.observation.run import Fit, Run
 from tardis_fx.partial_linear.budget import allocate
@@ -48,7 +49,7 @@ from tardis_fx.statistics.target import fit_to_target
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from tardis_fx.config import Config
+    from tardis_fx.config import Config, Rounding
     from tardis_fx.graph.site import Site, SiteWeights
     from tardis_fx.observation.observe import ObservedSite
     from tardis_fx.partial_linear.ranges import Ranges
@@ -57,10 +58,45 @@ if TYPE_CHECKING:
     from tardis_fx.plan import Planned
 
 
+@dataclass(frozen=True, kw_only=True)
+class PartialLinearOptions:
+    """The knobs of partial linearity.
+
+    Attributes:
+        predictor_bits: 1 to 8 bits a weight in the predictor.
+        fold_bits: 3, 4 or 8 bits a weight in the folded matrix, 16 for the model's own dtype; None chooses site by
+            site, for the least error of all sites (``paper``: 16).
+        row_bits: 3, 4 or 8 bits a weight in the rows that corrections read, 16 for the original weights; None likewise.
+        group_size: 32, 64 or 128 columns share a scale and a zero point in predictor, folded matrix and rows.
+        rounding: of these to codes: ``"gptq"``, by the calibration inputs, or ``"nearest"``, for comparison (rows of
+            ``down`` always are to nearest).
+
+    Raises:
+        ConfigError: a value is out of its range.
+    """
+
+    predictor_bits: int = 2
+    fold_bits: int | None = None
+    row_bits: int | None = None
+    group_size: int = 128
+    rounding: Rounding = "gptq"
+
+    def __post_init__(self) -> None:
+        """Validates every field."""
+        one_of("predictor_bits", self.predictor_bits, tuple(range(1, 9)))
+        one_of("fold_bits", self.fold_bits, (3, 4, 8, 16, None))
+        one_of("row_bits", self.row_bits, (3, 4, 8, 16, None))
+        one_of("group_size", self.group_size, GROUP_SIZES)
+        one_of("rounding", self.rounding, ("gptq", "nearest"))
+
+
 class PartialLinear(Rewrite):
     """The main rewrite; see the module's docstring for its rules."""
 
     name: ClassVar[str] = "partial_linear"
+    Options = PartialLinearOptions
+    leaves_matrices = True
+    heals = True
     #: Whether the folded map is regressed on what fold and correction miss.
     regressed: ClassVar[bool] = True
     #: Bits of fold and rows that are tried where none are given.
@@ -77,7 +113,8 @@ class PartialLinear(Rewrite):
 
         The first two do not depend on the budget, and are done once for one observation.
         """
-        quantisation = Quantisation(config.predictor_bits, config.group_size, config.rounding)
+        options = self.options(config)
+        quantisation = Quantisation(options.predictor_bits, options.group_size, options.rounding)
         drafts = yield Run(
             "input moments",
             DraftObserver,
@@ -158,7 +195,12 @@ class PartialLinear(Rewrite):
 
     def _widths(self, config: Config) -> list[tuple[int, int]]:
         """Bits of fold and rows to be tried."""
-        return sorted({(config.fold_bits or fold, config.row_bits or rows) for fold, rows in self.widths})
+        options = self.options(config)
+        return sorted({(options.fold_bits or fold, options.row_bits or rows) for fold, rows in self.widths})
+
+    def for_matrices(self, config: Config) -> Config:
+        """With a dense fold, unless its bits are given."""
+        return config if self.options(config).fold_bits else config.with_options(self.name, fold_bits=16)
 
     def floor(self, draft: Draft, widths: tuple[int, int]) -> int:
         """Bytes that a site reads at the least."""

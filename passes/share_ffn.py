@@ -48,10 +48,7 @@ class ShareFfn(StaticRewrite):
 
     name: ClassVar[str] = "share_ffn"
 
-    @property
-    def compares_sites(self) -> bool:
-        """Sites are fitted to each other."""
-        return True
+    compares_sites = True
 
     def floor(self, weights: SiteWeights) -> int:
         """A map of rank 1; the FFN is counted where it is kept."""

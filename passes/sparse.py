@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 class Sparse(StaticRewrite):
     """A rewrite that sets weights to zero; see the module's docstring."""
 
+    leaves_matrices = True
     #: Whether two of four are kept; else the budget says how many.
     two_of_four: ClassVar[bool] = False
     #: What is measured.

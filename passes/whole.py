@@ -32,10 +32,7 @@ if TYPE_CHECKING:
 class WholeSites(StaticRewrite):
     """A rewrite of whole FFNs; see the module's docstring."""
 
-    @property
-    def compares_sites(self) -> bool:
-        """The budget is the model's."""
-        return True
+    compares_sites = True
 
     @abstractmethod
     def replaced(self, output: Residual, weights: SiteWeights) -> tuple[float, str, dict[str, Tensor]]:

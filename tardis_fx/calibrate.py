@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Never
 
 import torch
 
-from tardis_fx.config import Config
+from tardis_fx.config import MOVED, Config
 from tardis_fx.digest import digest
 from tardis_fx.errors import ConfigError
 from tardis_fx.observation.batches import Batch, checked, uncompiled
 from tardis_fx.observation.checkpoint import Checkpoint
 from tardis_fx.observation.observe import BatchObservation
 from tardis_fx.observation.ranks import Ranks, arithmetic
-from tardis_fx.passes.base import rewrite_named
+from tardis_fx.passes.base import check_rewrites, rewrite_named
 from tardis_fx.planning import plan_for
 
 if TYPE_CHECKING:
@@ -73,9 +73,7 @@ def calibrate(
     config = Config() if config is None else config
     if not isinstance(config, Config):
         raise ConfigError(f"config must be a tardis_fx.Config, not {type(config).__name__}")
-    for _, method in config.methods:
-        if method is not None:
-            rewrite_named(method)  # before the model runs
+    check_rewrites(config)  # before the model runs
     if offload:
         config = _by_site(config)
     ranks = Ranks.initialised()
@@ -114,6 +112,8 @@ def _calibrated(
 
 def _misplaced(unknown: dict[str, Any]) -> str:
     """What is wrong with arguments that there are not."""
+    if moved := {name: value for name, value in unknown.items() if name in MOVED}:
+        return f"{', '.join(moved)}: give calibrate config=Config(options={moved!r})"
     if own := [f"{name}={value!r}" for name, value in unknown.items() if name in {f.name for f in fields(Config)}]:
         return f"{', '.join(own)}: give calibrate config=Config({', '.join(own)})"
     return f"calibrate has no argument {', '.join(unknown)}: it has model, batches, config, checkpoint and offload"

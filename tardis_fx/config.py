@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 from tardis_fx.errors import ConfigError
-from tardis_fx.runtime.packing import GROUP_SIZES
 
 Prefill = Literal["original", "rewritten"]
 Rounding = Literal["gptq", "nearest"]
+
+#: Fields of the config in earlier versions.
+MOVED = ("predictor_bits", "fold_bits", "row_bits", "group_size", "rounding")
 
 #: One rewrite, several behind each other, or which of them for which sites; None leaves sites as they are.
 Method = str | Sequence[str] | Mapping[str, str | Sequence[str] | None]
@@ -35,14 +37,9 @@ class Config:
             pairs.
         prefill: ``"original"`` sends steps of more than 8 tokens, 16 on a GPU, through the original, exact;
             ``"rewritten"`` sends every token through fold and correction (encoders, and every measurement of quality).
-        predictor_bits: 1 to 8 bits a weight in the predictor.
-        fold_bits: 3, 4 or 8 bits a weight in the folded matrix, 16 for the model's own dtype; None chooses
-            site by site, for the least error of all sites (``paper``: 16).
-        row_bits: 3, 4 or 8 bits a weight in the rows that corrections read, 16 for the original weights; None likewise.
-        group_size: 32, 64 or 128 columns share a scale and a zero point in predictor, folded matrix and rows (``rtn``
-            and ``gptq``: 64 where these fit the budget, or else 128).
-        rounding: of these to codes: ``"gptq"``, by the calibration inputs, or ``"nearest"``, for comparison (rows of W2
-            always are to nearest).
+        options: of the rewrite, by name, as its class has them in ``Options``: ``{"predictor_bits": 3}``. Where
+            ``method`` names several rewrites, by rewrite: ``{"partial_linear": {"predictor_bits": 3}}``. They are kept
+            as pairs; :meth:`options_of` gives those of one rewrite.
         sequential: fit the sites in order, each on the inputs that the rewritten sites before it give.
         progress: show progress bars.
 
@@ -55,13 +52,19 @@ class Config:
     allocation: Literal["joint", "per_site"] = "joint"
     method: Method = "partial_linear"
     prefill: Prefill = "original"
-    predictor_bits: int = 2
-    fold_bits: int | None = None
-    row_bits: int | None = None
-    group_size: int = 128
-    rounding: Rounding = "gptq"
+    options: Mapping[str, Any] | tuple[tuple[str, Any], ...] = ()
     sequential: bool = False
     progress: bool = True
+
+    def __new__(cls, **given: Any) -> Config:
+        """Refuses what has become an option of a rewrite.
+
+        Raises:
+            ConfigError: there is one.
+        """
+        if moved := {name: value for name, value in given.items() if name in MOVED}:
+            raise ConfigError(f"{', '.join(moved)}: options of partial_linear and paper, give options={moved!r}")
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         """Validates every field."""
@@ -76,18 +79,14 @@ class Config:
                 raise ConfigError(f"target_error must be a number, not {self.target_error!r}")
             if not 0 < self.target_error < 1:
                 raise ConfigError(f"target_error must lie in (0, 1), relative to the output, not {self.target_error}")
-        _one_of("allocation", self.allocation, ("joint", "per_site"))
+        one_of("allocation", self.allocation, ("joint", "per_site"))
         object.__setattr__(self, "method", _method(self.method))  # hashable, and the same again after JSON
         if self.sequential or self.target_error is not None:
             what = "sequential" if self.sequential else "target_error"
             if not isinstance(self.method, str) or "+" in self.method:
                 raise ConfigError(f"{what} needs one rewrite for all sites, not {self.method!r}")
-        _one_of("prefill", self.prefill, ("original", "rewritten"))
-        _one_of("predictor_bits", self.predictor_bits, tuple(range(1, 9)))
-        _one_of("fold_bits", self.fold_bits, (3, 4, 8, 16, None))
-        _one_of("row_bits", self.row_bits, (3, 4, 8, 16, None))
-        _one_of("group_size", self.group_size, GROUP_SIZES)
-        _one_of("rounding", self.rounding, ("gptq", "nearest"))
+        one_of("prefill", self.prefill, ("original", "rewritten"))
+        object.__setattr__(self, "options", _options(self.options, self.rewrites))
         for name in ("sequential", "progress"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be True or False, not {getattr(self, name)!r}")
@@ -99,6 +98,19 @@ class Config:
             return (("*", self.method),)
         assert isinstance(self.method, tuple)
         return self.method
+
+    @property
+    def rewrites(self) -> tuple[str, ...]:
+        """Names of all rewrites that ``method`` names."""
+        return tuple(dict.fromkeys(name for _, method in self.methods if method for name in method.split("+")))
+
+    def options_of(self, rewrite: str) -> dict[str, Any]:
+        """The options that are given for a rewrite."""
+        return dict(dict(self.options).get(rewrite, ()))
+
+    def with_options(self, rewrite: str, **changed: Any) -> Config:
+        """The config with other options for a rewrite."""
+        return replace(self, options=dict(self.options) | {rewrite: self.options_of(rewrite) | changed})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,9 +176,9 @@ class Options:
             raise ConfigError(f"tolerance must be a number, not {parsed.tolerance!r}")
         if not parsed.tolerance > 0:
             raise ConfigError(f"tolerance must be a positive relative error, not {parsed.tolerance}")
-        _one_of("on_change", parsed.on_change, ("error", "original", "refit"))
+        one_of("on_change", parsed.on_change, ("error", "original", "refit"))
         if parsed.prefill is not None:
-            _one_of("prefill", parsed.prefill, ("original", "rewritten"))
+            one_of("prefill", parsed.prefill, ("original", "rewritten"))
         if not isinstance(parsed.strict, bool):
             raise ConfigError(f"strict must be True or False, not {parsed.strict!r}")
         if not isinstance(parsed.inner, str):
@@ -205,6 +217,41 @@ def _chain(method: Any) -> str:
     return method
 
 
-def _one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
+def _options(given: Any, rewrites: tuple[str, ...]) -> tuple[tuple[str, tuple[tuple[str, Any], ...]], ...]:
+    """Options as they are kept; what JSON makes of that, too.
+
+    Raises:
+        ConfigError: they are none, or of no rewrite that ``method`` names.
+    """
+    found = _pairs(given)
+    if found and not any(isinstance(value, (Mapping, list, tuple)) for value in found.values()):
+        if len(rewrites) != 1:
+            raise ConfigError(f"options go by rewrite unless method names one: {{{(*rewrites, '?')[0]!r}: {given!r}}}")
+        found = {rewrites[0]: given}
+    for rewrite, own in found.items():
+        if rewrite not in rewrites:
+            raise ConfigError(f"options: {rewrite!r} is no rewrite of method, which names {', '.join(rewrites)}")
+        found[rewrite] = tuple(_pairs(own).items())
+        if wrong := [v for _, v in found[rewrite] if not isinstance(v, (str, int, float, type(None)))]:
+            raise ConfigError(f"options of {rewrite} must be a number, a string, a bool or None, not {wrong[0]!r}")
+    return tuple(found.items())
+
+
+def _pairs(given: Any) -> dict[str, Any]:
+    try:
+        found = dict(given)
+    except (TypeError, ValueError):
+        found = {None: None}
+    if not all(isinstance(name, str) for name in found):
+        raise ConfigError(f"options must map names of options to values, or rewrites to such mappings, not {given!r}")
+    return found
+
+
+def one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
+    """Compares a value with those that are allowed.
+
+    Raises:
+        ConfigError: it is none of them.
+    """
     if isinstance(value, bool) or value not in allowed:
         raise ConfigError(f"{name} must be one of {', '.join(map(repr, allowed))}, not {value!r}")

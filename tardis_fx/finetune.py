@@ -21,7 +21,6 @@ from tardis_fx.observation.observe import BatchObservation, checked
 from tardis_fx.observation.run import Run
 from tardis_fx.passes import pipeline
 from tardis_fx.passes.entry import rewrite_of
-from tardis_fx.passes.exact_fold import ExactFold
 from tardis_fx.plan import Plan, resolve
 from tardis_fx.statistics.check import Check
 
@@ -210,7 +209,7 @@ class _Split:
 
 
 def _is_exact(entry: SitePlan) -> bool:
-    return isinstance(rewrite_of(entry), ExactFold)
+    return rewrite_of(entry).exact
 
 
 def _own_loss(output: Any, batch: Batch) -> Tensor:

@@ -270,6 +270,7 @@ def test_the_command_compares_a_folder_on_a_text_and_goes_on(folder: Path, tmp_p
     [
         (["--methods", "magic"], "no rewrite named 'magic'"),
         (["--methods", "paper:colour=3"], "unknown field 'colour' of paper"),
+        (["--methods", "wanda:fold_bits=3"], "unknown field 'fold_bits' of wanda"),
         (["--methods", "paper:fold_bits"], "name:field=value"),
         (["--methods", "paper:fold_bits=5"], "fold_bits must be one of"),
         (["--methods", "paper:healed=3"], "healed must be True or False"),
@@ -315,7 +316,7 @@ def test_methods_are_crossed_with_budgets_unless_they_bring_their_own() -> None:
         ("paper", 0.4),
     ]  # fmt: skip
     planned = [case for case in found if isinstance(case, Planned)]
-    assert planned[2].config == Config(target_error=0.1, row_bits=None, progress=False)
+    assert planned[2].config == Config(target_error=0.1, options={"row_bits": None}, progress=False)
     assert len({case.identity for case in found}) == 5
 
 

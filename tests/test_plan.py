@@ -83,7 +83,7 @@ configs = st.builds(
     budget=st.floats(0, 1, exclude_min=True),
     method=st.text(st.characters(exclude_characters="+"), min_size=1),
     prefill=st.sampled_from(["original", "rewritten"]),
-    predictor_bits=st.integers(1, 8),
+    options=st.dictionaries(st.text(), st.none() | st.booleans() | st.integers() | st.text(), max_size=3),
     sequential=st.booleans(),
     progress=st.booleans(),
 )

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from tardis_fx.observation.observe import ObservedSite
 
 #: Columns that share a scale and a zero point.
-GROUP_SIZE = Config().group_size
+GROUP_SIZE = PartialLinear.Options().group_size
 
 
 class Widths(NamedTuple):
@@ -116,7 +116,7 @@ def random_plans(model: nn.Module, batch: Tensor, widths: Sequence[Widths], rate
     return {
         w: Plan(
             tuple(_site_plan(site, kept[site.fingerprint].x, w, rate) for site in sites),
-            Config(predictor_bits=w.predictor, fold_bits=w.fold, row_bits=w.rows, progress=False),
+            Config(options={"predictor_bits": w.predictor, "fold_bits": w.fold, "row_bits": w.rows}, progress=False),
         )
         for w in widths
     }

@@ -33,7 +33,7 @@ def calibrate(
     out: Annotated[Path, typer.Argument(help="Where the plan goes.")],
     model: Annotated[str, typer.Option(help="demo, or a folder: config.json, weights, tokenizer.json.")] = "demo",
     method: Annotated[
-        str, typer.Option(help="Fields of Config behind a colon: partial_linear:budget=0.2,fold_bits=4")
+        str, typer.Option(help="Options and fields of Config after a colon: partial_linear:budget=0.2,fold_bits=4")
     ] = "partial_linear",
     text: Annotated[
         Path | None, typer.Option(help="A file to calibrate on; the standard library's source else.")

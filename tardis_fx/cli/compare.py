@@ -12,6 +12,7 @@ import typer
 
 from tardis_fx.config import Config
 from tardis_fx.errors import BenchError, ConfigError
+from tardis_fx.passes.base import check_rewrites, owners_of_options
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -27,7 +28,7 @@ def compare(
     model: Annotated[str, typer.Option(help="demo, or a folder: config.json, weights, tokenizer.json.")] = "demo",
     methods: Annotated[
         str,
-        typer.Option(help="With commas; fields of Config behind a colon: partial_linear:fold_bits=4,row_bits=4,paper"),
+        typer.Option(help="With commas; options and fields of Config after a colon: partial_linear:fold_bits=4,paper"),
     ] = "partial_linear,paper",
     budgets: Annotated[str, typer.Option(help="Fractions of the FFN's bytes, with commas.")] = "0.2,0.3",
     seeds: Annotated[str, typer.Option(help="Each chooses other calibration text; 0 spreads it evenly.")] = "0",
@@ -106,8 +107,8 @@ def cases(methods: str, budgets: Sequence[float]) -> list[Case]:
     """The dense row, and every method at every budget; at its own one where a method gives budget or target_error.
 
     Args:
-        methods: names with commas between; behind a name a colon and fields of Config, ``name=value``, with commas;
-            ``healed=True`` heals the plan.
+        methods: names with commas between; after a name a colon and fields of Config or options of the rewrite,
+            ``name=value``, with commas; ``healed=True`` heals the plan.
         budgets: fractions of the dense bytes.
 
     Raises:
@@ -138,12 +139,18 @@ def _parsed(method: str, given: dict[str, Any]) -> tuple[Config, bool]:
     healed = given.get("healed", False)
     if not isinstance(healed, bool):
         raise ConfigError(f"healed must be True or False, not {healed!r}")
-    return Config(method=method, **{name: value for name, value in given.items() if name != "healed"}), healed
+    owners = owners_of_options(method)
+    config = Config(method=method, **{k: v for k, v in given.items() if k != "healed" and k not in owners})
+    for name, value in given.items():
+        for rewrite in owners.get(name, ()):
+            config = config.with_options(rewrite, **{name: value})
+    check_rewrites(config)
+    return config, healed
 
 
 def _methods(text: str) -> list[tuple[str, dict[str, Any]]]:
     """Names with what is given for each; a part that has ``=`` and no colon goes on with the method before it."""
-    known = [f.name for f in fields(Config) if f.name not in ("method", "progress")] + ["healed"]
+    fixed = [f.name for f in fields(Config) if f.name not in ("method", "options", "progress")] + ["healed"]
     found: list[tuple[str, dict[str, Any]]] = []
     for part in text.split(","):
         name, colon, first = part.partition(":")
@@ -156,7 +163,7 @@ def _methods(text: str) -> list[tuple[str, dict[str, Any]]]:
         key, equals, value = (piece.strip() for piece in field.partition("="))
         if not equals or not found:
             raise ConfigError(f"methods are given as name or name:field=value,field=value, not {part!r}")
-        if key not in known:
+        if key not in (known := [*fixed, *owners_of_options(found[-1][0])]):
             raise ConfigError(f"unknown field {key!r} of {found[-1][0]}: {', '.join(known)}")
         found[-1][1][key] = _value(value)
     return found

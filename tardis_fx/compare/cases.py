@@ -19,7 +19,7 @@ from tardis_fx.errors import CalibrationError
 from tardis_fx.heal import heal
 from tardis_fx.measure.flops import prefill_share
 from tardis_fx.observation.observe import BatchObservation
-from tardis_fx.passes.base import rewrite_named
+from tardis_fx.passes.base import check_rewrites, rewrite_named
 from tardis_fx.plan import KeptSite
 from tardis_fx.planning import plan_for
 
@@ -172,9 +172,8 @@ class Planned(Case):
         return digest(asdict(replace(self.config, progress=False)), self.healed, sources)
 
     def check(self) -> None:
-        """Raises ConfigError where no such rewrite is registered."""
-        for method in self._methods:
-            rewrite_named(method)
+        """Raises ConfigError where no such rewrite is registered, or it has no such option."""
+        check_rewrites(self.config)
 
     @property
     def _methods(self) -> list[str]:

@@ -60,7 +60,7 @@ class DenseSite(nn.Module):
             error: that was measured.
         """
         tensors = {name: tensor.clone() for name, tensor in self.constants().items()}
-        again = isinstance(self._rewrite, Finetuned)
+        again = self._rewrite.trained
         return replace(
             self.entry,
             method=self._rewrite.method if again else Finetuned(self._rewrite).method,

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from tardis_fx.graph.site import SiteWeights
-    from tardis_fx.passes.partial_linear import PartialLinear
+    from tardis_fx.passes.base import Rewrite
     from tardis_fx.plan import SitePlan
 
 #: Over which share of a hot range's width a bound's gradient spreads.
@@ -46,7 +46,7 @@ class TrainableSite(nn.Module):
     #: The changes of the guard's bounds.
     bounds: nn.Parameter
 
-    def __init__(self, entry: SitePlan, weights: SiteWeights, rewrite: PartialLinear) -> None:
+    def __init__(self, entry: SitePlan, weights: SiteWeights, rewrite: Rewrite) -> None:
         """Opens an entry.
 
         Args:

@@ -17,8 +17,6 @@ from tardis_fx.observation.batches import real_tokens
 from tardis_fx.observation.capture import Capture
 from tardis_fx.passes import pipeline
 from tardis_fx.passes.entry import rewrite_of
-from tardis_fx.passes.exact_fold import ExactFold
-from tardis_fx.passes.partial_linear import PartialLinear
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -27,6 +25,7 @@ if TYPE_CHECKING:
 
     from tardis_fx.graph.site import SiteWeights
     from tardis_fx.observation.observe import Batch
+    from tardis_fx.passes.base import Rewrite
     from tardis_fx.plan import Plan, SitePlan
 
 _log = logging.getLogger("tardis_fx")
@@ -95,14 +94,14 @@ class Student:
         return self.sites[entry.fingerprint]
 
 
-def _healable(plan: Plan) -> dict[str, PartialLinear]:
+def _healable(plan: Plan) -> dict[str, Rewrite]:
     """The rewrite of every site that can be healed, by fingerprint."""
-    found: dict[str, PartialLinear] = {}
+    found: dict[str, Rewrite] = {}
     for entry in plan.rewritten:
         rewrite = rewrite_of(entry)
-        if isinstance(rewrite, PartialLinear):
+        if rewrite.heals:
             found[entry.fingerprint] = rewrite
-        elif not isinstance(rewrite, ExactFold):
+        elif not rewrite.exact:
             raise ConfigError(
                 f"{entry.name} is rewritten by {entry.method!r}, which cannot be healed: "
                 f"plans of 'partial_linear' and 'paper' can"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tardis_fx import Config, Plan, calibrate
+from tardis_fx.config import MOVED
 from tardis_fx.graph.site import SiteWeights
 from tardis_fx.passes.base import rewrite_named
 from tardis_fx.passes.partial_linear import PartialLinear
@@ -48,8 +49,10 @@ def batches(count: int = 4, tokens: int = 256, d: int = 16) -> list[Tensor]:
 
 def config(**changed: Any) -> Config:
     """A config for tests: silent, every token on the rewritten path, nothing but the predictor quantised."""
-    chosen: dict[str, Any] = {"budget": 0.5, "prefill": "rewritten", "progress": False, "fold_bits": 16, "row_bits": 16}
-    return Config(**(chosen | changed))
+    widths = {"fold_bits": 16, "row_bits": 16} | {name: changed.pop(name) for name in MOVED if name in changed}
+    chosen = Config(**({"budget": 0.5, "prefill": "rewritten", "progress": False} | changed))
+    own = {name: widths for name in ("partial_linear", "paper") if name in chosen.rewrites}
+    return replace(chosen, options=own | dict(chosen.options))
 
 
 def planned(model: nn.Module, d: int = 16, **changed: Any) -> Plan:

@@ -87,7 +87,12 @@ def test_what_is_no_batch_is_named(name: str) -> None:
         calibrate(models.gpt2(), given, config=config())
 
 
-@pytest.mark.parametrize("name", ["budget", "method", "predictor_bits"])
+def test_an_option_of_a_rewrite_beside_the_config_is_sent_there() -> None:
+    with pytest.raises(ConfigError, match=re.escape("config=Config(options={'predictor_bits': 3})")):
+        calibrate(ffn(), batches(), predictor_bits=3)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["budget", "method", "allocation"])
 def test_a_field_of_the_config_beside_it_is_sent_there(name: str) -> None:
     given: Any = {name: getattr(Config(), name)}
     with pytest.raises(ConfigError, match=re.escape(f"config=Config({name}={given[name]!r})")):

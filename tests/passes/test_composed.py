@@ -32,6 +32,7 @@ class Same(Rewrite):
     """Leaves the FFN that it found."""
 
     name: ClassVar[str] = "same"
+    leaves_ffn = True
 
     def refuse(self, site: Site) -> str | None:
         return None
