@@ -1,1 +1,27 @@
-"""The rewrites, one file each, on the contract in :mod:`tardis_fx.passes.base`."""
+"""The contract of a rewrite, and what a rewrite needs: all that one outside of this package imports.
+
+The rewrites lie in modules of this package, one each.
+"""
+
+from tardis_fx.config import Config, one_of
+from tardis_fx.errors import CalibrationError, ConfigError, RewriteError, TardisError
+from tardis_fx.graph.feed_forward import BIASES, biases, dense, feed_forward, linear, matrices, narrowed
+from tardis_fx.graph.site import Site, SiteWeights
+from tardis_fx.observation.merging import Merge
+from tardis_fx.observation.observe import ObservedSite
+from tardis_fx.observation.run import Fit, Run, changed, steps
+from tardis_fx.passes.base import Rewrite, matrices_of, stored_bytes, with_errors
+from tardis_fx.passes.layout import Expected, Layout, coded_rows, codes, indices, like, setting
+from tardis_fx.passes.static import Choice, StaticRewrite, bias_bytes, measured
+from tardis_fx.plan import SitePlan
+from tardis_fx.statistics.moments import Moments
+from tardis_fx.statistics.neurons import Neurons
+from tardis_fx.statistics.operands import Grams, Operands, Sizes
+
+__all__ = [
+    "BIASES", "CalibrationError", "Choice", "Config", "ConfigError", "Expected", "Fit", "Grams", "Layout", "Merge",
+    "Moments", "Neurons", "ObservedSite", "Operands", "Rewrite", "RewriteError", "Run", "Site", "SitePlan",
+    "SiteWeights", "Sizes", "StaticRewrite", "TardisError", "bias_bytes", "biases", "changed", "coded_rows",
+    "codes", "dense", "feed_forward", "indices", "like", "linear", "matrices", "matrices_of", "measured",
+    "narrowed", "one_of", "setting", "steps", "stored_bytes", "with_errors",
+]  # fmt: skip

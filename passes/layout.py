@@ -64,8 +64,8 @@ def coded_rows(rows: int, columns: int, bits: int, group_size: int) -> Expected:
     return Expected(torch.uint8, (rows, row_bytes(columns, bits, group_size)), row=(bits, columns))
 
 
-def dense(tensors: Mapping[str, Tensor]) -> Layout:
-    """Tensors like others."""
+def like(tensors: Mapping[str, Tensor]) -> Layout:
+    """Tensors of the dtypes and shapes of others."""
     return {name: Expected(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
 
 

@@ -21,8 +21,7 @@ import torch
 from tardis_fx.errors import CalibrationError
 from tardis_fx.graph.feed_forward import biases, dense, matrices
 from tardis_fx.observation.run import Run
-from tardis_fx.passes import layout
-from tardis_fx.passes.layout import Expected, setting
+from tardis_fx.passes.layout import Expected, like, setting
 from tardis_fx.passes.low_rank import factors, thin, truncated
 from tardis_fx.passes.static import Choice, StaticRewrite
 from tardis_fx.statistics.neurons import Neurons
@@ -107,11 +106,11 @@ class ShareFfn(StaticRewrite):
         """The kept FFN, of the same shapes, and where it is another site's, the map."""
         own, rank, d_out = matrices(weights) | biases(weights), plan.settings["rank"], len(weights.down)
         if rank is None:
-            return layout.dense(own) if plan.tensors else {}
+            return like(own) if plan.tensors else {}
         setting(plan, "rank", range(1, d_out + 1))
         dtype, d = weights.down.dtype, weights.up.shape[1]
         bias = {"map_bias": Expected(dtype, (d_out,))}
-        return layout.dense(own) | factors("map", (d_out, d + d_out), rank, dtype) | bias
+        return like(own) | factors("map", (d_out, d + d_out), rank, dtype) | bias
 
     def constants(self, plan: SitePlan, weights: SiteWeights) -> dict[str, Tensor]:
         """The kept FFN's, and ``map_a`` [d_out, r], ``map_b`` and ``map_bias`` where that is another site's."""

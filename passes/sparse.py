@@ -16,8 +16,7 @@ import torch
 
 from tardis_fx.graph.feed_forward import biases, dense, matrices
 from tardis_fx.passes.base import matrices_of
-from tardis_fx.passes.layout import Expected
-from tardis_fx.passes.layout import dense as dense_layout
+from tardis_fx.passes.layout import Expected, like
 from tardis_fx.passes.static import Choice, StaticRewrite, bias_bytes, measured
 from tardis_fx.runtime.packing import pack, packed_bytes, unpack
 from tardis_fx.statistics.operands import Sizes
@@ -95,7 +94,7 @@ class Sparse(StaticRewrite):
     def layout(self, plan: SitePlan, weights: SiteWeights) -> Layout:
         """The matrices, pruned."""
         _check_share(plan)
-        return dense_layout(matrices(weights))
+        return like(matrices(weights))
 
     def matrices(self, plan: SitePlan) -> dict[str, float]:
         """Both; only the kept values are counted."""

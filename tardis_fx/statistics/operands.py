@@ -25,16 +25,20 @@ if TYPE_CHECKING:
 
 
 class Operands:
-    """Shows the fitted tokens to :meth:`add` as what the matrices multiply."""
+    """Shows the fitted tokens to :meth:`add` as what the matrices multiply.
+
+    Attributes:
+        neurons: of the site.
+    """
 
     def __init__(self, site: ObservedSite) -> None:
         """Starts with no tokens."""
-        self._neurons = Neurons.from_site(site)
+        self.neurons = Neurons.from_site(site)
 
     def update(self, x: Tensor) -> None:
         """Adds tokens, [tokens, d], float32."""
         x = x[: fitted_tokens(len(x))]
-        self.add(x, self._neurons.evaluate(x)[1])
+        self.add(x, self.neurons.evaluate(x)[1])
 
     def add(self, x: Tensor, hidden: Tensor) -> None:
         """Adds inputs, [tokens, d], and what the neurons give, [tokens, h], both float32."""

@@ -4,19 +4,20 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from my_rewrite import MyRewrite
 
-from tardis_fx import Config
+from tardis_fx import Config, ConfigError
 from tardis_fx.planning import plan_for
 from tardis_fx.testing import LAWS, assert_equivalent, assert_error_within, assert_matches, examine, rewritten, sites
 from tardis_fx.testing.laws import output
 from tardis_fx.testing.observation import SiteObservation
 
 
-def fitted(specimen, model, budget):
+def fitted(specimen, model, budget, **options):
     """The site and its plan."""
     observation = SiteObservation([model], specimen.batches())
-    plan = plan_for(observation, Config(method="my_rewrite", budget=budget, prefill="rewritten", progress=False))
-    return observation.sites[0], plan
+    config = Config(method="my_rewrite", budget=budget, options=options, prefill="rewritten", progress=False)
+    return observation.sites[0], plan_for(observation, config)
 
 
 @pytest.mark.parametrize("law", LAWS, ids=lambda law: law.__name__)
@@ -49,3 +50,16 @@ def test_the_graph_keeps_one_narrow_ffn(specimen):
     (model,) = specimen.ffns()
     _, plan = fitted(specimen, model, specimen.budget)
     assert_matches(rewritten(model, specimen.unseen(3), plan), count=1, present=[torch.nn.functional.linear])
+
+
+@given(sites(budgets=[0.5]))
+def test_the_option_leaves_the_bias_as_it_is(specimen):
+    (model,) = specimen.ffns()
+    _, plan = fitted(specimen, model, specimen.budget, rest="nothing")
+    bias = torch.zeros(1) if model.down.bias is None else model.down.bias.detach()
+    assert_equivalent(plan.sites[0].tensors["bias"], bias.expand(model.down.out_features))
+
+
+def test_a_wrong_option_is_refused_before_anything_is_measured():
+    with pytest.raises(ConfigError, match="rest must be one of 'mean', 'nothing'"):
+        MyRewrite().options(Config(method="my_rewrite", options={"rest": "all"}))
