@@ -33,6 +33,7 @@ from tardis_fx.healing.evaluation import Evaluation
 from tardis_fx.healing.student import Student, divergence
 from tardis_fx.observation.observe import BatchObservation
 from tardis_fx.passes.base import rewrite_named
+from tardis_fx.passes.hot_fold import HotFold
 from tardis_fx.planning import refused
 from tardis_fx.runtime.packing import low_bits, row_bytes
 
@@ -421,7 +422,7 @@ def test_a_rewrite_that_cannot_be_healed_is_named(pair: tuple[Language, Plan], m
     only_exact = Plan(tuple(replace(site, method="exact_fold") for site in plan.sites), plan.config)
     with pytest.raises(ConfigError, match="no site to heal"):
         healed(model, only_exact)
-    monkeypatch.setattr(student, "rewrite_of", lambda _: object())
+    monkeypatch.setattr(student, "rewrite_of", lambda _: HotFold())
     with pytest.raises(ConfigError, match="'dropping', which cannot be healed"):
         healed(model, Plan(tuple(replace(site, method="dropping") for site in plan.sites), plan.config))
 
