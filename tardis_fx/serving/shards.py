@@ -1,4 +1,4 @@
-"""A plan's entry for one tensor-parallel rank, which holds some of the neurons: rows of W1, columns of W2.
+"""A plan's entry for one tensor-parallel rank, which holds some of the neurons.
 
 What fold and corrections give is a sum over neurons, and the ranks' outputs are summed: each rank corrects its own
 neurons, and the first one adds the folded map, which is of all neurons together, as vLLM adds biases on the first rank.
@@ -38,7 +38,7 @@ def shard(entry: SitePlan, rank: int, size: int, hidden: int) -> SitePlan:
             f"{entry.name} is rewritten by {entry.method}, which is served by one rank only: use "
             f"--tensor-parallel-size 1, or a plan of {' or '.join(SHARDED)}"
         )
-    neurons, guarded = entry.tensors["neurons"].long(), len(entry.tensors["lower"])
+    neurons, guarded = entry.tensors["neurons"].long(), len(entry.tensors["codes"])
     first = rank * (hidden // size)
     own = (neurons >= first) & (neurons < first + hidden // size)
     kept = {"neurons": (neurons[own] - first).to(entry.tensors["neurons"].dtype)}

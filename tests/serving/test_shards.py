@@ -1,35 +1,38 @@
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from builders.ffns import FFN, Oracle, oracle, planned
+from builders.ffns import Oracle, oracle, planned
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tardis_fx.errors import ServingError
-from tardis_fx.graph.site import SiteWeights
+from tardis_fx.graph.feed_forward import narrowed
 from tardis_fx.passes.base import rewrite_named
 from tardis_fx.serving.shards import shard
+from tardis_fx.testing.ffn import ffn, gated_ffn, inputs
+from tardis_fx.testing.observation import observed
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
+    from tardis_fx.graph.site import SiteWeights
     from tardis_fx.plan import SitePlan
+    from tardis_fx.testing.ffn import FFN, GatedFFN
 
 
 def parts(entry: SitePlan, weights: SiteWeights, x: Tensor, size: int) -> list[Tensor]:
-    """What each rank gives, from its rows of W1 and columns of W2 alone."""
+    """What each rank gives, from the weights of its neurons alone."""
     rewrite, hidden = rewrite_named(str(entry.method)), len(weights.up)
     found = []
     for rank in range(size):
-        own = slice(rank * hidden // size, (rank + 1) * hidden // size)
-        up_bias = None if weights.up_bias is None else weights.up_bias[own]
-        held = replace(weights, up=weights.up[own], up_bias=up_bias, down=weights.down[:, own])
+        own = narrowed(weights, torch.arange(rank * hidden // size, (rank + 1) * hidden // size))
         part = shard(entry, rank, size, hidden)
-        found.append(rewrite.forward(x, rewrite.constants(part, held), part))
+        found.append(rewrite.forward(x, rewrite.constants(part, own), part))
     return found
 
 
@@ -43,11 +46,12 @@ def test_the_ranks_sum_to_the_whole_site(size: int, per: int, data: st.DataObjec
     torch.testing.assert_close(sum(parts(entry, made.weights, made.x, size)), whole)
 
 
-@pytest.mark.parametrize("bits", [3, 8])
-def test_the_ranks_sum_to_the_whole_site_where_fold_and_rows_are_codes(original: FFN, bits: int) -> None:
-    entry = planned(original, fold_bits=bits, row_bits=bits).sites[0]
-    weights = SiteWeights(*(p.detach() for p in original.parameters()))
-    rewrite, x = rewrite_named(str(entry.method)), torch.randn(5, 16, generator=torch.Generator().manual_seed(3))
+@pytest.mark.parametrize("make", [ffn, gated_ffn])
+@pytest.mark.parametrize("bits", [3, 8, 16])
+def test_the_ranks_sum_to_the_whole_site_at_any_width(make: Callable[[], FFN | GatedFFN], bits: int) -> None:
+    model, x = make(), inputs(5, 16)
+    entry, weights = planned(model, fold_bits=bits, row_bits=bits).sites[0], observed(model).weights
+    rewrite = rewrite_named(str(entry.method))
     whole = rewrite.forward(x, rewrite.constants(entry, weights), entry)
     torch.testing.assert_close(sum(parts(entry, weights, x, 2)), whole, rtol=1e-4, atol=1e-4)
 
