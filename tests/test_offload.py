@@ -15,7 +15,7 @@ from builders.offload import HIDDEN, SITES, D
 from torch import nn
 
 from tardis_fx import CheckpointError, ConfigError, Plan, calibrate
-from tardis_fx.partial_linear.histogram import BINS
+from tardis_fx.partial_linear.guards import Interval
 from tardis_fx.testing.assertions import contents
 
 
@@ -34,7 +34,7 @@ def test_the_statistics_of_all_sites_together_are_never_in_memory(tmp_path: Path
     command = [sys.executable, "-m", "builders.offload", str(tmp_path)]
     told = subprocess.run(command, env=os.environ | {"PYTHONPATH": paths}, check=True, capture_output=True, text=True)
     highest = json.loads(told.stdout)
-    histogram, moments, regression, predictor = 6 * BINS * HIDDEN * 8, 8 * D**2, 8 * 4 * D**2, 4 * HIDDEN * D
+    histogram, moments, regression, predictor = 6 * Interval.bins * HIDDEN * 8, 8 * D**2, 8 * 4 * D**2, 4 * HIDDEN * D
     most = 3 / 4 * SITES * (histogram + moments + regression + predictor)  # other needs come and go in both
     assert highest["offload"] < most < highest["together"], (highest, most)
     assert contents(Plan.load(tmp_path / "offload")) == contents(Plan.load(tmp_path / "together"))

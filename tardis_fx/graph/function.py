@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,11 +10,11 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves, tree_map
 
 from tardis_fx.graph.forms import ARITHMETIC, DROPOUT, ELEMENTWISE, call_name, half, is_glu
-from tardis_fx.graph.recognition import factor, recognise
+from tardis_fx.graph.recognition import recognise, recognise_product
 from tardis_fx.graph.writes import storages_of
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from tardis_fx.graph.activations import Activation
     from tardis_fx.graph.site import Projection
@@ -62,48 +60,29 @@ def gate_of(
         ups: the two projections, or the fused one.
         down: where the region ends.
     """
-    for first in (True, False):
-        if (activation := _gated_by(first, region, ups, down)) is not None:
-            return ups[0 if first else -1], activation, None if len(ups) == 2 else 1 - first
+    for gate in (0, 1):
+
+        def place(*z: Tensor, gate: int = gate) -> _Values:
+            halves = z if gate == 0 else z[::-1]
+            return dict(zip((p.node for p in ups), halves, strict=True)) if len(ups) == 2 else {ups[0].node: halves}
+
+        product = lambda *z, place=place: _run(region, down, place(*z))  # noqa: E731
+        if (activation := recognise_product(product, **_settings(region, ups[0], down, place))) is not None:
+            return ups[0 if gate == 0 else -1], activation, None if len(ups) == 2 else gate
     return None, None, None
 
 
-def _gated_by(first: bool, region: Sequence[fx.Node], ups: Sequence[Projection], down: Projection) -> Activation | None:
-    """The activation of ``activation(gate) * up``, the gate being the first or the second projection or half."""
-
-    def product(gate: Tensor, up: Tensor) -> _Values:
-        halves = (gate, up)[:: 1 if first else -1]
-        return dict(zip((p.node for p in ups), halves, strict=True)) if len(ups) == 2 else {ups[0].node: halves}
-
-    def scaled(up: float) -> Activation | None:
-        place = lambda gate: product(gate, torch.full_like(gate, up))  # noqa: E731
-        return recognise(lambda gate: _run(region, down, place(gate)) / up, **_settings(region, ups[0], down, place))
-
-    def slope(gate: float) -> float | None:
-        place = lambda up: product(torch.full_like(up, gate), up)  # noqa: E731
-        return factor(lambda up: _run(region, down, place(up)), **_settings(region, ups[0], down, place))
-
-    activation = scaled(1.0)
-    if activation is None or activation.affine is not None:
-        return None
-    # Small and large: the other side must be left alone wherever it lies.
-    slopes = [(slope(gate), float(activation.value(gate))) for gate in (-0.7, 0.7, 3.0)]
-    alone = all(found is not None and math.isclose(found, value, rel_tol=1e-6) for found, value in slopes)
-    return activation if alone and all(scaled(up) is activation for up in (-2.5, 1e4, -1e4)) else None
-
-
 _Values = dict[fx.Node, Any]
-_Product = Callable[[Tensor, Tensor], _Values]
 
 
 def _settings(
-    region: Sequence[fx.Node], up: Projection, down: Projection, place: Callable[[Tensor], _Values]
+    region: Sequence[fx.Node], up: Projection, down: Projection, place: Callable[..., _Values]
 ) -> dict[str, Any]:
-    """What recognition is to know of a region whose projections have the values that ``place`` makes of a tensor."""
+    """What recognition is to know of a region whose projections have the values that ``place`` makes of tensors."""
 
-    def compared(z: Tensor) -> list[Tensor]:
+    def compared(*z: Tensor) -> list[Tensor]:
         differences: list[Tensor] = []
-        _run(region, down, place(z), differences)
+        _run(region, down, place(*z), differences)
         return differences
 
     kinked = any(call_name(node) in ELEMENTWISE - _SMOOTH for node in region)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING
+import math
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import sympy
@@ -76,6 +77,40 @@ def factor(
         return None
     slope, _ = line
     return slope if _is(lambda z: slope * np.asarray(z), lambda z: slope * z, function, compared, dtype) else None
+
+
+def recognise_product(
+    function: Callable[[Tensor, Tensor], Tensor],
+    *,
+    compared: Callable[[Tensor, Tensor], Sequence[Tensor]] | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Activation | None:
+    """The activation of a function that computes ``activation(gate) * up``, or None where it is no such product.
+
+    Args:
+        function: of gate and up, [points] each; see :func:`recognise` for this and for the rest.
+        compared: likewise.
+        dtype: likewise.
+    """
+
+    def along(place: Callable[[Tensor], tuple[Tensor, Tensor]]) -> dict[str, Any]:
+        return {"compared": None if compared is None else (lambda z: compared(*place(z))), "dtype": dtype}
+
+    def scaled(up: float) -> Activation | None:
+        place = lambda gate: (gate, torch.full_like(gate, up))  # noqa: E731
+        return recognise(lambda gate: function(*place(gate)) / up, **along(place))
+
+    def slope(gate: float) -> float | None:
+        place = lambda up: (torch.full_like(up, gate), up)  # noqa: E731
+        return factor(lambda up: function(*place(up)), **along(place))
+
+    activation = scaled(1.0)
+    if activation is None or activation.affine is not None:
+        return None
+    # Small and large: the other side must be left alone wherever it lies.
+    slopes = [(slope(gate), float(activation.value(gate))) for gate in (-0.7, 0.7, 3.0)]
+    alone = all(found is not None and math.isclose(found, value, rel_tol=1e-6) for found, value in slopes)
+    return activation if alone and all(scaled(up) is activation for up in (-2.5, 1e4, -1e4)) else None
 
 
 def _is(

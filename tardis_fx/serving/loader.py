@@ -18,6 +18,7 @@ from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.platforms import current_platform
 
 from tardis_fx.errors import ConfigError, PlanFileError, ServingError
+from tardis_fx.graph.feed_forward import biases, matrices
 from tardis_fx.passes.base import rewrite_named
 from tardis_fx.plan import Plan
 from tardis_fx.serving import slots
@@ -147,23 +148,19 @@ def _hash(path: str) -> str:
 
 def _rewrite(slot: slots.Slot, entry: SitePlan, prefill: Prefill) -> None:
     """Puts an FFN's modules out of their places."""
-    activation, weights, (rank, size) = slot.activation(str(entry.activation)), slot.weights, slot.shards
-    up, down = slot.layers
-    reduce = slots.reduces(slot)
+    layers, weights, (rank, size) = slot.layers, slot.weights, slot.shards
+    activation, down, reduce = slot.activation(str(entry.activation)), layers.pop(slot.down), slots.reduces(slot)
     if size > 1:
-        entry = shard(entry, rank, size, up.output_size)
+        entry = shard(entry, rank, size, down.input_size)
     rewrite = rewrite_named(entry.method)
     constants = rewrite.constants(entry, weights)
     original: dict[str, Tensor] = {}
     if prefill == "original" and not rewrite.exact:
-        given = {
-            "up": weights.up,
-            "up_bias": weights.up_bias,
-            "down": weights.down,
-            "down_bias": weights.down_bias if rank == 0 else None,
-        }
-        original = {name: value for name, value in given.items() if value is not None}
-    setattr(slot.parent, slot.up, Through(return_bias=up.return_bias))
+        original = matrices(weights) | biases(weights)
+        if rank:
+            original.pop("down_bias", None)
+    for name, layer in layers.items():
+        setattr(slot.parent, name, Through(return_bias=layer.return_bias))
     setattr(slot.parent, activation, nn.Identity())
     ffn = RewrittenFFN(entry, constants, original, d_out=down.output_size, return_bias=down.return_bias, reduce=reduce)
     setattr(slot.parent, slot.down, ffn)

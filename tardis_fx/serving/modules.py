@@ -1,6 +1,7 @@
 """What stands in the places of an FFN's modules, so that the model's own ``forward`` computes the rewritten FFN.
 
-The first projection and the activation pass the input through; the last projection gets it and computes everything.
+The layers in front of the activation, and the activation, pass the input through; the last layer gets it and computes
+everything.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Through(nn.Module):
-    """In the place of the first projection: its input, in the form in which vLLM's layer returns its output."""
+    """In the place of a layer in front of the activation: its input, in the form of the layer's output."""
 
     def __init__(self, *, return_bias: bool) -> None:
         """Takes what the layer was made with."""
@@ -33,7 +34,7 @@ class Through(nn.Module):
 
 
 class RewrittenFFN(nn.Module):
-    """In the place of the last projection: the whole FFN. Its output has both biases in it."""
+    """In the place of the last layer: the whole FFN. Its output has all biases in it."""
 
     def __init__(
         self,

@@ -14,14 +14,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, fx
 
-from tardis_fx.graph.site import SiteWeights
+from tardis_fx.graph.feed_forward import dense
 from tardis_fx.passes.base import rewrite_named
 from tardis_fx.passes.pipeline import decode_tokens
 from tardis_fx.plan import SitePlan
 from tardis_fx.runtime.cpu import op as cpu
 from tardis_fx.serving.rows import decoding
 from tardis_fx.serving.step import query_lengths
-from tardis_fx.statistics.check import original as dense
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -34,7 +33,7 @@ class _Spec:
     Attributes:
         run: the rewritten site, of the rows and the constants in their order.
         activation: of the site.
-        original: fields of :class:`SiteWeights`.
+        original: names of the weights, as in :class:`tardis_fx.graph.site.SiteWeights`.
     """
 
     run: Callable[..., Tensor]
@@ -48,7 +47,7 @@ def spec(entry: SitePlan, constants: Sequence[str], original: Sequence[str]) -> 
     Args:
         entry: what is planned.
         constants: names of the rewrite's constants, in the order of the op's argument.
-        original: fields of :class:`SiteWeights`, likewise; none where no row takes the original.
+        original: names of the original weights, likewise; none where no row takes the original.
     """
     planned = {"kind": entry.kind, "activation": entry.activation, "method": entry.method, "settings": entry.settings}
     return json.dumps({"planned": planned, "constants": list(constants), "original": list(original)}, sort_keys=True)
@@ -110,8 +109,7 @@ def serve(x: Tensor, constants: list[Tensor], original: list[Tensor], text: str,
 
 
 def _original(site: _Spec, rows: Tensor, weights: list[Tensor]) -> Tensor:
-    given = {"up_bias": None, "down_bias": None} | dict(zip(site.original, weights, strict=True))
-    return dense(SiteWeights(**given), site.activation, rows)  # type: ignore[arg-type]
+    return dense(rows, dict(zip(site.original, weights, strict=True)), site.activation)
 
 
 def _fake(x: Tensor, constants: list[Tensor], original: list[Tensor], text: str, d_out: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""A plan's entry for one tensor-parallel rank, which holds some neurons: rows of projections, columns of ``down``.
+"""A plan's entry for one tensor-parallel rank, which holds some of the neurons.
 
 What fold and corrections give is a sum over neurons, and the ranks' outputs are summed: each rank corrects its own
 neurons, and the first one adds the folded map, which is of all neurons together, as vLLM adds biases on the first rank.

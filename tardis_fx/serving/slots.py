@@ -3,95 +3,141 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from itertools import permutations, product
-from typing import TYPE_CHECKING
+from itertools import permutations
+from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.distributed import tensor_model_parallel_all_gather
 from vllm.model_executor.layers.linear import LinearBase, RowParallelLinear
 
 from tardis_fx.errors import PlanMismatchError, ServingError, StaleWeightError
-from tardis_fx.graph.recognition import recognise
-from tardis_fx.graph.site import SiteWeights, function_of
+from tardis_fx.graph.feed_forward import BIASES
+from tardis_fx.graph.recognition import recognise, recognise_product
+from tardis_fx.graph.site import SiteWeights
 from tardis_fx.passes.entry import check_entry
 from tardis_fx.plan import SitePlan
 from tardis_fx.runtime.fingerprint import fingerprint
+from tardis_fx.serving.forms import Form, forms
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from torch import Tensor, nn
 
+    from tardis_fx.graph.activations import Activation
     from tardis_fx.plan import Entry, Plan, Planned
 
 
 @dataclass(frozen=True)
+class Place:
+    """Where a matrix lies: a layer, or one of the equal parts that vLLM merges into a layer.
+
+    Attributes:
+        layer: name of the layer in the slot's module.
+        part: which part of its columns out.
+        parts: how many there are.
+    """
+
+    layer: str
+    part: int
+    parts: int
+
+    def __str__(self) -> str:
+        return self.layer if self.parts == 1 else f"part {self.part} of {self.layer}"
+
+
+@dataclass(frozen=True)
 class Slot:
-    """Two projections of one module, ``down`` taking what ``up`` gives.
+    """The layers of one module that may be an FFN: ``down`` takes as many columns as each projection gives.
 
     Attributes:
         parent: the module that holds them.
         name: its path in the model.
-        up: name of the first projection in ``parent``.
-        down: name of the last one.
+        places: of ``gate``, if there is one, ``up`` and ``down``, in this order; all parts of their layers.
     """
 
     parent: nn.Module
     name: str
-    up: str
-    down: str
+    places: Mapping[str, Place]
 
     @property
-    def layers(self) -> tuple[LinearBase, LinearBase]:
-        """The projections."""
-        return self.parent.get_submodule(self.up), self.parent.get_submodule(self.down)
+    def layers(self) -> dict[str, LinearBase]:
+        """The layers by name, that of ``down`` being the last."""
+        return {place.layer: self.parent.get_submodule(place.layer) for place in self.places.values()}
+
+    @property
+    def down(self) -> str:
+        """Name of the last layer."""
+        return self.places["down"].layer
 
     @property
     def shards(self) -> tuple[int, int]:
         """This rank and the number of ranks that the neurons are shared out over."""
-        up = self.layers[0]
-        whole = tuple(up.weight.shape) == (up.output_size, up.input_size)
-        return (0, 1) if whole else (up.tp_rank, up.tp_size)
+        layer = self.layers[self.down]
+        return (layer.tp_rank, layer.tp_size) if _is_sharded(layer) else (0, 1)
 
     @property
     def weights(self) -> SiteWeights:
         """This rank's weights, as vLLM has loaded them."""
-        up, down = self.layers
-        return SiteWeights(_plain(up.weight), _bias(up), _plain(down.weight), _bias(down))
+        own: dict[str, Any] = {"gate": None, "gate_bias": None}
+        for name, place in self.places.items():
+            layer = self.layers[place.layer]
+            for key, tensor in ((name, layer.weight), (BIASES[name], layer.bias)):
+                whole = None if tensor is None else tensor.data.as_subclass(torch.Tensor)
+                own[key] = None if whole is None else whole.chunk(place.parts)[place.part]
+        return SiteWeights(**own)
 
     @property
     def whole_weights(self) -> SiteWeights:
         """The weights of all ranks together; every rank must ask."""
+        return self.weights if self.shards[1] == 1 else self._joined(tensor_model_parallel_all_gather)
+
+    @property
+    def outline(self) -> SiteWeights:
+        """The weights of all ranks together, without their values."""
+        size = self.shards[1]
+        return self._joined(lambda shard, axis: torch.cat([shard.to("meta")] * size, axis))
+
+    def _joined(self, join: Callable[[Tensor, int], Tensor]) -> SiteWeights:
         own = self.weights
-        if self.shards[1] == 1:
-            return own
-        gather = tensor_model_parallel_all_gather
-        up_bias = None if own.up_bias is None else gather(own.up_bias, 0)
-        return replace(own, up=gather(own.up, 0), up_bias=up_bias, down=gather(own.down, 1))
+        shards = {n: t for n, t in vars(own).items() if t is not None and n != "down_bias"}
+        return replace(own, **{n: join(t, 1 if n == "down" else 0) for n, t in shards.items()})
 
     def activation(self, wanted: str) -> str:
-        """Name of the one child of ``parent`` that computes an activation.
+        """Name of the one child of ``parent`` that computes an activation, times ``up`` where there is a gate.
 
         Raises:
             ServingError: there is none, or more than one.
         """
-        children = {n: c for n, c in self.parent.named_children() if n not in (self.up, self.down)}
+        children = {n: c for n, c in self.parent.named_children() if n not in self.layers}
         plain = {n: c for n, c in children.items() if not any(True for _ in c.parameters())}
-        found = {n: a for n, c in plain.items() if (a := recognise(c)) and a.affine is None}
+        with torch.compiler.set_stance("force_eager"):  # vLLM compiles some of them
+            found = {n: a for n, c in plain.items() if (a := self._computed(c)) and a.affine is None}
         named = [n for n, a in found.items() if a.name == wanted]
         if len(named) != 1:
             others = ", ".join(f"{n} ({a.name})" for n, a in found.items()) or "none"
+            gated = f" of {self.places['gate']} times {self.places['up']}" if "gate" in self.places else ""
             raise ServingError(
-                f"{self.name}: the plan's activation is {wanted}, and {type(self.parent).__name__} has "
+                f"{self.name}: the plan's activation is {wanted}{gated}, and {type(self.parent).__name__} has "
                 f"{len(named) or 'no'} module for it (activations found: {others}): was the model's config changed?"
             )
         return named[0]
+
+    def _computed(self, module: nn.Module) -> Activation | None:
+        """The activation that a module computes, of gate and up if both come from one layer."""
+        *gate, up, _ = self.places.values()
+        if not gate:
+            return recognise(module)
+        if gate[0].layer != up.layer:
+            return None
+        order = slice(None, None, 1 if gate[0].part < up.part else -1)
+        return recognise_product(lambda *z: module(torch.cat(z[order])))
 
 
 def find(model: nn.Module, plan: Plan) -> list[tuple[Slot, SitePlan]]:
     """The slots of all FFNs that a plan rewrites.
 
-    Weights are compared as calibration stored them: vLLM keeps every matrix as [out, in].
+    Weights are compared as calibration stored them: vLLM keeps every matrix as [out, in], and merges gate and up.
 
     Raises:
         PlanFileError: an entry could not have been made by its rewrite.
@@ -100,15 +146,19 @@ def find(model: nn.Module, plan: Plan) -> list[tuple[Slot, SitePlan]]:
     """
     if not plan.rewritten:
         raise PlanMismatchError("the plan rewrites no FFN")
-    found, alike = [], []
+    found: list[tuple[Slot, SitePlan]] = []
+    alike, known = list[Slot](), set[tuple[str, str]]()
     for slot in _slots(model):
-        entries = [entry for entry in plan.sites if entry.kind == "plain" and _orders(slot, entry)]
-        if not entries:
+        stored = _stored(slot)
+        entries = [entry for entry in plan.sites if (entry.kind, entry.shapes) in stored]
+        if not entries or (slot.name, slot.down) in known:
             continue
-        entry = _entry(slot, entries)
+        entry = _entry(slot, entries, stored)
         if entry is None:
             alike.append(slot)
-        elif isinstance(entry, SitePlan):
+            continue
+        known.add((slot.name, slot.down))
+        if isinstance(entry, SitePlan):
             found.append((slot, entry))
     served = {entry.fingerprint for _, entry in found}
     if missing := [entry for entry in plan.rewritten if entry.fingerprint not in served]:
@@ -121,50 +171,54 @@ def find(model: nn.Module, plan: Plan) -> list[tuple[Slot, SitePlan]]:
 
 
 def _slots(model: nn.Module) -> Iterator[Slot]:
+    """All ways to take from one module a last layer and one or two projections that may stand in front of it."""
     for name, parent in model.named_modules():
-        linears = [n for n, c in parent.named_children() if isinstance(c, LinearBase) and _is_matrix(c)]
-        for up, down in permutations(linears, 2):
-            slot = Slot(parent, name, up, down)
-            first, last = slot.layers
-            if first.output_size == last.input_size and _is_sharded(first) == _is_sharded(last):
-                yield slot
+        linears = {n: c for n, c in parent.named_children() if isinstance(c, LinearBase) and _is_matrix(c)}
+        for down, last in linears.items():
+            counts = {n: len(c.output_partition_sizes) for n, c in linears.items() if n != down and _fits(c, last)}
+            parts = [Place(n, part, count) for n, count in counts.items() for part in range(count)]
+            for chosen in (*permutations(parts, 1), *permutations(parts, 2)):
+                layers = {place.layer for place in chosen}
+                whole = sum(counts[layer] for layer in layers) == len(chosen)
+                if whole and len({linears[layer].input_size for layer in layers}) == 1:
+                    names = ("gate", "up", "down")[-len(chosen) - 1 :]
+                    yield Slot(parent, name, dict(zip(names, (*chosen, Place(down, 0, 1)), strict=True)))
 
 
 def _is_matrix(layer: LinearBase) -> bool:
     weight = getattr(layer, "weight", None)
-    return isinstance(weight, torch.Tensor) and weight.dim() == 2 and len(layer.output_partition_sizes) == 1
+    return isinstance(weight, torch.Tensor) and weight.dim() == 2
+
+
+def _fits(layer: LinearBase, down: LinearBase) -> bool:
+    """Whether ``down`` takes as many columns as each part of a layer gives."""
+    hidden = down.weight.shape[1]
+    alike = len(down.output_partition_sizes) == 1 and _is_sharded(layer) == _is_sharded(down)
+    return alike and all(size == hidden for size in layer.output_partition_sizes)
 
 
 def _is_sharded(layer: LinearBase) -> bool:
     return tuple(layer.weight.shape) != (layer.output_size, layer.input_size)
 
 
-def _orders(slot: Slot, entry: Entry) -> list[tuple[bool, bool]]:
-    """In which ways the two matrices may have been stored transposed, going by the shapes."""
-    up, down = slot.layers
-    one, other = (up.output_size, up.input_size), (down.output_size, down.input_size)
-    biases = [(layer.output_size,) if layer.bias is not None else None for layer in (up, down)]
-    return [
-        (first, last)
-        for first, last in product((False, True), repeat=2)
-        if _kept(one[:: -1 if first else 1], biases[0], other[:: -1 if last else 1], biases[1]) == entry.shapes
-    ]
+_Stored = dict[tuple[str, tuple[tuple[int, ...], ...]], list[Form]]
 
 
-def _kept(*values: tuple[int, ...] | None) -> tuple[tuple[int, ...], ...]:
-    return tuple(value for value in values if value is not None)
+def _stored(slot: Slot) -> _Stored:
+    """In which forms the model that was calibrated may have stored a slot's weights, by kind and shapes of an entry."""
+    outline, found = slot.outline, _Stored()
+    kind = "plain" if outline.gate is None else "gated"
+    for form in forms(outline):
+        shapes = tuple(tuple(parameter.shape) for parameter in form.parameters(outline))
+        found.setdefault((kind, shapes), []).append(form)
+    return found
 
 
-def _entry(slot: Slot, entries: Sequence[Planned]) -> Planned | None:
+def _entry(slot: Slot, entries: Sequence[Planned], stored: _Stored) -> Planned | None:
     """The entry of the slot's weights."""
     weights = slot.whole_weights
-    for activation, order in sorted({(e.activation, order) for e in entries for order in _orders(slot, e)}, key=str):
-        up, down = (w.mT if transposed else w for w, transposed in zip((weights.up, weights.down), order, strict=True))
-        turned = [
-            n for n, w, t in zip(("up", "down"), (up, down), order, strict=True) if t and w.shape[0] == w.shape[1]
-        ]
-        own = [w for w in (up, weights.up_bias, down, weights.down_bias) if w is not None]
-        identity = fingerprint(own, function_of(activation, turned=turned))
+    for activation, form in sorted({(e.activation, f) for e in entries for f in stored[e.kind, e.shapes]}, key=str):
+        identity = fingerprint(form.parameters(weights), form.function(weights, activation))
         if entry := next((e for e in entries if e.fingerprint == identity), None):
             if isinstance(entry, SitePlan):
                 check_entry(entry, weights)
@@ -174,9 +228,10 @@ def _entry(slot: Slot, entries: Sequence[Planned]) -> Planned | None:
 
 def _mismatch(entry: Entry, alike: Sequence[Slot]) -> str:
     """Why an entry has no slot."""
-    same = [slot for slot in alike if _orders(slot, entry)]
+    same = [slot for slot in alike if (entry.kind, entry.shapes) in _stored(slot)]
     if not same:
         return f"the model has no FFN of its shapes {', '.join(map(str, entry.shapes))}"
+    names = list(dict.fromkeys(slot.name for slot in same))
     dtypes = {str(slot.weights.up.dtype) for slot in same} - {entry.dtype}
     if dtypes:
         return (
@@ -184,19 +239,11 @@ def _mismatch(entry: Entry, alike: Sequence[Slot]) -> str:
         )
     return (
         f"no FFN has its weights (of its shapes, but with weights unknown to the plan: "
-        f"{', '.join(slot.name for slot in same[:4])}): they changed since calibration, or belong to another model"
+        f"{', '.join(names[:4])}): they changed since calibration, or belong to another model"
     )
-
-
-def _plain(parameter: Tensor) -> Tensor:
-    return parameter.data.as_subclass(torch.Tensor)
-
-
-def _bias(layer: LinearBase) -> Tensor | None:
-    return None if layer.bias is None else _plain(layer.bias)
 
 
 def reduces(slot: Slot) -> bool:
     """Whether the last projection sums what the ranks give."""
-    down = slot.layers[1]
+    down = slot.layers[slot.down]
     return isinstance(down, RowParallelLinear) and down.reduce_results and slot.shards[1] > 1

@@ -17,7 +17,7 @@ from torch.nn import functional
 from tardis_fx.errors import ConfigError
 from tardis_fx.graph import activations
 from tardis_fx.graph.activations import ACTIVATIONS, Activation, Z, register
-from tardis_fx.graph.recognition import recognise
+from tardis_fx.graph.recognition import recognise, recognise_product
 from tardis_fx.runtime.cpu import build as cpu_build
 
 Array = NDArray[np.float64]
@@ -438,6 +438,32 @@ def refuse(z: Tensor) -> Tensor:
 )
 def test_recognise_gives_none_for_anything_else(function: Callable[[Tensor], Tensor]) -> None:
     assert recognise(function) is None
+
+
+@every_registered_activation
+def test_recognise_product_finds_what_the_gate_goes_through(activation: Activation) -> None:
+    found = recognise_product(lambda gate, up: activation.eager(gate) * up)
+    assert found is (None if activation.affine else activation)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda gate, up: gate * functional.silu(up),
+        lambda gate, up: functional.silu(gate * up),
+        lambda gate, up: functional.silu(gate) + up,
+        lambda gate, up: functional.silu(gate) * (up + 1),
+        lambda gate, up: functional.silu(gate) * up.abs(),
+        lambda gate, up: functional.silu(gate) * up.clamp(-7, 7),
+        lambda gate, up: functional.silu(gate).clamp(max=7) * up,
+        lambda gate, up: functional.relu(gate - gate.mean()) * up,
+        lambda gate, up: (functional.silu(gate) * up).flip(-1),
+        lambda gate, up: functional.silu(torch.cat([gate, up])),
+        lambda gate, up: refuse(gate),
+    ],
+)
+def test_recognise_product_gives_none_for_anything_else(function: Callable[[Tensor, Tensor], Tensor]) -> None:
+    assert recognise_product(function) is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])

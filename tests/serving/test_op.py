@@ -1,72 +1,91 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from builders.ffns import Oracle, oracle
+from builders.ffns import planned
+from torch import nn
 
+from tardis_fx.graph.feed_forward import biases, dense, matrices
 from tardis_fx.passes.base import rewrite_named
 from tardis_fx.passes.pipeline import DECODE_TOKENS
 from tardis_fx.serving import op
+from tardis_fx.testing.ffn import FFN, GatedFFN, ffn, gated_ffn, inputs
+from tardis_fx.testing.observation import observed
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from torch import Tensor, fx
 
-GUARDED, EXACT = range(20), range(20, 30)
+    from tardis_fx.graph.site import SiteWeights
+    from tardis_fx.plan import SitePlan
+
+D, D_OUT = 16, 6
+
+Make = Callable[[], FFN | GatedFFN]
+
+
+@cache
+def made(make: Make) -> tuple[SiteWeights, SitePlan]:
+    """An FFN that narrows its input, and its plan."""
+    model = make()
+    model.down.weight, model.down.bias = (nn.Parameter(p.detach()[:D_OUT]) for p in model.down.parameters())
+    return observed(model).weights, planned(model).sites[0]
 
 
 class Site:
     """An FFN with a plan, as the op takes it."""
 
-    def __init__(self, tokens: int) -> None:
-        self.made: Oracle = oracle(8, 40, tokens, "gelu", d_out=6)
-        entry, w = self.made.plan(GUARDED, EXACT), self.made.weights
-        self.constants = rewrite_named("partial_linear").constants(entry, w)
-        self.original = {"up": w.up, "up_bias": w.up_bias, "down": w.down, "down_bias": w.down_bias}
+    def __init__(self, tokens: int, make: Make = ffn) -> None:
+        (w, entry), rewrite, self.x = made(make), rewrite_named("partial_linear"), inputs(tokens, D)
+        self.constants, self.original = rewrite.constants(entry, w), matrices(w) | biases(w)
+        self.rewritten = rewrite.forward(self.x, self.constants, entry)
+        self.dense = dense(self.x, self.original, str(entry.activation))
         self.text = op.spec(entry, list(self.constants), list(self.original))
         self.always = op.spec(entry, list(self.constants), [])
 
     def __call__(self, x: Tensor, *, prefill: str = "original") -> Tensor:
         constants = list(self.constants.values())
         if prefill == "rewritten":
-            return torch.ops.tardis.serve(x, constants, [], self.always, 6)
-        return torch.ops.tardis.serve(x, constants, list(self.original.values()), self.text, 6)
+            return torch.ops.tardis.serve(x, constants, [], self.always, D_OUT)
+        return torch.ops.tardis.serve(x, constants, list(self.original.values()), self.text, D_OUT)
 
 
 def in_steps_of(monkeypatch: pytest.MonkeyPatch, *lengths: int) -> None:
     monkeypatch.setattr(op, "query_lengths", lambda rows: list(lengths))
 
 
+@pytest.mark.parametrize("make", [ffn, gated_ffn])
 @pytest.mark.parametrize("lengths", [(1, 20, 3, 9), (20, 1), (1, 20), (9, 8, 9), (2, 3), (10, 12)])
 def test_every_row_of_a_mixed_step_takes_the_branch_of_its_request(
-    monkeypatch: pytest.MonkeyPatch, lengths: tuple[int, ...]
+    monkeypatch: pytest.MonkeyPatch, lengths: tuple[int, ...], make: Make
 ) -> None:
     in_steps_of(monkeypatch, *lengths)
-    site = Site(sum(lengths))
-    rewritten, dense = site.made.rewritten(GUARDED, EXACT), site.made.dense()
-    assert not torch.isclose(rewritten, dense, rtol=1e-3).all(1).any()  # else the branches could not be told apart
+    site = Site(sum(lengths), make)
+    assert (
+        not torch.isclose(site.rewritten, site.dense, rtol=1e-3).all(1).any()
+    )  # else the branches could not be told apart
     few = torch.tensor([n <= DECODE_TOKENS for n in lengths]).repeat_interleave(torch.tensor(lengths))
-    torch.testing.assert_close(site(site.made.x), torch.where(few[:, None], rewritten, dense))
+    torch.testing.assert_close(site(site.x), torch.where(few[:, None], site.rewritten, site.dense))
 
 
 def test_many_decoding_requests_take_the_original(monkeypatch: pytest.MonkeyPatch) -> None:
     in_steps_of(monkeypatch, *[1] * (DECODE_TOKENS + 1), 12)
     site = Site(DECODE_TOKENS + 13)
-    torch.testing.assert_close(site(site.made.x), site.made.dense())
+    torch.testing.assert_close(site(site.x), site.dense)
 
 
 def test_every_row_is_rewritten_where_the_original_is_not_given() -> None:
     site = Site(20)
-    torch.testing.assert_close(site(site.made.x, prefill="rewritten"), site.made.rewritten(GUARDED, EXACT))
+    torch.testing.assert_close(site(site.x, prefill="rewritten"), site.rewritten)
 
 
 def test_leading_axes_are_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     in_steps_of(monkeypatch, 2, 10)
     site = Site(12)
-    torch.testing.assert_close(site(site.made.x.view(1, 12, 8)), site(site.made.x).view(1, 12, 6))
+    torch.testing.assert_close(site(site.x.view(1, 12, D)), site(site.x).view(1, 12, D_OUT))
 
 
 def test_one_graph_with_one_node_for_the_site_serves_steps_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,7 +98,7 @@ def test_one_graph_with_one_node_for_the_site_serves_steps_of_any_size(monkeypat
 
     run = torch.compile(site, backend=backend, fullgraph=True, dynamic=True)
     for tokens in (20, 3, 12):
-        x = site.made.x[:tokens].clone()
+        x = site.x[:tokens].clone()
         torch.testing.assert_close(run(x), site(x))
     assert [[target for target in graph if "tardis" in str(target)] for graph in graphs] == [[torch.ops.tardis.serve]]
 

@@ -1,37 +1,38 @@
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from builders.ffns import FFN, Oracle, oracle, planned
-from builders.gated import Gated
+from builders.ffns import Oracle, oracle, planned
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tardis_fx.errors import ServingError
-from tardis_fx.graph.site import SiteWeights
+from tardis_fx.graph.feed_forward import narrowed
 from tardis_fx.passes.base import rewrite_named
 from tardis_fx.serving.shards import shard
+from tardis_fx.testing.ffn import ffn, gated_ffn, inputs
+from tardis_fx.testing.observation import observed
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
+    from tardis_fx.graph.site import SiteWeights
     from tardis_fx.plan import SitePlan
+    from tardis_fx.testing.ffn import FFN, GatedFFN
 
 
 def parts(entry: SitePlan, weights: SiteWeights, x: Tensor, size: int) -> list[Tensor]:
-    """What each rank gives, from its rows of the projections and columns of ``down`` alone."""
+    """What each rank gives, from the weights of its neurons alone."""
     rewrite, hidden = rewrite_named(str(entry.method)), len(weights.up)
     found = []
     for rank in range(size):
-        own = slice(rank * hidden // size, (rank + 1) * hidden // size)
-        rows = {name: getattr(weights, name) for name in ("gate", "gate_bias", "up", "up_bias")}
-        rows = {name: None if tensor is None else tensor[own] for name, tensor in rows.items()}
-        held = replace(weights, **rows, down=weights.down[:, own])
+        own = narrowed(weights, torch.arange(rank * hidden // size, (rank + 1) * hidden // size))
         part = shard(entry, rank, size, hidden)
-        found.append(rewrite.forward(x, rewrite.constants(part, held), part))
+        found.append(rewrite.forward(x, rewrite.constants(part, own), part))
     return found
 
 
@@ -45,15 +46,12 @@ def test_the_ranks_sum_to_the_whole_site(size: int, per: int, data: st.DataObjec
     torch.testing.assert_close(sum(parts(entry, made.weights, made.x, size)), whole)
 
 
-@pytest.mark.parametrize("kind", ["plain", "gated"])
+@pytest.mark.parametrize("make", [ffn, gated_ffn])
 @pytest.mark.parametrize("bits", [3, 8, 16])
-def test_the_ranks_sum_to_the_whole_site_of_a_calibrated_plan(original: FFN, bits: int, kind: str) -> None:
-    model = original if kind == "plain" else Gated()
-    entry = planned(model, fold_bits=bits, row_bits=bits).sites[0]
-    assert len(entry.tensors["codes"]) > 0
-    projections = [model.up, model.down] if isinstance(model, FFN) else [model.up, model.down, model.gate]
-    weights = SiteWeights(*(p.detach() for projection in projections for p in projection.parameters()))
-    rewrite, x = rewrite_named(str(entry.method)), torch.randn(5, 16, generator=torch.Generator().manual_seed(3))
+def test_the_ranks_sum_to_the_whole_site_at_any_width(make: Callable[[], FFN | GatedFFN], bits: int) -> None:
+    model, x = make(), inputs(5, 16)
+    entry, weights = planned(model, fold_bits=bits, row_bits=bits).sites[0], observed(model).weights
+    rewrite = rewrite_named(str(entry.method))
     whole = rewrite.forward(x, rewrite.constants(entry, weights), entry)
     torch.testing.assert_close(sum(parts(entry, weights, x, 2)), whole, rtol=1e-4, atol=1e-4)
 

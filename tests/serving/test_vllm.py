@@ -8,7 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,7 @@ from builders.ffns import exact_plan
 from tardis_fx import Config, Plan, calibrate
 from tardis_fx.measure.decoding import cache_argument
 from tardis_fx.observation.observe import BatchObservation
+from tardis_fx.passes.pipeline import DECODE_TOKENS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -31,20 +32,27 @@ pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"),
 ]
 
-VOCABULARY, TOKENS = 128, 24
+VOCABULARY, TOKENS, LAYERS = 128, 24, 2
 _IDS: dict[str, Any] = {"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 _SHAPE = _IDS | {
-    "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 64,
+    "hidden_size": 64, "num_hidden_layers": LAYERS, "num_attention_heads": 2, "max_position_embeddings": 64,
 }  # fmt: skip
 _FAMILIES: dict[str, Callable[[], hf.PreTrainedModel]] = {
     "gpt2": lambda: hf.GPT2LMHeadModel(
-        hf.GPT2Config(**_IDS, n_embd=64, n_layer=2, n_head=2, n_positions=64, initializer_range=0.2)
+        hf.GPT2Config(**_IDS, n_embd=64, n_layer=LAYERS, n_head=2, n_positions=64, initializer_range=0.2)
     ),
     "opt": lambda: hf.OPTForCausalLM(hf.OPTConfig(**_SHAPE, word_embed_proj_dim=64, ffn_dim=256, init_std=0.2)),
     "falcon": lambda: hf.FalconForCausalLM(hf.FalconConfig(**_SHAPE, initializer_range=0.2)),
     "gpt_neox": lambda: hf.GPTNeoXForCausalLM(
         hf.GPTNeoXConfig(**_SHAPE, intermediate_size=256, initializer_range=0.2)
     ),
+    "llama": lambda: hf.LlamaForCausalLM(
+        hf.LlamaConfig(**_SHAPE, intermediate_size=192, mlp_bias=True, initializer_range=0.2)
+    ),
+    "gemma": lambda: hf.GemmaForCausalLM(
+        hf.GemmaConfig(**_SHAPE, intermediate_size=192, num_key_value_heads=1, head_dim=32, initializer_range=0.2)
+    ),
+    "phi3": lambda: hf.Phi3ForCausalLM(hf.Phi3Config(**_SHAPE, intermediate_size=192, initializer_range=0.2)),
 }  # fmt: skip
 
 
@@ -56,10 +64,17 @@ def prompts(*lengths: int) -> list[list[int]]:
 #: The third prompt is short enough for its prefill to be rewritten.
 PROMPTS = prompts(12, 20, 5, 30)
 
+#: Calls of FFNs in which rows are rewritten, of requests that come one after the other.
+REWRITTEN = LAYERS * (len(PROMPTS) * (TOKENS - 1) + 1)
+
 
 def build(family: str, seed: int = 0) -> hf.PreTrainedModel:
     torch.manual_seed(seed)
-    return _FAMILIES[family]().eval()
+    model = _FAMILIES[family]().eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            parameter.data.normal_(0, 0.2)
+    return model
 
 
 def batches() -> list[dict[str, torch.Tensor]]:
@@ -148,6 +163,8 @@ def test_tokens_are_those_of_the_same_plan_in_transformers(
     cases = [case(family) for family in _FAMILIES]
     found = run([c.job(enforce_eager=eager, tensor_parallel_size=ranks) for c in cases], cache_root)
     assert tokens(found) == [c.rewritten for c in cases]
+    if ranks == 1:  # else the calls are made in processes of their own
+        assert [sum(max(step) <= DECODE_TOKENS for step in f["steps"]) for f in found] == [REWRITTEN] * len(cases)
 
 
 def test_a_guard_that_corrects_everything_gives_the_unmodified_models_tokens(
@@ -157,8 +174,8 @@ def test_a_guard_that_corrects_everything_gives_the_unmodified_models_tokens(
     for family in _FAMILIES:
         sites = BatchObservation(build(family), batches(), progress=False).sites
         plan = tmp_path / f"{family}.safetensors"
-        entries = [exact_plan(s.weights, s.parameters, str(s.site.activation)) for s in sites]
-        Plan(tuple(entries), Config()).save(plan)
+        entries = [(exact_plan(s.weights, s.parameters, str(s.site.activation)), s.fingerprint) for s in sites]
+        Plan(tuple(replace(entry, fingerprint=f) for entry, f in entries), Config()).save(plan)
         jobs.append(case(family).job(plan, prefill="rewritten"))
     assert tokens(run(jobs, cache_root)) == [case(family).original for family in _FAMILIES]
 
@@ -166,12 +183,11 @@ def test_a_guard_that_corrects_everything_gives_the_unmodified_models_tokens(
 def test_prompts_and_decoding_requests_in_one_step_take_the_branch_of_each(
     case: Callable[[str], Case], cache_root: Path
 ) -> None:
-    served = case("opt")
-    lengths = [24, 9, 16, 20]
-    job = served.job(max_num_seqs=2, max_num_batched_tokens=64) | {"tokens": lengths}
-    (found,) = run([job], cache_root)
-    assert any(min(step) == 1 and max(step) > 8 for step in found["steps"])  # both in one step
-    assert found["tokens"] == [ids[:n] for ids, n in zip(served.rewritten, lengths, strict=True)]
+    cases, lengths = [case("opt"), case("llama")], [24, 9, 16, 20]
+    jobs = [c.job(max_num_seqs=2, max_num_batched_tokens=64) | {"tokens": lengths} for c in cases]
+    for served, found in zip(cases, run(jobs, cache_root), strict=True):
+        assert any(min(step) == 1 and max(step) > DECODE_TOKENS for step in found["steps"])  # both in one step
+        assert found["tokens"] == [ids[:n] for ids, n in zip(served.rewritten, lengths, strict=True)]
 
 
 def test_a_plan_that_does_not_fit_stops_the_server_and_names_the_site(

@@ -1,0 +1,74 @@
+"""The ways in which a model may store an FFN's weights, each of which gives the FFN another fingerprint.
+
+An engine stores every matrix as [out, in] and merges projections as it likes; the model that was calibrated may have
+stored them otherwise.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import TYPE_CHECKING
+
+import torch
+
+from tardis_fx.graph.feed_forward import BIASES, matrices
+from tardis_fx.graph.site import function_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from tardis_fx.graph.site import SiteWeights
+
+
+@dataclass(frozen=True)
+class Form:
+    """One way to store an FFN's weights.
+
+    Attributes:
+        gate_half: which half of a fused matrix is the gate; None where each projection has a matrix of its own.
+        transposed: names of the matrices that are stored [in, out]; a fused one is ``up``.
+    """
+
+    gate_half: int | None
+    transposed: tuple[str, ...]
+
+    def parameters(self, weights: SiteWeights) -> list[Tensor]:
+        """The weights as this form stores them, in the order of :attr:`tardis_fx.graph.site.Site.parameters`."""
+        own = self._fused(weights)
+        stored = {name: matrix.mT if name in self.transposed else matrix for name, matrix in matrices(own).items()}
+        every = [tensor for name, matrix in stored.items() for tensor in (matrix, getattr(own, BIASES[name]))]
+        return [tensor for tensor in every if tensor is not None]
+
+    def function(self, weights: SiteWeights, activation: str | None) -> str | None:
+        """What the FFN computes of these parameters; see :func:`tardis_fx.graph.site.function_of`."""
+        own = matrices(self._fused(weights))
+        turned = [name for name in self.transposed if own[name].shape[0] == own[name].shape[1]]
+        return function_of(activation, self.gate_half, turned)
+
+    def _fused(self, weights: SiteWeights) -> SiteWeights:
+        """The weights, both projections in ``up`` where the form fuses them."""
+        if self.gate_half is None:
+            return weights
+        first, second = ("gate", "up") if self.gate_half == 0 else ("up", "gate")
+        bias = None if weights.up_bias is None else _cat(weights, f"{first}_bias", f"{second}_bias")
+        return replace(weights, up=_cat(weights, first, second), up_bias=bias, gate=None, gate_bias=None)
+
+
+def _cat(weights: SiteWeights, *names: str) -> Tensor:
+    return torch.cat([getattr(weights, name) for name in names])
+
+
+def forms(weights: SiteWeights) -> list[Form]:
+    """All ways to store an FFN's weights.
+
+    Args:
+        weights: of the FFN; only what there is of them counts, not their values.
+    """
+    fusible = weights.gate is not None and (weights.gate_bias is None) == (weights.up_bias is None)
+    names = {half: [n for n in matrices(weights) if half is None or n != "gate"] for half in (None, 0, 1)}
+    return [
+        Form(half, tuple(name for name, turn in zip(names[half], turns, strict=True) if turn))
+        for half in ((None, 0, 1) if fusible else (None,))
+        for turns in product((False, True), repeat=len(names[half]))
+    ]
