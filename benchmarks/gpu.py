@@ -25,14 +25,15 @@ import torch
 
 from tardis_fx.bench import ffn, model
 from tardis_fx.bench.plans import Widths
+from tardis_fx.bench.timings import report as table
 from tardis_fx.errors import TardisError
-from tardis_fx.measure.machine import Gpu
-from tardis_fx.measure.table import LEAST_ROUNDS, markdown
+from tardis_fx.measure.machine import Machine
+from tardis_fx.measure.timing import LEAST_ROUNDS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from tardis_fx.measure.table import Row
+    from tardis_fx.bench.timings import Timing
 
 ROOT = Path(__file__).resolve().parents[1]
 #: Seconds in all, and what a case is given to finish in: none is begun later.
@@ -94,15 +95,15 @@ def tested(seconds: float) -> str:
     return "; ".join(said)
 
 
-def cases(device: str) -> list[tuple[str, float, Callable[[], tuple[list[Row], list[str]]]]]:
+def cases(device: str) -> list[tuple[str, float, Callable[[], tuple[list[Timing], list[str]]]]]:
     """Name, seconds and run of every case."""
 
-    def one_ffn(d: int, rate: float, tokens: Sequence[int]) -> tuple[list[Row], list[str]]:
-        rows = ffn.compare(d, torch.bfloat16, tokens, [Widths(BITS)], rate, LEAST_ROUNDS, device=device)
+    def one_ffn(d: int, rate: float, tokens: Sequence[int]) -> tuple[list[Timing], list[str]]:
+        rows = ffn.bench_ffn(d, torch.bfloat16, tokens, [Widths(BITS)], rate, LEAST_ROUNDS, device=device)
         return [replace(row, case=f"FFN, {row.case}, {rate:.0%}") for row in rows], []
 
-    def one_model(shape: str) -> tuple[list[Row], list[str]]:
-        return model.compare(
+    def one_model(shape: str) -> tuple[list[Timing], list[str]]:
+        return model.bench_model(
             shape, torch.bfloat16, [Widths(BITS)], 0.05, LEAST_ROUNDS, device=device, mode="max-autotune"
         )
 
@@ -114,9 +115,9 @@ def cases(device: str) -> list[tuple[str, float, Callable[[], tuple[list[Row], l
     return [*ffns[:1], *models[:1], *ffns[1:9], *models[1:], *ffns[9:]]
 
 
-def measured(device: str, until: float) -> tuple[list[Row], list[str]]:
+def measured(device: str, until: float) -> tuple[list[Timing], list[str]]:
     """Rows of the cases that time allows, and remarks: which it does not, and which failed, with what."""
-    rows: list[Row] = []
+    rows: list[Timing] = []
     remarks: list[str] = []
     for name, seconds, run in cases(device):
         if time.monotonic() + seconds > until:
@@ -138,13 +139,13 @@ def measured(device: str, until: float) -> tuple[list[Row], list[str]]:
     return sorted(rows, key=lambda row: not row.case.startswith("FFN")), remarks
 
 
-def report(rows: Sequence[Row], remarks: Sequence[str], machine: Gpu, tests: str) -> str:
+def report(rows: Sequence[Timing], remarks: Sequence[str], machine: Machine, tests: str) -> str:
     """The table, with commit, command and conditions above it."""
     git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
     head = f"## {time.strftime('%Y-%m-%d')}, commit {commit}\n\n`python benchmarks/gpu.py`. GPU tests: {tests}."
     said = "\n".join(f"- {remark}" for remark in remarks)
-    return "\n\n".join(part for part in (head, markdown(rows, machine), said) if part) + "\n"
+    return "\n\n".join(part for part in (head, table(rows, machine), said) if part) + "\n"
 
 
 def record(text: str, device: str, folder: Path) -> Path:
@@ -162,7 +163,7 @@ def main() -> None:
     until = time.monotonic() + TIME
     register_checkout()
     tests = tested(ALL_TESTS)
-    machine = Gpu.measured()
+    machine = Machine.measured("cuda")
     text = report(*measured("cuda", until), machine, tests)
     print(text)
     print(f"written to {record(text, machine.name, ROOT / 'benchmarks' / 'results')}", file=sys.stderr)

@@ -1,31 +1,33 @@
-"""Models under comparison: what each is calibrated on, and how its rewritten form is judged."""
+"""Models under comparison: the text that calibrates each, and how its rewritten forms are judged."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch.nn import functional as F  # noqa: N812
 
-from tardis_fx.demo.model import DemoModel, cut
+from tardis_fx.demo.model import FOLDER, DemoModel, cut, load
 from tardis_fx.digest import digest
 from tardis_fx.errors import BenchError
-from tardis_fx.measure.quality import Decoder
+from tardis_fx.measure.decoding import Decoder
+from tardis_fx.measure.quality import DenseReference
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
-    from pathlib import Path
 
     from torch import Tensor, nn
 
+    from tardis_fx.compare.cases import RewrittenModel
     from tardis_fx.observation.observe import Batch
 
-#: Windows of text, and tokens of a window at the most: 16,384 tokens calibrate, as many others are measured on.
+#: Windows of text, and most tokens of a window: 16,384 tokens calibrate, and quality is measured on as many others.
 WINDOWS, LENGTH = 64, 256
-#: Tokens of prompt and tokens that follow, where decoding is timed.
+#: Tokens of the prompt, and tokens that follow, when decoding is timed.
 PROMPT, NEW_TOKENS = 64, 65
 
 
@@ -82,8 +84,8 @@ class Subject(ABC):
     def call(self, run: Callable[..., Any], batch: Batch) -> Any:
         """The model's outputs for one batch."""
 
-    def decoder(self, step: Callable[..., Any]) -> Callable[[], float]:
-        """What decodes with ``step`` and returns seconds per token.
+    def decoder(self, rewritten: RewrittenModel) -> Callable[[], float]:
+        """What decodes with a rewritten form, compiled by Inductor, and returns seconds per token.
 
         Raises:
             BenchError: the model does not decode.
@@ -116,27 +118,31 @@ class LanguageModel(Subject):
             BenchError: a text is shorter than a window.
         """
         super().__init__(name, demo.model)
-        self._demo, self._calibration, self._windows = demo, calibration, windows
+        self._context, self._calibration, self._windows = demo.context, calibration, windows
         self._length = min(LENGTH, demo.context)
         if (least := min(len(calibration), len(test))) < self._length:
             raise BenchError(f"{least} tokens of text are less than one window of {self._length}: give more text")
         self._text = cut(test, windows, self._length)
 
     @classmethod
-    def of(cls, name: str, demo: DemoModel, file: Path | None = None, windows: int = WINDOWS) -> LanguageModel:
-        """Takes the standard library's splits, or a file: its first half calibrates, its second half is measured on.
+    def from_folder(cls, model: str, dtype: str, file: Path | None = None, windows: int = WINDOWS) -> LanguageModel:
+        """Loads a model, to be judged on the standard library's splits or on a file.
+
+        Args:
+            model: "demo", or a folder.
+            dtype: that the model is cast to.
+            file: its first half calibrates, quality is measured on its second half.
+            windows: of each.
 
         Raises:
-            BenchError: the file cannot be read, or is too short.
+            TardisError: the folder holds no model, the file cannot be read, or it is too short.
         """
+        demo = load(FOLDER if model == "demo" else Path(model))
+        demo.model.to(getattr(torch, dtype))
+        name = f"{Path(model).name}, {dtype}"
         if file is None:
             return cls(name, demo, demo.tokens("calibration"), demo.tokens("test"), windows)
-        try:
-            ids = torch.tensor(
-                demo.tokenizer.encode(file.read_text(encoding="utf-8")).ids, dtype=torch.int64, device="cpu"
-            )
-        except (OSError, UnicodeDecodeError) as error:
-            raise BenchError(f"cannot read text from {file}: {error}") from error
+        ids = demo.read(file)
         return cls(name, demo, ids[: len(ids) // 2], ids[len(ids) // 2 :], windows)
 
     def text(self) -> Sequence[Tensor]:
@@ -153,38 +159,18 @@ class LanguageModel(Subject):
         return logits
 
     @cached_property
-    @torch.no_grad()
-    def _dense(self) -> list[Tensor]:
-        return [self.call(self.model, batch) for batch in self.text()]
+    def _reference(self) -> DenseReference:
+        return DenseReference(self.model, self._text)
 
-    @cached_property
-    def _dense_loss(self) -> float:
-        return self._compare(self._dense)["loss"]
-
-    @torch.no_grad()
     def evaluate(self, run: Callable[..., Any]) -> dict[str, float]:
-        """Perplexity, its rise over the dense model's, agreement of the likeliest next token, KL(dense || rewritten).
+        """Fields of :class:`tardis_fx.measure.quality.Quality`."""
+        return asdict(self._reference.quality(run))
 
-        Losses and KL, in nats per token, are computed in float32 from logits in the model's dtype.
-        """
-        found = self._compare(self.call(run, batch) for batch in self.text())
-        loss = torch.tensor(found.pop("loss"), dtype=torch.float64, device="cpu")
-        return {"perplexity": float(loss.exp()), "rise": float((loss - self._dense_loss).expm1()), **found}
-
-    def _compare(self, logits: Any) -> dict[str, float]:
-        loss = kl = same = 0.0
-        for tokens, found, dense in zip(self.text(), logits, self._dense, strict=True):
-            ours, theirs = found.float().log_softmax(-1), dense.float().log_softmax(-1)
-            loss += float(F.nll_loss(ours[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum"))
-            kl += float(F.kl_div(ours, theirs, reduction="sum", log_target=True))
-            same += float((found.argmax(-1) == dense.argmax(-1)).sum())
-        count = self._text.numel()
-        return {"loss": loss / (count - len(self._text)), "agreement": same / count, "kl": kl / count}
-
-    def decoder(self, step: Callable[..., Any]) -> Callable[[], float]:
+    def decoder(self, rewritten: RewrittenModel) -> Callable[[], float]:
         """Batch 1, static cache, a prompt from the test text."""
-        decoder, prompt = Decoder(self._demo, step), self._text[0, :PROMPT]
-        return lambda: decoder(prompt, min(NEW_TOKENS, self._demo.context - len(prompt)))[1]
+        decoder = Decoder(rewritten.model, self._context, **rewritten.options)
+        prompt = self._text[0, :PROMPT]
+        return lambda: decoder.continue_text(prompt, min(NEW_TOKENS, self._context - len(prompt)))[1]
 
 
 class Encoder(Subject):
