@@ -21,7 +21,7 @@ from tardis_fx.compare import report
 from tardis_fx.compare.cases import Case, Dense, Planned, Torchao
 from tardis_fx.compare.compare import compare_rewrites
 from tardis_fx.compare.records import Records
-from tardis_fx.compare.subjects import LENGTH, WINDOWS, Encoder, LanguageModel
+from tardis_fx.compare.subjects import LENGTH, WINDOWS, encoder, load_subject
 from tardis_fx.errors import BenchError
 from tardis_fx.measure.machine import conditions
 
@@ -69,7 +69,7 @@ def cases() -> list[Case]:
     return [*rows, *integers]
 
 
-def encoder() -> Subject:
+def minilm() -> Subject:
     """all-MiniLM-L6-v2, on 384 docstrings of the standard library, and on 256 of other modules."""
     sys.path.append(str(Path(__file__).parent.parent / "examples"))
     from encoder import batches, embed, load, sentences
@@ -80,7 +80,7 @@ def encoder() -> Subject:
         return batches(tokenizer, sentences("calibration", 384, seed))
 
     text = batches(tokenizer, sentences("test", 256))
-    return Encoder("all-MiniLM-L6-v2, bfloat16", model.bfloat16(), calibration, text, embed)
+    return encoder("all-MiniLM-L6-v2, bfloat16", model.bfloat16(), calibration, text, embed)
 
 
 def main() -> None:
@@ -97,7 +97,7 @@ def main() -> None:
     name = "encoder" if given.encoder else Path(given.model).name
     chosen = [case for case in cases() if not given.only or case.label in given.only]
     try:
-        subject = encoder() if given.encoder else LanguageModel.from_folder(given.model, "bfloat16")
+        subject = minilm() if given.encoder else load_subject(given.model, "bfloat16")
         records = compare_rewrites(subject, chosen, given.seeds, Records(given.out))
         print(report.table(records, subject))
         report.draw(records, subject, given.plot or Path(f"quality-{name}.png"))

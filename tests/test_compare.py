@@ -24,7 +24,7 @@ from tardis_fx.compare import cases, report
 from tardis_fx.compare.cases import Case, Dense, Planned, RewrittenModel, Torchao, Trial
 from tardis_fx.compare.compare import compare_rewrites
 from tardis_fx.compare.records import Record, Records
-from tardis_fx.compare.subjects import Encoder, LanguageModel
+from tardis_fx.compare.subjects import Subject, encoder, language_model
 from tardis_fx.demo.model import DemoModel, cut, load
 from tardis_fx.digest import digest
 from tardis_fx.errors import BenchError, CalibrationError, ConfigError, DemoError, TardisError
@@ -34,9 +34,9 @@ from tardis_fx.runtime.packing import row_bytes
 TEXT = tokens(2000)
 
 
-def subject(model: hf.PreTrainedModel | None = None, text: Tensor = TEXT) -> LanguageModel:
+def subject(model: hf.PreTrainedModel | None = None, text: Tensor = TEXT) -> Subject:
     demo = DemoModel(gpt2() if model is None else model, None, 64, {})
-    return LanguageModel("tiny", demo, text, text.flip(0), windows=3)
+    return language_model("tiny", demo, text, text.flip(0), windows=3)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,7 +177,7 @@ def test_a_healed_case_is_another_one_and_heals_on_the_calibration_batches(monke
 def test_the_dense_model_loses_nothing(tmp_path: Path) -> None:
     (record,) = run([Dense()], tmp_path / "r.jsonl", [0])
     assert (record.metrics["kl"], record.metrics["agreement"], record.metrics["rise"]) == (0, 1, 0)
-    text = torch.cat(list(subject().text()))
+    text = torch.cat(list(subject().text))
     with torch.no_grad():
         loss = gpt2()(text, labels=text).loss
     assert record.metrics["perplexity"] == pytest.approx(loss.exp().item(), rel=1e-5)
@@ -199,7 +199,7 @@ def test_kl_is_that_of_the_dense_distribution_to_the_other_in_nats_per_token() -
     tiny, flat = subject(), gpt2()
     with torch.no_grad():
         flat.lm_head.weight.zero_()
-        text = torch.cat(list(tiny.text()))
+        text = torch.cat(list(tiny.text))
         p = tiny.call(tiny.model, text).double().softmax(-1)
     found = tiny.evaluate(flat)
     entropy = -(p * p.log()).sum(-1).mean().item()
@@ -216,9 +216,9 @@ def test_an_encoder_is_judged_by_direction_and_by_nearest_neighbour() -> None:
         return torch.nn.functional.normalize(found + 1e-6, dim=-1)
 
     text = [{"x": points[:2]}, {"x": points[2:]}]
-    encoder = Encoder("points", dense, lambda _: text, text, embed)
-    assert encoder.evaluate(dense) == pytest.approx({"cosine": 1, "distance": 0, "neighbours": 1}, abs=1e-6)
-    found = encoder.evaluate(torch.nn.Identity())
+    subject = encoder("points", dense, lambda _: text, text, embed)
+    assert subject.evaluate(dense) == pytest.approx({"cosine": 1, "distance": 0, "neighbours": 1}, abs=1e-6)
+    found = subject.evaluate(torch.nn.Identity())
     assert found["cosine"] < 0.8
     assert found["neighbours"] < 1
 

@@ -20,29 +20,17 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "demo": ("GPT2Config", {}),
     "gpt2": ("GPT2Config", {}),
     "gpt2-xl": ("GPT2Config", {"n_embd": 1600, "n_layer": 48, "n_head": 25}),
-    "opt-6.7b": (
-        "OPTConfig",
-        {
-            "hidden_size": 4096,
-            "word_embed_proj_dim": 4096,
-            "ffn_dim": 16384,
-            "num_hidden_layers": 32,
-            "num_attention_heads": 32,
-        },
-    ),
+    "opt-6.7b": ("OPTConfig", {
+        "hidden_size": 4096, "word_embed_proj_dim": 4096, "ffn_dim": 16384, "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+    }),
     "falcon-7b": ("FalconConfig", {}),
-    "tinyllama-1.1b": (
-        "LlamaConfig",
-        {
-            "hidden_size": 2048,
-            "intermediate_size": 5632,
-            "num_hidden_layers": 22,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 4,
-        },
-    ),
+    "tinyllama-1.1b": ("LlamaConfig", {
+        "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+    }),
     "llama-7b": ("LlamaConfig", {}),
-}
+}  # fmt: skip
 
 
 def config_of(shape: str | Path, layers: int | None = None) -> Any:

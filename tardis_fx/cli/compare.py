@@ -66,9 +66,9 @@ def compare(
     from tardis_fx.compare.compare import compare_rewrites
     from tardis_fx.compare.records import Records
     from tardis_fx.compare.report import draw, table
-    from tardis_fx.compare.subjects import LanguageModel
+    from tardis_fx.compare.subjects import load_subject
 
-    subject = LanguageModel.from_folder(model, dtype, text, windows)
+    subject = load_subject(model, dtype, text, windows)
     records = compare_rewrites(subject, chosen, drawn, Records(out), decode=decode)
     typer.echo(table(records, subject))
     if plot is not None:

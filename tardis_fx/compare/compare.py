@@ -12,7 +12,7 @@ from tqdm import tqdm
 from tardis_fx.compare.cases import RewrittenModel, Trial
 from tardis_fx.compare.records import Record
 from tardis_fx.digest import digest
-from tardis_fx.errors import CalibrationError
+from tardis_fx.errors import BenchError, CalibrationError
 from tardis_fx.measure.timing import LEAST_ROUNDS, Ratio, interleave
 from tardis_fx.runtime.touched import count_touched
 
@@ -100,7 +100,7 @@ def _counted(subject: Subject, plan: Plan | None, run: Callable[..., Any]) -> fl
     if plan is None:
         return None
     with count_touched() as touched:
-        for batch in subject.text()[:COUNTED]:
+        for batch in subject.text[:COUNTED]:
             subject.call(run, batch)
     if touched.sites < len(plan.rewritten):
         return None
@@ -110,6 +110,8 @@ def _counted(subject: Subject, plan: Plan | None, run: Callable[..., Any]) -> fl
 
 def _decode(subject: Subject, rewritten: RewrittenModel) -> Ratio:
     """Inductor's seconds per token over the rewritten model's, in interleaved rounds."""
+    if subject.decoder is None:
+        raise BenchError(f"{subject.name} does not decode: leave out --decode")
     torch.compiler.reset()
     forms = {"Inductor": RewrittenModel(subject.model), "rewritten": rewritten}
     seconds = interleave({name: subject.decoder(form) for name, form in forms.items()}, LEAST_ROUNDS)
