@@ -15,11 +15,12 @@ import sys
 import tempfile
 import time
 import tomllib
-from contextlib import ExitStack
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -70,48 +71,34 @@ def register_checkout() -> None:
 
 
 def tested(seconds: float) -> str:
-    """Runs the GPU tests, several parts at once, since compiling takes most of the time; what each says in the end."""
-    until = time.monotonic() + seconds
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider"]
-    said = []
-    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        running = []
-        for number, (file, chosen) in enumerate(TESTS):
-            log = stack.enter_context(Path(folder, f"{number}.log").open("w+"))
-            part = [*command, file, "-k", chosen]
-            running.append((subprocess.Popen(part, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT), log))
-        for process, log in running:
-            try:
-                process.wait(max(0, until - time.monotonic()))
-                end = ""
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-                end = f"not finished in {seconds:.0f} s"
-            log.seek(0)
-            output = log.read().strip()
-            print(output[-4000:])
-            said.append(end or (output.splitlines() or [f"exit code {process.returncode}"])[-1])
-    return "; ".join(said)
+    """Runs the GPU tests, several parts at once, since compiling takes most of the time; the last line of each part."""
+
+    def part(test: tuple[str, str]) -> str:
+        command = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", test[0], "-k", test[1]]
+        options: dict[str, Any] = {"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        try:
+            ended = subprocess.run(command, timeout=seconds, **options)
+        except subprocess.TimeoutExpired as error:
+            print((error.output or b"").decode()[-4000:])
+            return f"not finished in {seconds:.0f} s"
+        output = ended.stdout.decode().strip()
+        print(output[-4000:])
+        return (output.splitlines() or [f"exit code {ended.returncode}"])[-1]
+
+    with ThreadPoolExecutor(len(TESTS)) as pool:
+        return "; ".join(pool.map(part, TESTS))
 
 
 def cases(device: str) -> list[tuple[str, float, Callable[[], tuple[list[Timing], list[str]]]]]:
     """Name, seconds and run of every case."""
 
     def one_ffn(d: int, rate: float, tokens: Sequence[int]) -> tuple[list[Timing], list[str]]:
-        rows = ffn.bench_ffn(d, torch.bfloat16, tokens, [Widths(BITS)], rate, LEAST_ROUNDS, device=device)
-        return [replace(row, case=f"FFN, {row.case}, {rate:.0%}") for row in rows], []
+        timings = ffn.bench_ffn(d, torch.bfloat16, tokens, [Widths(BITS)], rate, LEAST_ROUNDS, device=device)
+        return [replace(timing, case=f"FFN, {timing.case}, {rate:.0%}") for timing in timings], []
 
-    def one_model(shape: str) -> tuple[list[Timing], list[str]]:
-        return model.bench_model(
-            shape, torch.bfloat16, [Widths(BITS)], 0.05, LEAST_ROUNDS, device=device, mode="max-autotune"
-        )
-
-    ffns = [
-        (f"FFN of {d}, {tokens[0]} tokens, {rate:.0%}", ONE_FFN, lambda d=d, r=rate, t=tokens: one_ffn(d, r, t))
-        for d, rate, tokens in FFNS
-    ]
-    models = [(shape, ONE_MODEL, lambda shape=shape: one_model(shape)) for shape in MODELS]
+    one_model = partial(model.bench_model, dtype=torch.bfloat16, plans=[Widths(BITS)], rate=0.05, rounds=LEAST_ROUNDS)
+    ffns = [(f"FFN of {d}, {t[0]} tokens, {rate:.0%}", ONE_FFN, partial(one_ffn, d, rate, t)) for d, rate, t in FFNS]
+    models = [(s, ONE_MODEL, partial(one_model, s, device=device, mode="max-autotune")) for s in MODELS]
     return [*ffns[:1], *models[:1], *ffns[1:9], *models[1:], *ffns[9:]]
 
 

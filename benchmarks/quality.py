@@ -16,6 +16,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from tardis_fx import Config, TardisError
 from tardis_fx.compare import report
 from tardis_fx.compare.cases import Case, Dense, Planned, Torchao
@@ -27,8 +29,6 @@ from tardis_fx.measure.machine import conditions
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-    import torch
 
     from tardis_fx.compare.subjects import Subject
 
@@ -97,7 +97,7 @@ def main() -> None:
     name = "encoder" if given.encoder else Path(given.model).name
     chosen = [case for case in cases() if not given.only or case.label in given.only]
     try:
-        subject = minilm() if given.encoder else load_subject(given.model, "bfloat16")
+        subject = minilm() if given.encoder else load_subject(given.model, torch.bfloat16)
         records = compare_rewrites(subject, chosen, given.seeds, Records(given.out))
         print(report.table(records, subject))
         report.draw(records, subject, given.plot or Path(f"quality-{name}.png"))

@@ -319,12 +319,12 @@ def test_without_transformers_the_error_says_what_to_install(monkeypatch: pytest
         shapes.config_of("gpt2")
 
 
-@pytest.mark.parametrize(("library", "needed"), [("psutil", machine.available_memory), ("cpuinfo", machine._processor)])
+@pytest.mark.parametrize(("library", "needed"), [("psutil", machine.available_memory), ("cpuinfo", machine.processor)])
 def test_a_machine_is_not_described_without_the_library_that_knows_it(
     library: str, needed: Callable[[], object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, library, None)
-    machine._processor.cache_clear()
+    machine.processor.cache_clear()
     with pytest.raises(BenchError, match=rf"needs {library}: pip install 'tardis-fx\[demo\]'"):
         needed()
 

@@ -279,7 +279,7 @@ def test_the_command_compares_a_folder_on_a_text_and_goes_on(folder: Path, tmp_p
         (["--budgets", "few"], "budgets must be numbers"),
         (["--budgets", "1.5"], "budget must lie in"),
         (["--seeds", "one"], "seeds must be whole numbers"),
-        (["--dtype", "int8"], "dtype must be bfloat16"),
+        (["--dtype", "int8"], "dtype must be float32"),
         (["--windows", "0"], "windows must be positive"),
         (["--plot", "/nowhere/at/all.png"], "cannot write"),
         (["--out", "/nowhere/at/all.jsonl"], "cannot keep records"),

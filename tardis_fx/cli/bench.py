@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tardis_fx.cli.options import checked_dtypes, positive, writable
+from tardis_fx.cli.options import positive, torch_dtype, writable
 from tardis_fx.errors import ConfigError
 from tardis_fx.measure.timing import LEAST_ROUNDS
 
@@ -32,12 +32,7 @@ def _checked_rounds(count: int) -> int:
     return count
 
 
-Dtypes = Annotated[
-    str,
-    typer.Option(
-        callback=checked_dtypes("float32", "bfloat16", "float16", several=True), help="float32, bfloat16 or float16."
-    ),
-]
+Dtypes = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
 Bits = Annotated[
     str,
     typer.Option(
@@ -70,13 +65,11 @@ def time_ffn(
 ) -> None:
     """Time one FFN for each d, dtype and number of tokens; separate several values with commas."""
     sizes, counts, widths = positive("d", d), positive("tokens", tokens), _widths(bits)
+    dtypes = [torch_dtype(name) for name in dtype.split(",")]
     if copies is not None and copies < 1:
         raise ConfigError(f"copies must be positive, not {copies}")
-    import torch
-
     from tardis_fx.bench.ffn import bench_ffn
 
-    dtypes = [getattr(torch, name) for name in dtype.split(",")]
     timings = [bench_ffn(n, t, counts, widths, outliers, rounds, copies) for n in sizes for t in dtypes]
     _show([timing for case in timings for timing in case], [], csv)
 
@@ -101,21 +94,19 @@ def time_model(
     csv: Csv = None,
 ) -> None:
     """Time a whole model at batch 1 with a static cache, and with torchao's integers where torchao is installed."""
-    widths = _widths(bits)
-    if "," in dtype:
+    (kind, *others), widths = [torch_dtype(name) for name in dtype.split(",")], _widths(bits)
+    if others:
         raise ConfigError(f"one dtype at a time, not {dtype}")
     if folder and shape:
         raise ConfigError("--model takes the place of --shape: give one of them")
     if plan and not folder:
         raise ConfigError("--plan is one for a model of your own: give its --model, too")
-    import torch
-
     from tardis_fx.bench.model import bench_model
     from tardis_fx.plan import Plan
 
     plans = Plan.load(plan) if plan else widths
     name = folder or shape or "gpt2-xl"
-    _show(*bench_model(name, getattr(torch, dtype), plans, outliers, rounds, steps, context, layers), csv)
+    _show(*bench_model(name, kind, plans, outliers, rounds, steps, context, layers), csv)
 
 
 def _show(timings: Sequence[Timing], remarks: Sequence[str], csv: Path | None) -> None:

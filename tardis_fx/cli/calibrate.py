@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tardis_fx.cli.options import Model, checked_dtypes, checked_windows, config_of, methods_with_settings
+from tardis_fx.cli.options import Model, config_of, methods_with_settings, torch_dtype
 from tardis_fx.errors import CalibrationError, ConfigError, PlanFileError
 
 if TYPE_CHECKING:
@@ -38,17 +38,8 @@ def calibrate(
     text: Annotated[
         Path | None, typer.Option(help="A file to calibrate on; the standard library's source by default.")
     ] = None,
-    windows: Annotated[
-        int,
-        typer.Option(callback=checked_windows, help="Number of 256-token windows, spread evenly over the text."),
-    ] = 64,
-    dtype: Annotated[
-        str,
-        typer.Option(
-            callback=checked_dtypes("auto", "bfloat16", "float32", "float16"),
-            help="bfloat16, float32 or float16; auto keeps the dtype of the stored weights.",
-        ),
-    ] = "auto",
+    windows: Annotated[int, typer.Option(help="Number of 256-token windows, spread evenly over the text.")] = 64,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto: as stored.")] = "auto",
     device: Annotated[str, typer.Option(help="cpu, or cuda: under torchrun each process takes a GPU.")] = "cpu",
     checkpoint: Annotated[
         Path | None,
@@ -64,6 +55,8 @@ def calibrate(
     from tardis_fx.observation.ranks import Ranks
 
     config = _config(method)
+    if dtype != "auto":
+        torch_dtype(dtype)
     with _processes(device):
         first = Ranks.initialised().rank == 0
         if first and (out.is_dir() or not os.access(out.absolute().parent, os.W_OK)):

@@ -8,15 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tardis_fx.cli.options import (
-    Model,
-    checked_dtypes,
-    checked_windows,
-    config_of,
-    methods_with_settings,
-    numbers,
-    writable,
-)
+from tardis_fx.cli.options import Model, config_of, methods_with_settings, numbers, torch_dtype, writable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -39,18 +31,9 @@ def compare(
     text: Annotated[
         Path | None, typer.Option(help="A file: its first half calibrates, quality is measured on the second.")
     ] = None,
-    dtype: Annotated[
-        str,
-        typer.Option(
-            callback=checked_dtypes("bfloat16", "float32", "float16"),
-            help="Cast the model to bfloat16, float32 or float16.",
-        ),
-    ] = "bfloat16",
+    dtype: Annotated[str, typer.Option(help="Cast the model to bfloat16, float32 or float16.")] = "bfloat16",
     windows: Annotated[
-        int,
-        typer.Option(
-            callback=checked_windows, help="Number of 256-token windows to calibrate on, and as many to measure on."
-        ),
+        int, typer.Option(help="Number of 256-token windows to calibrate on, and as many to measure on.")
     ] = 64,
     decode: Annotated[
         bool, typer.Option("--decode", help="Also time decoding against Inductor, in interleaved rounds: slow.")
@@ -68,7 +51,7 @@ def compare(
     from tardis_fx.compare.report import draw, table
     from tardis_fx.compare.subjects import load_subject
 
-    subject = load_subject(model, dtype, text, windows)
+    subject = load_subject(model, torch_dtype(dtype), text, windows)
     records = compare_rewrites(subject, chosen, drawn, Records(out), decode=decode)
     typer.echo(table(records, subject))
     if plot is not None:

@@ -19,29 +19,24 @@ from tardis_fx.config import Config
 from tardis_fx.errors import BenchError, ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    import torch
 
 Number = TypeVar("Number", int, float)
 Model = Annotated[str, typer.Option(help="demo, or a folder with config.json, weights and tokenizer.json.")]
 
 
-def checked_dtypes(*known: str, several: bool = False) -> Callable[[str], str]:
-    """A callback that checks the name of a dtype, or several with commas between."""
+def torch_dtype(name: str) -> torch.dtype:
+    """The dtype of a name.
 
-    def check(text: str) -> str:
-        for name in text.split(",") if several else [text]:
-            if name not in known:
-                raise ConfigError(f"dtype must be {', '.join(known)}, not {name!r}")
-        return text
+    Raises:
+        ConfigError: a model cannot be cast to it.
+    """
+    import torch
 
-    return check
-
-
-def checked_windows(count: int) -> int:
-    """A positive number of windows."""
-    if count < 1:
-        raise ConfigError(f"windows must be positive, not {count}")
-    return count
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name not in known:
+        raise ConfigError(f"dtype must be {', '.join(known)}, not {name!r}")
+    return known[name]
 
 
 def writable(path: Path | None) -> Path | None:

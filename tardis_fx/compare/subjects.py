@@ -71,7 +71,7 @@ class Subject:
         return digest(dict(self.model.state_dict()), self.text)
 
 
-def load_subject(model: str, dtype: str, file: Path | None = None, windows: int = WINDOWS) -> Subject:
+def load_subject(model: str, dtype: torch.dtype, file: Path | None = None, windows: int = WINDOWS) -> Subject:
     """Loads a causal language model, to be judged on the standard library's splits or on a file.
 
     Args:
@@ -84,8 +84,8 @@ def load_subject(model: str, dtype: str, file: Path | None = None, windows: int 
         TardisError: the folder holds no model, or the file cannot be read or is too short.
     """
     demo = load(FOLDER if model == "demo" else Path(model))
-    demo.model.to(getattr(torch, dtype))
-    name = f"{Path(model).name}, {dtype}"
+    demo.model.to(dtype)
+    name = f"{Path(model).name}, {str(dtype).removeprefix('torch.')}"
     if file is None:
         return language_model(name, demo, demo.tokens("calibration"), demo.tokens("test"), windows)
     ids = demo.read(file)

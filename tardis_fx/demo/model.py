@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tardis_fx.demo.corpus import Split, modules
-from tardis_fx.errors import CalibrationError, DemoError
+from tardis_fx.errors import CalibrationError, ConfigError, DemoError
 from tardis_fx.measure.extras import needed_by
 
 if TYPE_CHECKING:
@@ -67,7 +67,12 @@ def cut(ids: Tensor, count: int, length: int, seed: int = 0) -> Tensor:
         count: of windows.
         length: of a window.
         seed: 0 spreads them evenly; any other draws the beginning of each.
+
+    Raises:
+        ConfigError: the count is not positive.
     """
+    if count < 1:
+        raise ConfigError(f"windows must be positive, not {count}")
     last = len(ids) - length
     if seed:
         starts = torch.randint(

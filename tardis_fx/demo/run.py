@@ -112,14 +112,10 @@ def _decode(demo: DemoModel, results: Results, prompt: Tensor, done: Callable[..
     for label, chosen in options.items():
         decoder = Decoder(demo.model, demo.context, **chosen)
         results.texts[label] = demo.tokenizer.decode(decoder.continue_text(prompt, NEW_TOKENS)[0].tolist())
-        runs[label] = partial(_seconds, decoder, prompt)
+        runs[label] = lambda decoder=decoder: decoder.continue_text(prompt, NEW_TOKENS)[1]
         done(description=f"{label} compiled")
     results.seconds = interleave(runs, ROUNDS)
     done(description="decoded")
-
-
-def _seconds(decoder: Decoder, prompt: Tensor) -> float:
-    return decoder.continue_text(prompt, NEW_TOKENS)[1]
 
 
 def _print(demo: DemoModel, results: Results, console: Console) -> None:

@@ -47,13 +47,17 @@ class Machine:
             rounds: how many copies and sums.
         """
         size = last_level_cache(device)
-        count = size if device == "cpu" else 1 << 28  # four caches of float32; 1 GiB, which is many caches
+        if device == "cpu":
+            name, threads, count = processor(), torch.get_num_threads(), size  # four caches of float32
+        else:
+            found = torch.cuda.get_device_properties(torch.cuda.current_device())
+            name, threads, count = found.name, found.multi_processor_count, 1 << 28  # 1 GiB: many caches
         source = torch.ones(count, dtype=torch.float32, device=device)
         target = torch.empty_like(source)
         copy = min(seconds(lambda: target.copy_(source), source.device) for _ in range(rounds))
         read = min(seconds(lambda: source.sum(), source.device) for _ in range(rounds))
         moved = source.nbytes / 1e9
-        return cls(*_name_and_threads(device), size, 2 * moved / copy, moved / read, device)
+        return cls(name, threads, size, 2 * moved / copy, moved / read, device)
 
     @property
     def roof(self) -> str:
@@ -67,19 +71,32 @@ class Machine:
 
     def __str__(self) -> str:
         """One line."""
+        units = "threads" if self.device == "cpu" else "multiprocessors"
         return (
-            f"{_described(self.name, self.threads, self.device)}, last-level cache {self.cache / 2**20:.0f} MiB; "
-            f"copy {self.copy:.4g} GB/s (read and written), sum {self.read:.4g} GB/s"
+            f"{self.name}, {self.threads} {units}, torch {torch.__version__}, last-level cache "
+            f"{self.cache / 2**20:.0f} MiB; copy {self.copy:.4g} GB/s (read and written), sum {self.read:.4g} GB/s"
         )
 
 
-def conditions(device: str = "cpu") -> str:
-    """Processor, threads and PyTorch's version: what a benchmark prints beside its figures.
+def conditions() -> str:
+    """Processor, threads and PyTorch's version: what a benchmark on a CPU prints beside its figures.
 
     Raises:
         BenchError: py-cpuinfo is not installed.
     """
-    return _described(*_name_and_threads(device), device)
+    return f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+@cache  # takes a second
+def processor() -> str:
+    """Name of the CPU.
+
+    Raises:
+        BenchError: py-cpuinfo is not installed.
+    """
+    with needed_by("naming the processor"):
+        import cpuinfo
+    return str(cpuinfo.get_cpu_info().get("brand_raw") or platform.processor() or platform.machine())
 
 
 def last_level_cache(device: str = "cpu") -> int:
@@ -106,21 +123,3 @@ def available_memory(device: str = "cpu") -> int:
     with needed_by("reading the free memory"):
         import psutil
     return int(psutil.virtual_memory().available)
-
-
-def _described(name: str, threads: int, device: str) -> str:
-    return f"{name}, {threads} {'threads' if device == 'cpu' else 'multiprocessors'}, torch {torch.__version__}"
-
-
-@cache  # takes a second
-def _processor() -> str:
-    with needed_by("naming the processor"):
-        import cpuinfo
-    return str(cpuinfo.get_cpu_info().get("brand_raw") or platform.processor() or platform.machine())
-
-
-def _name_and_threads(device: str) -> tuple[str, int]:
-    if device == "cpu":
-        return _processor(), torch.get_num_threads()
-    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-    return properties.name, properties.multi_processor_count
