@@ -144,8 +144,8 @@ def main() -> None:
             config = replace(WIDTHS, budget=budget, **changes)
             plan = Plan(tuple(drive(observation, rewrite.fit(observation.sites, config))), config)
             quality = reference.quality(rewrite_every_token(demo.model, plan))
-            error = math.sqrt(sum(site.error**2 for site in plan.sites) / len(plan.sites))
-            corrected = sum(site.outlier_rate for site in plan.sites) / len(plan.sites)
+            error = math.sqrt(sum(site.error**2 for site in plan.rewritten) / len(plan.rewritten))
+            corrected = sum(site.outlier_rate for site in plan.rewritten) / len(plan.rewritten)
             cells = f"{quality.rise:+.2%}", f"{quality.agreement:.1%}", f"{corrected:.1%}", f"{error:.3f}"
             rows.append((label, f"{budget:.0%}", *cells))
     finally:  # an interrupted run shows its finished rows
