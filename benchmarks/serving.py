@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import signal
 import socket
 import subprocess
@@ -28,6 +27,7 @@ import torch
 
 from tardis_fx import Config, calibrate
 from tardis_fx.demo.model import FOLDER, load
+from tardis_fx.measure.machine import conditions
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -99,7 +99,7 @@ def memory(process: subprocess.Popen[bytes]) -> float:
 
 
 def load_test(address: str, model: Path, folder: Path, given: argparse.Namespace, requests: int) -> dict[str, Any]:
-    """What vLLM's client measures."""
+    """Results of vLLM's own client."""
     command = [
         *VLLM, "bench", "serve", "--base-url", address, "--model", "model", "--tokenizer", str(model),
         "--dataset-name", "random", "--random-input-len", str(given.input), "--random-output-len", str(given.output),
@@ -109,8 +109,8 @@ def load_test(address: str, model: Path, folder: Path, given: argparse.Namespace
     ]  # fmt: skip
     with (folder / "client.log").open("ab") as log:
         subprocess.run(command, check=True, env=ENVIRONMENT, stdout=log, stderr=log)
-    found: dict[str, Any] = json.loads((folder / "result.json").read_text())
-    return found
+    result: dict[str, Any] = json.loads((folder / "result.json").read_text())
+    return result
 
 
 def complete(address: str, prompts: list[list[int]]) -> list[str]:
@@ -140,7 +140,7 @@ def main() -> None:
     model, plan, prompts = prepare(given.model, folder, given.budget)
     print(
         f"{given.model}, budget {given.budget:.1%}, {given.requests} requests of {given.input} + {given.output}, "
-        f"{given.concurrency} at a time; {platform.processor() or platform.machine()}, {os.cpu_count()} CPUs, "
+        f"{given.concurrency} at a time; {conditions()}, {os.cpu_count()} CPUs, "
         f"load average {os.getloadavg()[0]:.1f} before; logs in {folder}"
     )
     results, answers = {}, {}

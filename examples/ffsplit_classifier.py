@@ -9,8 +9,8 @@ modules of the test split. Of each FFN a quarter of the neurons stays dense, the
 
 import argparse
 import random
-import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from transformers import BertConfig, BertForSequenceClassification
 import tardis_fx
 from tardis_fx.demo.corpus import Split, modules
 from tardis_fx.demo.model import load
-from tardis_fx.measure.table import in_turn, ratio
+from tardis_fx.measure.timing import Ratio, interleave, seconds
 
 #: Tokens of a snippet, characters that hold them, snippets of a batch, rounds of timing.
 LENGTH, LONGEST, BATCH, ROUNDS = 64, 800, 16, 20
@@ -79,18 +79,6 @@ def accuracy(run: Callable[..., Any], given: list[Batch]) -> float:
     return right / (BATCH * len(given))
 
 
-def seconds(run: Callable[..., Any], batch: Mapping[str, torch.Tensor]) -> Callable[[], float]:
-    """What times one batch."""
-
-    @torch.no_grad()
-    def timed() -> float:
-        start = time.perf_counter()
-        run(input_ids=batch["input_ids"])
-        return time.perf_counter() - start
-
-    return timed
-
-
 def main(steps: int = 160, tuning_steps: int = 64, snippets: int = 1024, width: int = 256) -> dict[str, float]:
     """Trains, splits, fine-tunes and measures; returns what it prints."""
     torch.manual_seed(0)
@@ -113,9 +101,11 @@ def main(steps: int = 160, tuning_steps: int = 64, snippets: int = 1024, width: 
         runs[name] = torch.compile(model, backend="tardis", options=options)
     for name, run in runs.items():
         found[f"accuracy, {name}"] = accuracy(run, test)
-    timed = {name: seconds(run, test[0]) for name, run in runs.items() if name != "split"}
-    times = in_turn(timed, ROUNDS)
-    found["faster"] = ratio(times["dense"], times["split and fine-tuned"])[1]
+    with torch.no_grad():
+        ids = test[0]["input_ids"]
+        timed = {name: partial(seconds, partial(run, ids)) for name, run in runs.items() if name != "split"}
+        times = interleave(timed, ROUNDS)
+    found["faster"] = Ratio.between(times["dense"], times["split and fine-tuned"]).median
     encoder = sum(p.numel() * p.element_size() for p in model.bert.encoder.parameters())
     found["smaller"] = sum(site.dense_bytes - site.touched_bytes for site in tuned.sites if site.method) / encoder
     report(found, len(test) * BATCH)

@@ -2,7 +2,9 @@
 
 import copy
 import csv
+import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +16,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from tardis_fx.bench import model as models
 from tardis_fx.bench import shapes
 from tardis_fx.bench.ffn import COLD, copies_for
-from tardis_fx.bench.model import FROZEN, MARGIN
+from tardis_fx.bench.model import FROZEN, MARGIN, bench_model
 from tardis_fx.bench.plans import GROUP_SIZE, Widths, ffn_weights, random_plans
+from tardis_fx.bench.timings import Timing, report
 from tardis_fx.calibrate import calibrate
 from tardis_fx.cli import main as cli
 from tardis_fx.config import Config
 from tardis_fx.errors import BenchError, PlanMismatchError
-from tardis_fx.measure import machine, table, weight_only
+from tardis_fx.measure import machine, weight_only
 from tardis_fx.measure.decoding import cache_argument
 from tardis_fx.measure.machine import Machine
-from tardis_fx.measure.table import Row
+from tardis_fx.measure.tables import write_csv
+from tardis_fx.measure.timing import interleave
 from tardis_fx.observation.observe import BatchObservation
 from tardis_fx.partial_linear.costs import Costs
 from tardis_fx.passes.base import stored_bytes
@@ -73,7 +76,8 @@ def test_ffn_has_a_row_for_every_case_and_contender(tmp_path: Path) -> None:
         ("d 64, float32, 9 tokens, 3 copies", "tardis, 2 bits (original runs)"),
         ("d 64, float32, 9 tokens, 3 copies", "tardis, 4 bits (original runs)"),
     ]
-    assert all(f"| {row['case']} | {row['contender']} |" in text for row in rows)
+    table = re.sub(" +", " ", text)
+    assert all(f"| {row['case']} | {row['contender']} |" in table for row in rows)
     assert "a processor, 2 threads" in text
     dense = 4 * (8 * 64 * 64 + 5 * 64)
     assert [float(row["MB"]) * 1e6 for row in rows if row["outliers"] == ""] == pytest.approx([dense] * 4)
@@ -155,16 +159,16 @@ def test_contenders_run_in_turn_and_the_first_round_is_not_counted() -> None:
 
         return run
 
-    assert table.in_turn({"a": runs("a"), "b": runs("b")}, 2) == {"a": [3, 5], "b": [4, 6]}
+    assert interleave({"a": runs("a"), "b": runs("b")}, 2) == {"a": [3, 5], "b": [4, 6]}
     assert order == ["a", "b"] * 3
 
 
 def test_ratios_are_taken_round_by_round() -> None:
-    row = Row("case", "name", [1.0, 2.0, 4.0], [2.0, 2.0, 2.0], 4e9, 0.05)
-    values = row.values(HERE)
+    row = Timing("case", "name", [1.0, 2.0, 4.0], [2.0, 2.0, 2.0], 4e9, 0.05)
+    values = row.figures(HERE)
     assert (values["ratio_min"], values["ratio"], values["ratio_max"]) == (0.5, 1.0, 2.0)
     assert (values["ms"], values["GB/s"], values["floor_ms"]) == (2000, 2, 200)
-    assert "| 5.00% |" in table.markdown([row], HERE)
+    assert "| 5.00% |" in re.sub(" +", " ", report([row], HERE))
 
 
 @pytest.mark.usefixtures("measured", "without_torchao")
@@ -220,7 +224,7 @@ def test_what_a_plan_adds_is_foretold(predictor: int, fold: int, rows: int) -> N
 
 def test_int4_leaves_a_layer_whose_rows_it_does_not_take() -> None:
     model, seen = torch.nn.Sequential(torch.nn.Linear(8, 24), torch.nn.Linear(24, 32)), list[torch.nn.Module]()
-    copied, saved, left = weight_only.quantised(model, seen.append, 4)
+    copied, saved, left = weight_only.quantise_model(model, seen.append, 4)
     assert left == ["0"]
     assert seen == [copied.get_submodule("1")]
     assert saved == 24 * 32 * 7 // 2 - 2 * (24 * 32 // 128) * 4
@@ -229,7 +233,7 @@ def test_int4_leaves_a_layer_whose_rows_it_does_not_take() -> None:
 def test_int8_takes_every_projection_and_counts_what_it_saves() -> None:
     model = shapes.build(shapes.config_of("demo", 1), torch.float32, 1)
     seen: list[torch.nn.Module] = []
-    copied, saved, _ = weight_only.quantised(model, seen.append)
+    copied, saved, _ = weight_only.quantise_model(model, seen.append)
     tokens = torch.arange(8)[None]
     linears = [m for m in copied.modules() if isinstance(m, torch.nn.Linear)]
     assert set(linears) == set(seen)
@@ -241,11 +245,11 @@ def test_int8_takes_every_projection_and_counts_what_it_saves() -> None:
 def test_what_is_left_out_of_int8_shares_its_weights_with_the_model() -> None:
     model = shapes.build(shapes.config_of("demo", 1), torch.float32, 1)
     seen: list[torch.nn.Module] = []
-    copied, saved, _ = weight_only.quantised(model, seen.append, but=ffn_weights(model, torch.arange(4)[None]))
+    copied, saved, _ = weight_only.quantise_model(model, seen.append, but=ffn_weights(model, torch.arange(4)[None]))
     pairs = [m.get_submodule("transformer.h.0.mlp").parameters() for m in (copied, model)]
     assert all(p is q for p, q in zip(*pairs, strict=True))
     assert len(seen) == 3
-    assert 0 < saved < weight_only.quantised(model, seen.append)[1]
+    assert 0 < saved < weight_only.quantise_model(model, seen.append)[1]
 
 
 def test_a_step_reads_all_but_the_tables_of_embeddings() -> None:
@@ -306,7 +310,7 @@ def test_wrong_options_are_typed_errors_and_exit_code_1(
 def test_a_model_that_does_not_fit_in_memory_is_refused_before_it_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shapes, "available_memory", lambda _: 1 << 20)
     with pytest.raises(BenchError, match="choose fewer layers"):
-        models.compare("falcon-7b", torch.bfloat16, [Widths(2)], 0.05, 9)
+        bench_model("falcon-7b", torch.bfloat16, [Widths(2)], 0.05, 9)
 
 
 def test_without_transformers_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -315,14 +319,25 @@ def test_without_transformers_the_error_says_what_to_install(monkeypatch: pytest
         shapes.config_of("gpt2")
 
 
+@pytest.mark.parametrize(("library", "needed"), [("psutil", machine.available_memory), ("cpuinfo", machine.processor)])
+def test_a_machine_is_not_described_without_the_library_that_knows_it(
+    library: str, needed: Callable[[], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, library, None)
+    machine.processor.cache_clear()
+    with pytest.raises(BenchError, match=rf"needs {library}: pip install 'tardis-fx\[demo\]'"):
+        needed()
+
+
 def test_a_csv_that_cannot_be_written_is_a_typed_error(tmp_path: Path) -> None:
     with pytest.raises(BenchError, match="cannot write"):
-        table.write_csv([Row("case", "name", [1.0], [1.0], 1.0)], HERE, tmp_path)
+        write_csv([Timing("case", "name", [1.0], [1.0], 1.0).figures(HERE)], tmp_path)
 
 
 def test_the_machine_is_measured_and_described(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "last_level_cache", lambda: 1 << 20)
+    monkeypatch.setattr(machine, "last_level_cache", lambda device: 1 << 20)
     found = Machine.measured(rounds=2)
     assert found.bandwidth == max(found.copy, found.read) * 1e9 > 0
     assert "last-level cache 1 MiB" in str(found)
+    monkeypatch.undo()
     assert machine.last_level_cache() > 0

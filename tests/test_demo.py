@@ -20,7 +20,7 @@ def test_the_demo_measures_every_method_writes_its_picture_and_beats_the_paper(
     monkeypatch.setattr(run, "SHOWN", [("paper", 0.2), ("partial_linear", 0.06)])
     console = Console(record=True, width=160)
 
-    results = run.run(tmp_path / "pareto.png", console)
+    results = run.run_demo(tmp_path / "pareto.png", console)
 
     assert (tmp_path / "pareto.png").read_bytes().startswith(b"\x89PNG")
     quality = {key: found for key, (_, found) in results.plans.items()}
@@ -50,7 +50,7 @@ def test_a_standard_library_without_sources_is_a_typed_error(tmp_path: Path) -> 
 
 def test_a_picture_that_cannot_be_written_is_refused_before_anything_is_measured(tmp_path: Path) -> None:
     with pytest.raises(DemoError, match="cannot write the picture"):
-        run.run(tmp_path / "missing" / "pareto.png", Console(quiet=True))
+        run.run_demo(tmp_path / "missing" / "pareto.png", Console(quiet=True))
 
 
 def test_a_users_mistake_is_one_line_and_exit_code_1(

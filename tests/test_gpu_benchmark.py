@@ -14,11 +14,11 @@ from types import ModuleType
 import pytest
 import torch
 
-from tardis_fx.measure.machine import Gpu
-from tardis_fx.measure.table import Row
+from tardis_fx.bench.timings import Timing
+from tardis_fx.measure.machine import Machine
 
 needs_none = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")
-HERE = Gpu("A Device 80GB", 132, 50 << 20, 2500.0, 3000.0)
+HERE = Machine("A Device 80GB", 132, 50 << 20, 2500.0, 3000.0, "cuda")
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def test_every_case_has_its_rows_and_a_ratio_to_the_floor(gpu: ModuleType) -> No
     assert "over the copy." in text
     assert text.count("×") == 2 * 2
     fast = rows[1]
-    assert fast.values(HERE)["floor_ms"] == pytest.approx(fast.touched / 2500e9 * 1e3)
+    assert fast.figures(HERE)["floor_ms"] == pytest.approx(fast.touched / 2500e9 * 1e3)
 
 
 @needs_none
@@ -68,13 +68,13 @@ def test_a_case_that_time_does_not_allow_or_that_fails_is_a_remark(
     def fails(*_: object, **__: object) -> None:
         raise RuntimeError("out of memory\nand more")
 
-    monkeypatch.setattr(gpu.ffn, "compare", fails)
+    monkeypatch.setattr(gpu.ffn, "bench_ffn", fails)
     rows, remarks = gpu.measured("cpu", time.monotonic() + 1000)
     assert remarks[0] == "Failed: FFN of 64, 1 tokens, 5%: RuntimeError: out of memory"
 
 
 def test_the_newest_report_is_on_top(gpu: ModuleType, tmp_path: Path) -> None:
-    row = Row("a case", "a contender", [1.0], [1.0], 1.0)
+    row = Timing("a case", "a contender", [1.0], [1.0], 1.0)
     for tests in ("1 passed", "2 passed"):
         path = gpu.record(gpu.report([row], [], HERE, tests), HERE.name, tmp_path)
     assert path == tmp_path / "a-device-80gb.md"

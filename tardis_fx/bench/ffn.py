@@ -1,9 +1,8 @@
-"""One FFN of random weights: rewritten, beside what Inductor makes of it, out of memory and not out of the cache."""
+"""One FFN of random weights: rewritten, and compiled by Inductor as it is, with weights read from memory."""
 
 from __future__ import annotations
 
 import math
-import time
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -11,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from tardis_fx.bench.plans import Widths, random_plans
-from tardis_fx.measure.machine import last_level_cache, wait
-from tardis_fx.measure.table import Row, in_turn
+from tardis_fx.bench.timings import Timing
+from tardis_fx.measure.machine import last_level_cache
+from tardis_fx.measure.timing import interleave, seconds
 from tardis_fx.observation.capture import own_code
 from tardis_fx.passes.pipeline import decode_tokens
 from tardis_fx.runtime import reference
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 
     from tardis_fx.plan import Plan, SitePlan
 
-#: What a pass over all copies reads, in last-level caches.
+#: How many times the last-level cache a pass over all copies reads.
 COLD = 4
-#: Seconds that a round of the dense FFN takes at the least.
+#: Least seconds of a round of the dense FFN.
 ROUND = 0.1
-#: Tokens that thresholds are set on.
+#: Tokens on which thresholds are set.
 SAMPLES = 1024
 
 
@@ -49,7 +49,7 @@ class _Copies(nn.Module):
 
 
 def copies_for(d: int, size: int, widths: Widths, rate: float, cache: int) -> int:
-    """How many FFNs it takes that the bytes the rewritten ones read fill the cache :data:`COLD` times.
+    """Number of FFNs whose rewritten forms read :data:`COLD` times the cache.
 
     Args:
         d: input size; 4 d neurons.
@@ -63,7 +63,7 @@ def copies_for(d: int, size: int, widths: Widths, rate: float, cache: int) -> in
 
 
 @torch.no_grad()
-def compare(
+def bench_ffn(
     d: int,
     dtype: torch.dtype,
     tokens: Sequence[int],
@@ -72,7 +72,7 @@ def compare(
     rounds: int,
     copies: int | None = None,
     device: str = "cpu",
-) -> list[Row]:
+) -> list[Timing]:
     """Times one FFN of d inputs and 4 d neurons with GELU.
 
     One graph is compiled for each contender, and called with one copy's weights after the other's.
@@ -94,59 +94,56 @@ def compare(
         model = _Copies(copies, d, dtype)
         batch = torch.randn(copies, SAMPLES, d, dtype=dtype, device="cpu")
     plans = random_plans(model, batch, widths, rate)
-    rows: list[Row] = []
-    for count in tokens:
-        rows += _case(model, plans, torch.randn(copies, count, d, dtype=dtype, device=device), rounds)
-    return rows
+    cases = [torch.randn(copies, count, d, dtype=dtype, device=device) for count in tokens]
+    return [timing for xs in cases for timing in _case(model, plans, xs, rounds)]
 
 
-def _case(model: _Copies, plans: dict[Widths, Plan], xs: Tensor, rounds: int) -> list[Row]:
+def _case(model: _Copies, plans: dict[Widths, Plan], xs: Tensor, rounds: int) -> list[Timing]:
     torch.compiler.reset()  # or Dynamo would make the number of tokens symbolic
     copies, tokens, d = xs.shape
-    steps: dict[str, Callable[..., Tensor]] = {"Inductor": torch.compile(own_code(_call), fullgraph=True)}
+    calls: dict[str, Callable[..., Tensor]] = {"Inductor": torch.compile(own_code(_call), fullgraph=True)}
     for widths, plan in plans.items():
         options: dict[str, Any] = {"plan": plan}
-        steps[f"tardis, {widths}"] = torch.compile(own_code(_call), backend="tardis", options=options, fullgraph=True)
-    for step in steps.values():
-        step(model.ffns[0], xs[0])
+        calls[f"tardis, {widths}"] = torch.compile(own_code(_call), backend="tardis", options=options, fullgraph=True)
+    for call in calls.values():
+        call(model.ffns[0], xs[0])
     with torch._dynamo.config.patch(error_on_recompile=True):
-        over_all = {name: _over_all(step, model, xs) for name, step in steps.items()}
-        once = min(_seconds(over_all["Inductor"], xs, 1) for _ in range(2))
-        passes = max(1, math.ceil(ROUND / (once * copies)))
-        runs = {name: partial(_seconds, run, xs, passes) for name, run in over_all.items()}
-        seconds = in_turn(runs, rounds)
-    base, rewritten = seconds["Inductor"], tokens <= decode_tokens(xs.device)
+        over_all = {name: _over_all(call, model, xs) for name, call in calls.items()}
+        passes = math.ceil(ROUND / min(seconds(over_all["Inductor"], xs.device) for _ in range(2)))
+        runs = {name: partial(seconds, run, xs.device, passes) for name, run in over_all.items()}
+        steps = {name: [taken / copies for taken in over] for name, over in interleave(runs, rounds).items()}
+    base = steps["Inductor"]
     dtype = str(xs.dtype).removeprefix("torch.")
     case = f"d {d}, {dtype}, {tokens} token{'s' * (tokens > 1)}, {copies} copies"
     dense = next(iter(plans.values())).sites[0].dense_bytes
-    rows = [Row(case, "Inductor", base, base, dense)]
+    timings = [Timing(case, "Inductor", base, base, dense)]
     for widths, plan in plans.items():
         name = f"tardis, {widths}"
-        if rewritten:
-            found = [_reads(entry, widths, x) for entry, x in zip(plan.rewritten, xs, strict=True)]
-            touched, share = (sum(part) / copies for part in zip(*found, strict=True))
-            rows.append(Row(case, name, seconds[name], base, touched, share))
+        if tokens <= decode_tokens(xs.device):
+            reads = [_reads(entry, widths, x) for entry, x in zip(plan.rewritten, xs, strict=True)]
+            touched, share = (sum(part) / copies for part in zip(*reads, strict=True))
+            timings.append(Timing(case, name, steps[name], base, touched, share))
         else:
-            rows.append(Row(case, f"{name} (original runs)", seconds[name], base, dense))
-    return rows
+            timings.append(Timing(case, f"{name} (original runs)", steps[name], base, dense))
+    return timings
 
 
 def _call(ffn: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     return ffn(x)
 
 
-def _over_all(step: Callable[..., Tensor], model: _Copies, xs: Tensor) -> Callable[[], object]:
+def _over_all(call: Callable[..., Tensor], model: _Copies, xs: Tensor) -> Callable[[], object]:
     """A step of each copy in turn; on a CUDA device as one graph, so that no launch is waited for."""
-    calls = list(zip(model.ffns, xs, strict=True))
+    pairs = list(zip(model.ffns, xs, strict=True))
 
     def run() -> list[Tensor]:
-        return [step(ffn, x) for ffn, x in calls]
+        return [call(ffn, x) for ffn, x in pairs]
 
     return captured(run) if xs.is_cuda else run
 
 
 def captured(run: Callable[[], object]) -> Callable[[], object]:
-    """A CUDA graph's replay of what is run; three runs before it leave nothing to compile or to tune."""
+    """Captures calls as a CUDA graph, after three runs that compile and tune, and returns its replay."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -164,18 +161,8 @@ def captured(run: Callable[[], object]) -> Callable[[], object]:
     return replay
 
 
-def _seconds(run: Callable[[], object], xs: Tensor, passes: int) -> float:
-    """Seconds of one call, over all copies in turn."""
-    wait(xs.device)
-    started = time.perf_counter()
-    for _ in range(passes):
-        run()
-    wait(xs.device)
-    return (time.perf_counter() - started) / (passes * len(xs))
-
-
 def _reads(entry: SitePlan, widths: Widths, x: Tensor) -> tuple[float, float]:
-    """Bytes that a step reads, an outlier of several tokens read once, and the share of pairs that are outliers."""
+    """Bytes that a step reads, and the share of pairs that are outliers; several tokens share a neuron's row."""
     t, d_out, activation = entry.tensors, len(entry.tensors["folded_bias"]), entry.settings["activation"]
     codes, scale, zero = (t[name][:, 0] for name in ("codes", "scale", "zero"))
     z_hat = reference.estimate(x.float(), codes, scale, zero, widths.predictor)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tardis_fx.errors import BenchError, ConfigError
+from tardis_fx.measure.extras import needed_by
 from tardis_fx.measure.machine import available_memory
 
 if TYPE_CHECKING:
@@ -19,29 +20,17 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "demo": ("GPT2Config", {}),
     "gpt2": ("GPT2Config", {}),
     "gpt2-xl": ("GPT2Config", {"n_embd": 1600, "n_layer": 48, "n_head": 25}),
-    "opt-6.7b": (
-        "OPTConfig",
-        {
-            "hidden_size": 4096,
-            "word_embed_proj_dim": 4096,
-            "ffn_dim": 16384,
-            "num_hidden_layers": 32,
-            "num_attention_heads": 32,
-        },
-    ),
+    "opt-6.7b": ("OPTConfig", {
+        "hidden_size": 4096, "word_embed_proj_dim": 4096, "ffn_dim": 16384, "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+    }),
     "falcon-7b": ("FalconConfig", {}),
-    "tinyllama-1.1b": (
-        "LlamaConfig",
-        {
-            "hidden_size": 2048,
-            "intermediate_size": 5632,
-            "num_hidden_layers": 22,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 4,
-        },
-    ),
+    "tinyllama-1.1b": ("LlamaConfig", {
+        "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+    }),
     "llama-7b": ("LlamaConfig", {}),
-}
+}  # fmt: skip
 
 
 def config_of(shape: str | Path, layers: int | None = None) -> Any:
@@ -49,7 +38,7 @@ def config_of(shape: str | Path, layers: int | None = None) -> Any:
 
     Args:
         shape: a key of :data:`SHAPES`, or the folder of a model.
-        layers: as many of the model's layers; all when None.
+        layers: number of the model's layers; all when None.
 
     Raises:
         ConfigError: there is no such shape, or it has fewer layers.
@@ -57,10 +46,8 @@ def config_of(shape: str | Path, layers: int | None = None) -> Any:
     """
     if isinstance(shape, str) and shape not in SHAPES:
         raise ConfigError(f"no shape {shape!r}; there are {', '.join(SHAPES)}")
-    try:
+    with needed_by("`tardis bench model`"):
         import transformers as hf
-    except ImportError as error:
-        raise BenchError(f"`tardis bench model` needs {error.name}: pip install 'tardis-fx[demo]'") from error
     if isinstance(shape, Path):
         config = _config_in(shape)
     else:
@@ -98,7 +85,7 @@ def build(config: Any, dtype: torch.dtype, room: float, device: str = "cpu", fol
     Args:
         config: of transformers.
         dtype: of all weights.
-        room: memory that the comparison takes at its most, over that of the weights.
+        room: peak memory of the comparison, as a multiple of the weights.
         device: that the model is made on.
         folder: of the weights; random when None.
 
@@ -110,7 +97,7 @@ def build(config: Any, dtype: torch.dtype, room: float, device: str = "cpu", fol
     with torch.device("meta"):
         weights = weight_bytes(AutoModelForCausalLM.from_config(config, dtype=dtype))
     need, free = weights * room, available_memory(device)
-    if free is not None and need > free:
+    if need > free:
         raise BenchError(
             f"the comparison takes about {need / 1e9:.1f} GB and {free / 1e9:.1f} GB are free: choose fewer layers "
             f"(of {config.num_hidden_layers}), another dtype, or fewer predictors"

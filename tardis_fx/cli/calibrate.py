@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tardis_fx.cli.compare import DTYPES, configs
+from tardis_fx.cli.options import Model, config_of, methods_with_settings, torch_dtype
 from tardis_fx.errors import CalibrationError, ConfigError, PlanFileError
 
 if TYPE_CHECKING:
@@ -23,43 +23,47 @@ if TYPE_CHECKING:
     from tardis_fx.config import Config
     from tardis_fx.demo.model import DemoModel
 
-#: Tokens of a window at the most, and windows of a batch.
+#: Most tokens of a window, and windows of a batch.
 LENGTH, TOGETHER = 256, 8
-#: How long a process waits for the others before it gives up: longer than the slowest takes for its share of a run.
+#: How long a process waits for the others before it gives up: longer than the slowest one's share of a run.
 PATIENCE = timedelta(minutes=30)
 
 
 def calibrate(
     out: Annotated[Path, typer.Argument(help="Where the plan goes.")],
-    model: Annotated[str, typer.Option(help="demo, or a folder: config.json, weights, tokenizer.json.")] = "demo",
+    model: Model = "demo",
     method: Annotated[
         str, typer.Option(help="Options and fields of Config after a colon: partial_linear:budget=0.2,fold_bits=4")
     ] = "partial_linear",
     text: Annotated[
-        Path | None, typer.Option(help="A file to calibrate on; the standard library's source else.")
+        Path | None, typer.Option(help="A file to calibrate on; the standard library's source by default.")
     ] = None,
-    windows: Annotated[int, typer.Option(help="Of 256 tokens, spread evenly over the text.")] = 64,
-    dtype: Annotated[str, typer.Option(help="auto, as the weights are stored; bfloat16, float32 or float16.")] = "auto",
+    windows: Annotated[int, typer.Option(help="Number of 256-token windows, spread evenly over the text.")] = 64,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto: as stored.")] = "auto",
     device: Annotated[str, typer.Option(help="cpu, or cuda: under torchrun each process takes a GPU.")] = "cpu",
     checkpoint: Annotated[
-        Path | None, typer.Option(help="A folder for finished runs over the text; a second start goes on behind them.")
+        Path | None,
+        typer.Option(
+            help="A folder for finished runs over the text; an interrupted calibration resumes after the last."
+        ),
     ] = None,
     offload: Annotated[bool, typer.Option("--offload", help="Fit one FFN at a time: less memory, more runs.")] = False,
 ) -> None:
     """Calibrate a causal language model; under torchrun the processes share the text."""
     import tardis_fx
+    from tardis_fx.demo.model import FOLDER, load
     from tardis_fx.observation.ranks import Ranks
 
     config = _config(method)
-    if dtype not in ("auto", *DTYPES):
-        raise ConfigError(f"dtype must be auto, {', '.join(DTYPES)}, not {dtype!r}")
+    if dtype != "auto":
+        torch_dtype(dtype)
     with _processes(device):
         first = Ranks.initialised().rank == 0
         if first and (out.is_dir() or not os.access(out.absolute().parent, os.W_OK)):
             raise PlanFileError(f"cannot write {out}")  # told before hours are spent
-        subject = _loaded(model, dtype, device)
+        subject = load(FOLDER if model == "demo" else Path(model), dtype)
         plan = tardis_fx.calibrate(
-            subject.model,
+            subject.model.to(_own(device)),
             [batch.to(_own(device)) for batch in _batches(subject, text, windows)],
             config=replace(config, progress=config.progress and first),
             checkpoint=checkpoint,
@@ -71,7 +75,7 @@ def calibrate(
 
 
 def _config(method: str) -> Config:
-    (config, healed), *others = configs(method)
+    (config, healed), *others = (config_of(*one) for one in methods_with_settings(method))
     if healed or others:
         raise ConfigError(f"calibrate takes one method and heals none: {method!r}")
     return config
@@ -108,31 +112,11 @@ def _own(device: str) -> torch.device:
     return torch.device(device, int(os.environ.get("LOCAL_RANK", "0"))) if device == "cuda" else torch.device(device)
 
 
-def _loaded(model: str, dtype: str, device: str) -> DemoModel:
-    from tardis_fx.demo.model import FOLDER, load
-
-    subject = load(FOLDER if model == "demo" else Path(model), dtype)
-    subject.model.to(_own(device))
-    return subject
-
-
 def _batches(subject: DemoModel, text: Path | None, windows: int) -> list[Tensor]:
     """Windows of the text, [8, length] each."""
-    import torch
-
     from tardis_fx.demo.model import cut
 
-    if windows < 1:
-        raise ConfigError(f"windows must be positive, not {windows}")
-    if text is None:
-        ids = subject.tokens("calibration")
-    else:
-        try:
-            ids = torch.tensor(
-                subject.tokenizer.encode(text.read_text(encoding="utf-8")).ids, dtype=torch.int64, device="cpu"
-            )
-        except (OSError, UnicodeDecodeError) as error:
-            raise CalibrationError(f"cannot read text from {text}: {error}") from error
+    ids = subject.read(text) if text else subject.tokens("calibration")
     length = min(LENGTH, subject.context)
     if len(ids) < length:
         raise CalibrationError(f"{len(ids)} tokens of text are less than one window of {length}: give more text")

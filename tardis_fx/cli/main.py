@@ -22,14 +22,14 @@ app.command()(calibrate)
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="Where the Pareto picture goes, as PNG.")] = Path("tardis_demo.png"),
+    out: Annotated[Path, typer.Option(help="File of the Pareto plot, as PNG.")] = Path("tardis_demo.png"),
 ) -> None:
-    """Calibrate, compile and measure an embedded model; some three minutes on two cores."""
+    """Calibrate, compile and measure an embedded model: about three minutes on two cores."""
     from rich.console import Console
 
-    from tardis_fx.demo.run import run
+    from tardis_fx.demo.run import run_demo
 
-    run(out, Console())
+    run_demo(out, Console())
 
 
 @app.command()

@@ -1,1 +1,1 @@
-"""``tardis compare``: rewrites and integers on one model, measured side by side."""
+"""``tardis compare``: rewrites and torchao's integers on one model, compared in quality, bytes, FLOPs and speed."""

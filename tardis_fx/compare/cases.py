@@ -1,4 +1,4 @@
-"""What is compared: each case makes one rewritten form of the model under comparison."""
+"""Cases of a comparison: each makes one rewritten form of the model under comparison."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch.utils import _pytree as pytree
 
-from tardis_fx.compare import intx
 from tardis_fx.digest import digest
 from tardis_fx.errors import CalibrationError
 from tardis_fx.heal import heal
+from tardis_fx.measure import weight_only
 from tardis_fx.measure.flops import prefill_share
+from tardis_fx.measure.quality import rewrite_every_token
 from tardis_fx.observation.observe import BatchObservation
 from tardis_fx.passes.base import check_rewrites, rewrite_named
 from tardis_fx.plan import KeptSite
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 
 class Trial:
-    """A model with the calibration text of one seed; what is costly is made when it is first asked for."""
+    """A model with the calibration text of one seed; costly parts are made when they are first needed."""
 
     def __init__(self, subject: Subject, seed: int) -> None:
         """Names the model and the seed."""
@@ -58,11 +58,11 @@ class Trial:
 
 
 @dataclass(frozen=True)
-class Contender:
+class RewrittenModel:
     """A rewritten form of a model.
 
     Attributes:
-        model: what is compiled, or runs as it is where there is no plan.
+        model: with its plan, or to be run as it is where there is none.
         plan: of the rewrite, or None.
         stored: weight bytes kept, over those of the dense FFNs.
         touched: weight bytes read per decoded token, likewise.
@@ -77,18 +77,12 @@ class Contender:
 
     def every_token(self) -> Callable[..., Any]:
         """The model with every token on the rewritten path, run eagerly; forgets what was compiled before."""
-        torch.compiler.reset()  # or Dynamo would count the cases as recompilations of one model
-        if self.plan is None:
-            return self.model
-        options: dict[str, Any] = {"plan": self.plan, "prefill": "rewritten", "inner": "eager"}
-        return torch.compile(self.model, backend="tardis", options=options)
+        return self.model if self.plan is None else rewrite_every_token(self.model, self.plan)
 
-    def step(self) -> Callable[..., Any]:
-        """The model compiled by Inductor for decoding."""
-        if self.plan is None:
-            return torch.compile(self.model, fullgraph=True)
-        options: dict[str, Any] = {"plan": self.plan}
-        return torch.compile(self.model, backend="tardis", options=options, fullgraph=True)
+    @property
+    def options(self) -> dict[str, Any]:
+        """Options of ``torch.compile`` for decoding."""
+        return {} if self.plan is None else {"backend": "tardis", "options": {"plan": self.plan}}
 
 
 class Case(ABC):
@@ -102,20 +96,20 @@ class Case(ABC):
 
     @property
     def budget(self) -> float | None:
-        """Fraction of the dense bytes that was asked for, or None."""
+        """Requested fraction of the dense bytes, or None."""
         return None
 
     @property
     @abstractmethod
     def identity(self) -> str:
-        """Hash of all that the figures depend on beside the model and the text."""
+        """Hash of everything that the figures depend on, except the model and the text."""
 
-    @abstractmethod
     def check(self) -> None:
         """Raises a :class:`tardis_fx.errors.TardisError` where the case cannot be run at all."""
+        return
 
     @abstractmethod
-    def prepare(self, trial: Trial) -> Contender:
+    def prepare(self, trial: Trial) -> RewrittenModel:
         """Makes the rewritten form.
 
         Raises:
@@ -125,21 +119,18 @@ class Case(ABC):
 
 @dataclass(frozen=True)
 class Dense(Case):
-    """The original, as the row that all others are compared with."""
+    """The original model: the row with which all others are compared."""
 
     label: str = "dense"
 
     @property
     def identity(self) -> str:
-        """The same always."""
+        """Always the same."""
         return "dense"
 
-    def check(self) -> None:
-        """Nothing is needed."""
-
-    def prepare(self, trial: Trial) -> Contender:
+    def prepare(self, trial: Trial) -> RewrittenModel:
         """The model as it is."""
-        return Contender(trial.subject.model)
+        return RewrittenModel(trial.subject.model)
 
 
 @dataclass(frozen=True)
@@ -149,7 +140,7 @@ class Planned(Case):
     Attributes:
         label: of the method.
         config: how the plan is fitted.
-        healed: whether :func:`tardis_fx.heal` goes on with the plan on the same calibration batches.
+        healed: whether :func:`tardis_fx.heal` improves the plan on the same calibration batches.
     """
 
     label: str
@@ -158,7 +149,7 @@ class Planned(Case):
 
     @property
     def budget(self) -> float | None:
-        """Fraction of the dense bytes, or None where an error is aimed at instead."""
+        """Fraction of the dense bytes, or None where the config has a target error instead."""
         return self.config.budget if self.config.target_error is None else None
 
     @property
@@ -179,7 +170,7 @@ class Planned(Case):
     def _methods(self) -> list[str]:
         return [method for _, method in self.config.methods if method is not None]
 
-    def prepare(self, trial: Trial) -> Contender:
+    def prepare(self, trial: Trial) -> RewrittenModel:
         """Fits the plan, and heals it where asked."""
         plan = plan_for(trial.observation, replace(self.config, progress=False))
         if not plan.rewritten:
@@ -190,7 +181,7 @@ class Planned(Case):
         dense = sum(site.dense_bytes for site in plan.sites)
         stored = sum(site.stored_bytes for site in plan.sites)
         flops = prefill_share(plan, trial.observation)
-        return Contender(trial.subject.model, plan, stored / dense, plan.touched_fraction, flops)
+        return RewrittenModel(trial.subject.model, plan, stored / dense, plan.touched_fraction, flops)
 
 
 def _parts(batch: Batch) -> list[Batch]:
@@ -218,9 +209,10 @@ class Torchao(Case):
 
     def check(self) -> None:
         """Raises BenchError where torchao cannot be imported."""
-        intx.quantiser(self.bits)
+        weight_only.ffn_quantiser(self.bits)
 
-    def prepare(self, trial: Trial) -> Contender:
+    def prepare(self, trial: Trial) -> RewrittenModel:
         """Quantises a copy of the model."""
-        model, share = intx.quantised(trial.subject.model, trial.observation.sites, self.bits)
-        return Contender(model, stored=share, touched=share)
+        quantise = weight_only.ffn_quantiser(self.bits)
+        model, share = weight_only.quantise_ffns(trial.subject.model, quantise, trial.observation.sites, self.bits)
+        return RewrittenModel(model, stored=share, touched=share)

@@ -1,4 +1,4 @@
-"""The comparison: any cases, with any seeds, on one model; every finished one is recorded at once."""
+"""The comparison of cases on one model: each is fitted, measured, and recorded as soon as it is finished."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm import tqdm
 
-from tardis_fx.compare.cases import Contender, Trial
+from tardis_fx.compare.cases import RewrittenModel, Trial
 from tardis_fx.compare.records import Record
 from tardis_fx.digest import digest
-from tardis_fx.errors import CalibrationError
-from tardis_fx.measure.table import LEAST_ROUNDS, in_turn, ratio
+from tardis_fx.errors import BenchError, CalibrationError
+from tardis_fx.measure.timing import LEAST_ROUNDS, Ratio, interleave
 from tardis_fx.runtime.touched import count_touched
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 COUNTED = 2
 
 
-def compare(
+def compare_rewrites(
     subject: Subject,
     cases: Sequence[Case],
     seeds: Sequence[int],
@@ -37,14 +37,14 @@ def compare(
     decode: bool = False,
     progress: bool = True,
 ) -> list[Record]:
-    """Runs what is not recorded yet, and returns all records, seed by seed, in the order of the cases.
+    """Runs the cases that have no record yet, and returns all records, seed by seed, in the order of the cases.
 
     Args:
         subject: the model, its calibration text and its test text.
-        cases: what is compared.
+        cases: the rows of the comparison.
         seeds: each chooses other calibration text.
-        records: what is known, and where the rest is written.
-        decode: whether decoding is timed beside Inductor.
+        records: of finished cases; new ones are added.
+        decode: whether decoding is timed against Inductor.
         progress: whether a bar is shown.
 
     Raises:
@@ -53,7 +53,7 @@ def compare(
     """
     for case in cases:
         case.check()
-    found = []
+    results = []
     with tqdm(total=len(seeds) * len(cases), unit="case", disable=not progress) as bar:
         for seed in seeds:
             trial = Trial(subject, seed)  # freed before the next seed's
@@ -64,9 +64,9 @@ def compare(
                 if record is None or (decode and record.reason is None and record.decode is None):
                     record = _measured(key, case, trial, decode=decode)
                     records.add(record)
-                found.append(record)
+                results.append(record)
                 bar.update()
-    return found
+    return results
 
 
 def _measured(key: str, case: Case, trial: Trial, *, decode: bool) -> Record:
@@ -75,21 +75,21 @@ def _measured(key: str, case: Case, trial: Trial, *, decode: bool) -> Record:
     record = Record(key, case.identity, subject.name, case.label, case.budget, trial.seed)
     started = time.perf_counter()
     try:
-        contender = case.prepare(trial)
+        rewritten = case.prepare(trial)
     except CalibrationError as error:
         return replace(record, reason=str(error))
     fitted = time.perf_counter()
-    run = contender.every_token()
-    metrics, counted = subject.evaluate(run), _counted(subject, contender.plan, run)
+    run = rewritten.every_token()
+    metrics, counted = subject.evaluate(run), _counted(subject, rewritten.plan, run)
     measured = time.perf_counter()
     return replace(
         record,
-        stored=contender.stored,
-        touched=contender.touched,
+        stored=rewritten.stored,
+        touched=rewritten.touched,
         counted=counted,
-        flops=contender.flops,
+        flops=rewritten.flops,
         metrics=metrics,
-        decode=_decode(subject, contender) if decode else None,
+        decode=list(_decode(subject, rewritten)) if decode else None,
         seconds=[fitted - started, measured - fitted],
     )
 
@@ -100,7 +100,7 @@ def _counted(subject: Subject, plan: Plan | None, run: Callable[..., Any]) -> fl
     if plan is None:
         return None
     with count_touched() as touched:
-        for batch in subject.text()[:COUNTED]:
+        for batch in subject.text[:COUNTED]:
             subject.call(run, batch)
     if touched.sites < len(plan.rewritten):
         return None
@@ -108,10 +108,11 @@ def _counted(subject: Subject, plan: Plan | None, run: Callable[..., Any]) -> fl
     return (touched.per_token + refused) / sum(site.dense_bytes for site in plan.sites)
 
 
-def _decode(subject: Subject, contender: Contender) -> list[float]:
-    """Least, median and greatest ratio of Inductor's seconds per token to the contender's, in turns."""
+def _decode(subject: Subject, rewritten: RewrittenModel) -> Ratio:
+    """Inductor's seconds per token over the rewritten model's, in interleaved rounds."""
+    if subject.decoder is None:
+        raise BenchError(f"{subject.name} does not decode: leave out --decode")
     torch.compiler.reset()
-    forms = {"Inductor": Contender(subject.model), "contender": contender}
-    runs = {name: subject.decoder(form.step()) for name, form in forms.items()}
-    seconds = in_turn(runs, LEAST_ROUNDS)
-    return list(ratio(seconds["Inductor"], seconds["contender"]))
+    forms = {"Inductor": RewrittenModel(subject.model), "rewritten": rewritten}
+    seconds = interleave({name: subject.decoder(form) for name, form in forms.items()}, LEAST_ROUNDS)
+    return Ratio.between(seconds["Inductor"], seconds["rewritten"])

@@ -1,4 +1,4 @@
-"""What a comparison found, case by case, in a file that an interrupted run goes on from: JSON lines."""
+"""Results of a comparison, case by case, in a file of JSON lines from which an interrupted run resumes."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ class Record:
     """One case with one seed.
 
     Attributes:
-        key: hash of all that decides the figures: model, text and case; see :func:`tardis_fx.digest.digest`.
+        key: hash of everything that decides the figures: model, text and case; see :func:`tardis_fx.digest.digest`.
         case: hash of the case alone.
         subject: name of the model.
         label: of the method.
-        budget: asked for, or None.
+        budget: requested fraction of the dense bytes, or None.
         seed: of the calibration text.
-        reason: why the case is out of reach, or None; where there is one, nothing was measured.
+        reason: why the case is out of reach and was not measured, or None.
         stored: weight bytes kept, over those of the dense FFNs.
         touched: weight bytes read per decoded token, likewise; the plan's expectation.
         counted: the same counted while text ran, or None where the rewrite's bytes do not depend on the text.

@@ -1,247 +1,181 @@
-"""Models under comparison: what each is calibrated on, and how its rewritten form is judged."""
+"""Models under comparison: the text that calibrates each, and how its rewritten forms are judged."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar
+from dataclasses import asdict, dataclass
+from functools import cache, cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch.nn import functional as F  # noqa: N812
 
-from tardis_fx.demo.model import DemoModel, cut
+from tardis_fx.demo.model import FOLDER, DemoModel, cut, load
 from tardis_fx.digest import digest
 from tardis_fx.errors import BenchError
-from tardis_fx.measure.quality import Decoder
+from tardis_fx.measure.decoding import Decoder
+from tardis_fx.measure.quality import DenseReference
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
-    from pathlib import Path
 
     from torch import Tensor, nn
 
+    from tardis_fx.compare.cases import RewrittenModel
     from tardis_fx.observation.observe import Batch
 
-#: Windows of text, and tokens of a window at the most: 16,384 tokens calibrate, as many others are measured on.
+#: Windows of text, and most tokens of a window: 16,384 tokens calibrate, and quality is measured on as many others.
 WINDOWS, LENGTH = 64, 256
-#: Tokens of prompt and tokens that follow, where decoding is timed.
+#: Tokens of the prompt, and tokens that follow, when decoding is timed.
 PROMPT, NEW_TOKENS = 64, 65
 
 
-@dataclass(frozen=True)
-class Metric:
-    """A measure of quality.
-
-    Attributes:
-        name: key in what :meth:`Subject.evaluate` returns.
-        heading: of its column.
-        form: format specification.
-    """
+class Metric(NamedTuple):
+    """A measure of quality: its name, the heading of its column, and its format specification."""
 
     name: str
     heading: str
     form: str
 
 
-class Subject(ABC):
+@dataclass(frozen=True)
+class Subject:
     """A model under comparison.
 
     Attributes:
         name: for titles.
-        model: the dense one, in eval mode; what is compared are rewritten forms of it.
+        model: the dense one, in eval mode, whose rewritten forms are compared.
+        calibration: the calibration batches that a seed chooses.
+        text: batches on which quality is measured.
+        call: outputs of a form of the model for one batch.
+        evaluate: all metrics of a form of the model, by name.
+        metrics: columns of the table.
+        plotted: the metric on the plot's logarithmic axis, its label, a factor, and the least value shown.
+        decoder: makes a run that decodes with a rewritten form and returns seconds per token; None where the model
+            does not decode.
     """
 
-    #: Columns of the table.
-    metrics: ClassVar[tuple[Metric, ...]]
-    #: The metric on the plot's logarithmic axis, its label, what it is multiplied by, and the least value shown.
-    plotted: ClassVar[tuple[str, str, float, float]]
-
-    def __init__(self, name: str, model: nn.Module) -> None:
-        """Names a model."""
-        self.name, self.model = name, model
+    name: str
+    model: nn.Module
+    calibration: Callable[[int], Sequence[Batch]]
+    text: Sequence[Batch]
+    call: Callable[[Callable[..., Any], Any], Tensor]
+    evaluate: Callable[[Callable[..., Any]], dict[str, float]]
+    metrics: Sequence[Metric]
+    plotted: tuple[str, str, float, float]
+    decoder: Callable[[RewrittenModel], Callable[[], float]] | None = None
 
     @cached_property
     def identity(self) -> str:
-        """Hash of the weights and of the text that is measured on."""
-        return digest(dict(self.model.state_dict()), self.text())
-
-    @abstractmethod
-    def text(self) -> Sequence[Batch]:
-        """What is measured on, batch by batch."""
-
-    @abstractmethod
-    def calibration(self, seed: int) -> Sequence[Batch]:
-        """The calibration batches that a seed chooses."""
-
-    @abstractmethod
-    def evaluate(self, run: Callable[..., Any]) -> dict[str, float]:
-        """All metrics of a rewritten form of the model."""
-
-    @abstractmethod
-    def call(self, run: Callable[..., Any], batch: Batch) -> Any:
-        """The model's outputs for one batch."""
-
-    def decoder(self, step: Callable[..., Any]) -> Callable[[], float]:
-        """What decodes with ``step`` and returns seconds per token.
-
-        Raises:
-            BenchError: the model does not decode.
-        """
-        raise BenchError(f"{self.name} does not decode: leave out --decode")
+        """Hash of the weights and of the text on which quality is measured."""
+        return digest(dict(self.model.state_dict()), self.text)
 
 
-class LanguageModel(Subject):
-    """A causal language model, judged by its next tokens."""
+def load_subject(model: str, dtype: torch.dtype, file: Path | None = None, windows: int = WINDOWS) -> Subject:
+    """Loads a causal language model, to be judged on the standard library's splits or on a file.
 
-    metrics: ClassVar = (
-        Metric("perplexity", "perplexity", ".3f"),
-        Metric("rise", "rise", "+.2%"),
-        Metric("agreement", "next token as dense", ".1%"),
-        Metric("kl", "KL to dense, nats", ".4f"),
+    Args:
+        model: "demo", or a folder.
+        dtype: that the model is cast to.
+        file: its first half calibrates, quality is measured on its second half.
+        windows: of each.
+
+    Raises:
+        TardisError: the folder holds no model, or the file cannot be read or is too short.
+    """
+    demo = load(FOLDER if model == "demo" else Path(model))
+    demo.model.to(dtype)
+    name = f"{Path(model).name}, {str(dtype).removeprefix('torch.')}"
+    if file is None:
+        return language_model(name, demo, demo.tokens("calibration"), demo.tokens("test"), windows)
+    ids = demo.read(file)
+    return language_model(name, demo, ids[: len(ids) // 2], ids[len(ids) // 2 :], windows)
+
+
+def language_model(name: str, demo: DemoModel, calibration: Tensor, test: Tensor, windows: int = WINDOWS) -> Subject:
+    """A causal language model, judged by its next tokens; decoding is timed at batch 1, on a prompt of the test text.
+
+    Args:
+        name: for titles.
+        demo: model and context.
+        calibration: token ids from which calibration windows are drawn, [length].
+        test: token ids whose evenly spread windows quality is measured on, [length].
+        windows: of each.
+
+    Raises:
+        BenchError: a text is shorter than a window.
+    """
+    length = min(LENGTH, demo.context)
+    if (least := min(len(calibration), len(test))) < length:
+        raise BenchError(f"{least} tokens of text are less than one window of {length}: give more text")
+    text = cut(test, windows, length)
+    reference = cache(lambda: DenseReference(demo.model, text))
+    prompt = text[0, :PROMPT]
+
+    def decoder(rewritten: RewrittenModel) -> Callable[[], float]:
+        compiled = Decoder(rewritten.model, demo.context, **rewritten.options)
+        return lambda: compiled.continue_text(prompt, min(NEW_TOKENS, demo.context - len(prompt)))[1]
+
+    return Subject(
+        name,
+        demo.model,
+        calibration=lambda seed: list(cut(calibration, windows, length, seed).split(8)),
+        text=list(text.split(8)),
+        call=lambda run, batch: run(batch, use_cache=False).logits,
+        evaluate=lambda run: asdict(reference().quality(run)),
+        metrics=(
+            Metric("perplexity", "perplexity", ".3f"),
+            Metric("rise", "rise", "+.2%"),
+            Metric("agreement", "next token as dense", ".1%"),
+            Metric("kl", "KL to dense, nats", ".4f"),
+        ),
+        plotted=("rise", "perplexity rise, %", 100.0, 0.01),
+        decoder=decoder,
     )
-    plotted: ClassVar = ("rise", "perplexity rise, %", 100.0, 0.01)
 
-    def __init__(self, name: str, demo: DemoModel, calibration: Tensor, test: Tensor, windows: int = WINDOWS) -> None:
-        """Cuts the text.
 
-        Args:
-            name: for titles.
-            demo: model, tokenizer and context.
-            calibration: token ids that windows are calibrated on, [length].
-            test: token ids that windows are measured on, [length]; spread evenly, whatever the seed.
-            windows: of each.
+def encoder(
+    name: str,
+    model: nn.Module,
+    calibration: Callable[[int], Sequence[Mapping[str, Tensor]]],
+    text: Sequence[Mapping[str, Tensor]],
+    embed: Callable[[Callable[..., Any], Mapping[str, Tensor]], Tensor],
+) -> Subject:
+    """A model of texts as vectors, judged by their direction and their nearest neighbours.
 
-        Raises:
-            BenchError: a text is shorter than a window.
-        """
-        super().__init__(name, demo.model)
-        self._demo, self._calibration, self._windows = demo, calibration, windows
-        self._length = min(LENGTH, demo.context)
-        if (least := min(len(calibration), len(test))) < self._length:
-            raise BenchError(f"{least} tokens of text are less than one window of {self._length}: give more text")
-        self._text = cut(test, windows, self._length)
-
-    @classmethod
-    def of(cls, name: str, demo: DemoModel, file: Path | None = None, windows: int = WINDOWS) -> LanguageModel:
-        """Takes the standard library's splits, or a file: its first half calibrates, its second half is measured on.
-
-        Raises:
-            BenchError: the file cannot be read, or is too short.
-        """
-        if file is None:
-            return cls(name, demo, demo.tokens("calibration"), demo.tokens("test"), windows)
-        try:
-            ids = torch.tensor(
-                demo.tokenizer.encode(file.read_text(encoding="utf-8")).ids, dtype=torch.int64, device="cpu"
-            )
-        except (OSError, UnicodeDecodeError) as error:
-            raise BenchError(f"cannot read text from {file}: {error}") from error
-        return cls(name, demo, ids[: len(ids) // 2], ids[len(ids) // 2 :], windows)
-
-    def text(self) -> Sequence[Tensor]:
-        """Windows spread evenly over the test text, eight at a time, [8, length]."""
-        return list(self._text.split(8))
-
-    def calibration(self, seed: int) -> Sequence[Tensor]:
-        """Windows of the calibration text, eight at a time, [8, length]; see :func:`tardis_fx.demo.model.cut`."""
-        return list(cut(self._calibration, self._windows, self._length, seed).split(8))
-
-    def call(self, run: Callable[..., Any], batch: Batch) -> Tensor:
-        """Logits, [windows, length, vocabulary]."""
-        logits: Tensor = run(batch, use_cache=False).logits
-        return logits
-
-    @cached_property
-    @torch.no_grad()
-    def _dense(self) -> list[Tensor]:
-        return [self.call(self.model, batch) for batch in self.text()]
-
-    @cached_property
-    def _dense_loss(self) -> float:
-        return self._compare(self._dense)["loss"]
+    Args:
+        name: for titles.
+        model: in eval mode.
+        calibration: batches by seed.
+        text: batches on which quality is measured.
+        embed: a model's normalised embeddings of a batch, [texts, d].
+    """
 
     @torch.no_grad()
-    def evaluate(self, run: Callable[..., Any]) -> dict[str, float]:
-        """Perplexity, its rise over the dense model's, agreement of the likeliest next token, KL(dense || rewritten).
+    def embeddings(run: Callable[..., Any]) -> Tensor:
+        return F.normalize(torch.cat([embed(run, batch).float() for batch in text]), dim=-1)
 
-        Losses and KL, in nats per token, are computed in float32 from logits in the model's dtype.
-        """
-        found = self._compare(self.call(run, batch) for batch in self.text())
-        loss = torch.tensor(found.pop("loss"), dtype=torch.float64, device="cpu")
-        return {"perplexity": float(loss.exp()), "rise": float((loss - self._dense_loss).expm1()), **found}
+    dense = cache(lambda: embeddings(model))
 
-    def _compare(self, logits: Any) -> dict[str, float]:
-        loss = kl = same = 0.0
-        for tokens, found, dense in zip(self.text(), logits, self._dense, strict=True):
-            ours, theirs = found.float().log_softmax(-1), dense.float().log_softmax(-1)
-            loss += float(F.nll_loss(ours[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum"))
-            kl += float(F.kl_div(ours, theirs, reduction="sum", log_target=True))
-            same += float((found.argmax(-1) == dense.argmax(-1)).sum())
-        count = self._text.numel()
-        return {"loss": loss / (count - len(self._text)), "agreement": same / count, "kl": kl / count}
-
-    def decoder(self, step: Callable[..., Any]) -> Callable[[], float]:
-        """Batch 1, static cache, a prompt from the test text."""
-        decoder, prompt = Decoder(self._demo, step), self._text[0, :PROMPT]
-        return lambda: decoder(prompt, min(NEW_TOKENS, self._demo.context - len(prompt)))[1]
-
-
-class Encoder(Subject):
-    """A model of texts as vectors, judged by where the vectors point."""
-
-    metrics: ClassVar = (
-        Metric("cosine", "mean cosine to dense", ".4f"),
-        Metric("neighbours", "nearest neighbour as dense", ".1%"),
-    )
-    plotted: ClassVar = ("distance", "1 - mean cosine to the dense embedding", 1.0, 1e-4)
-
-    def __init__(
-        self,
-        name: str,
-        model: nn.Module,
-        calibration: Callable[[int], Sequence[Mapping[str, Tensor]]],
-        text: Sequence[Mapping[str, Tensor]],
-        embed: Callable[[Callable[..., Any], Mapping[str, Tensor]], Tensor],
-    ) -> None:
-        """Takes the model and its texts.
-
-        Args:
-            name: for titles.
-            model: in eval mode.
-            calibration: batches by seed.
-            text: batches that are measured on.
-            embed: a model's normalised embeddings of a batch, [texts, d].
-        """
-        super().__init__(name, model)
-        self._calibration, self._text, self._embed = calibration, text, embed
-
-    def text(self) -> Sequence[Mapping[str, Tensor]]:
-        """The batches that are measured on."""
-        return self._text
-
-    def calibration(self, seed: int) -> Sequence[Mapping[str, Tensor]]:
-        """The batches that a seed chooses."""
-        return self._calibration(seed)
-
-    def call(self, run: Callable[..., Any], batch: Any) -> Tensor:
-        """Embeddings, [texts, d], float32."""
-        return self._embed(run, batch).float()
-
-    @torch.no_grad()
-    def _embeddings(self, run: Callable[..., Any]) -> Tensor:
-        return F.normalize(torch.cat([self.call(run, batch) for batch in self._text]), dim=-1)
-
-    @cached_property
-    def _dense(self) -> Tensor:
-        return self._embeddings(self.model)
-
-    def evaluate(self, run: Callable[..., Any]) -> dict[str, float]:
-        """Mean cosine to the dense embedding, and the share of texts whose nearest other text is the same."""
-        found = self._embeddings(run)
-        cosine = float((found * self._dense).sum(1).double().mean())
-        same = float((_nearest(found) == _nearest(self._dense)).double().mean())
+    def evaluate(run: Callable[..., Any]) -> dict[str, float]:
+        rewritten = embeddings(run)
+        cosine = float((rewritten * dense()).sum(1).double().mean())
+        same = float((_nearest(rewritten) == _nearest(dense())).double().mean())
         return {"cosine": cosine, "distance": 1 - cosine, "neighbours": same}
+
+    return Subject(
+        name,
+        model,
+        calibration,
+        text,
+        call=embed,
+        evaluate=evaluate,
+        metrics=(
+            Metric("cosine", "mean cosine to dense", ".4f"),
+            Metric("neighbours", "nearest neighbour as dense", ".1%"),
+        ),
+        plotted=("distance", "1 - mean cosine to the dense embedding", 1.0, 1e-4),
+    )
 
 
 def _nearest(embeddings: Tensor) -> Tensor:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tardis_fx.demo.corpus import Split, modules
-from tardis_fx.errors import DemoError
+from tardis_fx.errors import CalibrationError, ConfigError, DemoError
+from tardis_fx.measure.extras import needed_by
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -28,7 +29,7 @@ class DemoModel:
         model: transformers' language model (GPT2LMHeadModel in the package), in eval mode, without gradients.
         tokenizer: of the ``tokenizers`` library.
         context: longest sequence, in tokens.
-        training: what the run that made the checkpoint took and reached.
+        training: cost and result of the training run that made the checkpoint.
     """
 
     model: nn.Module
@@ -37,9 +38,21 @@ class DemoModel:
     training: dict[str, float]
 
     def tokens(self, split: Split) -> Tensor:
-        """Token ids of a split's modules in a row, each behind a separator, [length]."""
+        """Token ids of a split's modules, a separator in front of each, [length]."""
         encoded = self.tokenizer.encode_batch([SEPARATOR + text for _, text in modules(split)])
         return torch.tensor([i for text in encoded for i in text.ids], dtype=torch.int64, device="cpu")
+
+    def read(self, file: Path) -> Tensor:
+        """Token ids of a text file, [length].
+
+        Raises:
+            CalibrationError: the file cannot be read.
+        """
+        try:
+            ids = self.tokenizer.encode(file.read_text(encoding="utf-8")).ids
+        except (OSError, UnicodeDecodeError) as error:
+            raise CalibrationError(f"cannot read text from {file}: {error}") from error
+        return torch.tensor(ids, dtype=torch.int64, device="cpu")
 
     def windows(self, split: Split, count: int) -> Tensor:
         """Windows of text spread evenly over a split, [count, context]."""
@@ -53,8 +66,13 @@ def cut(ids: Tensor, count: int, length: int, seed: int = 0) -> Tensor:
         ids: token ids, [at least length].
         count: of windows.
         length: of a window.
-        seed: 0 spreads them evenly; any other draws where each begins.
+        seed: 0 spreads them evenly; any other draws the beginning of each.
+
+    Raises:
+        ConfigError: the count is not positive.
     """
+    if count < 1:
+        raise ConfigError(f"windows must be positive, not {count}")
     last = len(ids) - length
     if seed:
         starts = torch.randint(
@@ -75,11 +93,9 @@ def load(folder: Path = FOLDER, dtype: str = "float32") -> DemoModel:
     Raises:
         DemoError: ``transformers`` or ``tokenizers`` is not installed, or the folder holds no whole checkpoint.
     """
-    try:
+    with needed_by("the demo", DemoError):
         import transformers
         from tokenizers import Tokenizer
-    except ImportError as error:
-        raise DemoError(f"the demo needs {error.name}: pip install 'tardis-fx[demo]'") from error
     logging.getLogger("transformers").setLevel(logging.ERROR)
     transformers.utils.logging.disable_progress_bar()
     try:

@@ -1,1 +1,1 @@
-"""Quality, decoding speed, the machine and tables: shared by benchmarks, demo and commands."""
+"""Quality, decoding speed, the machine, tables and plots: shared by benchmarks, demo and commands."""

@@ -1,22 +1,20 @@
-"""What the demo measures: quality on held-out text, and decoding speed."""
+"""Quality of a rewritten language model on a text, beside the dense one's."""
 
 from __future__ import annotations
 
-import time
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn import functional as F  # noqa: N812
 
-from tardis_fx.measure.decoding import cache_argument
-
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
-    from torch import Tensor
+    from torch import Tensor, nn
 
-    from tardis_fx.demo.model import DemoModel
+    from tardis_fx.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -25,64 +23,57 @@ class Quality:
 
     Attributes:
         perplexity: exponential of the mean loss per token.
+        rise: of the perplexity over the dense model's, as a share of it.
         agreement: share of positions whose likeliest next token is the dense model's.
+        kl: KL(dense || rewritten), in nats per token.
     """
 
     perplexity: float
+    rise: float
     agreement: float
+    kl: float
 
 
-@torch.no_grad()
-def logits(model: Callable[..., Any], windows: Tensor) -> Tensor:
-    """Logits of every position, [windows, context, vocabulary], eight windows at a time."""
-    return torch.cat([model(batch, use_cache=False).logits for batch in windows.split(8)])
-
-
-def quality(found: Tensor, dense: Tensor, windows: Tensor) -> Quality:
-    """Compares logits with the text and with the dense model's logits.
-
-    Args:
-        found: [windows, context, vocabulary].
-        dense: of the same shape.
-        windows: token ids, [windows, context].
-    """
-    loss = F.cross_entropy(found[:, :-1].flatten(0, 1), windows[:, 1:].flatten())
-    return Quality(float(loss.exp()), float((found.argmax(-1) == dense.argmax(-1)).double().mean()))
-
-
-class Decoder:
-    """Greedy decoding with a static cache: the prompt by the plain model, each step by a compiled one."""
-
-    def __init__(self, demo: DemoModel, step: Callable[..., Any]) -> None:
-        """Prepares a decoder.
-
-        Args:
-            demo: the plain model.
-            step: what runs a step: the model, compiled.
-        """
-        self._demo, self._step = demo, step
+class DenseReference:
+    """A text and the dense model's logits on it, with which rewritten forms of the model are compared."""
 
     @torch.no_grad()
-    def __call__(self, prompt: Tensor, tokens: int) -> tuple[Tensor, float]:
-        """Continues a prompt.
+    def __init__(self, model: nn.Module, windows: Tensor) -> None:
+        """Runs the dense model.
 
         Args:
-            prompt: token ids, [length].
-            tokens: how many to add.
-
-        Returns:
-            The new token ids, [tokens], and seconds per token, the prompt's time not counted.
+            model: in eval mode.
+            windows: token ids, [windows, length]; eight windows run at a time.
         """
-        from transformers import StaticCache
+        self._batches = windows.split(8)
+        self._logits = list(self._run(model))
+        self._loss = self._sums(self._logits)[0]
+        self.dense = Quality(math.exp(self._loss), 0.0, 1.0, 0.0)
 
-        cache = StaticCache(config=self._demo.model.config, max_cache_len=self._demo.context)
-        kept = {cache_argument(self._demo.model): cache}
-        position = torch.arange(len(prompt), dtype=torch.int64, device="cpu")[None]
-        token = self._demo.model(prompt[None], **kept, position_ids=position).logits[:, -1:].argmax(-1)
-        found = [token]
-        started = time.perf_counter()
-        for i in range(len(prompt), len(prompt) + tokens - 1):
-            position = torch.tensor([[i]], dtype=torch.int64, device="cpu")
-            token = self._step(token, **kept, position_ids=position).logits.argmax(-1)
-            found.append(token)
-        return torch.cat(found, 1)[0], (time.perf_counter() - started) / (tokens - 1)
+    @torch.no_grad()
+    def quality(self, run: Callable[..., Any]) -> Quality:
+        """Quality of a rewritten form; losses are computed in float32 from logits in the model's dtype."""
+        loss, kl, agreement = self._sums(self._run(run))
+        return Quality(math.exp(loss), math.expm1(loss - self._loss), agreement, kl)
+
+    def _run(self, run: Callable[..., Any]) -> Iterable[Tensor]:
+        return (run(batch, use_cache=False).logits for batch in self._batches)
+
+    def _sums(self, logits: Iterable[Tensor]) -> tuple[float, float, float]:
+        """Mean loss, mean KL, and agreement."""
+        loss = kl = same = 0.0
+        for tokens, rewritten, dense in zip(self._batches, logits, self._logits, strict=True):
+            ours, theirs = rewritten.float().log_softmax(-1), dense.float().log_softmax(-1)
+            loss += float(F.nll_loss(ours[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum"))
+            kl += float(F.kl_div(ours, theirs, reduction="sum", log_target=True))
+            same += float((rewritten.argmax(-1) == dense.argmax(-1)).sum())
+        count = sum(tokens.numel() for tokens in self._batches)
+        predicted = count - sum(len(tokens) for tokens in self._batches)
+        return loss / predicted, kl / count, same / count
+
+
+def rewrite_every_token(model: nn.Module, plan: Plan) -> Callable[..., Any]:
+    """A model with every token on the rewritten path, run eagerly; forgets what was compiled before."""
+    torch.compiler.reset()  # or Dynamo would count plans as recompilations of one model
+    options: dict[str, Any] = {"plan": plan, "prefill": "rewritten", "inner": "eager"}
+    return torch.compile(model, backend="tardis", options=options)

@@ -1,0 +1,94 @@
+"""Timings of contenders in interleaved rounds, with the bytes that bound them, and how they are shown."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from tardis_fx.measure.tables import markdown
+from tardis_fx.measure.timing import Ratio
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from tardis_fx.measure.machine import Machine
+
+#: Columns of the table: heading, and format of the figures.
+COLUMNS = {
+    "case": "{case}",
+    "contender": "{contender}",
+    "ms": "{ms:.3f}",
+    "against Inductor (min to max)": "{ratio:.2f}× ({ratio_min:.2f} to {ratio_max:.2f})",
+    "outliers": "{share}",
+    "MB touched": "{MB:.2f}",
+    "GB/s": "{GB/s:.1f}",
+    "floor, ms": "{floor_ms:.3f}",
+    "of floor": "{of_floor:.2f}×",
+}
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One contender in one case.
+
+    Attributes:
+        case: what all contenders of the case have in common.
+        name: of the contender.
+        seconds: of one step, round by round.
+        base: seconds of the contender that it is compared with, in the same rounds.
+        touched: weight and cache bytes that one step reads.
+        outliers: share of (token, neuron) pairs corrected, or None where nothing is corrected.
+    """
+
+    case: str
+    name: str
+    seconds: Sequence[float]
+    base: Sequence[float]
+    touched: float
+    outliers: float | None = None
+
+    def figures(self, machine: Machine) -> dict[str, Any]:
+        """All figures, by heading of the CSV file; times in milliseconds.
+
+        Args:
+            machine: on which they were measured; its bandwidth gives the floor.
+        """
+        ratio = Ratio.between(self.base, self.seconds)
+        step, floor = statistics.median(self.seconds), self.touched / machine.bandwidth
+        return {
+            "case": self.case,
+            "contender": self.name,
+            "ms": step * 1e3,
+            "ratio": ratio.median,
+            "ratio_min": ratio.low,
+            "ratio_max": ratio.high,
+            "outliers": self.outliers,
+            "MB": self.touched / 1e6,
+            "GB/s": self.touched / step / 1e9,
+            "floor_ms": floor * 1e3,
+            "of_floor": step / floor,
+            "rounds": len(self.seconds),
+            "machine": machine.name,
+            "threads": machine.threads,
+            "copy_GB/s": machine.copy,
+            "sum_GB/s": machine.read,
+        }
+
+
+def report(timings: Sequence[Timing], machine: Machine) -> str:
+    """A Markdown table in the given order, with the conditions below it.
+
+    Args:
+        timings: one row each.
+        machine: on which they were measured.
+    """
+    rows = []
+    for timing in timings:
+        share = "" if timing.outliers is None else f"{timing.outliers:.2%}"
+        rows.append([form.format(share=share, **timing.figures(machine)) for form in COLUMNS.values()])
+    rounds = min((len(timing.seconds) for timing in timings), default=0)
+    return (
+        f"{markdown(list(COLUMNS), rows, titles=2)}\n\nMedians of {rounds} interleaved rounds after one warm-up round. "
+        f"Roofline: floor = MB touched over {machine.roof}.\n{machine}"
+    )

@@ -1,0 +1,25 @@
+"""Libraries that only measuring needs, and that the base installation leaves out."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from tardis_fx.errors import BenchError, TardisError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+@contextmanager
+def needed_by(user: str, error: type[TardisError] = BenchError) -> Iterator[None]:
+    """Turns a failed import into an error that says what to install.
+
+    Args:
+        user: what needs the library, as the subject of the message.
+        error: the type to raise.
+    """
+    try:
+        yield
+    except ImportError as missing:
+        raise error(f"{user} needs {missing.name}: pip install 'tardis-fx[demo]'") from missing

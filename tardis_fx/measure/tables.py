@@ -1,0 +1,50 @@
+"""Tables of results, as Markdown and as CSV."""
+
+from __future__ import annotations
+
+import csv
+from typing import TYPE_CHECKING
+
+from tardis_fx.errors import BenchError
+from tardis_fx.measure.extras import needed_by
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+    from pathlib import Path
+
+
+def markdown(headings: Sequence[str], rows: Iterable[Sequence[str]], titles: int = 1) -> str:
+    """A Markdown table.
+
+    Args:
+        headings: of the columns.
+        rows: cells, as many as headings.
+        titles: number of leading columns that name the row, which are aligned to the left; figures are to the right.
+
+    Raises:
+        BenchError: tabulate is not installed.
+    """
+    with needed_by("a table"):
+        from tabulate import tabulate
+    alignment = ["left"] * titles + ["right"] * (len(headings) - titles)
+    cells = [[cell.replace("|", "/") for cell in row] for row in rows]
+    return str(tabulate(cells, headings, "pipe", disable_numparse=True, colalign=alignment))
+
+
+def write_csv(rows: Sequence[Mapping[str, object]], path: Path) -> None:
+    """Writes rows as CSV.
+
+    Args:
+        rows: at least one; the keys of the first are the headings.
+        path: where to; an existing file is replaced.
+
+    Raises:
+        BenchError: the file cannot be written.
+    """
+    try:
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    except OSError as error:
+        raise BenchError(f"cannot write {path}: {error}") from error
