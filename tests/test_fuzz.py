@@ -10,15 +10,16 @@ import pytest
 import torch
 import typer
 from builders import killing
+from fuzz import hunt as fuzz
+from fuzz import runs as fuzz_runs
+from fuzz.cases import Blocks, Choices, Failure, Judged, drawn, minimise
+from fuzz.hunt import hunt, judge
+from fuzz.process import Worker
 from typer.testing import CliRunner
 
 from tardis_fx.errors import ConfigError
 from tardis_fx.passes.base import rewrite_named
 from tardis_fx.runtime.snapshot import Snapshot
-from tardis_fx.testing import fuzz, fuzz_runs
-from tardis_fx.testing.fuzz import hunt, judge
-from tardis_fx.testing.fuzz_cases import Blocks, Choices, Failure, Judged, drawn, minimise
-from tardis_fx.testing.fuzz_process import Worker
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from fuzz import plans as fuzz_plans
+from fuzz.mutations import MUTATIONS
+from fuzz.plans import SUBJECTS, Mutant, Worker, drawn, minimised, run, verdict_of
 
 from tardis_fx import Plan
-from tardis_fx.testing import fuzz_plans
-from tardis_fx.testing.fuzz_plans import SUBJECTS, Mutant, Worker, drawn, minimised, run, verdict_of
-from tardis_fx.testing.plan_mutations import MUTATIONS
 
 LOW_RANK = next(i for i, (method, _) in enumerate(SUBJECTS) if method == "low_rank")
 

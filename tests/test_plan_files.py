@@ -14,6 +14,7 @@ import safetensors
 import safetensors.torch
 import torch
 from builders.ffns import ffn, planned
+from builders.plan_files import put_together, signed, take_apart
 from builders.profile import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -22,7 +23,6 @@ from tardis_fx import Config, Plan, PlanFileError
 from tardis_fx.plan import VERSION
 from tardis_fx.tensorfile import read
 from tardis_fx.testing.assertions import contents as plan_contents
-from tardis_fx.testing.plan_files import put_together, signed, take_apart
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -7,10 +7,10 @@ import signal
 import time
 from typing import TYPE_CHECKING
 
-from tardis_fx.testing.fuzz_cases import Judged
+from fuzz.cases import Judged
 
 if TYPE_CHECKING:
-    from tardis_fx.testing.fuzz_cases import Blocks
+    from fuzz.cases import Blocks
 
 
 def judge(kind: str, route: str, blocks: Blocks) -> Judged:

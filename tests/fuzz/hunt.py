@@ -1,4 +1,4 @@
-"""``python -m tardis_fx.testing.fuzz``: looks for wrong answers, untyped errors and crashes.
+"""``python tests/fuzz``: looks for wrong answers, untyped errors and crashes.
 
 Programs, plan files and changes of weights are drawn, each from a seed and a number, in a process of their own, so that
 a crash is one more finding. What fails is made smaller and saved; ``--replay FILE`` runs it again.
@@ -13,20 +13,22 @@ import time
 import warnings
 from collections import Counter
 from functools import partial
-from pathlib import Path  # noqa: TC003 - typer reads the annotations
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fuzz import plans as fuzz_plans
+from fuzz import verdict as fuzz_verdict
+from fuzz import weights as fuzz_weights
+from fuzz.cases import Failure, Judged, drawn, minimise
+from fuzz.process import Worker
 from tardis_fx.errors import TardisError
-from tardis_fx.testing import fuzz_plans, fuzz_verdict, fuzz_weights
-from tardis_fx.testing.fuzz_cases import Failure, Judged, drawn, minimise
-from tardis_fx.testing.fuzz_process import Worker
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from tardis_fx.testing.fuzz_cases import Blocks
+    from fuzz.cases import Blocks
 
 #: Steps of a case at the most.
 _STEPS = {"program": 12, "weights": 8}
@@ -169,7 +171,3 @@ def _replay(path: Path) -> None:
     typer.echo(verdict if failure is None else str(failure))
     if failure is not None:
         raise typer.Exit(1)
-
-
-if __name__ == "__main__":
-    typer.run(main)

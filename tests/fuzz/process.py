@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tardis_fx.testing.fuzz_cases import Failure, Judged
+from fuzz.cases import Failure, Judged
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from multiprocessing.connection import Connection
 
-    from tardis_fx.testing.fuzz_cases import Blocks
+    from fuzz.cases import Blocks
 
 #: Cases that one process judges: what compilers keep of every graph would fill the memory in the end.
 _CASES = 2000

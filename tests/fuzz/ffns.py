@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import fx
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 from tardis_fx.testing.spellings import SPELLINGS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator
 
+    from fuzz.cases import Choices
+    from fuzz.programs import Scene
     from tardis_fx.testing.building import Graph
-    from tardis_fx.testing.fuzz_cases import Choices
-    from tardis_fx.testing.fuzz_programs import Scene
 
 _Activation = tuple["Callable[[Graph, fx.Node], fx.Node]", ...]
 

@@ -6,8 +6,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 import torch
-
-from tardis_fx.testing.plan_files import put_together, take_apart
+from builders.plan_files import put_together, take_apart
 
 if TYPE_CHECKING:
     import random

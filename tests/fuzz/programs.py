@@ -14,16 +14,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, fx
 
+from fuzz.cases import Choices
+from fuzz.ffns import ffn
+from fuzz.tangles import TANGLES
 from tardis_fx.testing.building import Graph
 from tardis_fx.testing.exact import METHODS
-from tardis_fx.testing.fuzz_cases import Choices
-from tardis_fx.testing.fuzz_ffns import ffn
-from tardis_fx.testing.fuzz_tangles import TANGLES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from tardis_fx.testing.fuzz_cases import Blocks
+    from fuzz.cases import Blocks
 
 #: The dtypes of programs; the first is the one of most.
 DTYPES = (torch.float32,) * 5 + (torch.bfloat16, torch.float16, torch.float64)

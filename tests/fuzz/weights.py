@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
+from fuzz.cases import Choices, Failure, Judged
+from fuzz.habits import HABITS, World
 from tardis_fx.backend import tardis
 from tardis_fx.config import Config
 from tardis_fx.errors import TardisError
@@ -21,14 +23,12 @@ from tardis_fx.passes import pipeline
 from tardis_fx.passes.base import rewrite_named
 from tardis_fx.plan import Plan
 from tardis_fx.testing.exact import METHODS, exact_entry
-from tardis_fx.testing.fuzz_cases import Choices, Failure, Judged
-from tardis_fx.testing.fuzz_habits import HABITS, World
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from fuzz.cases import Blocks
     from tardis_fx.plan import SitePlan
-    from tardis_fx.testing.fuzz_cases import Blocks
 
 #: Relative error that rounding may cause; a changed weight moves an output by much more.
 _TOLERANCES = {torch.float32: 1e-3, torch.float64: 1e-6, torch.bfloat16: 0.08}

@@ -1,6 +1,6 @@
 """Damages plan files and sees that nobody is hurt: the right answer, or an error that says that the plan is at fault.
 
-1. A mutant is a plan of a small model, changed by one to four mutations (:mod:`tardis_fx.testing.plan_mutations`). Most
+1. A mutant is a plan of a small model, changed by one to four mutations (:mod:`fuzz.mutations`). Most
    of them get the digest of what they then hold, as an attacker would write it.
 2. It is loaded, compiled with the inner backend ``eager``, and called, in a process of its own, so that a crash shows.
    One in 25 goes through ``torch.compile``, ``explain`` and ``release`` as well.
@@ -27,8 +27,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from builders.plan_files import signed
 from torch import Tensor, nn
 
+from fuzz.mutations import HARMLESS_TO_NUMBERS, MUTATIONS
 from tardis_fx import backend
 from tardis_fx.calibrate import calibrate
 from tardis_fx.config import Config
@@ -41,8 +43,6 @@ from tardis_fx.release import release
 from tardis_fx.testing.assertions import relative_error
 from tardis_fx.testing.capture import capture
 from tardis_fx.testing.ffn import ffn, gated_ffn, inputs
-from tardis_fx.testing.plan_files import signed
-from tardis_fx.testing.plan_mutations import HARMLESS_TO_NUMBERS, MUTATIONS
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from tardis_fx.testing.fuzz_cases import Choices
+    from fuzz.cases import Choices
 
 
 class Weight(NamedTuple):

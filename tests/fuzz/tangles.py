@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from tardis_fx.testing.fuzz_cases import Choices
-    from tardis_fx.testing.fuzz_programs import Scene
+    from fuzz.cases import Choices
+    from fuzz.programs import Scene
 
 _Way = "Callable[[Scene, fx.Node], fx.Node]"
 

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from fuzz.cases import Failure, Judged
+from fuzz.programs import Program, Ran, program
+from fuzz.runs import Rewriter, Truth, compiled, host_of
 from tardis_fx.errors import TardisError
 from tardis_fx.testing.assertions import TOLERANCES
-from tardis_fx.testing.fuzz_cases import Failure, Judged
-from tardis_fx.testing.fuzz_programs import Program, Ran, program
-from tardis_fx.testing.fuzz_runs import Rewriter, Truth, compiled, host_of
 
 if TYPE_CHECKING:
-    from tardis_fx.testing.fuzz_cases import Blocks
+    from fuzz.cases import Blocks
 
 
 def judge(blocks: Blocks, route: str = "backend") -> Judged:
