@@ -214,9 +214,9 @@ def test_copies_for_which_there_is_no_memory_are_left_out_and_named(
 @given(st.sampled_from([2, 3, 4]), st.sampled_from([4, 8, 16]), st.sampled_from([4, 8, 16]))
 def test_what_a_plan_adds_is_foretold(predictor: int, fold: int, rows: int) -> None:
     widths, added = Widths(predictor, fold, rows), []
-    for model in (ffn(256, 1024), Gated(256, 683)):
-        (entry,) = random_plans(model, inputs(64, 256), [widths], 0.1)[widths].sites
-        (site,) = BatchObservation(model, [inputs(64, 256)], progress=False).sites
+    for model in (ffn(512, 2048), Gated(512, 1366)):
+        (entry,) = random_plans(model, inputs(64, 512), [widths], 0.1)[widths].sites
+        (site,) = BatchObservation(model, [inputs(64, 512)], progress=False).sites
         added.append(stored_bytes(site, PartialLinear().constants(entry, site.weights)) / site.weights.bytes - 1)
     assert added[0] == pytest.approx(widths.added(4), rel=0.2)
     assert added[1] < 1.2 * widths.added(4)
