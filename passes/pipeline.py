@@ -20,6 +20,7 @@ from tardis_fx.passes.base import rewrite_named
 from tardis_fx.passes.entry import check_entry, check_site
 from tardis_fx.passes.exact_fold import ExactFold
 from tardis_fx.plan import KeptSite, SitePlan
+from tardis_fx.runtime import ops  # noqa: F401 - registers torch.ops.tardis, which take_fold looks for
 from tardis_fx.runtime.correction import MOST_TOKENS
 from tardis_fx.runtime.cpu import op as cpu
 from tardis_fx.runtime.fingerprint import fingerprint
