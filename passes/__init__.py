@@ -5,13 +5,15 @@ The rewrites lie in modules of this package, one each.
 
 from tardis_fx.config import Config, one_of
 from tardis_fx.errors import CalibrationError, ConfigError, RewriteError, TardisError
-from tardis_fx.graph.feed_forward import BIASES, biases, dense, feed_forward, linear, matrices, narrowed
+from tardis_fx.graph.feed_forward import BIASES, biases, dense, feed_forward, linear, matrices, multiply, narrowed
 from tardis_fx.graph.site import Site, SiteWeights
 from tardis_fx.observation.merging import Merge
 from tardis_fx.observation.observe import ObservedSite
 from tardis_fx.observation.run import Fit, Run, changed, steps
 from tardis_fx.passes.base import Rewrite, matrices_of, stored_bytes, with_errors
 from tardis_fx.passes.layout import Expected, Layout, coded_rows, codes, indices, like, setting
+from tardis_fx.passes.matrices import Coded, Dense, Factored, Form, Int8, Masked
+from tardis_fx.passes.represented import Represented
 from tardis_fx.passes.static import Choice, StaticRewrite, bias_bytes, measured
 from tardis_fx.plan import KeptSite, Planned, SitePlan
 from tardis_fx.statistics.moments import Moments
@@ -20,9 +22,10 @@ from tardis_fx.statistics.operands import Grams, Operands, Sizes
 from tardis_fx.statistics.surrogates import Sums, SurrogateSums
 
 __all__ = [
-    "BIASES", "CalibrationError", "Choice", "Config", "ConfigError", "Expected", "Fit", "Grams", "KeptSite",
-    "Layout", "Merge", "Moments", "Neurons", "ObservedSite", "Operands", "Planned", "Rewrite", "RewriteError",
-    "Run", "Site", "SitePlan", "SiteWeights", "Sizes", "StaticRewrite", "Sums", "SurrogateSums", "TardisError",
-    "bias_bytes", "biases", "changed", "coded_rows", "codes", "dense", "feed_forward", "indices", "like", "linear",
-    "matrices", "matrices_of", "measured", "narrowed", "one_of", "setting", "steps", "stored_bytes", "with_errors",
+    "BIASES", "CalibrationError", "Choice", "Coded", "Config", "ConfigError", "Dense", "Expected", "Factored",
+    "Fit", "Form", "Grams", "Int8", "KeptSite", "Layout", "Masked", "Merge", "Moments", "Neurons", "ObservedSite",
+    "Operands", "Planned", "Represented", "Rewrite", "RewriteError", "Run", "Site", "SitePlan", "SiteWeights",
+    "Sizes", "StaticRewrite", "Sums", "SurrogateSums", "TardisError", "bias_bytes", "biases", "changed",
+    "coded_rows", "codes", "dense", "feed_forward", "indices", "like", "linear", "matrices", "matrices_of",
+    "measured", "multiply", "narrowed", "one_of", "setting", "steps", "stored_bytes", "with_errors",
 ]  # fmt: skip

@@ -139,8 +139,9 @@ class Rewrite(ABC):
         raise NotImplementedError
 
     def matrices(self, plan: SitePlan) -> dict[str, float]:
-        """Names of the constants, [out, in] in the model's dtype, that :meth:`forward` reads as weights of ``F.linear``
-        and not otherwise, each with the share of it that ``touched_bytes`` counts.
+        """Names of the constants, [out, in] in the model's dtype, that :meth:`forward` reads by
+        :func:`tardis_fx.graph.feed_forward.multiply` and not otherwise, for other forms of a matrix may stand in their
+        place; each with the share of it that ``touched_bytes`` counts.
         """  # noqa: D205
         return {}
 

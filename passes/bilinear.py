@@ -10,8 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-from torch.nn import functional as F  # noqa: N812
-
+from tardis_fx.graph.feed_forward import multiply
 from tardis_fx.passes.hot_fold import folded, map_bytes, map_layout
 from tardis_fx.passes.static import Choice, StaticRewrite, measured
 from tardis_fx.statistics.surrogates import Sums, SurrogateSums
@@ -64,7 +63,7 @@ class Bilinear(StaticRewrite):
 
     def forward(self, x: Tensor, constants: Mapping[str, Tensor], plan: SitePlan) -> Tensor:
         """One linear layer."""
-        return F.linear(x, constants["folded_weight"], constants["folded_bias"])
+        return multiply(x, constants["folded_weight"], constants["folded_bias"])
 
 
 def _fold(weights: SiteWeights, sums: Sums) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, ClassVar
 from tardis_fx.graph.feed_forward import BIASES, biases, dense, feed_forward, matrices, narrowed
 from tardis_fx.passes.base import matrices_of
 from tardis_fx.passes.layout import indices, setting
-from tardis_fx.passes.low_rank import factors, thin, truncated
+from tardis_fx.passes.matrices import Factored
 from tardis_fx.passes.static import Choice, StaticRewrite, bias_bytes, measured
 from tardis_fx.statistics.operands import Sizes
 
@@ -57,8 +57,7 @@ class FFSplit(StaticRewrite):
         if heavy < h:
             rest = matrices(narrowed(weights, order[heavy:].to(weights.up.device)))
             for (name, weight), rank in zip(rest.items(), _ranks(weights, heavy), strict=True):
-                a, b = truncated(weight.double().cpu(), rank)
-                tensors |= {f"{name}_a": a.to(weight.dtype), f"{name}_b": b.to(weight.dtype)}
+                tensors |= Factored.from_matrix(weight, rank).tensors(name)
         return Choice(_bytes(weights, heavy), tensors, {"heavy": heavy})
 
     def layout(self, plan: SitePlan, weights: SiteWeights) -> Layout:
@@ -70,7 +69,7 @@ class FFSplit(StaticRewrite):
             for (name, weight), rank in zip(matrices(weights).items(), _ranks(weights, heavy), strict=True):
                 (rows, columns), rest = weight.shape, hidden - heavy
                 sizes = (rows, rest) if name == "down" else (rest, columns)
-                found |= factors(name, sizes, rank, weight.dtype)
+                found |= Factored.layout(name, sizes, rank, weight.dtype)
         return found
 
     def matrices(self, plan: SitePlan) -> dict[str, float]:
@@ -94,7 +93,7 @@ class FFSplit(StaticRewrite):
             return found
 
         def project(x: Tensor, name: str) -> Tensor:
-            return thin(x, constants, name, f"{BIASES[name]}_rest")
+            return Factored.from_tensors(constants, name).apply(x, constants.get(f"{BIASES[name]}_rest"))
 
         return found + feed_forward(x, project, activation, gated=plan.kind == "gated")
 

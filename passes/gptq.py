@@ -9,11 +9,11 @@ from __future__ import annotations
 from typing import ClassVar
 
 from tardis_fx.passes.rtn import Rtn
-from tardis_fx.statistics.operands import Grams
+from tardis_fx.statistics.operands import ByMatrix, Grams
 
 
 class Gptq(Rtn):
     """The rule of the module's docstring."""
 
     name: ClassVar[str] = "gptq"
-    operands: ClassVar[type[Grams] | None] = Grams
+    operands: ClassVar[type[ByMatrix] | None] = Grams

@@ -16,9 +16,8 @@ from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
-from torch.nn import functional as F  # noqa: N812
 
-from tardis_fx.graph.feed_forward import biases, dense, matrices, narrowed
+from tardis_fx.graph.feed_forward import biases, dense, matrices, multiply, narrowed
 from tardis_fx.observation.run import Run
 from tardis_fx.passes.base import matrices_of
 from tardis_fx.passes.layout import Expected, indices, setting
@@ -91,7 +90,7 @@ class HotFold(StaticRewrite):
         exact = dense(x, constants, str(plan.activation))
         if "folded_weight" not in constants:
             return exact
-        return exact + F.linear(x, constants["folded_weight"], constants["folded_bias"])
+        return exact + multiply(x, constants["folded_weight"], constants["folded_bias"])
 
 
 def map_bytes(weights: SiteWeights) -> int:

@@ -16,24 +16,20 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch.nn import functional as F  # noqa: N812
-from torch.overrides import TorchFunctionMode
 
 from tardis_fx.errors import CalibrationError, ConfigError
 from tardis_fx.observation.run import steps
 from tardis_fx.passes.base import Rewrite, stored_bytes, with_errors
+from tardis_fx.passes.matrices import Coded, Int8
 from tardis_fx.passes.original import Original
 from tardis_fx.plan import KeptSite, SitePlan
-from tardis_fx.quantisation import quantise
-from tardis_fx.runtime import ops  # noqa: F401 - registers torch.ops.tardis
-from tardis_fx.runtime.packing import BLOCK, packed_bytes, row_bytes
+from tardis_fx.runtime.packing import BLOCK
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from torch import Tensor
 
@@ -48,8 +44,6 @@ class Int8Ffn(Rewrite):
     """The rules of the module's docstring, in 8 bits."""
 
     name: ClassVar[str] = "int8_ffn"
-    #: Endings of the names of a matrix's constants.
-    parts: ClassVar[tuple[str, ...]] = ("codes", "scale")
 
     def __init__(self, inner: Rewrite | None = None) -> None:
         """Quantises what a rewrite leaves; None for the FFN as it is."""
@@ -122,36 +116,24 @@ class Int8Ffn(Rewrite):
         """The entry that quantises what another entry leaves."""
         constants, touched, chosen = self.inner.constants(inner, site.weights), inner.touched_bytes, {}
         for name, share in self.inner.matrices(inner).items():
-            (rows, columns), size = constants[name].shape, constants[name].element_size()
-            codes, beside = self.bytes(rows, columns, size)
-            saved = share * (rows * columns * size - codes) - beside
+            matrix, form = constants[name], self.quantise(constants[name])
+            beside = sum(part.nbytes for part in form.tensors(name).values()) - form.codes.nbytes
+            saved = share * (matrix.nbytes - form.codes.nbytes) - beside
             if saved > 0:
-                chosen[name] = columns
+                chosen[name] = matrix.shape[1]
                 touched -= saved
         plan = replace(
             inner, method=self.method, touched_bytes=touched, settings={"inner": inner.settings, "matrices": chosen}
         )
         return replace(plan, stored_bytes=stored_bytes(site, self.constants(plan, site.weights)))
 
-    def bytes(self, rows: int, columns: int, size: int) -> tuple[int, int]:
-        """Bytes of a matrix's codes, and of what is stored beside them, with numbers of ``size`` bytes."""
-        return rows * columns, rows * size
+    def quantise(self, matrix: Tensor) -> Int8 | Coded:
+        """A matrix, [out, in], in integers."""
+        return Int8.from_matrix(matrix)
 
-    def quantise(self, matrix: Tensor) -> tuple[Tensor, ...]:
-        """Of a matrix [out, in], what :attr:`parts` names: ``codes`` [out, in], int8, and ``scale`` [out]."""
-        scale = (matrix.float().abs().amax(1) / 127).to(matrix.dtype)
-        codes = (matrix.float() / scale.float()[:, None]).nan_to_num(0).round().clamp(-127, 127)  # 0 / 0 of empty rows
-        return codes.to(torch.int8), scale
-
-    def linear(
-        self, x: Tensor, parts: Sequence[Tensor], bias: Tensor | None, columns: int, dtype: torch.dtype
-    ) -> Tensor:
-        """A linear layer: x [..., columns] by what :meth:`quantise` gave."""
-        codes, scale = parts
-        if dtype == torch.float16:
-            return F.linear(x, codes.to(dtype) * scale[:, None], bias)
-        product = F.linear(x, codes.to(dtype)) * scale
-        return product if bias is None else product + bias
+    def opened(self, name: str, constants: Mapping[str, Tensor], columns: int, dtype: torch.dtype) -> Int8 | Coded:
+        """What :meth:`quantise` made of a matrix, from the constants."""
+        return Int8.from_tensors(constants, name, dtype)
 
     def validate(self, plan: SitePlan, weights: SiteWeights) -> None:
         """The other one checks its part; then the matrices must be there, with so many columns."""
@@ -168,20 +150,16 @@ class Int8Ffn(Rewrite):
         """The other rewrite's, but each matrix in parts: ``<name>_codes``, ``<name>_scale``."""
         found = self.inner.constants(self._inner(plan), weights)
         for name in plan.settings["matrices"]:
-            parts = self.quantise(found.pop(name))
-            found |= {f"{name}_{part}": tensor for part, tensor in zip(self.parts, parts, strict=True)}
+            found |= self.quantise(found.pop(name)).tensors(name)
         return found
 
     def forward(self, x: Tensor, constants: Mapping[str, Tensor], plan: SitePlan) -> Tensor:
         """The other rewrite's, its linear layers replaced."""
-        given, layers = dict(constants), {}
+        given: dict[str, Any] = dict(constants)
         dtype = getattr(torch, plan.dtype.removeprefix("torch."))
         for name, columns in plan.settings["matrices"].items():
-            parts = [given.pop(f"{name}_{part}") for part in self.parts]
-            given[name] = parts[0]
-            layers[id(parts[0])] = partial(self.linear, parts=parts, columns=columns, dtype=dtype)
-        with _Linear(layers):
-            return self.inner.forward(x, given, self._inner(plan))
+            given[name] = self.opened(name, constants, columns, dtype)
+        return self.inner.forward(x, given, self._inner(plan))
 
     def _inner(self, plan: SitePlan) -> SitePlan:
         return replace(plan, method=self.inner.method, settings=plan.settings["inner"])
@@ -191,49 +169,14 @@ class Int4Ffn(Int8Ffn):
     """The same in 4 bits."""
 
     name: ClassVar[str] = "int4_ffn"
-    parts: ClassVar[tuple[str, ...]] = ("codes", "scale", "zero")
 
-    def bytes(self, rows: int, columns: int, size: int) -> tuple[int, int]:
-        """Codes, and scale and zero point of each group."""
-        codes = rows * packed_bytes(columns, 4)
-        return codes, rows * row_bytes(columns, 4, BLOCK) - codes
+    def quantise(self, matrix: Tensor) -> Coded:
+        """A matrix, [out, in], in codes of 4 bits, to nearest."""
+        return Coded.from_matrix(matrix, None, 4, BLOCK)
 
-    def quantise(self, matrix: Tensor) -> tuple[Tensor, ...]:
-        """As :func:`tardis_fx.quantisation.quantise` lays them out."""
-        found = quantise(matrix.float(), None, 4, BLOCK)
-        return found.codes, found.scale, found.zero
-
-    def linear(
-        self, x: Tensor, parts: Sequence[Tensor], bias: Tensor | None, columns: int, dtype: torch.dtype
-    ) -> Tensor:
-        """A linear layer of the matrix that the codes give."""
-        return F.linear(x, torch.ops.tardis.dequantise(*parts, 4, columns, dtype), bias)
-
-
-class _Linear(TorchFunctionMode):
-    """Runs layers of its own for ``F.linear`` with certain weights, eagerly and where it is traced.
-
-    So a rewrite needs to know nothing of integers for its matrices to be stored in them.
-    """
-
-    def __init__(self, layers: Mapping[int, Callable[..., Tensor]]) -> None:
-        super().__init__()
-        self._layers = layers
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        given = dict(kwargs or {})
-        if func is F.linear:
-            x, weight, bias = _arguments(*args, **given)
-            if layer := self._layers.get(id(weight)):
-                return layer(x, bias=bias)
-        assert not any(id(a) in self._layers for a in (*args, *given.values())), f"{func} reads codes as numbers"
-        return func(*args, **given)
-
-
-def _arguments(input: Any, weight: Any, bias: Any = None) -> tuple[Any, Any, Any]:  # noqa: A002 - as F.linear has it
-    return input, weight, bias
+    def opened(self, name: str, constants: Mapping[str, Tensor], columns: int, dtype: torch.dtype) -> Coded:
+        """What :meth:`quantise` made of a matrix, from the constants."""
+        return Coded.from_tensors(constants, name, 4, columns, dtype)
 
 
 def _whole(site: ObservedSite) -> SitePlan:

@@ -8,57 +8,49 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
-from torch.nn import functional as F  # noqa: N812
-
-from tardis_fx.graph.feed_forward import BIASES, biases, feed_forward, linear, matrices
+from tardis_fx.graph.feed_forward import matrices
 from tardis_fx.passes.base import matrices_of
-from tardis_fx.passes.layout import Expected
-from tardis_fx.passes.static import Choice, StaticRewrite, bias_bytes, measured
-from tardis_fx.quantisation import factor
-from tardis_fx.statistics.operands import Grams
+from tardis_fx.passes.matrices import Dense, Factored
+from tardis_fx.passes.represented import Represented
+from tardis_fx.passes.static import bias_bytes
+from tardis_fx.statistics.operands import ByMatrix, Grams
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from torch import Tensor
 
-    from tardis_fx.config import Config
     from tardis_fx.graph.site import SiteWeights
-    from tardis_fx.observation.observe import ObservedSite
-    from tardis_fx.observation.run import Fit
     from tardis_fx.passes.layout import Layout
+    from tardis_fx.passes.matrices import Form
     from tardis_fx.plan import SitePlan
 
 
-class LowRank(StaticRewrite):
+class LowRank(Represented):
     """The rules of the module's docstring."""
 
     name: ClassVar[str] = "low_rank"
     leaves_matrices = True
+    operands: ClassVar[type[ByMatrix] | None] = Grams
 
     def floor(self, weights: SiteWeights) -> int:
         """All of rank 1."""
         return _bytes(weights, [1] * len(matrices(weights)))
 
-    def choose(self, sites: Sequence[ObservedSite], config: Config) -> Fit[list[Choice]]:
-        """Factors of every site."""
-        grams = yield measured(Grams, sites)
-        found = []
-        for site in sites:
-            weights, gram = site.weights, grams[site.fingerprint]
-            if config.budget == 1:
-                found.append(Choice(weights.bytes, settings={"ranks": None}))
-                continue
-            ranks = _ranks(weights, config.budget)
-            tensors: dict[str, Tensor] = {}
-            for (name, weight), rank in zip(matrices(weights).items(), ranks, strict=True):
-                a, b = truncated(weight.double().cpu(), rank, gram.of(name))
-                tensors |= {f"{name}_a": a.to(weight.dtype), f"{name}_b": b.to(weight.dtype)}
-            found.append(Choice(_bytes(weights, ranks), tensors, {"ranks": ranks}))
-        return found
+    def settings(self, weights: SiteWeights, budget: float) -> dict[str, Any]:
+        """The rank of every matrix, or that they stay as they are."""
+        return {"ranks": None if budget == 1 else _ranks(weights, budget)}
+
+    def bytes(self, weights: SiteWeights, settings: Mapping[str, Any]) -> int:
+        """The factors."""
+        return weights.bytes if settings["ranks"] is None else _bytes(weights, settings["ranks"])
+
+    def fitted(self, index: int, weight: Tensor, operand: Any, settings: Mapping[str, Any]) -> Form | None:
+        """Two factors."""
+        ranks = settings["ranks"]
+        return None if ranks is None else Factored.from_matrix(weight, ranks[index], operand)
 
     def layout(self, plan: SitePlan, weights: SiteWeights) -> Layout:
         """The factors, of the ranks that the settings name, or none."""
@@ -69,7 +61,7 @@ class LowRank(StaticRewrite):
         for (name, weight), rank in zip(own.items(), ranks, strict=True):
             if type(rank) is not int or not 1 <= rank <= min(weight.shape):
                 raise ValueError(f"the rank of {name} must be from 1 to {min(weight.shape)}, not {rank!r:.80}")
-            found |= factors(name, weight.shape, rank, weight.dtype)
+            found |= Factored.layout(name, weight.shape, rank, weight.dtype)
         return found
 
     def matrices(self, plan: SitePlan) -> dict[str, float]:
@@ -78,46 +70,12 @@ class LowRank(StaticRewrite):
 
     def constants(self, plan: SitePlan, weights: SiteWeights) -> dict[str, Tensor]:
         """Factors ``up_a`` [h, r1], ``up_b`` [r1, d], ``down_a`` [d_out, r2], ..., or the matrices."""
-        found = {name: tensor.to(weights.up.device) for name, tensor in plan.tensors.items()} | biases(weights)
+        found = super().constants(plan, weights)
         return found if plan.settings["ranks"] else found | matrices(weights)
 
-    def forward(self, x: Tensor, constants: Mapping[str, Tensor], plan: SitePlan) -> Tensor:
-        """Two thin linear layers for each."""
-
-        def project(x: Tensor, name: str) -> Tensor:
-            if plan.settings["ranks"] is None:
-                return linear(x, constants, name)
-            return thin(x, constants, name, BIASES[name])
-
-        return feed_forward(x, project, str(plan.activation), gated=plan.kind == "gated")
-
-
-def factors(name: str, sizes: Sequence[int], rank: int, dtype: torch.dtype) -> Layout:
-    """What :func:`truncated` makes of a matrix of such sizes."""
-    rows, columns = sizes
-    return {f"{name}_a": Expected(dtype, (rows, rank)), f"{name}_b": Expected(dtype, (rank, columns))}
-
-
-def thin(x: Tensor, constants: Mapping[str, Tensor], name: str, bias: str) -> Tensor:
-    """A projection by factors ``{name}_a`` [rows, rank] and ``{name}_b`` [rank, columns], and its bias if any."""
-    return F.linear(F.linear(x, constants[f"{name}_b"]), constants[f"{name}_a"], constants.get(bias))
-
-
-def truncated(weight: Tensor, rank: int, gram: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Factors [rows, rank] and [rank, columns], the singular values split evenly between them.
-
-    Args:
-        weight: [rows, columns], float64.
-        rank: of the product.
-        gram: [columns, columns] of what the matrix multiplies; None looks at the weights alone.
-    """
-    lower = None if gram is None else factor(gram)
-    u, s, vt = torch.linalg.svd(weight if lower is None else weight @ lower, full_matrices=False)
-    root = s[:rank].sqrt()
-    a, b = u[:, :rank] * root, root[:, None] * vt[:rank]
-    if lower is not None:
-        b = torch.linalg.solve_triangular(lower, b, upper=False, left=False)
-    return a.contiguous(), b.contiguous()
+    def opened(self, name: str, constants: Mapping[str, Tensor], plan: SitePlan) -> Form:
+        """Two thin linear layers, or one."""
+        return (Dense if plan.settings["ranks"] is None else Factored).from_tensors(constants, name)
 
 
 def _ranks(weights: SiteWeights, budget: float) -> list[int]:

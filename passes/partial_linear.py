@@ -23,10 +23,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812
 
 from tardis_fx.config import one_of
 from tardis_fx.errors import CalibrationError
+from tardis_fx.graph.feed_forward import multiply
 from tardis_fx.observation.run import Fit, Run
 from tardis_fx.partial_linear.budget import allocate
 from tardis_fx.partial_linear.columns import fit_columns
@@ -292,7 +292,7 @@ class PartialLinear(Rewrite):
         """
         settings, weight, bias = plan.settings, constants["folded_weight"], constants["folded_bias"]
         quantised = settings["fold_bits"] != 16
-        folded, fold = (bias, weight) if quantised else (F.linear(x, weight, bias), None)
+        folded, fold = (bias, weight) if quantised else (multiply(x, weight, bias), None)
         projections = [constants[name] for name in ("gate", "up") if name in constants]
         named: dict[str, Any] = {name: constants[name] for name in _CONSTANTS}
         named |= {name: settings[name] for name in ("bits", "activation", "fold_bits", "row_bits")}

@@ -22,7 +22,7 @@ from tardis_fx.errors import CalibrationError
 from tardis_fx.graph.feed_forward import biases, dense, matrices
 from tardis_fx.observation.run import Run
 from tardis_fx.passes.layout import Expected, like, setting
-from tardis_fx.passes.low_rank import factors, thin, truncated
+from tardis_fx.passes.matrices import Factored, truncated
 from tardis_fx.passes.static import Choice, StaticRewrite
 from tardis_fx.statistics.neurons import Neurons
 from tardis_fx.statistics.regression import Residual, fitted_tokens
@@ -110,7 +110,7 @@ class ShareFfn(StaticRewrite):
         setting(plan, "rank", range(1, d_out + 1))
         dtype, d = weights.down.dtype, weights.up.shape[1]
         bias = {"map_bias": Expected(dtype, (d_out,))}
-        return like(own) | factors("map", (d_out, d + d_out), rank, dtype) | bias
+        return like(own) | Factored.layout("map", (d_out, d + d_out), rank, dtype) | bias
 
     def constants(self, plan: SitePlan, weights: SiteWeights) -> dict[str, Tensor]:
         """The kept FFN's, and ``map_a`` [d_out, r], ``map_b`` and ``map_bias`` where that is another site's."""
@@ -122,7 +122,7 @@ class ShareFfn(StaticRewrite):
         shared = dense(x, constants, str(plan.activation))
         if plan.settings["rank"] is None:
             return shared
-        return thin(torch.cat([x, shared], -1), constants, "map", "map_bias")
+        return Factored.from_tensors(constants, "map").apply(torch.cat([x, shared], -1), constants["map_bias"])
 
 
 class Group:

@@ -10,43 +10,39 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from tardis_fx.graph.feed_forward import biases, dense, matrices
+from tardis_fx.graph.feed_forward import biases, matrices
 from tardis_fx.passes.base import matrices_of
-from tardis_fx.passes.layout import Expected, like
-from tardis_fx.passes.static import Choice, StaticRewrite, bias_bytes, measured
-from tardis_fx.runtime.packing import pack, packed_bytes, unpack
-from tardis_fx.statistics.operands import Sizes
+from tardis_fx.passes.layout import like
+from tardis_fx.passes.matrices import Dense, Masked
+from tardis_fx.passes.represented import Represented
+from tardis_fx.passes.static import bias_bytes
+from tardis_fx.statistics.operands import ByMatrix, Sizes
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
 
     from torch import Tensor
 
-    from tardis_fx.config import Config
     from tardis_fx.graph.site import Site, SiteWeights
-    from tardis_fx.observation.observe import ObservedSite
-    from tardis_fx.observation.run import Fit
     from tardis_fx.passes.layout import Layout
+    from tardis_fx.passes.matrices import Form
     from tardis_fx.plan import SitePlan
-    from tardis_fx.statistics.operands import ByMatrix
 
 
-class Sparse(StaticRewrite):
+class Sparse(Represented):
     """A rewrite that sets weights to zero; see the module's docstring."""
 
     leaves_matrices = True
     #: Whether two of four are kept; else the budget says how many.
     two_of_four: ClassVar[bool] = False
-    #: What is measured.
-    operands: ClassVar[type[ByMatrix]]
 
     @abstractmethod
-    def pruned(self, weight: Tensor, operand: Tensor, share: float) -> Tensor:
-        """What the plan holds of a matrix.
+    def pruned(self, weight: Tensor, operand: Tensor, share: float) -> Form:
+        """The form of a matrix.
 
         Args:
             weight: [rows, columns].
@@ -63,33 +59,28 @@ class Sparse(StaticRewrite):
     def floor(self, weights: SiteWeights) -> int:
         """Two of four, or such a share that the shorter rows keep one weight."""
         if self.two_of_four:
-            return self._bytes(weights, 0.5)
+            return self.bytes(weights, {"share": 0.5})
         own = bias_bytes(weights)
         return math.ceil((weights.bytes - own) / min(weights.up.shape)) + own
 
-    def choose(self, sites: Sequence[ObservedSite], config: Config) -> Fit[list[Choice]]:
-        """Prunes every site."""
-        operands = yield measured(self.operands, sites)
-        found = []
-        for site in sites:
-            share, operand = self.share(site.weights, config), operands[site.fingerprint]
-            own = {name: self.pruned(w, operand.of(name), share) for name, w in matrices(site.weights).items()}
-            found.append(Choice(self._bytes(site.weights, share), own, {"share": share}))
-        return found
-
-    def share(self, weights: SiteWeights, config: Config) -> float:
+    def settings(self, weights: SiteWeights, budget: float) -> dict[str, Any]:
         """Share of the weights that is kept."""
         own = bias_bytes(weights)
-        return 0.5 if self.two_of_four else (config.budget * weights.bytes - own) / (weights.bytes - own)
+        return {"share": 0.5 if self.two_of_four else (budget * weights.bytes - own) / (weights.bytes - own)}
 
     def count(self, rows: int, columns: int, share: float) -> int:
         """Weights kept of a matrix, or of so many rows of it."""
         return math.floor(rows * columns * share + 1e-6)
 
-    def _bytes(self, weights: SiteWeights, share: float) -> int:
-        kept = sum(self.count(len(w), w.shape[1], share) for w in matrices(weights).values())
+    def bytes(self, weights: SiteWeights, settings: Mapping[str, Any]) -> int:
+        """The kept weights, and of two in four their positions."""
+        kept = sum(self.count(len(w), w.shape[1], settings["share"]) for w in matrices(weights).values())
         positions = kept // 4 if self.two_of_four else 0
         return kept * weights.up.element_size() + positions + bias_bytes(weights)
+
+    def fitted(self, index: int, weight: Tensor, operand: Any, settings: Mapping[str, Any]) -> Form:
+        """The matrix, pruned."""
+        return self.pruned(weight, operand, settings["share"])
 
     def layout(self, plan: SitePlan, weights: SiteWeights) -> Layout:
         """The matrices, pruned."""
@@ -97,12 +88,12 @@ class Sparse(StaticRewrite):
         return like(matrices(weights))
 
     def matrices(self, plan: SitePlan) -> dict[str, float]:
-        """Both; only the kept values are counted."""
+        """All; only the kept values are counted."""
         return dict.fromkeys(matrices_of(plan), plan.settings["share"])
 
-    def forward(self, x: Tensor, constants: Mapping[str, Tensor], plan: SitePlan) -> Tensor:
-        """The FFN as it was, with pruned matrices."""
-        return dense(x, constants, str(plan.activation))
+    def opened(self, name: str, constants: Mapping[str, Tensor], plan: SitePlan) -> Dense:
+        """The matrix with zeros in it."""
+        return Dense.from_tensors(constants, name)
 
 
 class Scored(Sparse):
@@ -110,7 +101,7 @@ class Scored(Sparse):
 
     #: Whether every row keeps as many; else only the matrix as a whole counts.
     by_row: ClassVar[bool] = False
-    operands: ClassVar[type[ByMatrix]] = Sizes
+    operands: ClassVar[type[ByMatrix] | None] = Sizes
 
     @abstractmethod
     def score(self, weight: Tensor, norms: Tensor) -> Tensor:
@@ -121,20 +112,21 @@ class Scored(Sparse):
             norms: [columns], of what the columns are multiplied with, over the calibration tokens.
         """
 
-    def pruned(self, weight: Tensor, operand: Tensor, share: float) -> Tensor:
-        """The kept weights, as bits."""
+    def pruned(self, weight: Tensor, operand: Tensor, share: float) -> Masked:
+        """The kept weights."""
         score = self.score(weight.float().cpu().contiguous(), operand.float())
         count = self.count(len(score), score.shape[1], share)
-        kept = two_of_four(score) if self.two_of_four else highest(score, count, self.by_row)
-        return pack(kept.byte(), 1)
+        return Masked.from_matrix(
+            weight, two_of_four(score) if self.two_of_four else highest(score, count, self.by_row)
+        )
 
     def layout(self, plan: SitePlan, weights: SiteWeights) -> Layout:
         """A bit for every weight."""
         _check_share(plan)
-        return {
-            name: Expected(torch.uint8, (len(weight), packed_bytes(weight.shape[1], 1)))
-            for name, weight in matrices(weights).items()
-        }
+        found: Layout = {}
+        for name, weight in matrices(weights).items():
+            found |= Masked.layout(name, weight.shape)
+        return found
 
     def count(self, rows: int, columns: int, share: float) -> int:
         """As many a row where rows count by themselves."""
@@ -142,11 +134,8 @@ class Scored(Sparse):
 
     def constants(self, plan: SitePlan, weights: SiteWeights) -> dict[str, Tensor]:
         """The matrices with zeros in them, and the biases."""
-        found = {}
-        for name, weight in matrices(weights).items():
-            mask = unpack(plan.tensors[name], 1, weight.shape[1]).bool()
-            found[name] = torch.where(mask.to(weight.device), weight, 0).contiguous()
-        return found | biases(weights)
+        own = matrices(weights).items()
+        return {name: Masked.from_tensors(plan.tensors, name, w).weight for name, w in own} | biases(weights)
 
 
 def _check_share(plan: SitePlan) -> None:

@@ -13,17 +13,13 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from tardis_fx.graph.feed_forward import biases
+from tardis_fx.passes.matrices import Dense
 from tardis_fx.passes.sparse import Sparse, highest, two_of_four
 from tardis_fx.quantisation import inverse_factor
-from tardis_fx.statistics.operands import Grams
+from tardis_fx.statistics.operands import ByMatrix, Grams
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from tardis_fx.graph.site import SiteWeights
-    from tardis_fx.plan import SitePlan
-    from tardis_fx.statistics.operands import ByMatrix
 
 #: Columns whose mask is chosen together.
 BLOCK = 128
@@ -33,9 +29,9 @@ class SparseGPT(Sparse):
     """The rules of the module's docstring."""
 
     name: ClassVar[str] = "sparsegpt"
-    operands: ClassVar[type[ByMatrix]] = Grams
+    operands: ClassVar[type[ByMatrix] | None] = Grams
 
-    def pruned(self, weight: Tensor, operand: Tensor, share: float) -> Tensor:
+    def pruned(self, weight: Tensor, operand: Tensor, share: float) -> Dense:
         """The matrix with its zeros, in the model's dtype, by the Gram matrix of what it multiplies."""
         w, upper = weight.float().cpu().clone(), inverse_factor(operand).float()
         rows, columns = w.shape
@@ -54,11 +50,7 @@ class SparseGPT(Sparse):
                 block[:, i:] -= errors[:, i : i + 1] * upper[start + i, start + i : stop]
             block.masked_fill_(~kept, 0)
             w[:, stop:] -= errors @ upper[start:stop, stop:]
-        return w.to(weight.dtype)
-
-    def constants(self, plan: SitePlan, weights: SiteWeights) -> dict[str, Tensor]:
-        """The matrices, and the biases."""
-        return {name: tensor.to(weights.up.device) for name, tensor in plan.tensors.items()} | biases(weights)
+        return Dense(w.to(weight.dtype))
 
 
 class SparseGPT24(SparseGPT):

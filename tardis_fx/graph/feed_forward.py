@@ -6,6 +6,7 @@ A plain FFN is ``act(x W1ᵀ + b1) W2ᵀ + b2``, a gated one ``(act(x Wgᵀ + bg
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,20 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from tardis_fx.graph.site import SiteWeights
+
+
+class Matrix(ABC):
+    """What may stand in place of a matrix, [rows, columns], where a linear layer reads it."""
+
+    @abstractmethod
+    def apply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The linear layer: x [..., columns] to [..., rows]."""
+
+
+def multiply(x: Tensor, weight: Tensor | Matrix, bias: Tensor | None = None) -> Tensor:
+    """``F.linear``, of a matrix or of what stands in its place."""
+    return weight.apply(x, bias) if isinstance(weight, Matrix) else F.linear(x, weight, bias)
+
 
 #: Names of an FFN's matrices, as in :class:`tardis_fx.graph.site.SiteWeights`, with those of their biases.
 BIASES = {"gate": "gate_bias", "up": "up_bias", "down": "down_bias"}
@@ -80,4 +95,4 @@ def dense(x: Tensor, tensors: Mapping[str, Tensor], activation: str) -> Tensor:
 
 def linear(x: Tensor, tensors: Mapping[str, Tensor], name: str) -> Tensor:
     """One projection by its matrix, and its bias if there is one."""
-    return F.linear(x, tensors[name], tensors.get(BIASES[name]))
+    return multiply(x, tensors[name], tensors.get(BIASES[name]))

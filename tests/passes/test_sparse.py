@@ -111,7 +111,7 @@ def test_the_relative_importance_of_a_column_does_not_depend_on_its_scale_alone(
 @pytest.mark.parametrize("columns", [64, 200])
 def test_sparsegpt_errs_less_than_a_mask_on_what_the_matrix_multiplies(rewrite: SparseGPT, columns: int) -> None:
     x, weight = correlated(columns), inputs(40, columns, seed=5)
-    found = rewrite.pruned(weight, x.T @ x, 0.5)
+    found = rewrite.pruned(weight, x.T @ x, 0.5).weight
     assert int((found != 0).sum()) == weight.numel() // 2
     score = Wanda().score(weight, x.norm(dim=0))
     kept = two_of_four(score) if rewrite.two_of_four else highest(score, weight.numel() // 2, by_row=True)
@@ -121,5 +121,5 @@ def test_sparsegpt_errs_less_than_a_mask_on_what_the_matrix_multiplies(rewrite: 
 
 def test_sparsegpt_is_magnitude_pruning_where_columns_do_not_depend_on_one_another() -> None:
     weight = inputs(30, 100, seed=5)
-    found = SparseGPT().pruned(weight, torch.eye(100), 0.3)
+    found = SparseGPT().pruned(weight, torch.eye(100), 0.3).weight
     torch.testing.assert_close(found, weight * highest(weight.abs(), 900, by_row=False))
