@@ -47,12 +47,12 @@ from tardis_fx.testing.ffn import ffn, gated_ffn, inputs
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
 
-#: What is damaged: a method with options of the config, ``gated`` among them.
+#: What is damaged: a method with fields of the config, ``gated`` among them.
 SUBJECTS: tuple[tuple[str, dict[str, Any]], ...] = (
-    ("partial_linear", {"fold_bits": 16, "row_bits": 16}),
-    ("partial_linear", {"fold_bits": 4, "row_bits": 4}),
-    ("partial_linear", {"fold_bits": 16, "row_bits": 16, "gated": True}),
-    ("partial_linear", {"fold_bits": 8, "row_bits": 8, "gated": True, "group_size": 32}),
+    ("partial_linear", {"options": {"fold_bits": 16, "row_bits": 16}}),
+    ("partial_linear", {"options": {"fold_bits": 4, "row_bits": 4}}),
+    ("partial_linear", {"options": {"fold_bits": 16, "row_bits": 16}, "gated": True}),
+    ("partial_linear", {"options": {"fold_bits": 8, "row_bits": 8, "group_size": 32}, "gated": True}),
     ("paper", {"budget": 0.9}),
     ("hot_fold", {}),
     ("ffsplit", {}),

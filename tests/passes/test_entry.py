@@ -29,10 +29,10 @@ if TYPE_CHECKING:
 
 D, HIDDEN = 16, 32
 METHODS: dict[str, dict[str, Any]] = {
-    "partial_linear": {"fold_bits": 16, "row_bits": 16},
-    "partial_linear in codes": {"fold_bits": 4, "row_bits": 4},
-    "partial_linear gated": {"fold_bits": 16, "row_bits": 16},
-    "partial_linear gated in codes": {"fold_bits": 8, "row_bits": 3},
+    "partial_linear": {"options": {"fold_bits": 16, "row_bits": 16}},
+    "partial_linear in codes": {"options": {"fold_bits": 4, "row_bits": 4}},
+    "partial_linear gated": {"options": {"fold_bits": 16, "row_bits": 16}},
+    "partial_linear gated in codes": {"options": {"fold_bits": 8, "row_bits": 3}},
     "paper": {"budget": 0.9},
     "hot_fold": {},
     "ffsplit gated": {},
