@@ -32,7 +32,7 @@ def table(records: Sequence[Record], subject: Subject) -> str:
         first = group[0]
         cells = [first.label, "" if first.budget is None else f"{first.budget:.1%}"]
         if first.reason is not None:
-            cells += [f"out of reach: {first.reason}"] + [""] * (len(heads) - 3)
+            cells += [""] * (len(heads) - 3) + [f"out of reach: {first.reason}"]
         else:
             cells += [_spread((r.stored for r in group), ".1%"), _spread((r.touched for r in group), ".2%")]
             cells += [_spread((r.counted for r in group), ".2%"), _spread((r.flops for r in group), ".0%")]
