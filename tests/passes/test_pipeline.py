@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 from builders.ffns import Block, config, exact_plan, ffn, inputs, oracle
@@ -126,7 +124,7 @@ def test_the_reason_why_a_plan_does_not_fit_is_told_apart() -> None:
 
 
 def test_a_refused_entry_keeps_its_reason() -> None:
-    refused = replace(PLAN.sites[0], method=None, reason="for a test")
+    refused = PLAN.sites[0].kept("for a test")
     found = outcome(O.model(), Plan((refused,), config()))
     assert found.reason == "for a test"
     assert pipeline.check([found], PLAN, strict=False) == [found]

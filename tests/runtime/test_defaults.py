@@ -100,7 +100,7 @@ def test_plans_and_results_do_not_depend_on_defaults(kind: str, method: str) -> 
         with default():
             other, out = made(model, method, data)
         assert torch.equal(out, expected), name
-        for before, after in zip(plan.sites, other.sites, strict=True):
+        for before, after in zip(plan.rewritten, other.rewritten, strict=True):
             assert before.tensors.keys() == after.tensors.keys()
             for key, tensor in before.tensors.items():
                 assert tensor.dtype == after.tensors[key].dtype, (name, key)
