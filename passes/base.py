@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields, replace
-from functools import cache, partial, wraps
-from importlib.metadata import entry_points
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
 from tardis_fx.errors import ConfigError
-from tardis_fx.observation.foreign import raising_typed
-from tardis_fx.observation.run import Run, steps
+from tardis_fx.observation.run import Run
 from tardis_fx.passes.layout import check
 from tardis_fx.plan import SitePlan
 from tardis_fx.statistics.check import Check
@@ -28,9 +26,6 @@ if TYPE_CHECKING:
     from tardis_fx.observation.run import Fit
     from tardis_fx.passes.layout import Layout
     from tardis_fx.plan import Planned
-
-#: Entry points of this group name subclasses of :class:`Rewrite`.
-GROUP = "tardis_fx.passes"
 
 
 @dataclass(frozen=True)
@@ -149,15 +144,13 @@ class Rewrite(ABC):
         """The config by which it leaves matrices where that is a matter of options, for a rewrite that takes these."""
         return config
 
-    def after(self, previous: Rewrite) -> Rewrite:
-        """This rewrite behind another one at the same sites.
+    def after(self, previous: Rewrite) -> Rewrite | None:
+        """This rewrite applied after another one at the same sites, or None for their composition.
 
         Raises:
-            ConfigError: that makes no sense.
+            ConfigError: the two rewrites cannot be composed.
         """
-        from tardis_fx.passes.composed import Composed
-
-        return Composed(previous, self)
+        return None
 
 
 def trial_run(rewrite: Rewrite, plan: SitePlan, weights: SiteWeights) -> None:
@@ -202,103 +195,3 @@ def stored_bytes(site: ObservedSite, constants: Mapping[str, Tensor]) -> int:
     """Size of a site's weights, which are kept, and of all constants that are none of them."""
     own = {p.untyped_storage().data_ptr() for p in site.parameters}  # of a fused matrix, the halves' too
     return site.weights.bytes + sum(c.nbytes for c in constants.values() if c.untyped_storage().data_ptr() not in own)
-
-
-@cache
-def rewrite_named(method: str) -> Rewrite:
-    """The registered rewrite of this name, or the composition of those whose names stand with ``+`` between.
-
-    Raises:
-        ConfigError: none is registered, it is no :class:`Rewrite`, or the composition makes no sense.
-    """
-    names = method.split("+")
-    for i, name in enumerate(names):
-        if name in names[:i]:
-            raise ConfigError(f"{name} stands twice in {method}")
-    rewrite, *others = map(_registered, names)
-    for other in others:
-        rewrite = other.after(rewrite)
-    return rewrite
-
-
-def check_rewrites(config: Config) -> None:
-    """Looks up every rewrite that a config names, before anything is measured.
-
-    Raises:
-        ConfigError: as :func:`rewrite_named`, or an option is unknown or out of its range.
-    """
-    for _, method in config.methods:
-        if method is not None:
-            rewrite_named(method)
-    for name in config.rewrites:
-        rewrite_named(name).options(config)
-
-
-def owners_of_options(method: str) -> dict[str, list[str]]:
-    """The options of a method's rewrites, each with the names of the rewrites that have it.
-
-    Raises:
-        ConfigError: as :func:`rewrite_named`.
-    """
-    found: dict[str, list[str]] = {}
-    for name in method.split("+"):
-        for option in fields(rewrite_named(name).Options):
-            found.setdefault(option.name, []).append(name)
-    return found
-
-
-def _registered(name: str) -> Rewrite:
-    registered = {entry.name: entry for entry in entry_points(group=GROUP)}
-    if name not in registered:
-        raise ConfigError(f"no rewrite named {name!r}; registered are {', '.join(sorted(registered)) or 'none'}")
-    rewrite = registered[name].load()
-    if not (isinstance(rewrite, type) and issubclass(rewrite, Rewrite)):
-        raise ConfigError(f"the entry point {name!r} of group {GROUP} is no subclass of Rewrite: {rewrite!r}")
-    with raising_typed(f"the rewrite {name!r}"):
-        created: Rewrite = rewrite()
-    for step in ("refuse", "constants", "forward"):
-        setattr(created, step, _typed(name, step, getattr(created, step)))
-    created.fit = _typed_fit(name, created.fit)  # type: ignore[method-assign]
-    return created
-
-
-def _typed(name: str, step: str, method: Callable[..., Any]) -> Callable[..., Any]:
-    """A step of a rewrite whose exceptions name rewrite, step and site."""
-
-    @wraps(method)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        with raising_typed(f"the rewrite {name!r}: {step}{_of_sites([*args, *kwargs.values()])}"):
-            return method(*args, **kwargs)
-
-    return call
-
-
-def _typed_fit(
-    name: str, method: Callable[..., Fit[list[Planned]] | list[Planned]]
-) -> Callable[..., Fit[list[Planned]]]:
-    """A rewrite's ``fit``, its steps and what its runs call likewise; what others raise during a run stays as it is."""
-
-    @wraps(method)
-    def fit(sites: Sequence[ObservedSite], config: Config) -> Fit[list[Planned]]:
-        where = f"the rewrite {name!r}: fit{_of_sites([sites])}"
-        with raising_typed(where):
-            fit = steps(method(sites, config))
-        answer: Any = None
-        while True:
-            with raising_typed(where):
-                try:
-                    run = fit.send(answer)
-                except StopIteration as done:
-                    plans: list[Planned] = done.value
-                    return plans
-            answer = yield replace(run, make=_typed(name, "fit", run.make), finish=_typed(name, "fit", run.finish))
-
-    return fit
-
-
-def _of_sites(arguments: Sequence[Any]) -> str:
-    """The names of the sites among a step's arguments, for an error."""
-    several = [each for one in arguments for each in (one if isinstance(one, (list, tuple)) else [one])]
-    named = [getattr(one, "site", one) for one in several]
-    names = [one.name for one in named if isinstance(getattr(one, "name", None), str)]
-    return f" of {', '.join(names[:4])}{', …' if len(names) > 4 else ''}" if names else ""

@@ -9,7 +9,7 @@ import weakref
 from typing import TYPE_CHECKING
 
 from tardis_fx.errors import ConfigError, PlanFileError, PlanMismatchError
-from tardis_fx.passes.base import rewrite_named
+from tardis_fx.passes.registry import rewrite_named
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -16,9 +16,9 @@ from tardis_fx.graph.subclasses import stored_tensors
 from tardis_fx.graph.surgery import add_input, copy, replace
 from tardis_fx.graph.symbols import pinned_between
 from tardis_fx.graph.unfuse import unfuse
-from tardis_fx.passes.base import rewrite_named
 from tardis_fx.passes.entry import check_entry, check_site
 from tardis_fx.passes.exact_fold import ExactFold
+from tardis_fx.passes.registry import rewrite_named
 from tardis_fx.plan import KeptSite, SitePlan
 from tardis_fx.runtime import ops  # noqa: F401 - registers torch.ops.tardis, which take_fold looks for
 from tardis_fx.runtime.correction import MOST_TOKENS

@@ -15,7 +15,7 @@ from tardis_fx.observation.batches import Batch, checked, uncompiled
 from tardis_fx.observation.checkpoint import Checkpoint
 from tardis_fx.observation.observe import BatchObservation
 from tardis_fx.observation.ranks import Ranks, arithmetic
-from tardis_fx.passes.base import check_rewrites, rewrite_named
+from tardis_fx.passes.registry import check_rewrites, rewrite_named
 from tardis_fx.planning import plan_for
 
 if TYPE_CHECKING:

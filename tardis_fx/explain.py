@@ -13,7 +13,7 @@ from tardis_fx.graph.subclasses import stored_tensors
 from tardis_fx.live import profiles as live
 from tardis_fx.observation.capture import Capture, identity
 from tardis_fx.passes import pipeline
-from tardis_fx.passes.base import rewrite_named
+from tardis_fx.passes.registry import rewrite_named
 from tardis_fx.plan import KeptSite, SitePlan, resolve
 
 if TYPE_CHECKING:

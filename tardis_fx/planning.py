@@ -13,8 +13,8 @@ import torch
 
 from tardis_fx.errors import CalibrationError, RewriteError
 from tardis_fx.observation.run import changed, drive, forgotten, steps
-from tardis_fx.passes.base import rewrite_named
 from tardis_fx.passes.exact_fold import ExactFold
+from tardis_fx.passes.registry import rewrite_named
 from tardis_fx.plan import KeptSite, Plan
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from tardis_fx.errors import ConfigError, PlanMismatchError
 from tardis_fx.graph.site import SiteWeights, is_released
 from tardis_fx.observation.capture import Capture
 from tardis_fx.passes import pipeline
-from tardis_fx.passes.base import rewrite_named
+from tardis_fx.passes.registry import rewrite_named
 from tardis_fx.plan import SitePlan, resolve
 from tardis_fx.released import guard
 from tardis_fx.resident import FileMappings, resident_bytes

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from tardis_fx import CalibrationError, Config, ConfigError, Plan, TardisError, calibrate
 from tardis_fx.observation.observe import BatchObservation
-from tardis_fx.passes.base import rewrite_named
+from tardis_fx.passes.registry import rewrite_named
 from tardis_fx.planning import plan_for
 
 if TYPE_CHECKING:
@@ -399,7 +399,7 @@ def test_only_subclasses_of_rewrite_are_rewrites(monkeypatch: pytest.MonkeyPatch
     from importlib.metadata import EntryPoint
 
     wrong = EntryPoint("wrong", "builtins:dict", "tardis_fx.passes")
-    monkeypatch.setattr("tardis_fx.passes.base.entry_points", lambda group: [wrong])
+    monkeypatch.setattr("tardis_fx.passes.registry.entry_points", lambda group: [wrong])
     rewrite_named.cache_clear()
     try:
         refused("no subclass of Rewrite", lambda: rewrite_named("wrong"), ConfigError)

@@ -16,7 +16,7 @@ from transformers.modeling_outputs import ImageClassifierOutput
 
 from tardis_fx import CalibrationError, ConfigError, Plan, calibrate, finetune
 from tardis_fx.explain import Report
-from tardis_fx.passes.base import rewrite_named
+from tardis_fx.passes.registry import rewrite_named
 from tardis_fx.testing import assert_equivalent, assert_plan_roundtrip
 
 D, CLASSES = 16, 3

@@ -18,7 +18,7 @@ from fuzz.process import Worker
 from typer.testing import CliRunner
 
 from tardis_fx.errors import ConfigError
-from tardis_fx.passes.base import rewrite_named
+from tardis_fx.passes.registry import rewrite_named
 from tardis_fx.runtime.snapshot import Snapshot
 
 if TYPE_CHECKING:

@@ -32,8 +32,8 @@ from tardis_fx.healing import student, training
 from tardis_fx.healing.evaluation import Evaluation
 from tardis_fx.healing.student import Student, divergence
 from tardis_fx.observation.observe import BatchObservation
-from tardis_fx.passes.base import rewrite_named
 from tardis_fx.passes.hot_fold import HotFold
+from tardis_fx.passes.registry import rewrite_named
 from tardis_fx.planning import refused
 from tardis_fx.runtime.packing import low_bits, row_bytes
 

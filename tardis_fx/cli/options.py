@@ -17,7 +17,7 @@ import typer
 
 from tardis_fx.config import Config
 from tardis_fx.errors import BenchError, ConfigError
-from tardis_fx.passes.base import check_rewrites, owners_of_options
+from tardis_fx.passes.registry import check_rewrites, owners_of_options
 
 if TYPE_CHECKING:
     import torch

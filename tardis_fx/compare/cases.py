@@ -19,7 +19,7 @@ from tardis_fx.measure import weight_only
 from tardis_fx.measure.flops import prefill_share
 from tardis_fx.measure.quality import rewrite_every_token
 from tardis_fx.observation.observe import BatchObservation
-from tardis_fx.passes.base import check_rewrites, rewrite_named
+from tardis_fx.passes.registry import check_rewrites, rewrite_named
 from tardis_fx.plan import KeptSite
 from tardis_fx.planning import plan_for
 

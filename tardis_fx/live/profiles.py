@@ -19,7 +19,7 @@ from tardis_fx.config import Config
 from tardis_fx.errors import TardisError
 from tardis_fx.live.arrivals import PATIENCE, LiveObservation
 from tardis_fx.observation.run import Run
-from tardis_fx.passes.base import rewrite_named
+from tardis_fx.passes.registry import rewrite_named
 from tardis_fx.plan import KeptSite, Plan
 from tardis_fx.planning import fit_plan, refused
 from tardis_fx.runtime.fingerprint import fingerprint

@@ -19,7 +19,7 @@ from vllm.platforms import current_platform
 
 from tardis_fx.errors import ConfigError, PlanFileError, ServingError
 from tardis_fx.graph.feed_forward import biases, matrices
-from tardis_fx.passes.base import rewrite_named
+from tardis_fx.passes.registry import rewrite_named
 from tardis_fx.plan import Plan
 from tardis_fx.serving import slots
 from tardis_fx.serving.modules import RewrittenFFN, Through

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, fx
 
 from tardis_fx.graph.feed_forward import dense
-from tardis_fx.passes.base import rewrite_named
 from tardis_fx.passes.pipeline import decode_tokens
+from tardis_fx.passes.registry import rewrite_named
 from tardis_fx.plan import SitePlan
 from tardis_fx.runtime.cpu import op as cpu
 from tardis_fx.serving.rows import decoding

@@ -12,7 +12,7 @@ from hypothesis import reject
 from tardis_fx.config import Config
 from tardis_fx.errors import CalibrationError
 from tardis_fx.observation.run import drive
-from tardis_fx.passes.base import rewrite_named
+from tardis_fx.passes.registry import rewrite_named
 from tardis_fx.plan import SitePlan
 from tardis_fx.planning import plan_for
 from tardis_fx.statistics.check import original

@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from tardis_fx import Config, Plan, calibrate
 from tardis_fx.config import MOVED
 from tardis_fx.graph.site import SiteWeights
-from tardis_fx.passes.base import rewrite_named
 from tardis_fx.passes.partial_linear import PartialLinear
+from tardis_fx.passes.registry import rewrite_named
 from tardis_fx.plan import SitePlan
 from tardis_fx.runtime.correction import guard_width
 from tardis_fx.runtime.fingerprint import fingerprint

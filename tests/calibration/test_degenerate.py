@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tardis_fx import CalibrationError
-from tardis_fx.passes.base import rewrite_named
+from tardis_fx.passes.registry import rewrite_named
 from tardis_fx.planning import plan_for
 from tardis_fx.quantisation import DAMPING, factor, inverse_factor
 from tardis_fx.runtime.cpu import build as cpu_build

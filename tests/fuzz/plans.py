@@ -37,7 +37,7 @@ from tardis_fx.config import Config
 from tardis_fx.errors import PlanFileError, PlanMismatchError
 from tardis_fx.explain import explain
 from tardis_fx.graph.site import SiteWeights
-from tardis_fx.passes.base import rewrite_named
+from tardis_fx.passes.registry import rewrite_named
 from tardis_fx.plan import Plan
 from tardis_fx.release import release
 from tardis_fx.testing.assertions import relative_error

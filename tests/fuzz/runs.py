@@ -13,7 +13,7 @@ from tardis_fx.backend import tardis
 from tardis_fx.config import Config
 from tardis_fx.graph.surgery import copy
 from tardis_fx.passes import pipeline
-from tardis_fx.passes.base import rewrite_named
+from tardis_fx.passes.registry import rewrite_named
 from tardis_fx.plan import Plan
 from tardis_fx.runtime.guard import GuardedGraph
 from tardis_fx.testing.exact import exact_entry

@@ -20,7 +20,7 @@ from tardis_fx.config import Config
 from tardis_fx.errors import TardisError
 from tardis_fx.graph.surgery import copy
 from tardis_fx.passes import pipeline
-from tardis_fx.passes.base import rewrite_named
+from tardis_fx.passes.registry import rewrite_named
 from tardis_fx.plan import Plan
 from tardis_fx.testing.exact import METHODS, exact_entry
 

@@ -18,7 +18,8 @@ from tardis_fx.explain import Report
 from tardis_fx.graph.site import Site, SiteWeights
 from tardis_fx.observation.observe import BatchObservation, ObservedSite, RepeatableObservation
 from tardis_fx.passes import base
-from tardis_fx.passes.base import Rewrite, rewrite_named
+from tardis_fx.passes.base import Rewrite
+from tardis_fx.passes.registry import rewrite_named
 from tardis_fx.plan import SitePlan
 from tardis_fx.planning import plan_for
 from tardis_fx.testing import assert_equivalent, assert_plan_roundtrip, examine, laws

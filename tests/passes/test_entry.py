@@ -14,7 +14,8 @@ from torch import Tensor
 from tardis_fx import Config, Plan, PlanFileError, PlanMismatchError, calibrate, explain
 from tardis_fx.graph.site import SiteWeights
 from tardis_fx.passes import entry as entries
-from tardis_fx.passes.base import Rewrite, rewrite_named
+from tardis_fx.passes.base import Rewrite
+from tardis_fx.passes.registry import rewrite_named
 from tardis_fx.plan import SitePlan
 from tardis_fx.runtime.cpu import op as cpu
 from tardis_fx.runtime.fingerprint import fingerprint

@@ -17,8 +17,8 @@ from tardis_fx.graph.activations import ACTIVATIONS
 from tardis_fx.graph.site import SiteWeights
 from tardis_fx.observation.observe import BatchObservation
 from tardis_fx.observation.run import drive
-from tardis_fx.passes.base import rewrite_named
 from tardis_fx.passes.partial_linear import PartialLinear
+from tardis_fx.passes.registry import rewrite_named
 from tardis_fx.plan import SitePlan
 from tardis_fx.runtime.packing import unpack
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from tardis_fx import Plan
 from tardis_fx.observation.observe import BatchObservation
-from tardis_fx.passes.base import rewrite_named
+from tardis_fx.passes.registry import rewrite_named
 from tardis_fx.plan import SitePlan
 from tardis_fx.planning import plan_for
 

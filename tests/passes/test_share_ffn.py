@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import tardis_fx
 from tardis_fx import CalibrationError, Plan
-from tardis_fx.passes.base import rewrite_named
+from tardis_fx.passes.registry import rewrite_named
 from tardis_fx.planning import plan_for
 from tardis_fx.testing.observation import SiteObservation
 

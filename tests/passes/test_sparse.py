@@ -11,8 +11,8 @@ from torch import Tensor
 
 from tardis_fx.graph.site import SiteWeights
 from tardis_fx.observation.observe import BatchObservation
-from tardis_fx.passes.base import rewrite_named
 from tardis_fx.passes.magnitude import Magnitude
+from tardis_fx.passes.registry import rewrite_named
 from tardis_fx.passes.ria import Ria
 from tardis_fx.passes.sparse import highest, two_of_four
 from tardis_fx.passes.sparsegpt import SparseGPT, SparseGPT24

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tardis_fx import CalibrationError, Plan
 from tardis_fx.observation.observe import BatchObservation
-from tardis_fx.passes.base import rewrite_named
+from tardis_fx.passes.registry import rewrite_named
 from tardis_fx.planning import plan_for
 from tardis_fx.testing import LAWS, assert_equivalent, assert_plan_roundtrip, examine, laws
 from tardis_fx.testing.assertions import relative_error

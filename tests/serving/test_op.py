@@ -10,8 +10,8 @@ from builders.ffns import planned
 from torch import nn
 
 from tardis_fx.graph.feed_forward import biases, dense, matrices
-from tardis_fx.passes.base import rewrite_named
 from tardis_fx.passes.pipeline import DECODE_TOKENS
+from tardis_fx.passes.registry import rewrite_named
 from tardis_fx.serving import op
 from tardis_fx.testing.ffn import FFN, GatedFFN, ffn, gated_ffn, inputs
 from tardis_fx.testing.observation import observed

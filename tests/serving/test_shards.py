@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from tardis_fx.errors import ServingError
 from tardis_fx.graph.feed_forward import narrowed
-from tardis_fx.passes.base import rewrite_named
+from tardis_fx.passes.registry import rewrite_named
 from tardis_fx.serving.shards import shard
 from tardis_fx.testing.ffn import ffn, gated_ffn, inputs
 from tardis_fx.testing.observation import observed

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tardis_fx.errors import PlanMismatchError, ServingError
-from tardis_fx.passes.base import rewrite_named
+from tardis_fx.passes.registry import rewrite_named
 from tardis_fx.testing.ffn import ffn, gated_ffn
 from tardis_fx.testing.observation import observed
 

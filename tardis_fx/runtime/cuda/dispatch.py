@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import logging
 from functools import cache
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, fx
 
 from tardis_fx.runtime import reference
 from tardis_fx.runtime.arguments import check, check_devices, check_lists
-from tardis_fx.runtime.correction import MOST_TOKENS, Correction
+from tardis_fx.runtime.cuda.layout import eligible
+
+if TYPE_CHECKING:
+    from tardis_fx.runtime.correction import Correction
 
 logger = logging.getLogger("tardis_fx")
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def correct(call: Correction) -> Tensor:
@@ -30,20 +32,6 @@ def correct(call: Correction) -> Tensor:
         return corrected
     check_lists(call)
     return reference.correct(call)
-
-
-def eligible(call: Correction) -> bool:
-    """Whether the kernels take a call."""
-    tokens = 1
-    for size in call.x.shape[:-1]:
-        tokens = tokens * size
-    rows = (*call.projections, call.columns) if call.row_bits == 16 else ()
-    return (
-        0 < tokens <= MOST_TOKENS
-        and call.x.shape[-1] > 0
-        and call.x.dtype in _DTYPES
-        and all(tensor.dtype == call.x.dtype for tensor in (call.folded, *rows))
-    )
 
 
 @cache

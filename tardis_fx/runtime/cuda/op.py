@@ -8,7 +8,7 @@ from torch import Tensor
 from tardis_fx.runtime.arguments import check
 from tardis_fx.runtime.correction import SIGNATURE, Correction
 from tardis_fx.runtime.cuda.correction import accumulate, activate
-from tardis_fx.runtime.cuda.dispatch import eligible
+from tardis_fx.runtime.cuda.layout import eligible
 from tardis_fx.runtime.cuda.predictor import multiply, predict
 from tardis_fx.runtime.cuda.tuning import INTERPRETED
 from tardis_fx.runtime.packing import BLOCK, group_width
