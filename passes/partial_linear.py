@@ -151,8 +151,9 @@ class PartialLinear(Rewrite):
         chosen = [by_width[0] for by_width in zip(*settled, strict=True)]
         if not config.sequential or len(settled) > 1:
             fitted: dict[str, list[Fitted]] = {draft.site.fingerprint: [] for draft, _ in pairs}
-            for part in within_memory(chain.from_iterable(zip(*settled, strict=True))):
-                run = _residual_run(f"residuals at a budget of {config.budget}", part, self._fitted)
+            for number, part in enumerate(within_memory(chain.from_iterable(zip(*settled, strict=True))), 1):
+                title = f"residuals at a budget of {config.budget}, part {number}"
+                run = _residual_run(title, part, self._fitted)
                 for key, fits in (yield run).items():
                     fitted[key] += fits
             every = list(fitted.values())

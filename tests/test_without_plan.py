@@ -15,10 +15,14 @@ from torch import Tensor, nn
 from tardis_fx import Config, ConfigError, explain
 from tardis_fx.live.arrivals import PATIENCE, Repeats
 from tardis_fx.partial_linear import residuals
+from tardis_fx.partial_linear.histogram import Histogram
+from tardis_fx.passes import partial_linear
 from tardis_fx.passes.partial_linear import PartialLinear
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from tardis_fx.partial_linear.draft import Draft
 
 TOKENS = 1024
 CONFIG = Config(budget=0.5, prefill="rewritten", progress=False)
@@ -308,7 +312,7 @@ def test_any_error_of_a_fit_ends_the_profile_and_not_the_service(
         fits.append(1)
         raise error
 
-    monkeypatch.setattr(PartialLinear, "_histograms", broken)
+    monkeypatch.setattr(partial_linear, "Histogram", broken)
     model = Block(ffn())
     fast = compiled(model)
     for i in range(2 * ENOUGH):
@@ -322,15 +326,14 @@ def test_any_error_of_a_fit_ends_the_profile_and_not_the_service(
 
 @torch.no_grad()
 def test_a_fit_that_is_interrupted_begins_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    histograms = PartialLinear._histograms
     interrupts = [KeyboardInterrupt(), KeyboardInterrupt()]
 
-    def interrupted(self: PartialLinear, *given: Any) -> Any:
+    def interrupted(draft: Draft) -> Histogram:
         if interrupts:
             raise interrupts.pop()
-        return histograms(self, *given)
+        return Histogram(draft)
 
-    monkeypatch.setattr(PartialLinear, "_histograms", interrupted)
+    monkeypatch.setattr(partial_linear, "Histogram", interrupted)
     model, x = Block(ffn()), inputs(4, 16, seed=99)
     fast = compiled(model)
     for _ in range(2):
