@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, fx
 
 from fuzz.cases import Choices
+from fuzz.exact import METHODS
 from fuzz.ffns import ffn
 from fuzz.tangles import TANGLES
 from tardis_fx.testing.building import Graph
-from tardis_fx.testing.exact import METHODS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -50,7 +50,7 @@ class Program:
         graph: every placeholder is an input or, marked as Dynamo marks it, a weight.
         values: of the placeholders; some share a storage.
         benign: the same where some of the values are infinite, NaN or huge: what they are without these.
-        method: the rewrite, one of :data:`tardis_fx.testing.exact.METHODS`.
+        method: the rewrite, one of :data:`fuzz.exact.METHODS`.
         prefill: as in :class:`tardis_fx.Config`.
         inference: whether it runs in inference mode.
         breaks: where Dynamo is made to break the graph, if it runs through Dynamo: after how many nodes; 0, nowhere.

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
+from fuzz.exact import exact_entry
 from fuzz.programs import Program, Ran, fresh, is_weight
 from tardis_fx.backend import tardis
 from tardis_fx.config import Config
@@ -16,7 +17,6 @@ from tardis_fx.passes import pipeline
 from tardis_fx.passes.registry import rewrite_named
 from tardis_fx.plan import Plan
 from tardis_fx.runtime.guard import GuardedGraph
-from tardis_fx.testing.exact import exact_entry
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from fuzz.cases import Choices, Failure, Judged
+from fuzz.exact import METHODS, exact_entry
 from fuzz.habits import HABITS, World
 from tardis_fx.backend import tardis
 from tardis_fx.config import Config
@@ -22,7 +23,6 @@ from tardis_fx.graph.surgery import copy
 from tardis_fx.passes import pipeline
 from tardis_fx.passes.registry import rewrite_named
 from tardis_fx.plan import Plan
-from tardis_fx.testing.exact import METHODS, exact_entry
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
