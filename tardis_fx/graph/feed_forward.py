@@ -59,17 +59,6 @@ def narrowed(weights: SiteWeights, neurons: Tensor) -> SiteWeights:
     return replace(weights, up=up, down=down, **rest)
 
 
-def preactivations(x: Tensor, project: Callable[[Tensor, str], Tensor], *, gated: bool) -> dict[str, Tensor]:
-    """What enters the neurons, [..., h] each, by the name of the matrix; arguments as of :func:`feed_forward`."""
-    return {name: project(x, name) for name in (("gate", "up") if gated else ("up",))}
-
-
-def activations(z: Mapping[str, Tensor], activation: str) -> Tensor:
-    """What the neurons give, [..., h], from :func:`preactivations`."""
-    activated = ACTIVATIONS[activation].eager(z["gate" if "gate" in z else "up"])
-    return activated * z["up"] if "gate" in z else activated
-
-
 def feed_forward(x: Tensor, project: Callable[[Tensor, str], Tensor], activation: str, *, gated: bool) -> Tensor:
     """An FFN of any projections, [..., d] to [..., d_out].
 
@@ -79,7 +68,8 @@ def feed_forward(x: Tensor, project: Callable[[Tensor, str], Tensor], activation
         activation: name in the registry.
         gated: whether there is a ``gate``.
     """
-    return project(activations(preactivations(x, project, gated=gated), activation), "down")
+    activated = ACTIVATIONS[activation].eager(project(x, "gate" if gated else "up"))
+    return project(activated * project(x, "up") if gated else activated, "down")
 
 
 def dense(x: Tensor, tensors: Mapping[str, Tensor], activation: str) -> Tensor:

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
 import pickle
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from tardis_fx.digest import digest
 from tardis_fx.errors import CheckpointError
 from tardis_fx.tensorfile import replacing
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Sequence
+
+    from torch import Tensor
 
     from tardis_fx.observation.observe import Batch
     from tardis_fx.plan import Plan
@@ -46,15 +47,8 @@ class State:
 
 def identity(plan: Plan, batches: Sequence[Batch], **settings: float) -> str:
     """Hash of all that a healing depends on beside the model, whose weights the plan knows."""
-    digest = hashlib.sha256(repr(sorted(settings.items())).encode())
-    named = [(site.fingerprint, sorted(site.tensors.items())) for site in plan.rewritten]
-    for value in pytree.tree_leaves([named, list(batches)]):
-        if isinstance(value, Tensor):
-            digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
-            digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-        else:
-            digest.update(repr(value).encode())
-    return digest.hexdigest()
+    entries = [(site.fingerprint, dict(site.tensors)) for site in plan.rewritten]
+    return digest(settings, entries, pytree.tree_leaves(list(batches)))
 
 
 def save(path: str | os.PathLike[str], owner: str, state: State) -> None:
