@@ -55,7 +55,7 @@ def lint(session: nox.Session) -> None:
 def types(session: nox.Session) -> None:
     """mypy, strict."""
     session.install(".[dev]")
-    session.run("mypy", "-p", "tardis_fx")
+    session.run("mypy")
 
 
 @nox.session

@@ -34,6 +34,8 @@ from tardis_fx.passes.partial_linear import PartialLinear
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from transformers import PreTrainedModel
+
     from tardis_fx.partial_linear.draft import Draft
     from tardis_fx.partial_linear.histogram import Histogram
     from tardis_fx.partial_linear.residuals import ResidualObserver
@@ -82,7 +84,7 @@ class Fisher(PartialLinear):
         )
 
 
-def gradient_grams(model: nn.Module, names: Sequence[str], windows: Tensor) -> dict[str, Tensor]:
+def gradient_grams(model: PreTrainedModel, names: Sequence[str], windows: Tensor) -> dict[str, Tensor]:
     """By site: sum of g gᵀ over the tokens, [d_out, d_out]; the sites are modules of these names."""
     grams: dict[str, Tensor] = {}
 

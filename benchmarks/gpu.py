@@ -81,7 +81,7 @@ def tested(seconds: float) -> str:
         except subprocess.TimeoutExpired as error:
             print((error.output or b"").decode()[-4000:])
             return f"not finished in {seconds:.0f} s"
-        output = ended.stdout.decode().strip()
+        output: str = ended.stdout.decode().strip()
         print(output[-4000:])
         return (output.splitlines() or [f"exit code {ended.returncode}"])[-1]
 

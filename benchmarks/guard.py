@@ -59,7 +59,7 @@ def main() -> None:
     *batches, tokens = (torch.randint(0, VOCABULARY, (4, CONTEXT)) for _ in range(5))
     widths = {"fold_bits": 4, "row_bits": 4}
     plan = tardis_fx.calibrate(model, batches, config=tardis_fx.Config(budget=0.3, options=widths))
-    backend.GuardedGraph = Recorded  # type: ignore[misc]
+    backend.GuardedGraph = Recorded  # type: ignore[misc, attr-defined, assignment]
     decoder = Decoder(model, CONTEXT, backend="tardis", options={"plan": plan})
     decoder.follow(tokens[0, :8])
     step = median(partial(decoder.follow, tokens[0, :100]), 9)

@@ -46,7 +46,7 @@ def prepare(which: str, folder: Path, budget: float) -> tuple[Path, Path, list[l
     import transformers as hf
 
     demo = load()
-    model = demo.model
+    model: Any = demo.model
     batches = list(demo.windows("calibration", 64).split(8))
     if which == "wide":
         torch.manual_seed(0)
@@ -95,7 +95,7 @@ def server(model: Path, plan: Path | None, log: Path) -> Iterator[tuple[str, sub
 def memory(process: subprocess.Popen[bytes]) -> float:
     """Resident memory of a process and all that it started, MiB."""
     root = psutil.Process(process.pid)
-    return sum(p.memory_info().rss for p in [root, *root.children(recursive=True)]) / 2**20
+    return sum(int(p.memory_info().rss) for p in [root, *root.children(recursive=True)]) / 2**20
 
 
 def load_test(address: str, model: Path, folder: Path, given: argparse.Namespace, requests: int) -> dict[str, Any]:

@@ -61,7 +61,8 @@ def main(budget: float = 0.2, method: str = "partial_linear") -> tuple[float, ta
     model, tokenizer = load()
     config = tardis_fx.Config(budget=budget, method=method, prefill="rewritten")
     plan = tardis_fx.calibrate(model, batches(tokenizer, sentences("calibration", 384)), config=config)
-    fast = torch.compile(model, backend="tardis", options={"plan": plan, "inner": "eager"}, dynamic=True)
+    options: dict[str, Any] = {"plan": plan, "inner": "eager"}
+    fast = torch.compile(model, backend="tardis", options=options, dynamic=True)
     held_out = batches(tokenizer, sentences("test", 256))
     cosine = torch.cat([(embed(fast, b) * embed(model, b)).sum(1) for b in held_out]).mean().item()
     print(tardis_fx.explain(model, plan, held_out[0]))

@@ -58,7 +58,7 @@ def evaluate(model: PreTrainedModel, ids: torch.Tensor, windows: int = 32) -> fl
     """Mean loss per token, in nats, over windows spread evenly over the text."""
     model.eval()
     starts = torch.linspace(0, len(ids) - CONTEXT - 1, windows).long()
-    losses = [model(x := ids[s : s + CONTEXT][None], labels=x).loss.item() for s in starts]
+    losses: list[float] = [model(x := ids[s : s + CONTEXT][None], labels=x).loss.item() for s in starts]
     model.train()
     return sum(losses) / len(losses)
 

@@ -50,7 +50,9 @@ def main() -> int:
     if arguments.command == "bounds":
         arguments.file.write_text("".join(f"{constraint}\n" for constraint in bounds()))
         return 0
-    tests = ElementTree.parse(arguments.report).getroot().find("testsuite").attrib
+    suite = ElementTree.parse(arguments.report).getroot().find("testsuite")
+    assert suite is not None, f"{arguments.report} is no report of pytest"
+    tests = suite.attrib
     failed = int(tests["failures"]) + int(tests["errors"])
     passed = int(tests["tests"]) - failed - int(tests["skipped"])
     result = f"{passed} passed, {tests['skipped']} skipped" + (f", {failed} failed" if failed else "")

@@ -215,7 +215,7 @@ def test_copies_for_which_there_is_no_memory_are_left_out_and_named(
 def test_what_a_plan_adds_is_foretold(predictor: int, fold: int, rows: int) -> None:
     widths, added = Widths(predictor, fold, rows), []
     for model in (ffn(512, 2048), Gated(512, 1366)):
-        (entry,) = random_plans(model, inputs(64, 512), [widths], 0.1)[widths].sites
+        (entry,) = random_plans(model, inputs(64, 512), [widths], 0.1)[widths].rewritten
         (site,) = BatchObservation(model, [inputs(64, 512)], progress=False).sites
         added.append(stored_bytes(site, PartialLinear().constants(entry, site.weights)) / site.weights.bytes - 1)
     assert added[0] == pytest.approx(widths.added(4), rel=0.2)

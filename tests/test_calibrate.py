@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from builders import models
-from builders.ffns import Block, batches, config, ffn, inputs, planned
+from builders.ffns import Block, batches, config, entries, ffn, ffn_of, inputs, planned
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -26,7 +26,7 @@ def same(a: Plan, b: Plan) -> bool:
         vars(x) | {"tensors": None} == vars(y) | {"tensors": None}
         and x.tensors.keys() == y.tensors.keys()
         and all(torch.equal(x.tensors[name], y.tensors[name]) for name in x.tensors)
-        for x, y in zip(a.sites, b.sites, strict=True)
+        for x, y in zip(entries(a), entries(b), strict=True)
     )
 
 
@@ -55,8 +55,8 @@ def test_a_models_own_batches_of_keyword_arguments_are_understood() -> None:
 
 def test_batches_of_different_shapes_are_the_same_tokens() -> None:
     model, x = ffn(), torch.cat(batches())
-    whole = calibrate(model, [x], config=config()).sites[0]
-    cut = calibrate(model, [x[:100], x[100:500].view(4, 100, 16), x[500:501], x[501:]], config=config()).sites[0]
+    whole = calibrate(model, [x], config=config()).rewritten[0]
+    cut = calibrate(model, [x[:100], x[100:500].view(4, 100, 16), x[500:501], x[501:]], config=config()).rewritten[0]
     assert cut.touched_bytes == pytest.approx(whole.touched_bytes, rel=0.01)
     assert cut.outlier_rate == pytest.approx(whole.outlier_rate, rel=0.02)
 
@@ -75,7 +75,7 @@ def test_the_plan_keeps_its_config() -> None:
     given = config(budget=0.7, predictor_bits=3, sequential=True)
     plan = calibrate(ffn(), batches(), config=given)
     assert plan.config is given
-    assert plan.sites[0].settings["bits"] == 3
+    assert plan.rewritten[0].settings["bits"] == 3
 
 
 def test_every_site_is_in_the_plan_refused_ones_with_the_reason() -> None:
@@ -105,9 +105,9 @@ def test_one_ffn_that_runs_twice_is_one_site_and_sees_both_inputs() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.inner(x) + self.inner(3 * x)  # type: ignore[no-any-return]
 
-    (site,) = planned(Twice().eval()).sites
-    (both,) = calibrate(inner, [torch.cat([x, 3 * x]) for x in batches()], config=config()).sites
-    (once,) = planned(inner).sites
+    (site,) = planned(Twice().eval()).rewritten
+    (both,) = calibrate(inner, [torch.cat([x, 3 * x]) for x in batches()], config=config()).rewritten
+    (once,) = planned(inner).rewritten
     assert site.outlier_rate == pytest.approx(both.outlier_rate, rel=0.02)
     assert site.outlier_rate != pytest.approx(once.outlier_rate, rel=0.02)
 
@@ -145,7 +145,7 @@ def test_calibration_leaves_the_model_as_it_was() -> None:
     assert torch.equal(model(x), output)
     assert torch.is_grad_enabled() == grad
     model(x).sum().backward()
-    assert block.ffn.up.weight.grad is not None
+    assert ffn_of(block).up.weight.grad is not None
 
 
 def test_calibration_leaves_the_batches_as_they_were() -> None:
@@ -287,7 +287,7 @@ def test_a_model_without_ffns() -> None:
 def test_a_model_whose_weights_are_all_computed_is_refused_with_the_reasons() -> None:
     model = nn.Sequential(Block(ffn()), Block(ffn()))
     for block in model:
-        nn.utils.parametrizations.weight_norm(block.ffn.up)
+        nn.utils.parametrizations.weight_norm(ffn_of(block).up)
     with pytest.raises(CalibrationError, match=r"0\.ffn: .* computed in the graph; 1\.ffn: .* computed in the graph"):
         planned(model.eval())
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import socket
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch.distributed as dist
+from builders.ffns import entries
 from builders.models import VOCABULARY, gpt2, tokens
 from tokenizers import Tokenizer, models, pre_tokenizers
 from typer.testing import CliRunner
@@ -50,7 +51,7 @@ def arguments(folder: Path, out: Path, *more: str) -> list[str]:
 def plans_of(plan: Plan) -> list[dict[str, object]]:
     return [
         vars(site) | {"tensors": {name: tensor.tolist() for name, tensor in site.tensors.items()}}
-        for site in plan.sites
+        for site in entries(plan)
     ]
 
 
@@ -70,7 +71,12 @@ def test_the_command_writes_the_plan_that_the_function_returns(
 ) -> None:
     groups: list[int] = []
     initialise = dist.init_process_group
-    monkeypatch.setattr(dist, "init_process_group", lambda *a, **k: groups.append(initialise(*a, **k)))  # type: ignore[func-returns-value]
+
+    def counted(*given: Any, **named: Any) -> None:
+        groups.append(1)
+        initialise(*given, **named)
+
+    monkeypatch.setattr(dist, "init_process_group", counted)
     out, checkpoint = tmp_path / "plan", tmp_path / "checkpoint"
     method = ["--method", "wanda:budget=0.6", "--checkpoint", str(checkpoint)]
     result = CliRunner().invoke(app, arguments(folder, out, *method), catch_exceptions=False)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -45,7 +46,7 @@ class Noted(Case):
 
     label: str
     runs: list[tuple[str, int]] = dataclasses.field(compare=False)
-    fails: type[Exception] | None = None
+    fails: type[BaseException] | None = None
 
     @property
     def identity(self) -> str:
@@ -65,6 +66,13 @@ def run(
     cases: Sequence[Case], path: Path, seeds: Sequence[int] = (1, 2), **changed: hf.PreTrainedModel
 ) -> list[Record]:
     return compare_rewrites(subject(**changed), cases, seeds, Records(path), progress=False)
+
+
+def joined(batches: Sequence[Tensor | Mapping[str, Any]]) -> Tensor:
+    """Batches of tokens in one."""
+    tokens = [batch for batch in batches if isinstance(batch, Tensor)]
+    assert len(tokens) == len(batches)
+    return torch.cat(tokens)
 
 
 def test_an_interrupted_run_goes_on_and_repeats_no_finished_case(tmp_path: Path) -> None:
@@ -171,13 +179,13 @@ def test_a_healed_case_is_another_one_and_heals_on_the_calibration_batches(monke
     assert case.prepare(trial).touched <= 0.9
     assert len(healed) == 1
     assert all(len(batch) <= 2 for batch in healed[0])
-    assert torch.equal(torch.cat(list(healed[0])), torch.cat(list(trial.batches)))
+    assert torch.equal(torch.cat(list(healed[0])), joined(trial.batches))
 
 
 def test_the_dense_model_loses_nothing(tmp_path: Path) -> None:
     (record,) = run([Dense()], tmp_path / "r.jsonl", [0])
     assert (record.metrics["kl"], record.metrics["agreement"], record.metrics["rise"]) == (0, 1, 0)
-    text = torch.cat(list(subject().text))
+    text = joined(subject().text)
     with torch.no_grad():
         loss = gpt2()(text, labels=text).loss
     assert record.metrics["perplexity"] == pytest.approx(loss.exp().item(), rel=1e-5)
@@ -199,7 +207,7 @@ def test_kl_is_that_of_the_dense_distribution_to_the_other_in_nats_per_token() -
     tiny, flat = subject(), gpt2()
     with torch.no_grad():
         flat.lm_head.weight.zero_()
-        text = torch.cat(list(tiny.text))
+        text = joined(tiny.text)
         p = tiny.call(tiny.model, text).double().softmax(-1)
     found = tiny.evaluate(flat)
     entropy = -(p * p.log()).sum(-1).mean().item()
@@ -211,7 +219,7 @@ def test_an_encoder_is_judged_by_direction_and_by_nearest_neighbour() -> None:
     points = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0], [0.1, 0.9]])
     dense = torch.nn.Identity()
 
-    def embed(model: object, batch: dict[str, Tensor]) -> Tensor:
+    def embed(model: object, batch: Mapping[str, Tensor]) -> Tensor:
         found = batch["x"] if model is dense else batch["x"] * torch.tensor([1.0, 0.0])
         return torch.nn.functional.normalize(found + 1e-6, dim=-1)
 

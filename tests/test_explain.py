@@ -8,7 +8,7 @@ import pytest
 import torch
 from builders import models
 from builders.compiled import compiled
-from builders.ffns import Block, Broken, config, ffn, inputs, planned
+from builders.ffns import Block, Broken, config, ffn, ffn_of, inputs, planned
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -98,7 +98,7 @@ def test_a_site_that_the_plan_does_not_know_is_refused_and_one_that_the_model_la
     model = nn.Sequential(Block(ffn(seed=1)), second).eval()
     plan = planned(model)
     with torch.no_grad():
-        second.ffn.up.weight[0, 0] += 1
+        ffn_of(second).up.weight[0, 0] += 1
     report = explain(model, plan, X)
     assert [site.status for site in report.sites] == ["rewritten", "refused"]
     assert "changed since calibration" in report.sites[1].reason
@@ -184,8 +184,8 @@ def test_the_gradient_mode_of_the_caller_does_not_matter(mode: Any) -> None:
         report = explain(model, plan, inputs(4, 16))
         assert (torch.is_grad_enabled(), torch.is_inference_mode_enabled()) == before
     assert [site.status for site in report.sites] == ["rewritten"]
-    assert not any(tensor.is_inference() or tensor.requires_grad for tensor in plan.sites[0].tensors.values())
-    torch.testing.assert_close(plan.sites[0].tensors, planned(model).sites[0].tensors)
+    assert not any(tensor.is_inference() or tensor.requires_grad for tensor in plan.rewritten[0].tensors.values())
+    torch.testing.assert_close(plan.rewritten[0].tensors, planned(model).rewritten[0].tensors)
 
 
 # ---- Output

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from builders.compiled import compiled
-from builders.ffns import Block, Broken, batches, config, ffn, inputs
+from builders.ffns import Block, Broken, batches, config, entries, ffn, inputs
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.modeling_outputs import ImageClassifierOutput
@@ -30,7 +30,7 @@ class Classifier(nn.Sequential):
         self.eval()
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x)
+        return super().forward(x)  # type: ignore[no-any-return]
 
 
 def loss(output: Tensor, batch: Any) -> Tensor:
@@ -69,7 +69,7 @@ def test_nothing_but_the_split_weights_changes() -> None:
     trained()
     assert all(map(torch.equal, model().state_dict().values(), untouched.state_dict().values()))
     assert all(parameter.requires_grad for parameter in model().parameters())
-    for before, after in zip(plan().sites, trained().sites, strict=True):
+    for before, after in zip(entries(plan()), entries(trained()), strict=True):
         assert (after.method, after.settings) == ("ffsplit+finetuned", {"inner": before.settings})
         assert (after.fingerprint, after.touched_bytes) == (before.fingerprint, before.touched_bytes)
         assert set(after.tensors) == {
@@ -90,13 +90,13 @@ def test_nothing_but_the_split_weights_changes() -> None:
 @torch.no_grad()
 def test_the_plan_comes_back_from_its_file_and_compiles() -> None:
     def first(plan: Plan, x: Tensor) -> Tensor:
-        entry = plan.sites[0]
+        entry = plan.rewritten[0]
         return rewrite_named(str(entry.method)).forward(x, dict(entry.tensors), entry)
 
     x, block = inputs(5, D), model()[0]
     assert isinstance(block, Block)
     assert_plan_roundtrip(trained(), lambda plan: first(plan, x))
-    found = compiled(block, Plan(trained().sites[:1], plan().config))(x)
+    found = compiled(block, Plan(trained().rewritten[:1], plan().config))(x)
     assert_equivalent(found, x + first(trained(), block.norm(x)))
 
 
@@ -112,7 +112,7 @@ def test_a_fine_tuned_plan_is_trained_on_from_where_it_is() -> None:
     with torch.no_grad():
         first, second = (float(loss(compiled(copy.deepcopy(model()), p)(x[-1]), x[-1])) for p in (trained(), again))
     assert second < first, "on the batch that was held back"
-    for before, after in zip(trained().sites, again.sites, strict=True):
+    for before, after in zip(entries(trained()), entries(again), strict=True):
         assert (after.method, after.settings) == ("ffsplit+finetuned", before.settings)
         assert (after.touched_bytes, after.stored_bytes) == (before.touched_bytes, before.stored_bytes)
         assert {n: t.shape for n, t in after.tensors.items()} == {n: t.shape for n, t in before.tensors.items()}
@@ -176,7 +176,7 @@ def branching(training: list[int], tuning: list[int], method: Any = "ffsplit") -
 def test_a_site_that_only_later_batches_reach_is_trained() -> None:
     before, after = branching([16] * 8 + [48] * 6, [16, 48])
     assert [site.method for site in after.sites] == ["ffsplit+finetuned"] * 2
-    for old, new in zip(before.sites, after.sites, strict=True):
+    for old, new in zip(entries(before), entries(after), strict=True):
         assert not torch.equal(new.tensors["up_a"], old.tensors["up_a"])
         assert 0 < new.error != old.error
 
@@ -228,7 +228,7 @@ def test_blocks_that_share_a_graph_are_trained_as_those_that_do_not() -> None:
         for m in (Broken(blocks), plain)
     )
     assert [site.method for site in found.sites] == ["ffsplit+finetuned"] * 4
-    for old, new, same in zip(before.sites, found.sites, expected.sites, strict=True):
+    for old, new, same in zip(entries(before), entries(found), entries(expected), strict=True):
         assert not torch.equal(new.tensors["up_a"], old.tensors["up_a"])
         torch.testing.assert_close(dict(new.tensors), dict(same.tensors))
         assert new.error == pytest.approx(same.error)
@@ -249,6 +249,6 @@ def test_the_gradient_mode_of_the_caller_does_not_matter(mode: Any) -> None:
         found = trained_once()
         assert (torch.is_grad_enabled(), torch.is_inference_mode_enabled()) == before
     assert [site.method for site in found.sites] == ["ffsplit+finetuned"] * 2
-    for one, other in zip(found.sites, expected.sites, strict=True):
+    for one, other in zip(entries(found), entries(expected), strict=True):
         assert not any(t.is_inference() or t.requires_grad for t in one.tensors.values())
         torch.testing.assert_close(dict(one.tensors), dict(other.tensors))

@@ -9,9 +9,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from builders.counted import blocks, changing_nothing, counted, fast
-from builders.ffns import config, inputs
+from builders.ffns import config, ffn_of, inputs
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_module, init_device_mesh
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, distribute_module
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing._internal.two_tensor import TwoTensor
 
@@ -48,7 +49,7 @@ def assert_near(output: Tensor, expected: Tensor) -> None:
 
 
 def _doubled(model: nn.Sequential) -> str:
-    for linear in (model[1].ffn.up, model[1].ffn.down):
+    for linear in (ffn_of(model[1]).up, ffn_of(model[1]).down):
         weight = linear.weight.detach()
         linear.weight = nn.Parameter(TwoTensor(weight, weight.clone()))
     return "torch's TwoTensor"
@@ -58,7 +59,7 @@ def _quantised(model: nn.Sequential) -> str:
     quantization = pytest.importorskip("torchao.quantization")
     first = lambda module, name: isinstance(module, nn.Linear) and name.startswith("1.")  # noqa: E731
     quantization.quantize_(model, quantization.Int8WeightOnlyConfig(), filter_fn=first)
-    return f"torchao's {type(model[1].ffn.up.weight).__name__}"  # its releases differ
+    return f"torchao's {type(ffn_of(model[1]).up.weight).__name__}"  # its releases differ
 
 
 CONVERSIONS = {"two tensors in one": _doubled, "torchao": _quantised}
@@ -119,7 +120,8 @@ def test_a_parameter_class_without_arithmetic_of_its_own_is_plain(calls: Callabl
     model = blocks()
     plan = changing_nothing(model)
     for block in model:
-        block.ffn.up.weight = Named(block.ffn.up.weight.detach())
+        up = ffn_of(block).up
+        up.weight = Named(up.weight.detach())
     assert_near(fast(model, plan)(FEW), model(FEW))
     assert calls() == 2
 
@@ -187,7 +189,7 @@ def test_ddp_around_a_compiled_model(inner: str, calls: Callable[[], int], caplo
     for _ in range(2):
         assert_near(run(x), model(x))
     assert calls() == (2 * 2 if inner == "counting_calls" else 0)
-    model[1].ffn.up.weight.mul_(2)
+    ffn_of(model[1]).up.weight.mul_(2)
     with pytest.raises(StaleWeightError):
         run(x)
 
@@ -220,7 +222,7 @@ def test_ddps_parts_are_trained_as_they_are() -> None:
     output = run(x)
     torch.testing.assert_close(output, model(x))
     output.sum().backward()
-    assert model[0].ffn.up.weight.grad is not None
+    assert ffn_of(model[0]).up.weight.grad is not None
 
 
 @pytest.mark.parametrize("optimize_ddp", ["ddp_optimizer", False, "python_reducer"])
@@ -242,7 +244,8 @@ def _sharded(model: nn.Sequential) -> nn.Module:
     mesh = init_device_mesh("cpu", (1,))
     for block in model:
         fully_shard(block, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
+    fully_shard(model, mesh=mesh)  # in place
+    return model
 
 
 @pytest.mark.usefixtures("gloo")

@@ -46,7 +46,8 @@ def test_a_frozen_model_gives_what_the_rewritten_one_gives(dtype: torch.dtype) -
 def test_a_changed_weight_is_refused(how: str) -> None:
     model = _model(torch.float32)
     x, weight = inputs(4, 16), model[1][0].weight  # type: ignore[index,operator,union-attr]
-    fast = torch.compile(model, backend="tardis", options={"plan": _plan(model, torch.float32)})
+    options: dict[str, Any] = {"plan": _plan(model, torch.float32)}
+    fast = torch.compile(model, backend="tardis", options=options)
     fast(x)
     if how == "replaced":
         weight.data = weight.data * 1.5
@@ -79,6 +80,8 @@ def test_without_a_plan_the_original_runs_and_the_log_says_why(caplog: pytest.Lo
 class Surrounded(nn.Module):
     """An FFN behind a graph that has weights and no input, with a buffer that every call writes to."""
 
+    kept: torch.Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.ffn, self.position = ffn(16, 64), nn.Parameter(torch.ones(16))
@@ -87,7 +90,7 @@ class Surrounded(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         position = self.position * 2
         torch._dynamo.graph_break()
-        self.kept.copy_(x)  # type: ignore[operator]
+        self.kept.copy_(x)
         return self.ffn(self.kept + position)  # type: ignore[no-any-return]
 
 
@@ -96,7 +99,8 @@ def test_buffers_that_change_and_graphs_without_inputs_are_none_of_its_business(
     batch = inputs(8, 16)
     with inductor_config.patch(freezing=False):
         plan = tardis_fx.calibrate(model, [batch] * 32, config=config(budget=0.6, prefill="rewritten"))
-    fast = torch.compile(model, backend="tardis", options={"plan": plan})
+    options: dict[str, Any] = {"plan": plan}
+    fast = torch.compile(model, backend="tardis", options=options)
     for seed in range(3):
         x = inputs(8, 16, seed=seed)
         out = fast(x)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from builders.counted import blocks, changing_nothing, counted, fast
-from builders.ffns import inputs
+from builders.ffns import ffn_of, inputs
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.utils import parametrize
@@ -56,7 +56,7 @@ def _stance(stance: str, *, warm: bool = True) -> Callable[[nn.Module, Callable[
 
 def _changed_under_a_stance(model: nn.Module, run: Callable[..., Any]) -> tuple[Tensor, Tensor]:
     run(FEW)
-    model[0].ffn.up.weight.mul_(2)  # type: ignore[index,union-attr]
+    ffn_of(model.get_submodule("0")).up.weight.mul_(2)
     with torch.compiler.set_stance("fail_on_recompile"):
         return run(FEW), model(FEW)
 
@@ -147,7 +147,7 @@ def test_a_compiled_model_bears(habit: str, calls: Callable[[], int]) -> None:
 FUNCTIONS: dict[str, tuple[Callable[[nn.Module], Callable[[Tensor], Tensor]], int]] = {
     "a function": (lambda m: lambda x: m(x), 2),
     "vmap": (lambda m: torch.vmap(m), 0),
-    "jvp": (lambda m: lambda x: torch.func.jvp(m[0].ffn, (x,), (x,))[1], 0),
+    "jvp": (lambda m: lambda x: torch.func.jvp(ffn_of(m.get_submodule("0")), (x,), (x,))[1], 0),
     "grad": (lambda m: torch.func.grad(lambda x: m(x).sum()), 0),
     "functional_call": (lambda m: lambda x: torch.func.functional_call(m, dict(m.named_parameters()), (x,)), 2),
 }
@@ -177,7 +177,7 @@ def test_a_stale_weight_raises_where_errors_are_suppressed(calls: Callable[[], i
     run = fast(model, changing_nothing(model))
     with torch._dynamo.config.patch(suppress_errors=True):
         run(FEW)
-        model[0].ffn.up.weight.mul_(2)
+        ffn_of(model[0]).up.weight.mul_(2)
         with pytest.raises(StaleWeightError):
             run(FEW)
 
@@ -185,7 +185,7 @@ def test_a_stale_weight_raises_where_errors_are_suppressed(calls: Callable[[], i
 def test_a_suppressed_error_leaves_the_original(calls: Callable[[], int]) -> None:
     model = blocks()
     plan = changing_nothing(model)
-    model[0].ffn.up.weight.mul_(2)
+    ffn_of(model[0]).up.weight.mul_(2)
     with torch._dynamo.config.patch(suppress_errors=True):
         torch.testing.assert_close(fast(model, plan, strict=True)(FEW), model(FEW))
     assert calls() == 0

@@ -10,7 +10,7 @@ import pytest
 import torch
 from builders import models
 from builders.compiled import compiled
-from builders.ffns import Block, Broken, batches, config, ffn, planned
+from builders.ffns import Block, Broken, batches, config, entries, ffn, planned
 from builders.gated import Gated
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutput
@@ -50,7 +50,8 @@ class Language(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.embedding, self.head = nn.Embedding(models.VOCABULARY, 16), nn.Linear(16, models.VOCABULARY)
-        self.blocks = nn.Sequential(*(Block(Gated(seed=i) if kind == "gated" else ffn(seed=i)) for i in range(2)))
+        made: Any = Gated if kind == "gated" else ffn
+        self.blocks = nn.Sequential(*(Block(made(seed=i)) for i in range(2)))
         self.eval()
 
     def forward(self, ids: Tensor) -> CausalLMOutput:
@@ -93,7 +94,7 @@ def same(a: Plan, b: Plan) -> bool:
         x.touched_bytes == y.touched_bytes
         and x.error == y.error
         and all(torch.equal(tensor, y.tensors[name]) for name, tensor in x.tensors.items())
-        for x, y in zip(a.sites, b.sites, strict=True)
+        for x, y in zip(entries(a), entries(b), strict=True)
     )
 
 
@@ -142,7 +143,7 @@ def test_a_healed_plan_reads_no_more_bytes(case: Case) -> None:
 
 
 def test_the_outlier_rate_and_the_bytes_tell_the_same(case: Case) -> None:
-    for old, new in zip(case.plan.sites, case.better.sites, strict=True):
+    for old, new in zip(entries(case.plan), entries(case.better), strict=True):
         bits, (hidden, d) = old.settings["row_bits"], old.shapes[0]
         projections, beside = (2, 16 + 8) if old.kind == "gated" else (1, 12 + 4)
         whole = bits == 16
@@ -160,7 +161,7 @@ def test_a_model_without_logits_is_healed_by_its_output_and_so_is_the_papers_rec
 def test_the_error_is_that_of_the_healed_site(paper: Case) -> None:
     block, x = paper.model[0], batches()[-1]  # type: ignore[index]
     weights = SiteWeights(*(parameter.detach() for parameter in block.ffn.parameters()))
-    entry, rewrite = paper.better.sites[0], rewrite_named("paper")
+    entry, rewrite = paper.better.rewritten[0], rewrite_named("paper")
     with torch.no_grad():
         entering = block.norm(x)
         expected = block.ffn(entering)
@@ -223,7 +224,7 @@ def test_blocks_that_share_a_graph_are_healed_as_those_that_do_not() -> None:
     found, expected = (healed(model, plan, given, steps=4) for model in (Broken(blocks), plain))
     assert len(found.sites) == 4
     assert same(found, expected)
-    for old, new in zip(plan.sites, found.sites, strict=True):
+    for old, new in zip(entries(plan), entries(found), strict=True):
         assert not torch.equal(old.tensors["folded_weight"], new.tensors["folded_weight"])
         assert 0 < new.error != old.error
 
@@ -246,7 +247,7 @@ def test_the_gradient_mode_of_the_caller_does_not_matter(mode: Any) -> None:
         found = healed(model, plan, batches(3, 64), steps=4)
         assert (torch.is_grad_enabled(), torch.is_inference_mode_enabled()) == before
     assert same(found, expected)
-    assert not any(t.is_inference() or t.requires_grad for site in found.sites for t in site.tensors.values())
+    assert not any(t.is_inference() or t.requires_grad for site in entries(found) for t in site.tensors.values())
 
 
 def test_a_model_made_in_inference_mode_is_refused_and_one_of_its_parameters_named() -> None:
@@ -263,7 +264,7 @@ def test_model_plan_and_batches_are_left_as_they_were() -> None:
     model = Language()
     model.head.requires_grad_(False)
     plan = language_plan(4)
-    tensors = copy.deepcopy([dict(site.tensors) for site in plan.sites])
+    tensors = copy.deepcopy([dict(site.tensors) for site in entries(plan)])
     state = [(n, p.data_ptr(), p._version, p.requires_grad, p.grad) for n, p in model.named_parameters()]
     weights, given = copy.deepcopy(model.state_dict()), copy.deepcopy(TEXT)
     with torch.no_grad():
@@ -275,9 +276,9 @@ def test_model_plan_and_batches_are_left_as_they_were() -> None:
     with torch.no_grad():
         assert torch.equal(model(TEXT[0]).logits, output)
     assert all(torch.equal(a, b) for a, b in zip(TEXT, given, strict=True))
-    for site, before in zip(plan.sites, tensors, strict=True):
+    for site, before in zip(entries(plan), tensors, strict=True):
         assert all(torch.equal(t, before[name]) for name, t in site.tensors.items())
-    for old, new in zip(plan.sites, better.sites, strict=True):
+    for old, new in zip(entries(plan), entries(better), strict=True):
         for name in ("fingerprint", "settings", "method", "stored_bytes", "dense_bytes"):
             assert getattr(old, name) == getattr(new, name)
 
@@ -296,7 +297,7 @@ def test_a_model_in_half_precision_gets_tensors_of_its_own_dtype() -> None:
     model, plan = Language().bfloat16(), language_plan(dtype=torch.bfloat16)
     better = healed(model, plan, steps=20)
     assert better is not plan
-    for old, new in zip(plan.sites, better.sites, strict=True):
+    for old, new in zip(entries(plan), entries(better), strict=True):
         assert {name: t.dtype for name, t in old.tensors.items()} == {name: t.dtype for name, t in new.tensors.items()}
     assert loss(model, better, TEXT[-1:]) < loss(model, plan, TEXT[-1:])
 
@@ -419,12 +420,12 @@ def test_a_plan_for_another_model_is_refused(pair: tuple[Language, Plan]) -> Non
 
 def test_a_rewrite_that_cannot_be_healed_is_named(pair: tuple[Language, Plan], monkeypatch: pytest.MonkeyPatch) -> None:
     model, plan = pair
-    only_exact = Plan(tuple(replace(site, method="exact_fold") for site in plan.sites), plan.config)
+    only_exact = Plan(tuple(replace(site, method="exact_fold") for site in entries(plan)), plan.config)
     with pytest.raises(ConfigError, match="no site to heal"):
         healed(model, only_exact)
     monkeypatch.setattr(student, "rewrite_of", lambda _: HotFold())
     with pytest.raises(ConfigError, match="'dropping', which cannot be healed"):
-        healed(model, Plan(tuple(replace(site, method="dropping") for site in plan.sites), plan.config))
+        healed(model, Plan(tuple(replace(site, method="dropping") for site in entries(plan)), plan.config))
 
 
 def test_a_batch_that_misses_a_site_is_refused(pair: tuple[Language, Plan]) -> None:

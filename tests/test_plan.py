@@ -136,7 +136,7 @@ def test_tensors_that_share_memory_are_saved(plan: Plan, folder: Path) -> None:
     whole = torch.arange(8.0)
     site = SitePlan(**vars(plan.sites[0]) | {"tensors": {"a": whole[:4], "b": whole}})
     Plan((site,), plan.config).save(folder / "shared")
-    assert torch.equal(Plan.load(folder / "shared").sites[0].tensors["b"], whole)
+    assert torch.equal(Plan.load(folder / "shared").rewritten[0].tensors["b"], whole)
 
 
 @settings(max_examples=examples(50))
@@ -317,7 +317,9 @@ def test_a_file_whose_times_were_set_back_is_read_again(
     """Written over within one tick of the clock, say: the digest in the header tells the two apart."""
     first, times = resolve(saved), saved.stat()
     monkeypatch.setattr("pathlib.Path.stat", lambda *_, **__: times)  # what no clock would show
-    other = SitePlan(**vars(plan.sites[0]) | {"tensors": {n: t.clone() for n, t in plan.sites[0].tensors.items()}})
+    other = SitePlan(
+        **vars(plan.rewritten[0]) | {"tensors": {n: t.clone() for n, t in plan.rewritten[0].tensors.items()}}
+    )
     other.tensors["folded_bias"].add_(1)
     Plan((other,), plan.config).save(saved)
     again = resolve(saved)

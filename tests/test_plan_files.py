@@ -158,6 +158,32 @@ def with_field(path: Path, field: str, value: object) -> Path:
     return with_content(path, lambda c: c["sites"][0].update({field: value}))
 
 
+#: Values of fields of a site that none can have.
+WRONG: dict[str, list[Any]] = {
+    "fingerprint": [None, "no hash", 3, ["a"]],
+    "name": [None, 3, "\ud800"],
+    "kind": ["dense", None, []],
+    "activation": [1, ["gelu"]],
+    "dtype": [None, 32],
+    "shapes": [[[0, 1]], [[-1]], [[1.0]], [["1"]], [[10**30]], "shapes", {}, [[True]]],
+    "dense_bytes": [-1, 1.5, None, 10**400, True],
+    "method": [3, ["paper"], None],
+    "reason": [3, "a rewritten site has none"],
+    "stored_bytes": [-1, "1", 10**30],
+    "touched_bytes": [-1.0, float("nan"), float("inf"), 10**400, "1"],
+    "outlier_rate": [-0.1, float("nan"), None],
+    "error": [-1, float("nan"), "small"],
+    "settings": [
+        None,
+        [],
+        "settings",
+        {"share": float("nan")},
+        {"share": 10**400},
+        nested(100),
+        {"a": "\udfff"},
+    ],
+}
+
 DAMAGE: dict[str, Callable[[Path], Path]] = {
     "version is no number": lambda p: with_header(p, lambda h: h["__metadata__"].update(version="one")),
     "version is missing": lambda p: with_header(p, lambda h: h["__metadata__"].pop("version")),
@@ -188,30 +214,7 @@ DAMAGE: dict[str, Callable[[Path], Path]] = {
     "config has a huge number": lambda p: with_content(p, lambda c: c["config"].update(budget=10**400)),
     **{
         f"{field} is {value!r:.20}": partial(with_field, field=field, value=value)
-        for field, values in {
-            "fingerprint": [None, "no hash", 3, ["a"]],
-            "name": [None, 3, "\ud800"],
-            "kind": ["dense", None, []],
-            "activation": [1, ["gelu"]],
-            "dtype": [None, 32],
-            "shapes": [[[0, 1]], [[-1]], [[1.0]], [["1"]], [[10**30]], "shapes", {}, [[True]]],
-            "dense_bytes": [-1, 1.5, None, 10**400, True],
-            "method": [3, ["paper"], None],
-            "reason": [3, "a rewritten site has none"],
-            "stored_bytes": [-1, "1", 10**30],
-            "touched_bytes": [-1.0, float("nan"), float("inf"), 10**400, "1"],
-            "outlier_rate": [-0.1, float("nan"), None],
-            "error": [-1, float("nan"), "small"],
-            "settings": [
-                None,
-                [],
-                "settings",
-                {"share": float("nan")},
-                {"share": 10**400},
-                nested(100),
-                {"a": "\udfff"},
-            ],
-        }.items()
+        for field, values in WRONG.items()
         for value in values
     },
 }

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-import torch.multiprocessing as mp
-from builders.ffns import config
+from builders.ffns import config, entries
 from builders.ranks import CONFIGS, given, main, model
+from torch.multiprocessing.spawn import spawn
 
 from tardis_fx import Plan, calibrate
 
@@ -46,7 +46,7 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
     (folder / "checkpoint" / "run-003.safetensors").unlink()
     (folder / "file-0").touch()
     started = time.monotonic()
-    context = mp.start_processes(main, (folder,), nprocs=2, join=False, start_method="spawn")
+    context = spawn(main, (folder,), nprocs=2, join=False)
     for process in context.processes:
         process.join(120)
         assert process.exitcode is not None, "a process hangs"
@@ -57,7 +57,7 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
 def test_two_ranks_return_the_plan_of_one_process(name: str, outcome: Outcome) -> None:
     alone = Plan.load(outcome.folder / f"{name}-alone")
     for plan in outcome.plans(name):
-        for found, wanted in zip(plan.sites, alone.sites, strict=True):
+        for found, wanted in zip(entries(plan), entries(alone), strict=True):
             assert found.tensors.keys() == wanted.tensors.keys()
             for key, tensor in wanted.tensors.items():
                 torch.testing.assert_close(
@@ -72,7 +72,7 @@ def test_two_ranks_return_the_plan_of_one_process(name: str, outcome: Outcome) -
 def test_both_ranks_return_the_same_plan_to_the_bit(outcome: Outcome) -> None:
     for name in CONFIGS:
         one, other = outcome.plans(name)
-        for a, b in zip(one.sites, other.sites, strict=True):
+        for a, b in zip(entries(one), entries(other), strict=True):
             assert vars(a) | {"tensors": None} == vars(b) | {"tensors": None}
             assert all(torch.equal(a.tensors[key], b.tensors[key]) for key in a.tensors)
 

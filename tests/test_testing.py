@@ -26,7 +26,7 @@ from tardis_fx.passes import base
 from tardis_fx.passes.hot_fold import HotFold
 from tardis_fx.passes.low_rank import LowRank
 from tardis_fx.passes.static import Choice
-from tardis_fx.plan import SitePlan
+from tardis_fx.plan import Planned, SitePlan
 from tardis_fx.planning import plan_for
 from tardis_fx.testing import (
     LAWS,
@@ -71,7 +71,7 @@ class Greedy(HotFold):
 class Weightless(HotFold):
     """Stores nothing, it says."""
 
-    def fit(self, sites: Sequence[ObservedSite], config: Config) -> Fit[list[SitePlan]]:
+    def fit(self, sites: Sequence[ObservedSite], config: Config) -> Fit[list[Planned]]:
         plans = yield from super().fit(sites, config)
         return [SitePlan(**vars(p) | {"stored_bytes": 0}) for p in plans]
 
@@ -101,7 +101,7 @@ class Traced(HotFold):
 class Boasting(HotFold):
     """Tells half of its error."""
 
-    def fit(self, sites: Sequence[ObservedSite], config: Config) -> Fit[list[SitePlan]]:
+    def fit(self, sites: Sequence[ObservedSite], config: Config) -> Fit[list[Planned]]:
         plans = yield from super().fit(sites, config)
         return [SitePlan(**vars(p) | {"error": p.error / 2}) for p in plans]
 
@@ -111,9 +111,10 @@ class Forgetful(HotFold):
 
     kept: ClassVar[dict[int, float]] = {}
 
-    def fit(self, sites: Sequence[ObservedSite], config: Config) -> Fit[list[SitePlan]]:
+    def fit(self, sites: Sequence[ObservedSite], config: Config) -> Fit[list[Planned]]:
         plans = yield from super().fit(sites, config)
         for plan in plans:
+            assert isinstance(plan, SitePlan)
             self.kept[id(plan.tensors)] = 2.0
         return plans
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from builders import models
-from builders.ffns import Block, ffn, inputs
+from builders.ffns import Block, ffn, ffn_of, inputs
 from torch import Tensor, nn
 
 from tardis_fx import Config, ConfigError, explain
@@ -28,7 +28,7 @@ TOKENS = 1024
 CONFIG = Config(budget=0.5, prefill="rewritten", progress=False)
 
 
-def compiled(model: Any, **options: Any) -> Callable[..., Any]:
+def compiled(model: Any, **options: Any) -> Any:
     given: Any = {"config": CONFIG, "inner": "eager", "profile_tokens": TOKENS, "tolerance": 0.5} | options
     return torch.compile(model, backend="tardis", options=given, fullgraph=True)
 
@@ -155,7 +155,7 @@ def test_a_weight_that_changes_while_it_is_observed_begins_anew() -> None:
     model = Block(ffn())
     fast = compiled(model)
     serve(fast, ENOUGH - 1)
-    model.ffn.up.weight.mul_(1.5)
+    ffn_of(model).up.weight.mul_(1.5)
     x = inputs(4, 16, seed=99)
     assert torch.equal(serve(fast, 1)[0], serve(model, 1)[0])
     assert "input moments" in explain(fast, None, x).sites[0].reason
@@ -246,10 +246,8 @@ def test_a_graph_break_leaves_two_graphs_with_a_profile_each() -> None:
 @torch.no_grad()
 def test_dynamic_shapes_are_observed_and_swapped() -> None:
     model = Block(ffn())
-    fast = torch.compile(
-        model, backend="tardis", dynamic=True,
-        options={"config": CONFIG, "inner": "inductor", "profile_tokens": TOKENS, "tolerance": 0.5},
-    )  # fmt: skip
+    options: Any = {"config": CONFIG, "inner": "inductor", "profile_tokens": TOKENS, "tolerance": 0.5}
+    fast = torch.compile(model, backend="tardis", dynamic=True, options=options)
     for i in range(ENOUGH):
         fast(inputs(256 + i, 16, seed=i))
     for tokens in (3, 17):
@@ -300,7 +298,12 @@ def test_a_site_that_repeats_its_inputs_does_not_hold_up_the_others() -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    "error", [ZeroDivisionError("a bug"), MemoryError("no memory"), torch.linalg.LinAlgError("singular")]
+    "error",
+    [
+        ZeroDivisionError("a bug"),
+        MemoryError("no memory"),
+        torch.linalg.LinAlgError("singular"),  # type: ignore[attr-defined]  # PyTorch does not declare it
+    ],
 )
 def test_any_error_of_a_fit_ends_the_profile_and_not_the_service(
     error: Exception, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from torch import nn
+
+
+@overload
+def compiled(model: nn.Module, plan: Any, **options: Any) -> nn.Module: ...
+
+
+@overload
+def compiled(model: Callable[..., Any], plan: Any, **options: Any) -> Callable[..., Any]: ...
 
 
 def compiled(

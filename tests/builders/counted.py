@@ -69,4 +69,5 @@ def changing_nothing(model: nn.Module) -> Plan:
 
 def fast(model: Callable[..., Any], plan: Plan | None, **options: Any) -> Callable[..., Any]:
     """The model on the tardis backend, counted."""
-    return compiled(model, plan, **({"inner": "counting_calls", "fullgraph": False} | options))
+    given: dict[str, Any] = {"inner": "counting_calls", "fullgraph": False} | options
+    return compiled(model, plan, **given)

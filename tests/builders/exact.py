@@ -6,7 +6,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from builders.ffns import config, exact_plan
@@ -85,7 +84,9 @@ def assert_same(output: Any, expected: Any) -> None:
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
 
 
-def run(model: nn.Module, *args: Any, fullgraph: bool = True, dynamic: bool | None = None, **kwargs: Any) -> Exact:
+def run(
+    model: Callable[..., Any], *args: Any, fullgraph: bool = True, dynamic: bool | None = None, **kwargs: Any
+) -> Exact:
     """The backend after one call, whose result was the model's."""
     backend = Exact()
     with torch.no_grad():

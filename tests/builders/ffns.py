@@ -13,18 +13,25 @@ from torch.nn import functional as F
 from tardis_fx import Config, Plan, calibrate
 from tardis_fx.config import MOVED
 from tardis_fx.graph.site import SiteWeights
+from tardis_fx.observation.run import drive
 from tardis_fx.passes.partial_linear import PartialLinear
 from tardis_fx.passes.registry import rewrite_named
 from tardis_fx.plan import SitePlan
 from tardis_fx.runtime.correction import guard_width
 from tardis_fx.runtime.fingerprint import fingerprint
 from tardis_fx.runtime.packing import group_count, pack, packed_bytes
-from tardis_fx.testing.ffn import ACTIVATIONS, FFN, Activation, inputs
+from tardis_fx.testing.ffn import ACTIVATIONS as ACTIVATIONS
+from tardis_fx.testing.ffn import FFN as FFN
+from tardis_fx.testing.ffn import Activation as Activation
 from tardis_fx.testing.ffn import Block as Block
 from tardis_fx.testing.ffn import ffn as ffn
+from tardis_fx.testing.ffn import inputs as inputs
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from tardis_fx.observation.observe import RepeatableObservation
+    from tardis_fx.passes.base import Rewrite
 
 
 class Broken(nn.Module):
@@ -50,7 +57,8 @@ def batches(count: int = 4, tokens: int = 256, d: int = 16) -> list[Tensor]:
 def config(**changed: Any) -> Config:
     """A config for tests: silent, every token on the rewritten path, nothing but the predictor quantised."""
     widths = {"fold_bits": 16, "row_bits": 16} | {name: changed.pop(name) for name in MOVED if name in changed}
-    chosen = Config(**({"budget": 0.5, "prefill": "rewritten", "progress": False} | changed))
+    settings: dict[str, Any] = {"budget": 0.5, "prefill": "rewritten", "progress": False} | changed
+    chosen = Config(**settings)
     own = {name: widths for name in ("partial_linear", "paper") if name in chosen.rewrites}
     return replace(chosen, options=own | dict(chosen.options))
 
@@ -58,6 +66,27 @@ def config(**changed: Any) -> Config:
 def planned(model: nn.Module, d: int = 16, **changed: Any) -> Plan:
     """The model's plan, calibrated on normal inputs."""
     return calibrate(model, batches(d=d), config=config(**changed))
+
+
+def entries(plan: Plan) -> tuple[SitePlan, ...]:
+    """The entries of a plan that rewrites every site."""
+    assert len(plan.rewritten) == len(plan.sites)
+    return plan.rewritten
+
+
+def fitted(observation: RepeatableObservation, rewrite: Rewrite, config: Config) -> list[SitePlan]:
+    """The plans of a rewrite that takes every site."""
+    plans = drive(observation, rewrite.fit(observation.sites, config))
+    rewritten = [plan for plan in plans if isinstance(plan, SitePlan)]
+    assert len(rewritten) == len(plans)
+    return rewritten
+
+
+def ffn_of(block: nn.Module) -> FFN:
+    """The plain FFN of a block, which a container gives as any module."""
+    assert isinstance(block, Block)
+    assert isinstance(block.ffn, FFN)
+    return block.ffn
 
 
 @dataclass(frozen=True)
@@ -248,7 +277,7 @@ def classes(draw: st.DrawFn, hidden: int) -> tuple[list[int], list[int]]:
 def expected(model: FFN, plan: Plan, x: Tensor) -> Tensor:
     """What the eager specification makes of a model that is one FFN."""
     weights = SiteWeights(*(parameter.detach() for parameter in model.parameters()))
-    entry = plan.sites[0]
+    entry = plan.rewritten[0]
     rewrite = rewrite_named(str(entry.method))
     with torch.no_grad():
         return rewrite.forward(x, rewrite.constants(entry, weights), entry)

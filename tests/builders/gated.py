@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -12,10 +12,12 @@ from tardis_fx.testing.building import Graph
 from tardis_fx.testing.observation import of, site_of
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from tardis_fx.observation.observe import ObservedSite
 
 
-FUNCTIONS = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu, "sigmoid": torch.sigmoid}
+FUNCTIONS: dict[str, Callable[..., Any]] = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu, "sigmoid": torch.sigmoid}
 
 
 class Gated(nn.Module):

@@ -91,7 +91,7 @@ def steps_from_the_rule(
 
 def lower_factor(matrix: Tensor) -> Tensor:
     """V, lower triangular, with VᵀV the matrix."""
-    return torch.linalg.cholesky(matrix.flip(0, 1)).flip(0, 1).T
+    return torch.linalg.cholesky(matrix.flip(0, 1)).flip(0, 1).T  # type: ignore[no-any-return]
 
 
 #: In steps, beside the half of a nearest code: float32 keeps 2**-24 of weights up to 2**8 steps long, which up to 2**8

@@ -9,7 +9,7 @@ import torch
 from builders import models
 from builders.architectures import FAMILIES, made
 from builders.exact import Exact, assert_same, run
-from builders.ffns import Block, config, ffn, inputs
+from builders.ffns import Block, config, ffn, ffn_of, inputs
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
@@ -26,7 +26,7 @@ X = inputs(2, 3, 16)
 
 def test_a_hook_that_keeps_the_intermediate_value_makes_the_site_refused() -> None:
     model, kept = nn.Sequential(Block(ffn()), Block(ffn(seed=1))), list[Tensor]()
-    model[0].ffn[1].register_forward_hook(lambda module, given, output: kept.append(output))  # type: ignore[union-attr, operator, index]
+    ffn_of(model[0])[1].register_forward_hook(lambda module, given, output: kept.append(output))
     backend = run(model, X)
     assert backend.rewritten == 1
     assert "intermediate value" in str(backend.sites[0].reason)
@@ -35,7 +35,7 @@ def test_a_hook_that_keeps_the_intermediate_value_makes_the_site_refused() -> No
 
 def test_hooks_that_keep_nothing_or_the_output_do_not_matter() -> None:
     model, kept = Block(ffn()), list[Tensor]()
-    model.ffn[1].register_forward_hook(lambda module, given, output: None)
+    ffn_of(model)[1].register_forward_hook(lambda module, given, output: None)
     model.ffn.register_forward_hook(lambda module, given, output: kept.append(output))
     assert run(model, X).rewritten == 1
     torch.testing.assert_close(*kept)
@@ -45,7 +45,8 @@ def test_hooks_that_keep_nothing_or_the_output_do_not_matter() -> None:
 def test_hidden_states_of_all_layers_can_be_asked_for(name: str) -> None:
     family = FAMILIES[name]
     model = made(family)
-    backend = run(model, **family.inputs, output_hidden_states=True)
+    asked: dict[str, Any] = {**family.inputs, "output_hidden_states": True}
+    backend = run(model, **asked)
     assert backend.rewritten == 2
 
 
@@ -63,7 +64,7 @@ COMPUTED: dict[str, Callable[[nn.Module], Any]] = {
 @pytest.mark.parametrize("name", COMPUTED)
 def test_weights_computed_at_each_call_are_refused_until_they_are_stored(name: str) -> None:
     model = nn.Sequential(Block(ffn()))
-    up = model[0].ffn[0]  # type: ignore[union-attr, index]
+    up = ffn_of(model[0]).up
     COMPUTED[name](up)
     backend = run(model.eval(), X)
     (site,) = backend.sites
@@ -110,7 +111,7 @@ def test_blocks_compiled_one_by_one_are_rewritten_in_one_shared_graph(how: str) 
     given = FAMILIES["gpt2"].inputs | {"use_cache": False}
     expected = torch.compile(model, backend=whole)(**given)
     torch._dynamo.reset()
-    options = {"plan": Plan(tuple(whole.plans), config()), "inner": "eager", "strict": True}
+    options: dict[str, Any] = {"plan": Plan(tuple(whole.plans), config()), "inner": "eager", "strict": True}
     torch._dynamo.utils.counters.clear()
     for block in model.h:
         if how == "compile":

@@ -44,7 +44,7 @@ def _(x: Tensor) -> None:
     return None
 
 
-@torch._dynamo.allow_in_graph
+@torch._dynamo.allow_in_graph  # type: ignore[untyped-decorator]
 def _opaque(x: Tensor) -> Tensor:
     return x.mul_(2)
 
@@ -75,7 +75,7 @@ WRITES: dict[str, Callable[[Tensor], Any]] = {
     "NumPy": lambda x: x.numpy().__imul__(2),
     "an initialiser": lambda x: nn.init.constant_(x, 2),
     "running statistics": lambda x: F.batch_norm(torch.ones(4, 2), x[0, 0, :2], x[1, 1, :2].exp(), training=True),
-    "another tensor's memory": lambda x: x.set_(torch.ones(2, 3, 8)),
+    "another tensor's memory": lambda x: x.set_(torch.ones(2, 3, 8)),  # type: ignore[call-overload]  # PyTorch declares storages alone
 }
 
 ALIASES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -139,7 +139,7 @@ def test_a_write_to_one_input_of_the_graph_may_reach_the_others() -> None:
         return m.down(gate * m.up(x))  # type: ignore[no-any-return]
 
     class Two(Gated):
-        def forward(self, x: Tensor, other: Tensor) -> Tensor:
+        def forward(self, x: Tensor, other: Tensor) -> Tensor:  # type: ignore[override]  # has a second input
             return forward(self, x, other)
 
     (site,) = sites_of(Two(lambda m, x: x).eval(), X.clone(), X.clone())

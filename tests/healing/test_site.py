@@ -7,12 +7,11 @@ from functools import cache
 import pytest
 import torch
 from builders.ffns import ACTIVATIONS as NAMES
-from builders.ffns import Oracle, classes, ffn, inputs, oracles, planned
+from builders.ffns import FFN, Oracle, classes, ffn, inputs, oracles, planned
 from builders.gated import FUNCTIONS, Gated
 from builders.profile import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
 
 from tardis_fx.graph.site import SiteWeights
 from tardis_fx.healing.site import TrainableSite
@@ -30,14 +29,13 @@ def opened(
 ) -> tuple[SitePlan, SiteWeights]:
     group_size, weights = 128 if fold_bits == 4 else 64, {}
     budget = (0.1 if fold_bits < 16 else 0.3) + (0.02 if row_bits < 16 else 0.2)
-    model: nn.Module = ffn(D, HIDDEN, activation)
+    model: FFN | Gated = ffn(D, HIDDEN, activation)
     if kind == "gated":
         model, budget = Gated(D, HIDDEN, activation), budget + 0.1
         weights = {"gate": model.gate.weight.detach(), "gate_bias": model.gate.bias.detach()}
-    (entry,) = planned(model, D, budget=budget, fold_bits=fold_bits, row_bits=row_bits, group_size=group_size).sites
+    (entry,) = planned(model, D, budget=budget, fold_bits=fold_bits, row_bits=row_bits, group_size=group_size).rewritten
     assert len(entry.tensors["codes"]) > 0
-    first, second = (model.up, model.down) if isinstance(model, Gated) else (model[0], model[2])
-    own = (p.detach() for module in (first, second) for p in (module.weight, module.bias))
+    own = (p.detach() for module in (model.up, model.down) for p in (module.weight, module.bias))
     return entry, SiteWeights(*own, **weights)
 
 

@@ -7,12 +7,11 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from builders.ffns import ACTIVATIONS as NAMES
-from builders.ffns import config, ffn, inputs
+from builders.ffns import config, ffn, fitted, inputs
 from builders.profile import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tardis_fx.observation.run import drive
 from tardis_fx.partial_linear import residuals
 from tardis_fx.passes.partial_linear import PartialLinear
 from tardis_fx.testing.ffn import gated_ffn
@@ -48,8 +47,8 @@ def texts() -> list[Tensor]:
 def fit(
     rewrite: PartialLinear, ffns: Sequence[FFN | GatedFFN], budget: float = 0.2, row_bits: int = 4
 ) -> list[SitePlan]:
-    observation = SiteObservation(ffns, texts())
-    return drive(observation, rewrite.fit(observation.sites, config(budget=budget, fold_bits=8, row_bits=row_bits)))
+    observation, chosen = SiteObservation(ffns, texts()), config(budget=budget, fold_bits=8, row_bits=row_bits)
+    return fitted(observation, rewrite, chosen)
 
 
 @settings(max_examples=examples(6))
@@ -102,8 +101,8 @@ def test_sites_whose_sums_do_not_fit_in_memory_take_runs_of_their_own(monkeypatc
 def test_so_do_the_widths_of_one_site(monkeypatch: pytest.MonkeyPatch) -> None:
     observation = SiteObservation([ffn(D, HIDDEN)], texts())
     every = config(budget=0.3, fold_bits=None, row_bits=None)
-    (together,) = drive(observation, PartialLinear().fit(observation.sites, every))
+    (together,) = fitted(observation, PartialLinear(), every)
     monkeypatch.setattr(residuals, "MEMORY", 1)
-    (apart,) = drive(observation, PartialLinear().fit(observation.sites, every))
+    (apart,) = fitted(observation, PartialLinear(), every)
     assert together.settings == apart.settings
     assert together.error == pytest.approx(apart.error)

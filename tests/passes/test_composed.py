@@ -20,7 +20,7 @@ from tardis_fx.observation.observe import BatchObservation, ObservedSite, Repeat
 from tardis_fx.passes import base
 from tardis_fx.passes.base import Rewrite
 from tardis_fx.passes.registry import rewrite_named
-from tardis_fx.plan import SitePlan
+from tardis_fx.plan import Planned, SitePlan
 from tardis_fx.planning import plan_for
 from tardis_fx.testing import assert_equivalent, assert_plan_roundtrip, examine, laws
 from tardis_fx.testing.observation import SiteObservation
@@ -38,7 +38,7 @@ class Same(Rewrite):
     def refuse(self, site: Site) -> str | None:
         return None
 
-    def fit(self, sites: Sequence[ObservedSite], config: Config) -> list[SitePlan]:
+    def fit(self, sites: Sequence[ObservedSite], config: Config) -> list[Planned]:
         return [SitePlan.of(s.site, s.parameters, method=self.name, touched_bytes=s.weights.bytes) for s in sites]
 
     def weights(self, plan: SitePlan, weights: SiteWeights) -> SiteWeights:
@@ -71,7 +71,7 @@ def same(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("method", SECOND)
 @torch.no_grad()
 def test_behind_a_rewrite_that_changes_nothing_a_rewrite_is_itself(method: str) -> None:
-    (alone,), (composed,) = planned(method).sites, planned(["same", method]).sites
+    (alone,), (composed,) = planned(method).rewritten, planned(["same", method]).rewritten
     for name in ("fingerprint", "dense_bytes", "touched_bytes", "stored_bytes", "outlier_rate"):
         assert getattr(composed, name) == getattr(alone, name)
     assert composed.error == pytest.approx(alone.error, abs=1e-4)
@@ -87,14 +87,14 @@ def test_behind_a_rewrite_that_changes_nothing_a_rewrite_is_itself(method: str) 
 @torch.no_grad()
 def test_behind_drop_bias_a_rewrite_gives_what_it_gives_on_the_model_without_biases(method: str) -> None:
     (site,) = observed().sites
-    (dropped,) = planned("drop_bias", budget=1.0).sites
+    (dropped,) = planned("drop_bias", budget=1.0).rewritten
     left = rewrite_named("drop_bias").weights(dropped, site.weights)
     by_hand = FFN(nn.Linear(D, HIDDEN, bias=False), ffn(D, HIDDEN)[1], nn.Linear(HIDDEN, D)).eval()
     by_hand.up.weight.copy_(left.up)
     by_hand.down.weight.copy_(left.down)
     by_hand.down.bias.copy_(left.down_bias)  # type: ignore[arg-type]
     there = SiteObservation([by_hand], batches(d=D))
-    (wanted,), (found,) = planned(method, there).sites, planned(["drop_bias", method]).sites
+    (wanted,), (found,) = planned(method, there).rewritten, planned(["drop_bias", method]).rewritten
     assert found.touched_bytes == wanted.touched_bytes
     x, rewrite, composed = inputs(5, D), rewrite_named(method), rewrite_named(f"drop_bias+{method}")
     assert_equivalent(
@@ -104,10 +104,10 @@ def test_behind_drop_bias_a_rewrite_gives_what_it_gives_on_the_model_without_bia
 
 
 def test_a_plan_is_keyed_by_the_original_weights_and_told_against_the_original() -> None:
-    (site,), (entry,) = observed().sites, planned(["drop_bias", "low_rank"]).sites
+    (site,), (entry,) = observed().sites, planned(["drop_bias", "low_rank"]).rewritten
     assert (entry.fingerprint, entry.dense_bytes) == (site.fingerprint, site.weights.bytes)
-    (bare,) = planned("low_rank").sites
-    (dropped,) = planned("drop_bias", budget=1.0).sites
+    (bare,) = planned("low_rank").rewritten
+    (dropped,) = planned("drop_bias", budget=1.0).rewritten
     assert entry.error > dropped.error
     assert entry.error > bare.error
 
@@ -143,7 +143,7 @@ def test_an_observation_does_not_remember_a_site_for_what_a_rewrite_made_of_it()
         planned(composed, observation if planned("partial_linear", observation) else None),
         planned(composed, SiteObservation([ffn(D, HIDDEN)], batches(d=D))),
     )
-    assert replace(after.sites[0], tensors={}).__dict__ == replace(fresh.sites[0], tensors={}).__dict__
+    assert replace(after.rewritten[0], tensors={}).__dict__ == replace(fresh.rewritten[0], tensors={}).__dict__
 
 
 @pytest.mark.parametrize(

@@ -65,12 +65,12 @@ def model_of(case: str) -> nn.Module:
 def plan_of(case: str) -> Plan:
     method = case.split()[0]
     trained = method.removesuffix("+finetuned")
-    options = {"budget": 0.6, "prefill": "rewritten", "progress": False} | METHODS[case]
+    options: dict[str, Any] = {"budget": 0.6, "prefill": "rewritten", "progress": False} | METHODS[case]
     plan = calibrate(model_of(case), [inputs(256, D, seed=s) for s in (3, 4)], config=Config(method=trained, **options))
     if trained == method:
         return plan
     sites = []
-    for site, module in zip(plan.sites, model_of(case).children(), strict=True):
+    for site, module in zip(plan.rewritten, model_of(case).children(), strict=True):
         weights = SiteWeights(*(p.detach() for p in module.parameters()))
         tensors = rewrite_named(trained).constants(site, weights)
         sites.append(replace(site, method=method, settings={"inner": site.settings}, tensors=tensors))
@@ -79,7 +79,8 @@ def plan_of(case: str) -> Plan:
 
 def run(case: str, plan: Plan) -> Tensor:
     torch._dynamo.reset()
-    compiled = torch.compile(model_of(case), backend="tardis", options={"plan": plan, "inner": "eager"})
+    options: dict[str, Any] = {"plan": plan, "inner": "eager"}
+    compiled = torch.compile(model_of(case), backend="tardis", options=options)
     with torch.no_grad():
         return compiled(inputs(4, D))  # type: ignore[no-any-return]
 
@@ -92,7 +93,7 @@ def changed(case: str, **fields: Any) -> Plan:
 
 
 def first_of(case: str) -> SitePlan:
-    return next(site for site in plan_of(case).sites if site.method)
+    return next(site for site in plan_of(case).rewritten if site.method)
 
 
 def with_value(tensor: Tensor, value: float) -> Tensor:
@@ -129,8 +130,13 @@ def bad_tensors(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
 @pytest.mark.parametrize("case", METHODS)
 def test_a_plan_as_calibration_made_it_is_accepted(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     checked: list[SitePlan] = []
+
+    def check(entry: SitePlan, *rest: Any) -> None:
+        checked.append(entry)
+        own(entry, *rest)
+
     own = entries.check_site
-    monkeypatch.setattr("tardis_fx.passes.pipeline.check_site", lambda e, *rest: (checked.append(e), own(e, *rest)))
+    monkeypatch.setattr("tardis_fx.passes.pipeline.check_site", check)
     assert torch.isfinite(run(case, plan_of(case))).all()
     assert {site for site in plan_of(case).sites if site.method} <= set(checked)
 
@@ -230,9 +236,14 @@ def test_indices_are_refused_before_the_kernel_reads_them(monkeypatch: pytest.Mo
 
 def test_an_entry_is_checked_once(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[SitePlan] = []
-    rewrite, first = type(rewrite_named("hot_fold")), changed("hot_fold").sites[0]
+    rewrite, first = type(rewrite_named("hot_fold")), changed("hot_fold").rewritten[0]
     own: Callable[..., None] = rewrite.validate
-    monkeypatch.setattr(rewrite, "validate", lambda s, plan, weights: (calls.append(plan), own(s, plan, weights)))
+
+    def validate(self: Rewrite, plan: SitePlan, weights: SiteWeights) -> None:
+        calls.append(plan)
+        own(self, plan, weights)
+
+    monkeypatch.setattr(rewrite, "validate", validate)
     weights = SiteWeights.of(*_site("hot_fold", first))
     other = replace(first)
     for entry in (first, first, other, other):

@@ -76,7 +76,8 @@ def methods(model: nn.Module, x: Tensor) -> list[str]:
 def test_what_is_affine_folds_with_no_plan(name: str, bias: bool, dtype: torch.dtype) -> None:
     model = Spelt(AFFINE[name]).to(dtype)
     if not bias:
-        model.ffn.up.bias = model.ffn.down.bias = None
+        for linear in (model.ffn.up, model.ffn.down):
+            linear.register_parameter("bias", None)
     x = inputs(20, 16).to(dtype)
     assert methods(model, x) == ["exact_fold"]
     exact = Spelt.forward(model.double(), x.double())
@@ -135,12 +136,14 @@ def test_a_bounded_input_folds_exactly_where_every_corner_has_one_sign(
 ) -> None:
     """Of an affine function on a box, the extremes lie in corners; the corners of two dimensions can all be tried."""
     torch.manual_seed(seed)
-    model = nn.Sequential(nn.Hardtanh(low, low + width + 1e-3), nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 2)).eval()
-    model[1].bias.mul_(push)
+    model = nn.Sequential(
+        nn.Hardtanh(low, low + width + 1e-3), up := nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 2)
+    ).eval()
+    up.bias.mul_(push)
     gm, given_inputs, _ = capture(model, inputs(3, 2))
     (outcome,) = pipeline.outcomes(gm, given_inputs, NO_PLAN)
     corners = torch.cartesian_prod(*2 * [torch.tensor([low, low + width + 1e-3])]).double()
-    z = F.linear(corners, model[1].weight.double(), model[1].bias.double())
+    z = F.linear(corners, up.weight.double(), up.bias.double())
     one_signed = bool(((z >= 0).all(0) | (z <= 0).all(0)).all())
     if z.abs().min() > 1e-6:
         assert (outcome.plan is not None) == one_signed
@@ -194,7 +197,7 @@ def test_a_planned_fold_is_not_used_where_the_graph_shows_no_bounds() -> None:
     bounded, unbounded, x = signed(F.relu).eval(), signed(lambda x: x).eval(), inputs(20, 16)
     plan = planned(bounded)
     assert [entry.method for entry in plan.sites] == ["exact_fold"]
-    options = {"plan": plan, "inner": "eager"}
+    options: dict[str, Any] = {"plan": plan, "inner": "eager"}
     torch.testing.assert_close(torch.compile(unbounded, backend="tardis", options=options)(x), unbounded(x))
     gm, given_inputs, _ = capture(unbounded, x)
     (outcome,) = pipeline.outcomes(gm, given_inputs, plan)

@@ -5,7 +5,22 @@ import pytest
 import torch
 from builders.compiled import compiled
 from builders.ffns import ACTIVATIONS as NAMES
-from builders.ffns import FFN, LARGEST, SCALE, ZERO, Activation, Block, batches, config, ffn, inputs, oracle, planned
+from builders.ffns import (
+    FFN,
+    LARGEST,
+    SCALE,
+    ZERO,
+    Activation,
+    Block,
+    batches,
+    config,
+    entries,
+    ffn,
+    fitted,
+    inputs,
+    oracle,
+    planned,
+)
 from builders.profile import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -73,7 +88,7 @@ def test_neurons_that_stay_on_one_affine_piece_fold_exactly(
         if not bias:
             model.down.register_parameter("bias", None)
     observation = BatchObservation(model, batches(), progress=False)
-    (plan,) = drive(observation, rewrite.fit(observation.sites, config()))
+    (plan,) = fitted(observation, rewrite, config())
     assert plan.outlier_rate == 0
     assert len(plan.tensors["neurons"]) == 0
     assert plan.error < 1e-5
@@ -91,7 +106,7 @@ def test_folding_no_activation_at_all_is_exact(seed: int, bias: bool, rewrite: P
     (site,) = observation.sites
     assert site.site.activation == "identity"
     assert rewrite.refuse(site.site) is not None
-    (plan,) = drive(observation, rewrite.fit([site], config()))
+    (plan,) = fitted(observation, rewrite, config())
     assert plan.outlier_rate == 0
     weights = weights_of(model)
     torch.testing.assert_close(plan.tensors["folded_weight"], weights.down @ weights.up, rtol=1e-4, atol=1e-5)
@@ -118,7 +133,7 @@ def test_under_a_calibrated_oracle_exactly_the_true_outliers_are_corrected(
     seed: int, activation: str, budget: float
 ) -> None:
     model = exactly_quantisable(activation, seed)
-    plan = calibrate(model, [b.round() for b in batches()], config=config(budget=budget, predictor_bits=8)).sites[0]
+    plan = calibrate(model, [b.round() for b in batches()], config=config(budget=budget, predictor_bits=8)).rewritten[0]
     t, w = plan.tensors, weights_of(model)
     guarded, exact = t["neurons"][: len(t["guard"])].long(), t["neurons"][len(t["guard"]) :].long()
     (lower, upper), (codes, scale, zero) = t["guard"].T, (t[name][:, 0] for name in ("codes", "scale", "zero"))
@@ -168,7 +183,7 @@ def test_the_plan_touches_what_the_budget_allows(
 ) -> None:
     model = ffn(32, 128, activation, bias=bias, seed=seed).to(dtype)
     plan = calibrate(model, [b.to(dtype) for b in batches(d=32)], config=config(budget=budget, predictor_bits=bits))
-    (site,) = plan.sites
+    (site,) = plan.rewritten
     assert plan.touched_fraction == pytest.approx(site.touched_bytes / site.dense_bytes)
     assert plan.touched_fraction <= budget * 1.02
     if activation not in ("relu", "relu2"):  # those two may be exact for less
@@ -196,7 +211,7 @@ def counted(plan: SitePlan, model: nn.Sequential, xs: list[Tensor]) -> float:
 @pytest.mark.parametrize("activation", ["gelu", "relu"])
 def test_touched_bytes_and_outlier_rate_are_what_one_counts(activation: str) -> None:
     model, xs = ffn(32, 128, activation), batches(d=32)
-    (plan,) = calibrate(model, xs, config=config(budget=0.4)).sites
+    (plan,) = calibrate(model, xs, config=config(budget=0.4)).rewritten
     assert plan.touched_bytes == pytest.approx(counted(plan, model, xs), rel=2e-3)
     assert plan.dense_bytes == sum(p.numel() * 4 for p in model.parameters())
     assert plan.stored_bytes > plan.dense_bytes
@@ -220,7 +235,7 @@ def test_more_budget_means_no_more_error(activation: str) -> None:
 def test_the_error_told_is_the_error_made_on_the_tokens_held_back(bias: bool, rewrite: PartialLinear) -> None:
     model = ffn(32, 128, bias=bias)
     observation = BatchObservation(model, batches(d=32), progress=False)
-    (plan,) = drive(observation, rewrite.fit(observation.sites, config(budget=0.5)))
+    (plan,) = fitted(observation, rewrite, config(budget=0.5))
     held_back = torch.cat([batch[-len(batch) // 8 :] for batch in batches(d=32)])
     assert relative_error(rewritten(model, plan, held_back), model(held_back)) == pytest.approx(plan.error, rel=0.01)
     others = inputs(1000, 32, seed=9)
@@ -233,7 +248,7 @@ def test_the_budget_goes_where_the_error_is() -> None:
     with torch.no_grad():
         loud.down.weight.mul_(10)
     model = nn.Sequential(Block(quiet), Block(loud)).eval()
-    first, second = planned(model, budget=0.5).sites
+    first, second = entries(planned(model, budget=0.5))
     assert second.touched_bytes > first.touched_bytes
     assert second.error < first.error
 
@@ -261,8 +276,8 @@ def output_error(model: nn.Module, plan: Plan, x: Tensor) -> float:
 def test_sequential_fitting_sees_what_the_rewritten_sites_before_give() -> None:
     model = nn.Sequential(*(Block(ffn(16, 64, seed=i)) for i in range(3))).eval()
     parallel, sequential = (planned(model, budget=0.4, sequential=value) for value in (False, True))
-    assert torch.equal(parallel.sites[0].tensors["folded_weight"], sequential.sites[0].tensors["folded_weight"])
-    for before, after in zip(parallel.sites[1:], sequential.sites[1:], strict=True):
+    assert torch.equal(entries(parallel)[0].tensors["folded_weight"], entries(sequential)[0].tensors["folded_weight"])
+    for before, after in zip(entries(parallel)[1:], entries(sequential)[1:], strict=True):
         assert not torch.equal(before.tensors["folded_weight"], after.tensors["folded_weight"])
         assert before.fingerprint == after.fingerprint
     x = inputs(512, 16, seed=9)
@@ -274,7 +289,7 @@ def test_sequential_fitting_sees_what_the_rewritten_sites_before_give() -> None:
 def test_a_sequential_fit_sees_through_ffns_without_a_norm_between(sequential: bool) -> None:
     first, second = ffn(16, 64, seed=1), ffn(16, 64, seed=2)
     model = nn.Sequential(first, second).eval()
-    plans = planned(model, budget=0.4, sequential=sequential).sites
+    plans = entries(planned(model, budget=0.4, sequential=sequential))
     with torch.no_grad():
         x = torch.cat(batches())
         x = rewritten(first, plans[0], x) if sequential else first(x)
@@ -292,7 +307,7 @@ def unbiased(model: FFN, x: Tensor, plan: SitePlan) -> Tensor:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision_models_are_planned_in_their_own_dtype(dtype: torch.dtype) -> None:
     model = ffn(32, 128).to(dtype)
-    (plan,) = calibrate(model, [b.to(dtype) for b in batches(d=32)], config=config(budget=0.6)).sites
+    (plan,) = calibrate(model, [b.to(dtype) for b in batches(d=32)], config=config(budget=0.6)).rewritten
     assert plan.dtype == str(dtype)
     assert plan.tensors["folded_weight"].dtype == dtype
     assert plan.dense_bytes == sum(p.numel() * 2 for p in model.parameters())

@@ -34,14 +34,18 @@ def plans() -> dict[tuple[str, float], Plan]:
 
 
 def fit(model: nn.Module, method: str, budget: float) -> SitePlan:
-    return plan_for(BatchObservation(model, batches(d=D), progress=False), config(method=method, budget=budget)).sites[
-        0
-    ]
+    return plan_for(
+        BatchObservation(model, batches(d=D), progress=False), config(method=method, budget=budget)
+    ).rewritten[0]
 
 
 def test_hot_fold_errs_less_the_more_neurons_it_keeps() -> None:
     errors, kept = zip(
-        *((plan.sites[0].error, plan.sites[0].settings["kept"]) for (m, _), plan in plans().items() if m == "hot_fold"),
+        *(
+            (plan.rewritten[0].error, plan.rewritten[0].settings["kept"])
+            for (m, _), plan in plans().items()
+            if m == "hot_fold"
+        ),
         strict=True,
     )
     assert errors[0] > errors[1] > 1.5 * errors[2]
@@ -50,7 +54,7 @@ def test_hot_fold_errs_less_the_more_neurons_it_keeps() -> None:
 
 def test_hot_fold_without_a_neuron_is_the_best_affine_map() -> None:
     """A budget that one neuron more would not fit."""
-    fold, replaced = plans()["hot_fold", 0.14].sites[0], plans()["linear_replace", 0.2].sites[0]
+    fold, replaced = plans()["hot_fold", 0.14].rewritten[0], plans()["linear_replace", 0.2].rewritten[0]
     assert fold.settings["kept"] < 3
     assert fold.error == pytest.approx(replaced.error, rel=0.1)
 
@@ -79,7 +83,7 @@ def test_one_line_for_all_neurons_is_exact_where_the_activation_is_one() -> None
 @torch.no_grad()
 def test_the_gate_sends_the_budgets_share_of_tokens_through_the_ffn_and_those_of_more_error(budget: float) -> None:
     model, plan = observed()[0], plans()["token_gate", budget]
-    (entry,) = plan.sites
+    (entry,) = plan.rewritten
     x, t = torch.cat(batches(d=D)), entry.tensors
     whole = F.linear(x, t["token_gate"], t["token_gate_bias"])[:, 0] > 0
     affine, output = F.linear(x, t["folded_weight"], t["folded_bias"]), model(x)
@@ -96,7 +100,7 @@ def test_the_gate_sends_the_budgets_share_of_tokens_through_the_ffn_and_those_of
 def test_what_the_dropped_biases_gave_in_the_mean_stays() -> None:
     model, plan = observed()[0], plans()["drop_bias", 0.98]
     x = torch.cat([batch[: len(batch) - len(batch) // 8] for batch in batches(d=D)])
-    found, bias = expected(model, plan, x), plan.sites[0].tensors["bias"]
+    found, bias = expected(model, plan, x), plan.rewritten[0].tensors["bias"]
     torch.testing.assert_close(found, F.gelu(x @ model.up.weight.T) @ model.down.weight.T + bias, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(found.mean(0), model(x).mean(0), rtol=1e-4, atol=1e-4)
     assert plan.sites[0].touched_bytes == 4 * (model.up.weight.numel() + model.down.weight.numel() + D)

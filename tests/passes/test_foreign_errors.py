@@ -18,7 +18,7 @@ from tardis_fx.graph.site import Site, SiteWeights
 from tardis_fx.observation.observe import ObservedSite
 from tardis_fx.observation.run import Fit, Run
 from tardis_fx.passes import base
-from tardis_fx.plan import SitePlan
+from tardis_fx.plan import Planned, SitePlan
 
 STEPS = ["refuse", "fit", "constants", "forward"]
 
@@ -44,7 +44,7 @@ class Dropping(base.Rewrite):
         self._at("refuse")
         return None
 
-    def fit(self, sites: Sequence[ObservedSite], config: Config) -> Fit[list[SitePlan]]:
+    def fit(self, sites: Sequence[ObservedSite], config: Config) -> Fit[list[Planned]]:
         self._at("fit")
         yield Run("nothing", lambda _: self._nothing(), sites, lambda *_: self._at("finish"))
         return [SitePlan.of(site.site, site.parameters, method="own") for site in sites]
@@ -81,8 +81,9 @@ def _run(model: nn.Module, step: str, error: BaseException) -> None:
     Dropping.raising = (step, error)
     if step not in ("constants", "forward"):
         calibrate(model, batches(), config=config(method="own"))
+    options: dict[str, Any] = {"plan": plan, "inner": "eager"}
     with torch.no_grad():
-        torch.compile(model, backend="tardis", options={"plan": plan, "inner": "eager"})(inputs(4, 16))
+        torch.compile(model, backend="tardis", options=options)(inputs(4, 16))
 
 
 @pytest.mark.parametrize("step", [*STEPS, "make", "finish"])
@@ -124,7 +125,7 @@ class Failing(nn.Module):
         self._count()
         return self.ffn(x)  # type: ignore[no-any-return]
 
-    @torch._dynamo.disable
+    @torch._dynamo.disable  # type: ignore[untyped-decorator]
     def _count(self) -> None:
         self.calls += 1
         if self.calls == 3:

@@ -11,7 +11,7 @@ import torch
 import transformers as hf
 from builders import models
 from builders.compiled import compiled
-from builders.ffns import config
+from builders.ffns import config, entries
 from builders.profile import examples
 from hypothesis import given, settings
 
@@ -42,7 +42,7 @@ CALIBRATION = Calibration(2, 200, "correlated")
 def fitted(method: str, kind: str, budget: float = 0.6, *, bias: bool = True) -> tuple[ObservedSite, SitePlan]:
     specimen = Specimen(Weights(20, 80, "silu", bias=bias, kind=kind), CALIBRATION)
     observation = SiteObservation(specimen.ffns(), specimen.batches())
-    return observation.sites[0], plan_for(observation, config(method=method, budget=budget)).sites[0]
+    return observation.sites[0], plan_for(observation, config(method=method, budget=budget)).rewritten[0]
 
 
 @settings(max_examples=examples(5))
@@ -55,7 +55,7 @@ def test_with_all_the_bytes_the_output_is_the_originals(drawn: Weights) -> None:
         plan = plan_for(observation, config(method=method, budget=1.0))
         assert plan.touched_fraction == pytest.approx(1), method
         wanted = original(site.weights, drawn.activation, x)
-        assert relative_error(laws.output(site, plan.sites[0], x), wanted) < 1e-5, method
+        assert relative_error(laws.output(site, plan.rewritten[0], x), wanted) < 1e-5, method
 
 
 @pytest.mark.parametrize("method", QUANTISED)
@@ -123,7 +123,7 @@ def test_hot_fold_keeps_the_neurons_that_no_plane_fits(kind: str) -> None:
         site.weights.down[:, [*curved, 1, 2]] *= 30
         site.weights.gate[[1, 2]] = 0  # times a constant, W1's half is a line
     observation = SiteObservation([model], specimen.batches())
-    kept = plan_for(observation, config(method="hot_fold", budget=0.3)).sites[0].tensors["kept"].tolist()
+    kept = plan_for(observation, config(method="hot_fold", budget=0.3)).rewritten[0].tensors["kept"].tolist()
     assert set(curved) <= set(kept)
     assert not {1, 2} & set(kept)
 
@@ -187,7 +187,7 @@ TRIED = [("llama", "wanda"), ("llama", "gptq"), ("phi3", "gptq"), ("phi3", "low_
 def test_a_compiled_language_model_is_the_model_with_rewritten_ffns(name: str, method: str) -> None:
     model, plans = language_model(name)
     wanted = copy.deepcopy(model)
-    for layer, entry in zip(wanted.model.layers, plans[method].sites, strict=True):
+    for layer, entry in zip(wanted.model.layers, entries(plans[method]), strict=True):
         layer.mlp.forward = _rewritten(layer.mlp, entry)
     x = models.tokens(2, 12, seed=9)
     found = compiled(model, plans[method], strict=True)(x, use_cache=False).logits

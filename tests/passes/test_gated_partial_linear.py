@@ -51,12 +51,14 @@ def drafted(site: ObservedSite, x: Tensor, bits: int = 2) -> Draft:
 
 def settled(draft: Draft, guarded: list[int], exact: list[int], threshold: Tensor) -> Settled:
     """A draft with some classes and thresholds; any surrogates will do."""
-    classes = (
+    is_guarded, is_exact = (
         torch.zeros(len(draft.neurons), dtype=torch.bool).index_fill(0, torch.tensor(own, dtype=torch.long), True)
         for own in (guarded, exact)
     )
     assert isinstance(draft.guard, Score)
-    return Settled(draft, 16, 16, AffineValue(draft.guard.surrogate.flip(0)), threshold[:, None], *classes, None)
+    return Settled(
+        draft, 16, 16, AffineValue(draft.guard.surrogate.flip(0)), threshold[:, None], is_guarded, is_exact, None
+    )
 
 
 def output(settled: Settled, x: Tensor) -> Tensor:
@@ -118,7 +120,7 @@ def test_a_product_that_is_a_plane_needs_no_more_than_the_fold() -> None:
     model = Gated(activation="relu")
     model.gate.bias.data += 100  # always open
     model.up.weight.data.zero_()
-    (plan,) = calibrate(model, batches(), config=config(budget=0.115)).sites  # 0.1126 is the fold
+    (plan,) = calibrate(model, batches(), config=config(budget=0.115)).rewritten  # 0.1126 is the fold
     assert plan.error < 1e-3
     assert len(plan.tensors["neurons"]) <= 1
 
@@ -132,7 +134,7 @@ def test_the_error_told_is_the_error_measured_and_the_bytes_are_those_touched(
 ) -> None:
     model, text = Gated(64, 200), batches(d=64)
     plan = calibrate(model, text, config=config(budget=budget, fold_bits=fold_bits, row_bits=row_bits))
-    (entry,), site = plan.sites, observed(model)
+    (entry,), site = plan.rewritten, observed(model)
     assert len(entry.tensors["codes"]) > 0
     assert 0 < entry.outlier_rate < 1
     rewrite = PartialLinear()
@@ -162,7 +164,7 @@ def test_more_bytes_err_less_and_correction_beats_the_fold_alone() -> None:
 @pytest.mark.parametrize("bias", [True, False])
 def test_fused_matrices_give_the_same_plan_as_matrices_apart(bits: int, bias: bool) -> None:
     apart, fused = (
-        calibrate(Gated(fused=fused, bias=bias), batches(), config=config(fold_bits=bits, row_bits=bits)).sites[0]
+        calibrate(Gated(fused=fused, bias=bias), batches(), config=config(fold_bits=bits, row_bits=bits)).rewritten[0]
         for fused in (False, True)
     )
     assert apart.dense_bytes == fused.dense_bytes
@@ -237,7 +239,10 @@ def test_a_changed_weight_is_refused(half: str, fused: bool) -> None:
 @torch.no_grad()
 def test_without_a_plan_a_gated_site_is_observed_fitted_and_swapped_in() -> None:
     model, tokens = Gated(), 512
-    options = {"config": Config(budget=0.5, progress=False, prefill="rewritten"), "profile_tokens": tokens}
+    options: dict[str, Any] = {
+        "config": Config(budget=0.5, progress=False, prefill="rewritten"),
+        "profile_tokens": tokens,
+    }
     fast = compiled(model, None, tolerance=0.6, **options)
     stages = []
     for i in range(5):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
@@ -11,7 +12,7 @@ from builders.compiled import compiled
 from builders.ffns import Block, batches, config, expected, ffn, inputs
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tardis_fx import CalibrationError, ConfigError, Plan
@@ -19,6 +20,7 @@ from tardis_fx.observation.observe import BatchObservation
 from tardis_fx.passes.int8_ffn import Int4Ffn, Int8Ffn
 from tardis_fx.passes.matrices import Int8
 from tardis_fx.passes.registry import rewrite_named
+from tardis_fx.plan import SitePlan
 from tardis_fx.planning import plan_for
 from tardis_fx.runtime.reference import dequantise
 from tardis_fx.testing import examine, laws
@@ -94,7 +96,7 @@ def test_zeros_stay_zeros(rewrite: Int8Ffn, seed: int) -> None:
 
 @pytest.mark.parametrize(("method", "bits", "beside"), [("int8_ffn", 8, 4), ("int4_ffn", 4, 3)])
 def test_alone_it_reads_the_codes_the_scales_and_the_biases(method: str, bits: int, beside: int) -> None:
-    (entry,) = planned(method).sites
+    (entry,) = planned(method).rewritten
     groups = HIDDEN + D if bits == 8 else HIDDEN * D // 64 + D * HIDDEN // 64
     assert entry.touched_bytes == 2 * D * HIDDEN * bits / 8 + groups * beside + 4 * (D + HIDDEN)
     assert entry.error < (0.012 if bits == 8 else 0.15)
@@ -103,8 +105,8 @@ def test_alone_it_reads_the_codes_the_scales_and_the_biases(method: str, bits: i
 @pytest.mark.parametrize("inner", INNER)
 def test_behind_another_rewrite_it_saves_bytes_and_adds_little_error(inner: str) -> None:
     config_ = config(method=inner, budget=1.0 if inner == "drop_bias" else 0.6)
-    (alone,) = plan_for(observed(), config_).sites
-    (entry,) = planned(f"{inner}+int8_ffn", config_.budget).sites
+    (alone,) = plan_for(observed(), config_).rewritten
+    (entry,) = planned(f"{inner}+int8_ffn", config_.budget).rewritten
     assert entry.settings["matrices"]
     assert entry.touched_bytes < (0.95 if inner == "partial_linear" else 0.35) * alone.touched_bytes
     assert entry.error == pytest.approx(alone.error, abs=0.01)
@@ -137,7 +139,7 @@ def test_the_sites_that_another_rewrite_leaves_are_quantised_too() -> None:
 
 
 def test_a_matrix_too_small_to_save_anything_stays_as_it_is() -> None:
-    (entry,) = planned("low_rank+int8_ffn", 0.032).sites
+    (entry,) = planned("low_rank+int8_ffn", 0.032).rewritten
     assert entry.settings["inner"]["ranks"] == [1, 1]
     assert set(entry.settings["matrices"]) == {"up_b", "down_b"}, "factors of one column have a scale for each weight"
 
@@ -186,13 +188,13 @@ def test_a_fold_in_few_bits_leaves_nothing_to_quantise() -> None:
 
 def test_what_reads_codes_as_numbers_fails() -> None:
     rewrite = rewrite_named("low_rank+int8_ffn")
-    (entry,) = planned("low_rank+int8_ffn", 0.6).sites
+    (entry,) = planned("low_rank+int8_ffn", 0.6).rewritten
     constants = rewrite.constants(entry, observed().sites[0].weights)
     inner = rewrite.inner  # type: ignore[attr-defined]
 
     class Careless(type(inner)):  # type: ignore[misc]
-        def forward(self, x, constants, plan):
-            return super().forward(x, constants, plan) + torch.mean(constants["up_a"])
+        def forward(self, x: Tensor, constants: Mapping[str, Tensor], plan: SitePlan) -> Tensor:
+            return super().forward(x, constants, plan) + torch.mean(constants["up_a"])  # type: ignore[no-any-return]
 
     with pytest.raises(TypeError, match="Int8"):
         Int8Ffn(Careless()).forward(inputs(2, D), constants, entry)

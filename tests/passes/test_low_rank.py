@@ -17,7 +17,7 @@ from tardis_fx.quantisation import DAMPING, factor
 
 def plan(model: FFN, method: str, budget: float) -> SitePlan:
     observation = BatchObservation(model, batches(d=20), progress=False)
-    return plan_for(observation, config(method=method, budget=budget)).sites[0]
+    return plan_for(observation, config(method=method, budget=budget)).rewritten[0]
 
 
 @given(st.integers(1, 8), st.integers(0, 2**16), st.booleans())

@@ -13,7 +13,7 @@ from tardis_fx.passes.paper import _narrowest
 
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
 def test_every_neuron_is_folded_and_guarded(activation: str) -> None:
-    (plan,) = planned(ffn(32, 128, activation), 32, method="paper", budget=0.5).sites
+    (plan,) = planned(ffn(32, 128, activation), 32, method="paper", budget=0.5).rewritten
     assert plan.method == "paper"
     assert plan.tensors["neurons"].tolist() == list(range(128))
     lower, upper = plan.tensors["guard"].T
@@ -31,7 +31,7 @@ def test_the_paper_keeps_the_budget(budget: float) -> None:
 
 def test_every_neuron_leaves_its_hot_range_as_often() -> None:
     model, xs = ffn(32, 128), batches(d=32)
-    (plan,) = calibrate(model, xs, config=config(method="paper", budget=0.5, predictor_bits=8)).sites
+    (plan,) = calibrate(model, xs, config=config(method="paper", budget=0.5, predictor_bits=8)).rewritten
     with torch.no_grad():
         estimates = torch.cat(xs) @ model.up.weight.T  # 8 bits: as good as the predictor's
     lower, upper = plan.tensors["guard"].T
@@ -43,7 +43,7 @@ def test_every_neuron_leaves_its_hot_range_as_often() -> None:
 
 def test_the_surrogate_is_least_squares_on_the_hot_range() -> None:
     model, xs = ffn(32, 128), batches(d=32)
-    (plan,) = calibrate(model, xs, config=config(method="paper", budget=0.5, predictor_bits=8)).sites
+    (plan,) = calibrate(model, xs, config=config(method="paper", budget=0.5, predictor_bits=8)).rewritten
     x = torch.cat(xs)
     with torch.no_grad():
         z, estimate = model.up(x), x @ model.up.weight.T
@@ -58,7 +58,7 @@ def test_the_surrogate_is_least_squares_on_the_hot_range() -> None:
 
 def test_the_fold_is_that_of_the_surrogates() -> None:
     model = ffn(32, 128)
-    (plan,) = planned(model, 32, method="paper", budget=0.5).sites
+    (plan,) = planned(model, 32, method="paper", budget=0.5).rewritten
     slope, intercept = plan.tensors["surrogate"].T
     with torch.no_grad():
         weight = (model.down.weight * slope) @ model.up.weight

@@ -12,6 +12,7 @@ from tardis_fx.graph.matcher import find_sites
 from tardis_fx.graph.site import SiteWeights
 from tardis_fx.passes import pipeline
 from tardis_fx.plan import SitePlan
+from tardis_fx.runtime.cpu import op as cpu
 from tardis_fx.runtime.fingerprint import fingerprint
 from tardis_fx.testing.capture import capture
 from tardis_fx.testing.graphs import Drawn, graphs
@@ -73,7 +74,7 @@ def test_a_step_of_few_tokens_reads_the_folded_weight_in_the_op(monkeypatch: pyt
     assert [len(targets(result.gm)) for result in (few, any_number)] == [1, 2]
     outputs = [result.gm(*given_inputs, *result.constants)[0] for result in (few, any_number)]
     torch.testing.assert_close(*outputs, rtol=1e-5, atol=1e-5)
-    monkeypatch.setattr(pipeline.cpu, "take_fold", lambda _: None)
+    monkeypatch.setattr(cpu, "take_fold", lambda _: None)
     assert len(targets(pipeline.apply(gm, given_inputs, PLAN, "original").gm)) == 2
 
 

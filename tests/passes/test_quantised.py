@@ -49,7 +49,7 @@ def test_with_rows_of_8_bits_computing_every_neuron_is_close_to_the_original(
     seed: int, activation: str, bias: bool
 ) -> None:
     model = ffn(D, HIDDEN, activation, bias=bias, seed=seed)
-    (plan,) = planned(model, D, budget=1, row_bits=8, fold_bits=8).sites
+    (plan,) = planned(model, D, budget=1, row_bits=8, fold_bits=8).rewritten
     assert plan.error < 0.02
     assert error(model, plan, inputs(200, D, seed=seed + 1)) < 0.03
 
@@ -58,7 +58,9 @@ def test_rounding_by_the_inputs_errs_less_than_to_nearest() -> None:
     model, mixing = ffn(D, HIDDEN), inputs(D, D, seed=50) / 6 + torch.eye(D)
     xs = [batch @ mixing for batch in batches(d=D)]
     widths = {"budget": 0.2, "fold_bits": 4, "row_bits": 4}
-    gptq, nearest = (calibrate(model, xs, config=config(**widths, rounding=r)).sites[0] for r in ("gptq", "nearest"))
+    gptq, nearest = (
+        calibrate(model, xs, config=config(**widths, rounding=r)).rewritten[0] for r in ("gptq", "nearest")
+    )
     assert gptq.error < 0.95 * nearest.error
 
 
@@ -81,7 +83,7 @@ def test_the_error_told_is_the_error_made_on_the_tokens_held_back(
     fold_bits: int, row_bits: int, group_size: int
 ) -> None:
     model = ffn(D, HIDDEN)
-    (plan,) = planned(model, D, budget=0.4, fold_bits=fold_bits, row_bits=row_bits, group_size=group_size).sites
+    (plan,) = planned(model, D, budget=0.4, fold_bits=fold_bits, row_bits=row_bits, group_size=group_size).rewritten
     held_back = torch.cat([batch[-len(batch) // 8 :] for batch in batches(d=D)])
     assert error(model, plan, held_back) == pytest.approx(plan.error, rel=0.01)
 
@@ -93,7 +95,7 @@ def test_touched_bytes_are_those_of_the_plans_tensors(
 ) -> None:
     model, xs = ffn(D, HIDDEN).to(dtype), [batch.to(dtype) for batch in batches(d=D)]
     plan = Plan((planned_in(model, xs, fold_bits, row_bits, group_size),), config())
-    (site,) = plan.sites
+    (site,) = plan.rewritten
     tensors, size = site.tensors, dtype.itemsize
     row = 2 * D * size if row_bits == 16 else tensors["up"].shape[1] + tensors["columns"].shape[1]
     row += 4 + 12  # bias; number, slope, intercept
@@ -108,13 +110,13 @@ def test_touched_bytes_are_those_of_the_plans_tensors(
 
 def planned_in(model: FFN, xs: list[Tensor], fold_bits: int, row_bits: int, group_size: int) -> SitePlan:
     widths = {"fold_bits": fold_bits, "row_bits": row_bits, "group_size": group_size}
-    return calibrate(model, xs, config=config(budget=0.6, **widths)).sites[0]
+    return calibrate(model, xs, config=config(budget=0.6, **widths)).rewritten[0]
 
 
 @pytest.mark.parametrize(("fold_bits", "row_bits", "group_size"), [(8, 8, 64), (4, 3, 128)])
 def test_a_quantised_fold_and_rows_are_what_is_stored(fold_bits: int, row_bits: int, group_size: int) -> None:
     widths = {"fold_bits": fold_bits, "row_bits": row_bits, "group_size": group_size}
-    (plan,) = planned(ffn(D, HIDDEN), D, budget=0.15, **widths).sites
+    (plan,) = planned(ffn(D, HIDDEN), D, budget=0.15, **widths).rewritten
     listed = len(plan.tensors["neurons"])
     assert 0 < listed < HIDDEN
     assert plan.tensors["folded_weight"].shape == (D, row_bytes(D, fold_bits, group_size))
@@ -129,7 +131,7 @@ def test_a_quantised_fold_and_rows_are_what_is_stored(fold_bits: int, row_bits: 
 
 def test_the_predictor_and_the_rows_nested_in_it_are_the_weights_of_the_listed_neurons() -> None:
     model = ffn(D, HIDDEN)
-    (plan,) = planned(model, D, budget=0.4, row_bits=8).sites
+    (plan,) = planned(model, D, budget=0.4, row_bits=8).rewritten
     tensors, listed = plan.tensors, plan.tensors["neurons"].long()
     codes, scale, zero = (tensors[name][:, 0] for name in ("codes", "scale", "zero"))
     up = dequantise(codes, scale, zero, 2, D) + rows_of(tensors["up"], 6, D, torch.float32)
@@ -140,7 +142,7 @@ def test_the_predictor_and_the_rows_nested_in_it_are_the_weights_of_the_listed_n
 
 
 def test_neurons_that_are_always_exact_have_a_predictor_that_no_estimate_satisfies() -> None:
-    (plan,) = planned(ffn(D, HIDDEN), D, budget=0.5, row_bits=4).sites
+    (plan,) = planned(ffn(D, HIDDEN), D, budget=0.5, row_bits=4).rewritten
     lower, upper = plan.tensors["guard"].T
     always = lower == torch.inf
     assert 0 < always.sum() < len(always) == len(plan.tensors["neurons"])
@@ -165,9 +167,9 @@ def test_a_plan_comes_back_from_its_file_and_runs_alike(
     plan.save(tmp_path / "plan.safetensors")
     again = Plan.load(tmp_path / "plan.safetensors")
     assert again.config == plan.config
-    assert again.sites[0].settings == plan.sites[0].settings
+    assert again.rewritten[0].settings == plan.rewritten[0].settings
     x = inputs(3, 5, D, seed=9)
-    assert torch.equal(rewritten(model, again.sites[0], x), rewritten(model, plan.sites[0], x))
+    assert torch.equal(rewritten(model, again.rewritten[0], x), rewritten(model, plan.rewritten[0], x))
 
 
 @every_width
@@ -178,19 +180,19 @@ def test_the_compiled_model_is_the_specification(fold_bits: int, row_bits: int, 
         x = inputs(*shape, seed=9)
         with torch.no_grad():
             found = compiled(model, plan)(x)
-        torch.testing.assert_close(found, rewritten(model, plan.sites[0], x), rtol=1e-3, atol=2e-3)
+        torch.testing.assert_close(found, rewritten(model, plan.rewritten[0], x), rtol=1e-3, atol=2e-3)
 
 
 @pytest.mark.parametrize(("budget", "expected"), [(0.08, 3), (0.9, 8)])
 def test_open_widths_become_those_of_least_error(budget: float, expected: int) -> None:
     """Few bytes are worth more as many rough weights than as few fine ones."""
     model = ffn(D, HIDDEN, "silu")
-    found = planned(model, D, budget=budget, fold_bits=None, row_bits=None).sites[0]
+    found = planned(model, D, budget=budget, fold_bits=None, row_bits=None).rewritten[0]
     assert found.settings["fold_bits"] == expected
     assert found.touched_bytes <= budget * 1.02 * found.dense_bytes
     for bits in (3, 4, 8, 16):
         try:
-            other = planned(model, D, budget=budget, fold_bits=bits, row_bits=bits).sites[0]
+            other = planned(model, D, budget=budget, fold_bits=bits, row_bits=bits).rewritten[0]
         except CalibrationError:  # the fold alone reads more than the budget
             continue
         assert found.error <= other.error
@@ -198,7 +200,7 @@ def test_open_widths_become_those_of_least_error(budget: float, expected: int) -
 
 def test_open_widths_become_those_of_least_bytes_under_a_target() -> None:
     model = ffn(D, HIDDEN)
-    found = planned(model, D, target_error=0.2, fold_bits=None, row_bits=None).sites[0]
-    whole = planned(model, D, target_error=0.2).sites[0]  # of 16 bits
+    found = planned(model, D, target_error=0.2, fold_bits=None, row_bits=None).rewritten[0]
+    whole = planned(model, D, target_error=0.2).rewritten[0]  # of 16 bits
     assert found.error <= 0.2
     assert found.touched_bytes < whole.touched_bytes / 2

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from builders.ffns import FFN, Block, batches, config, ffn, inputs
+from builders.ffns import FFN, Block, batches, config, entries, ffn, inputs
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -39,7 +40,7 @@ def fit(ffns: list[FFN], budget: float) -> tuple[Plan, SiteObservation]:
 
 def constants(plan: Plan, observation: SiteObservation) -> list[dict[str, Tensor]]:
     rewrite = rewrite_named("share_ffn")
-    return [rewrite.constants(e, s.weights) for e, s in zip(plan.sites, observation.sites, strict=True)]
+    return [rewrite.constants(e, s.weights) for e, s in zip(entries(plan), observation.sites, strict=True)]
 
 
 @given(st.integers(1, D), st.integers(0, 99), st.sampled_from(["gelu", "silu", "relu"]))
@@ -52,7 +53,7 @@ def test_ffns_that_are_maps_of_one_of_them_are_shared_without_error(rank: int, s
     ffns = [image(base, rank, 2 * seed), base, image(base, rank, 2 * seed + 7)]
     numbers = sum(p.numel() for p in base.parameters())
     plan, _ = fit(ffns, (numbers + 2 * (3 * rank * D + D)) / (3 * numbers) + 1e-4)
-    kept = [entry.settings["rank"] for entry in plan.sites]
+    kept = [entry.settings["rank"] for entry in entries(plan)]
     assert kept == [rank, None, rank] or (rank == D and sorted(kept, key=bool) == [None, D, D])
     assert max(entry.error for entry in plan.sites) < 6e-3
 
@@ -78,7 +79,7 @@ def test_more_bytes_err_less_and_all_bytes_not_at_all() -> None:
     plans = [fit(ffns, budget)[0] for budget in (0.3, 0.4, 0.6, 1.0)]
     errors = [sum(entry.error**2 for entry in plan.sites) for plan in plans]
     assert errors[0] > errors[1] > errors[2] > errors[3] == 0
-    assert [sum(e.settings["rank"] is None for e in plan.sites) for plan in plans] == [1, 1, 2, 4]
+    assert [sum(e.settings["rank"] is None for e in entries(plan)) for plan in plans] == [1, 1, 2, 4]
 
 
 def test_an_ffn_of_another_shape_or_activation_shares_nothing() -> None:
@@ -86,8 +87,8 @@ def test_an_ffn_of_another_shape_or_activation_shares_nothing() -> None:
     with pytest.raises(CalibrationError, match="too small for share_ffn: one FFN for all sites of a shape"):
         fit(ffns, 0.9)
     plan, observation = fit(ffns[:2], 0.6)
-    assert {entry.settings["rank"] is None for entry in plan.sites} == {True, False}
-    kept = next(i for i, entry in enumerate(plan.sites) if entry.settings["rank"] is None)
+    assert {entry.settings["rank"] is None for entry in entries(plan)} == {True, False}
+    kept = next(i for i, entry in enumerate(entries(plan)) if entry.settings["rank"] is None)
     for own in constants(plan, observation):
         assert torch.equal(own["up"], ffns[kept].up.weight)
 
@@ -96,7 +97,7 @@ def test_a_plan_outlives_the_weights_that_it_shares() -> None:
     ffns = [ffn(D, 96), ffn(D, 96, seed=1)]
     plan, observation = fit(ffns, 0.6)
     before = [own["up"].clone() for own in constants(plan, observation)]
-    taker = next(i for i, entry in enumerate(plan.sites) if entry.settings["rank"] is not None)
+    taker = next(i for i, entry in enumerate(entries(plan)) if entry.settings["rank"] is not None)
     with torch.no_grad():
         ffns[1 - taker].up.weight.zero_()
     assert torch.equal(constants(plan, observation)[taker]["up"], before[taker])
@@ -106,10 +107,10 @@ def test_the_file_and_what_is_read_from_it_hold_a_shared_ffn_once(tmp_path: Path
     plan, _ = fit([ffn(D, 96, seed=i) for i in range(4)], 0.4)
     plan.save(tmp_path / "plan")
     back = Plan.load(tmp_path / "plan")
-    held = [entry.tensors["up"] for entry in back.sites if "up" in entry.tensors]
+    held = [entry.tensors["up"] for entry in entries(back) if "up" in entry.tensors]
     assert len(held) == 4
     assert len({t.data_ptr() for t in held}) == 1
-    tensors = {t.data_ptr(): t.nbytes for entry in plan.sites for t in entry.tensors.values()}
+    tensors = {t.data_ptr(): t.nbytes for entry in entries(plan) for t in entry.tensors.values()}
     assert (tmp_path / "plan").stat().st_size < sum(tensors.values()) + 8192
 
 
@@ -122,10 +123,11 @@ def test_layers_cannot_be_fitted_one_after_the_other() -> None:
 def test_a_compiled_model_shares_its_ffns() -> None:
     model = nn.Sequential(*(Block(ffn(D, 96, seed=i), D) for i in range(3))).eval()
     plan = tardis_fx.calibrate(model, batches(d=D), config=config(method="share_ffn", budget=0.5))
-    compiled = torch.compile(model, backend="tardis", fullgraph=True, options={"plan": plan, "strict": True})
+    options: dict[str, Any] = {"plan": plan, "strict": True}
+    compiled = torch.compile(model, backend="tardis", fullgraph=True, options=options)
     rewrite = rewrite_named("share_ffn")
     x = wanted = inputs(5, D)
-    for block, entry in zip(model, plan.sites, strict=True):
+    for block, entry in zip(model, entries(plan), strict=True):
         own = SiteObservation([block.ffn], []).sites[0]  # type: ignore[arg-type, list-item]
         wanted = wanted + rewrite.forward(block.norm(wanted), rewrite.constants(entry, own.weights), entry)  # type: ignore[operator]
     torch.testing.assert_close(compiled(x), wanted, rtol=1e-4, atol=1e-5)

@@ -30,7 +30,7 @@ def correlated(columns: int, tokens: int = 600, seed: int = 0) -> Tensor:
     """Tokens whose columns depend on one another, and differ in size."""
     mixing = inputs(columns, columns, seed=seed + 1) / columns**0.5 + torch.eye(columns)
     order = torch.randperm(columns, generator=torch.Generator().manual_seed(seed))
-    return inputs(tokens, columns, seed=seed) @ mixing * torch.linspace(0.3, 3, columns)[order]
+    return inputs(tokens, columns, seed=seed) @ mixing * torch.linspace(0.3, 3, columns)[order]  # type: ignore[no-any-return]
 
 
 @given(st.integers(1, 6), st.integers(1, 30), st.integers(0, 2**16), st.booleans(), st.data())
@@ -73,7 +73,7 @@ def test_what_is_kept_is_left_as_it_was(method: str) -> None:
 
 def pruned(model: FFN, method: str, budget: float) -> list[Tensor]:
     observation = BatchObservation(model, batches(d=20), progress=False)
-    (plan,) = plan_for(observation, config(method=method, budget=budget)).sites
+    (plan,) = plan_for(observation, config(method=method, budget=budget)).rewritten
     weights = SiteWeights(*(p.detach() for p in model.parameters()))
     constants = rewrite_named(method).constants(plan, weights)
     return [constants["up"], constants["down"]]

@@ -8,7 +8,7 @@ from functools import cache
 import pytest
 import torch
 from builders.compiled import compiled
-from builders.ffns import FFN, Block, batches, config, expected, ffn, inputs
+from builders.ffns import FFN, Block, batches, config, entries, expected, ffn, ffn_of, inputs
 from torch import Tensor, nn
 
 from tardis_fx import CalibrationError, Plan
@@ -55,7 +55,7 @@ def error_on(method: str, plan: Plan, x: Tensor, *, bias: bool = True) -> float:
 def unbiased(model: FFN, plan: Plan, x: Tensor) -> Tensor:
     from tardis_fx.graph.site import SiteWeights
 
-    entry, rewrite = plan.sites[0], rewrite_named(str(plan.sites[0].method))
+    entry, rewrite = plan.rewritten[0], rewrite_named(str(plan.rewritten[0].method))
     weights = SiteWeights(model.up.weight.detach(), None, model.down.weight.detach(), None)
     return rewrite.forward(x, rewrite.constants(entry, weights), entry)
 
@@ -65,11 +65,11 @@ def unbiased(model: FFN, plan: Plan, x: Tensor) -> Tensor:
 def test_the_plan_touches_no_more_than_the_budget_and_what_its_constants_hold(method: str, bias: bool) -> None:
     model, observation = observed(bias=bias)
     plan = plan_of(method, bias=bias)
-    (entry,), (site,) = plan.sites, observation.sites
+    (entry,), (site,) = plan.rewritten, observation.sites
     constants = rewrite_named(method).constants(entry, site.weights)
     if method in (*PRUNED, *TWO_OF_FOUR):
         values = sum(int((constants[name] != 0).sum()) for name in ("up", "down"))
-        counted = 4 * values + sum(p.numel() * 4 for p in model.parameters() if p.dim() == 1)
+        counted: float = 4 * values + sum(p.numel() * 4 for p in model.parameters() if p.dim() == 1)
         counted += values // 4 if method in TWO_OF_FOUR else 0  # two bits of position
     else:
         counted = sum(constant.nbytes for constant in constants.values())
@@ -95,7 +95,7 @@ def test_with_all_the_bytes_the_output_is_the_originals(method: str) -> None:
 @pytest.mark.parametrize("method", QUANTISED)
 def test_with_all_the_bytes_8_bits_err_little(method: str) -> None:
     plan = plan_of(method, 1.0)
-    assert plan.sites[0].settings["bits"] == 8
+    assert plan.rewritten[0].settings["bits"] == 8
     assert error_on(method, plan, inputs(50, D, seed=9)) < 0.02
 
 
@@ -156,7 +156,7 @@ def by_column() -> dict[str, Plan]:
 
 @every_method
 def test_weights_stored_by_column_are_planned_like_those_stored_by_row(method: str) -> None:
-    (stored,), (other,) = by_column()[method].sites, plan_of(method).sites
+    (stored,), (other,) = by_column()[method].rewritten, plan_of(method).rewritten
     assert stored.touched_bytes == other.touched_bytes
     assert stored.error == pytest.approx(other.error, rel=1e-3)
 
@@ -201,7 +201,7 @@ def test_prefill_original_keeps_the_ffns_of_many_tokens() -> None:
 def stacked() -> tuple[nn.Sequential, BatchObservation]:
     model = nn.Sequential(*(Block(ffn(D, HIDDEN, seed=i), D) for i in range(2))).eval()
     with torch.no_grad():
-        model[1].ffn.down.weight.mul_(10)
+        ffn_of(model[1]).down.weight.mul_(10)
     return model, BatchObservation(model, batches(d=D), progress=False)
 
 
@@ -215,16 +215,16 @@ def test_sites_of_one_shape_get_constants_of_one_shape(method: str) -> None:
     (_, observation), plan = stacked(), plans_of_two()[method]
     first, second = (
         {name: (t.shape, t.dtype) for name, t in rewrite_named(method).constants(entry, site.weights).items()}
-        for entry, site in zip(plan.sites, observation.sites, strict=True)
+        for entry, site in zip(entries(plan), observation.sites, strict=True)
     )
     assert first == second
-    assert plan.sites[0].settings == plan.sites[1].settings
+    assert entries(plan)[0].settings == entries(plan)[1].settings
 
 
 @pytest.mark.parametrize(("method", "name"), [("sparsegpt", "up"), ("gptq", "up_codes"), ("low_rank", "up_b")])
 def test_sequential_fitting_sees_what_the_rewritten_sites_before_give(method: str, name: str) -> None:
     parallel, sequential = (
-        plan_for(stacked()[1], config(method=method, budget=0.3, sequential=value)).sites for value in (False, True)
+        entries(plan_for(stacked()[1], config(method=method, budget=0.3, sequential=value))) for value in (False, True)
     )
     assert torch.equal(parallel[0].tensors[name], sequential[0].tensors[name])
     assert not torch.equal(parallel[1].tensors[name], sequential[1].tensors[name])

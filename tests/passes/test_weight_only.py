@@ -23,7 +23,7 @@ def test_the_budget_picks_the_widest_codes_that_fit() -> None:
     observation = observed()
     found = {}
     for budget in (0.12, 0.16, 0.3, 0.5):
-        (plan,) = plan_for(observation, config(method="rtn", budget=budget)).sites
+        (plan,) = plan_for(observation, config(method="rtn", budget=budget)).rewritten
         found[plan.settings["bits"]] = plan.error
         assert plan.touched_bytes <= budget * plan.dense_bytes
     assert list(found) == [2, 3, 4, 8]
@@ -32,7 +32,7 @@ def test_the_budget_picks_the_widest_codes_that_fit() -> None:
 
 @pytest.mark.parametrize(("budget", "group_size"), [(0.11, 128), (0.12, 64)])
 def test_groups_are_as_small_as_the_budget_allows(budget: float, group_size: int) -> None:
-    (plan,) = plan_for(observed(), config(method="rtn", budget=budget)).sites
+    (plan,) = plan_for(observed(), config(method="rtn", budget=budget)).rewritten
     assert (plan.settings["bits"], plan.settings["group_size"]) == (2, group_size)
     assert plan.touched_bytes <= budget * plan.dense_bytes
     constants = sum(tensor.nbytes for tensor in plan.tensors.values()) + 4 * (D + HIDDEN)

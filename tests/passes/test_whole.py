@@ -7,7 +7,7 @@ from functools import cache
 import pytest
 import torch
 from builders.compiled import compiled
-from builders.ffns import Block, batches, config, ffn, inputs
+from builders.ffns import Block, batches, config, ffn, ffn_of, inputs
 from torch import nn
 
 from tardis_fx import CalibrationError, Plan
@@ -25,9 +25,9 @@ def observed() -> tuple[nn.Sequential, BatchObservation]:
     """The second FFN is loud and nearly linear, the third quiet."""
     model = nn.Sequential(*(Block(ffn(D, HIDDEN, seed=i), D) for i in range(3))).eval()
     with torch.no_grad():
-        model[1].ffn.up.weight.mul_(0.05)
-        model[1].ffn.down.weight.mul_(200)
-        model[2].ffn.down.weight.mul_(0.01)
+        ffn_of(model[1]).up.weight.mul_(0.05)
+        ffn_of(model[1]).down.weight.mul_(200)
+        ffn_of(model[2]).down.weight.mul_(0.01)
     return model, BatchObservation(model, batches(d=D), progress=False)
 
 
@@ -77,6 +77,7 @@ def test_the_compiled_model_is_the_original_but_for_the_sites_replaced(method: s
         if isinstance(site, KeptSite):
             wanted = block(wanted)
             continue
+        assert isinstance(block, Block)
         inner, t = block.norm(wanted), site.tensors
         if method == "drop_ffn":
             wanted = wanted + t["mean"]
@@ -89,8 +90,10 @@ def test_the_compiled_model_is_the_original_but_for_the_sites_replaced(method: s
 def test_a_dropped_ffn_leaves_its_mean() -> None:
     model, _ = observed()
     fitted = torch.cat([batch[: len(batch) - len(batch) // 8] for batch in batches(d=D)])
-    first = model[0].ffn(model[0].norm(fitted)).mean(0)
-    torch.testing.assert_close(plans()["drop_ffn", 0.2].sites[0].tensors["mean"], first, rtol=1e-4, atol=1e-4)
+    block = model[0]
+    assert isinstance(block, Block)
+    first = block.ffn(block.norm(fitted)).mean(0)
+    torch.testing.assert_close(plans()["drop_ffn", 0.2].rewritten[0].tensors["mean"], first, rtol=1e-4, atol=1e-4)
 
 
 @both

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from functools import partial
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
@@ -50,11 +51,17 @@ EVERYWHERE = [call, traced, without_kernel, ops._correct]
 everywhere = pytest.mark.parametrize("run", EVERYWHERE)
 
 
+def replaced(op: Correction, name: str, other: Tensor) -> Correction:
+    """A call with another tensor in the place of one."""
+    fields: dict[str, Any] = {name: other}
+    return op._replace(**fields)
+
+
 def tensors(op: Correction) -> Iterator[tuple[str, Tensor, Callable[[Tensor], Correction]]]:
     """Names of all tensors of a call, and the call with another one in their place."""
     for name, value in op._asdict().items():
         if isinstance(value, Tensor):
-            yield name, value, lambda other, name=name: op._replace(**{name: other})
+            yield name, value, partial(replaced, op, name)
     for i, projection in enumerate(op.projections):
 
         def changed(other: Tensor, i: int = i) -> Correction:

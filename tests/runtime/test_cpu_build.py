@@ -94,7 +94,7 @@ def of_another_user(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 #: What may stand in the place of a compiler, and a word of the warning. A script runs if it is asked for more than its
 #: version.
-COMPILERS = {
+COMPILERS: dict[str, tuple[str | dict[str, str], str]] = {
     "none": ({"PATH": ""}, "no C++ compiler"),
     "not there": ({"CXX": "no-such-compiler"}, "no-such-compiler"),
     "not even a version": ({"CXX": "false"}, "false"),

@@ -18,7 +18,8 @@ import tardis_fx
 from tardis_fx import Plan, calibrate, passes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
+    from contextlib import AbstractContextManager
 
 #: The passes lie elsewhere in a checkout.
 FOLDERS = [Path(module.__file__).parent for module in (tardis_fx, passes) if module.__file__]
@@ -67,7 +68,7 @@ def default_device(device: str) -> Iterator[None]:
         torch.set_default_device(None)
 
 
-DEFAULTS = {
+DEFAULTS: dict[str, Callable[[], AbstractContextManager[None] | torch.device]] = {
     "bfloat16": lambda: default_dtype(torch.bfloat16),
     "float64": lambda: default_dtype(torch.float64),
     "meta": lambda: default_device("meta"),

@@ -81,7 +81,7 @@ def largest(weight: Tensor, bits: int, columns: int) -> Tensor:
     """At most the absolute values of a matrix; of codes, of the scale times the code, and times the zero point."""
     if bits == 16:
         return weight.double().abs()
-    return spread(split(weight, bits, columns)[1].double(), columns) * 2**bits
+    return spread(split(weight, bits, columns)[1].double(), columns) * 2**bits  # type: ignore[no-any-return]
 
 
 def bound(op: Correction, x: Tensor) -> Tensor:

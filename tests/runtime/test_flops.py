@@ -43,7 +43,7 @@ def test_the_share_of_a_plan_is_fold_and_predictor_and_listed_rows(
 ) -> None:
     observation = BatchObservation(ffn(64, 256), batches(d=64), progress=False)
     plan = plan_for(observation, config(budget=budget, fold_bits=fold_bits, row_bits=row_bits))
-    tensors = plan.sites[0].tensors
+    tensors = plan.rewritten[0].tensors
     listed, guarded = len(tensors["neurons"]), len(tensors["codes"])
     assert guarded > 0
     assert prefill_share(plan, observation) == pytest.approx((64 + guarded + 2 * listed) / (2 * 256))

@@ -25,7 +25,7 @@ def on_gpu(original: FFN) -> FFN:
 
 def compiled(model: FFN, plan: Plan, **options: Any) -> Any:
     torch.compiler.reset()
-    return torch.compile(model, backend="tardis", fullgraph=True, options={"plan": plan, **options})
+    return torch.compile(model, backend="tardis", fullgraph=True, options=options | {"plan": plan})
 
 
 @torch.no_grad()

@@ -17,8 +17,8 @@ pytestmark = [
 ]
 
 CALLS = 10_000
-SANITIZED = ("-std=c++17", "-O1", "-g", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC")
-SANITIZED += ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
+PLAIN = ("-std=c++17", "-O1", "-g", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC")
+SANITIZED = (*PLAIN, "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
 #: Vectors of 16, 32 and 64 bytes, the last without and with products of bfloat16 and of bytes.
 INSTRUCTION_SETS = ("x86-64-v2", "x86-64-v3", "x86-64-v4", "native")
 

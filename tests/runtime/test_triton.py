@@ -53,7 +53,7 @@ def run(op: Correction) -> Tensor:
     from tardis_fx.runtime.cuda import op as triton_op
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(triton_op.torch, "empty", poisoned)
+        patch.setattr(torch, "empty", poisoned)
         patch.setattr(torch.ops.tardis, "correct", None)  # which takes what the kernels do not
         return triton_op.correct(*mapped(lambda tensor: tensor.to(DEVICE), op)).cpu()
 

@@ -77,7 +77,9 @@ def traced(op: Correction) -> fx.GraphModule:
             fields = tree_unflatten([given.get(i, leaf) for i, leaf in enumerate(leaves)], spec)
             return (torch.ops.tardis.correct_triton(*fields),)
 
-        return aot_export_joint_simple(call, [leaves[i] for i in at], trace_joint=False)
+        graph = aot_export_joint_simple(call, tuple(leaves[i] for i in at), trace_joint=False)
+    assert isinstance(graph, fx.GraphModule)
+    return graph
 
 
 @with_triton

@@ -9,6 +9,7 @@ import json
 import os
 import sys
 from typing import Any
+from unittest import mock
 
 # Before vLLM is imported.
 os.environ |= {
@@ -37,14 +38,16 @@ def generate(prompts: list[list[int]], tokens: list[int], **engine: Any) -> dict
     from vllm.distributed import cleanup_dist_env_and_memory
 
     from tardis_fx.serving import op
+    from tardis_fx.serving.step import query_lengths
 
-    steps, ask = [], op.query_lengths
+    steps: list[list[int]] = []
 
     def asked(rows: int) -> list[int]:
-        steps.append(ask(rows))
+        steps.append(query_lengths(rows))
         return steps[-1]
 
-    op.query_lengths = asked
+    replaced = mock.patch.object(op, "query_lengths", asked)
+    replaced.start()
     try:
         options = {"dtype": "float32", "max_model_len": 64, "enable_prefix_caching": False, "skip_tokenizer_init": True}
         model = LLM(**options | engine)
@@ -53,7 +56,7 @@ def generate(prompts: list[list[int]], tokens: list[int], **engine: Any) -> dict
         return {"tokens": [list(output.outputs[0].token_ids) for output in outputs], "steps": steps}
     finally:
         model = None
-        op.query_lengths = ask
+        replaced.stop()
         torch.compiler.reset()
         cleanup_dist_env_and_memory()
 

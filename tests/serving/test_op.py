@@ -32,7 +32,7 @@ def made(make: Make) -> tuple[SiteWeights, SitePlan]:
     """An FFN that narrows its input, and its plan."""
     model = make()
     model.down.weight, model.down.bias = (nn.Parameter(p.detach()[:D_OUT]) for p in model.down.parameters())
-    return observed(model).weights, planned(model).sites[0]
+    return observed(model).weights, planned(model).rewritten[0]
 
 
 class Site:
@@ -49,8 +49,8 @@ class Site:
     def __call__(self, x: Tensor, *, prefill: str = "original") -> Tensor:
         constants = list(self.constants.values())
         if prefill == "rewritten":
-            return torch.ops.tardis.serve(x, constants, [], self.always, D_OUT)
-        return torch.ops.tardis.serve(x, constants, list(self.original.values()), self.text, D_OUT)
+            return torch.ops.tardis.serve(x, constants, [], self.always, D_OUT)  # type: ignore[no-any-return]
+        return torch.ops.tardis.serve(x, constants, list(self.original.values()), self.text, D_OUT)  # type: ignore[no-any-return]
 
 
 def in_steps_of(monkeypatch: pytest.MonkeyPatch, *lengths: int) -> None:

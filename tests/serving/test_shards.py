@@ -50,13 +50,13 @@ def test_the_ranks_sum_to_the_whole_site(size: int, per: int, data: st.DataObjec
 @pytest.mark.parametrize("bits", [3, 8, 16])
 def test_the_ranks_sum_to_the_whole_site_at_any_width(make: Callable[[], FFN | GatedFFN], bits: int) -> None:
     model, x = make(), inputs(5, 16)
-    entry, weights = planned(model, fold_bits=bits, row_bits=bits).sites[0], observed(model).weights
+    entry, weights = planned(model, fold_bits=bits, row_bits=bits).rewritten[0], observed(model).weights
     rewrite = rewrite_named(str(entry.method))
     whole = rewrite.forward(x, rewrite.constants(entry, weights), entry)
     torch.testing.assert_close(sum(parts(entry, weights, x, 2)), whole, rtol=1e-4, atol=1e-4)
 
 
 def test_a_rewrite_that_cannot_be_shared_out_is_refused_by_name(original: FFN) -> None:
-    entry = planned(original, method="low_rank").sites[0]
+    entry = planned(original, method="low_rank").rewritten[0]
     with pytest.raises(ServingError, match=f"{entry.name} is rewritten by low_rank, .* --tensor-parallel-size 1"):
         shard(entry, 0, 2, 64)

@@ -20,7 +20,7 @@ from tardis_fx.testing.ffn import ffn, gated_ffn
 from tardis_fx.testing.observation import observed
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from tardis_fx.config import Prefill
     from tardis_fx.graph.site import SiteWeights
@@ -107,7 +107,7 @@ def rewritten(mlps: Sequence[nn.Module], plan: Plan, prefill: Prefill = "rewritt
     return mlps
 
 
-MODELS = {
+MODELS: dict[str, tuple[Callable[..., Any], list[str], int]] = {
     "plain": (ffn, ["GELU"], 0),
     "gate and up apart": (gated_ffn, ["SiluAndMul"], 0),
     "fused": (partial(gated_ffn, fused=True), ["SiluAndMul"], 0),
@@ -122,7 +122,7 @@ def test_the_modules_give_the_rewritten_site_and_the_original_one_for_many_rows(
     make, act, gate_half = MODELS[name]
     model = make()
     plan, weights, rewrite = planned(model, row_bits=4), observed(model).weights, rewrite_named("partial_linear")
-    entry = plan.sites[0]
+    entry = plan.rewritten[0]
     few, many = rewrite.forward(X[:3], rewrite.constants(entry, weights), entry), model(X).detach()
     assert not torch.isclose(few, many[:3], rtol=1e-3).all(1).any()  # else the branches could not be told apart
     mlps = [MLP(weights, activation(*act), gate_half=gate_half, rank=r, size=size) for r in range(size)]
@@ -152,6 +152,7 @@ def test_gate_and_up_in_layers_of_their_own_are_found_and_refused_by_name() -> N
     model = gated_ffn()
     w = observed(model).weights
     mlp = MLP(w, activation("SiLU"))
+    assert w.gate is not None
     mlp.first, mlp.second = (layer([m], [b], axis=0) for m, b in ((w.gate, w.gate_bias), (w.up, w.up_bias)))
     with pytest.raises(ServingError, match="silu of first times second, and MLP has no module"):
         rewritten([mlp], planned(model))

@@ -148,7 +148,7 @@ def run(jobs: list[dict[str, Any]], root: Path) -> list[dict[str, Any]]:
         env=os.environ | {"VLLM_CACHE_ROOT": str(root)},
     )
     assert result.returncode == 0, (result.stdout + result.stderr)[-5000:]
-    return json.loads(result.stdout.splitlines()[-1])
+    return json.loads(result.stdout.splitlines()[-1])  # type: ignore[no-any-return]
 
 
 def tokens(results: list[dict[str, Any]]) -> list[Any]:

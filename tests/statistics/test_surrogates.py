@@ -23,7 +23,7 @@ def sums_of(z: list[Tensor], response: Tensor) -> Sums:
 def neurons(k: int, seed: int, tokens: int = 60, offset: float = 0.0) -> tuple[list[Tensor], Tensor]:
     """Pre-activations, and responses that are not affine in them."""
     z = [inputs(tokens, H, seed=seed + i).double() + offset for i in range(k)]
-    return z, sum(z).tanh() + inputs(tokens, H, seed=seed + 9).double()
+    return z, sum(z[1:], z[0]).tanh() + inputs(tokens, H, seed=seed + 9).double()
 
 
 def columns(z: list[Tensor], n: int) -> Tensor:
