@@ -22,7 +22,7 @@ from tardis_fx import Config
 from tardis_fx.graph.site import Site, SiteWeights
 from tardis_fx.observation.observe import BatchObservation, ObservedSite
 from tardis_fx.observation.run import Fit
-from tardis_fx.passes import base
+from tardis_fx.passes import registry
 from tardis_fx.passes.hot_fold import HotFold
 from tardis_fx.passes.low_rank import LowRank
 from tardis_fx.passes.static import Choice
@@ -187,10 +187,10 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[type[base.Rewri
         def load(self) -> Any:
             return own[-1]
 
-    monkeypatch.setattr(base, "entry_points", lambda group: [Loaded("own", "own:Own", group)])
-    base.rewrite_named.cache_clear()
+    monkeypatch.setattr(registry, "entry_points", lambda group: [Loaded("own", "own:Own", group)])
+    registry.rewrite_named.cache_clear()
     yield own
-    base.rewrite_named.cache_clear()
+    registry.rewrite_named.cache_clear()
 
 
 @pytest.mark.parametrize("broken", BROKEN, ids=lambda broken: broken.__name__)

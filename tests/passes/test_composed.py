@@ -17,7 +17,7 @@ from tardis_fx import Config, ConfigError, Plan
 from tardis_fx.explain import Report
 from tardis_fx.graph.site import Site, SiteWeights
 from tardis_fx.observation.observe import BatchObservation, ObservedSite, RepeatableObservation
-from tardis_fx.passes import base
+from tardis_fx.passes import registry
 from tardis_fx.passes.base import Rewrite
 from tardis_fx.passes.registry import rewrite_named
 from tardis_fx.plan import Planned, SitePlan
@@ -62,9 +62,9 @@ def planned(method: Any, observation: RepeatableObservation | None = None, budge
 
 @pytest.fixture
 def same(monkeypatch: pytest.MonkeyPatch) -> None:
-    registered = base._registered
-    monkeypatch.setattr(base, "_registered", lambda name: Same() if name == "same" else registered(name))
-    base.rewrite_named.cache_clear()
+    registered = registry._registered
+    monkeypatch.setattr(registry, "_registered", lambda name: Same() if name == "same" else registered(name))
+    registry.rewrite_named.cache_clear()
 
 
 @pytest.mark.usefixtures("same")
@@ -80,7 +80,7 @@ def test_behind_a_rewrite_that_changes_nothing_a_rewrite_is_itself(method: str) 
     rewrites = rewrite_named(method), rewrite_named(f"same+{method}")
     a, b = (r.forward(x, r.constants(e, weights), e) for r, e in zip(rewrites, (alone, composed), strict=True))
     assert torch.equal(a, b)
-    base.rewrite_named.cache_clear()
+    registry.rewrite_named.cache_clear()
 
 
 @pytest.mark.parametrize("method", SECOND)

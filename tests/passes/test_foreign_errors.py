@@ -17,7 +17,7 @@ from tardis_fx import Config, Plan, RewriteError, TardisError, calibrate
 from tardis_fx.graph.site import Site, SiteWeights
 from tardis_fx.observation.observe import ObservedSite
 from tardis_fx.observation.run import Fit, Run
-from tardis_fx.passes import base
+from tardis_fx.passes import registry
 from tardis_fx.plan import Planned, SitePlan
 
 STEPS = ["refuse", "fit", "constants", "forward"]
@@ -68,11 +68,11 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         def load(self) -> Any:
             return Dropping
 
-    monkeypatch.setattr(base, "entry_points", lambda group: [Loaded("own", "own:Dropping", group)])
+    monkeypatch.setattr(registry, "entry_points", lambda group: [Loaded("own", "own:Dropping", group)])
     monkeypatch.setattr(Dropping, "raising", None)
-    base.rewrite_named.cache_clear()
+    registry.rewrite_named.cache_clear()
     yield
-    base.rewrite_named.cache_clear()
+    registry.rewrite_named.cache_clear()
 
 
 def _run(model: nn.Module, step: str, error: BaseException) -> None:
@@ -111,7 +111,7 @@ def test_interrupts_and_exhausted_memory_stay_what_they_are(step: str, error: Ba
 def test_what_dynamo_raises_for_itself_passes(error: Exception) -> None:
     Dropping.raising = ("refuse", error)
     with pytest.raises(type(error)):
-        base.rewrite_named("own").refuse(None)  # type: ignore[arg-type]
+        registry.rewrite_named("own").refuse(None)  # type: ignore[arg-type]
 
 
 class Failing(nn.Module):
@@ -133,7 +133,7 @@ class Failing(nn.Module):
 
 
 def test_a_model_that_fails_while_it_is_observed_is_not_the_rewrites_fault() -> None:
-    base.rewrite_named.cache_clear()
+    registry.rewrite_named.cache_clear()
     with pytest.raises(Exception) as raised:  # noqa: PT011
         calibrate(Failing().eval(), batches(), config=config(method="own"))
     assert not isinstance(raised.value, RewriteError)
