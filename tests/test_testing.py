@@ -22,7 +22,7 @@ from tardis_fx import Config
 from tardis_fx.graph.site import Site, SiteWeights
 from tardis_fx.observation.observe import BatchObservation, ObservedSite
 from tardis_fx.observation.run import Fit
-from tardis_fx.passes import registry
+from tardis_fx.passes import Rewrite, registry
 from tardis_fx.passes.hot_fold import HotFold
 from tardis_fx.passes.low_rank import LowRank
 from tardis_fx.passes.static import Choice
@@ -162,7 +162,7 @@ class Silent(HotFold):
         return "" if site.kind == "gated" else super().refuse(site)
 
 
-BROKEN: dict[type[base.Rewrite], Any] = {
+BROKEN: dict[type[Rewrite], Any] = {
     Greedy: laws.the_plan_meets_its_budget_or_says_that_it_cannot,
     Weightless: laws.bytes_are_plausible,
     Widening: laws.forward_is_finite_and_shaped_for_any_number_of_tokens,
@@ -179,9 +179,9 @@ BROKEN: dict[type[base.Rewrite], Any] = {
 
 
 @pytest.fixture
-def registered(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[type[base.Rewrite]]]:
+def registered(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[type[Rewrite]]]:
     """Rewrites that are put in here are registered under the name ``own``, one at a time."""
-    own: list[type[base.Rewrite]] = []
+    own: list[type[Rewrite]] = []
 
     class Loaded(EntryPoint):
         def load(self) -> Any:
@@ -195,7 +195,7 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[type[base.Rewri
 
 @pytest.mark.parametrize("broken", BROKEN, ids=lambda broken: broken.__name__)
 def test_a_rewrite_that_breaks_a_law_is_found_out_with_an_example(
-    broken: type[base.Rewrite], registered: list[type[base.Rewrite]]
+    broken: type[Rewrite], registered: list[type[Rewrite]]
 ) -> None:
     broken.name = "own"
     registered.append(broken)

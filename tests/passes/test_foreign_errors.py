@@ -17,7 +17,7 @@ from tardis_fx import Config, Plan, RewriteError, TardisError, calibrate
 from tardis_fx.graph.site import Site, SiteWeights
 from tardis_fx.observation.observe import ObservedSite
 from tardis_fx.observation.run import Fit, Run
-from tardis_fx.passes import registry
+from tardis_fx.passes import Rewrite, registry
 from tardis_fx.plan import Planned, SitePlan
 
 STEPS = ["refuse", "fit", "constants", "forward"]
@@ -30,7 +30,7 @@ class Nothing:
         pass
 
 
-class Dropping(base.Rewrite):
+class Dropping(Rewrite):
     """Gives zeros, and raises what it is told to where it is told to."""
 
     name = "own"
