@@ -12,7 +12,7 @@ from tardis_fx.observation.observe import ObservedSite
 from tardis_fx.observation.run import Fit, Run, changed, steps
 from tardis_fx.passes.base import Rewrite, matrices_of, stored_bytes, with_errors
 from tardis_fx.passes.layout import Expected, Layout, coded_rows, codes, indices, like, setting
-from tardis_fx.passes.matrices import Coded, Dense, Factored, Form, Int8, Masked
+from tardis_fx.passes.matrix_forms import Coded, Dense, Factored, Form, Int8, Masked
 from tardis_fx.passes.represented import Represented
 from tardis_fx.passes.static import Choice, StaticRewrite, bias_bytes, measured
 from tardis_fx.plan import KeptSite, Planned, SitePlan

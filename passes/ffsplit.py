@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, ClassVar
 from tardis_fx.graph.feed_forward import BIASES, biases, dense, feed_forward, matrices, narrowed
 from tardis_fx.passes.base import matrices_of
 from tardis_fx.passes.layout import indices, setting
-from tardis_fx.passes.matrices import Factored
+from tardis_fx.passes.matrix_forms import Factored
 from tardis_fx.passes.static import Choice, StaticRewrite, bias_bytes, measured
 from tardis_fx.statistics.operands import Sizes
 

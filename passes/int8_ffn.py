@@ -23,7 +23,7 @@ import torch
 from tardis_fx.errors import CalibrationError, ConfigError
 from tardis_fx.observation.run import steps
 from tardis_fx.passes.base import Rewrite, stored_bytes, with_errors
-from tardis_fx.passes.matrices import Coded, Int8
+from tardis_fx.passes.matrix_forms import Coded, Int8
 from tardis_fx.passes.original import Original
 from tardis_fx.plan import KeptSite, SitePlan
 from tardis_fx.runtime.packing import BLOCK

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from tardis_fx.graph.feed_forward import matrices
 from tardis_fx.passes.base import matrices_of
-from tardis_fx.passes.matrices import Dense, Factored
+from tardis_fx.passes.matrix_forms import Dense, Factored
 from tardis_fx.passes.represented import Represented
 from tardis_fx.passes.static import bias_bytes
 from tardis_fx.statistics.operands import ByMatrix, Grams
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from tardis_fx.graph.site import SiteWeights
     from tardis_fx.passes.layout import Layout
-    from tardis_fx.passes.matrices import Form
+    from tardis_fx.passes.matrix_forms import Form
     from tardis_fx.plan import SitePlan
 
 

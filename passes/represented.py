@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from tardis_fx.graph.site import SiteWeights
     from tardis_fx.observation.observe import ObservedSite
     from tardis_fx.observation.run import Fit
-    from tardis_fx.passes.matrices import Form
+    from tardis_fx.passes.matrix_forms import Form
     from tardis_fx.plan import SitePlan
     from tardis_fx.statistics.operands import ByMatrix
 

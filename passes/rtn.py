@@ -15,7 +15,7 @@ import torch
 
 from tardis_fx.graph.feed_forward import matrices
 from tardis_fx.passes.layout import setting
-from tardis_fx.passes.matrices import Coded
+from tardis_fx.passes.matrix_forms import Coded
 from tardis_fx.passes.represented import Represented
 from tardis_fx.passes.static import bias_bytes
 from tardis_fx.runtime.packing import GROUP_SIZES, row_bytes

@@ -22,7 +22,7 @@ from tardis_fx.errors import CalibrationError
 from tardis_fx.graph.feed_forward import biases, dense, matrices
 from tardis_fx.observation.run import Run
 from tardis_fx.passes.layout import Expected, like, setting
-from tardis_fx.passes.matrices import Factored, truncated
+from tardis_fx.passes.matrix_forms import Factored, truncated
 from tardis_fx.passes.static import Choice, StaticRewrite
 from tardis_fx.statistics.neurons import Neurons
 from tardis_fx.statistics.regression import Residual, fitted_tokens

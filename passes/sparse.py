@@ -17,7 +17,7 @@ import torch
 from tardis_fx.graph.feed_forward import biases, matrices
 from tardis_fx.passes.base import matrices_of
 from tardis_fx.passes.layout import like
-from tardis_fx.passes.matrices import Dense, Masked
+from tardis_fx.passes.matrix_forms import Dense, Masked
 from tardis_fx.passes.represented import Represented
 from tardis_fx.passes.static import bias_bytes
 from tardis_fx.statistics.operands import ByMatrix, Sizes
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from tardis_fx.graph.site import Site, SiteWeights
     from tardis_fx.passes.layout import Layout
-    from tardis_fx.passes.matrices import Form
+    from tardis_fx.passes.matrix_forms import Form
     from tardis_fx.plan import SitePlan
 
 

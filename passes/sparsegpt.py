@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from tardis_fx.passes.matrices import Dense
+from tardis_fx.passes.matrix_forms import Dense
 from tardis_fx.passes.sparse import Sparse, highest, two_of_four
 from tardis_fx.quantisation import inverse_factor
 from tardis_fx.statistics.operands import ByMatrix, Grams

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from tardis_fx import CalibrationError, ConfigError, Plan
 from tardis_fx.observation.observe import BatchObservation
 from tardis_fx.passes.int8_ffn import Int4Ffn, Int8Ffn
-from tardis_fx.passes.matrices import Int8
+from tardis_fx.passes.matrix_forms import Int8
 from tardis_fx.passes.registry import rewrite_named
 from tardis_fx.plan import SitePlan
 from tardis_fx.planning import plan_for

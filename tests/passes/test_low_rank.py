@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tardis_fx.observation.observe import BatchObservation
-from tardis_fx.passes.matrices import truncated
+from tardis_fx.passes.matrix_forms import truncated
 from tardis_fx.plan import SitePlan
 from tardis_fx.planning import plan_for
 from tardis_fx.quantisation import DAMPING, factor

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -11,9 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
+from tardis_fx import passes
 from tardis_fx.graph.feed_forward import multiply
 from tardis_fx.passes.layout import check, like
-from tardis_fx.passes.matrices import Coded, Dense, Factored, Form, Int8, Masked
+from tardis_fx.passes.matrix_forms import Coded, Dense, Factored, Form, Int8, Masked
 from tardis_fx.runtime.reference import dequantise
 
 if TYPE_CHECKING:
@@ -83,3 +85,7 @@ def test_a_factor_may_be_in_another_form() -> None:
     coded = Factored(*map(Int8.from_matrix, (whole.a, whole.b)))  # type: ignore[arg-type]
     x = inputs(5, COLUMNS)
     torch.testing.assert_close(coded.apply(x), whole.apply(x), rtol=0.1, atol=0.1)
+
+
+def test_no_module_of_the_package_hides_what_it_exports() -> None:
+    assert not {name for name in passes.__all__ if isinstance(getattr(passes, name), ModuleType)}
