@@ -106,7 +106,7 @@ def test_ranks_that_differ_are_told_so(what: str, outcome: Outcome) -> None:
 
 def test_two_ranks_go_on_from_the_checkpoint_of_one_process(outcome: Outcome) -> None:
     for shown in outcome.said("shown"):
-        assert shown == "residuals at a budget of 0.5"
+        assert shown == "residuals at a budget of 0.5, part 1"
 
 
 def test_a_rank_that_dies_ends_the_calibration_without_a_plan(outcome: Outcome) -> None:
