@@ -81,7 +81,6 @@ class Lost(Operands):
     merged: ClassVar[Mapping[str, Merge]] = {"_sum": "sum", "_tokens": "sum"}
 
     def __init__(self, site: ObservedSite) -> None:
-        """Starts at zero."""
         super().__init__(site)
         self._bare = Neurons.from_site(replace(site, weights=bare(site.weights)))
         self._sum, self._tokens = torch.zeros(len(site.weights.up), dtype=torch.float64, device="cpu"), 0

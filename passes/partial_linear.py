@@ -82,7 +82,6 @@ class PartialLinearOptions:
     rounding: Rounding = "gptq"
 
     def __post_init__(self) -> None:
-        """Validates every field."""
         one_of("predictor_bits", self.predictor_bits, tuple(range(1, 9)))
         one_of("fold_bits", self.fold_bits, (3, 4, 8, 16, None))
         one_of("row_bits", self.row_bits, (3, 4, 8, 16, None))

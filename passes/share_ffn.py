@@ -137,7 +137,6 @@ class Group:
     kept: ObservedSite
 
     def __init__(self, sites: Sequence[ObservedSite], rank: int) -> None:
-        """Has chosen none."""
         self.sites, self.rank = sites, rank
 
     def keep(self, tried: Mapping[str, Tried]) -> None:
@@ -161,7 +160,6 @@ class Tried:
     merged: ClassVar[Mapping[str, Merge]] = {"sums": "sum"}
 
     def __init__(self, site: ObservedSite, others: Sequence[ObservedSite]) -> None:
-        """Starts at zero."""
         self._own, self._others = Neurons.from_site(site), [Neurons.from_site(other) for other in others]
         #: Of the products of 1, their output and the site's own; [products, FFNs, d_out].
         self.sums = Sums.zeros(1, len(others), len(site.weights.down)).table
@@ -190,7 +188,6 @@ class Mapped:
     merged: ClassVar[Mapping[str, Merge]] = {"_residual": "parts"}
 
     def __init__(self, site: ObservedSite, kept: ObservedSite) -> None:
-        """Starts at zero."""
         self._own, self._kept = Neurons.from_site(site), Neurons.from_site(kept)
         d_out, d = len(site.weights.down), site.weights.up.shape[1]
         self._residual = Residual(d + d_out, d_out)

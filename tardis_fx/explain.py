@@ -80,7 +80,6 @@ class Report:
         return asdict(self)
 
     def __str__(self) -> str:
-        """The table."""
         head = ["site", "kind", "activation", "status", "touched", "of dense", "stored", "outliers", "error", "method"]
         rows = [head, *(_row(site) for site in self.sites)]
         widths = [max(len(row[i]) for row in rows) for i in range(len(head))]

@@ -62,7 +62,6 @@ class Widths(NamedTuple):
         return (fold + self.predictor + rows) / (2 * wide)
 
     def __str__(self) -> str:
-        """As contenders are named."""
         parts = [f"{self.predictor} bits"]
         parts += [f"{part} {bits}" for part, bits in (("fold", self.fold), ("rows", self.rows)) if bits != 16]
         return ", ".join(parts)

@@ -41,7 +41,6 @@ class Interval:
     outwards: ClassVar[tuple[int, ...]] = (-1, 1)
 
     def __init__(self, guard: Tensor) -> None:
-        """Takes the bounds, [guarded, 2]."""
         self.bounds, self.width = guard, guard[:, 1] - guard[:, 0]
 
     def beyond(self, z_hat: Sequence[Tensor], bounds: Tensor) -> list[Tensor]:

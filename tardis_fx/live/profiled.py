@@ -71,7 +71,7 @@ class ProfiledGraph:
         self._successor: Callable[..., Any] | None = None
 
     def __call__(self, *inputs: Any) -> Any:
-        """Runs the graph."""
+        """Runs the graph on its inputs and records the tokens."""
         if self._successor is not None:
             return self._successor(*inputs)
         CALLERS.add(threading.get_ident())

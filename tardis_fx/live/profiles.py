@@ -57,7 +57,6 @@ class Profile:
     """
 
     def __init__(self, sites: Sequence[ObservedSite], settings: Settings) -> None:
-        """Begins the first run."""
         self.plan: Plan | None = None
         self._settings, self._left = settings, list[KeptSite]()
         self._weights = [weakref.ref(weight) for site in sites for weight in site.parameters]

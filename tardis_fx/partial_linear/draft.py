@@ -30,7 +30,6 @@ class DraftObserver:
     merged: ClassVar[Mapping[str, Merge]] = {"inputs": "parts", "surrogates": "parts"}
 
     def __init__(self, site: ObservedSite) -> None:
-        """Starts at zero."""
         self.inputs = Moments(site.weights.up.shape[1])
         self.surrogates = [] if site.weights.gate is None else [SurrogateSums(site)]
 

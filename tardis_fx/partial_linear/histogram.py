@@ -27,7 +27,6 @@ class Histogram:
     merged: ClassVar[Mapping[str, Merge]] = {"_table": "sum", "least": "least", "greatest": "greatest"}
 
     def __init__(self, draft: Draft) -> None:
-        """Starts at zero."""
         self._draft, h, k = draft, len(draft.neurons), len(draft.predictors)
         self._table = Sums.zeros(k, draft.guard.bins * h).table
         self.least = torch.full((h,), torch.inf, dtype=torch.float32, device="cpu")

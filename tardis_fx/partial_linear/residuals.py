@@ -32,7 +32,6 @@ class WidthResiduals:
     merged: ClassVar[Mapping[str, Merge]] = {"observers": "parts"}
 
     def __init__(self, settled: Sequence[Settled]) -> None:
-        """Starts at zero."""
         self._draft = settled[0].draft
         self.observers = [ResidualObserver(one) for one in settled]
 
@@ -47,7 +46,6 @@ class Tokens:
     """Some tokens at a site, and what all its widths make of them."""
 
     def __init__(self, draft: Draft, x: Tensor) -> None:
-        """Takes tokens, [tokens, d], float32."""
         self.x, self._draft = x, draft
         self._refined: dict[int, tuple[list[Tensor], Tensor]] = {}
 
@@ -103,7 +101,6 @@ class ResidualObserver:
     merged: ClassVar[Mapping[str, Merge]] = {"residual": "parts", "outliers": "sum", "tokens": "sum"}
 
     def __init__(self, settled: Settled) -> None:
-        """Starts at zero."""
         self.settled, self._copied = settled, settled.copied
         down, (_, d) = settled.draft.neurons.down, settled.draft.neurons.projections[0].shape
         self.residual = Residual(d + len(self._copied), len(down))

@@ -30,7 +30,6 @@ class Moments:
     merged: ClassVar[Mapping[str, Merge]] = {"tokens": "sum", "total": "sum", "gram": "sum"}
 
     def __init__(self, d: int) -> None:
-        """Starts at zero."""
         self.tokens = 0
         self.total = torch.zeros(d, dtype=torch.float64, device="cpu")
         self.gram = torch.zeros(d, d, dtype=torch.float64, device="cpu")

@@ -49,7 +49,6 @@ class Neurons:
         )
 
     def __len__(self) -> int:
-        """Number of neurons, h."""
         return len(self.projections[0])
 
     @property

@@ -32,7 +32,6 @@ class Operands:
     """
 
     def __init__(self, site: ObservedSite) -> None:
-        """Starts with no tokens."""
         self.neurons = Neurons.from_site(site)
 
     def update(self, x: Tensor) -> None:
@@ -64,7 +63,6 @@ class Sizes(ByMatrix):
     merged: ClassVar[Mapping[str, Merge]] = {"tokens": "sum", "_inputs": "sum", "_hidden": "sum", "magnitude": "sum"}
 
     def __init__(self, site: ObservedSite) -> None:
-        """Starts at zero."""
         super().__init__(site)
         (h, d), self.tokens = site.weights.up.shape, 0
         self._inputs, self._hidden, self.magnitude = (
@@ -92,7 +90,6 @@ class Grams(ByMatrix):
     merged: ClassVar[Mapping[str, Merge]] = {"_inputs": "parts", "_hidden": "parts"}
 
     def __init__(self, site: ObservedSite) -> None:
-        """Starts at zero."""
         super().__init__(site)
         h, d = site.weights.up.shape
         self._inputs, self._hidden = Moments(d), Moments(h)

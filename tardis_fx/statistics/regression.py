@@ -52,7 +52,6 @@ class Residual:
     merged: ClassVar[Mapping[str, Merge]] = {"_fitted": "parts", "_held": "parts"}
 
     def __init__(self, d: int, d_out: int) -> None:
-        """Starts at zero."""
         self._fitted, self._held = _Half(d, d_out), _Half(d, d_out)
 
     def update(self, x: Tensor, residual: Tensor, output: Tensor) -> None:

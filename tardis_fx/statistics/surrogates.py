@@ -116,7 +116,6 @@ class SurrogateSums:
     merged: ClassVar[Mapping[str, Merge]] = {"_table": "sum"}
 
     def __init__(self, site: ObservedSite) -> None:
-        """Starts at zero."""
         self._neurons = Neurons.from_site(site)
         self._table = Sums.zeros(len(self._neurons.projections), len(self._neurons)).table
 
