@@ -1,4 +1,4 @@
-"""The sums of a site's neurons by bins of the level that its guard measures."""
+"""Sums of a site's neurons by bins of the guard's level."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 class Histogram:
     """Joint sums of pre-activations and responses by bins of the guard's level.
 
-    The products of a batch are added in float32, those of all batches in float64. Memory: 6 bins h float64 of a plain
-    site, 10 bins h of a gated one.
+    The products within a batch are added in float32, over batches in float64. Memory: 6 bins h float64 for a plain
+    site, 10 bins h for a gated one.
     """
 
     merged: ClassVar[Mapping[str, Merge]] = {"_table": "sum", "least": "least", "greatest": "greatest"}
