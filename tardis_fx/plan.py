@@ -62,7 +62,7 @@ class Entry:
     dense_bytes: int
 
     @classmethod
-    def of(cls, site: Site, parameters: Sequence[Tensor], *, identity: str | None = None, **rest: Any) -> Self:
+    def from_site(cls, site: Site, parameters: Sequence[Tensor], *, identity: str | None = None, **rest: Any) -> Self:
         """Makes an entry for a site and its weights; the fingerprint is computed unless given as ``identity``."""
         return cls(
             fingerprint=fingerprint(parameters, site.function) if identity is None else identity,

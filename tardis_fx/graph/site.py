@@ -156,7 +156,7 @@ class SiteWeights:
     gate_bias: Tensor | None = None
 
     @classmethod
-    def of(cls, site: Site, parameters: Sequence[Tensor]) -> SiteWeights:
+    def from_site(cls, site: Site, parameters: Sequence[Tensor]) -> SiteWeights:
         """Sorts the values of ``site.parameters`` by role, without copies."""
         values = dict(zip(site.parameters, (p.detach() for p in parameters), strict=True))
 

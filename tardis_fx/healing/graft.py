@@ -39,7 +39,7 @@ def graft(
     for i, (site, entry, reason) in enumerate((o.site, o.plan, o.reason) for o in found):
         if not isinstance(entry, SitePlan) or reason:
             continue
-        module = module_of(entry, SiteWeights.of(site, [values[p] for p in site.parameters]))
+        module = module_of(entry, SiteWeights.from_site(site, [values[p] for p in site.parameters]))
         if module is None:
             continue
         name = f"tardis_{i}"

@@ -91,7 +91,7 @@ class TrainableSite(nn.Module):
     def costs(self) -> Costs:
         """Bytes that the site reads."""
         settings, w = self.entry.settings, self.weights
-        return Costs.of(
+        return Costs.from_sizes(
             w.up.shape[1],
             len(w.down),
             settings["bits"],

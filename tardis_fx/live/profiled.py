@@ -94,7 +94,7 @@ class ProfiledGraph:
     def _observe(self, parameters: list[list[Tensor]], seen: Sequence[Tensor]) -> bool:
         """Whether all profiles are finished."""
         sites = [
-            ObservedSite(site, fingerprint(own, site.function), SiteWeights.of(site, own), tuple(own))
+            ObservedSite(site, fingerprint(own, site.function), SiteWeights.from_site(site, own), tuple(own))
             for site, own in zip(self._sites, parameters, strict=True)
         ]
         profiles = profiles_of(sites, self._settings)

@@ -274,7 +274,7 @@ class BatchObservation(RepeatableObservation):
         stored = stored_tensors(parameters)
         identity = fingerprint(stored, site.function)
         if len(parameters) == len(site.parameters) and identity not in self._sites:
-            weights = SiteWeights.of(site, [_dense(p) for p in parameters])
+            weights = SiteWeights.from_site(site, [_dense(p) for p in parameters])
             self._sites[identity] = ObservedSite(site, identity, weights, tuple(stored))
         return identity
 

@@ -29,7 +29,7 @@ class Costs:
         return self.row + self.nested * self.predictor
 
     @classmethod
-    def of(
+    def from_sizes(
         cls,
         d: int,
         d_out: int,

@@ -115,7 +115,7 @@ class Draft:
     def costs(self, fold_bits: int, row_bits: int) -> Costs:
         """Bytes read by a plan with these widths."""
         weights, quantisation = self.site.weights, self.quantisation
-        return Costs.of(
+        return Costs.from_sizes(
             weights.up.shape[1],
             len(weights.down),
             quantisation.bits,

@@ -86,7 +86,7 @@ class SiteGuard:
         shared = _SHARED.get(key)
         if shared is None or not shared.weights.holds_throughout(weights):
             taken = Snapshot(weights)
-            shared = Constants(entry, taken, self._rewrite.constants(entry, SiteWeights.of(self._site, weights)))
+            shared = Constants(entry, taken, self._rewrite.constants(entry, SiteWeights.from_site(self._site, weights)))
             _SHARED[key] = shared
         return shared
 

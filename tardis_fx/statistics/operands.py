@@ -46,12 +46,12 @@ class Operands:
 class ByMatrix(Operands):
     """Operands with one statistic for each matrix."""
 
-    def of(self, name: str) -> Tensor:
+    def for_matrix(self, name: str) -> Tensor:
         """The statistic of the operand of the named matrix."""
         raise NotImplementedError
 
 
-class Sizes(ByMatrix):
+class ColumnNorms(ByMatrix):
     """Norms of the operands by column, float64.
 
     Attributes:
@@ -75,7 +75,7 @@ class Sizes(ByMatrix):
         self._hidden += hidden.square().sum(0, dtype=torch.float64)
         self.magnitude += hidden.abs().sum(0, dtype=torch.float64)
 
-    def of(self, name: str) -> Tensor:
+    def for_matrix(self, name: str) -> Tensor:
         """Norms of the columns of a matrix's operand, [columns]."""
         return (self._hidden if name == "down" else self._inputs).sqrt()
 
@@ -98,6 +98,6 @@ class Grams(ByMatrix):
         self._inputs.update(x)
         self._hidden.update(hidden)
 
-    def of(self, name: str) -> Tensor:
+    def for_matrix(self, name: str) -> Tensor:
         """The Gram matrix of a matrix's operand, [columns, columns]."""
         return (self._hidden if name == "down" else self._inputs).gram
