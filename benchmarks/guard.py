@@ -33,12 +33,11 @@ class Recorded(GuardedGraph):
     inputs: tuple[Any, ...] = ()
 
     def __init__(self, *parts: Any) -> None:
-        """As the guarded graph itself."""
         super().__init__(*parts)
         Recorded.made = parts
 
     def __call__(self, *inputs: Any) -> Any:
-        """As the guarded graph itself."""
+        """Runs the guarded graph and records its inputs."""
         Recorded.inputs = inputs
         return super().__call__(*inputs)
 

@@ -1,6 +1,6 @@
-"""The contract of a rewrite, and what a rewrite needs: all that one outside of this package imports.
+"""The contract of a rewrite, and everything that a rewrite outside of this package imports.
 
-The rewrites lie in modules of this package, one each.
+Each rewrite is a module of this package.
 """
 
 from tardis_fx.config import Config, one_of
@@ -18,14 +18,62 @@ from tardis_fx.passes.static import Choice, StaticRewrite, bias_bytes, measured
 from tardis_fx.plan import KeptSite, Planned, SitePlan
 from tardis_fx.statistics.moments import Moments
 from tardis_fx.statistics.neurons import Neurons
-from tardis_fx.statistics.operands import Grams, Operands, Sizes
+from tardis_fx.statistics.operands import ColumnNorms, Grams, Operands
 from tardis_fx.statistics.surrogates import Sums, SurrogateSums
 
 __all__ = [
-    "BIASES", "CalibrationError", "Choice", "Coded", "Config", "ConfigError", "Dense", "Expected", "Factored",
-    "Fit", "Form", "Grams", "Int8", "KeptSite", "Layout", "Masked", "Merge", "Moments", "Neurons", "ObservedSite",
-    "Operands", "Planned", "Represented", "Rewrite", "RewriteError", "Run", "Site", "SitePlan", "SiteWeights",
-    "Sizes", "StaticRewrite", "Sums", "SurrogateSums", "TardisError", "bias_bytes", "biases", "changed",
-    "coded_rows", "codes", "dense", "feed_forward", "indices", "like", "linear", "matrices", "matrices_of",
-    "measured", "multiply", "narrowed", "one_of", "setting", "steps", "stored_bytes", "with_errors",
+    "BIASES",
+    "CalibrationError",
+    "Choice",
+    "Coded",
+    "ColumnNorms",
+    "Config",
+    "ConfigError",
+    "Dense",
+    "Expected",
+    "Factored",
+    "Fit",
+    "Form",
+    "Grams",
+    "Int8",
+    "KeptSite",
+    "Layout",
+    "Masked",
+    "Merge",
+    "Moments",
+    "Neurons",
+    "ObservedSite",
+    "Operands",
+    "Planned",
+    "Represented",
+    "Rewrite",
+    "RewriteError",
+    "Run",
+    "Site",
+    "SitePlan",
+    "SiteWeights",
+    "StaticRewrite",
+    "Sums",
+    "SurrogateSums",
+    "TardisError",
+    "bias_bytes",
+    "biases",
+    "changed",
+    "coded_rows",
+    "codes",
+    "dense",
+    "feed_forward",
+    "indices",
+    "like",
+    "linear",
+    "matrices",
+    "matrices_of",
+    "measured",
+    "multiply",
+    "narrowed",
+    "one_of",
+    "setting",
+    "steps",
+    "stored_bytes",
+    "with_errors",
 ]  # fmt: skip

@@ -30,32 +30,32 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class NoOptions:
-    """Of a rewrite without knobs."""
+    """Options of a rewrite without any options."""
 
 
 class Rewrite(ABC):
     """One way to replace a site.
 
-    A rewrite is stateless. ``fit`` measures and decides; what it decides is a :class:`SitePlan`, which a file can hold.
+    A rewrite is stateless. ``fit`` measures and decides; its result is a :class:`SitePlan`, which a file can hold.
     ``constants`` turns plan and weights into the tensors that ``forward`` reads. ``forward`` is plain PyTorch: it runs
     eagerly as the specification, and is traced into the graph that Inductor compiles.
 
-    The constants of two sites with equal weight shapes and equal ``settings`` must have equal shapes and dtypes, for
-    one compiled graph may serve both.
+    The constants of two sites with equal weight shapes and equal ``settings`` must have equal shapes and dtypes,
+    because one compiled graph may serve both.
     """
 
     #: Name in ``Config(method=...)`` and in the entry-point group.
     name: ClassVar[str]
-    #: Its knobs: a frozen dataclass with a default for each, which refuses a wrong value with a ConfigError.
+    #: Its options: a frozen dataclass with defaults, which refuses a wrong value with a ConfigError.
     Options: ClassVar[type[Any]] = NoOptions
-    #: Whether :meth:`forward` gives what the original gives, to rounding: then prefill takes it, too.
+    #: Whether :meth:`forward` equals the original to rounding, so that prefill also takes it.
     exact: bool = False
-    #: Whether what becomes of a site depends on the others even where each has bytes of its own: then :meth:`fit` needs
-    #: all of them at once, and ``calibrate(offload=True)`` refuses the rewrite.
+    #: Whether the plan of a site depends on other sites even if each has its own budget: then :meth:`fit` needs all
+    #: sites at once, and ``calibrate(offload=True)`` refuses the rewrite.
     compares_sites: bool = False
-    #: Whether the rewritten site is an FFN still, of :meth:`weights`, which another rewrite can be fitted to.
+    #: Whether the rewritten site is still an FFN, of :meth:`weights`, to which another rewrite can be fitted.
     leaves_ffn: bool = False
-    #: Whether there may be any :meth:`matrices`.
+    #: Whether :meth:`matrices` may return any.
     leaves_matrices: bool = False
     #: Whether :meth:`forward` is a fold and its corrections, whose tensors :func:`tardis_fx.heal` distils.
     heals: bool = False
@@ -63,10 +63,10 @@ class Rewrite(ABC):
     trained: bool = False
 
     def options(self, config: Config) -> Any:
-        """Its :attr:`Options` as a config has them.
+        """The :attr:`Options` of this rewrite from a config.
 
         Raises:
-            ConfigError: an option is unknown or out of its range.
+            ConfigError: an option is unknown or out of range.
         """
         given, known = config.options_of(self.name), [each.name for each in fields(self.Options)]
         if unknown := [name for name in given if name not in known]:
@@ -76,14 +76,14 @@ class Rewrite(ABC):
 
     @abstractmethod
     def refuse(self, site: Site) -> str | None:
-        """Why this rewrite cannot take a site that the matcher would let it have, or None."""
+        """Why this rewrite cannot take a site that the matcher accepts, or None."""
 
     @abstractmethod
     def fit(self, sites: Sequence[ObservedSite], config: Config) -> Fit[list[Planned]] | list[Planned]:
-        """Plans every site of ``sites``, none of which :meth:`refuse` refuses, in their order.
+        """Plans every site of ``sites``, which :meth:`refuse` has accepted, in their order.
 
-        It yields the runs that it needs, and is sent what each of them found; where it needs none, it may return the
-        plans. It takes its decisions from what it is sent alone, so that an interrupted calibration can be resumed.
+        It yields the runs that it needs, and is sent the result of each; without runs, it may return the plans. Its
+        decisions depend only on these results, so that an interrupted calibration can be resumed.
         """
 
     @abstractmethod
@@ -95,26 +95,26 @@ class Rewrite(ABC):
         """The rewritten site: x [..., d] to [..., d_out]. Traced with ``torch.fx``: no branches on values or shapes."""
 
     def replacement(self, plan: SitePlan, weights: SiteWeights) -> Callable[[Tensor], Tensor]:
-        """What a plan puts in a site's place, [..., d] to [..., d_out], eagerly."""
+        """The eager function that replaces a site, [..., d] to [..., d_out]."""
         return partial(self.forward, constants=self.constants(plan, weights), plan=plan)
 
     def layout(self, plan: SitePlan, weights: SiteWeights) -> Layout | None:
-        """The tensors that an entry with the plan's settings holds, or None where only :meth:`constants` knows.
+        """The tensors that an entry with these settings must hold, or None if only :meth:`constants` can check them.
 
         Args:
-            plan: read from a file that anybody may have written.
+            plan: read from an untrusted file.
             weights: of its site.
 
         Raises:
-            ValueError: no entry has such settings. So may any other exception say.
+            ValueError: the settings are invalid. Any other exception has the same meaning.
         """
         return None
 
     def validate(self, plan: SitePlan, weights: SiteWeights) -> None:
-        """Checks an entry before anything else is asked of it: by its layout, or else by a trial run.
+        """Checks an entry before use, by its layout or otherwise by a trial run.
 
         Raises:
-            ValueError: it is none that :meth:`fit` could have made. So may any other exception say.
+            ValueError: :meth:`fit` cannot have made it. Any other exception has the same meaning.
         """
         layout = self.layout(plan, weights)
         if layout is None:
@@ -122,26 +122,27 @@ class Rewrite(ABC):
         else:
             check(plan.tensors, layout)
 
-    # ---- What a rewrite offers to those that come behind it; see tardis_fx.passes.composed and int8_ffn
+    # ---- Interface for rewrites applied after this one; see tardis_fx.passes.composed and int8_ffn
 
     @property
     def method(self) -> str:
-        """What plans call it: its name, or, of a composition, the names in their order with ``+`` between."""
+        """Name in plans; for a composition, the names joined with ``+`` in order."""
         return self.name
 
     def weights(self, plan: SitePlan, weights: SiteWeights) -> SiteWeights:
-        """The weights of the FFN that the rewritten site is, where it is one."""
+        """Weights of the rewritten FFN, if the rewritten site is still an FFN."""
         raise NotImplementedError
 
     def matrices(self, plan: SitePlan) -> dict[str, float]:
-        """Names of the constants, [out, in] in the model's dtype, that :meth:`forward` reads by
-        :func:`tardis_fx.graph.feed_forward.multiply` and not otherwise, for other forms of a matrix may stand in their
-        place; each with the share of it that ``touched_bytes`` counts.
-        """  # noqa: D205
+        """Names of the constants that are matrices, each with the share of it that ``touched_bytes`` counts.
+
+        They are [out, in] in the model's dtype. :meth:`forward` must read them only through
+        :func:`tardis_fx.graph.feed_forward.multiply`, because other forms of a matrix may replace them.
+        """
         return {}
 
     def for_matrices(self, config: Config) -> Config:
-        """The config by which it leaves matrices where that is a matter of options, for a rewrite that takes these."""
+        """The config with which this rewrite leaves matrices to a following rewrite, if that depends on options."""
         return config
 
     def after(self, previous: Rewrite) -> Rewrite | None:
@@ -154,11 +155,11 @@ class Rewrite(ABC):
 
 
 def trial_run(rewrite: Rewrite, plan: SitePlan, weights: SiteWeights) -> None:
-    """Runs two tokens through a rewritten site and checks what comes out; on the CPU, which checks every index.
+    """Runs two tokens through a rewritten site and checks the output; on the CPU, which checks every index.
 
     Raises:
-        ValueError: the output is of another shape or dtype than the site's.
-        Exception: the rewrite's own.
+        ValueError: the output does not have the shape or dtype of the site's output.
+        Exception: raised by the rewrite.
     """
     own: dict[str, Any] = {name: None if t is None else t.cpu() for name, t in vars(weights).items()}
     with torch.no_grad():
@@ -171,7 +172,7 @@ def trial_run(rewrite: Rewrite, plan: SitePlan, weights: SiteWeights) -> None:
 def with_errors(
     rewrite: Rewrite, sites: Sequence[ObservedSite], plans: Sequence[Planned], config: Config
 ) -> Fit[list[Planned]]:
-    """Plans with the errors that a rewrite makes on the held-back tokens against the original FFN, in one run."""
+    """Measures the errors of plans against the original FFNs on the held-back tokens, in one run."""
     known: dict[str, Planned] = {plan.fingerprint: plan for plan in plans}
     own = {p.fingerprint: p for p in plans if isinstance(p, SitePlan) and p.method == rewrite.method}
     chosen = [site for site in sites if site.fingerprint in own]
@@ -187,11 +188,11 @@ def with_errors(
 
 
 def matrices_of(plan: SitePlan) -> tuple[str, ...]:
-    """Names of an FFN's own matrices, as in :class:`tardis_fx.graph.site.SiteWeights`."""
+    """Names of an FFN's matrices, as in :class:`tardis_fx.graph.site.SiteWeights`."""
     return ("gate", "up", "down") if plan.kind == "gated" else ("up", "down")
 
 
 def stored_bytes(site: ObservedSite, constants: Mapping[str, Tensor]) -> int:
-    """Size of a site's weights, which are kept, and of all constants that are none of them."""
-    own = {p.untyped_storage().data_ptr() for p in site.parameters}  # of a fused matrix, the halves' too
+    """Size of a site's weights, which are kept, and of all constants that do not share their memory."""
+    own = {p.untyped_storage().data_ptr() for p in site.parameters}  # halves of a fused matrix share it
     return site.weights.bytes + sum(c.nbytes for c in constants.values() if c.untyped_storage().data_ptr() not in own)

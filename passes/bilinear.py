@@ -1,9 +1,9 @@
-"""The activation becomes one line for all neurons, and both matrices fold into one: the crudest fold there is.
+"""Replaces the activation by one line for all neurons, so that both matrices fold into one: the crudest fold.
 
 ``act(z) ≈ s z + t`` with s and t by least squares over all neurons and tokens; ``C = s W2 W1``, ``B = W2 (s b1 + t) +
 b2``. The GLU paper (arXiv 2002.05202, section 2) trains gated FFNs without an activation, as bilinear layers. Here
-nothing is trained, and a plain FFN without its activation is but one matrix. A gated one without its activation is the
-product of two projections, which is not affine: it is refused.
+nothing is trained, and a plain FFN without its activation is a single matrix. A gated FFN without its activation is the
+product of two projections, which is not affine, so it is refused.
 """
 
 from __future__ import annotations
@@ -29,32 +29,32 @@ if TYPE_CHECKING:
 
 
 class Bilinear(StaticRewrite):
-    """The rule of the module's docstring."""
+    """Folds each plain FFN with one line fitted to all its activations."""
 
     name: ClassVar[str] = "bilinear"
     leaves_matrices = True
 
     def refuse(self, site: Site) -> str | None:
-        """Without its activation a gated FFN is no affine map."""
+        """Refuses gated sites, which are not affine without their activation."""
         if site.kind == "gated":
             return "gated FFN: without its activation it is the product of two projections, which does not fold"
         return super().refuse(site)
 
     def floor(self, weights: SiteWeights) -> int:
-        """The map."""
+        """Bytes of the affine map."""
         return map_bytes(weights)
 
     def choose(self, sites: Sequence[ObservedSite], config: Config) -> Fit[list[Choice]]:
-        """Folds every site, whatever the budget leaves over."""
+        """Folds every site, even if the budget allows more."""
         neurons = yield measured(SurrogateSums, sites)
         return [Choice(map_bytes(s.weights), tensors=_fold(s.weights, neurons[s.fingerprint].sums)) for s in sites]
 
     def layout(self, plan: SitePlan, weights: SiteWeights) -> Layout:
-        """The fold."""
+        """Folded weight and bias."""
         return map_layout(weights)
 
     def matrices(self, plan: SitePlan) -> dict[str, float]:
-        """The fold."""
+        """The folded weight, read whole."""
         return {"folded_weight": 1.0}
 
     def constants(self, plan: SitePlan, weights: SiteWeights) -> dict[str, Tensor]:
@@ -62,7 +62,7 @@ class Bilinear(StaticRewrite):
         return {name: tensor.to(weights.up.device) for name, tensor in plan.tensors.items()}
 
     def forward(self, x: Tensor, constants: Mapping[str, Tensor], plan: SitePlan) -> Tensor:
-        """One linear layer."""
+        """Applies the fold as one linear layer."""
         return multiply(x, constants["folded_weight"], constants["folded_bias"])
 
 

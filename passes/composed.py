@@ -1,10 +1,10 @@
-"""Two rewrites at one site: the second is fitted to the FFN that the first has made of it.
+"""Chains two rewrites at one site: the second is fitted to the FFN that the first leaves.
 
-1. The first one must leave an FFN (:attr:`tardis_fx.passes.base.Rewrite.leaves_ffn`), and is fitted with all bytes at
-   its disposal: the budget is for what the second one reads.
-2. The second one sees the site's own inputs, and the weights that the first one left.
-3. Constants are made of the original weights through both, so that the plan is keyed by the original weights alone.
-   The error is measured against the original FFN.
+1. The first rewrite must leave an FFN (:attr:`tardis_fx.passes.base.Rewrite.leaves_ffn`). It is fitted with a budget of
+   all bytes, because the budget limits the bytes that the second rewrite reads.
+2. The second rewrite sees the site's inputs, and the weights that the first one leaves.
+3. Constants are made from the original weights through both, so that only the original weights identify the plan. The
+   error is measured against the original FFN.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ if TYPE_CHECKING:
 
 
 class Composed(Rewrite):
-    """The rules of the module's docstring."""
+    """Composition of two rewrites at the same sites."""
 
     name: ClassVar[str] = "composed"
 
     def __init__(self, first: Rewrite, second: Rewrite) -> None:
-        """Joins two.
+        """Composes two rewrites.
 
         Raises:
-            ConfigError: the first leaves no FFN, or the second needs the original one.
+            ConfigError: the first leaves no FFN, or the second needs the original FFN.
         """
         if second.exact:
             raise ConfigError(f"{second.method} folds what is affine as it is, and composes with nothing")
@@ -53,19 +53,19 @@ class Composed(Rewrite):
 
     @property
     def method(self) -> str:
-        """Both names."""
+        """Names of both rewrites, joined with ``+``."""
         return f"{self.first.method}+{self.second.method}"
 
     def for_matrices(self, config: Config) -> Config:
-        """The second's."""
+        """The config with which the second rewrite leaves matrices."""
         return self.second.for_matrices(config)
 
     def refuse(self, site: Site) -> str | None:
-        """What either refuses."""
+        """Why either rewrite refuses a site, or None."""
         return self.first.refuse(site) or self.second.refuse(site)
 
     def fit(self, sites: Sequence[ObservedSite], config: Config) -> Fit[list[Planned]]:
-        """Fits one, then the other, then measures the error of both together."""
+        """Fits the first rewrite, then the second, then measures the error of both together."""
         firsts = yield from steps(self.first.fit(sites, replace(config, budget=1.0)))
         left = [replace(s, weights=self._weights(e, s.weights)) for s, e in zip(sites, firsts, strict=True)]
         seconds = yield from changed(steps(self.second.fit(left, config)), forgotten)  # no other fit has these sites
@@ -89,7 +89,7 @@ class Composed(Rewrite):
         return replace(plan, stored_bytes=stored_bytes(site, self.constants(plan, site.weights)))
 
     def _entries(self, plan: SitePlan) -> tuple[SitePlan, SitePlan]:
-        """What is planned for the first and for the second."""
+        """The entries of the first and of the second rewrite."""
         first, second = (
             replace(
                 plan,
@@ -102,7 +102,7 @@ class Composed(Rewrite):
         return first, second
 
     def validate(self, plan: SitePlan, weights: SiteWeights) -> None:
-        """Both check what is theirs."""
+        """Lets each rewrite check its part of the entry."""
         if plan.settings.keys() != {"first", "second"}:
             raise ValueError(f"it has the settings {', '.join(plan.settings)}, not those of two rewrites")
         first, second = self._entries(plan)
@@ -112,19 +112,19 @@ class Composed(Rewrite):
         self.second.validate(second, self.first.weights(first, weights))
 
     def weights(self, plan: SitePlan, weights: SiteWeights) -> SiteWeights:
-        """Through both."""
+        """Weights after both rewrites."""
         first, second = self._entries(plan)
         return self.second.weights(second, self.first.weights(first, weights))
 
     def matrices(self, plan: SitePlan) -> dict[str, float]:
-        """The second's."""
+        """Matrices of the second rewrite."""
         return self.second.matrices(self._entries(plan)[1])
 
     def constants(self, plan: SitePlan, weights: SiteWeights) -> dict[str, Tensor]:
-        """The second's, of the weights that the first leaves."""
+        """Constants of the second rewrite, for the weights that the first leaves."""
         first, second = self._entries(plan)
         return self.second.constants(second, self.first.weights(first, weights))
 
     def forward(self, x: Tensor, constants: Mapping[str, Tensor], plan: SitePlan) -> Tensor:
-        """The second's."""
+        """Runs the second rewrite."""
         return self.second.forward(x, constants, self._entries(plan)[1])

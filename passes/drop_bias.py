@@ -1,6 +1,6 @@
-"""The biases in front of the activation go; their mean effect on the calibration tokens goes into ``down_bias``.
+"""Drops the biases before the activation; ``down_bias`` absorbs their mean effect on the calibration tokens.
 
-After it the site is an FFN without biases but the last one, which other rewrites can be fitted to.
+The rewritten site is an FFN whose only bias is the last one, and other rewrites can be fitted to it.
 """
 
 from __future__ import annotations
@@ -32,67 +32,66 @@ if TYPE_CHECKING:
 
 
 class DropBias(StaticRewrite):
-    """The rules of the module's docstring."""
+    """Drops the biases before the activation."""
 
     name: ClassVar[str] = "drop_bias"
     leaves_matrices = True
     leaves_ffn = True
 
     def refuse(self, site: Site) -> str | None:
-        """Sites that have no bias in front of the activation to lose."""
+        """Refuses sites without a bias before the activation."""
         if all(projection is None or projection.bias is None for projection in (site.up, site.gate)):
             return "it has no bias in front of its activation"
         return super().refuse(site)
 
     def floor(self, weights: SiteWeights) -> int:
-        """The matrices, and the last bias."""
+        """Bytes of the matrices and of the last bias."""
         return weights.bytes - bias_bytes(weights) + len(weights.down) * weights.down.element_size()
 
     def choose(self, sites: Sequence[ObservedSite], config: Config) -> Fit[list[Choice]]:
-        """One run, of the means."""
-        lost = yield measured(Lost, sites)
-        return [Choice(self.floor(s.weights), {"bias": lost[s.fingerprint].bias(s.weights)}) for s in sites]
+        """Measures the mean effect of the biases in one run."""
+        effects = yield measured(BiasEffect, sites)
+        return [Choice(self.floor(s.weights), {"bias": effects[s.fingerprint].bias(s.weights)}) for s in sites]
 
     def layout(self, plan: SitePlan, weights: SiteWeights) -> Layout:
-        """The last bias."""
+        """The last bias, [d_out]."""
         return {"bias": Expected(weights.down.dtype, (len(weights.down),))}
 
     def weights(self, plan: SitePlan, weights: SiteWeights) -> SiteWeights:
-        """The matrices as they are, and the last bias."""
+        """The original matrices and the new last bias."""
         return replace(bare(weights), down_bias=plan.tensors["bias"].to(weights.down.device))
 
     def matrices(self, plan: SitePlan) -> dict[str, float]:
-        """All."""
+        """All matrices, read whole."""
         return dict.fromkeys(matrices_of(plan), 1.0)
 
     def constants(self, plan: SitePlan, weights: SiteWeights) -> dict[str, Tensor]:
-        """Of :meth:`weights`."""
+        """Matrices and bias of :meth:`weights`."""
         left = self.weights(plan, weights)
         return matrices(left) | biases(left)
 
     def forward(self, x: Tensor, constants: Mapping[str, Tensor], plan: SitePlan) -> Tensor:
-        """The FFN without biases but the last."""
+        """Applies the FFN with only the last bias."""
         return dense(x, constants, str(plan.activation))
 
 
-class Lost(Operands):
-    """The mean of what the biases in front of the activation add to what each neuron gives, [h], float64."""
+class BiasEffect(Operands):
+    """Observer of the mean effect of the biases before the activation on each response, [h], float64."""
 
     merged: ClassVar[Mapping[str, Merge]] = {"_sum": "sum", "_tokens": "sum"}
 
     def __init__(self, site: ObservedSite) -> None:
-        """Starts at zero."""
         super().__init__(site)
         self._bare = Neurons.from_site(replace(site, weights=bare(site.weights)))
         self._sum, self._tokens = torch.zeros(len(site.weights.up), dtype=torch.float64, device="cpu"), 0
 
     def add(self, x: Tensor, hidden: Tensor) -> None:
-        """Adds the difference that they make."""
+        """Adds the effect of the biases on the responses."""
         self._sum += (hidden - self._bare.evaluate(x)[1]).sum(0, dtype=torch.float64)
         self._tokens += len(x)
 
     def bias(self, weights: SiteWeights) -> Tensor:
-        """The last bias that makes up for it, [d_out], in the dtype of the weights."""
+        """The last bias that compensates for the effect, [d_out], in the dtype of the weights."""
         bias = weights.down.double().cpu() @ (self._sum / max(1, self._tokens))
         if weights.down_bias is not None:
             bias = bias + weights.down_bias.double().cpu()
@@ -100,5 +99,5 @@ class Lost(Operands):
 
 
 def bare(weights: SiteWeights) -> SiteWeights:
-    """The weights without biases in front of the activation."""
+    """The weights without biases before the activation."""
     return replace(weights, up_bias=None, gate_bias=None)

@@ -1,8 +1,8 @@
-"""Whole FFNs by their mean output, those first whose output varies least (after LLM-Drop, arXiv 2406.15786).
+"""Replaces whole FFNs by their mean output, those with the least variance first (after LLM-Drop, arXiv 2406.15786).
 
-Which go is measured, not read off their position. Of a residual block nothing but the FFN is visible at a site, so the
-loss is what leaves the residual stream with it: the variance of the output, in the stream's own units, for each byte
-that goes. The mean stays as a bias.
+The choice is measured, and does not depend on their position. Only the FFN of a residual block is visible at a site, so
+the loss is the part that the residual stream loses: the variance of the output, in the stream's units, for each byte
+saved. The mean remains as a bias.
 """
 
 from __future__ import annotations
@@ -26,25 +26,25 @@ if TYPE_CHECKING:
 
 
 class DropFfn(WholeSites):
-    """The rules of the module's docstring."""
+    """Replaces whole FFNs by their mean output."""
 
     name: ClassVar[str] = "drop_ffn"
 
     def floor(self, weights: SiteWeights) -> int:
-        """One bias."""
+        """Bytes of one bias."""
         return len(weights.down) * weights.down.element_size()
 
     def layout(self, plan: SitePlan, weights: SiteWeights) -> Layout:
-        """The mean."""
+        """The mean output, [d_out]."""
         return {"mean": Expected(weights.down.dtype, (len(weights.down),))}
 
     def replaced(self, output: Residual, weights: SiteWeights) -> tuple[float, str, dict[str, Tensor]]:
-        """Lost is the variance of the output."""
+        """The loss is the variance of the output per byte saved."""
         mean = output.mean
         missed = output.missed(torch.zeros(weights.up.shape[1], len(mean), dtype=mean.dtype, device=mean.device), mean)
         loss = missed / (weights.bytes - self.floor(weights))
         return loss, f"its output varies by {missed:.3g}", {"mean": mean.to(weights.down.dtype)}
 
     def forward(self, x: Tensor, constants: Mapping[str, Tensor], plan: SitePlan) -> Tensor:
-        """The mean for every token."""
+        """Returns the mean for every token."""
         return torch.zeros_like(x[..., :1]) + constants["mean"]

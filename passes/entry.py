@@ -1,6 +1,6 @@
-"""Checks an entry of a plan against its site before anything is made of it.
+"""Checks an entry of a plan against its site before it is used.
 
-Anybody may have written the file that the entry was read from.
+The file that the entry was read from is not trusted.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ if TYPE_CHECKING:
     from tardis_fx.passes.base import Rewrite
     from tardis_fx.plan import SitePlan
 
-# The shapes of the weights that an entry was checked with: one entry may serve two forms of the same weights.
+# The weight shapes that each entry was checked with; one entry may serve two forms of the same weights.
 _CHECKED: weakref.WeakKeyDictionary[SitePlan, set[tuple[object, ...]]] = weakref.WeakKeyDictionary()
 
 
 def check_site(entry: SitePlan, site: Site, parameters: Sequence[Tensor]) -> None:
-    """Compares what an entry says of its site with the site.
+    """Checks that an entry's description of its site is true.
 
     Args:
         entry: found by the fingerprint of the parameters.
         site: as matched.
-        parameters: of the site, in its order.
+        parameters: of the site, in order.
 
     Raises:
-        PlanMismatchError: they differ.
+        PlanMismatchError: it is not.
     """
     found = {
         "kind": site.kind,
@@ -52,7 +52,7 @@ def rewrite_of(entry: SitePlan) -> Rewrite:
     """The rewrite that an entry names.
 
     Raises:
-        PlanFileError: it is not installed, or makes no sense.
+        PlanFileError: it is not installed, or is not a possible composition.
     """
     try:
         return rewrite_named(entry.method)
@@ -62,15 +62,15 @@ def rewrite_of(entry: SitePlan) -> Rewrite:
 
 
 def check_entry(entry: SitePlan, weights: SiteWeights) -> None:
-    """Lets an entry's rewrite check it; once for each entry.
+    """Lets an entry's rewrite check it, once for each entry.
 
     Args:
-        entry: one that rewrites its site.
+        entry: of a rewritten site.
         weights: of the site.
 
     Raises:
         PlanFileError: the rewrite is not installed, or could not have made the entry.
-        PlanMismatchError: it is for another dtype.
+        PlanMismatchError: the entry is for another dtype.
     """
     name = entry.name or "an FFN"
     if entry.dtype != str(weights.up.dtype):

@@ -1,8 +1,8 @@
-"""Folds FFNs that are affine as they are: exact to rounding, without calibration.
+"""Folds FFNs that are already affine: exact to rounding, without calibration.
 
 1. The activation is an affine function ``s z + t``: none at all, a scale, ``leaky_relu(1)``.
-2. Or it is a ReLU, and the sign of every neuron's pre-activation follows from the weights and from the bounds of the
-   input (an input that is a ReLU or a softmax itself, say): then ``s`` is 1 or 0 by neuron.
+2. Or it is a ReLU, and the sign of every neuron's pre-activation follows from the weights and the bounds of the input
+   (for example, the output of a ReLU or a softmax): then ``s`` is 1 or 0 for each neuron.
 3. ``C = W2 diag(s) W1``, ``B = W2 (s * up_bias + t) + down_bias``, in float64.
 """
 
@@ -31,13 +31,13 @@ if TYPE_CHECKING:
 
 
 class ExactFold(Rewrite):
-    """The rewrite that needs no plan; see the module's docstring for its rules."""
+    """Folds affine FFNs; the rewrite that needs no plan."""
 
     name: ClassVar[str] = "exact_fold"
     exact = True
 
     def refuse(self, site: Site) -> str | None:
-        """Whatever is no affine function, as far as the graph shows."""
+        """Refuses sites that are not affine, as far as the graph shows."""
         if site.kind == "gated":
             return "it is gated, and the product of two projections is not affine"
         if site.affine is not None or site.activation == "relu":
@@ -45,24 +45,24 @@ class ExactFold(Rewrite):
         return "it is not affine"
 
     def fit(self, sites: Sequence[ObservedSite], config: Config) -> list[Planned]:
-        """Nothing is measured; a site that only its weights could have made affine is refused."""
+        """Folds sites without measuring; keeps sites whose weights do not make them affine."""
         return [
             self.unaided(s.site, s.parameters)
-            or KeptSite.of(s.site, s.parameters, reason="the sign of a pre-activation is not known")
+            or KeptSite.from_site(s.site, s.parameters, reason="the sign of a pre-activation is not known")
             for s in sites
         ]
 
     def unaided(self, site: Site, parameters: Sequence[Tensor]) -> SitePlan | None:
-        """The fold, or None where the site is not affine."""
+        """Entry of the fold, without calibration; None if the site is not affine."""
         if site.reason is not None or self.refuse(site) is not None:
             return None
-        weights = SiteWeights.of(site, parameters)
+        weights = SiteWeights.from_site(site, parameters)
         line = _line(site, weights)
         if line is None:
             return None
         bias = any(b is not None for b in (weights.up_bias, weights.down_bias)) or bool(line[1].any())
         touched = weights.up.shape[1] * weights.down.shape[0] + bias * weights.down.shape[0]
-        return SitePlan.of(
+        return SitePlan.from_site(
             site,
             parameters,
             method=self.name,
@@ -79,7 +79,7 @@ class ExactFold(Rewrite):
         return {"slope": line, "intercept": line}
 
     def constants(self, plan: SitePlan, weights: SiteWeights) -> dict[str, Tensor]:
-        """Folded weight [d_out, d] and, where there is any, bias [d_out]."""
+        """Folded weight [d_out, d] and, if there is one, bias [d_out]."""
         up, down = weights.up.double(), weights.down.double()
         slope, shift = (plan.tensors[name].to(up.device) for name in ("slope", "intercept"))
         if weights.up_bias is not None:
@@ -91,12 +91,12 @@ class ExactFold(Rewrite):
         return constants
 
     def forward(self, x: Tensor, constants: Mapping[str, Tensor], plan: SitePlan) -> Tensor:
-        """One linear layer."""
+        """Applies the fold as one linear layer."""
         return F.linear(x, constants["folded_weight"], constants.get("folded_bias"))
 
 
 def _line(site: Site, weights: SiteWeights) -> tuple[Tensor, Tensor] | None:
-    """Slope and intercept of every neuron, [h] each, float64; None where the activation is no line for one of them."""
+    """Slope and intercept of every neuron, [h] each, float64; None if the activation is not affine for each."""
     ones = torch.ones(len(weights.up), dtype=torch.float64, device="cpu")
     if site.affine is not None:
         return site.affine[0] * ones, site.affine[1] * ones
@@ -106,7 +106,7 @@ def _line(site: Site, weights: SiteWeights) -> tuple[Tensor, Tensor] | None:
 
 
 def _range(weights: SiteWeights, bounds: tuple[float, float]) -> tuple[Tensor, Tensor]:
-    """Lowest and highest pre-activation of every neuron, [h] each; one that rounding turns is as small as rounding."""
+    """Lowest and highest pre-activation of every neuron, [h] each, up to rounding."""
     up = weights.up.double().cpu()
     up_bias = torch.zeros_like(up[:, 0]) if weights.up_bias is None else weights.up_bias.double().cpu()
 

@@ -1,7 +1,7 @@
-"""FFSplit (arXiv 2401.04044), without its fine-tuning: heavy hitters stay dense, the rest gets low rank.
+"""FFSplit (arXiv 2401.04044) without fine-tuning: heavy hitters stay dense, the rest becomes low-rank.
 
-1. Heavy hitters are the neurons of the largest output norm, ``mean |a_n| ‖W2[:, n]‖`` over the calibration tokens.
-2. Of all other neurons, the rows of W1 and of a gate and the columns of W2 each become a product of two thin
+1. Heavy hitters are the neurons with the largest output norm, ``mean |a_n| ‖W2[:, n]‖`` over the calibration tokens.
+2. For all other neurons, the rows of W1 and of a gate and the columns of W2 each become a product of two thin
    matrices, by plain SVD.
 3. The paper keeps 25% of the neurons and 10% of the rank. The budget scales both by one factor: with k of h neurons
    kept, the rank is 0.4 k / h of the full one, and k is the largest that fits; all kept is the original.
@@ -16,7 +16,7 @@ from tardis_fx.passes.base import matrices_of
 from tardis_fx.passes.layout import indices, setting
 from tardis_fx.passes.matrix_forms import Factored
 from tardis_fx.passes.static import Choice, StaticRewrite, bias_bytes, measured
-from tardis_fx.statistics.operands import Sizes
+from tardis_fx.statistics.operands import ColumnNorms
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -35,19 +35,19 @@ PROPORTION = 0.4
 
 
 class FFSplit(StaticRewrite):
-    """The rules of the module's docstring."""
+    """Keeps heavy hitters dense and factors the other neurons."""
 
     name: ClassVar[str] = "ffsplit"
     leaves_matrices = True
 
     def floor(self, weights: SiteWeights) -> int:
-        """One heavy hitter, and rank 1."""
+        """Bytes with one heavy hitter, and rank 1."""
         return _bytes(weights, 1)
 
     def choose(self, sites: Sequence[ObservedSite], config: Config) -> Fit[list[Choice]]:
-        """Splits every site."""
-        sizes = yield measured(Sizes, sites)
-        return [self._split(site.weights, sizes[site.fingerprint].magnitude, config.budget) for site in sites]
+        """Splits every site by the output norms of its neurons."""
+        norms = yield measured(ColumnNorms, sites)
+        return [self._split(site.weights, norms[site.fingerprint].magnitude, config.budget) for site in sites]
 
     def _split(self, weights: SiteWeights, magnitude: Tensor, budget: float) -> Choice:
         h = len(weights.up)
@@ -61,7 +61,7 @@ class FFSplit(StaticRewrite):
         return Choice(_bytes(weights, heavy), tensors, {"heavy": heavy})
 
     def layout(self, plan: SitePlan, weights: SiteWeights) -> Layout:
-        """The order of the neurons, and factors of those that are no heavy hitters."""
+        """The order of the neurons, and factors of the neurons that are not heavy hitters."""
         hidden = len(weights.up)
         heavy = setting(plan, "heavy", range(1, hidden + 1))
         found = {"neurons": indices(hidden, hidden)}
@@ -73,11 +73,11 @@ class FFSplit(StaticRewrite):
         return found
 
     def matrices(self, plan: SitePlan) -> dict[str, float]:
-        """The heavy hitters' and the factors of the rest."""
+        """Matrices of the heavy hitters and factors of the rest."""
         return dict.fromkeys([*matrices_of(plan), *(name for name in plan.tensors if name != "neurons")], 1.0)
 
     def constants(self, plan: SitePlan, weights: SiteWeights) -> dict[str, Tensor]:
-        """Heavy hitters ``up`` [k, d], ``down`` [d_out, k], ...; factors of the rest; biases cut in two alike."""
+        """Heavy hitters ``up`` [k, d], ``down`` [d_out, k], ...; factors of the rest; biases are split likewise."""
         device, heavy = weights.up.device, plan.settings["heavy"]
         order = plan.tensors["neurons"].long().to(device)
         found = {name: tensor.to(device) for name, tensor in plan.tensors.items() if name != "neurons"}
@@ -86,7 +86,7 @@ class FFSplit(StaticRewrite):
         return found | matrices(kept) | biases(kept)
 
     def forward(self, x: Tensor, constants: Mapping[str, Tensor], plan: SitePlan) -> Tensor:
-        """A narrow FFN, and one of thin matrices."""
+        """Adds a narrow FFN and one of thin matrices."""
         activation = str(plan.activation)
         found = dense(x, constants, activation)
         if "up_a" not in constants:
@@ -99,7 +99,7 @@ class FFSplit(StaticRewrite):
 
 
 def _ranks(weights: SiteWeights, heavy: int) -> list[int]:
-    """Ranks of the rest of each matrix."""
+    """Rank of the remainder of each matrix."""
     h = len(weights.up)
     share = PROPORTION * heavy / h
     return [min(h - heavy, max(1, round(share * min(w.shape)))) for w in matrices(weights).values()]

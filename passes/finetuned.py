@@ -1,6 +1,6 @@
-"""A rewrite of dense weights whose weights were trained: what :func:`tardis_fx.finetune` makes of a plan.
+"""The result of :func:`tardis_fx.finetune`: a rewrite with dense weights that were trained.
 
-The plan holds all of the trained constants, and those of the original that they were made from are not read again.
+The plan holds all trained constants; the original weights that they were made from are not read again.
 """
 
 from __future__ import annotations
@@ -26,35 +26,35 @@ if TYPE_CHECKING:
 
 
 class Finetuned(Rewrite):
-    """The rule of the module's docstring."""
+    """Runs another rewrite with trained constants from the plan."""
 
     name: ClassVar[str] = "finetuned"
     leaves_matrices = True
     trained = True
 
     def __init__(self, inner: Rewrite | None = None) -> None:
-        """Wraps the rewrite that was trained; None is good for nothing but to be put behind one."""
+        """Wraps the rewrite that was trained; None is only useful to be chained after one."""
         self._inner = inner
 
     @property
     def method(self) -> str:
-        """Its name behind the other's."""
+        """Name of the trained rewrite, ``+``, and its own name."""
         return self.name if self._inner is None else f"{self._inner.method}+{self.name}"
 
-    def after(self, previous: Rewrite) -> Rewrite:
-        """Around another rewrite."""
+    def applied_after(self, previous: Rewrite) -> Rewrite:
+        """Wraps the previous rewrite."""
         return type(self)(previous)
 
     def matrices(self, plan: SitePlan) -> dict[str, float]:
-        """All of two dimensions, for nothing but dense weights and biases is trained."""
+        """All tensors of two dimensions, because only dense weights and biases are trained."""
         return {name: 1.0 for name, tensor in plan.tensors.items() if tensor.dim() > 1}
 
     def refuse(self, site: Site) -> str | None:
-        """What the other one refuses."""
+        """Why the trained rewrite refuses a site, or None."""
         return None if self._inner is None else self._inner.refuse(site)
 
     def fit(self, sites: Sequence[ObservedSite], config: Config) -> list[Planned]:
-        """Calibration trains nothing.
+        """Always fails, because calibration does not train.
 
         Raises:
             ConfigError: always.
@@ -62,7 +62,7 @@ class Finetuned(Rewrite):
         raise ConfigError(f"{self.method} is trained, not fitted: give a plan without it to tardis_fx.finetune")
 
     def validate(self, plan: SitePlan, weights: SiteWeights) -> None:
-        """What :func:`tardis_fx.finetune` trains: weights in the model's dtype, finite, that the other one can run."""
+        """Checks that the weights are finite, in the model's dtype, and can be run by the trained rewrite."""
         inner = self._inner
         if inner is None or not inner.leaves_matrices:
             raise ValueError("it is not put behind a rewrite of dense matrices")
@@ -78,15 +78,15 @@ class Finetuned(Rewrite):
         trial_run(self, plan, weights)
 
     def constants(self, plan: SitePlan, weights: SiteWeights) -> dict[str, Tensor]:
-        """The plan's tensors."""
+        """The trained tensors of the plan."""
         return {name: tensor.to(weights.up.device) for name, tensor in plan.tensors.items()}
 
     def forward(self, x: Tensor, constants: Mapping[str, Tensor], plan: SitePlan) -> Tensor:
-        """The other rewrite's."""
+        """Runs the trained rewrite."""
         assert self._inner is not None
         return self._inner.forward(x, constants, self._entry(plan))
 
     def _entry(self, plan: SitePlan) -> SitePlan:
-        """What the other rewrite takes for its own."""
+        """The entry in the form of the trained rewrite."""
         assert self._inner is not None
         return replace(plan, method=self._inner.method, settings=plan.settings["inner"])

@@ -1,7 +1,7 @@
-"""GPTQ (arXiv 2210.17323): weight-only quantisation of all matrices that changes their products least.
+"""GPTQ (arXiv 2210.17323): weight-only quantisation of all matrices that minimises the error of their products.
 
-As :mod:`tardis_fx.passes.rtn`, but each column makes up for what rounding did to those before it, by the Gram matrix of
-what the matrix multiplies: of the site's inputs for W1 and a gate, of what the neurons give for W2.
+Like :mod:`tardis_fx.passes.rtn`, but each column compensates for the rounding of earlier columns, by the Gram matrix of
+the matrix's operand: the site's inputs for W1 and a gate, the neurons' responses for W2.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from tardis_fx.statistics.operands import ByMatrix, Grams
 
 
 class Gptq(Rtn):
-    """The rule of the module's docstring."""
+    """Quantises all matrices by GPTQ."""
 
     name: ClassVar[str] = "gptq"
     operands: ClassVar[type[ByMatrix] | None] = Grams

@@ -1,12 +1,12 @@
-"""Some neurons stay exact, all others become one affine map: no predictor, no branch, for prefill and batches too.
+"""Keeps some neurons exact and replaces all others by one affine map, without predictor or branch, also in prefill.
 
-1. Kept are the neurons of which an affine surrogate would leave the most error in the output, ``Σ (a_n - s z_n - t)²
-   ‖W2[:, n]‖²`` with s and t by least squares; as many as the budget allows beside the map. The surrogate of a gated
-   neuron has two slopes, for the two pre-activations that it multiplies.
-2. The map is the ridge regression of what all other neurons give, down_bias included, on the site's input.
+1. The kept neurons are those whose affine surrogate leaves the largest error in the output, ``Σ (a_n - s z_n - t)²
+   ‖W2[:, n]‖²`` with s and t by least squares; as many as the budget allows in addition to the map. The surrogate of a
+   gated neuron has two slopes, for the two pre-activations that it multiplies.
+2. The map is the ridge regression of the output of all other neurons, including down_bias, on the site's input.
 3. A budget of all bytes keeps every neuron and needs no map.
 
-This is the first class of neurons of :mod:`tardis_fx.passes.partial_linear`, alone: what a fold gives without guard.
+This is the fold of :mod:`tardis_fx.passes.partial_linear` without guards.
 """
 
 from __future__ import annotations
@@ -39,17 +39,17 @@ if TYPE_CHECKING:
 
 
 class HotFold(StaticRewrite):
-    """The rules of the module's docstring."""
+    """Keeps some neurons exact and folds the others into one affine map."""
 
     name: ClassVar[str] = "hot_fold"
     leaves_matrices = True
 
     def floor(self, weights: SiteWeights) -> int:
-        """The map alone."""
+        """Bytes of the map alone."""
         return map_bytes(weights)
 
     def choose(self, sites: Sequence[ObservedSite], config: Config) -> Fit[list[Choice]]:
-        """Two runs: surrogates, and the regression."""
+        """Chooses the kept neurons and fits the map in two runs: surrogates, then the regression."""
         neurons = yield measured(SurrogateSums, sites)
         kept = {s.fingerprint: _kept(s.weights, neurons[s.fingerprint].output_error, config.budget) for s in sites}
         if config.budget == 1:
@@ -66,18 +66,18 @@ class HotFold(StaticRewrite):
         return found
 
     def layout(self, plan: SitePlan, weights: SiteWeights) -> Layout:
-        """The kept neurons and, unless these are all, the map."""
+        """The kept neurons and, unless all are kept, the map."""
         hidden = len(weights.up)
         kept = setting(plan, "kept", range(hidden + 1))
         affine = map_layout(weights) if kept < hidden or "folded_weight" in plan.tensors else {}
         return {"kept": indices(kept, hidden)} | affine
 
     def matrices(self, plan: SitePlan) -> dict[str, float]:
-        """The kept neurons' and the map."""
+        """Matrices of the kept neurons, and the map."""
         return dict.fromkeys([*matrices_of(plan), *(name for name in plan.tensors if name == "folded_weight")], 1.0)
 
     def constants(self, plan: SitePlan, weights: SiteWeights) -> dict[str, Tensor]:
-        """Kept neurons ``up`` [k, d], ``down`` [d_out, k], ...; the others' ``folded_weight`` and ``folded_bias``."""
+        """Kept neurons ``up`` [k, d], ``down`` [d_out, k], ...; ``folded_weight`` and ``folded_bias`` of the others."""
         device = weights.up.device
         kept = narrowed(weights, plan.tensors["kept"].long().to(device))
         if "folded_weight" not in plan.tensors:
@@ -86,7 +86,7 @@ class HotFold(StaticRewrite):
         return matrices(kept) | biases(replace(kept, down_bias=None)) | affine
 
     def forward(self, x: Tensor, constants: Mapping[str, Tensor], plan: SitePlan) -> Tensor:
-        """A narrow FFN and a linear layer."""
+        """Adds a narrow FFN and a linear layer."""
         exact = dense(x, constants, str(plan.activation))
         if "folded_weight" not in constants:
             return exact
@@ -99,7 +99,7 @@ def map_bytes(weights: SiteWeights) -> int:
 
 
 def map_layout(weights: SiteWeights) -> Layout:
-    """What :func:`folded` makes."""
+    """Layout of the tensors of :func:`folded`."""
     dtype, d_out = weights.up.dtype, len(weights.down)
     return {
         "folded_weight": Expected(dtype, (d_out, weights.up.shape[1])),
@@ -108,13 +108,13 @@ def map_layout(weights: SiteWeights) -> Layout:
 
 
 def folded(weight: Tensor, bias: Tensor, weights: SiteWeights) -> dict[str, Tensor]:
-    """An affine map, [d, d_out] and [d_out], as a plan's tensors in the model's dtype."""
+    """Tensors of a plan for an affine map, [d, d_out] and [d_out], in the model's dtype."""
     dtype = weights.up.dtype
     return {"folded_weight": weight.T.to(dtype).contiguous(), "folded_bias": bias.to(dtype)}
 
 
 def _kept(weights: SiteWeights, missed: Tensor, budget: float) -> Tensor:
-    """Numbers of the neurons that stay exact, ascending."""
+    """Indices of the neurons that stay exact, ascending."""
     allowed = len(missed) if budget == 1 else int((budget * weights.bytes - map_bytes(weights)) / _row_bytes(weights))
     return missed.topk(min(allowed, len(missed))).indices.sort().values
 

@@ -1,15 +1,15 @@
-"""Weight-only integers for the dense matrices of an FFN, or for those that another rewrite leaves.
+"""Weight-only integer quantisation of the dense matrices of an FFN, or of those that another rewrite leaves.
 
-1. 8 bits: symmetric codes with a scale for every row, rounded to nearest, as torchao's ``Int8WeightOnlyConfig`` has it.
+1. 8 bits: symmetric codes with a scale for every row, rounded to nearest, as in torchao's ``Int8WeightOnlyConfig``.
    A linear layer becomes ``F.linear(x, codes) * scale``, which Inductor compiles, in bfloat16 and for x of
-   [batch, length, d], to one product of numbers and codes (``aten._weight_int8pack_mm``) without a dense copy. In
+   [batch, length, d], to one product with codes (``aten._weight_int8pack_mm``) without a dense copy. In
    float16, where products with codes overflow, the matrix is scaled instead.
-2. 4 bits: asymmetric codes in groups of 64 columns, as :mod:`tardis_fx.passes.rtn` has them. A dense matrix is made
-   of them at every call: no speed-up.
-3. Behind another rewrite its matrices are quantised (:meth:`tardis_fx.passes.base.Rewrite.matrices`), where that
-   saves bytes, and the sites that it leaves as they are, too. Zeros stay zeros. The budget is the other rewrite's:
-   what the integers save is not spent again.
-4. The codes are made of the other constants when these are made: a plan holds nothing more.
+2. 4 bits: asymmetric codes in groups of 64 columns, as in :mod:`tardis_fx.passes.rtn`. They are expanded to a dense
+   matrix at every call: no speed-up.
+3. After another rewrite, its matrices (:meth:`tardis_fx.passes.base.Rewrite.matrices`) are quantised if that saves
+   bytes, and so are the sites that it keeps. Zeros stay zeros. The budget is that of the other rewrite; the bytes that
+   the integers save are not spent again.
+4. The codes are computed from the other rewrite's constants, so the plan needs no further tensors.
 """
 
 from __future__ import annotations
@@ -41,41 +41,41 @@ if TYPE_CHECKING:
 
 
 class Int8Ffn(Rewrite):
-    """The rules of the module's docstring, in 8 bits."""
+    """Quantises the matrices of an FFN or of another rewrite to 8 bits."""
 
     name: ClassVar[str] = "int8_ffn"
 
     def __init__(self, inner: Rewrite | None = None) -> None:
-        """Quantises what a rewrite leaves; None for the FFN as it is."""
+        """Wraps the rewrite whose matrices are quantised; None for the original FFN."""
         self._alone, self.inner = inner is None, inner or Original()
         self.compares_sites = self.inner.compares_sites
 
     @property
     def method(self) -> str:
-        """Its name behind the other's."""
+        """Its own name, after that of the other rewrite and ``+``."""
         return self.name if self._alone else f"{self.inner.method}+{self.name}"
 
-    def after(self, previous: Rewrite) -> Rewrite:
-        """Around another rewrite.
+    def applied_after(self, previous: Rewrite) -> Rewrite:
+        """Wraps the previous rewrite.
 
         Raises:
-            ConfigError: that has no dense matrices.
+            ConfigError: the previous rewrite leaves no dense matrices.
         """
         if not previous.leaves_matrices:
             raise ConfigError(f"{previous.method} leaves no dense matrix that {self.name} could quantise")
         return type(self)(previous)
 
     def refuse(self, site: Site) -> str | None:
-        """What the other one refuses."""
+        """Why the other rewrite refuses a site, or None."""
         return self.inner.refuse(site)
 
     def fit(self, sites: Sequence[ObservedSite], config: Config) -> Fit[list[Planned]]:
         """Fits the other rewrite, then measures the error of both together.
 
         Raises:
-            CalibrationError: an output is not finite; alone, where the integers are more than the budget, or err more
-                than the target.
-            ConfigError: the other rewrite has quantised whatever it has.
+            CalibrationError: an output is not finite; without another rewrite, the integers exceed the budget, or their
+                error exceeds the target.
+            ConfigError: the other rewrite has already quantised all its matrices.
         """
         if self._alone:
             plans = yield from with_errors(self, sites, [self._around(site, _whole(site)) for site in sites], config)
@@ -113,7 +113,7 @@ class Int8Ffn(Rewrite):
                 )
 
     def _around(self, site: ObservedSite, inner: SitePlan) -> SitePlan:
-        """The entry that quantises what another entry leaves."""
+        """The entry that quantises the matrices of another entry."""
         constants, touched, chosen = self.inner.constants(inner, site.weights), inner.touched_bytes, {}
         for name, share in self.inner.matrices(inner).items():
             matrix, form = constants[name], self.quantise(constants[name])
@@ -128,15 +128,15 @@ class Int8Ffn(Rewrite):
         return replace(plan, stored_bytes=stored_bytes(site, self.constants(plan, site.weights)))
 
     def quantise(self, matrix: Tensor) -> Int8 | Coded:
-        """A matrix, [out, in], in integers."""
+        """Quantises a matrix, [out, in], to integers."""
         return Int8.from_matrix(matrix)
 
     def opened(self, name: str, constants: Mapping[str, Tensor], columns: int, dtype: torch.dtype) -> Int8 | Coded:
-        """What :meth:`quantise` made of a matrix, from the constants."""
+        """Reads a matrix from :meth:`quantise` out of the constants."""
         return Int8.from_tensors(constants, name, dtype)
 
     def validate(self, plan: SitePlan, weights: SiteWeights) -> None:
-        """The other one checks its part; then the matrices must be there, with so many columns."""
+        """Lets the other rewrite check its part, then checks the names and columns of the matrices."""
         if plan.settings.keys() != {"inner", "matrices"}:
             raise ValueError(f"it has the settings {', '.join(plan.settings)}, not inner and matrices")
         inner, chosen = self._inner(plan), plan.settings["matrices"]
@@ -147,40 +147,40 @@ class Int8Ffn(Rewrite):
                 raise ValueError(f"it has no matrix {name[:80]} of {columns!r:.80} columns")
 
     def constants(self, plan: SitePlan, weights: SiteWeights) -> dict[str, Tensor]:
-        """The other rewrite's, but each matrix in parts: ``<name>_codes``, ``<name>_scale``."""
+        """Constants of the other rewrite, with each matrix replaced by ``<name>_codes`` and ``<name>_scale``."""
         found = self.inner.constants(self._inner(plan), weights)
         for name in plan.settings["matrices"]:
             found |= self.quantise(found.pop(name)).tensors(name)
         return found
 
     def forward(self, x: Tensor, constants: Mapping[str, Tensor], plan: SitePlan) -> Tensor:
-        """The other rewrite's, its linear layers replaced."""
-        given: dict[str, Any] = dict(constants)
+        """Runs the other rewrite with quantised matrices."""
+        decoded: dict[str, Any] = dict(constants)
         dtype = getattr(torch, plan.dtype.removeprefix("torch."))
         for name, columns in plan.settings["matrices"].items():
-            given[name] = self.opened(name, constants, columns, dtype)
-        return self.inner.forward(x, given, self._inner(plan))
+            decoded[name] = self.opened(name, constants, columns, dtype)
+        return self.inner.forward(x, decoded, self._inner(plan))
 
     def _inner(self, plan: SitePlan) -> SitePlan:
         return replace(plan, method=self.inner.method, settings=plan.settings["inner"])
 
 
 class Int4Ffn(Int8Ffn):
-    """The same in 4 bits."""
+    """Quantises the matrices of an FFN or of another rewrite to 4 bits."""
 
     name: ClassVar[str] = "int4_ffn"
 
     def quantise(self, matrix: Tensor) -> Coded:
-        """A matrix, [out, in], in codes of 4 bits, to nearest."""
+        """Quantises a matrix, [out, in], to 4-bit codes, rounded to nearest."""
         return Coded.from_matrix(matrix, None, 4, BLOCK)
 
     def opened(self, name: str, constants: Mapping[str, Tensor], columns: int, dtype: torch.dtype) -> Coded:
-        """What :meth:`quantise` made of a matrix, from the constants."""
+        """Reads a matrix from :meth:`quantise` out of the constants."""
         return Coded.from_tensors(constants, name, 4, columns, dtype)
 
 
 def _whole(site: ObservedSite) -> SitePlan:
-    return SitePlan.of(site.site, site.parameters, method=Original.name, touched_bytes=float(site.weights.bytes))
+    return SitePlan.from_site(site.site, site.parameters, method=Original.name, touched_bytes=float(site.weights.bytes))
 
 
 def _check_finite(plans: Sequence[Planned]) -> None:

@@ -1,7 +1,7 @@
-"""What the tensors of a plan's entry must be, as each rewrite declares it, and how they are held against it.
+"""Layouts: each rewrite declares the tensors of its entries, and they are checked against it.
 
-Kernels and ``index_select`` on a GPU read wherever an index points, and NaN spreads through a model without a word. So
-names, dtypes, shapes, indices and scales of an entry are compared with what its rewrite expects, before any is used.
+Kernels and ``index_select`` on a GPU do not check indices, and NaN spreads silently through a model. So names, dtypes,
+shapes, indices and scales of an entry are compared with the layout of its rewrite before they are used.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Expected:
-    """A tensor of an entry.
+    """The expected properties of one tensor of an entry.
 
     Attributes:
         dtype: of the tensor.
         shape: of the tensor.
-        below: the values are different whole numbers from 0 up to this one, or None.
+        below: the values are distinct integers from 0 to less than this one; None for no check.
         unbounded: whether infinities are allowed; NaN never is.
-        row: of rows of codes with their scales (:func:`tardis_fx.runtime.packing.join`), bits and columns, or None.
+        row: bits and columns of rows of codes with their scales (:func:`tardis_fx.runtime.packing.join`), or None.
     """
 
     dtype: torch.dtype
@@ -40,17 +40,17 @@ class Expected:
     row: tuple[int, int] | None = None
 
 
-#: The tensors of an entry by name.
+#: The expected tensors of an entry, by name.
 Layout = dict[str, Expected]
 
 
 def indices(count: int, below: int) -> Expected:
-    """Different numbers of neurons, [count], int32."""
+    """Distinct indices of neurons, [count], int32."""
     return Expected(torch.int32, (count,), below)
 
 
 def codes(prefix: str, rows: tuple[int, ...], columns: int, bits: int, group_size: int) -> Layout:
-    """Codes, scales and zero points of a matrix of [*rows, columns], in tensors of their own."""
+    """Codes, scales and zero points of a matrix [*rows, columns], as separate tensors."""
     groups = group_count(columns, group_size)
     return {
         f"{prefix}codes": Expected(torch.uint8, (*rows, packed_bytes(columns, bits))),
@@ -60,20 +60,20 @@ def codes(prefix: str, rows: tuple[int, ...], columns: int, bits: int, group_siz
 
 
 def coded_rows(rows: int, columns: int, bits: int, group_size: int) -> Expected:
-    """Rows of :func:`tardis_fx.runtime.packing.join`."""
+    """Rows of codes with scales, from :func:`tardis_fx.runtime.packing.join`."""
     return Expected(torch.uint8, (rows, row_bytes(columns, bits, group_size)), row=(bits, columns))
 
 
 def like(tensors: Mapping[str, Tensor]) -> Layout:
-    """Tensors of the dtypes and shapes of others."""
+    """Layout with the dtypes and shapes of the given tensors."""
     return {name: Expected(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
 
 
 def setting(plan: SitePlan, name: str, allowed: Collection[Any]) -> Any:
-    """One of an entry's settings.
+    """Reads and checks one of an entry's settings.
 
     Raises:
-        ValueError: it is missing, or not among the allowed values, or of another type.
+        ValueError: it is missing, not among the allowed values, or of another type.
     """
     value = plan.settings.get(name)
     if not (value in allowed and type(value) in map(type, allowed)):  # True == 1 == 1.0
@@ -83,10 +83,10 @@ def setting(plan: SitePlan, name: str, allowed: Collection[Any]) -> Any:
 
 
 def check(tensors: Mapping[str, Tensor], layout: Layout) -> None:
-    """Compares tensors with what they must be.
+    """Checks tensors against a layout.
 
     Raises:
-        ValueError: they are others.
+        ValueError: they do not match.
     """
     if wrong := sorted(tensors.keys() ^ layout.keys()):
         raise ValueError(f"tensors are missing or not known: {', '.join(wrong)[:200]}")

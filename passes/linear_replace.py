@@ -1,8 +1,8 @@
-"""Whole FFNs by their best affine map, where one explains them well (arXiv 2606.19379; ReplaceMe, arXiv 2505.02819).
+"""Replaces whole FFNs by their best affine map if it fits well (arXiv 2606.19379; ReplaceMe, arXiv 2505.02819).
 
 1. The map is the ridge regression of the FFN's output on its input, in closed form from sums over the tokens.
-2. The sites of the highest R² on held-back tokens are replaced first, until the model's bytes are within the budget.
-   The budget stands in for a threshold on R².
+2. The sites with the highest R² on held-back tokens are replaced first, until the model's bytes are within the budget.
+   The budget takes the place of a threshold on R².
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ if TYPE_CHECKING:
 
 
 class LinearReplace(WholeSites):
-    """The rules of the module's docstring."""
+    """Replaces whole FFNs by their best affine map."""
 
     name: ClassVar[str] = "linear_replace"
     leaves_matrices = True
 
     def floor(self, weights: SiteWeights) -> int:
-        """The map."""
+        """Bytes of the affine map."""
         return map_bytes(weights)
 
     def layout(self, plan: SitePlan, weights: SiteWeights) -> Layout:
-        """The map."""
+        """Weight and bias of the affine map."""
         return map_layout(weights)
 
     def matrices(self, plan: SitePlan) -> dict[str, float]:
-        """The map."""
+        """Weight of the affine map, read whole."""
         return {"folded_weight": 1.0}
 
     def replaced(self, output: Residual, weights: SiteWeights) -> tuple[float, str, dict[str, Tensor]]:
-        """Lost is the variance that the map does not explain."""
+        """The loss is the variance that the map does not explain."""
         fitted = output.solve()
         explained = output.explained(fitted.weight, fitted.bias)
         words = f"R² of its best affine map {explained:.3f}"

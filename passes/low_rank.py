@@ -1,9 +1,9 @@
-"""All matrices by products of two thin ones, whose outputs on the calibration tokens are nearest.
+"""Replaces all matrices by products of two thin ones that minimise the output error on the calibration tokens.
 
-1. With ``L Lᵀ`` the Gram matrix of what W multiplies, the best rank r in ``‖X Wᵀ - X (A B)ᵀ‖`` is the truncated SVD of
+1. With ``L Lᵀ`` the Gram matrix of W's operand, the best rank r in ``‖X Wᵀ - X (A B)ᵀ‖`` is the truncated SVD of
    ``W L = U S Vᵀ``: ``A = U_r S_r``, ``B = V_rᵀ L⁻¹`` (truncation-aware whitening, SVD-LLM, arXiv 2403.07378).
 2. All matrices get the same share of their full rank, the largest that the budget allows.
-3. A budget of all bytes keeps the matrices as they are: in factors, full rank costs more than they do.
+3. A budget of all bytes keeps the matrices unchanged, because factors of full rank would be larger.
 """
 
 from __future__ import annotations
@@ -29,31 +29,31 @@ if TYPE_CHECKING:
 
 
 class LowRank(Represented):
-    """The rules of the module's docstring."""
+    """Replaces all matrices by products of two thin ones."""
 
     name: ClassVar[str] = "low_rank"
     leaves_matrices = True
     operands: ClassVar[type[ByMatrix] | None] = Grams
 
     def floor(self, weights: SiteWeights) -> int:
-        """All of rank 1."""
+        """Bytes with rank 1 for all matrices."""
         return _bytes(weights, [1] * len(matrices(weights)))
 
     def settings(self, weights: SiteWeights, budget: float) -> dict[str, Any]:
-        """The rank of every matrix, or that they stay as they are."""
+        """The rank of every matrix, or None if they stay unchanged."""
         return {"ranks": None if budget == 1 else _ranks(weights, budget)}
 
     def bytes(self, weights: SiteWeights, settings: Mapping[str, Any]) -> int:
-        """The factors."""
+        """Bytes of the factors."""
         return weights.bytes if settings["ranks"] is None else _bytes(weights, settings["ranks"])
 
     def fitted(self, index: int, weight: Tensor, operand: Any, settings: Mapping[str, Any]) -> Form | None:
-        """Two factors."""
+        """Factors a matrix, or returns None if it stays unchanged."""
         ranks = settings["ranks"]
         return None if ranks is None else Factored.from_matrix(weight, ranks[index], operand)
 
     def layout(self, plan: SitePlan, weights: SiteWeights) -> Layout:
-        """The factors, of the ranks that the settings name, or none."""
+        """The factors with the ranks in the settings, or no tensors."""
         ranks, own = plan.settings["ranks"], matrices(weights)
         if ranks is None:
             return {}
@@ -74,12 +74,12 @@ class LowRank(Represented):
         return found if plan.settings["ranks"] else found | matrices(weights)
 
     def opened(self, name: str, constants: Mapping[str, Tensor], plan: SitePlan) -> Form:
-        """Two thin linear layers, or one."""
+        """The factored or unchanged matrix."""
         return (Dense if plan.settings["ranks"] is None else Factored).from_tensors(constants, name)
 
 
 def _ranks(weights: SiteWeights, budget: float) -> list[int]:
-    """The largest ranks within a budget that are the same share of full rank, in the order of the matrices."""
+    """The largest ranks within a budget, the same share of full rank for all, in the order of the matrices."""
     full = [min(w.shape) for w in matrices(weights).values()]
     for step in range(max(full), 0, -1):
         ranks = [max(1, f * step // max(full)) for f in full]

@@ -1,6 +1,6 @@
 """Magnitude pruning: the smallest weights of a matrix become zero. Quality baseline, no speed-up.
 
-``score = |W|``, over the whole matrix; ``magnitude_2_4`` keeps two of each four neighbours of a row.
+``score = |W|``, over the whole matrix; ``magnitude_2_4`` keeps two of each four neighbours in a row.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ if TYPE_CHECKING:
 
 
 class Magnitude(Scored):
-    """The rule of the module's docstring."""
+    """Prunes the weights with the smallest magnitudes of each matrix."""
 
     name: ClassVar[str] = "magnitude"
 
     def score(self, weight: Tensor, norms: Tensor) -> Tensor:
-        """``|W|``."""
+        """Magnitude of each weight, ``|W|``."""
         return weight.abs()
 
 
 class Magnitude24(Magnitude):
-    """Two of four."""
+    """Magnitude pruning that keeps two of each four neighbours."""
 
     name: ClassVar[str] = "magnitude_2_4"
     two_of_four: ClassVar[bool] = True

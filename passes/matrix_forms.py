@@ -1,4 +1,4 @@
-"""Forms of a matrix, [rows, columns]: what a plan holds of it, and the linear layer."""
+"""Forms of a matrix, [rows, columns]: the tensors that a plan stores, and the linear layer."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Form(Matrix):
-    """A matrix, [rows, columns]; its first fields are its tensors, in the order of :attr:`endings`."""
+    """Base class of forms; the first fields are the tensors, in the order of :attr:`endings`."""
 
-    #: What the names of the tensors end in, behind the name of the matrix.
+    #: Suffixes of the tensors' names, after the name of the matrix.
     endings: ClassVar[tuple[str, ...]] = ("",)
 
     def tensors(self, name: str) -> dict[str, Tensor]:
-        """The tensors of a matrix of this name."""
+        """The tensors of the matrix, named after ``name``."""
         return dict(zip(self._names(name), (getattr(self, f.name) for f in fields(self)), strict=False))
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], name: str, *rest: Any) -> Self:
-        """The matrix of this name among tensors; all that is no tensor follows."""
+        """Reads the matrix of this name from tensors; other fields follow as ``rest``."""
         return cls(*(tensors[each] for each in cls._names(name)), *rest)
 
     @classmethod
@@ -45,18 +45,18 @@ class Form(Matrix):
 
 @dataclass(frozen=True, eq=False)
 class Dense(Form):
-    """As it is."""
+    """A dense matrix, unchanged."""
 
     weight: Tensor
 
     def apply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """The linear layer."""
+        """Applies the matrix as a linear layer."""
         return multiply(x, self.weight, bias)
 
 
 @dataclass(frozen=True, eq=False)
 class Coded(Form):
-    """In a few bits, as :mod:`tardis_fx.quantisation` lays them out.
+    """A matrix in a few bits, in the layout of :mod:`tardis_fx.quantisation`.
 
     Attributes:
         codes: [rows, packed columns], uint8.
@@ -78,17 +78,17 @@ class Coded(Form):
 
     @classmethod
     def from_matrix(cls, weight: Tensor, gram: Tensor | None, bits: int, group_size: int) -> Self:
-        """By GPTQ, or to nearest where there is no Gram matrix of what the matrix multiplies, [columns, columns]."""
+        """Quantises by GPTQ with the operand's Gram matrix, [columns, columns], or to nearest without one."""
         found = quantise(weight.float(), gram, bits, group_size)
         return cls(found.codes, found.scale, found.zero, bits, found.columns, weight.dtype)
 
     @staticmethod
     def layout(name: str, shape: Sequence[int], bits: int, group_size: int) -> Layout:
-        """What a plan holds."""
+        """Tensors that a plan holds for the matrix."""
         return coded_layout(f"{name}_", tuple(shape[:1]), shape[1], bits, group_size)
 
     def apply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """The linear layer, of a matrix that is made at every call."""
+        """Dequantises the matrix and applies it as a linear layer."""
         weight = torch.ops.tardis.dequantise(self.codes, self.scale, self.zero, self.bits, self.columns, self.dtype)
         return F.linear(x, weight, bias)
 
@@ -111,13 +111,13 @@ class Int8(Form):
 
     @classmethod
     def from_matrix(cls, weight: Tensor) -> Self:
-        """Rounds to nearest."""
+        """Quantises a matrix by rounding to nearest."""
         scale = (weight.float().abs().amax(1) / 127).to(weight.dtype)
         codes = (weight.float() / scale.float()[:, None]).nan_to_num(0).round().clamp(-127, 127)  # 0 / 0 of empty rows
         return cls(codes.to(torch.int8), scale, weight.dtype)
 
     def apply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """The linear layer; in float16, where products with codes overflow, of the scaled matrix."""
+        """Applies the matrix as a linear layer; scales it first in float16, where products with codes overflow."""
         if self.dtype == torch.float16:
             return F.linear(x, self.codes.to(self.dtype) * self.scale[:, None], bias)
         product = F.linear(x, self.codes.to(self.dtype)) * self.scale
@@ -140,27 +140,27 @@ class Factored(Form):
 
     @classmethod
     def from_matrix(cls, weight: Tensor, rank: int, gram: Tensor | None = None) -> Self:
-        """See :func:`truncated`."""
+        """Factors a matrix by :func:`truncated`."""
         a, b = truncated(weight.double().cpu(), rank, gram)
         return cls(a.to(weight.dtype), b.to(weight.dtype))
 
     @staticmethod
     def layout(name: str, shape: Sequence[int], rank: int, dtype: torch.dtype) -> Layout:
-        """What a plan holds."""
+        """Tensors that a plan holds for the matrix."""
         return {f"{name}_a": Expected(dtype, (shape[0], rank)), f"{name}_b": Expected(dtype, (rank, shape[1]))}
 
     def apply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Two thin linear layers."""
+        """Applies two thin linear layers."""
         return multiply(multiply(x, self.b), self.a, bias)
 
 
 @dataclass(frozen=True, eq=False)
 class Masked(Form):
-    """Some weights of a matrix.
+    """A pruned matrix: the original and a mask of the kept weights.
 
     Attributes:
-        kept: which, a bit each, [rows, packed columns], uint8.
-        whole: the matrix with all of them.
+        kept: mask with one bit per weight, [rows, packed columns], uint8.
+        whole: the original matrix.
     """
 
     kept: Tensor
@@ -168,32 +168,32 @@ class Masked(Form):
 
     @classmethod
     def from_matrix(cls, weight: Tensor, kept: Tensor) -> Self:
-        """Keeps where a mask, [rows, columns], bool, says so."""
+        """Prunes a matrix by a mask of kept weights, [rows, columns], bool."""
         return cls(pack(kept.byte(), 1), weight)
 
     @staticmethod
     def layout(name: str, shape: Sequence[int]) -> Layout:
-        """What a plan holds."""
+        """Tensors that a plan holds for the matrix."""
         return {name: Expected(torch.uint8, (shape[0], packed_bytes(shape[1], 1)))}
 
     @property
     def weight(self) -> Tensor:
-        """The matrix with zeros in it."""
+        """The pruned matrix, with zeros."""
         mask = unpack(self.kept, 1, self.whole.shape[1]).bool()
         return torch.where(mask.to(self.whole.device), self.whole, 0).contiguous()
 
     def apply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """The linear layer with zeros in its matrix."""
+        """Applies the pruned matrix as a linear layer."""
         return F.linear(x, self.weight, bias)
 
 
 def truncated(weight: Tensor, rank: int, gram: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Factors [rows, rank] and [rank, columns], the singular values split evenly between them.
+    """Low-rank factors [rows, rank] and [rank, columns], with the singular values split evenly between them.
 
     Args:
         weight: [rows, columns], float64.
         rank: of the product.
-        gram: [columns, columns] of what the matrix multiplies; None looks at the weights alone.
+        gram: [columns, columns], of the matrix's operand; None minimises the error of the weights.
     """
     lower = None if gram is None else factor(gram)
     u, s, vt = torch.linalg.svd(weight if lower is None else weight @ lower, full_matrices=False)

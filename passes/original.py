@@ -1,4 +1,4 @@
-"""The FFN as it is: what other rewrites are put around. Registered nowhere, for by itself it does nothing."""
+"""The original FFN, which other rewrites wrap. It is not registered, because it changes nothing by itself."""
 
 from __future__ import annotations
 
@@ -21,31 +21,31 @@ if TYPE_CHECKING:
 
 
 class Original(StaticRewrite):
-    """The rule of the module's docstring."""
+    """Leaves the FFN unchanged, for other rewrites to wrap."""
 
     name: ClassVar[str] = "original"
     leaves_matrices = True
 
     def floor(self, weights: SiteWeights) -> int:
-        """All bytes."""
+        """Bytes of all weights."""
         return weights.bytes
 
     def choose(self, sites: Sequence[ObservedSite], config: Config) -> list[Choice]:
-        """Nothing is chosen."""
+        """Keeps every site unchanged."""
         return [Choice(site.weights.bytes) for site in sites]
 
     def layout(self, plan: SitePlan, weights: SiteWeights) -> Layout:
-        """No tensors."""
+        """No tensors: the entry is empty."""
         return {}
 
     def matrices(self, plan: SitePlan) -> dict[str, float]:
-        """All, read whole."""
+        """All matrices, read whole."""
         return dict.fromkeys(matrices_of(plan), 1.0)
 
     def constants(self, plan: SitePlan, weights: SiteWeights) -> dict[str, Tensor]:
-        """The weights."""
+        """The original matrices and biases."""
         return matrices(weights) | biases(weights)
 
     def forward(self, x: Tensor, constants: Mapping[str, Tensor], plan: SitePlan) -> Tensor:
-        """The FFN."""
+        """Applies the original FFN."""
         return dense(x, constants, str(plan.activation))

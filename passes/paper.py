@@ -1,6 +1,7 @@
 """The plain TARDIS recipe (arXiv 2501.10054), for comparison.
 
-1. Of every neuron, the hot range is the narrowest interval that holds the same share of its estimates (section 5.1).
+1. The hot range of a neuron is the narrowest interval that holds a given share of its estimates, the same for all
+   neurons (section 5.1).
 2. Slope and intercept are least squares on the hot range; all neurons are folded and all are guarded.
 3. The fold is not regressed.
 """
@@ -25,25 +26,25 @@ if TYPE_CHECKING:
 
 
 class Paper(PartialLinear):
-    """The paper's recipe; see the module's docstring for its rules."""
+    """The TARDIS recipe of the paper, for plain FFNs."""
 
     name: ClassVar[str] = "paper"
     regressed: ClassVar[bool] = False
     widths: ClassVar[tuple[tuple[int, int], ...]] = ((16, 16),)
 
     def refuse(self, site: Site) -> str | None:
-        """Gated sites are refused, too."""
+        """Also refuses gated sites."""
         if site.kind == "gated":
             return "gated FFN: the paper's surrogate is a line in one pre-activation, and a gated neuron has two"
         return super().refuse(site)
 
     def floor(self, draft: Draft, widths: tuple[int, int]) -> int:
-        """The fold and a predictor for every neuron."""
+        """Bytes of the fold and of a predictor for every neuron."""
         costs = draft.costs(*widths)
         return costs.fold + costs.predictor * len(draft.neurons)
 
     def choose(self, sites: Sequence[PricedSite], allowed: float) -> list[tuple[PricedSite, Ranges]]:
-        """The same outlier rate at every neuron of the model."""
+        """Chooses hot ranges with the same outlier rate for every neuron of the model."""
         fixed = sum(site.costs.fold + site.costs.predictor * len(site.importance) for site in sites)
         rate = (allowed - fixed) / sum(site.costs.row * len(site.importance) for site in sites)
         if rate < 0:
@@ -54,7 +55,7 @@ class Paper(PartialLinear):
 
 
 def _frequent(site: PricedSite, rate: float) -> tuple[PricedSite, Ranges]:
-    """Narrowest hot ranges that leave out at most ``rate`` of each neuron's tokens."""
+    """Narrowest hot ranges that exclude at most ``rate`` of each neuron's tokens."""
     count = site.sums.count
     start, stop = _narrowest(count, (1 - rate) * count.sum(0))
     bins = torch.arange(len(count), dtype=torch.int64, device="cpu")[:, None]

@@ -1,18 +1,18 @@
 """Partial linearity: an affine map for the hot range of every neuron, exact terms for predicted outliers.
 
 1. ``down(act(up(x)))`` becomes ``x C + B``: on its hot range a neuron's activation is ``slope z + intercept``, and two
-   matrices with only that between them are one (TARDIS, arXiv 2501.10054, section 4).
-2. The predictor, W1 in a few bits, tells which guarded neurons leave their hot range for this token; their exact terms
-   are added from W1 and W2 (sections 5.2 and 5.3).
-3. Beyond the paper: neurons that earn no predictor row are always folded or always exact; hot ranges, classes and the
+   matrices with only an affine map between them fold into one (TARDIS, arXiv 2501.10054, section 4).
+2. The predictor, W1 in a few bits, determines which guarded neurons leave their hot range for this token; their exact
+   terms are added from W1 and W2 (sections 5.2 and 5.3).
+3. Beyond the paper: neurons not worth a predictor row are always folded or always exact; hot ranges, classes and the
    split over layers minimise the error at a given number of bytes (:mod:`tardis_fx.partial_linear.ranges`); C and B are
-   regressed on what is still missing (:mod:`tardis_fx.statistics.regression`); C and the rows that corrections read
-   may be quantised (:mod:`tardis_fx.partial_linear.draft`), and then the columns of W2 are regressed together with C
+   regressed on the residual (:mod:`tardis_fx.statistics.regression`); C and the rows that corrections read may be
+   quantised (:mod:`tardis_fx.partial_linear.draft`), and then the columns of W2 are regressed together with C
    (:mod:`tardis_fx.partial_linear.columns`).
-4. Gated sites take the same path, at the same price of a byte: the surrogate of ``act(g) u`` is a plane in ``g`` and
-   ``u``, and a neuron is corrected where product and plane of the estimates are farther apart than its threshold. That
-   score is measured from the plane that fits all tokens, known before the thresholds are; the fold has the plane that
-   fits those tokens which stay uncorrected.
+4. Gated sites are treated alike, at the same price per byte: the surrogate of ``act(g) u`` is a plane in ``g`` and
+   ``u``, and a neuron is corrected if the distance between product and plane of the estimates exceeds its threshold.
+   The score uses the plane fitted to all tokens, which is known before the thresholds; the fold uses the plane refitted
+   to uncorrected tokens.
 """
 
 from __future__ import annotations
@@ -60,19 +60,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class PartialLinearOptions:
-    """The knobs of partial linearity.
+    """Options of partial linearity.
 
     Attributes:
-        predictor_bits: 1 to 8 bits a weight in the predictor.
-        fold_bits: 3, 4 or 8 bits a weight in the folded matrix, 16 for the model's own dtype; None chooses site by
-            site, for the least error of all sites (``paper``: 16).
-        row_bits: 3, 4 or 8 bits a weight in the rows that corrections read, 16 for the original weights; None likewise.
+        predictor_bits: 1 to 8 bits per weight in the predictor.
+        fold_bits: 3, 4 or 8 bits per weight in the folded matrix, 16 for the model's own dtype; None chooses for each
+            site to minimise the total error (``paper``: 16).
+        row_bits: 3, 4 or 8 bits per weight in the rows that corrections read; 16: the original weights; None: as above.
         group_size: 32, 64 or 128 columns share a scale and a zero point in predictor, folded matrix and rows.
-        rounding: of these to codes: ``"gptq"``, by the calibration inputs, or ``"nearest"``, for comparison (rows of
-            ``down`` always are to nearest).
+        rounding: of these matrices: ``"gptq"``, by the calibration inputs, or ``"nearest"``, for comparison (rows of
+            ``down`` are always rounded to nearest).
 
     Raises:
-        ConfigError: a value is out of its range.
+        ConfigError: a value is out of range.
     """
 
     predictor_bits: int = 2
@@ -82,7 +82,6 @@ class PartialLinearOptions:
     rounding: Rounding = "gptq"
 
     def __post_init__(self) -> None:
-        """Validates every field."""
         one_of("predictor_bits", self.predictor_bits, tuple(range(1, 9)))
         one_of("fold_bits", self.fold_bits, (3, 4, 8, 16, None))
         one_of("row_bits", self.row_bits, (3, 4, 8, 16, None))
@@ -91,27 +90,27 @@ class PartialLinearOptions:
 
 
 class PartialLinear(Rewrite):
-    """The main rewrite; see the module's docstring for its rules."""
+    """The main rewrite: an affine fold with corrections of predicted outliers."""
 
     name: ClassVar[str] = "partial_linear"
     Options = PartialLinearOptions
     leaves_matrices = True
     heals = True
-    #: Whether the folded map is regressed on what fold and correction miss.
+    #: Whether the folded map is regressed on the residual of fold and correction.
     regressed: ClassVar[bool] = True
-    #: Bits of fold and rows that are tried where none are given.
+    #: Bits of fold and rows that are tried by default.
     widths: ClassVar[tuple[tuple[int, int], ...]] = ((3, 3), (4, 4), (8, 8), (16, 16))
 
     def refuse(self, site: Site) -> str | None:
-        """Sites without an activation are refused."""
+        """Refuses sites without an activation."""
         if site.affine is not None:
             return "no activation between its projections"
         return None
 
     def fit(self, sites: Sequence[ObservedSite], config: Config) -> Fit[list[Planned]]:
-        """Three runs: input moments, histograms of the guards' levels, residuals at every width.
+        """Fits in three runs: input moments, histograms of the guards' levels, residuals at every width.
 
-        The first two do not depend on the budget, and are done once for one observation.
+        The first two runs do not depend on the budget, and are made once for each observation.
         """
         options = self.options(config)
         quantisation = Quantisation(options.predictor_bits, options.group_size, options.rounding)
@@ -138,13 +137,13 @@ class PartialLinear(Rewrite):
         )
 
     def _fit_within(self, pairs: Sequence[tuple[Draft, Histogram]], config: Config) -> Fit[list[Planned]]:
-        """Fits all sites within the budget at every width, and takes of each site the fit that is best for all."""
+        """Fits all sites within the budget at every width, and chooses a fit for each site."""
         settled: list[list[Settled]] = []
         refusals: list[CalibrationError] = []
         for widths in self._widths(config):
             try:
                 settled.append(self._settled(pairs, widths, config))
-            except CalibrationError as error:  # out of this budget's reach
+            except CalibrationError as error:  # the budget is too small for these widths
                 refusals.append(error)
         if not settled:
             raise refusals[0]
@@ -168,7 +167,7 @@ class PartialLinear(Rewrite):
         return (yield from self._fit_in_order(chosen))
 
     def _fit_in_order(self, chosen: Sequence[Settled]) -> Fit[list[Planned]]:
-        """Fits one site after the other, each to what the rewritten ones before it give."""
+        """Fits the sites in order, each to the outputs of the rewritten sites before it."""
         plans: list[Planned] = []
         replaced: dict[str, Callable[[Tensor], Tensor]] = {}
         for settled in chosen:
@@ -182,7 +181,7 @@ class PartialLinear(Rewrite):
     def _settled(
         self, pairs: Sequence[tuple[Draft, Histogram]], widths: tuple[int, int], config: Config
     ) -> list[Settled]:
-        """Chooses ranges, classes and surrogates at some widths."""
+        """Chooses ranges, classes and surrogates at the given widths."""
         priced = [self.priced(draft, histogram, widths) for draft, histogram in pairs]
         allowed = [config.budget * draft.site.weights.bytes for draft, _ in pairs]
         if config.allocation == "joint":
@@ -195,29 +194,29 @@ class PartialLinear(Rewrite):
         ]
 
     def _widths(self, config: Config) -> list[tuple[int, int]]:
-        """Bits of fold and rows to be tried."""
+        """Bits of fold and rows to try."""
         options = self.options(config)
         return sorted({(options.fold_bits or fold, options.row_bits or rows) for fold, rows in self.widths})
 
     def for_matrices(self, config: Config) -> Config:
-        """With a dense fold, unless its bits are given."""
+        """The config with a dense fold, unless its bits are given."""
         return config if self.options(config).fold_bits else config.with_options(self.name, fold_bits=16)
 
     def floor(self, draft: Draft, widths: tuple[int, int]) -> int:
-        """Bytes that a site reads at the least."""
+        """Minimum bytes that a site reads per token."""
         return draft.costs(*widths).fold
 
     def priced(self, draft: Draft, histogram: Histogram, widths: tuple[int, int]) -> PricedSite:
-        """What a site's hot ranges are chosen from; an error counts as the norm of its column of down."""
+        """The priced site for choosing hot ranges; errors are weighted by the squared norms of the columns of down."""
         importance = draft.neurons.down.norm(dim=0).double() ** 2
         return PricedSite.from_sums(histogram.sums, draft.guard, importance, draft.costs(*widths))
 
     def choose(self, sites: Sequence[PricedSite], allowed: float) -> list[tuple[PricedSite, Ranges]]:
-        """Ranges of all sites within ``allowed`` bytes per token, and the sites with surrogates that fit them."""
+        """Chooses ranges of all sites within ``allowed`` bytes per token, and refits the surrogates to them."""
         return allocate(sites, allowed)
 
     def _fitted(self, observer: ResidualObserver) -> Fitted:
-        """With fitted columns of down, or with down's own where these miss less of the held-back tokens."""
+        """Fits with fitted or with original columns of down, whichever has less error on the held-back tokens."""
         settled = observer.settled
         fitted = self._folded(settled, observer)
         if not self.regressed or settled.row_bits == 16:
@@ -226,7 +225,7 @@ class PartialLinear(Rewrite):
         return min(fitted, other, key=lambda fit: fit.error)
 
     def _folded(self, settled: Settled, observer: ResidualObserver) -> Fitted:
-        """The plan of a settled site, with the fold regressed on what is still missing."""
+        """Makes the plan of a settled site, with the fold regressed on the residual."""
         site, residual, costs = settled.draft.site, observer.residual, settled.costs
         of_neurons, bias = settled.uncorrected.fold(settled.draft.neurons)
         of_columns = settled.column_change
@@ -238,8 +237,8 @@ class PartialLinear(Rewrite):
         tensors = settled.tensors | {"folded_weight": folded_weight, "folded_bias": folded_bias}
         change = torch.cat([(settled.load_fold(folded_weight) - of_neurons).T, of_columns])
         error = residual.error(change, folded_bias.double() - bias)
-        corrected = observer.outliers / max(1, observer.tokens)  # neurons a token, always exact ones included
-        plan = SitePlan.of(
+        corrected = observer.outliers / max(1, observer.tokens)  # neurons per token, always exact ones included
+        plan = SitePlan.from_site(
             site.site,
             site.parameters,
             method=self.name,
@@ -253,11 +252,11 @@ class PartialLinear(Rewrite):
         return Fitted(settled, plan, error**2 * residual.energy)
 
     def matrices(self, plan: SitePlan) -> dict[str, float]:
-        """The fold, where it is dense; rows are read by the correction alone."""
+        """The fold, if it is dense; only the correction reads rows."""
         return {"folded_weight": 1.0} if plan.settings["fold_bits"] == 16 else {}
 
     def layout(self, plan: SitePlan, weights: SiteWeights) -> Layout:
-        """The guard of the listed neurons, the rows that corrections read if these are codes, and the fold."""
+        """Tensors of the listed neurons, the coded rows that corrections read, and the fold."""
         (hidden, d), d_out, k = weights.up.shape, len(weights.down), len(weights.projections)
         bits, group_size = setting(plan, "bits", range(1, 9)), setting(plan, "group_size", GROUP_SIZES)
         fold_bits, row_bits = (setting(plan, name, (3, 4, 8, 16)) for name in ("fold_bits", "row_bits"))
@@ -280,14 +279,14 @@ class PartialLinear(Rewrite):
         return expected
 
     def constants(self, plan: SitePlan, weights: SiteWeights) -> dict[str, Tensor]:
-        """The fold, and what corrections read, as the device's kernels take it."""
+        """The fold and the operands of corrections, in the layout of the device's kernels."""
         device = weights.up.device
         prepare = cuda.prepare if device.type == "cuda" else cpu.prepare
         prepared = prepare(plan.tensors, weights.projections, weights.down.T, plan.settings["row_bits"])
         return prepared | {name: plan.tensors[name].to(device) for name in ("folded_weight", "folded_bias")}
 
     def forward(self, x: Tensor, constants: Mapping[str, Tensor], plan: SitePlan) -> Tensor:
-        """The folded map by whatever Inductor makes of a linear layer, then the corrections in one op.
+        """Applies the folded map as a linear layer for Inductor, then the corrections in one op.
 
         A quantised fold is part of the op.
         """
@@ -309,7 +308,7 @@ _CONSTANTS = ("columns", "counts", "neurons", "codes", "scale", "zero", "guard",
 def _residual_run(
     title: str, settled: Mapping[str, Sequence[Settled]], fit: Callable[[ResidualObserver], Fitted]
 ) -> Run:
-    """Observes what sites settled at some widths miss, by fingerprint, and fits each of them."""
+    """A run that observes the residuals of sites settled at several widths, by fingerprint, and fits each."""
 
     def finish(site: ObservedSite, seen: WidthResiduals) -> list[Fitted]:
         fits = []

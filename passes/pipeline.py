@@ -1,4 +1,4 @@
-"""Applies a plan to a graph: matches, rewrites every planned site, and says what became of each."""
+"""Applies a plan to a graph: matches, rewrites every planned site, and returns the outcome of each."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def decode_tokens(device: torch.device) -> int:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a site.
+    """The outcome of applying a plan at one site.
 
     Attributes:
         site: as matched.
@@ -65,19 +65,19 @@ class Outcome:
 
     @property
     def fits(self) -> bool:
-        """Whether the graph lets the site be rewritten."""
+        """Whether the graph allows the site to be rewritten."""
         return self.site.reason is None
 
 
 @dataclass(frozen=True)
 class Rewritten:
-    """The result of :func:`apply`.
+    """A rewritten graph with its guards and constants; the result of :func:`apply`.
 
     Attributes:
-        gm: the rewritten graph, or the one given where nothing was rewritten.
-        outcomes: one a site, in the order of the graph.
+        gm: the rewritten graph, or the original graph if nothing was rewritten.
+        outcomes: one for each site, in the order of the graph.
         guards: of the rewritten sites.
-        constants: of the example inputs' weights, to be passed behind the graph's other inputs.
+        constants: for the example inputs' weights, to be passed after the graph's other inputs.
     """
 
     gm: fx.GraphModule
@@ -92,26 +92,26 @@ class Rewritten:
 
 
 def apply(gm: fx.GraphModule, example_inputs: Sequence[Tensor], plan: Plan, prefill: Prefill) -> Rewritten:
-    """Rewrites the sites of a copy of a graph.
+    """Rewrites the planned sites in a copy of a graph.
 
-    Under ``prefill="original"`` a graph for steps of many tokens keeps its sites. Where the number of tokens is
-    symbolic, asking for it makes Dynamo compile the two cases apart.
+    Under ``prefill="original"`` a graph for steps of many tokens keeps its sites. If the number of tokens is symbolic,
+    comparing it makes Dynamo compile the two cases separately.
 
     Args:
         gm: a Dynamo graph module.
-        example_inputs: what it is about to be called with.
-        plan: what to do.
-        prefill: which steps are rewritten.
+        example_inputs: inputs of the next call.
+        plan: to apply.
+        prefill: selects the steps that are rewritten.
 
     Raises:
-        PlanMismatchError: a site would stay as it is, and its weights were released.
+        PlanMismatchError: a site would not be rewritten although its weights were released.
     """
     original, gm = gm, copy(gm)
     position = {node: i for i, node in enumerate(gm.graph.find_nodes(op="placeholder"))}
     found = [_promised(outcome, prefill) for outcome in outcomes(gm, example_inputs, plan)]
     guards: list[SiteGuard] = []
     constants: list[Tensor] = []
-    moved: dict[fx.Node, fx.Node] = {}  # outputs of sites, where one feeds the next
+    moved: dict[fx.Node, fx.Node] = {}  # outputs of sites that feed another site
     for outcome in found:
         site, entry = outcome.site, outcome.plan
         rewrite = rewrite_named(entry.method) if isinstance(entry, SitePlan) and not outcome.reason else None
@@ -136,7 +136,7 @@ def apply(gm: fx.GraphModule, example_inputs: Sequence[Tensor], plan: Plan, pref
 
 
 def _promised(outcome: Outcome, prefill: Prefill) -> Outcome:
-    """The outcome, with a reason where one graph is promised to serve steps of few and of many tokens."""
+    """The outcome, refused if one graph is promised to serve steps of both few and many tokens."""
     site, entry = outcome.site, outcome.plan
     if prefill != "original" or outcome.reason or not isinstance(entry, SitePlan) or rewrite_named(entry.method).exact:
         return outcome
@@ -149,7 +149,7 @@ def _promised(outcome: Outcome, prefill: Prefill) -> Outcome:
 
 
 def _stays(site: Site, rewrite: Rewrite, weights: Sequence[Tensor], prefill: Prefill) -> bool:
-    """Whether a step of so many tokens runs the original."""
+    """Whether a step with the site's number of tokens runs the original."""
     return not rewrite.exact and prefill == "original" and bool(_tokens(site) > decode_tokens(weights[0].device))
 
 
@@ -160,7 +160,7 @@ def _find(plan: Plan, site: Site, weights: Sequence[Tensor]) -> Planned | None:
     fold = _FOLD.unaided(site, weights)
     if fold is None and entry is not None:
         check_site(entry, site, weights)
-        check_entry(entry, SiteWeights.of(site, weights))
+        check_entry(entry, SiteWeights.from_site(site, weights))
         if entry.method == _FOLD.name:  # another graph showed bounds of the input that made it affine
             return entry.kept("its input has not the bounds in this graph that made it affine")
     return fold or entry
@@ -171,7 +171,7 @@ def _forward(rewrite: Rewrite, plan: SitePlan, x: Any, constants: Mapping[str, A
 
 
 def outcomes(gm: fx.GraphModule, example_inputs: Sequence[Tensor], plan: Plan) -> list[Outcome]:
-    """All sites of a graph with their entries in a plan; fused encoder layers of the graph are taken apart."""
+    """All sites of a graph with their entries in a plan; unfuses the graph's fused encoder layers."""
     unfuse(gm.graph)
     values = dict(zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True))
     found = []
@@ -188,7 +188,7 @@ def outcomes(gm: fx.GraphModule, example_inputs: Sequence[Tensor], plan: Plan) -
 
 
 def _entry(site: Site, values: list[Tensor], plan: Plan) -> tuple[Planned | None, str | None]:
-    """The plan's entry of a site, and why it is not to be rewritten, if so."""
+    """The plan's entry of a site, and the reason why it cannot be rewritten, or None."""
     if site.reason is not None:
         return plan.find(fingerprint(stored_tensors(values), site.function)), site.reason
     entry = _find(plan, site, values)
@@ -212,11 +212,11 @@ def _mismatch(values: list[Tensor], plan: Plan) -> str:
 
 
 def check(outcomes: Sequence[Outcome], plan: Plan, *, strict: bool, lenient: bool = False) -> list[Outcome]:
-    """The sites that should have been rewritten and were not; ``lenient``, weights may differ from the plan's.
+    """Returns the sites that should have been rewritten but were not; ``lenient`` allows weights unknown to the plan.
 
     Raises:
-        PlanMismatchError: the plan knows none of the graph's sites, or ``strict`` and a site was left out.
-        StaleWeightError: the plan knows a site by its name, but not its weights.
+        PlanMismatchError: the plan has no entry for any of the graph's sites, or ``strict`` and a site was skipped.
+        StaleWeightError: the plan has a site of this name, but with other weights.
     """
     unplanned = [o for o in outcomes if o.plan is None and o.fits]
     left = [o for o in outcomes if o.reason]

@@ -1,6 +1,6 @@
-"""Base class of rewrites that put every matrix of an FFN in another form, and leave all else as it is.
+"""Base class of rewrites that only change the form of an FFN's matrices.
 
-Such a rewrite says what a budget buys, what that costs, and how it fits and opens the form of one matrix.
+A subclass defines the settings for a budget, their bytes, and how to fit and read the form of one matrix.
 """
 
 from __future__ import annotations
@@ -26,33 +26,33 @@ if TYPE_CHECKING:
 
 
 class Represented(StaticRewrite):
-    """A rewrite of every matrix by itself; see the module's docstring."""
+    """Base class of rewrites that change the form of each matrix separately."""
 
-    #: What is measured of that which the matrices multiply, or None.
+    #: Observer of the matrices' operands, or None.
     operands: ClassVar[type[ByMatrix] | None] = None
 
     @abstractmethod
     def settings(self, weights: SiteWeights, budget: float) -> dict[str, Any]:
-        """What the plan says of the forms of all matrices: the best within a budget."""
+        """Settings of the plan for the best forms of all matrices within a budget."""
 
     @abstractmethod
     def bytes(self, weights: SiteWeights, settings: Mapping[str, Any]) -> int:
-        """Bytes that a token reads, biases included."""
+        """Bytes read per token, including biases."""
 
     @abstractmethod
     def fitted(self, index: int, weight: Tensor, operand: Any, settings: Mapping[str, Any]) -> Form | None:
-        """The form of a matrix, or None where it stays as it is.
+        """Fits the form of a matrix; None leaves it unchanged.
 
         Args:
             index: of the matrix, in the order of :func:`tardis_fx.graph.feed_forward.matrices`.
             weight: [rows, columns].
-            operand: what :attr:`operands` measured of that which it multiplies.
+            operand: statistic of the matrix's operand, measured by :attr:`operands`.
             settings: of the site.
         """
 
     @abstractmethod
     def opened(self, name: str, constants: Mapping[str, Tensor], plan: SitePlan) -> Form:
-        """The form of a matrix, from the constants."""
+        """Reads the form of a matrix from the constants."""
 
     def choose(self, sites: Sequence[ObservedSite], config: Config) -> Fit[list[Choice]]:
         """Fits every matrix of every site."""
@@ -63,16 +63,16 @@ class Represented(StaticRewrite):
         settings = self.settings(weights, budget)
         tensors: dict[str, Tensor] = {}
         for index, (name, weight) in enumerate(matrices(weights).items()):
-            form = self.fitted(index, weight, None if operands is None else operands.of(name), settings)
+            form = self.fitted(index, weight, None if operands is None else operands.for_matrix(name), settings)
             tensors |= {} if form is None else form.tensors(name)
         return Choice(self.bytes(weights, settings), tensors, settings)
 
     def constants(self, plan: SitePlan, weights: SiteWeights) -> dict[str, Tensor]:
-        """The plan's tensors, and the biases."""
+        """The plan's tensors and the original biases."""
         return {name: tensor.to(weights.up.device) for name, tensor in plan.tensors.items()} | biases(weights)
 
     def forward(self, x: Tensor, constants: Mapping[str, Tensor], plan: SitePlan) -> Tensor:
-        """The FFN as it was, with other forms of its matrices."""
+        """Applies the FFN with the new forms of its matrices."""
 
         def project(x: Tensor, name: str) -> Tensor:
             return self.opened(name, constants, plan).apply(x, constants.get(BIASES[name]))

@@ -1,10 +1,10 @@
-"""RIA (Zhang et al., "Plug-and-Play", ICLR 2024): pruned by relative importance and activations.
+"""RIA (Zhang et al., "Plug-and-Play", ICLR 2024): prunes by relative importance and activations.
 
 Quality baseline, no speed-up.
 
     score[i, j] = (|W[i, j]| / Σ_k |W[i, k]| + |W[i, j]| / Σ_k |W[k, j]|) ‖x_j‖₂^½
 
-compared over the whole matrix; ``ria_2_4`` keeps two of each four neighbours of a row. The paper's permutation of
+compared over the whole matrix; ``ria_2_4`` keeps two of each four neighbours in a row. The paper's permutation of
 channels before 2:4 pruning is left out.
 """
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Ria(Scored):
-    """The rule of the module's docstring."""
+    """Prunes weights by relative importance and activations."""
 
     name: ClassVar[str] = "ria"
 
@@ -31,7 +31,7 @@ class Ria(Scored):
 
 
 class Ria24(Ria):
-    """Two of four."""
+    """RIA pruning that keeps two of each four neighbours."""
 
     name: ClassVar[str] = "ria_2_4"
     two_of_four: ClassVar[bool] = True

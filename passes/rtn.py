@@ -1,10 +1,10 @@
 """Weight-only quantisation of all matrices by rounding to nearest.
 
-1. Asymmetric codes in groups of 64 or 128 columns, each group's range clipped to where its squared error is least.
-2. The budget picks the widest of 2, 3, 4 and 8 bits that fits, and groups of 64 where these fit, too; scales and zero
-   points are counted.
-3. ``forward`` makes dense matrices of the codes at every call: a quality baseline, no speed-up on CPU. Rounding to
-   nearest is what torchao's weight-only quantisation does, whose kernels run 4 and 8 bits at speed.
+1. Codes are asymmetric in groups of 64 or 128 columns; each group's range is clipped to minimise its squared error.
+2. The budget selects the widest of 2, 3, 4 and 8 bits that fits, and groups of 64 if they also fit, including scales
+   and zero points.
+3. ``forward`` makes dense matrices of the codes at every call: a quality baseline, no speed-up on CPU. torchao's
+   weight-only quantisation also rounds to nearest, and has fast kernels for 4 and 8 bits.
 """
 
 from __future__ import annotations
@@ -29,34 +29,34 @@ if TYPE_CHECKING:
     from tardis_fx.passes.layout import Layout
     from tardis_fx.plan import SitePlan
 
-#: Bits a weight and columns of a group that are tried, by rising bytes.
+#: Candidate bits per weight and columns per group, by rising bytes.
 WIDTHS = tuple((bits, group_size) for bits in (2, 3, 4, 8) for group_size in (128, 64))
 
 
 class Rtn(Represented):
-    """The rules of the module's docstring."""
+    """Quantises all matrices by rounding to nearest."""
 
     name: ClassVar[str] = "rtn"
 
     def floor(self, weights: SiteWeights) -> int:
-        """The matrices in the fewest bits."""
+        """Bytes of the matrices with the fewest bits."""
         return _bytes(weights, *WIDTHS[0])
 
     def settings(self, weights: SiteWeights, budget: float) -> dict[str, Any]:
-        """The widest codes that fit."""
+        """Settings of the widest codes that fit the budget."""
         bits, group_size = [w for w in WIDTHS if _bytes(weights, *w) <= budget * weights.bytes][-1]
         return {"bits": bits, "group_size": group_size, "d": weights.up.shape[1], "hidden": len(weights.up)}
 
     def bytes(self, weights: SiteWeights, settings: Mapping[str, Any]) -> int:
-        """Codes, scales and zero points."""
+        """Bytes of codes, scales, zero points and biases."""
         return _bytes(weights, settings["bits"], settings["group_size"])
 
     def fitted(self, index: int, weight: Tensor, operand: Any, settings: Mapping[str, Any]) -> Coded:
-        """Codes."""
+        """Quantises a matrix, by GPTQ if the operand's Gram matrix is given."""
         return Coded.from_matrix(weight.cpu(), operand, settings["bits"], settings["group_size"])
 
     def layout(self, plan: SitePlan, weights: SiteWeights) -> Layout:
-        """Codes of every matrix."""
+        """Codes, scales and zero points of every matrix."""
         hidden, d = weights.up.shape
         setting(plan, "hidden", (hidden,))
         setting(plan, "d", (d,))
@@ -67,7 +67,7 @@ class Rtn(Represented):
         return found
 
     def opened(self, name: str, constants: Mapping[str, Tensor], plan: SitePlan) -> Coded:
-        """The matrix, made from codes."""
+        """Reads the codes of a matrix."""
         columns, dtype = plan.settings["hidden" if name == "down" else "d"], plan.dtype.removeprefix("torch.")
         return Coded.from_tensors(constants, name, plan.settings["bits"], columns, getattr(torch, dtype))
 

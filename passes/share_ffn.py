@@ -1,14 +1,14 @@
-"""One FFN for several layers (One Wide Feedforward, arXiv 2309.01826), fitted to each of them by regression.
+"""Shares one FFN among several layers (One Wide Feedforward, arXiv 2309.01826), fitted to each by regression.
 
-1. Sites of one shape and activation, in the model's order, are cut into groups of equal length. A group keeps one of
-   its FFNs, the one whose output, scaled and shifted feature by feature, misses least of what the others give.
-2. Every other site of the group is an affine map of the kept FFN's output and of the site's own input. The map is their
-   ridge regression, cut to low rank where it errs least (reduced-rank regression).
-3. Bytes go to the maps first: the groups are as long as they can be with maps of full rank, and the rank is what is
-   left.
+1. Sites of one shape and activation, in the model's order, are cut into groups of equal length. A group keeps the FFN
+   whose output, scaled and shifted feature by feature, approximates the outputs of the others best.
+2. Every other site of the group becomes an affine map of the kept FFN's output and of the site's own input. The map is
+   a ridge regression of the best low rank (reduced-rank regression).
+3. Bytes go to the maps first: the groups are as long as maps of full rank allow, and the remaining bytes determine the
+   rank.
 
-The bytes that a token touches are counted once, however many layers touch them. Where a kept FFN outgrows the cache it
-is read from memory again by every layer of its group: sharing saves memory there, and no time.
+The bytes of a shared FFN are counted once per token, regardless of the number of layers. If the FFN does not fit in the
+cache, every layer of its group reads it from memory again: sharing then saves memory but no time.
 """
 
 from __future__ import annotations
@@ -43,18 +43,18 @@ if TYPE_CHECKING:
 
 
 class ShareFfn(StaticRewrite):
-    """The rules of the module's docstring."""
+    """Shares one FFN among several layers."""
 
     name: ClassVar[str] = "share_ffn"
 
     compares_sites = True
 
     def floor(self, weights: SiteWeights) -> int:
-        """A map of rank 1; the FFN is counted where it is kept."""
+        """Bytes of a map of rank 1; the FFN counts at the site that keeps it."""
         return _map_bytes(weights, 1)
 
-    def least(self, sites: Sequence[ObservedSite]) -> float:
-        """One FFN for all sites of a shape, and maps of rank 1."""
+    def minimum_budget(self, sites: Sequence[ObservedSite]) -> float:
+        """Smallest budget: one FFN for all sites of a shape, and maps of rank 1."""
         shares = []
         for alike in _alike(sites):
             whole = alike[0].weights.bytes
@@ -62,21 +62,21 @@ class ShareFfn(StaticRewrite):
         return max(shares)
 
     def afford(self, sites: Sequence[ObservedSite], config: Config) -> None:
-        """Compares the budget with :meth:`least`.
+        """Checks the budget against :meth:`minimum_budget`.
 
         Raises:
-            CalibrationError: the budget is too small, or the sites are to be fitted in turn.
+            CalibrationError: the budget is too small, or the fit is sequential.
         """
         if config.sequential:
             raise CalibrationError(f"{self.name} fits the sites to each other: fit without sequential")
-        if (least := self.least(sites)) > config.budget:
+        if (least := self.minimum_budget(sites)) > config.budget:
             raise CalibrationError(
                 f"a budget of {config.budget:.2%} is too small for {self.name}: one FFN for all sites of a shape, and "
                 f"maps of rank 1, touch {least:.2%} of the original's bytes"
             )
 
     def choose(self, sites: Sequence[ObservedSite], config: Config) -> Fit[list[Choice]]:
-        """Two runs: which FFN each group of sites keeps, and the regressions."""
+        """Chooses the kept FFNs and fits the maps, in two runs."""
         groups: dict[str, Group] = {}
         for alike in _alike(sites):
             count, rank = _split(alike[0].weights, len(alike), config.budget)
@@ -84,15 +84,15 @@ class ShareFfn(StaticRewrite):
                 group = Group([alike[i] for i in part], rank)
                 groups |= dict.fromkeys((s.fingerprint for s in group.sites), group)
         what = f"which FFNs {self.name} keeps at a budget of {config.budget}"
-        tried = yield Run(what, lambda s: Tried(s, groups[s.fingerprint].sites), sites)
+        candidates = yield Run(what, lambda s: CandidateErrors(s, groups[s.fingerprint].sites), sites)
         for group in groups.values():
-            group.keep(tried)
+            group.keep(candidates)
         takers = [s for s in sites if groups[s.fingerprint].kept is not s]
         what = f"maps of {self.name} at a budget of {config.budget}"
-        maps = (yield Run(what, lambda s: Mapped(s, groups[s.fingerprint].kept), takers)) if takers else {}
+        maps = (yield Run(what, lambda s: OutputRegression(s, groups[s.fingerprint].kept), takers)) if takers else {}
         return [self._choice(s, groups[s.fingerprint], maps.get(s.fingerprint)) for s in sites]
 
-    def _choice(self, site: ObservedSite, group: Group, fitted: Mapped | None) -> Choice:
+    def _choice(self, site: ObservedSite, group: Group, fitted: OutputRegression | None) -> Choice:
         share = site.weights.bytes / len(group.sites)
         if len(group.sites) == 1:
             return Choice(share, settings={"rank": None})
@@ -103,7 +103,7 @@ class ShareFfn(StaticRewrite):
         return Choice(touched, tensors | group.tensors, {"rank": group.rank})
 
     def layout(self, plan: SitePlan, weights: SiteWeights) -> Layout:
-        """The kept FFN, of the same shapes, and where it is another site's, the map."""
+        """The kept FFN, and the map if another site keeps it."""
         own, rank, d_out = matrices(weights) | biases(weights), plan.settings["rank"], len(weights.down)
         if rank is None:
             return like(own) if plan.tensors else {}
@@ -113,12 +113,12 @@ class ShareFfn(StaticRewrite):
         return like(own) | Factored.layout("map", (d_out, d + d_out), rank, dtype) | bias
 
     def constants(self, plan: SitePlan, weights: SiteWeights) -> dict[str, Tensor]:
-        """The kept FFN's, and ``map_a`` [d_out, r], ``map_b`` and ``map_bias`` where that is another site's."""
+        """Constants of the kept FFN, and ``map_a`` [d_out, r], ``map_b`` and ``map_bias`` if another site keeps it."""
         shared = {name: tensor.to(weights.up.device) for name, tensor in plan.tensors.items()}
         return shared or matrices(weights) | biases(weights)
 
     def forward(self, x: Tensor, constants: Mapping[str, Tensor], plan: SitePlan) -> Tensor:
-        """The kept FFN, and two thin linear layers."""
+        """Applies the kept FFN, then two thin linear layers."""
         shared = dense(x, constants, str(plan.activation))
         if plan.settings["rank"] is None:
             return shared
@@ -126,24 +126,23 @@ class ShareFfn(StaticRewrite):
 
 
 class Group:
-    """Sites that have one FFN between them.
+    """Sites that share one FFN.
 
     Attributes:
         sites: in the model's order.
         rank: of the maps.
-        kept: the site whose FFN it is, once :meth:`keep` has chosen it.
+        kept: the site that keeps its FFN, once :meth:`keep` has chosen it.
     """
 
     kept: ObservedSite
 
     def __init__(self, sites: Sequence[ObservedSite], rank: int) -> None:
-        """Has chosen none."""
         self.sites, self.rank = sites, rank
 
-    def keep(self, tried: Mapping[str, Tried]) -> None:
-        """Chooses the FFN that misses least of all sites' outputs."""
-        missed = torch.stack([tried[site.fingerprint].missed for site in self.sites]).sum(0)
-        self.kept = self.sites[int(missed.argmin())]
+    def keep(self, candidates: Mapping[str, CandidateErrors]) -> None:
+        """Chooses the FFN with the smallest error over all sites' outputs."""
+        errors = torch.stack([candidates[site.fingerprint].errors for site in self.sites]).sum(0)
+        self.kept = self.sites[int(errors.argmin())]
 
     @cached_property
     def tensors(self) -> dict[str, Tensor]:
@@ -152,18 +151,17 @@ class Group:
         return {name: tensor.detach().cpu().clone() for name, tensor in own.items()}
 
 
-class Tried:
-    """What the FFNs of other sites miss of a site's output, each feature of theirs scaled and shifted.
+class CandidateErrors:
+    """Observer of the errors of other sites' FFNs against a site's output, after scaling and shifting each feature.
 
-    Of every batch it sees one token in so many as there are FFNs, so that its cost does not grow with their number.
+    With n candidates it uses every n-th token, so that its cost does not grow with their number.
     """
 
     merged: ClassVar[Mapping[str, Merge]] = {"sums": "sum"}
 
     def __init__(self, site: ObservedSite, others: Sequence[ObservedSite]) -> None:
-        """Starts at zero."""
         self._own, self._others = Neurons.from_site(site), [Neurons.from_site(other) for other in others]
-        #: Of the products of 1, their output and the site's own; [products, FFNs, d_out].
+        #: Sums of the products of 1, their output and the site's own; [products, FFNs, d_out].
         self.sums = Sums.zeros(1, len(others), len(site.weights.down)).table
 
     def update(self, x: Tensor) -> None:
@@ -174,15 +172,15 @@ class Tried:
             sums += torch.stack([product.sum(0) for product in products([other(x).double()], output)])
 
     @property
-    def missed(self) -> Tensor:
-        """Mean square of what each FFN misses, summed over the features, [FFNs]."""
+    def errors(self) -> Tensor:
+        """Mean squared error of each FFN, summed over the features, [FFNs]."""
         sums = Sums(self.sums.flatten(1), 1)
-        missed = sums.error(sums.regress()) / sums.count.clamp(min=1)
-        return missed.view(self.sums.shape[1:]).sum(1)
+        errors = sums.error(sums.regress()) / sums.count.clamp(min=1)
+        return errors.view(self.sums.shape[1:]).sum(1)
 
 
-class Mapped:
-    """The regression of a site's output on its input and on what another site's FFN gives for it.
+class OutputRegression:
+    """Observer for the regression of a site's output on its input and on the output of another site's FFN.
 
     Memory: 2 (d + d_out) (d + 2 d_out) float64.
     """
@@ -190,7 +188,6 @@ class Mapped:
     merged: ClassVar[Mapping[str, Merge]] = {"_residual": "parts"}
 
     def __init__(self, site: ObservedSite, kept: ObservedSite) -> None:
-        """Starts at zero."""
         self._own, self._kept = Neurons.from_site(site), Neurons.from_site(kept)
         d_out, d = len(site.weights.down), site.weights.up.shape[1]
         self._residual = Residual(d + d_out, d_out)
@@ -209,7 +206,7 @@ class Mapped:
 
 
 def _alike(sites: Sequence[ObservedSite]) -> list[list[ObservedSite]]:
-    """The sites by what an FFN must have in common with another to stand in for it, in their order."""
+    """Groups sites whose FFNs have the same kind, activation, shapes and dtypes, in order."""
     found: dict[object, list[ObservedSite]] = {}
     for site in sites:
         own = matrices(site.weights) | biases(site.weights)
@@ -219,7 +216,7 @@ def _alike(sites: Sequence[ObservedSite]) -> list[list[ObservedSite]]:
 
 
 def _split(weights: SiteWeights, sites: int, budget: float) -> tuple[int, int]:
-    """How many FFNs are kept of so many, and the rank of the others' maps."""
+    """Number of FFNs to keep of ``sites``, and the rank of the maps of the others."""
     full = len(weights.down)
     for kept in range(1, sites):
         left = (budget * sites - kept) * weights.bytes / (sites - kept)

@@ -1,9 +1,9 @@
-"""What pruning rewrites have in common: which weights are kept, what they cost, how they run.
+"""Base classes of pruning rewrites: the choice of kept weights, their bytes, and the forward pass.
 
-1. Unstructured: of each matrix the share of its weights that the budget leaves, the same share for all. Only the kept
-   values are counted as touched, as if the sparse format were free.
-2. 2:4: of each four neighbours in a row two are kept; their values are counted, and 2 bits of position for each.
-3. A pruned matrix stays a dense one with zeros in it: a quality baseline, no speed-up, and no byte of storage saved.
+1. Unstructured: all matrices keep the same share of their weights, set by the budget. Only the kept values count as
+   touched, as if the sparse format were free.
+2. 2:4: two of each four neighbours in a row are kept; their values count, and 2 bits of position for each.
+3. A pruned matrix remains dense, with zeros: a quality baseline, with no speed-up and no storage saved.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tardis_fx.passes.layout import like
 from tardis_fx.passes.matrix_forms import Dense, Masked
 from tardis_fx.passes.represented import Represented
 from tardis_fx.passes.static import bias_bytes
-from tardis_fx.statistics.operands import ByMatrix, Sizes
+from tardis_fx.statistics.operands import ByMatrix, ColumnNorms
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -34,86 +34,86 @@ if TYPE_CHECKING:
 
 
 class Sparse(Represented):
-    """A rewrite that sets weights to zero; see the module's docstring."""
+    """Base class of rewrites that set weights to zero."""
 
     leaves_matrices = True
-    #: Whether two of four are kept; else the budget says how many.
+    #: Whether two of each four are kept; otherwise the budget determines the share.
     two_of_four: ClassVar[bool] = False
 
     @abstractmethod
     def pruned(self, weight: Tensor, operand: Tensor, share: float) -> Form:
-        """The form of a matrix.
+        """Prunes a matrix.
 
         Args:
             weight: [rows, columns].
-            operand: what :attr:`operands` measured of that which the matrix multiplies.
+            operand: statistic of the matrix's operand, measured by :attr:`operands`.
             share: of the weights that is kept.
         """
 
     def refuse(self, site: Site) -> str | None:
-        """2:4 needs rows that are made of fours."""
+        """Refuses sites whose rows cannot be divided into fours, for 2:4 sparsity."""
         if self.two_of_four and any(projection.sizes[0] % 4 for projection in (site.up, site.down)):
             return "2:4 sparsity needs input and hidden sizes that are multiples of 4"
         return super().refuse(site)
 
     def floor(self, weights: SiteWeights) -> int:
-        """Two of four, or such a share that the shorter rows keep one weight."""
+        """Bytes of two of four, or of a share with which the shorter rows keep one weight."""
         if self.two_of_four:
             return self.bytes(weights, {"share": 0.5})
         own = bias_bytes(weights)
         return math.ceil((weights.bytes - own) / min(weights.up.shape)) + own
 
     def settings(self, weights: SiteWeights, budget: float) -> dict[str, Any]:
-        """Share of the weights that is kept."""
+        """Settings with the share of weights that is kept."""
         own = bias_bytes(weights)
         return {"share": 0.5 if self.two_of_four else (budget * weights.bytes - own) / (weights.bytes - own)}
 
     def count(self, rows: int, columns: int, share: float) -> int:
-        """Weights kept of a matrix, or of so many rows of it."""
+        """Number of weights kept in a matrix, or in ``rows`` of its rows."""
         return math.floor(rows * columns * share + 1e-6)
 
     def bytes(self, weights: SiteWeights, settings: Mapping[str, Any]) -> int:
-        """The kept weights, and of two in four their positions."""
+        """Bytes of the kept weights and the biases, and of the positions for two of four."""
         kept = sum(self.count(len(w), w.shape[1], settings["share"]) for w in matrices(weights).values())
         positions = kept // 4 if self.two_of_four else 0
         return kept * weights.up.element_size() + positions + bias_bytes(weights)
 
     def fitted(self, index: int, weight: Tensor, operand: Any, settings: Mapping[str, Any]) -> Form:
-        """The matrix, pruned."""
+        """Prunes one matrix to the share in the settings."""
         return self.pruned(weight, operand, settings["share"])
 
     def layout(self, plan: SitePlan, weights: SiteWeights) -> Layout:
-        """The matrices, pruned."""
+        """The pruned matrices."""
         _check_share(plan)
         return like(matrices(weights))
 
     def matrices(self, plan: SitePlan) -> dict[str, float]:
-        """All; only the kept values are counted."""
+        """All matrices, of which only the kept values count."""
         return dict.fromkeys(matrices_of(plan), plan.settings["share"])
 
     def opened(self, name: str, constants: Mapping[str, Tensor], plan: SitePlan) -> Dense:
-        """The matrix with zeros in it."""
+        """Reads the pruned matrix."""
         return Dense.from_tensors(constants, name)
 
 
 class Scored(Sparse):
-    """Keeps the weights of the highest scores and leaves them as they are: the plan holds one bit a weight."""
+    """Base class of rewrites that keep the weights with the highest scores unchanged; plans hold one bit per weight."""
 
-    #: Whether every row keeps as many; else only the matrix as a whole counts.
+    #: Whether every row keeps the same number; otherwise scores are compared over the whole matrix.
     by_row: ClassVar[bool] = False
-    operands: ClassVar[type[ByMatrix] | None] = Sizes
+    operands: ClassVar[type[ByMatrix] | None] = ColumnNorms
 
     @abstractmethod
     def score(self, weight: Tensor, norms: Tensor) -> Tensor:
-        """How much a weight matters.
+        """Importance of each weight.
 
         Args:
             weight: [rows, columns], float32.
-            norms: [columns], of what the columns are multiplied with, over the calibration tokens.
+            norms: [columns], of the operand's columns over the calibration tokens.
         """
 
     def pruned(self, weight: Tensor, operand: Tensor, share: float) -> Masked:
-        """The kept weights."""
+        """Masks all but the weights with the highest scores."""
         score = self.score(weight.float().cpu().contiguous(), operand.float())
         count = self.count(len(score), score.shape[1], share)
         return Masked.from_matrix(
@@ -121,7 +121,7 @@ class Scored(Sparse):
         )
 
     def layout(self, plan: SitePlan, weights: SiteWeights) -> Layout:
-        """A bit for every weight."""
+        """Masks with one bit per weight."""
         _check_share(plan)
         found: Layout = {}
         for name, weight in matrices(weights).items():
@@ -129,7 +129,7 @@ class Scored(Sparse):
         return found
 
     def count(self, rows: int, columns: int, share: float) -> int:
-        """As many a row where rows count by themselves."""
+        """Number of weights kept; the same in every row if ``by_row``."""
         return rows * super().count(1, columns, share) if self.by_row else super().count(rows, columns, share)
 
     def constants(self, plan: SitePlan, weights: SiteWeights) -> dict[str, Tensor]:
@@ -145,14 +145,14 @@ def _check_share(plan: SitePlan) -> None:
 
 
 def highest(score: Tensor, count: int, by_row: bool) -> Tensor:
-    """Where the ``count`` highest scores are, in every row as many if ``by_row``: [rows, columns], bool."""
+    """Mask of the ``count`` highest scores, equally many in every row if ``by_row``: [rows, columns], bool."""
     rows = score if by_row else score.reshape(1, -1)
     kept = torch.zeros_like(rows, dtype=torch.bool)
     return kept.scatter_(1, rows.topk(count // len(rows), 1).indices, True).view_as(score)
 
 
 def two_of_four(score: Tensor) -> Tensor:
-    """Where the two highest scores of each four neighbours of a row are: [rows, columns], bool."""
+    """Mask of the two highest scores of each four neighbours in a row: [rows, columns], bool."""
     fours = score.reshape(len(score), -1, 4)
     kept = torch.zeros_like(fours, dtype=torch.bool)
     return kept.scatter_(2, fours.topk(2, 2).indices, True).view_as(score)

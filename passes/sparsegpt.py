@@ -1,10 +1,11 @@
-"""SparseGPT (arXiv 2301.00774): weights are pruned one column after the other, the later ones making up for it.
+"""SparseGPT (arXiv 2301.00774): prunes weights column by column, and later columns compensate.
 
 Quality baseline, no speed-up. With U the upper Cholesky factor of the inverse Gram matrix of a matrix's operands:
 
-1. In each block of 128 columns those weights go whose ``(W[i, j] / U[j, j])²`` is least, over all rows together
-   (section 3.3, adaptive mask selection); ``sparsegpt_2_4`` chooses in each four columns when it comes to them.
-2. Column by column, what is pruned is taken off the columns behind it in the proportions of ``U[j]`` (algorithm 1).
+1. In each block of 128 columns the weights with the smallest ``(W[i, j] / U[j, j])²`` over all rows are pruned
+   (section 3.3, adaptive mask selection); ``sparsegpt_2_4`` chooses in each four columns when it reaches them.
+2. Column by column, the pruning error is distributed over the following columns in the proportions of ``U[j]``
+   (algorithm 1).
 """
 
 from __future__ import annotations
@@ -26,13 +27,13 @@ BLOCK = 128
 
 
 class SparseGPT(Sparse):
-    """The rules of the module's docstring."""
+    """Prunes column by column with compensation."""
 
     name: ClassVar[str] = "sparsegpt"
     operands: ClassVar[type[ByMatrix] | None] = Grams
 
     def pruned(self, weight: Tensor, operand: Tensor, share: float) -> Dense:
-        """The matrix with its zeros, in the model's dtype, by the Gram matrix of what it multiplies."""
+        """Prunes a matrix by the Gram matrix of its operand; the result is in the model's dtype."""
         w, upper = weight.float().cpu().clone(), inverse_factor(operand).float()
         rows, columns = w.shape
         for start in range(0, columns, BLOCK):
@@ -54,7 +55,7 @@ class SparseGPT(Sparse):
 
 
 class SparseGPT24(SparseGPT):
-    """Two of four."""
+    """SparseGPT pruning that keeps two of each four neighbours."""
 
     name: ClassVar[str] = "sparsegpt_2_4"
     two_of_four: ClassVar[bool] = True

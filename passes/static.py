@@ -1,6 +1,6 @@
-"""What rewrites have in common that do the same for every token: no guard, no predictor, bytes known beforehand.
+"""Base class of rewrites that treat every token alike: no guard, no predictor, bytes known in advance.
 
-1. Every site gets the same fraction of its bytes, whatever ``Config.allocation`` says, so that sites of one shape get
+1. Every site gets the same fraction of its bytes, regardless of ``Config.allocation``, so that sites of one shape get
    constants of one shape.
 2. The error is that of the finished replacement on the held-back tokens, in the model's own dtype.
 """
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Choice:
-    """What a rewrite has settled on for one site; the fields are those of :class:`tardis_fx.plan.SitePlan`."""
+    """A rewrite's choice for one site; the fields are those of :class:`tardis_fx.plan.SitePlan`."""
 
     touched_bytes: float
     tensors: dict[str, Tensor] = field(default_factory=dict)
@@ -44,25 +44,25 @@ class Choice:
 
 
 class StaticRewrite(Rewrite):
-    """A rewrite that does the same for every token; see the module's docstring."""
+    """Base class of rewrites that treat every token alike."""
 
     @abstractmethod
     def floor(self, weights: SiteWeights) -> int:
-        """The least bytes per token that this rewrite can read at a site."""
+        """Minimum bytes per token that this rewrite reads at a site."""
 
     @abstractmethod
     def choose(self, sites: Sequence[ObservedSite], config: Config) -> Fit[Choices] | Choices:
-        """What to do at each site within ``config.budget``, or why it stays as it is; where it measures, a generator.
+        """Chooses a plan for each site within ``config.budget``, or the reason to keep it; a generator if it measures.
 
         Like :meth:`Rewrite.fit`, it yields the runs that it needs.
         """
 
-    def least(self, sites: Sequence[ObservedSite]) -> float:
-        """The least budget: by default, that every site's floor is within."""
+    def minimum_budget(self, sites: Sequence[ObservedSite]) -> float:
+        """Smallest budget: by default, one that covers every site's floor."""
         return max(self.floor(site.weights) / site.weights.bytes for site in sites)
 
     def afford(self, sites: Sequence[ObservedSite], config: Config) -> None:
-        """Compares the budget with each site's floor.
+        """Checks the budget against each site's floor.
 
         Raises:
             CalibrationError: the budget is too small.
@@ -76,11 +76,11 @@ class StaticRewrite(Rewrite):
                 )
 
     def refuse(self, site: Site) -> str | None:
-        """Sites without an activation are refused."""
+        """Refuses sites without an activation."""
         return "no activation between its projections" if site.affine is not None else None
 
     def fit(self, sites: Sequence[ObservedSite], config: Config) -> Fit[list[Planned]]:
-        """Chooses, and runs the batches once more for the error.
+        """Chooses a plan for each site, then measures the errors in one more run.
 
         Raises:
             CalibrationError: the budget is below a site's floor, or the target is out of reach.
@@ -89,7 +89,7 @@ class StaticRewrite(Rewrite):
             return self._fit_within(sites, config)
         return fit_to_target(
             lambda budget: self._fit_within(sites, replace(config, budget=budget)),
-            self.least(sites),
+            self.minimum_budget(sites),
             config.target_error,
         )
 
@@ -114,17 +114,17 @@ class StaticRewrite(Rewrite):
 
     def _plan(self, site: ObservedSite, choice: Choice | str) -> Planned:
         if isinstance(choice, str):
-            return KeptSite.of(site.site, site.parameters, reason=choice)
-        plan = SitePlan.of(site.site, site.parameters, method=self.name, **vars(choice))
+            return KeptSite.from_site(site.site, site.parameters, reason=choice)
+        plan = SitePlan.from_site(site.site, site.parameters, method=self.name, **vars(choice))
         return replace(plan, stored_bytes=stored_bytes(site, self.constants(plan, site.weights)))
 
 
 def measured(kind: Callable[[ObservedSite], Any], sites: Sequence[ObservedSite]) -> Run:
-    """A run of observers that take a site; made once for one observation and the same sites."""
+    """A run of observers made from sites; remembered for the same sites of one observation."""
     names = ", ".join(site.site.name for site in sites)
     return Run(f"{kind.__name__.lower()} of {names}", kind, sites, key=kind)
 
 
 def bias_bytes(weights: SiteWeights) -> int:
-    """Size of all biases."""
+    """Size of all biases in bytes."""
     return sum(bias.nbytes for bias in biases(weights).values())

@@ -1,10 +1,10 @@
-"""A gate of d + 1 numbers sends each token through the whole FFN or through an affine map (after arXiv 2603.03459).
+"""Routes each token through the whole FFN or an affine map by a gate of d + 1 numbers (after arXiv 2603.03459).
 
 1. The map is the ridge regression of the FFN's output on its input.
 2. The gate is the ridge regression of the logarithm of the map's squared error on the input; tokens above a threshold
-   take the FFN. The threshold gives them the share that the budget allows beside gate and map.
-3. ``forward`` computes both and chooses, as the specification does; ``touched_bytes`` counts what a runtime reads that
-   computes one: the gate always, the FFN for its share of tokens, the map for the others.
+   take the FFN. The threshold is set so that FFN, gate and map together meet the budget.
+3. ``forward`` computes both and chooses, as the specification; ``touched_bytes`` assumes a runtime that computes only
+   one: it counts the gate always, the FFN for its share of tokens, and the map for the others.
 """
 
 from __future__ import annotations
@@ -38,16 +38,16 @@ if TYPE_CHECKING:
 
 
 class TokenGate(StaticRewrite):
-    """The rules of the module's docstring."""
+    """Routes each token through the whole FFN or through an affine map."""
 
     name: ClassVar[str] = "token_gate"
 
     def floor(self, weights: SiteWeights) -> int:
-        """Gate and map."""
+        """Bytes of gate and map."""
         return _gate_bytes(weights) + map_bytes(weights)
 
     def choose(self, sites: Sequence[ObservedSite], config: Config) -> Fit[list[Choice]]:
-        """Three runs: the maps, their errors, the gates' scores."""
+        """Fits maps and gates in three runs: the maps, their errors, the gates' scores."""
         outputs = yield measured(Outputs, sites)
         maps = {s.fingerprint: outputs[s.fingerprint].residual.solve() for s in sites}
         names = ", ".join(site.site.name for site in sites)
@@ -60,7 +60,7 @@ class TokenGate(StaticRewrite):
         ]
 
     def layout(self, plan: SitePlan, weights: SiteWeights) -> Layout:
-        """The map and the gate."""
+        """Weights and biases of the map and the gate."""
         gate = {"token_gate": (1, weights.up.shape[1]), "token_gate_bias": (1,)}
         return map_layout(weights) | {name: Expected(torch.float32, shape) for name, shape in gate.items()}
 
@@ -70,7 +70,7 @@ class TokenGate(StaticRewrite):
         return found | matrices(weights) | biases(weights)
 
     def forward(self, x: Tensor, constants: Mapping[str, Tensor], plan: SitePlan) -> Tensor:
-        """Both, and the choice between them."""
+        """Computes both, and chooses one for each token."""
         whole = dense(x, constants, str(plan.activation))
         affine = F.linear(x, constants["folded_weight"], constants["folded_bias"])
         chosen = F.linear(x.float(), constants["token_gate"], constants["token_gate_bias"]) > 0
@@ -93,7 +93,7 @@ class _Errors:
 
 
 class _Scores:
-    """A gate's score of every fitted token: one number a token is kept."""
+    """Observer of a gate's score of every fitted token; it keeps one number per token."""
 
     merged: ClassVar[Mapping[str, Merge]] = {"_found": "joined"}
 

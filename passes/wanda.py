@@ -1,7 +1,7 @@
-"""Wanda (arXiv 2306.11695): weights are pruned by their size times that of what they multiply.
+"""Wanda (arXiv 2306.11695): prunes weights by their magnitude times the norm of their operand.
 
 Quality baseline, no speed-up. ``score[i, j] = |W[i, j]| ‖x_j‖₂`` (section 3, equation 1), compared within each row;
-``wanda_2_4`` keeps two of each four neighbours of a row.
+``wanda_2_4`` keeps two of each four neighbours in a row.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ if TYPE_CHECKING:
 
 
 class Wanda(Scored):
-    """The rule of the module's docstring."""
+    """Prunes weights by magnitude times the norm of their operand."""
 
     name: ClassVar[str] = "wanda"
     by_row: ClassVar[bool] = True
 
     def score(self, weight: Tensor, norms: Tensor) -> Tensor:
-        """``|W| ‖x‖``."""
+        """Magnitude of each weight times the norm of its operand, ``|W| ‖x‖``."""
         return weight.abs() * norms
 
 
 class Wanda24(Wanda):
-    """Two of four."""
+    """Wanda pruning that keeps two of each four neighbours."""
 
     name: ClassVar[str] = "wanda_2_4"
     two_of_four: ClassVar[bool] = True

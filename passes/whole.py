@@ -1,8 +1,8 @@
-"""What rewrites have in common that replace whole FFNs by a map of few bytes, and leave the others as they are.
+"""Base class of rewrites that replace some whole FFNs by a small map, and keep the others.
 
-1. The budget is the model's, not each site's: sites are replaced, those first that lose least by it, until the bytes of
-   all of them are within the budget. The number of sites replaced, or the loss at which to stop, is not asked for.
-2. A site that stays says in its reason what it would have lost.
+1. The budget applies to the model, not to each site: sites are replaced, those with the smallest loss first, until the
+   bytes of all sites are within the budget. Neither the number of replaced sites nor a limit on the loss is an option.
+2. The reason of a kept site states the loss that it would have had.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ if TYPE_CHECKING:
 
 
 class WholeSites(StaticRewrite):
-    """A rewrite of whole FFNs; see the module's docstring."""
+    """Base class of rewrites that replace whole FFNs."""
 
     compares_sites = True
 
     @abstractmethod
     def replaced(self, output: Residual, weights: SiteWeights) -> tuple[float, str, dict[str, Tensor]]:
-        """What a site loses by its replacement (the least first), the same in words, and the plan's tensors.
+        """Loss of replacing a site (smallest first), its description, and the plan's tensors.
 
         Args:
             output: the regression of the site's output.
@@ -43,10 +43,10 @@ class WholeSites(StaticRewrite):
         """
 
     def afford(self, sites: Sequence[ObservedSite], config: Config) -> None:
-        """Compares the budget with all sites replaced.
+        """Checks the budget against the bytes with all sites replaced.
 
         Raises:
-            CalibrationError: the budget is too small, or the sites are to be fitted in turn.
+            CalibrationError: the budget is too small, or the fit is sequential.
         """
         if config.sequential:
             raise CalibrationError(f"{self.name} compares all sites before it replaces one: fit without sequential")
@@ -58,7 +58,7 @@ class WholeSites(StaticRewrite):
             )
 
     def choose(self, sites: Sequence[ObservedSite], config: Config) -> Fit[list[Choice | str]]:
-        """One run, of regressions."""
+        """Fits the regression of every site in one run, then chooses the sites to replace."""
         outputs = yield measured(Outputs, sites)
         candidates = [self.replaced(outputs[s.fingerprint].residual, s.weights) for s in sites]
         touched = sum(site.weights.bytes for site in sites)
@@ -73,9 +73,9 @@ class WholeSites(StaticRewrite):
         return choices
 
     def constants(self, plan: SitePlan, weights: SiteWeights) -> dict[str, Tensor]:
-        """The plan's tensors."""
+        """The tensors of the plan, on the weights' device."""
         return {name: tensor.to(weights.up.device) for name, tensor in plan.tensors.items()}
 
     def forward(self, x: Tensor, constants: Mapping[str, Tensor], plan: SitePlan) -> Tensor:
-        """One linear layer."""
+        """Applies the map as one linear layer."""
         return multiply(x, constants["folded_weight"], constants["folded_bias"])

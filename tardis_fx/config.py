@@ -1,4 +1,4 @@
-"""What a user can choose when a plan is made."""
+"""The options of calibration and of the backend."""
 
 from __future__ import annotations
 
@@ -12,39 +12,38 @@ from tardis_fx.errors import ConfigError
 Prefill = Literal["original", "rewritten"]
 Rounding = Literal["gptq", "nearest"]
 
-#: Fields of the config in earlier versions.
+#: Fields of the config in earlier versions, now options of a rewrite.
 MOVED = ("predictor_bits", "fold_bits", "row_bits", "group_size", "rounding")
 
-#: One rewrite, several behind each other, or which of them for which sites; None leaves sites as they are.
+#: One rewrite, a chain of rewrites, or a mapping from sites to either; None leaves sites unchanged.
 Method = str | Sequence[str] | Mapping[str, str | Sequence[str] | None]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """How a plan is fitted.
+    """The settings that a plan is fitted with.
 
     Attributes:
         budget: fraction of the FFN weight bytes touched per decoded token, in the model's own dtype, with predictor
             and expected corrections; 0.2 is the paper's 80% reduction.
-        target_error: instead of a budget, the root mean square of the sites' relative errors on held-back calibration
-            tokens; the least bytes that give it are found by fitting several times.
-        allocation: ``"joint"`` splits the bytes over the sites so that the error of all is least; ``"per_site"`` gives
+        target_error: root mean square of the sites' relative errors on held-back calibration tokens, instead of a
+            budget; the fewest bytes that reach it are found by fitting several times.
+        allocation: ``"joint"`` distributes the bytes over the sites to minimise the total error; ``"per_site"`` gives
             each site the same fraction, for comparison.
-        method: name of a rewrite registered under the entry-point group ``tardis_fx.passes``; a sequence of names for
-            rewrites behind each other, kept as ``"drop_bias+low_rank"``; or a mapping from patterns of site names (as
-            in ``fnmatch``) to either, or to None. Of a mapping the first pattern that matches counts, sites that none
-            matches stay as they are, and ``budget`` is a fraction of the bytes of each method's sites. It is kept as
-            pairs.
-        prefill: ``"original"`` sends steps of more than 8 tokens, 16 on a GPU, through the original, exact;
+        method: name of a rewrite registered under the entry-point group ``tardis_fx.passes``; a sequence of names for a
+            chain of rewrites, stored as ``"drop_bias+low_rank"``; or a mapping from patterns of site names (as in
+            ``fnmatch``) to either, or to None. In a mapping the first matching pattern counts, sites that match none
+            are not rewritten, and ``budget`` is a fraction of the bytes of each method's sites. It is stored as pairs.
+        prefill: ``"original"`` runs the exact original FFN for steps of more than 8 tokens (16 on a GPU);
             ``"rewritten"`` sends every token through fold and correction (encoders, and every measurement of quality).
-        options: of the rewrite, by name, as its class has them in ``Options``: ``{"predictor_bits": 3}``. Where
-            ``method`` names several rewrites, by rewrite: ``{"partial_linear": {"predictor_bits": 3}}``. They are kept
-            as pairs; :meth:`options_of` gives those of one rewrite.
-        sequential: fit the sites in order, each on the inputs that the rewritten sites before it give.
+        options: of the rewrite, by name, as declared by its class in ``Options``: ``{"predictor_bits": 3}``. If
+            ``method`` names several rewrites, by rewrite: ``{"partial_linear": {"predictor_bits": 3}}``. They are
+            stored as pairs; :meth:`options_of` returns those of one rewrite.
+        sequential: fit the sites in order, each on inputs computed by the rewritten sites before it.
         progress: show progress bars.
 
     Raises:
-        ConfigError: a value is out of its range.
+        ConfigError: a value is out of range.
     """
 
     budget: float = 0.2
@@ -57,17 +56,16 @@ class Config:
     progress: bool = True
 
     def __new__(cls, **given: Any) -> Config:
-        """Refuses what has become an option of a rewrite.
+        """Refuses fields that have become options of a rewrite.
 
         Raises:
-            ConfigError: there is one.
+            ConfigError: such a field is given.
         """
         if moved := {name: value for name, value in given.items() if name in MOVED}:
             raise ConfigError(f"{', '.join(moved)}: options of partial_linear and paper, give options={moved!r}")
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        """Validates every field."""
         if isinstance(self.budget, bool) or not isinstance(self.budget, (int, float)) or not math.isfinite(self.budget):
             raise ConfigError(f"budget must be a number, not {self.budget!r}")
         if not 0 < self.budget <= 1:
@@ -80,7 +78,7 @@ class Config:
             if not 0 < self.target_error < 1:
                 raise ConfigError(f"target_error must lie in (0, 1), relative to the output, not {self.target_error}")
         one_of("allocation", self.allocation, ("joint", "per_site"))
-        object.__setattr__(self, "method", _method(self.method))  # hashable, and the same again after JSON
+        object.__setattr__(self, "method", _method(self.method))  # hashable, and unchanged by a round trip through JSON
         if self.sequential or self.target_error is not None:
             what = "sequential" if self.sequential else "target_error"
             if not isinstance(self.method, str) or "+" in self.method:
@@ -93,7 +91,7 @@ class Config:
 
     @property
     def methods(self) -> tuple[tuple[str, str | None], ...]:
-        """Patterns of site names with the method of each, the first that matches counting."""
+        """Pairs of a pattern of site names and its method; the first matching pattern counts."""
         if isinstance(self.method, str):
             return (("*", self.method),)
         assert isinstance(self.method, tuple)
@@ -105,31 +103,31 @@ class Config:
         return tuple(dict.fromkeys(name for _, method in self.methods if method for name in method.split("+")))
 
     def options_of(self, rewrite: str) -> dict[str, Any]:
-        """The options that are given for a rewrite."""
+        """The options given for a rewrite."""
         return dict(dict(self.options).get(rewrite, ()))
 
     def with_options(self, rewrite: str, **changed: Any) -> Config:
-        """The config with other options for a rewrite."""
+        """A copy of the config with changed options for a rewrite."""
         return replace(self, options=dict(self.options) | {rewrite: self.options_of(rewrite) | changed})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What ``torch.compile(..., backend="tardis", options={...})`` understands.
+    """The options of ``torch.compile(..., backend="tardis", options={...})``.
 
     Attributes:
-        plan: a :class:`tardis_fx.Plan` or the path of its file. Without one the first calls are observed, and FFNs are
-            rewritten when they have been fitted and checked.
-        config: what to aim at where there is no plan; the defaults when None.
+        plan: a :class:`tardis_fx.Plan` or the path of its file. Without a plan, the first calls are observed, and FFNs
+            are rewritten once they have been fitted and checked.
+        config: without a plan, how to fit; None means the defaults.
         profile_tokens: without a plan, how many tokens each step of the fit and the check observe.
         tolerance: without a plan, the largest relative error of a site's output, on calls that it was not fitted on, at
             which the site is rewritten.
-        on_change: where a weight is not the one that its site was fitted to: ``"error"`` refuses the call;
-            ``"original"`` runs the original FFN; ``"refit"`` runs it too, and observes and fits anew.
-        prefill: overrides the plan's.
-        strict: raise where a site of the graph is not rewritten, instead of warning.
+        on_change: when a weight differs from the one that its site was fitted to, ``"error"`` refuses the call;
+            ``"original"`` runs the original FFN; ``"refit"`` also runs it, and observes and fits again.
+        prefill: overrides that of the plan.
+        strict: raise an error, instead of warning, if a site of the graph is not rewritten.
         inner: the backend that compiles the rewritten graph.
-        mode: Inductor's, as in ``torch.compile(mode=...)``, which does not take a mode beside options.
+        mode: of Inductor, as in ``torch.compile(mode=...)``, which cannot be combined with options.
     """
 
     plan: Any = None
@@ -144,7 +142,7 @@ class Options:
 
     @property
     def observes(self) -> bool:
-        """Whether sites that nothing is planned for are observed and fitted."""
+        """Whether sites without a plan entry are observed and fitted."""
         return self.plan is None or self.on_change == "refit"
 
     @classmethod
@@ -152,7 +150,7 @@ class Options:
         """Reads the dict given to ``torch.compile``.
 
         Raises:
-            ConfigError: an option is unknown or out of its range.
+            ConfigError: an option is unknown or out of range.
         """
         given = dict(options or {})
         known = [field.name for field in fields(cls)]
@@ -189,10 +187,10 @@ class Options:
 
 
 def _method(given: Any) -> str | tuple[tuple[str, str | None], ...]:
-    """A method as it is kept; what JSON makes of that, too.
+    """The stored form of a method, from what the user gave or from JSON.
 
     Raises:
-        ConfigError: it is none.
+        ConfigError: it is not a method.
     """
     if isinstance(given, str) or not isinstance(given, (Mapping, Sequence)):
         return _chain(given)
@@ -218,10 +216,10 @@ def _chain(method: Any) -> str:
 
 
 def _options(given: Any, rewrites: tuple[str, ...]) -> tuple[tuple[str, tuple[tuple[str, Any], ...]], ...]:
-    """Options as they are kept; what JSON makes of that, too.
+    """The stored form of options, from what the user gave or from JSON.
 
     Raises:
-        ConfigError: they are none, or of no rewrite that ``method`` names.
+        ConfigError: they are not options, or belong to a rewrite that ``method`` does not name.
     """
     found = _pairs(given)
     if found and not any(isinstance(value, (Mapping, list, tuple)) for value in found.values()):
@@ -248,10 +246,10 @@ def _pairs(given: Any) -> dict[str, Any]:
 
 
 def one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
-    """Compares a value with those that are allowed.
+    """Checks that a value is one of the allowed ones.
 
     Raises:
-        ConfigError: it is none of them.
+        ConfigError: it is not.
     """
     if isinstance(value, bool) or value not in allowed:
         raise ConfigError(f"{name} must be one of {', '.join(map(repr, allowed))}, not {value!r}")

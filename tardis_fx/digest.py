@@ -1,4 +1,4 @@
-"""A hash of whatever a file is keyed by: weights, text, settings."""
+"""Hashes the values that a file is keyed by: weights, text, settings."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from torch import Tensor
 
 
 def digest(*parts: Any) -> str:
-    """Hash of tensors, mappings, sequences and plain values, contents and all."""
+    """Hash of the contents of tensors, mappings, sequences and plain values."""
     sha = hashlib.sha256()
     _feed(sha, parts)
     return sha.hexdigest()[:32]
 
 
 def contents(tensor: Tensor) -> memoryview:
-    """The bytes of a tensor's elements in their order; of a contiguous one on a CPU, its memory.
+    """Bytes of a tensor's elements in order, without a copy where the tensor is contiguous and on a CPU.
 
-    A NumPy view of that would leave the tensor's storage unable to be resized.
+    A NumPy view of this memory would make the tensor's storage impossible to resize.
     """
-    own = tensor.detach().cpu().contiguous()
-    buffer: Any = (ctypes.c_char * own.nbytes).from_address(own.data_ptr())
-    buffer.owner = own  # lives as long as the view
+    elements = tensor.detach().cpu().contiguous()
+    buffer: Any = (ctypes.c_char * elements.nbytes).from_address(elements.data_ptr())
+    buffer.owner = elements  # lives as long as the view
     return memoryview(buffer).cast("B")
 
 

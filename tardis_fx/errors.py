@@ -14,15 +14,15 @@ class CalibrationError(TardisError, ValueError):
 
 
 class PlanFileError(TardisError, ValueError):
-    """A plan file is missing, damaged, foreign or of another version, or an entry is none that its rewrite makes."""
+    """A plan file is missing, damaged, foreign or of another version, or its rewrite does not make such an entry."""
 
 
 class CheckpointError(TardisError, ValueError):
-    """A checkpoint is damaged, cannot be written, or is of another model or plan, other batches or settings."""
+    """A checkpoint is damaged, cannot be written, or belongs to another model or plan, other batches or settings."""
 
 
 class PlanMismatchError(TardisError, ValueError):
-    """A plan was made for other weights, another dtype or another device than the model's."""
+    """A plan was made for weights, a dtype or a device other than the model's."""
 
 
 class StaleWeightError(PlanMismatchError):
@@ -34,7 +34,7 @@ class ReleasedWeightError(TardisError, RuntimeError):
 
 
 class RewriteError(TardisError, RuntimeError):
-    """A rewrite raised an exception of its own, which is the cause of this one."""
+    """A rewrite raised an unexpected exception, which is the cause of this one."""
 
 
 class DemoError(TardisError, RuntimeError):
@@ -46,4 +46,4 @@ class BenchError(TardisError, RuntimeError):
 
 
 class ServingError(TardisError, RuntimeError):
-    """A plan cannot be served with this model, or with what the engine was started with."""
+    """A plan cannot be served with this model, or with the options of the engine."""

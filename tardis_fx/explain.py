@@ -71,7 +71,7 @@ class Report:
     missing: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, plan: Plan) -> Report:
+    def from_plan(cls, plan: Plan) -> Report:
         """What a plan says of its own sites, no model at hand."""
         return cls(tuple(_planned(site) for site in plan.sites))
 
@@ -80,7 +80,6 @@ class Report:
         return asdict(self)
 
     def __str__(self) -> str:
-        """The table."""
         head = ["site", "kind", "activation", "status", "touched", "of dense", "stored", "outliers", "error", "method"]
         rows = [head, *(_row(site) for site in self.sites)]
         widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
@@ -159,7 +158,7 @@ def explain(model: nn.Module, plan: Plan | str | os.PathLike[str] | None, exampl
 
 def _stored(site: Site, entry: SitePlan, weights: Sequence[Tensor]) -> int:
     """Bytes of the weights that are there, and of the constants that are none of them, shared ones in full."""
-    constants = rewrite_named(entry.method).constants(entry, SiteWeights.of(site, weights)).values()
+    constants = rewrite_named(entry.method).constants(entry, SiteWeights.from_site(site, weights)).values()
     own = {v.untyped_storage().data_ptr() for v in weights}
     kept = sum(v.nbytes for v in weights if not is_released(v))
     return kept + sum(c.nbytes for c in constants if c.untyped_storage().data_ptr() not in own)

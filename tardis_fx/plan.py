@@ -1,4 +1,4 @@
-"""The plan: what to do at every site, with its tensors. A safetensors file."""
+"""The plan: the rewrite of every site with its tensors, saved as a safetensors file."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from tardis_fx.graph.site import Site
 
-# What reading fields that may be anything can raise.
+# Exceptions that reading arbitrary fields can raise.
 _DAMAGE = (
     LookupError,
     ValueError,
@@ -38,14 +38,14 @@ _DAMAGE = (
 )
 
 
-# Equal only to itself, as Dynamo compares the options of compiled models: tensors have no one truth value.
+# Compared by identity: Dynamo compares the options of compiled models, and comparing tensors gives no single bool.
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Entry:
-    """A site that a plan knows: one that it rewrites, :class:`SitePlan`, or one that it leaves, :class:`KeptSite`.
+    """A site that a plan knows: :class:`SitePlan` if it is rewritten, :class:`KeptSite` if not.
 
     Attributes:
         fingerprint: of the site's weights.
-        name: module path, for people.
+        name: module path, for display.
         kind: plain or gated.
         activation: name in the registry, or None.
         dtype: of the weights, as in ``str(torch.float32)``.
@@ -62,8 +62,8 @@ class Entry:
     dense_bytes: int
 
     @classmethod
-    def of(cls, site: Site, parameters: Sequence[Tensor], *, identity: str | None = None, **rest: Any) -> Self:
-        """An entry that describes a site with its weights, and their fingerprint where known; all else by keyword."""
+    def from_site(cls, site: Site, parameters: Sequence[Tensor], *, identity: str | None = None, **rest: Any) -> Self:
+        """Makes an entry for a site and its weights; the fingerprint is computed unless given as ``identity``."""
         return cls(
             fingerprint=fingerprint(parameters, site.function) if identity is None else identity,
             name=site.name,
@@ -76,16 +76,16 @@ class Entry:
         )
 
     def kept(self, reason: str) -> KeptSite:
-        """The entry of the same site, which stays as it is."""
-        return KeptSite(**{own.name: getattr(self, own.name) for own in fields(Entry)}, reason=reason)
+        """An entry that leaves the same site unchanged, with the reason."""
+        return KeptSite(**{field.name: getattr(self, field.name) for field in fields(Entry)}, reason=reason)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class KeptSite(Entry):
-    """A site that stays as it is.
+    """A site that is not rewritten.
 
     Attributes:
-        reason: why.
+        reason: why it is not rewritten.
     """
 
     method: ClassVar[None] = None
@@ -93,32 +93,32 @@ class KeptSite(Entry):
 
     @property
     def error(self) -> float:
-        """Error of its output: none."""
+        """Error of the site's output: always 0."""
         return 0.0
 
     @property
     def stored_bytes(self) -> int:
-        """Weight bytes that it keeps: all."""
+        """Weight bytes that the site keeps: all of them."""
         return self.dense_bytes
 
     @property
     def touched_bytes(self) -> int:
-        """Weight bytes that it reads per decoded token: all."""
+        """Weight bytes that the site reads per decoded token: all of them."""
         return self.dense_bytes
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SitePlan(Entry):
-    """How a site is rewritten.
+    """The rewrite of one site: method, settings, tensors, bytes and error.
 
     Attributes:
-        method: the rewrite.
-        stored_bytes: weight bytes that the rewritten site keeps, the original weights that corrections read included.
-        touched_bytes: weight bytes that it reads per decoded token, expected corrections included.
+        method: name of the rewrite.
+        stored_bytes: weight bytes that the rewritten site keeps, including the original weights that corrections read.
+        touched_bytes: weight bytes that it reads per decoded token, including expected corrections.
         outlier_rate: share of (token, neuron) pairs corrected on the calibration text.
         error: root-mean-square error of the site's output on held-back calibration tokens, relative to the output's.
-        settings: what the rewrite needs beside tensors.
-        tensors: what the rewrite needs, by name.
+        settings: plain values that the rewrite needs.
+        tensors: that the rewrite needs, by name.
     """
 
     reason: ClassVar[None] = None
@@ -131,17 +131,17 @@ class SitePlan(Entry):
     tensors: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
 
 
-#: What a plan says of a site.
+#: The entry of a site in a plan.
 Planned = SitePlan | KeptSite
 
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """The product of calibration.
+    """The product of calibration: an entry for every site, and the config.
 
     Attributes:
-        sites: one entry a site, those that stay as they are included.
-        config: how it was fitted.
+        sites: one entry for each site, including sites that are not rewritten.
+        config: that the plan was fitted with.
     """
 
     sites: tuple[Planned, ...]
@@ -149,30 +149,30 @@ class Plan:
 
     @property
     def rewritten(self) -> tuple[SitePlan, ...]:
-        """The entries of the sites that are rewritten."""
+        """Entries of the rewritten sites."""
         return tuple(site for site in self.sites if isinstance(site, SitePlan))
 
     def find(self, fingerprint: str) -> Planned | None:
-        """The entry of the site with these weights, or None."""
+        """The entry with this fingerprint, or None."""
         return next((site for site in self.sites if site.fingerprint == fingerprint), None)
 
     @property
     def touched_fraction(self) -> float:
-        """Weight bytes read per decoded token over those of the original FFNs, kept sites counted in full."""
+        """Weight bytes read per decoded token as a fraction of all FFN weight bytes; kept sites count in full."""
         touched = sum(site.touched_bytes for site in self.sites)
         return touched / max(1, sum(site.dense_bytes for site in self.sites))
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the plan; the file appears whole or not at all.
+        """Writes the plan to a file, atomically.
 
         Args:
-            path: where to; an existing file is replaced and its mode kept, and of a symbolic link its target.
+            path: of the file; an existing file, or the target of a link, is replaced and keeps its mode.
 
         Raises:
             PlanFileError: the file cannot be written, or the plan holds what no file can.
         """
         tensors: dict[str, Tensor] = {}
-        first: dict[int, str] = {}  # of the tensors that several sites share, by object: written once
+        first: dict[int, str] = {}  # keys of tensors that several sites share, by object: each is written once
         same: dict[str, str] = {}
         for i, site in enumerate(self.sites):
             for name, t in site.tensors.items() if isinstance(site, SitePlan) else ():
@@ -189,10 +189,10 @@ class Plan:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Plan:
-        """Reads a plan; what becomes of the file later does not change it.
+        """Reads a plan from a file; later changes to the file do not affect it.
 
         Raises:
-            PlanFileError: the file is missing, truncated, damaged, no plan, or of another version.
+            PlanFileError: the file is missing, truncated, damaged, not a plan, or of another version.
         """
         try:
             tensors, header = read(path)
@@ -210,7 +210,6 @@ class Plan:
             raise PlanFileError(f"{path} is a damaged plan: {type(error).__name__}: {error}") from error
 
     def __str__(self) -> str:
-        """One line."""
         methods = Counter(site.method if isinstance(site, SitePlan) else "refused" for site in self.sites)
         listed = ", ".join(f"{count} {method}" for method, count in methods.items())
         return (
@@ -219,10 +218,10 @@ class Plan:
 
 
 def resolve(plan: Any) -> Plan:
-    """A plan as it is, or read from the path of its file; a file is read again when it is another one or was changed.
+    """Returns a plan, or loads it from a path; a file is only read again if it was replaced or changed.
 
     Raises:
-        ConfigError: ``plan`` is neither.
+        ConfigError: ``plan`` is neither a plan nor a path.
         PlanFileError: the file cannot be read.
     """
     if isinstance(plan, Plan):
@@ -233,7 +232,7 @@ def resolve(plan: Any) -> Plan:
     try:
         written = path.stat()
         state = (written.st_dev, written.st_ino, written.st_size, written.st_mtime_ns, written.st_ctime_ns)
-        header = read_header(path)  # holds the digest of the content: clocks may stand still, or be set back
+        header = read_header(path)  # contains the digest of the content; timestamps may repeat or go back
     except (OSError, ValueError, SafetensorError) as error:
         raise PlanFileError(f"no plan file {path}: {getattr(error, 'strerror', None) or error}") from error
     return _load(path, state, header)

@@ -1,7 +1,7 @@
-"""What a plan file holds beside its tensors, and the checks of it: nothing in a file is trusted.
+"""Writes and checks the metadata of a plan file; nothing in a file is trusted.
 
-The digest shows damage, but whoever writes a file can compute it. So every field is checked here, and every entry by
-its rewrite before it is used (:mod:`tardis_fx.passes.entry`).
+The digest detects damage, but anybody who writes a file can compute it. So every field is checked here, and every
+entry is checked by its rewrite before it is used (:mod:`tardis_fx.passes.entry`).
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 FORMAT = "tardis_fx.plan"
-#: Raised whenever a plan written now would be misread by older code.
+#: Incremented whenever older code would misread a new plan.
 VERSION = 5
-#: Levels of lists and mappings in an entry's settings.
+#: Maximum nesting of lists and mappings in an entry's settings.
 _DEEPEST = 32
 
 
 def header_of(config: Mapping[str, Any], sites: Sequence[Mapping[str, Any]], same: Mapping[str, str]) -> dict[str, str]:
-    """The metadata of a plan file.
+    """Makes the metadata of a plan file.
 
     Args:
         config: fields of the plan's config.
-        sites: fields of each entry but its tensors.
-        same: for each tensor that is in the file under another one's name, that name.
+        sites: fields of each entry except its tensors.
+        same: name of the stored tensor for each tensor that the file holds under another name.
 
     Raises:
-        ValueError: a field is not what :func:`content_of` would read.
-        TypeError: likewise.
+        ValueError: :func:`content_of` would reject a field.
+        TypeError: a field has a type that JSON cannot hold.
     """
     for site in sites:
         _check_fields(dict(site))
@@ -46,15 +46,15 @@ def header_of(config: Mapping[str, Any], sites: Sequence[Mapping[str, Any]], sam
 
 
 def content_of(header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The config's fields and each entry's, tensors included.
+    """Reads the fields of the config and of each entry, including tensors.
 
     Args:
         header: metadata of the file.
-        tensors: all of the file's.
+        tensors: all tensors of the file.
 
     Raises:
-        PlanFileError: it is no plan, of another version, or damaged.
-        Exception: it is damaged; of any kind that a lookup or a conversion raises.
+        PlanFileError: the file is not a plan, is of another version, or is damaged.
+        Exception: the file is damaged; any exception that a lookup or a conversion raises.
     """
     if header.get("format") != FORMAT:
         raise PlanFileError("it is a safetensors file but no tardis_fx plan")
@@ -82,10 +82,10 @@ def content_of(header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> tupl
 
 
 def _check_fields(fields: dict[str, Any]) -> None:
-    """Whether the fields of an entry are of the types and within the ranges that they are declared to be.
+    """Checks that the fields of an entry have their declared types and ranges.
 
     Raises:
-        ValueError: one is not, one is missing, or there are others.
+        ValueError: a field is invalid, missing or unknown.
     """
     known = _SITE | (_KEPT if "reason" in fields else _REWRITTEN)
     if missing := known.keys() ^ fields.keys():
@@ -101,7 +101,7 @@ def _shortened(value: Any) -> str:
 
 
 def _is_text(value: Any) -> bool:
-    """A string that can be printed: JSON can spell halves of characters."""
+    """Whether the value is a printable string; JSON can encode unpaired surrogates."""
     return isinstance(value, str) and value.encode(errors="replace").decode() == value
 
 
@@ -154,9 +154,9 @@ _SITE: _Fields = {
     "shapes": (_are_shapes, "a list of lists of positive sizes"),
     "dense_bytes": _SIZE,
 }
-#: Further ones of a site that stays as it is.
+#: Further fields of a site that is not rewritten.
 _KEPT: _Fields = {"reason": (_is_text, "a string")}
-#: And of one that is rewritten, but for its tensors.
+#: Further fields of a rewritten site, except its tensors.
 _REWRITTEN: _Fields = {
     "method": (_is_text, "a string"),
     "stored_bytes": _SIZE,

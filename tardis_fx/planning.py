@@ -163,4 +163,4 @@ def _method_of(name: str, config: Config) -> str | None:
 
 def refused(site: ObservedSite, reason: str) -> KeptSite:
     """The entry of a site that is not rewritten."""
-    return KeptSite.of(site.site, site.parameters, identity=site.fingerprint, reason=reason)
+    return KeptSite.from_site(site.site, site.parameters, identity=site.fingerprint, reason=reason)

@@ -1,6 +1,6 @@
-"""Weights in a few bits, by GPTQ or rounded to nearest.
+"""Quantises weights to a few bits, by GPTQ or rounding to nearest.
 
-The predictor's, the folded weight's and those of the rows that corrections read.
+Used for the predictor, the folded weight and the rows that corrections read.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from tardis_fx.runtime.reference import dequantise
 
 #: Share of the mean diagonal of the Hessian that is added to it (GPTQ, section 3.3).
 DAMPING = 0.01
-#: Rows that are rounded before those behind them make up for all at once.
+#: Rows that are rounded before the following rows compensate for all of them at once.
 BLOCK = 128
 
 
 @dataclass(frozen=True)
 class Quantised:
-    """A matrix in a few bits a weight.
+    """A matrix with a few bits per weight.
 
     Attributes:
-        codes: [rows, packed bytes], uint8, as :mod:`tardis_fx.runtime.packing` lays them out.
+        codes: [rows, packed bytes], uint8, in the layout of :mod:`tardis_fx.runtime.packing`.
         scale: [rows, groups], float16.
         zero: [rows, groups], uint8.
-        bits: bits a code.
+        bits: of a code.
         columns: of the matrix.
     """
 
@@ -42,24 +42,24 @@ class Quantised:
 
     @cached_property
     def weight(self) -> Tensor:
-        """The matrix, [rows, columns], float32."""
+        """The dequantised matrix, [rows, columns], float32."""
         return dequantise(self.codes, self.scale, self.zero, self.bits, self.columns)
 
     @property
     def rows(self) -> Tensor:
-        """Each row as one run of bytes, [rows, row bytes], uint8."""
+        """Each row as one contiguous run of bytes, [rows, row bytes], uint8."""
         return join(self.codes, self.scale, self.zero)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Products with every row: of W1, estimates of the pre-activations without bias; [tokens, rows]."""
+        """Products with every row, [tokens, rows]: for W1, estimates of the pre-activations without bias."""
         return x @ self.weight.T
 
 
 def quantise(weight: Tensor, gram: Tensor | None, bits: int, group_size: int) -> Quantised:
-    """Quantises a matrix so that its products, not its weights, change least: GPTQ (arXiv 2210.17323, algorithm 1).
+    """Quantises a matrix to minimise the error of its products, not of its weights: GPTQ (arXiv 2210.17323, alg. 1).
 
-    Asymmetric codes; each group's scale is the one of least squared error among ranges clipped to 100% down to 50%,
-    rounded to float16 before the codes are taken.
+    The codes are asymmetric. Each group's scale has the least squared error among ranges clipped to between 100% and
+    50%, and is rounded to float16 before the codes are computed.
 
     Args:
         weight: [rows, d].
@@ -92,14 +92,14 @@ def quantise(weight: Tensor, gram: Tensor | None, bits: int, group_size: int) ->
 
 
 def quantise_in_turn(weight: Tensor, gram: Tensor, bits: int, group_size: int) -> Quantised:
-    """Quantises a matrix so that what stands on its left changes least: :func:`quantise`, but for the side.
+    """Quantises a matrix to minimise the change of ``c @ weight``: :func:`quantise` for products from the left.
 
-    One row after the other is rounded, and the rows still to come make up for it; those that are multiplied with the
-    most come first. The scales lie along the rows, and are chosen beforehand.
+    Rows are rounded in sequence, and the remaining rows compensate; the rows with the largest factors come first. The
+    scales lie along the rows and are chosen beforehand.
 
     Args:
         weight: [h, columns].
-        gram: [h, h], sum of cᵀ c over what is multiplied, c [tokens, h].
+        gram: [h, h], sum of cᵀ c over the factors c, [tokens, h].
         bits: 1 to 8.
         group_size: columns that share a scale and a zero point.
     """
@@ -132,13 +132,13 @@ def inverse_factor(gram: Tensor) -> Tensor:
 def factor(gram: Tensor, *, damping: float = DAMPING, upper: bool = False) -> Tensor:
     """Cholesky factor of a Gram matrix, damped until it exists, [d, d], float64.
 
-    Rounded sums and differences of sums need not be positive definite, even with ``damping`` added: then ten times as
-    much is added, and so on. That happens with fewer tokens than columns, or with columns that repeat each other.
+    Rounded sums and differences of sums need not be positive definite even with ``damping`` added; then the damping is
+    multiplied by ten until they are. This happens with fewer tokens than columns, or with duplicate columns.
 
     Args:
         gram: [d, d], symmetric.
-        damping: share of the mean diagonal that is added at first.
-        upper: whether the upper factor is returned instead of the lower one.
+        damping: share of the mean diagonal that is added first.
+        upper: return the upper factor instead of the lower one.
 
     Raises:
         CalibrationError: an entry is NaN or infinite.
@@ -162,7 +162,7 @@ def factor(gram: Tensor, *, damping: float = DAMPING, upper: bool = False) -> Te
 
 
 def _range(block: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Scale and zero point of each row of a group, of least squared error over clipped ranges: [h], [h]."""
+    """Scale and zero point of each row of a group with the least squared error over clipped ranges: [h], [h]."""
     levels = 2**bits - 1
     low, high = block.amin(1).clamp(max=0), block.amax(1).clamp(min=0)
     best = low.new_full((len(block),), torch.inf)
@@ -179,5 +179,5 @@ def _range(block: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
 
 def _nearest(weight: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
-    """The codes of least error, elementwise; where the scale is zero, the one that stands for zero."""
+    """The nearest codes, elementwise; the zero point if the scale is zero."""
     return torch.where(scale > 0, (weight / scale + zero).round().clamp(0, 2**bits - 1), zero)

@@ -192,13 +192,13 @@ def _stands_alone(site: Site, entry: SitePlan, weights: Sequence[Tensor], matric
     """Whether a rewrite makes the same constants without these matrices."""
     rewrite, gone = rewrite_named(entry.method), {id(matrix) for matrix in matrices}
     without = [_nothing(w) if id(w) in gone else w for w in weights]
-    made = [rewrite.constants(entry, SiteWeights.of(site, each)) for each in (weights, without)]
+    made = [rewrite.constants(entry, SiteWeights.from_site(site, each)) for each in (weights, without)]
     return all(torch.equal(made[0][name], made[1][name]) for name in made[0])
 
 
 def _share(site: Site, entry: SitePlan, weights: Sequence[Tensor], matrices: Sequence[Tensor]) -> int:
     """Makes matrices views of the transposed copies that a rewrite makes of them; the bytes of the copies."""
-    copies = rewrite_named(entry.method).constants(entry, SiteWeights.of(site, weights)).values()
+    copies = rewrite_named(entry.method).constants(entry, SiteWeights.from_site(site, weights)).values()
     shared = 0
     for matrix in matrices:
         for copy in copies:

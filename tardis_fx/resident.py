@@ -1,4 +1,4 @@
-"""What a process holds in memory, and which tensors lie in files that are mapped into it."""
+"""Memory that a process holds, and the mapped files that tensors lie in."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ if TYPE_CHECKING:
 
 
 def resident_bytes(device: torch.device) -> int | None:
-    """Bytes of a device's memory that the process holds; None where the system does not tell.
+    """Bytes of a device's memory that the process holds; None if the system does not report it.
 
-    Pages of mapped files, which the system takes back when memory is short, do not count.
+    Pages of mapped files do not count, because the system can reclaim them when memory is short.
 
     Args:
-        device: a CUDA device, of which PyTorch's allocator knows, or the CPU, of which Linux does.
+        device: a CUDA device, reported by PyTorch's allocator, or the CPU, reported by Linux.
     """
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
@@ -30,21 +30,20 @@ def resident_bytes(device: torch.device) -> int | None:
 
 
 class FileMappings:
-    """The files that are mapped into the process, as of when this was made; none where the system does not tell."""
+    """The files mapped into the process when this object was made; none if the system does not report them."""
 
     def __init__(self) -> None:
-        """Reads them."""
         maps = Path("/proc/self/maps")
         lines = maps.read_text().splitlines() if maps.exists() else []
         self._files: list[tuple[int, int, str]] = []
         for line in lines:
             span, *_, path = line.split(None, 5)
-            if path.startswith("/") and not path.startswith(("/dev/", "/memfd:")):  # on a disk, no shared memory
+            if path.startswith("/") and not path.startswith(("/dev/", "/memfd:")):  # on a disk, not shared memory
                 start, end = span.split("-")
                 self._files.append((int(start, 16), int(end, 16), path))
 
     def file_of(self, tensor: Tensor) -> str | None:
-        """The file that a tensor's values lie in, or None."""
+        """Path of the mapped file that holds a tensor's values, or None."""
         if tensor.device.type != "cpu":
             return None
         address = tensor.data_ptr()

@@ -1,7 +1,7 @@
-"""Reads and writes safetensors files: they appear whole or not at all, are copied out, and carry a digest.
+"""Reads and writes safetensors files: writes are atomic, reads copy, and each file carries a digest.
 
 ``safetensors.safe_open`` maps a file into memory. A tensor that it returns changes when the file is overwritten, and
-reading it ends the process when the file is truncated. So the bytes are read here, into tensors of their own.
+reading it ends the process when the file is truncated. This module therefore reads the bytes into new tensors.
 """
 
 from __future__ import annotations
@@ -42,21 +42,21 @@ _DTYPES = {
 }
 #: Name of the digest among the metadata.
 DIGEST = "digest"
-#: As safetensors has it.
+#: The limit that safetensors sets.
 _LONGEST_HEADER = 100_000_000
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> None:
-    """Writes a file; an existing one is replaced, see :func:`replacing`.
+    """Writes a file atomically, and replaces an existing one (see :func:`replacing`).
 
     Args:
-        path: where to.
-        tensors: contiguous, no two of one storage.
-        header: kept as the file's metadata, with a digest of all content beside it.
+        path: of the file.
+        tensors: contiguous; no two share a storage.
+        header: stored as the file's metadata, together with a digest of all content.
 
     Raises:
         OSError: the file cannot be written.
-        SafetensorError: likewise, or a tensor has a dtype that :func:`read` does not know.
+        SafetensorError: the file cannot be written, or :func:`read` does not know the dtype of a tensor.
     """
     for name, tensor in tensors.items():
         if tensor.dtype not in _DTYPES.values():
@@ -67,10 +67,10 @@ def write(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str]) 
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary file that takes the place of another one when the block ends without an error.
+    """A temporary file that replaces another file when the block ends without an error.
 
-    It has the mode of the file that it replaces. Of a symbolic link the target is replaced, and the link stays. After
-    an error the temporary file is gone and the other one is as it was. Both the file and its folder are flushed.
+    It takes the mode of the file that it replaces. For a symbolic link, the target is replaced and the link stays.
+    After an error the temporary file is removed and the other one is unchanged. File and folder are flushed.
 
     Raises:
         OSError: the file cannot be written.
@@ -79,7 +79,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     temporary = target.with_name(f".{uuid.uuid4().hex}.part")
     try:
         with open(temporary, "xb") as file:
-            mode = os.fstat(file.fileno()).st_mode  # as the umask has it
+            mode = os.fstat(file.fileno()).st_mode  # set by the umask
         with contextlib.suppress(FileNotFoundError):
             mode = os.stat(target).st_mode
         yield temporary
@@ -103,11 +103,11 @@ def _flush(path: Path) -> None:
 
 
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of a file, copied out of it, and its metadata.
+    """Reads copies of a file's tensors, and its metadata.
 
     Raises:
         OSError: there is no such file, or it cannot be read.
-        SafetensorError: it is truncated or no safetensors file.
+        SafetensorError: it is truncated or not a safetensors file.
     """
     with _opened(path) as file:
         return read_from(file, os.fstat(file.fileno()).st_size)
@@ -115,7 +115,7 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str
 
 @torch.inference_mode(mode=False)
 def read_from(file: BinaryIO, length: int) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The same, of an open file with so many bytes."""
+    """Reads tensors and metadata from an open file of ``length`` bytes."""
     layout = _parsed(_header(file, length))
     header = layout.pop("__metadata__", {})
     if not isinstance(header, dict) or not all(isinstance(value, str) for value in header.values()):
@@ -133,14 +133,14 @@ def read_from(file: BinaryIO, length: int) -> tuple[dict[str, Tensor], dict[str,
 
 
 def content_digest(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> str:
-    """Hash of tensors and metadata, but for the digest among these."""
+    """Hash of tensors and metadata, without the digest itself."""
     return digest({name: value for name, value in header.items() if name != DIGEST}, tensors)
 
 
 def check_digest(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> None:
-    """Holds what :func:`read` returns against the digest that :func:`write` put there.
+    """Checks the content that :func:`read` returns against the digest that :func:`write` stored.
 
-    It shows damage. It shows no intent: whoever changes a file can compute its digest.
+    This detects damage but not tampering: anybody who changes a file can compute its digest.
 
     Raises:
         SafetensorError: the content is not what was saved.
@@ -150,26 +150,26 @@ def check_digest(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> No
 
 
 def read_header(path: str | os.PathLike[str]) -> bytes:
-    """The header of a file, unparsed: names, shapes and metadata.
+    """Reads the unparsed header of a file: names, shapes and metadata.
 
     Raises:
         OSError: there is no such file, or it cannot be read.
-        SafetensorError: it is truncated or no safetensors file.
+        SafetensorError: it is truncated or not a safetensors file.
     """
     with _opened(path) as file:
         return _header(file, os.fstat(file.fileno()).st_size)
 
 
 def unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """For ``json.loads``: an object in which no name stands twice.
+    """Hook for ``json.loads`` that rejects an object with duplicate names.
 
     Raises:
-        ValueError: one does.
+        ValueError: a name stands twice.
     """
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    unique = dict(pairs)
+    if len(unique) < len(pairs):
         raise ValueError("a name stands twice in an object")
-    return found
+    return unique
 
 
 def _opened(path: str | os.PathLike[str]) -> BinaryIO:
@@ -182,10 +182,10 @@ def _header(file: BinaryIO, length: int) -> bytes:
     size = int.from_bytes(file.read(8), "little")
     if not 2 <= size <= min(length - 8, _LONGEST_HEADER):
         raise SafetensorError(f"a file of {length} bytes has no header of {size}")
-    found = file.read(size)
-    if len(found) < size:
+    header = file.read(size)
+    if len(header) < size:
         raise SafetensorError("it ends within its header")
-    return found
+    return header
 
 
 def _parsed(header: bytes) -> dict[str, Any]:
@@ -217,7 +217,7 @@ def _described(name: str, value: Any) -> tuple[torch.dtype, tuple[int, ...], int
 
 def _filled(file: BinaryIO, name: str, tensor: Tensor) -> Tensor:
     bits = tensor.view(-1).view(torch.uint8).numpy()
-    if file.readinto(bits.data) != bits.nbytes:  # type: ignore[attr-defined]  # of buffered files
+    if file.readinto(bits.data) != bits.nbytes:  # type: ignore[attr-defined]  # buffered files have it
         raise SafetensorError(f"it ends within tensor {name!r}")
     if tensor.dtype == torch.bool and bits.max(initial=0) > 1:
         raise SafetensorError(f"tensor {name!r} holds a byte that is neither true nor false")

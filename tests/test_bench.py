@@ -81,7 +81,7 @@ def test_ffn_has_a_row_for_every_case_and_contender(tmp_path: Path) -> None:
     assert "a processor, 2 threads" in text
     dense = 4 * (8 * 64 * 64 + 5 * 64)
     assert [float(row["MB"]) * 1e6 for row in rows if row["outliers"] == ""] == pytest.approx([dense] * 4)
-    costs, rate = Costs.of(64, 64, 2, 4, k=1, group_size=GROUP_SIZE, bias=True), float(rows[1]["outliers"])
+    costs, rate = Costs.from_sizes(64, 64, 2, 4, k=1, group_size=GROUP_SIZE, bias=True), float(rows[1]["outliers"])
     expected = costs.fold + 256 * (costs.predictor + rate * costs.row)
     assert float(rows[1]["MB"]) * 1e6 == pytest.approx(expected)
     assert float(rows[1]["floor_ms"]) == pytest.approx(expected / 20e9 * 1e3)
@@ -102,7 +102,7 @@ def test_model_has_a_row_for_every_contender_or_says_why_not(tmp_path: Path) -> 
     ]
     assert "No row for torchao's int8 weights: torchao cannot be imported" in text
     assert "do not fill the last-level cache" in text
-    costs, rate = Costs.of(256, 256, 2, 4, k=1, group_size=GROUP_SIZE, bias=True), float(fast["outliers"])
+    costs, rate = Costs.from_sizes(256, 256, 2, 4, k=1, group_size=GROUP_SIZE, bias=True), float(fast["outliers"])
     less = 4 * (8 * 256**2 + 5 * 256) - costs.fold - 1024 * (costs.predictor + rate * costs.row)
     assert float(dense["MB"]) - float(fast["MB"]) == pytest.approx(less / 1e6)
     assert rate == pytest.approx(0.05, rel=0.5)  # of 16 tokens; the next test asks for more
@@ -142,7 +142,7 @@ def test_a_model_without_an_ffn_that_can_be_rewritten_is_refused() -> None:
 
 
 def test_copies_fill_the_cache_with_what_the_rewritten_ffns_read() -> None:
-    costs = Costs.of(256, 256, 2, 4, k=1, group_size=GROUP_SIZE, bias=True)
+    costs = Costs.from_sizes(256, 256, 2, 4, k=1, group_size=GROUP_SIZE, bias=True)
     read = costs.fold + 1024 * (costs.predictor + 0.05 * costs.row)
     count = copies_for(256, 4, Widths(2), 0.05, 1 << 25)
     assert (count - 1) * read < COLD << 25 <= count * read

@@ -232,11 +232,11 @@ def test_a_model_without_ffns_has_an_empty_report() -> None:
 
 def test_a_report_of_the_plan_alone_lists_its_sites(mixed: tuple[Mixed, Plan]) -> None:
     model, plan = mixed
-    of_plan, of_model = Report.of(plan), explain(model, plan, X)
+    of_plan, of_model = Report.from_plan(plan), explain(model, plan, X)
     planned_sites = {site.name: site for site in of_plan.sites}
     assert planned_sites["done"] == of_model.sites[0]
     refused = plan.sites[0].kept("for a test")
-    (site,) = Report.of(Plan((refused,), plan.config)).sites
+    (site,) = Report.from_plan(Plan((refused,), plan.config)).sites
     assert (site.status, site.reason, site.touched_bytes) == ("refused", "for a test", site.dense_bytes)
 
 

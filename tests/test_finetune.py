@@ -84,7 +84,7 @@ def test_nothing_but_the_split_weights_changes() -> None:
             "down_b",
         }
         assert 0 < after.error != before.error
-    assert "ffsplit+finetuned" in str(Report.of(trained()))
+    assert "ffsplit+finetuned" in str(Report.from_plan(trained()))
 
 
 @torch.no_grad()

@@ -44,9 +44,9 @@ class Widths(NamedTuple):
     rows: int = 16
 
     def costs(self, d: int, d_out: int, size: int, *, bias: bool, k: int = 1) -> Costs:
-        """Bytes of a site of such a plan; arguments as of :meth:`tardis_fx.partial_linear.costs.Costs.of`."""
+        """Bytes of a site of such a plan; arguments as in :meth:`tardis_fx.partial_linear.costs.Costs.from_sizes`."""
         bits = self.predictor, size, self.fold, self.rows
-        return Costs.of(d, d_out, *bits, k=k, group_size=GROUP_SIZE, bias=bias)
+        return Costs.from_sizes(d, d_out, *bits, k=k, group_size=GROUP_SIZE, bias=bias)
 
     def added(self, size: int) -> float:
         """About the bytes that such a plan adds to an FFN of four times as many neurons as inputs, over the FFN's own.
@@ -62,7 +62,6 @@ class Widths(NamedTuple):
         return (fold + self.predictor + rows) / (2 * wide)
 
     def __str__(self) -> str:
-        """As contenders are named."""
         parts = [f"{self.predictor} bits"]
         parts += [f"{part} {bits}" for part, bits in (("fold", self.fold), ("rows", self.rows)) if bits != 16]
         return ", ".join(parts)
@@ -137,7 +136,7 @@ def _site_plan(site: ObservedSite, x: Tensor, widths: Widths, rate: float) -> Si
     settled = Settled(draft, widths.fold, widths.rows, uncorrected, limits, every, ~every, columns)
     weight, bias = settled.store_fold(*uncorrected.fold(draft.neurons))
     costs = settled.costs
-    return SitePlan.of(
+    return SitePlan.from_site(
         site.site,
         site.parameters,
         method=PartialLinear.name,

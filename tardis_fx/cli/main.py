@@ -38,7 +38,7 @@ def inspect(plan: Annotated[Path, typer.Argument(help="A file written by Plan.sa
     from tardis_fx.explain import Report
     from tardis_fx.plan import Plan
 
-    typer.echo(str(Report.of(Plan.load(plan))))
+    typer.echo(str(Report.from_plan(Plan.load(plan))))
 
 
 def main() -> None:

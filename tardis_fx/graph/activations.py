@@ -1,4 +1,4 @@
-"""The registry of activations: each is one sympy expression; all else about it is derived from that expression.
+"""The registry of activations: each is one sympy expression, from which everything else is derived.
 
 :func:`register` adds one. Matching, calibration, the eager reference and the kernels in C++ and Triton then know it:
 
@@ -26,15 +26,15 @@ Array = NDArray[np.float64]
 Z = sympy.Symbol("Z", real=True)
 
 REACH = 40.0
-"""Kinks and inflections lie in [-REACH, REACH]; beyond, a derivative is constant to rounding or diverges."""
+"""Kinks and inflections lie in [-REACH, REACH]; outside, a derivative is constant to rounding or diverges."""
 
 ENDLESS = 1e100
-"""How far slope points are sought on a side where the derivative diverges."""
+"""Limit of the search for slope points on a side where the derivative diverges."""
 
 
 @dataclass(frozen=True)
 class Activation:
-    """An elementwise activation.
+    """An elementwise activation: its name, its sympy formula and its torch function.
 
     Attributes:
         name: its key in the registry.
@@ -52,20 +52,20 @@ class Activation:
         return self._derivatives[0](z)
 
     def derivative(self, z: ArrayLike) -> Array:
-        """The derivative at ``z``, of any shape, in float64; at a kink, that of the formula the expression takes."""
+        """The derivative at ``z``, of any shape, in float64; at a kink, that of the formula that applies there."""
         return self._derivatives[1](z)
 
     def slope_points(self, slope: ArrayLike) -> Array:
         """Every isolated point where the derivative has a given value.
 
         Each monotone piece of the derivative whose end values enclose the slope holds exactly one, found by
-        bisection. A stretch of constant derivative holds no isolated point, and a kink is none.
+        bisection. A stretch of constant derivative has no isolated point, and a kink does not count as one.
 
         Args:
             slope: [n].
 
         Returns:
-            [n, k], ascending and then NaN, with k the largest number of points that any slope has.
+            [n, k], ascending and padded with NaN; k is the largest number of points that any slope has.
         """
         slope = np.asarray(slope, dtype=np.float64)[..., None]
         pieces = self._pieces
@@ -76,7 +76,7 @@ class Activation:
         """The largest ``|activation(z) - slope z - intercept|`` on ``[lower, upper]``, exact up to rounding.
 
         The extrema are at the bounds, the kinks and the slope points. At an infinite bound the error is its limit:
-        the distance to the asymptote where the slope is the asymptote's, infinity elsewhere.
+        the distance to the asymptote if the slope is that of the asymptote, else infinity.
 
         Args:
             slope: [n].
@@ -107,7 +107,7 @@ class Activation:
 
     @functools.cached_property
     def affine(self) -> tuple[float, float] | None:
-        """Slope and intercept, where the activation is an affine function."""
+        """Slope and intercept if the activation is an affine function, else None."""
         polynomial = self.expression.as_poly(Z) if self.expression.has(Z) else sympy.Poly(self.expression, Z)
         if polynomial is None or polynomial.degree() > 1:
             return None
@@ -131,12 +131,12 @@ class Activation:
         except NotImplementedError as error:
             raise ConfigError(f"no C++ code for {self.expression}: {error}") from error
         choices = self._piecewise.atoms(sympy.Piecewise)
-        # No comparison holds for a NaN, which takes the last formula.
+        # A NaN fails every comparison, so it takes the last formula.
         return code if all(choice.args[-1].expr.free_symbols for choice in choices) else f"((z == z) ? ({code}) : (z))"
 
     @property
     def triton(self) -> str:
-        """The activation as a Triton expression of ``z``, float32, that may call the ``tanh`` of the kernels' module.
+        """The activation as a Triton expression of ``z``, float32; it may call the ``tanh`` of the kernels' module.
 
         Raises:
             ConfigError: the expression has a function or a power that Triton does not have.
@@ -147,7 +147,7 @@ class Activation:
 
     @functools.cached_property
     def _piecewise(self) -> sympy.Expr:
-        # A product with a choice would make NaN of an infinity times 0; a choice of products takes the 0.
+        # A product with a piecewise factor would turn infinity times 0 into NaN; a piecewise product selects the 0.
         return sympy.piecewise_fold(self.expression.rewrite(sympy.Piecewise))
 
     @functools.cached_property
@@ -157,7 +157,7 @@ class Activation:
 
     @functools.cached_property
     def _kinks(self) -> Array:
-        """[kinks], ascending: where the expression passes from one formula to the next."""
+        """Points where the expression passes from one formula to the next, [kinks], ascending."""
         conditions = self._piecewise.atoms(sympy.core.relational.Relational)
         kinks = np.unique([float(z) for c in conditions for z in sympy.solve(c.lhs - c.rhs, Z)])
         if not np.all(np.abs(kinks) < REACH):
@@ -182,7 +182,7 @@ class Activation:
         curvature = self._derivatives[2]
         edges = np.array([-REACH, *self._kinks, REACH])
         brackets = _sign_changes(curvature, edges, points=2000)
-        # Two inflections between neighbours of one grid would escape it, but not the other grid as well.
+        # One grid misses two inflections between neighbouring points; the other grid would then find them.
         if len(brackets) != len(_sign_changes(curvature, edges, points=9001)):
             raise ConfigError(f"{self.name}: its inflections lie too close together")
         before, after = brackets.T
@@ -201,7 +201,7 @@ _SIGMOID = (1 + sympy.tanh(Z / 2)) / 2
 _QUICK_SIGMOID = _SIGMOID.subs(Z, sympy.Rational("1.702") * Z)
 _GELU_CUBIC = sympy.sqrt(2 / sympy.pi) * (Z + sympy.Rational("0.044715") * Z**3)
 
-# Piecewise rather than Max and Min: the C++ of those two does not keep a NaN.
+# Piecewise rather than Max and Min, whose C++ does not keep a NaN.
 ACTIVATIONS: dict[str, Activation] = {
     activation.name: activation
     for activation in (
@@ -215,7 +215,7 @@ ACTIVATIONS: dict[str, Activation] = {
         ),
         Activation("gelu_quick", Z * _QUICK_SIGMOID, lambda z: z * (1.702 * z).sigmoid()),
         Activation("silu", Z * _SIGMOID, functional.silu),
-        # With s the sigmoid, tanh(softplus(z)) is (1 - (1 - s)^2) / (1 + (1 - s)^2).
+        # tanh(softplus(z)) is (1 - (1 - s)^2) / (1 + (1 - s)^2), where s is the sigmoid.
         Activation("mish", Z * (2 / (1 + (1 - _SIGMOID) ** 2) - 1), functional.mish),
         Activation(
             "hardswish", Z * sympy.Piecewise((0, Z < -3), (1, Z > 3), ((Z + 3) / 6, True)), functional.hardswish
@@ -238,9 +238,9 @@ def register(activation: Activation) -> Activation:
         The activation.
 
     Raises:
-        ConfigError: the name is taken or no identifier; the expression has other symbols than :data:`Z`, a kink beyond
-            :data:`REACH` or no asymptote, or C++ or Triton has no code for it; the eager function computes something
-            else; or the registry is closed.
+        ConfigError: the name is taken or not an identifier; the expression has symbols other than :data:`Z`, a kink
+            beyond :data:`REACH` or no asymptote, or C++ or Triton has no code for it; the eager function computes
+            something else; or the registry is closed.
     """
     name = activation.name
     if not name.isidentifier():
@@ -261,7 +261,7 @@ def register(activation: Activation) -> Activation:
 
 
 def close() -> tuple[Activation, ...]:
-    """The registered activations; none can be added from now on."""
+    """Closes the registry, so that no activation can be added, and returns the registered ones."""
     global _closed
     _closed = True
     return tuple(ACTIVATIONS.values())
@@ -280,7 +280,7 @@ class _Pieces:
 
     @property
     def rising(self) -> NDArray[np.bool_]:
-        """[pieces]."""
+        """Whether the derivative rises on each piece, [pieces]."""
         return self.at_start < self.at_end
 
     @functools.cached_property
@@ -291,13 +291,13 @@ class _Pieces:
         return int(self.reach(slopes[:, None]).sum(axis=-1).max(initial=0))
 
     def reach(self, slope: Array) -> NDArray[np.bool_]:
-        """[n, pieces]: whether the derivative takes the slope, [n, 1], on the piece."""
+        """Whether the derivative takes the slope, [n, 1], on each piece: [n, pieces]."""
         low, high = np.minimum(self.at_start, self.at_end), np.maximum(self.at_start, self.at_end)
         return np.asarray((low < slope) & (slope < high) | self.closed & (slope == self.at_start))
 
 
 def _compile(expression: sympy.Expr) -> Callable[[ArrayLike], Array]:
-    """The expression as a float64 function of arrays; a constant is spread over their shape."""
+    """Compiles the expression to a float64 function of arrays; a constant is broadcast to their shape."""
     function = sympy.lambdify(Z, expression, modules=["scipy", "numpy"], cse=True)
 
     def evaluate(z: ArrayLike) -> Array:
@@ -309,7 +309,7 @@ def _compile(expression: sympy.Expr) -> Callable[[ArrayLike], Array]:
 
 
 def _sign_changes(function: Callable[[ArrayLike], Array], edges: Array, *, points: int) -> Array:
-    """[changes, 2]: brackets of the sign changes between neighbouring edges; below 1e-12 a sign is rounding noise."""
+    """Brackets of the sign changes between neighbouring edges, [changes, 2]; values below 1e-12 are rounding noise."""
     brackets: list[tuple[float, float]] = []
     for start, end in itertools.pairwise(edges):
         grid = np.linspace(start, end, points)[1:-1]
@@ -322,9 +322,9 @@ def _sign_changes(function: Callable[[ArrayLike], Array], edges: Array, *, point
 def _bisect(
     function: Callable[[ArrayLike], Array], target: Array, start: Array, end: Array, *, rising: NDArray[np.bool_]
 ) -> Array:
-    """Where a function, monotone between start and end, takes the target: elementwise, broadcast.
+    """Points where a function that is monotone between start and end takes the target; elementwise, broadcast.
 
-    Halves asinh z, so that a piece of any length takes the same steps and a far root keeps its digits.
+    It bisects asinh z, so that a piece of any length takes the same steps and a far root keeps its digits.
     """
     shape = np.broadcast_shapes(target.shape, start.shape)
     low, high = (np.broadcast_to(np.arcsinh(bound), shape) for bound in (start, end))

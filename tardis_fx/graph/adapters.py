@@ -1,4 +1,4 @@
-"""Low-rank adapters: two narrow projections in a row, whose result is added to that of a wide one (LoRA)."""
+"""Finds low-rank adapters (LoRA): two narrow projections in sequence, whose result is added to a wide one's."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def with_adapters(nodes: Iterable[fx.Node], projections: dict[fx.Node, Projection]) -> dict[fx.Node, Projection]:
-    """Projections in which each one with an adapter is a single projection that no rewrite may take.
+    """Merges each projection that has an adapter with it into one projection that no rewrite may take.
 
     Args:
         nodes: of the graph, in its order.
@@ -47,7 +47,7 @@ def _adapts(base: Projection, first: Projection, last: Projection) -> bool:
 
 
 def _behind(node: fx.Node) -> fx.Node:
-    """The node behind views, casts, dropout, and factors that are numbers."""
+    """The node before views, casts, dropout and scalar factors."""
     while is_transparent(node) or is_training_dropout(node) or _is_scaled(node):
         node = node.all_input_nodes[0]
     return node

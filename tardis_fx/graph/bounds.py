@@ -1,4 +1,4 @@
-"""Between which numbers the elements of a value lie, whatever the model's inputs are."""
+"""Lower and upper bounds of the elements of a value that hold for any input of the model."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ _BOUNDS: dict[str, Bounds] = {
 
 
 def bounds_of(node: fx.Node, reader: fx.Node, writes: Sequence[Write]) -> Bounds:
-    """Lower and upper bound, of the number types' rounding apart; infinite where the graph does not tell.
+    """Lower and upper bound of a tensor, up to rounding; infinite if the graph does not show them.
 
     Args:
         node: a tensor.
         reader: the node that reads it.
-        writes: all of the graph; what is written to has no bounds.
+        writes: all writes of the graph; a tensor that is written to has no bounds.
     """
     while is_transparent(node) and not changes(writes, node, node, reader):
         node = node.all_input_nodes[0]

@@ -25,19 +25,19 @@ if TYPE_CHECKING:
 
     from tardis_fx.graph.site import Projection
 
-#: A cone with more nodes than this is no activation function.
+#: A cone with more nodes than this is not an activation function.
 LARGEST_CONE = 48
 
 
 @dataclass(frozen=True)
 class Cone:
-    """What a projection reads, back to the projections before it.
+    """The nodes that a projection reads, back to the projections before it.
 
     Attributes:
-        region: the nodes walked over, in the order of the graph.
+        region: the visited nodes, in the order of the graph.
         ups: the projections that they start from, in the same order.
-        parameters: parameters that they read, and what is computed from parameters alone.
-        strangers: whatever else they start from.
+        parameters: the parameters that they read, and nodes computed from parameters alone.
+        strangers: all other nodes that they start from.
     """
 
     region: list[fx.Node]
@@ -53,13 +53,13 @@ def cone_of(
     *,
     constants: bool = False,
 ) -> Cone | None:
-    """Walks back from a projection's input over the nodes that ``inner`` accepts; None where there are too many.
+    """Walks back from a projection's input over the nodes that ``inner`` accepts; None if there are too many.
 
     Args:
         down: the projection.
-        projections: all of the graph.
-        inner: whether a node is walked over.
-        constants: whether tensors that the graph makes of numbers count as parameters.
+        projections: all projections of the graph.
+        inner: whether to walk over a node.
+        constants: whether tensors that the graph makes from numbers count as parameters.
     """
     region: set[fx.Node] = set()
     sources: set[fx.Node] = set()

@@ -1,6 +1,6 @@
-"""The table of accepted forms: what a node of a Dynamo graph means to the matcher.
+"""The table of accepted forms: how the matcher reads a node of a Dynamo graph.
 
-A node is read by the name of what it calls, whether function (``torch.mul``), operator (``operator.mul``) or method
+A node is read by the name of its target, whether function (``torch.mul``), operator (``operator.mul``) or method
 (``Tensor.mul``), and in place or not. Projections have a table of their own (:mod:`tardis_fx.graph.projections`).
 """
 
@@ -12,7 +12,7 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 
-#: Maps one value to one value, whatever its place in the tensor; further arguments are numbers or the like.
+#: Maps each value to one value regardless of its position in the tensor; further arguments are mostly numbers.
 ELEMENTWISE = frozenset(
     """
     abs add celu clamp clamp_max clamp_min clip cos div elu eq erf erfc exp exp2 expm1 floor ge gelu gt hardshrink
@@ -23,26 +23,26 @@ ELEMENTWISE = frozenset(
     """.split()
 )
 
-#: Of these, the ones that a sum of other tensors is made of; a cone with nothing else holds no activation.
+#: The elementwise operations that only do arithmetic; a cone with nothing else holds no activation.
 ARITHMETIC = frozenset(
     "add div iadd imul isub itruediv mul multiply neg pos rsub sub subtract true_divide truediv".split()
 )
 
-#: Changes neither the values nor, where its last axis stays as long as it was, which neuron they belong to.
+#: Keeps the values and, if the last axis keeps its length, the neuron that each belongs to.
 VIEWS = frozenset(
     "alias clone contiguous detach expand_as flatten identity reshape squeeze unflatten unsqueeze view".split()
 )
 
-#: Changes no more than the precision, where the result is of a floating type.
+#: Changes only the precision, if the result has a floating type.
 CASTS = frozenset("bfloat16 double float half to type type_as".split())
 
 #: Drops values in training mode; ``F.dropout`` and ``torch.dropout`` name the arguments alike.
 DROPOUT = frozenset({"dropout", "feature_dropout", "alpha_dropout"})
 
-#: Cuts an axis in parts.
+#: Cuts an axis into parts.
 SPLIT = frozenset({"chunk", "split", "tensor_split", "unsafe_chunk", "unsafe_split"})
 
-#: What else may stand between two projections of something like an FFN: it mixes neurons or tokens, or moves them.
+#: Other operations between two projections of an FFN-like block: they mix or move neurons or tokens.
 MIXING = frozenset(
     """
     adjoint batch_norm cat concat conv1d conv2d cummax cumsum flip gather getattr getitem group_norm index_select
@@ -51,12 +51,12 @@ MIXING = frozenset(
     """.split()
 )
 
-#: What takes more nodes than this to compute is no weight.
+#: A node that takes more nodes than this to compute is not a weight.
 LARGEST_WEIGHT = 128
 
 
 def call_name(node: fx.Node) -> str | None:
-    """The name of what a node calls, without the underscore of the in-place form; None where it calls nothing."""
+    """Name of a node's target, without the underscore of the in-place form; None if the node calls nothing."""
     if node.op == "call_method":
         return str(node.target).rstrip("_") or None
     if node.op == "call_function":
@@ -66,12 +66,12 @@ def call_name(node: fx.Node) -> str | None:
 
 
 def bind(node: fx.Node, *names: str) -> list[Any]:
-    """Values of a node's arguments in the order of ``names``, given by position or keyword; None where absent."""
+    """Values of a node's arguments in the order of ``names``, given by position or keyword; None if absent."""
     return [node.args[i] if i < len(node.args) else node.kwargs.get(name) for i, name in enumerate(names)]
 
 
 def value_of(node: fx.Node) -> torch.Tensor | None:
-    """The fake tensor that Dynamo recorded, or None where the node is no tensor."""
+    """The fake tensor that Dynamo recorded, or None if the node is not a tensor."""
     value = node.meta.get("example_value")
     return value if isinstance(value, torch.Tensor) else None
 
@@ -83,17 +83,17 @@ def shape_of(node: fx.Node) -> torch.Size | None:
 
 
 def same(one: Any, other: Any) -> bool:
-    """Whether two sizes, or two shapes, are known to be equal: plain ``==`` would bind the graph to what it finds."""
+    """Whether two sizes, or two shapes, are known to be equal; ``==`` would add a guard to the graph."""
     return bool(statically_known_true(sym_eq(one, other)))
 
 
 def same_tokens(one: torch.Size, other: torch.Size) -> bool:
-    """Whether two shapes are known to be equal but for the last axis."""
+    """Whether two shapes are known to be equal except for the last axis."""
     return same(tuple(one[:-1]), tuple(other[:-1]))
 
 
 def is_number(node: fx.Node) -> bool:
-    """Whether the node's value is a number (also a symbolic one) and not a tensor."""
+    """Whether the node's value is a number, symbolic or not, and not a tensor."""
     return isinstance(node.meta.get("example_value"), (int, float, torch.SymInt, torch.SymFloat, torch.Size))
 
 
@@ -104,11 +104,11 @@ def is_parameter(node: fx.Node) -> bool:
 
 
 def is_from_parameters(node: fx.Node, *, constants: bool = False) -> bool:
-    """Whether the node is a parameter, or computed from parameters alone in not too many steps.
+    """Whether the node is a parameter, or computed from parameters alone by at most ``LARGEST_WEIGHT`` nodes.
 
     Args:
         node: any node.
-        constants: whether tensors that the graph makes of numbers count as parameters.
+        constants: whether tensors that the graph makes from numbers count as parameters.
     """
     front, seen = [node], {node}
     while front and len(seen) <= LARGEST_WEIGHT:
@@ -122,7 +122,7 @@ def is_from_parameters(node: fx.Node, *, constants: bool = False) -> bool:
 
 
 def is_training_dropout(node: fx.Node) -> bool:
-    """Whether the node is a dropout that drops something."""
+    """Whether the node is a dropout that drops values."""
     return call_name(node) in DROPOUT and not is_transparent(node)
 
 
@@ -136,13 +136,13 @@ def is_transparent(node: fx.Node) -> bool:
     before, after = value_of(source) if isinstance(source, fx.Node) else None, value_of(node)
     if before is None or after is None or not after.dim() or not before.dim():
         return False
-    # A view as another type reads the bits anew, and a cast to whole numbers rounds.
+    # A view as another type reinterprets the bits, and a cast to integers rounds.
     typed = before.dtype == after.dtype if name in VIEWS else name in CASTS and after.is_floating_point()
     return typed and same(before.shape[-1], after.shape[-1])
 
 
 def is_halving(node: fx.Node) -> bool:
-    """Whether the node cuts the last axis in two equal parts."""
+    """Whether the node cuts the last axis into two equal parts."""
     parts = node.meta.get("example_value")
     if call_name(node) not in SPLIT or not isinstance(parts, (tuple, list)) or len(parts) != 2:
         return False
@@ -151,7 +151,7 @@ def is_halving(node: fx.Node) -> bool:
 
 
 def half(node: fx.Node) -> int | None:
-    """Which half of the last axis a ``getitem`` takes, from a halving split or as a slice; None if none."""
+    """Index of the half of the last axis that a ``getitem`` takes, from a split or as a slice; None if neither."""
     if call_name(node) != "getitem":
         return None
     source, index = node.args
@@ -173,6 +173,6 @@ def half(node: fx.Node) -> int | None:
 
 
 def is_glu(node: fx.Node) -> bool:
-    """Whether the node gates one half of the last axis by the other."""
+    """Whether the node multiplies one half of the last axis by a gate computed from the other."""
     whole = shape_of(node.all_input_nodes[0]) if call_name(node) == "glu" else None
     return whole is not None and bind(node, "input", "dim")[1] in (None, -1, len(whole) - 1)

@@ -1,8 +1,8 @@
-"""Weights inside the graph: under Inductor's freezing Dynamo makes no inputs of them.
+"""Handles weights inside the graph, where Inductor's freezing keeps them instead of making them inputs.
 
-The rewrite knows weights as inputs. So they are lifted before it, and what it has added is put into the graph with them
-afterwards, where Inductor packs all of it. Freezing takes for granted that no weight changes; those of rewritten sites
-are looked at all the same, at every call (:class:`tardis_fx.runtime.guard.FrozenGraph`).
+A rewrite expects weights as inputs. They are lifted before it, and put back into the graph afterwards together with
+the inputs that it added, so that Inductor packs them. Freezing assumes that no weight changes; the weights of
+rewritten sites are still checked at every call (:class:`tardis_fx.runtime.guard.FrozenGraph`).
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 
 
 def lift(gm: fx.GraphModule) -> tuple[fx.GraphModule, list[Tensor]]:
-    """Makes inputs of a graph's tensors, behind the inputs that there are.
+    """Turns a graph's tensors into inputs, after the existing inputs.
 
     Args:
         gm: a Dynamo graph module.
 
     Returns:
-        A copy, and the tensors; the graph itself and no tensors where it holds none, or has no input, and so no site.
+        A copy and the tensors; the graph itself and no tensors if it holds none, or has no input and so no site.
     """
     if not _held(gm) or not gm.graph.find_nodes(op="placeholder"):
         return gm, []
@@ -45,11 +45,11 @@ def lift(gm: fx.GraphModule) -> tuple[fx.GraphModule, list[Tensor]]:
 
 
 def freeze(gm: fx.GraphModule, values: Sequence[Tensor]) -> None:
-    """Puts tensors into a graph, in place of its last inputs.
+    """Puts tensors into a graph in place of its last inputs.
 
     Args:
         gm: the graph, changed in place.
-        values: of its last inputs.
+        values: the tensors, in the order of the last inputs.
     """
     for i, (node, value) in enumerate(zip(gm.graph.find_nodes(op="placeholder")[-len(values) :], values, strict=True)):
         name = f"frozen_{i}"
@@ -65,7 +65,7 @@ def freeze(gm: fx.GraphModule, values: Sequence[Tensor]) -> None:
 
 
 def _held(gm: fx.GraphModule) -> list[tuple[fx.Node, Tensor]]:
-    """The graph's own tensors and the nodes that read them."""
+    """The tensors that a graph holds and the nodes that read them."""
     found: list[tuple[fx.Node, Tensor]] = []
     for node in gm.graph.find_nodes(op="get_attr"):
         value: Any = gm

@@ -1,4 +1,4 @@
-"""What the nodes between two projections compute: run on a grid, and compared with the registry of activations."""
+"""Recognises the activation between two projections: runs the nodes on a grid and compares with the registry."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from tardis_fx.graph.activations import Activation
     from tardis_fx.graph.site import Projection
 
-#: Have no kink, whatever the numbers among their arguments.
+#: Have no kink for any numeric arguments.
 _SMOOTH = ARITHMETIC | frozenset(
     """
     cos erf erfc exp exp2 expm1 gelu log log1p log2 mish ones_like pow reciprocal rsqrt sigmoid silu sin softsign sqrt
@@ -29,7 +29,7 @@ _SMOOTH = ARITHMETIC | frozenset(
 
 _SUMS = frozenset("add iadd isub rsub sub subtract".split())
 
-#: Of the others, what they compare their argument with unless told otherwise.
+#: The numbers that the other operations compare their argument with by default.
 _BOUNDS: dict[str, tuple[float, ...]] = {
     "hardshrink": (-0.5, 0.5), "hardsigmoid": (-3, 3), "hardswish": (-3, 3), "hardtanh": (-1, 1), "relu6": (0, 6),
     "softplus": (20,), "softshrink": (-0.5, 0.5),
@@ -37,12 +37,12 @@ _BOUNDS: dict[str, tuple[float, ...]] = {
 
 
 def activation_of(region: Sequence[fx.Node], up: Projection, down: Projection) -> Activation | None:
-    """The activation between two projections, or None when it is not registered.
+    """The activation between two projections, or None if it is not registered.
 
     Args:
         region: the element-wise and transparent nodes between them, in the order of the graph.
-        up: where they start.
-        down: where they end.
+        up: the projection that they start from.
+        down: the projection that they end at.
     """
     place = lambda z: {up.node: z}  # noqa: E731
     return recognise(lambda z: _run(region, down, place(z)), **_settings(region, up, down, place))
@@ -51,14 +51,14 @@ def activation_of(region: Sequence[fx.Node], up: Projection, down: Projection) -
 def gate_of(
     region: Sequence[fx.Node], ups: Sequence[Projection], down: Projection
 ) -> tuple[Projection | None, Activation | None, int | None]:
-    """Which projection of ``activation(gate) * up`` the activation sees, the activation, and which half of a fused one.
+    """The gate of ``activation(gate) * up``: its projection, its activation, and its half of a fused projection.
 
-    None where neither; the half is None, too, of a gate that is a matrix of its own.
+    All are None if neither projection is a gate; the half is also None if the gate has its own matrix.
 
     Args:
-        region: as above.
+        region: as in :func:`activation_of`.
         ups: the two projections, or the fused one.
-        down: where the region ends.
+        down: the projection that the region ends at.
     """
     for gate in (0, 1):
 
@@ -78,7 +78,7 @@ _Values = dict[fx.Node, Any]
 def _settings(
     region: Sequence[fx.Node], up: Projection, down: Projection, place: Callable[..., _Values]
 ) -> dict[str, Any]:
-    """What recognition is to know of a region whose projections have the values that ``place`` makes of tensors."""
+    """Arguments for recognising a region; ``place`` maps tensors to the values of its projections."""
 
     def compared(*z: Tensor) -> list[Tensor]:
         differences: list[Tensor] = []
@@ -95,38 +95,38 @@ def _run(
     values: _Values,
     differences: list[Tensor] | None = None,
 ) -> Tensor:
-    """The value that enters ``down``, from those of the projections; of a fused one, the pair of its halves.
+    """The value that enters ``down``, computed from those of the projections (a pair of halves for a fused one).
 
-    Views are left out, so that the values may have any shape. What is computed in place changes them.
+    Views are skipped, so that the values may have any shape. In-place operations change the values.
 
     Args:
-        region: the nodes between.
-        down: where they end.
+        region: the nodes between the projections.
+        down: the projection that they end at.
         values: of the projections; those of the region are added.
-        differences: takes what is compared on the way, :func:`_differences`.
+        differences: receives the compared quantities, see :func:`_differences`.
     """
     for node in region:
         if call_name(node) in ELEMENTWISE:
             values[node] = _call(node, lambda n: values[n] if n in values else _number(n), differences)
             if differences is not None and call_name(node) in _SUMS:
-                differences.append(values[node].clone())  # a square of it turns where it is 0
+                differences.append(values[node].clone())  # its square turns where it is 0
             continue
         value = values[source := node.all_input_nodes[0]]
         if is_glu(node):
             value = value[0] * value[1].sigmoid()
         elif (part := half(node)) is not None:
             value = value[part]
-        elif isinstance(value, Tensor) and not value.is_floating_point():  # the cast of a comparison
+        elif isinstance(value, Tensor) and not value.is_floating_point():  # a cast comparison
             value = value.double()
         elif call_name(node) not in DROPOUT and storages_of([node]) != storages_of([source]):
-            # A copy, which later writes do not reach.
+            # A copy is not reached by later writes.
             value = tree_map(torch.clone, value)
         values[node] = value
     return values[down.input]  # type: ignore[no-any-return]
 
 
 def _differences(node: fx.Node, operands: Sequence[Any]) -> list[Tensor]:
-    """What a node compares, each less the other: its tensors with each other and with numbers."""
+    """Differences of the quantities that a node compares: its tensors with each other and with numbers."""
     name = call_name(node) or ""
     tensors = [o for o in operands if isinstance(o, Tensor) and o.is_floating_point()]
     numbers = {*(float(o) for o in operands if isinstance(o, (int, float))), *_BOUNDS.get(name, (0,))}
@@ -144,7 +144,7 @@ def _call(node: fx.Node, value: Callable[[fx.Node], Any], differences: list[Tens
 
 
 def _number(node: fx.Node) -> Any:
-    """The value of a number node; Dynamo writes constants as symbolic floats when sizes are dynamic.
+    """The value of a number node; Dynamo writes constants as symbolic floats if sizes are dynamic.
 
     Raises:
         ValueError: the number is a symbolic size, which the graph must not be bound to.

@@ -1,10 +1,10 @@
 """Finds the FFNs of a Dynamo graph.
 
-From each projection the graph is walked backwards over element-wise and transparent nodes; what this cone reaches is
-drawn as a small labelled DiGraph, its element-wise nodes drawn as one, and compared with the patterns below by
-networkx. The activation is then recognised by what it computes, not by how it is spelt (:func:`recognition.recognise`).
-What only resembles an FFN is listed with the reason (:mod:`tardis_fx.graph.resemblance`), and so is what stands in a
-graph that the graph calls (:mod:`tardis_fx.graph.nested`).
+The matcher walks backwards from each projection over element-wise and transparent nodes. It draws this cone as a small
+labelled DiGraph, with all element-wise nodes as one node, and networkx compares that with the patterns below. The
+activation is then recognised by its values, not by its spelling (:func:`recognition.recognise`). Blocks that only
+resemble an FFN (:mod:`tardis_fx.graph.resemblance`), and FFNs in graphs that the graph calls
+(:mod:`tardis_fx.graph.nested`), are listed with the reason why they are refused.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def _pattern(labels: dict[str, str], *edges: str) -> nx.DiGraph:
 
 _ROLES = {"up": "projection", "gate": "projection", "act": "elementwise", "down": "projection", "halves": "split"}
 
-#: What an FFN looks like; the element-wise nodes between its projections are one node, ``act``.
+#: Patterns of an FFN; the element-wise nodes between its projections are one node, ``act``.
 PATTERNS: dict[str, tuple[Kind, nx.DiGraph]] = {
     "plain": ("plain", _pattern(_ROLES, "up>act", "act>down")),
     "linear": ("plain", _pattern(_ROLES, "up>down")),
@@ -56,7 +56,7 @@ PATTERNS: dict[str, tuple[Kind, nx.DiGraph]] = {
 
 
 def find_sites(graph: fx.Graph) -> list[Site]:
-    """All FFNs of a graph, in the order of their outputs, those that cannot be rewritten with the reason.
+    """Finds all FFNs of a graph, in the order of their outputs; those that cannot be rewritten carry the reason.
 
     Args:
         graph: of a Dynamo graph module: nodes carry ``meta["example_value"]``.
@@ -67,7 +67,7 @@ def find_sites(graph: fx.Graph) -> list[Site]:
 def _sites(graph: fx.Graph) -> list[Site]:
     projections = {p.node: p for node in graph.nodes if (p := projection(node))}
     for found in list(projections.values()):
-        if found.product is not found.node:  # a step of a projection is no projection by itself
+        if found.product is not found.node:  # a step of a projection is not itself a projection
             for step in found.node.all_input_nodes:
                 projections.pop(step, None)
     projections = with_adapters(graph.nodes, projections)
@@ -84,7 +84,7 @@ def _sites(graph: fx.Graph) -> list[Site]:
 
 
 def _apart(sites: list[Site]) -> list[Site]:
-    """The sites, those refused that share a projection with another; one that only folds gives way."""
+    """Refuses sites that share a projection with another; a site with an affine activation gives way."""
     taken: set[fx.Node] = set()
     kept: dict[int, Site] = {}
     for i, site in sorted(enumerate(sites), key=lambda pair: pair[1].affine is not None):
@@ -116,16 +116,16 @@ def _site(down: Projection, projections: dict[fx.Node, Projection], writes: Sequ
         return site.refused(unread) if matched != "linear" else None
     entering, hidden = up.sizes
     if hidden <= entering:
-        named_so = matched not in (None, "linear")  # two projections in a row that narrow are nobody's FFN
+        named_so = matched not in (None, "linear")  # two consecutive projections that narrow are not an FFN
         return site.refused("its hidden size does not exceed its input's: not an FFN") if named_so else None
     if matched is None:
         return site.refused("what stands between its projections is no activation function")
     site = checked(site, writes)
-    return None if matched == "linear" and site.reason else site  # nor are two that others read between
+    return None if matched == "linear" and site.reason else site  # nor if other nodes read the value between the two
 
 
 def _match(down: Projection, cone: Cone) -> str | None:
-    """Name of the pattern that a cone looks like, or None."""
+    """Name of the pattern that a cone matches, or None."""
     labels: dict[Any, str] = {p.node: "projection" for p in cone.ups} | dict.fromkeys(cone.parameters, "parameter")
     alias: dict[fx.Node, Any] = {}
     for node in cone.region:

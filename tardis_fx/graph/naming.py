@@ -1,4 +1,4 @@
-"""Names of sites and parameters, as the model's own module paths have them."""
+"""Names sites and parameters by the model's module paths."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 
 def parameter_name(node: fx.Node) -> str:
-    """Name of a lifted parameter as in ``model.named_parameters()``, from the source that Dynamo noted.
+    """Name of a lifted parameter as in ``model.named_parameters()``, from the source that Dynamo recorded.
 
     After a graph break the source begins at some module inside the model; the capture of an observation, which has the
-    model, then notes the name itself. Of a weight that the graph computes, the name of the first parameter that it is
+    model, then records the name itself. A weight that the graph computes is named after the first parameter that it is
     computed from.
     """
     while node.op != "placeholder" and node.all_input_nodes:
@@ -33,11 +33,11 @@ def parameter_name(node: fx.Node) -> str:
 
 
 def named(sites: list[Site]) -> list[Site]:
-    """The sites with their names: the module path that the weights share; the first weight's own where two agree."""
+    """Names the sites by the module path that their weights share, or by the first weight where two sites agree."""
     modules = [[parameter_name(p.weight).split(".")[:-1] for p in (site.up, site.down)] for site in sites]
     shared = [".".join(_common(*paths)) for paths in modules]
     weights = {(name, site.up.weight, site.down.weight) for name, site in zip(shared, sites, strict=True)}
-    owners = Counter(name for name, *_ in weights)  # one FFN that runs twice shares its name with nobody
+    owners = Counter(name for name, *_ in weights)  # an FFN that runs twice counts once
     unique = [
         name if name and owners[name] == 1 else ".".join(paths[0]) for name, paths in zip(shared, modules, strict=True)
     ]

@@ -1,4 +1,4 @@
-"""FFNs inside what a graph calls, other graphs (higher-order ops) and fused ops: listed, and refused."""
+"""Lists, as refused, the FFNs inside other graphs (higher-order ops) and fused ops that a graph calls."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FUSED = "it runs inside a fused encoder layer with a mask: torch.backends.mha.se
 def nested_sites(node: fx.Node, find: Callable[[fx.Graph], list[Site]]) -> list[Site]:
     """The FFNs of the graphs that a node calls (``torch.utils.checkpoint``, ``torch.cond``, a nested region).
 
-    Their parameters are those of the graph around them, so that they have their names and their weights.
+    Their parameters are mapped to those of the outer graph, which gives them names and weights.
 
     Args:
         node: any node.
@@ -53,7 +53,7 @@ def called_graph(operand: object) -> fx.GraphModule | None:
 
 
 def _lifted(site: Site, outer: Mapping[fx.Node, fx.Node]) -> Site:
-    """The site with the parameters of the graph around its own."""
+    """The site with the parameters of the outer graph."""
 
     def lift(p: Projection) -> Projection:
         return replace(p, weight=outer.get(p.weight, p.weight), bias=p.bias and outer.get(p.bias, p.bias))
@@ -68,7 +68,7 @@ def _lifted(site: Site, outer: Mapping[fx.Node, fx.Node]) -> Site:
 
 
 def fused_site(node: fx.Node) -> Site | None:
-    """The FFN inside the one op that ``nn.TransformerEncoderLayer`` runs as in eval mode, or None."""
+    """The FFN inside the fused op of ``nn.TransformerEncoderLayer`` in eval mode, or None."""
     if not is_fused(node):
         return None
     x, gelu, entering, leaving = node.args[0], node.args[7], node.args[14:16], node.args[16:18]

@@ -1,7 +1,7 @@
-"""The table of projections: every way to write a multiplication by a weight matrix that the matcher reads.
+"""The table of projections: every form of multiplication by a weight matrix that the matcher reads.
 
-A form that multiplies by a weight in a way that no rewrite may take (scaled terms, stacked experts, a convolution) is
-read as well, with the reason, so that an FFN made of it is listed.
+A form that no rewrite may take (scaled terms, stacked experts, a convolution) is read as well, with the reason, so that
+an FFN made of it is listed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ STACKED = "its weights are stacked, one matrix an expert: its tokens are routed"
 
 
 def projection(node: fx.Node) -> Projection | None:
-    """Reads a node as a matrix multiplication by a weight matrix, with the bias where the node adds one."""
+    """Reads a node as a matrix multiplication by a weight matrix, with the bias if the node adds one."""
     reader = _READERS.get(call_name(node) or "")
     return reader(node) if reader else None
 
@@ -43,7 +43,7 @@ def _addmm(node: fx.Node) -> Projection | None:
 
 
 def _grouped(node: fx.Node) -> Projection | None:
-    """One matrix a group of tokens; by a single matrix it would be groups of columns."""
+    """One matrix per group of tokens; with a single matrix the groups would be of columns."""
     found = _matmul(node)
     return found if found and found.reason == STACKED else None
 
@@ -67,7 +67,7 @@ def _einsum(node: fx.Node) -> Projection | None:
     terms, result = equation.replace(" ", "").replace("...", ".").split("->")
     sides = list(zip(terms.split(","), operands, strict=True))
     for (rows, x), (matrix, weight) in (sides, sides[::-1]):
-        own = set(matrix[-2:])  # the first letter of three tells the expert
+        own = set(matrix[-2:])  # the first of three letters is the expert
         ins, outs = (own & set(rows)) - set(result), (own & set(result)) - set(rows)
         if len(ins) != 1 or len(outs) != 1:
             continue

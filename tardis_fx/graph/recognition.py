@@ -1,4 +1,4 @@
-"""Which activation a function computes, found by comparing its values with the registry's."""
+"""Recognises the activation that a function computes by comparing its values with the registry's."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-#: Beyond these, what an activation is spelt with overflows on its way, in float32 and in float64.
+#: Limits beyond which intermediate values of an activation overflow, in float32 and in float64.
 _LARGEST, _LARGEST_KINK = 1e37, 1e100
 
-#: Where a number type ends: 8-bit floats, 8- and 16-bit integers, float16.
+#: Largest values of number types: 8-bit floats, 8- and 16-bit integers, float16.
 _EDGES = (127, 240, 255, 448, 480, 32767, 57344, 61440, 65504, 65535)
 
 
@@ -30,20 +30,20 @@ def recognise(
     compared: Callable[[Tensor], Sequence[Tensor]] | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Activation | None:
-    """The activation that a function computes, whatever arithmetic spells it out: a registered or an affine one.
+    """The activation, registered or affine, that a function computes, regardless of its arithmetic.
 
     Constants may be rounded: the values must agree within 1e-6, relative to the value and to the smaller of argument
     and 1. They are compared at about 2000 points in [-12, 12], at others up to the largest number of the type, where a
-    clipped activation differs, down to 1e-37, and around kinks. At the infinities either may be NaN, as
-    arithmetic makes it. Of NaN nothing is asked: a comparison spelt out makes a number of it. An affine function must
-    be one to rounding.
+    clipped activation differs, down to 1e-37, and around kinks. At the infinities either value may be NaN. Nothing is
+    required for a NaN input, which an explicit comparison turns into a number. An affine function must be affine to
+    rounding.
 
     Args:
         function: an elementwise function; called without gradients on CPU tensors [points], of float64, and of float32
             for the infinities.
-        compared: differences whose signs decide by which formula the function computes, [points] each; where one
-            changes, the function may have a kink.
-        dtype: what the function is for.
+        compared: differences whose signs select the formula that the function computes, [points] each; the function
+            may have a kink where a sign changes.
+        dtype: of the function's arguments in the model.
 
     Returns:
         The activation, or None if none agrees or the function raises, or returns anything but values of the same shape.
@@ -69,7 +69,7 @@ def factor(
     compared: Callable[[Tensor], Sequence[Tensor]] | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> float | None:
-    """The number that a function multiplies its argument by, or None where it does anything else; see ``recognise``."""
+    """The factor by which a function multiplies its argument, or None if it does anything else; see ``recognise``."""
     points = _grid(torch.finfo(dtype).max)
     values = _values(function, points)
     line = None if values is None else _line(points, values)
@@ -85,12 +85,12 @@ def recognise_product(
     compared: Callable[[Tensor, Tensor], Sequence[Tensor]] | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Activation | None:
-    """The activation of a function that computes ``activation(gate) * up``, or None where it is no such product.
+    """The activation of a function that computes ``activation(gate) * up``, or None if it is no such product.
 
     Args:
-        function: of gate and up, [points] each; see :func:`recognise` for this and for the rest.
-        compared: likewise.
-        dtype: likewise.
+        function: of gate and up, [points] each; see :func:`recognise`.
+        compared: see :func:`recognise`.
+        dtype: see :func:`recognise`.
     """
 
     def along(place: Callable[[Tensor], tuple[Tensor, Tensor]]) -> dict[str, Any]:
@@ -107,7 +107,7 @@ def recognise_product(
     activation = scaled(1.0)
     if activation is None or activation.affine is not None:
         return None
-    # Small and large: the other side must be left alone wherever it lies.
+    # Small and large gates: the function must be linear in up for each.
     slopes = [(slope(gate), float(activation.value(gate))) for gate in (-0.7, 0.7, 3.0)]
     alone = all(found is not None and math.isclose(found, value, rel_tol=1e-6) for found, value in slopes)
     return activation if alone and all(scaled(up) is activation for up in (-2.5, 1e4, -1e4)) else None
@@ -120,7 +120,7 @@ def _is(
     compared: Callable[[Tensor], Sequence[Tensor]] | None,
     dtype: torch.dtype,
 ) -> bool:
-    """Whether a function that agrees with another one on the grid does so at its kinks and at the infinities."""
+    """Whether a function that agrees with another on the grid also agrees at its kinks and at the infinities."""
     ends = torch.tensor([-torch.inf, torch.inf], dtype=torch.promote_types(dtype, torch.float32), device="cpu")
     values, expected = _values(function, ends), _values(eager, ends)
     if values is None or expected is None:
@@ -167,7 +167,7 @@ def _affine(slope: float, intercept: float) -> Activation:
 
 @functools.cache
 def _grid(largest: float) -> Array:
-    """[points], dense where activations bend, and up to the largest number of a type."""
+    """Grid [points]: dense where activations bend, and up to the largest number of a type."""
     largest = min(largest, _LARGEST)
     edges = np.outer(_EDGES, [1 - 1e-3, 1, 1 + 1e-3]).ravel()
     far = np.concatenate([[20, 50, 100, largest], edges, np.geomspace(12.1, largest, 400)])
@@ -177,14 +177,14 @@ def _grid(largest: float) -> Array:
 
 @functools.cache
 def _expected(largest: float, names: tuple[str, ...]) -> dict[str, Array]:
-    """What every activation but the identity gives on the grid."""
+    """Values of every activation except the identity on the grid, by name."""
     return {name: ACTIVATIONS[name].value(_grid(largest)) for name in names if name != "identity"}
 
 
 def _kinks(compared: Callable[[Tensor], Sequence[Tensor]], points: Array) -> Array:
-    """[kinks]: where one of the differences changes its sign, to rounding."""
+    """Points where a difference changes its sign, to rounding: [kinks]."""
     kinks = points[:0]
-    for _ in range(2):  # what is hidden between two points shows when its own kinks are among them
+    for _ in range(2):  # a sign change hidden between two points shows once its kinks are among the points
         signs = _signs(compared, points)
         row, column = np.nonzero(signs[:, 1:] != signs[:, :-1])
         if not row.size:
@@ -200,13 +200,13 @@ def _kinks(compared: Callable[[Tensor], Sequence[Tensor]], points: Array) -> Arr
 
 
 def _signs(compared: Callable[[Tensor], Sequence[Tensor]], points: Array) -> Array:
-    """[differences, points], NaN being 0."""
+    """Signs of the differences, [differences, points]; 0 for NaN."""
     with torch.no_grad():
         differences = [d.double().numpy() for d in compared(torch.from_numpy(points.copy()))]
     return np.asarray(np.nan_to_num(np.sign(np.array(differences).reshape(-1, points.size))))
 
 
 def _around(kinks: Array) -> Array:
-    """Points at kinks, on both sides of each, and between every two."""
+    """Points at the kinks, on both sides of each, and between neighbours."""
     sides = [np.nextafter(kinks, -np.inf), np.nextafter(kinks, np.inf), kinks * (1 - 1e-5), kinks * (1 + 1e-5)]
     return np.concatenate([kinks, *sides, (kinks[1:] + kinks[:-1]) / 2])

@@ -1,4 +1,4 @@
-"""Why a site that was found must be left as it is, whatever the rewrite."""
+"""Checks whether any rewrite may touch a site, and gives the reason if not."""
 
 from __future__ import annotations
 
@@ -34,22 +34,22 @@ if TYPE_CHECKING:
     from tardis_fx.graph.site import Site
     from tardis_fx.graph.writes import Write
 
-#: What the weights may be.
+#: Dtypes that the weights may have.
 _TYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 
-#: Put rows back to where an index says.
+#: Put rows back at indexed positions.
 _PUTS = frozenset("index_add index_copy index_put scatter scatter_add scatter_reduce setitem".split())
 
-#: Keep rows apart.
+#: Keep rows separate.
 _KEEPS = ELEMENTWISE | VIEWS | CASTS
 
 
 def checked(site: Site, writes: Sequence[Write]) -> Site:
-    """The site with the first reason, if any, why no rewrite may touch it.
+    """The site, refused with the first reason why no rewrite may touch it, if there is one.
 
     Args:
         site: as matched.
-        writes: all of its graph.
+        writes: all writes of its graph.
     """
     own = {*site.inner, site.output}
     ups = {site.up, site.gate} - {None}
@@ -96,7 +96,7 @@ def checked(site: Site, writes: Sequence[Write]) -> Site:
 
 
 def _foreign(site: Site) -> str | None:
-    """Why the site's tensors are none that rewritten code can read, or None."""
+    """Why rewritten code cannot read the site's tensors, or None."""
     for what, nodes in (("weights", site.parameters), ("inputs", (site.input, site.output))):
         for value in map(value_of, nodes):
             if kind := subclass_name(value):
@@ -117,7 +117,7 @@ def _is_transformed(graph: fx.Graph) -> bool:
 
 
 def _made_of(site: Site) -> str:
-    """Names of what the activation is computed by, arithmetic left out where there is more."""
+    """Names of the operations that compute the activation, without arithmetic unless there is nothing else."""
     names = dict.fromkeys(str(call_name(n)) for n in sorted(site.inner) if call_name(n) in ELEMENTWISE)
     return ", ".join([name for name in names if name not in ARITHMETIC] or names)
 
@@ -161,9 +161,9 @@ def _autocasts(output: fx.Node) -> bool:
 
 
 def _changed(site: Site, writes: Sequence[Write]) -> str | None:
-    """What keeps a site's values from being the same wherever they are read, if anything does.
+    """Why a site's values may change between their reads, or None.
 
-    A rewrite reads the input once, and makes the output from nothing.
+    A rewrite reads the input once and creates the output.
     """
     reads = sorted({p.product for p in (site.up, site.gate) if p is not None})
     if write := changes(writes, site.input, reads[0], reads[-1]):
@@ -178,7 +178,7 @@ def _changed(site: Site, writes: Sequence[Write]) -> str | None:
 
 
 def _mixed(site: Site) -> str | None:
-    """What is of another type or on another device than the weights of the up projection, if anything is."""
+    """Names a tensor whose dtype or device differs from that of the up projection's weights, or None."""
     named: dict[str, fx.Node] = {}
     for role, projection in (("gate", site.gate), ("up", site.up), ("down", site.down)):
         parts = () if projection is None else zip(("weight", "bias"), projection.parameters, strict=False)

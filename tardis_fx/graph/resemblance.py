@@ -1,8 +1,8 @@
-"""Lists what resembles an FFN but is none that the matcher knows, so that nothing is passed over in silence.
+"""Lists blocks that resemble an FFN but match no pattern, so that none is skipped silently.
 
-It resembles an FFN when a projection widens its input, nothing but the nodes below, or ops that no table knows and that
-keep the shape, stands between it and a projection that narrows again, and nothing else flows in: attention, recurrences
-and residual streams do not qualify.
+A block resembles an FFN if one projection widens its input, another narrows it again, only the nodes below or unknown
+ops that keep the shape lie between them, and nothing else flows in. Attention, recurrences and residual streams do not
+qualify.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ if TYPE_CHECKING:
 
 _BETWEEN = ELEMENTWISE | VIEWS | CASTS | DROPOUT | SPLIT | MIXING | {"glu"}
 
-#: Known to mix two of what they read: what is left of attention.
+#: Known to combine two of their inputs: parts of attention.
 _COMBINES = frozenset("addbmm addmm baddbmm bmm einsum linear matmul mm scaled_dot_product_attention tensordot".split())
 
-#: What may cut a mask or a scale out of another tensor.
+#: Operations that may cut a mask or a scale out of another tensor.
 _CUTS = frozenset({"getitem", "expand", "repeat", "transpose"})
 
 
 def resembling(down: Projection, projections: Mapping[fx.Node, Projection]) -> Site | None:
-    """The refused site that ends in a projection, or None where nothing of the kind ends there.
+    """The refused site that ends in a projection, or None if no FFN-like block ends there.
 
     Args:
         down: a projection at which no FFN was matched.
@@ -68,11 +68,11 @@ def _is_between(node: fx.Node) -> bool:
 
 
 def _is_unknown(node: fx.Node) -> bool:
-    """Whether no table knows the node, and it gives the shape of the one or two tensors that it reads, or halves it."""
+    """Whether the node is in no table, reads one or two tensors, and keeps or halves their shape."""
     if call_name(node) in _BETWEEN | _COMBINES | {None}:
         return False
     value = node.meta.get("example_value")
-    if isinstance(value, (tuple, list)) and len(value) == 1:  # of a higher-order op
+    if isinstance(value, (tuple, list)) and len(value) == 1:  # a higher-order op
         (value,) = value
     read = [i.meta["example_value"].shape for i in node.all_input_nodes if _is_activation(i)]
     if not (isinstance(value, torch.Tensor) and value.dim() and 1 <= len(read) <= 2 and same(read[0], read[-1])):
@@ -86,14 +86,14 @@ def _is_activation(node: fx.Node) -> bool:
 
 
 def _reason(cone: Cone, up: Projection, down: Projection, projections: Mapping[fx.Node, Projection]) -> str | None:
-    """What keeps the cone from being an activation function; None where it is no FFN at all."""
+    """Why the cone is not an activation function; None if it is no FFN at all."""
     odd = [node for node in cone.region if not is_inner(node)]
     if not cone.strangers:
         if not odd:
             return "what stands between its projections is no activation function" if len(cone.ups) > 2 else None
         own, unknown = {*cone.region, down.product}, [node for node in odd if _is_unknown(node)]
         if not unknown and any(user not in own for node in cone.region for user in node.users):
-            return None  # what another branch reads as well belongs to more than an FFN: a scan, a memory
+            return None  # a value that another branch also reads belongs to more than an FFN: a scan, a memory
         names = [name for node in unknown or odd if (name := call_name(node)) != "getitem"] or ["getitem"]
         return f"{names[0]} stands between its projections, and is no activation function"
     activates = any(call_name(n) not in ARITHMETIC and call_name(n) in ELEMENTWISE for n in cone.region)

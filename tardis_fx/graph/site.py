@@ -22,12 +22,12 @@ class Projection:
 
     Attributes:
         node: the node whose value is ``input @ weight (+ bias)``.
-        product: the node that multiplies: ``node`` itself unless that only adds the bias.
+        product: the node that multiplies: ``node`` itself unless it only adds the bias.
         input: node of the activations, [..., columns in].
         weight: node of the stored weight.
         bias: node of the bias, [columns out], or None.
         transposed: the weight is stored [in, out] (``addmm``, ``matmul``) and not [out, in] (``linear``).
-        reason: why no rewrite may take this form of it, or None.
+        reason: why no rewrite may take this form of projection, or None.
     """
 
     node: fx.Node
@@ -40,10 +40,10 @@ class Projection:
 
     @property
     def sizes(self) -> tuple[int, int]:
-        """Columns in and columns out; of stacked weights those of one expert, of symbolic sizes their hints."""
+        """Columns in and columns out; those of one expert for stacked weights, hints for symbolic sizes."""
         shape = self.weight.meta["example_value"].shape
         *stack, rows, columns = (optimization_hint(size, fallback=0) for size in shape)
-        if stack and columns == 1:  # of a convolution: [out, in, kernel]
+        if stack and columns == 1:  # a convolution: [out, in, kernel]
             (rows,), columns = stack, rows
         return (rows, columns) if self.transposed else (columns, rows)
 
@@ -58,17 +58,17 @@ class Site:
     """One FFN of a graph: ``down(activation(up(input)))``, or ``down(activation(gate(input)) * up(input))``.
 
     Attributes:
-        name: module path shared by the weights, as in ``model.named_modules()`` where the graph knows it.
+        name: module path shared by the weights, as in ``model.named_modules()`` if the graph knows it.
         kind: plain or gated.
-        activation: name in the registry of activations, or None when it is not registered.
-        up: first projection; of a gated site, the one that the activation does not see.
+        activation: name in the registry of activations, or None if it is not registered.
+        up: first projection; in a gated site, the one without the activation.
         down: last projection.
-        gate: of a gated site the projection that the activation sees; ``up`` itself when both are one fused matrix.
-        gate_half: of a fused matrix, which half of its columns out is the gate: 0 or 1. None of any other site.
+        gate: the projection with the activation in a gated site; ``up`` itself if both are one fused matrix.
+        gate_half: index of the half of a fused matrix's columns out that is the gate, 0 or 1; else None.
         inner: all nodes strictly between input and output, ``up`` and ``gate`` included.
         reason: why the site cannot be rewritten, or None.
-        affine: slope and intercept of the activation where it is an affine function, else None.
-        bounds: between which the elements of the input lie, as far as the graph shows.
+        affine: slope and intercept of the activation if it is an affine function, else None.
+        bounds: lower and upper bound of the input's elements, as far as the graph shows them.
     """
 
     name: str
@@ -101,29 +101,29 @@ class Site:
 
     @property
     def function(self) -> str | None:
-        """What the site computes of its weights, for its fingerprint; see :func:`function_of`."""
+        """Describes the function of the site's weights, for its fingerprint; see :func:`function_of`."""
         projections = {"gate": self.gate, "up": self.up, "down": self.down}
         turned = [n for n, p in projections.items() if p is not None and p.transposed and p.sizes[0] == p.sizes[1]]
         return function_of(self.activation, self.gate_half, turned)
 
     def refused(self, reason: str) -> Site:
-        """This site with a reason, the first one given being kept."""
+        """This site with a reason for refusal; an earlier reason is kept."""
         return self if self.reason else replace(self, reason=reason)
 
 
 def is_freed(weight: Tensor) -> bool:
-    """Whether a weight's storage is too small for it, as FSDP and offloaders leave it between two calls."""
+    """Whether a weight's storage was freed, as FSDP and offloaders do between two calls."""
     last = sum((size - 1) * stride for size, stride in zip(weight.shape, weight.stride(), strict=True))
     needed = (weight.storage_offset() + last + 1) * weight.element_size()
     return weight.numel() > 0 and weight.untyped_storage().nbytes() < needed
 
 
 def function_of(activation: str | None, gate_half: int | None = None, turned: Sequence[str] = ()) -> str | None:
-    """What an FFN computes of its weights, as far as their shapes do not tell.
+    """Describes the function of an FFN's weights, as far as their shapes do not determine it.
 
     Args:
         activation: name in the registry, or None.
-        gate_half: which half of a fused matrix is the gate, if one is.
+        gate_half: index of the half of a fused matrix that is the gate, or None.
         turned: square matrices that are stored [in, out]: ``gate``, ``up``, ``down``.
     """
     parts = [*([] if gate_half is None else [f"gate in half {gate_half}"]), *(f"{name} transposed" for name in turned)]
@@ -131,20 +131,20 @@ def function_of(activation: str | None, gate_half: int | None = None, turned: Se
 
 
 def is_released(weight: Tensor) -> bool:
-    """Whether a matrix is one value in many places, as :func:`tardis_fx.release` leaves it."""
+    """Whether a matrix is one value expanded, as :func:`tardis_fx.release` leaves it."""
     return weight.dim() == 2 and weight.numel() > 1 and not any(weight.stride())
 
 
 @dataclass(frozen=True)
 class SiteWeights:
-    """The weights of a site, each matrix as [out, in] whatever way it is stored.
+    """The weights of a site, each matrix as [out, in] regardless of how it is stored.
 
     Attributes:
-        up: [h, d], of the up projection; of a fused matrix, its half.
+        up: [h, d], of the up projection; its half of a fused matrix.
         up_bias: [h] or None.
         down: [d_out, h], of the down projection.
         down_bias: [d_out] or None.
-        gate: [h, d], what the activation sees of a gated site; None of a plain one.
+        gate: [h, d], the projection with the activation in a gated site; None in a plain one.
         gate_bias: [h] or None.
     """
 
@@ -156,8 +156,8 @@ class SiteWeights:
     gate_bias: Tensor | None = None
 
     @classmethod
-    def of(cls, site: Site, parameters: Sequence[Tensor]) -> SiteWeights:
-        """Sorts the values of ``site.parameters``; views, no copies."""
+    def from_site(cls, site: Site, parameters: Sequence[Tensor]) -> SiteWeights:
+        """Sorts the values of ``site.parameters`` by role, without copies."""
         values = dict(zip(site.parameters, (p.detach() for p in parameters), strict=True))
 
         def matrix(projection: Projection) -> Tensor:
@@ -179,7 +179,7 @@ class SiteWeights:
 
     @property
     def projections(self) -> dict[str, tuple[Tensor, Tensor | None]]:
-        """What gives the pre-activations, by name: matrices [h, d] and biases [h]; the gate first."""
+        """The projections by name, the gate first: matrices [h, d] and biases [h]."""
         gate = {} if self.gate is None else {"gate": (self.gate, self.gate_bias)}
         return {**gate, "up": (self.up, self.up_bias)}
 

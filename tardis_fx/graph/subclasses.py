@@ -1,4 +1,4 @@
-"""Tensor subclasses with arithmetic of their own: quantised, sharded and nested tensors."""
+"""Recognises tensor subclasses with their own arithmetic: quantised, sharded and nested tensors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def subclass_name(value: Any) -> str | None:
-    """Library and type of a tensor with arithmetic of its own, such as ``"torchao's Int8Tensor"``, else None."""
+    """Library and type of a tensor with its own arithmetic, such as ``"torchao's Int8Tensor"``, else None."""
     kind = type(value)
     if not isinstance(value, Tensor) or isinstance(value, FakeTensor):
         return None
@@ -23,7 +23,7 @@ def subclass_name(value: Any) -> str | None:
 
 
 def stored_tensors(values: Iterable[Tensor]) -> list[Tensor]:
-    """The plain tensors that hold what the given ones are made of, in a fixed order; plain ones are themselves."""
+    """The plain tensors that store the values, in a fixed order; a plain tensor stores itself."""
     found: list[Tensor] = []
     for value in values:
         if is_traceable_wrapper_subclass(value):

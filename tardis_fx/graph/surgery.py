@@ -1,4 +1,4 @@
-"""Replaces a site in a graph by what a rewrite's ``forward`` traces to."""
+"""Replaces a site in a graph by the traced ``forward`` of a rewrite."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def copy(gm: fx.GraphModule) -> fx.GraphModule:
-    """A copy of a Dynamo graph module, with what AOTAutograd reads off it; Dynamo still needs the original."""
+    """Copies a Dynamo graph module with the attributes that AOTAutograd reads; Dynamo still needs the original."""
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     result = graph.graph_copy(gm.graph, copies)
@@ -33,12 +33,12 @@ def copy(gm: fx.GraphModule) -> fx.GraphModule:
 
 
 def add_input(graph: fx.Graph, name: str, value: Tensor) -> fx.Node:
-    """Adds a graph input behind the last one, marked as a static input as Dynamo marks parameters.
+    """Adds a graph input after the last one, marked as static in the way Dynamo marks parameters.
 
     Args:
         graph: the graph.
         name: of the input; made unique.
-        value: what will be passed at the first call.
+        value: the tensor that the first call passes.
     """
     last = next(reversed(graph.find_nodes(op="placeholder")))
     with graph.inserting_after(last):
@@ -47,8 +47,8 @@ def add_input(graph: fx.Graph, name: str, value: Tensor) -> fx.Node:
     node._dynamo_source = None  # type: ignore[attr-defined]  # AOTAutograd asks every input for it
     context = TracingContext.try_get()
     if context is not None and context.fake_mode is not None:
-        # AOTAutograd finds it there as long as it lives. By itself it would make symbols of the sizes, and Dynamo can
-        # write no guards on those of an input that it does not know. The node must not keep the value itself: it may
+        # AOTAutograd finds the fake tensor while it lives. Otherwise it would make the sizes symbolic, and Dynamo
+        # cannot guard sizes of an input that it does not know. The node must not keep the value itself, which may
         # share the storage of a weight.
         node.meta["example_value"] = node.meta["static"] = context.fake_mode.from_tensor(value, static_shapes=True)
     return node
@@ -61,20 +61,19 @@ def replace(
     forward: Callable[[Any, Mapping[str, Any]], Any],
     constants: Mapping[str, fx.Node],
 ) -> fx.Node:
-    """Puts ``forward(input, constants)`` in a site's place and removes the nodes that nothing reads any more.
+    """Replaces a site by ``forward(input, constants)`` and removes the nodes that nothing reads any more.
 
-    The new nodes stand where the site's first projection stood, so that they read the input as it was there even if
-    it is written to later.
+    The new nodes are inserted at the site's first projection, so that they read the input before any later write.
 
     Args:
         graph: the graph.
-        site: a site of it.
-        x: the site's input, or what has taken its place.
+        site: a site of the graph.
+        x: the site's input, or the node that has replaced it.
         forward: plain PyTorch; traced.
         constants: graph inputs by name.
 
     Returns:
-        The node that has taken the place of the site's output.
+        The node that has replaced the site's output.
     """
     tracer = fx.proxy.GraphAppendingTracer(graph)
     with graph.inserting_before(site.up.product):

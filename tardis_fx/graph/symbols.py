@@ -1,4 +1,4 @@
-"""Sizes that ``torch._dynamo.mark_dynamic`` promises to keep symbolic, on which a guard can be an error."""
+"""Finds sizes that ``torch._dynamo.mark_dynamic`` promises to keep symbolic, on which a guard can be an error."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ if TYPE_CHECKING:
 
 
 def pinned_between(size: torch.SymInt | int, limit: int) -> bool:
-    """Whether Dynamo would refuse a graph for sizes on one side of a limit only.
+    """Whether Dynamo would refuse a graph that is limited to sizes on one side of a limit.
 
-    It does where the user marked a dimension with a range that spans the limit, or marked one that the side would
-    leave a single value.
+    It does if the user marked a dimension with a range that spans the limit, or one that would be left with a single
+    value.
 
     Args:
         size: of the graph's inputs, or computed from their sizes.

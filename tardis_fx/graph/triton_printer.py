@@ -1,5 +1,5 @@
 # ruff: noqa: N802, N815 - sympy finds a printer's methods by the names of its classes
-"""Spells a sympy expression as a Triton expression of ``z``, in float32."""
+"""Prints a sympy expression as a Triton expression of ``z``, in float32."""
 
 import ast
 
@@ -15,17 +15,17 @@ _SIGMOID = sympy.Function("sigmoid")
 
 
 def triton_code(expression: sympy.Expr, symbol: sympy.Symbol) -> str:
-    """The expression in Triton.
+    """Prints an expression as Triton code.
 
     A NaN stays NaN. A tanh in a sum that cancels it becomes a sigmoid; any other is a call of ``tanh``, which the
     kernel's module must define.
 
     Args:
-        expression: has :class:`sympy.Piecewise` in the place of Max, Min and the like.
+        expression: with :class:`sympy.Piecewise` instead of Max, Min and the like.
         symbol: becomes ``z``.
 
     Raises:
-        ConfigError: the expression has a function or a power that is not known here.
+        ConfigError: the expression has an unknown function or power.
     """
     in_z = expression.subs(symbol, sympy.Symbol("z", real=True))
     factored = sympy.factor_terms(in_z.replace(lambda e: e.is_Add, _with_sigmoid))
@@ -38,7 +38,7 @@ def triton_code(expression: sympy.Expr, symbol: sympy.Symbol) -> str:
 
 
 def _with_sigmoid(add: sympy.Add) -> sympy.Expr:
-    """A sum in which ``a + a tanh(u)`` is ``2 a sigmoid(2 u)``, which keeps its digits where tanh is close to -1."""
+    """Replaces ``a + a tanh(u)`` in a sum by ``2 a sigmoid(2 u)``, which keeps its digits where tanh is close to -1."""
     number = add.as_coeff_Add()[0]
     for term in add.args:
         scale, function = term.as_coeff_Mul()

@@ -1,4 +1,4 @@
-"""Takes apart the one op that ``nn.TransformerEncoderLayer`` runs as in eval mode, so that its FFN can be found."""
+"""Unfuses the single op of ``nn.TransformerEncoderLayer`` in eval mode, so that its FFN can be found."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def is_fused(node: fx.Node) -> bool:
 
 
 def unfuse(graph: fx.Graph) -> None:
-    """Writes every fused encoder layer of a graph without a mask as attention, norms and FFN.
+    """Replaces every fused encoder layer without a mask by attention, norms and FFN.
 
     Args:
         graph: of a Dynamo graph module: nodes carry ``meta["example_value"]``, and the new ones do too.
@@ -52,7 +52,7 @@ def _layer(
     gelu: bool, norm_first: bool, eps: float, norm1_weight: Tensor, norm1_bias: Tensor, norm2_weight: Tensor,
     norm2_bias: Tensor, up_weight: Tensor, up_bias: Tensor, down_weight: Tensor, down_bias: Tensor,
 ) -> Tensor:  # fmt: skip
-    """The layer as ``nn.TransformerEncoderLayer.forward`` has it: x [batch, tokens, embed_dim] to the same."""
+    """``nn.TransformerEncoderLayer.forward``, unfused: x [batch, tokens, embed_dim] to the same shape."""
 
     def norm1(y: Tensor) -> Tensor:
         return F.layer_norm(y, (embed_dim,), norm1_weight, norm1_bias, eps)

@@ -1,4 +1,4 @@
-"""What a weight is: a stored matrix or vector behind views and casts that leave its values as they are."""
+"""Recognises weights: stored matrices and vectors, seen through views and casts that keep their values."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from torch import fx
 
 from tardis_fx.graph.forms import CASTS, call_name, is_from_parameters, is_parameter, same, shape_of, value_of
 
-#: Between the stored weights of all experts and those of the ones that are wanted.
+#: Operations that select the weights of some experts from those of all.
 _SELECTS = frozenset("contiguous expand getattr getitem index_select to transpose unsqueeze".split())
 
 
 def stored_bias(bias: Any, *, columns: int, stacked: bool) -> fx.Node | None:
-    """The stored bias, behind views of it that broadcast as it does; of stacked weights a bias for each expert."""
+    """The stored bias, seen through views that broadcast alike; for stacked weights, one bias for each expert."""
     if not isinstance(bias, fx.Node):
         return None
     if stacked and (stack := stack_of(bias, dimensions=2)):
@@ -27,13 +27,13 @@ def stored_bias(bias: Any, *, columns: int, stacked: bool) -> fx.Node | None:
 
 
 def _is_row(node: fx.Node) -> bool:
-    """Whether all that a view shows lies along its last axis."""
+    """Whether all axes but the last have size 1."""
     shape = shape_of(node)
     return shape is not None and len(shape) > 0 and all(same(size, 1) for size in shape[:-1])
 
 
 def stored(node: fx.Node) -> fx.Node:
-    """The node behind casts that change no type: they return the tensor itself."""
+    """The node before casts that change no type, and so return the tensor itself."""
     while call_name(node) in CASTS and len(node.args) < 3 and not node.kwargs.get("copy"):
         if not isinstance(node.args[0], fx.Node):
             break
@@ -45,7 +45,7 @@ def stored(node: fx.Node) -> fx.Node:
 
 
 def stack_of(node: fx.Node, dimensions: int) -> fx.Node | None:
-    """The parameter that holds a matrix or a bias for each expert, behind what selects some of them."""
+    """The parameter that holds a matrix or a bias for each expert, before the operations that select some of them."""
     while call_name(node) in _SELECTS and isinstance(node.args[0], fx.Node):
         node = node.args[0]
     shape = shape_of(node)
@@ -53,12 +53,12 @@ def stack_of(node: fx.Node, dimensions: int) -> fx.Node | None:
 
 
 def is_weight(node: fx.Node) -> bool:
-    """A placeholder, or something computed from parameters alone (a parametrised weight)."""
+    """Whether the node is a placeholder, or computed from parameters alone (a parametrised weight)."""
     return node.op in ("placeholder", "get_attr") or is_from_parameters(node)
 
 
 def transposes(node: fx.Node) -> bool:
-    """Whether the node is the transposed view of a matrix, read off the strides that Dynamo recorded."""
+    """Whether the node is the transposed view of a matrix, judged by the strides that Dynamo recorded."""
     if call_name(node) not in ("t", "transpose", "swapaxes", "swapdims", "permute", "getattr", "adjoint"):
         return False
     before, after = node.all_input_nodes[0].meta.get("example_value"), node.meta.get("example_value")

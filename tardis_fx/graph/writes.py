@@ -1,8 +1,7 @@
-"""What a graph writes to in place: a Dynamo graph is not functional, so a node need not keep the value it had.
+"""Finds in-place writes: a Dynamo graph is not functional, so the value of a node may change.
 
-Nodes whose example values share a storage share memory, whatever views lie between them. A dropout that drops nothing
-returns its input, though its example value is a copy. A call that is not known to write to nothing counts as writing to
-all its tensors.
+Nodes whose example values share a storage share memory, regardless of views between them. A dropout that drops nothing
+returns its input, though its example value is a copy. An unknown call counts as writing to all its tensors.
 """
 
 from __future__ import annotations
@@ -22,20 +21,20 @@ from tardis_fx.graph.nested import called_graph
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-#: Statements of Python that write to their first operand, as functions of :mod:`operator`.
+#: Python statements that write to their first operand, as functions of :mod:`operator`.
 _STATEMENTS = frozenset(
     """
     delitem iadd iand iconcat ifloordiv ilshift imatmul imod imul ior ipow irshift isub itruediv ixor setitem
     """.split()
 )
 
-#: Write to their running statistics.
+#: Functions that write to their running statistics.
 _NORMS = frozenset({"batch_norm", "instance_norm"})
 
-#: Scale the rows that they read where their fourth argument, ``max_norm``, is given.
+#: Functions that scale the rows that they read if their fourth argument, ``max_norm``, is given.
 _EMBEDDINGS = frozenset({"embedding", "embedding_bag"})
 
-#: Modules whose functions are read by their names.
+#: Modules whose functions are judged by their names.
 _READ_BY_NAME = frozenset({"_operator", "builtins", "math", "torch"})
 
 
@@ -45,21 +44,21 @@ class Write:
 
     Attributes:
         node: the node.
-        storages: what it may write to; None, anything.
+        storages: that it may write to; None means any.
     """
 
     node: fx.Node
     storages: frozenset[int] | None
 
     def reaches(self, nodes: Iterable[fx.Node]) -> bool:
-        """Whether it may change the value of one of the nodes."""
+        """Whether the write may change the value of one of the nodes."""
         held = storages_of(nodes)
         return held is None or (bool(held) if self.storages is None else not held.isdisjoint(self.storages))
 
 
 def writes_of(graph: fx.Graph) -> list[Write]:
     """All nodes of a graph that may write in place, in the order of the graph."""
-    # A later call may pass other views of one tensor than this one.
+    # A later call may pass views of one tensor where this call did not.
     together = [storages_of(n for n in graph.find_nodes(op="placeholder") if not is_parameter(n))]
     together += [storages_of([n, *n.all_input_nodes[:1]]) for n in graph.nodes if call_name(n) in DROPOUT]
     shared = [storages for storages in together if storages]
@@ -67,7 +66,7 @@ def writes_of(graph: fx.Graph) -> list[Write]:
 
 
 def _closed(storages: frozenset[int] | None, shared: Sequence[frozenset[int]]) -> frozenset[int] | None:
-    """Storages, and all that may be memory of theirs by way of sets that may be one memory."""
+    """Storages, and all others that may share their memory through the shared groups."""
     for _ in shared:
         for group in shared:
             if storages is not None and not storages.isdisjoint(group):
@@ -76,13 +75,13 @@ def _closed(storages: frozenset[int] | None, shared: Sequence[frozenset[int]]) -
 
 
 def storages_of(nodes: Iterable[fx.Node]) -> frozenset[int] | None:
-    """The storages that the tensors of some nodes lie in; None where one of them does not tell."""
+    """The storages of the tensors of some nodes; None if one of them is unknown."""
     storages: set[int] = set()
     for node in nodes:
         for value in tree_leaves(node.meta.get("example_value")):
             if not isinstance(value, Tensor):
                 continue
-            if is_traceable_wrapper_subclass(value):  # what it wraps has storages of its own
+            if is_traceable_wrapper_subclass(value):  # the tensors that it wraps have their own storages
                 return None
             try:
                 storages.add(value.untyped_storage()._cdata)
@@ -131,7 +130,7 @@ def _by_schema(node: fx.Node, overloads: Sequence[OpOverload]) -> list[fx.Node]:
 
 
 def _by_name(node: fx.Node, name: str) -> list[fx.Node]:
-    """Of a function or method of PyTorch: an underscore, ``out`` and ``inplace`` tell."""
+    """The nodes that a PyTorch function or method writes to, judged by an underscore, ``out`` and ``inplace``."""
     first = node.args[0] if node.args else next(iter(node.kwargs.values()), None)
     written: list[Any] = [node.kwargs.get("out")]
     if name.startswith("__") and name.endswith("__"):
@@ -149,7 +148,7 @@ def _by_name(node: fx.Node, name: str) -> list[fx.Node]:
 
 
 def _is_set(node: fx.Node, flag: str) -> bool:
-    """Whether a flag is given that is not False."""
+    """Whether a flag is given and not False."""
     code = getattr(node.target, "__code__", None)
     names = code.co_varnames[: code.co_argcount] if code is not None else ()
     i = names.index(flag) if flag in names else len(node.args)

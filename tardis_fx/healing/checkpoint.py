@@ -1,4 +1,4 @@
-"""The state of a healing that may be interrupted, in a file."""
+"""Saves the state of healing to a file, so that it can resume after an interruption."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ if TYPE_CHECKING:
 
 @dataclass
 class State:
-    """Where a healing is.
+    """State of healing after some steps.
 
     Attributes:
-        step: steps taken.
+        step: number of steps taken.
         best: loss of the best evaluation.
-        best_step: when that was; 0 is the unhealed plan.
+        best_step: step of the best evaluation; 0 is the unhealed plan.
         kept: the parameters at the best evaluation.
-        parameters: as they are now.
-        optimiser: the optimiser's state.
+        parameters: the current parameters.
+        optimiser: state of the optimiser.
     """
 
     step: int
@@ -52,7 +52,7 @@ def identity(plan: Plan, batches: Sequence[Batch], **settings: float) -> str:
 
 
 def save(path: str | os.PathLike[str], owner: str, state: State) -> None:
-    """Writes a state; the file appears whole or not at all.
+    """Writes a state to a file, atomically.
 
     Raises:
         CheckpointError: the file cannot be written.
@@ -65,10 +65,10 @@ def save(path: str | os.PathLike[str], owner: str, state: State) -> None:
 
 
 def load(path: str | os.PathLike[str], owner: str) -> State | None:
-    """Reads a state, or None where there is no file.
+    """Reads a state, or returns None if there is no file.
 
     Raises:
-        CheckpointError: the file is no checkpoint, or one of another healing.
+        CheckpointError: the file is not a checkpoint, or belongs to another healing.
     """
     if not Path(path).exists():
         return None

@@ -1,4 +1,4 @@
-"""A planned site whose constants are plain weights, all of which can be trained."""
+"""Planned sites whose constants are plain weights that can all be trained."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 
 class DenseSite(nn.Module):
-    """What an entry puts in a site's place, its constants as parameters in float32, in the model's dtype where used."""
+    """A rewritten site whose constants are float32 parameters, cast to the model's dtype for use."""
 
     def __init__(self, entry: SitePlan, weights: SiteWeights, rewrite: Rewrite) -> None:
-        """Copies the constants.
+        """Copies the constants of an entry into parameters.
 
         Args:
             entry: of the site.
@@ -29,7 +29,7 @@ class DenseSite(nn.Module):
             rewrite: that the entry names.
 
         Raises:
-            ConfigError: its constants are more than the weights and biases of linear layers, all read by every token.
+            ConfigError: some constants are not weights or biases of linear layers that every token reads.
         """
         super().__init__()
         self.entry, self._weights, self._rewrite = entry, weights, rewrite
@@ -45,19 +45,19 @@ class DenseSite(nn.Module):
             self.register_parameter(name, nn.Parameter(tensor.float().clone()))
 
     def constants(self) -> dict[str, Tensor]:
-        """The weights as they are now, in the model's dtype."""
+        """The current weights in the model's dtype."""
         return {name: parameter.to(self._weights.up.dtype) for name, parameter in self.named_parameters()}
 
     def forward(self, x: Tensor) -> Tensor:
-        """The rewritten site, [..., d] to [..., d_out], with gradients to its weights."""
+        """Applies the rewritten site, [..., d] to [..., d_out], with gradients to its weights."""
         return self._rewrite.forward(x, self.constants(), self.entry)
 
     @torch.no_grad()
     def trained(self, error: float) -> SitePlan:
-        """The entry with the weights as they are now; that of a fine-tuned one keeps its method.
+        """The entry with the current weights; an entry that was already fine-tuned keeps its method.
 
         Args:
-            error: that was measured.
+            error: the measured error.
         """
         tensors = {name: tensor.clone() for name, tensor in self.constants().items()}
         again = self._rewrite.trained

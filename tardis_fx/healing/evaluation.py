@@ -1,4 +1,4 @@
-"""What a student is worth: its loss on the tuning split at the bytes that the plan promised, and the healed plan."""
+"""Evaluates a student on the tuning split at the bytes of the plan, and makes the healed plan."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ if TYPE_CHECKING:
 
 
 class Evaluation:
-    """The tuning split, and what the unhealed plan does on it.
+    """Evaluation of a student on the tuning split, compared with the unhealed plan.
 
     Attributes:
-        before: its loss.
+        before: loss of the unhealed plan.
     """
 
     def __init__(self, model: nn.Module, student: Student, batches: Sequence[Batch]) -> None:
-        """Runs the unhealed plan.
+        """Measures the loss and the corrections of the unhealed plan.
 
         Args:
             model: the dense model.
-            student: with no change made yet.
+            student: not yet trained.
             batches: the tuning split.
         """
         self._model, self._student, self._batches = model, student, batches
@@ -43,7 +43,7 @@ class Evaluation:
         self._corrected = {key: float(s.corrections()[0]) for key, s in student.sites.items()}
 
     def __call__(self) -> float:
-        """The loss, after hot ranges were widened alike until no more bytes are read than promised."""
+        """The loss after widening all hot ranges equally until the plan's bytes are met."""
         while True:
             loss = self._run()
             within = self._bytes() <= self._allowed
@@ -70,12 +70,12 @@ class Evaluation:
         return sum(site.costs.row * self._promised[key] for key, site in self._student.sites.items()) * (1 + 1e-6)
 
     def _healed(self, key: str, site: TrainableSite) -> Tensor:
-        """Corrections a token, at every widening: the plan's figure, as much less as fewer are made on these tokens."""
+        """Corrections per token at every widening: the plan's number, scaled by the change on these tokens."""
         before = self._corrected[key]
         return site.corrections().cpu() * (self._promised[key] / before if before else 1)
 
     def plan(self, plan: Plan) -> Plan:
-        """The plan with the student's tensors and with figures to match."""
+        """The plan with the student's tensors and updated figures."""
         self._run()
         entries = {key: self._figures(key, site) for key, site in self._student.sites.items()}
         observation = BatchObservation(self._model, self._batches, progress=False)
@@ -91,14 +91,14 @@ class Evaluation:
 
 
 def dense(model: nn.Module, batch: Batch) -> Any:
-    """What the dense model returns."""
+    """Output of the dense model for a batch, without gradients."""
     args, kwargs = arguments(batch)
     with torch.no_grad():
         return model(*args, **kwargs)
 
 
 class _Missed:
-    """What a healed site misses of the original's output, on the inputs that the dense model gives it."""
+    """Observer of a healed site's error against the original on the inputs from the dense model."""
 
     def __init__(self, observed: ObservedSite, site: TrainableSite) -> None:
         self._site, self._activation = site, str(observed.site.activation)
@@ -107,7 +107,7 @@ class _Missed:
 
     @property
     def error(self) -> float:
-        """Relative root-mean-square error."""
+        """Root-mean-square error relative to the output."""
         return (self._missed / self._output) ** 0.5 if self._output else 0.0
 
     def update(self, x: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Puts modules in the place of a graph's planned sites, so that they can be trained where they stand."""
+"""Replaces a graph's planned sites by modules, so that they can be trained in place."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ def graft(
     plan: Plan,
     module_of: Callable[[SitePlan, SiteWeights], nn.Module | None],
 ) -> list[pipeline.Outcome]:
-    """Puts modules at a graph's planned sites; what was found of every site.
+    """Replaces a graph's planned sites by modules, and returns the outcome of every site.
 
     Args:
         gm: the observer's copy of a Dynamo graph module.
-        example_inputs: what it is about to be called with.
-        plan: whose sites are looked for.
-        module_of: the module of an entry and the site's weights, or None to leave the site alone.
+        example_inputs: inputs of the next call of the graph.
+        plan: with the sites to replace.
+        module_of: makes the module from an entry and the site's weights; returns None to skip the site.
     """
     values = dict(zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True))
-    with torch.no_grad():  # the matcher refuses what records gradients, for compilation would lose them
+    with torch.no_grad():  # the matcher refuses graphs that record gradients, since compilation would lose them
         found = pipeline.outcomes(gm, example_inputs, plan)
-    moved: dict[fx.Node, fx.Node] = {}  # outputs of sites, where one feeds the next
+    moved: dict[fx.Node, fx.Node] = {}  # outputs of sites that feed another site
     for i, (site, entry, reason) in enumerate((o.site, o.plan, o.reason) for o in found):
         if not isinstance(entry, SitePlan) or reason:
             continue
-        module = module_of(entry, SiteWeights.of(site, [values[p] for p in site.parameters]))
+        module = module_of(entry, SiteWeights.from_site(site, [values[p] for p in site.parameters]))
         if module is None:
             continue
         name = f"tardis_{i}"

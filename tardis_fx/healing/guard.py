@@ -1,4 +1,4 @@
-"""The guards of trainable sites: which of their numbers are trained, and how far beyond them estimates lie."""
+"""Guards of trainable sites: their trainable bounds, and the distance of estimates past each bound."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ if TYPE_CHECKING:
 
 
 class Guard(Protocol):
-    """The guard of the guarded neurons of a site."""
+    """The guard of a site's guarded neurons."""
 
-    #: Of each bound, whether a hot range widens as it grows (1) or as it falls (-1).
+    #: For each bound, 1 if increasing it widens the hot range, or -1 if decreasing it does.
     outwards: ClassVar[tuple[int, ...]]
-    #: [guarded, bounds], as the plan has them.
+    #: [guarded, bounds], from the plan.
     bounds: Tensor
-    #: [guarded], of the hot ranges.
+    #: [guarded], width of the hot ranges.
     width: Tensor
 
-    def beyond(self, z_hat: Sequence[Tensor], bounds: Tensor) -> list[Tensor]:
-        """How far beyond each bound neurons are, [tokens, guarded]; above zero is outside.
+    def excess(self, z_hat: Sequence[Tensor], bounds: Tensor) -> list[Tensor]:
+        """Distance of neurons past each bound, [tokens, guarded]; positive values are outside.
 
         Args:
             z_hat: estimates without biases, k of [tokens, guarded].
@@ -32,7 +32,7 @@ class Guard(Protocol):
         """
 
     def tensor(self, bounds: Tensor) -> Tensor:
-        """The guard with other bounds, as the plan has it."""
+        """The guard tensor of a plan with other bounds."""
 
 
 class Interval:
@@ -41,11 +41,10 @@ class Interval:
     outwards: ClassVar[tuple[int, ...]] = (-1, 1)
 
     def __init__(self, guard: Tensor) -> None:
-        """Takes the bounds, [guarded, 2]."""
         self.bounds, self.width = guard, guard[:, 1] - guard[:, 0]
 
-    def beyond(self, z_hat: Sequence[Tensor], bounds: Tensor) -> list[Tensor]:
-        """See :meth:`Guard.beyond`."""
+    def excess(self, z_hat: Sequence[Tensor], bounds: Tensor) -> list[Tensor]:
+        """See :meth:`Guard.excess`."""
         lower, upper = bounds.unbind(1)
         return [lower - z_hat[0], z_hat[0] - upper]
 
@@ -55,7 +54,7 @@ class Interval:
 
 
 class Score:
-    """A threshold of the distance between response and plane of several estimates; the plane is fixed."""
+    """Threshold on the distance between the response and a fixed plane of several estimates."""
 
     outwards: ClassVar[tuple[int, ...]] = (1,)
 
@@ -64,8 +63,8 @@ class Score:
         self._plane, self.bounds, self.width = guard[:, :-1], guard[:, -1:], guard[:, -1]
         self._biases, self._activation = biases, activation
 
-    def beyond(self, z_hat: Sequence[Tensor], bounds: Tensor) -> list[Tensor]:
-        """See :meth:`Guard.beyond`."""
+    def excess(self, z_hat: Sequence[Tensor], bounds: Tensor) -> list[Tensor]:
+        """See :meth:`Guard.excess`."""
         z_hat = biased(z_hat, self._biases, len(self._plane))
         return [surrogate_error(z_hat, self._plane, self._activation).abs() - bounds[:, 0]]
 

@@ -1,4 +1,4 @@
-"""A planned site whose small tensors can be trained: the specification, with gradients."""
+"""Planned sites whose small tensors can be trained: the eager specification, with gradients."""
 
 from __future__ import annotations
 
@@ -21,33 +21,33 @@ if TYPE_CHECKING:
     from tardis_fx.passes.base import Rewrite
     from tardis_fx.plan import SitePlan
 
-#: Over which share of a hot range's width a bound's gradient spreads.
+#: Width of a bound's gradient, as a share of the hot range's width.
 TEMPERATURE = 0.05
-#: In which a bound's change is measured, as a share of its hot range's width: the learning rate is the same for all.
+#: Unit of a bound's change, as a share of its hot range's width, so that one learning rate fits all.
 BOUND_UNIT = 0.1
-#: Of how many widenings a count is kept, and the widest, as a share of a hot range's width.
+#: Number of widenings that are counted, and the largest, as a share of a hot range's width.
 _STEPS, _WIDEST = 1024, 1.0
 
 
 class TrainableSite(nn.Module):
-    """What a plan puts in a site's place, with the small tensors as parameters and all else fixed.
+    """A partially linear site whose small tensors are parameters; everything else is fixed.
 
-    The parameters are changes, zero at first: of the folded weight and bias in units of the tensor's root mean square,
-    of slopes and intercepts in units of theirs over the neurons, of the guard's bounds in tenths of the neuron's hot
-    range, outwards. With ``training`` set, ``forward`` is differentiable; its value is the specification's all the
-    same, for rounding (of codes, and to the model's dtype) and guard are straight-through: exact forward, and backward
-    as if a code were not rounded and the guard were a sigmoid. The guard passes gradients to its bounds alone.
-    Otherwise ``forward`` is what the stored plan runs, and counts corrections.
+    The parameters are changes that start at zero: of the folded weight and bias in units of the tensor's root mean
+    square, of slopes and intercepts in units of their root mean square over the neurons, and of the guard's bounds in
+    tenths of the neuron's hot range, outwards. In training mode, ``forward`` is differentiable and has the value of the
+    specification. Rounding (of codes, and to the model's dtype) and guard are straight-through: exact forward;
+    backward, codes are not rounded and the guard is a sigmoid that passes gradients only to its bounds. In evaluation
+    mode, ``forward`` runs the stored plan and counts corrections.
 
-    Memory: the matrices of the listed neurons and the predictors, in float32; of a training step, some six values of
-    float32 for every token and neuron, of a gated site some ten.
+    Memory: the matrices of the listed neurons and the predictors, in float32; a training step needs about six float32
+    values for every token and neuron, or ten in a gated site.
     """
 
     #: The changes of the guard's bounds.
     bounds: nn.Parameter
 
     def __init__(self, entry: SitePlan, weights: SiteWeights, rewrite: Rewrite) -> None:
-        """Opens an entry.
+        """Decodes the tensors of an entry.
 
         Args:
             entry: of the site.
@@ -73,7 +73,7 @@ class TrainableSite(nn.Module):
             Interval(guard) if len(self._projections) == 1 else Score(guard, self._biases, self._activation)
         )
         width = self._guard.width
-        self._width = torch.where(width.isfinite() & (width > 0), width, 0)  # an empty range stays empty
+        self._width = torch.where(width.isfinite() & (width > 0), width, 0)  # an empty range remains empty
         real = {name: constants[name].to(self._dtype) for name in ("surrogate", "folded_bias")}
         real["surrogate"] = real["surrogate"][: self._listed]
         real["folded_weight"] = self._folded_weight(constants["folded_weight"])
@@ -89,9 +89,9 @@ class TrainableSite(nn.Module):
 
     @property
     def costs(self) -> Costs:
-        """Bytes read."""
+        """Bytes that the site reads."""
         settings, w = self.entry.settings, self.weights
-        return Costs.of(
+        return Costs.from_sizes(
             w.up.shape[1],
             len(w.down),
             settings["bits"],
@@ -104,7 +104,7 @@ class TrainableSite(nn.Module):
         )
 
     def train(self, mode: bool = True) -> TrainableSite:
-        """Chooses what ``forward`` does, and starts counting at zero; leaving training fixes the stored plan."""
+        """Sets the mode of ``forward`` and resets the counters; leaving training mode fixes the stored plan."""
         super().train(mode)
         self.corrected = torch.zeros((), dtype=torch.float32, device=self.weights.up.device)
         if not mode:
@@ -113,7 +113,7 @@ class TrainableSite(nn.Module):
         return self
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., d] to [..., d_out]."""
+        """Applies the site, [..., d] to [..., d_out]."""
         tokens = x.reshape(-1, x.shape[-1]).to(self._dtype)
         if not self.training:
             self._count(tokens)
@@ -131,18 +131,18 @@ class TrainableSite(nn.Module):
         return (folded.to(self._dtype) + added.view(*x.shape[:-1], len(bias))).to(x.dtype)
 
     def corrections(self) -> Tensor:
-        """Corrections a token counted since training was left, [widenings], with ranges wider by ever more."""
+        """Corrections per token since training mode was left, for ever wider ranges: [widenings]."""
         always: int = self._listed - self._guarded
         return always + self._counted.flip(0).cumsum(0).flip(0) / max(1, self.tokens)
 
     @torch.no_grad()
     def widen(self, step: int) -> None:
-        """Moves the bounds outwards, to the widening of this index in :meth:`corrections`."""
+        """Moves the bounds outwards to the widening with this index in :meth:`corrections`."""
         self.bounds.add_(step * _WIDEST / _STEPS / BOUND_UNIT)
 
     @torch.no_grad()
     def planned(self) -> SitePlan:
-        """The entry with the tensors as they are now; its figures are the old ones."""
+        """The entry with the current tensors; its figures are not updated."""
         dtype = self.weights.up.dtype
         tensors = {name: self._now(name) for name in ("surrogate", "folded_bias")}
         tensors["guard"] = self._guard.tensor(self._now("bounds"))
@@ -157,18 +157,18 @@ class TrainableSite(nn.Module):
         return replace(self.entry, tensors={**old, **stored})
 
     def _rows(self, constants: Mapping[str, Tensor], name: str, columns: int, bits: int) -> Tensor:
-        """Rows of a matrix, of the listed neurons."""
+        """Rows of a matrix for the listed neurons."""
         neurons = constants["neurons"][: self._listed].long()
         return reference.rows_of(constants[name][neurons], bits, columns, self._dtype)
 
     def _predictor(self, constants: Mapping[str, Tensor], projection: int) -> Tensor:
-        """Rows of a predictor, [guarded, d]."""
+        """Decoded rows of a predictor, [guarded, d]."""
         codes, scale, zero = (constants[name][: self._guarded, projection] for name in ("codes", "scale", "zero"))
         bits, columns = self.entry.settings["bits"], self.weights.up.shape[1]
         return reference.dequantise(codes, scale, zero, bits, columns, self._dtype)
 
     def _projection(self, constants: Mapping[str, Tensor], name: str, predictor: Tensor) -> Tensor:
-        """Rows of a projection, [listed, d]: as they are, or nested in the predictor."""
+        """Rows of a projection, [listed, d]: plain, or nested in the predictor."""
         bits, row_bits = self.entry.settings["bits"], self.entry.settings["row_bits"]
         rows = self._rows(constants, name, predictor.shape[1], 16 if row_bits == 16 else low_bits(bits, row_bits))
         return rows if row_bits == 16 else predictor + rows
@@ -191,32 +191,32 @@ class TrainableSite(nn.Module):
         return torch.where(scale > 0, code, zero)
 
     def _rounded(self, weight: Tensor) -> Tensor:
-        """As it is stored, straight-through."""
+        """The weight rounded as when stored, straight-through."""
         if self._fold_bits == 16:
             return weight
         scale, zero = self._grid
         return (self._codes(weight) - zero) * scale + (weight - weight.detach())
 
-    def _beyond(self, tokens: Tensor) -> list[Tensor]:
-        """How far beyond each bound the predictor puts the guarded neurons, [tokens, guarded]; gradients to bounds."""
+    def _excess(self, tokens: Tensor) -> list[Tensor]:
+        """Distance of the estimates past each bound, [tokens, guarded], with gradients to the bounds."""
         z_hat = [tokens.detach() @ predictor.T for predictor in self._predictors]
-        return self._guard.beyond(z_hat, self._now("bounds"))
+        return self._guard.excess(z_hat, self._now("bounds"))
 
     def _outliers(self, tokens: Tensor) -> Tensor:
-        """Ones where listed neurons are corrected, [tokens, listed], straight-through."""
+        """Mask of corrected listed neurons, [tokens, listed], as straight-through numbers."""
         spread = torch.where(self._width > 0, TEMPERATURE * self._width, 1)
         hard, soft = (
             torch.zeros((), dtype=torch.bool, device=tokens.device),
             torch.zeros((), dtype=torch.float32, device=tokens.device),
         )
-        for beyond in self._beyond(tokens):
-            hard, soft = hard | (beyond > 0), soft + torch.sigmoid(beyond / spread)
+        for excess in self._excess(tokens):
+            hard, soft = hard | (excess > 0), soft + torch.sigmoid(excess / spread)
         return F.pad(hard + (soft - soft.detach()), (0, self._listed - self._guarded), value=1.0)
 
     @torch.no_grad()
     def _count(self, tokens: Tensor) -> None:
-        beyond = torch.stack(self._beyond(tokens)).amax(0)
-        some = beyond > 0
-        share = (beyond / self._width)[some].float().clamp(max=_WIDEST)
+        excess = torch.stack(self._excess(tokens)).amax(0)
+        some = excess > 0
+        share = (excess / self._width)[some].float().clamp(max=_WIDEST)
         self._counted += torch.histc(share, _STEPS, 0, _WIDEST)
         self.tokens += len(tokens)

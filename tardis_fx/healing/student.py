@@ -1,4 +1,4 @@
-"""The model with its planned sites made trainable, and how far its output is from the dense model's."""
+"""The model with trainable planned sites, and the divergence of its output from that of the dense model."""
 
 from __future__ import annotations
 
@@ -32,21 +32,21 @@ _log = logging.getLogger("tardis_fx")
 
 
 class Student:
-    """A model as its plan would have it, through the capture and the matcher that compilation uses."""
+    """A model rewritten by its plan with trainable sites, using the same capture and matcher as compilation."""
 
     def __init__(self, model: nn.Module, plan: Plan, example: Batch) -> None:
         """Finds the planned sites by running a batch.
 
         Args:
             model: the dense model, in eval mode.
-            plan: sites of other rewrites than ``partial_linear`` and ``paper`` it may not have; exact folds it may.
+            plan: with sites of ``partial_linear``, ``paper`` and exact folds only.
             example: a batch.
 
         Raises:
-            CalibrationError: the batch cannot be used. A later call raises it where its batch is the first to reach a
+            CalibrationError: the batch cannot be used. A later call raises it if its batch is the first to reach a
                 planned site.
             ConfigError: the plan has nothing to heal, or a site of a rewrite that cannot be healed.
-            PlanMismatchError: the plan knows none of the model's sites.
+            PlanMismatchError: the plan has no entry for any site of the model.
             StaleWeightError: a weight changed since the plan was made.
         """
         self._plan, self._rewrites = plan, _healable(plan)
@@ -64,12 +64,12 @@ class Student:
             _log.warning("the plan's entries of %s stay as they are: no batch reached them", ", ".join(missing))
 
     def __call__(self, batch: Batch, *, gradients: bool = False) -> Any:
-        """What the model returns, with gradients or without."""
+        """Runs the model on a batch, with or without gradients."""
         return self._capture(batch, gradients=gradients)
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """What is trained."""
+        """The parameters of all trainable sites."""
         return [parameter for site in self.sites.values() for parameter in site.parameters()]
 
     def train(self, mode: bool = True) -> None:
@@ -112,15 +112,15 @@ def _healable(plan: Plan) -> dict[str, Rewrite]:
 
 
 def divergence(output: Any, dense: Any, batch: Batch) -> Tensor:
-    """How far an output is from the dense model's, a scalar.
+    """Divergence of an output from that of the dense model, a scalar.
 
-    Of outputs with ``logits``, the Kullback-Leibler divergence of the healed from the dense distribution, in nats a
-    position; of others, the mean squared error of the first tensor of floating point. Padding does not count.
+    For outputs with ``logits``, it is the Kullback-Leibler divergence of healed from dense distribution, in nats per
+    position; otherwise the mean squared error of the first floating-point tensor. Padding does not count.
 
     Args:
-        output: what the healed model returned.
-        dense: what the dense model returned.
-        batch: what both were called with.
+        output: of the healed model.
+        dense: output of the dense model.
+        batch: input of both.
     """
     if isinstance(getattr(dense, "logits", None), Tensor):
         found, wanted = (F.log_softmax(o.logits.float(), -1) for o in (output, dense))
@@ -142,7 +142,7 @@ def _first(output: Any) -> Tensor:
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """Switches gradients off for the model's parameters, and back to what they were.
+    """Disables gradients for the model's parameters, and restores them afterwards.
 
     Raises:
         CalibrationError: a parameter is an inference tensor, through which no gradient passes.

@@ -1,4 +1,4 @@
-"""The training of a student: steps of Adam that leave the expected bytes alone, and evaluations between them."""
+"""Trains a student: steps of Adam that keep the expected bytes constant, with evaluations in between."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("tardis_fx")
 
-#: Steps between evaluations, and evaluations without a better one after which it ends.
+#: Steps between evaluations, and number of evaluations without improvement after which training ends.
 INTERVAL, PATIENCE = 20, 5
-#: Steps in which the learning rate rises.
+#: Number of steps in which the learning rate rises.
 WARM_UP = 20
 
 
 class Training:
-    """The optimisation, from one evaluation to the next.
+    """The optimisation of a student, one evaluation interval at a time.
 
     Attributes:
-        state: as of the last evaluation.
+        state: after the last evaluation.
     """
 
     def __init__(
@@ -47,16 +47,16 @@ class Training:
         learning_rate: float,
         state: State | None,
     ) -> None:
-        """Begins, or goes on.
+        """Starts training, or resumes it from a state.
 
         Args:
             model: the dense model.
-            student: what is trained.
+            student: the model to train.
             evaluation: of the student, on the tuning split.
-            batches: to train on, in an order that each pass over them shuffles.
-            steps: at the most.
-            learning_rate: the greatest.
-            state: of an earlier training that was interrupted, or None.
+            batches: training data, shuffled in each pass.
+            steps: maximum number.
+            learning_rate: its maximum.
+            state: of an interrupted training, or None.
         """
         self._model, self._student, self._evaluation, self._batches = model, student, evaluation, batches
         self._steps, self._rate = steps, learning_rate
@@ -71,11 +71,11 @@ class Training:
 
     @property
     def finished(self) -> bool:
-        """Whether all steps are taken, or the last evaluations were no better."""
+        """Whether all steps are taken, or the last evaluations brought no improvement."""
         return self.state.step >= self._steps or self.state.step - self.state.best_step >= PATIENCE * INTERVAL
 
     def go_on(self) -> None:
-        """Takes the steps up to the next evaluation, and evaluates."""
+        """Takes the steps up to the next evaluation, then evaluates."""
         state = self.state
         while state.step < self._steps:
             self._step(state.step)
@@ -89,7 +89,7 @@ class Training:
             state.best, state.best_step, state.kept = loss, state.step, state.parameters
 
     def restore(self) -> None:
-        """Goes back to the best evaluation."""
+        """Restores the parameters of the best evaluation."""
         self._put(self.state.kept)
 
     def _step(self, step: int) -> None:
@@ -115,7 +115,7 @@ class Training:
         self._optimiser.zero_grad()
 
     def _hold_bytes(self) -> None:
-        """Takes out of the bounds' gradient what would change the expected bytes, at one price for all sites."""
+        """Projects the bounds' gradient so that the expected bytes stay constant, at one price for all sites."""
         sites = self._student.sites.values()
         bounds = [site.bounds for site in sites]
         read = torch.stack([site.costs.row * site.corrected for site in sites]).sum()

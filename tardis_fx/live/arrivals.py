@@ -1,4 +1,4 @@
-"""An observation of live calls: its tokens arrive with the calls, and each counts once."""
+"""Observation of live calls, whose tokens arrive with the calls and count once each."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ if TYPE_CHECKING:
     from tardis_fx.observation.run import Fit, Run
     from tardis_fx.plan import Plan
 
-#: Tokens of a site that are kept until the observer gets them together.
+#: Number of a site's tokens that are collected before the observer gets them.
 TOGETHER = 512
 
-#: A site is left alone whose inputs are still too few after so many times the tokens, repeats among them.
+#: A site is abandoned if it lacks distinct tokens after this many times the needed number, repeats included.
 PATIENCE = 16
 
 
 class LiveObservation(Observation):
-    """Sites whose inputs arrive call by call, and the fit that waits for them.
+    """Sites whose inputs arrive with calls, and the fit that waits for them.
 
-    A run counts, and shows, each token once; see :class:`Repeats`.
+    A run counts and shows each token once; see :class:`Repeats`.
 
     Attributes:
-        title: of the run that waits for tokens; empty before the first one.
-        count: how many different tokens it has seen of the site that it has seen least of.
+        title: of the run that waits for tokens; empty before the first run.
+        count: smallest number of distinct tokens that the run has seen at a site.
     """
 
     def __init__(self, sites: Sequence[ObservedSite], tokens: int, fit: Callable[[LiveObservation], Fit[Plan]]) -> None:
@@ -39,7 +39,7 @@ class LiveObservation(Observation):
 
         Args:
             sites: the sites.
-            tokens: how many each run shows of every site.
+            tokens: number of tokens that each run shows at every site.
             fit: makes plans from this observation.
         """
         super().__init__()
@@ -55,14 +55,14 @@ class LiveObservation(Observation):
 
     @property
     def waits(self) -> bool:
-        """Whether there is a run that waits for tokens."""
+        """Whether a run waits for tokens."""
         return self._run is not None
 
     def advance(self, answer: Mapping[str, Any] | None = None) -> Plan | None:
-        """Goes on with the fit until it needs tokens, and returns None, or to its end, and returns the plan.
+        """Continues the fit until it needs tokens, and returns None, or until its end, and returns the plan.
 
         Args:
-            answer: what :meth:`update` has returned; None at the beginning.
+            answer: returned by :meth:`update`; None at the beginning.
         """
         while True:
             try:
@@ -84,7 +84,7 @@ class LiveObservation(Observation):
             inputs: fingerprints and inputs, [tokens, d].
 
         Returns:
-            What the run has found, or None where it needs more tokens.
+            The result of the run, or None if it needs more tokens.
 
         Raises:
             CalibrationError: an input is NaN or infinite.
@@ -104,7 +104,7 @@ class LiveObservation(Observation):
         return self.conclude(run, observers)
 
     def monotonous(self) -> list[ObservedSite]:
-        """Sites that go on repeating their inputs while all that the others need has been seen."""
+        """Sites that keep repeating their inputs although another site has enough tokens."""
         enough = [arrivals.count >= self._tokens for arrivals in self._arrivals.values()]
         if not any(enough):
             return []
@@ -113,7 +113,7 @@ class LiveObservation(Observation):
 
 
 class _Arrivals:
-    """The tokens of one site on their way to the observer of one run."""
+    """Collects the tokens of one site for the observer of one run."""
 
     def __init__(self, observer: SiteObserver, d: int) -> None:
         self.observer, self._repeats = observer, Repeats(d)
@@ -121,7 +121,7 @@ class _Arrivals:
         self._kept: list[Tensor] = []
 
     def add(self, x: Tensor) -> None:
-        """Takes tokens, [tokens, d], float32; shows those that are new when there are enough of them."""
+        """Collects new tokens of [tokens, d], float32, and shows them once there are enough."""
         self.arrived += len(x)
         x = self._repeats.dropped(x)
         self.count += len(x)
@@ -130,28 +130,28 @@ class _Arrivals:
             self.show()
 
     def show(self) -> None:
-        """Shows what is kept to the observer."""
+        """Shows the collected tokens to the observer."""
         kept, self._kept = self._kept, []
         if any(map(len, kept)):
             self.observer.update(torch.cat(kept))
 
 
 class Repeats:
-    """Finds tokens that say what another one has said: those whose direction is that of an earlier one, to about 2%.
+    """Finds repeated tokens: those with the direction of an earlier token, to about 2%.
 
-    A service that is warmed up with constants, with padding or with one text again and again shows few tokens, however
-    often it is called, and a fit to these holds for nothing else. Directions are compared by eight random projections.
+    A service that is warmed up with constants, padding or a repeated text shows few distinct tokens, and a fit to these
+    does not generalise. Directions are compared by eight random projections.
     """
 
     def __init__(self, d: int) -> None:
-        """Has seen nothing; tokens are [tokens, d]."""
+        """Draws the random projections; tokens are [tokens, d]."""
         generator = torch.Generator().manual_seed(0)
         self._projection = torch.randn(d, 8, generator=generator, dtype=torch.float32, device="cpu")
         self._weights = torch.randint(1, 1 << 62, (8,), generator=generator, dtype=torch.int64, device="cpu")
         self._known: set[int] = set()
 
     def dropped(self, x: Tensor) -> Tensor:
-        """Those of some tokens, [tokens, d], float32, that are no repeats, of each other neither."""
+        """Drops repeats, also within x: [tokens, d], float32, to [distinct, d]."""
         directions = x / x.norm(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
         cells = (directions @ self._projection * 64).round().long()
         new = []

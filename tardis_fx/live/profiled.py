@@ -1,4 +1,4 @@
-"""A compiled original graph that also shows the inputs of its sites to their profiles."""
+"""Compiled original graphs that also show the inputs of their sites to profiles."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("tardis_fx")
 
-#: Of each call, how many tokens of a site are observed.
+#: Maximum number of a site's tokens observed in each call.
 TOKENS = 1024
 
 
 def return_inputs(gm: fx.GraphModule, sites: Sequence[Site]) -> None:
-    """Makes a graph return the inputs of sites, [tokens, d] each, behind its own outputs."""
+    """Makes a graph return the inputs of sites, [tokens, d] each, after its own outputs."""
     seen = []
     for site in sites:
-        with gm.graph.inserting_before(site.up.product):  # as it is there, even if it is written to later
+        with gm.graph.inserting_before(site.up.product):  # before any later write
             width = site.input.meta["example_value"].shape[-1]
             tokens = gm.graph.call_function(torch.reshape, (site.input, (-1, width)))
             some = gm.graph.call_function(operator.getitem, (tokens, slice(TOKENS)))
@@ -41,10 +41,9 @@ def return_inputs(gm: fx.GraphModule, sites: Sequence[Site]) -> None:
 
 
 class ProfiledGraph:
-    """Runs the original graph and observes it, until every profile that it adds to is finished.
+    """Runs the original graph and observes it until all its profiles are finished.
 
-    A call that finds another thread observing runs the original and nothing else. No error of the observation is one
-    of the call.
+    If another thread is observing, a call only runs the original. Errors of the observation do not reach the caller.
     """
 
     def __init__(
@@ -55,14 +54,14 @@ class ProfiledGraph:
         settings: Settings,
         finished: Callable[[], Callable[..., Any] | None],
     ) -> None:
-        """Joins a graph made by :func:`return_inputs` and the profiles of its sites.
+        """Combines a graph made by :func:`return_inputs` with the profiles of its sites.
 
         Args:
             compiled: the graph.
-            sites: as given to :func:`return_inputs`.
+            sites: as passed to :func:`return_inputs`.
             positions: of each site's parameters among the graph's inputs.
             settings: of the profiles.
-            finished: called once when all profiles are; what it returns is run from then on.
+            finished: called once when all profiles are finished; the function that it returns runs from then on.
         """
         self._compiled, self._sites, self._positions = compiled, list(sites), positions
         self._settings, self._finished = settings, finished
@@ -71,7 +70,7 @@ class ProfiledGraph:
         self._successor: Callable[..., Any] | None = None
 
     def __call__(self, *inputs: Any) -> Any:
-        """Runs the graph."""
+        """Runs the graph on its inputs and records the tokens."""
         if self._successor is not None:
             return self._successor(*inputs)
         CALLERS.add(threading.get_ident())
@@ -95,7 +94,7 @@ class ProfiledGraph:
     def _observe(self, parameters: list[list[Tensor]], seen: Sequence[Tensor]) -> bool:
         """Whether all profiles are finished."""
         sites = [
-            ObservedSite(site, fingerprint(own, site.function), SiteWeights.of(site, own), tuple(own))
+            ObservedSite(site, fingerprint(own, site.function), SiteWeights.from_site(site, own), tuple(own))
             for site, own in zip(self._sites, parameters, strict=True)
         ]
         profiles = profiles_of(sites, self._settings)

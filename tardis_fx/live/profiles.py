@@ -1,9 +1,9 @@
 """Calibration on live calls: a model compiled without a plan is observed, fitted and checked while it serves.
 
-A profile is what is known of the sites of one graph; profiles are found by the fingerprints of these sites' weights,
-so that all graphs of a model (prefill, decoding) add to the same ones, and a changed weight begins anew.
+A profile holds the state of the sites of one graph. Profiles are found by the fingerprints of the sites' weights, so
+that all graphs of a model (prefill, decoding) add to the same ones, and a changed weight starts a new one.
 
-Threads: one at a time observes and fits (:data:`OBSERVING`); others run the original meanwhile, and wait for nothing.
+Threads: one thread at a time observes and fits (:data:`OBSERVING`); the others run the original without waiting.
 """
 
 from __future__ import annotations
@@ -53,11 +53,10 @@ class Profile:
     """The sites of one graph on their way from observed to rewritten.
 
     Attributes:
-        plan: what to do at them, or None as long as that is open.
+        plan: entries of the sites, or None until they are fitted.
     """
 
     def __init__(self, sites: Sequence[ObservedSite], settings: Settings) -> None:
-        """Begins the first run."""
         self.plan: Plan | None = None
         self._settings, self._left = settings, list[KeptSite]()
         self._weights = [weakref.ref(weight) for site in sites for weight in site.parameters]
@@ -71,16 +70,16 @@ class Profile:
 
     @property
     def stage(self) -> str:
-        """Where the profile stands, for people."""
+        """Description of the profile's progress."""
         observation = self._observation
         if observation is None:
             return "fitted"
         return f"profiling: {observation.title}, {observation.count:,} of {self._settings.profile_tokens:,} tokens"
 
     def update(self, inputs: Sequence[tuple[str, Tensor]]) -> None:
-        """Adds the inputs of one call, with fingerprints; fits and checks when there are enough.
+        """Adds the inputs of one call, with fingerprints; fits and checks once there are enough.
 
-        Whatever goes wrong ends the profile, not the call; only where the user interrupts, all is observed once more.
+        An error ends the profile, not the call; after an interruption by the user, observation starts again.
         """
         observation = self._observation
         if observation is None:
@@ -120,7 +119,7 @@ class Profile:
         self._observation = None
 
     def _leave(self, observation: LiveObservation, late: Sequence[ObservedSite]) -> None:
-        """Goes on without some sites, from the beginning: they might hold up the others for ever."""
+        """Restarts without some sites, which might delay the others forever."""
         for site in late:
             wanted = self._settings.profile_tokens
             reason = f"its inputs repeat: fewer than {wanted:,} different ones in {PATIENCE * wanted:,}"
@@ -130,7 +129,7 @@ class Profile:
         self._begin([site for site in observation.sites if site.fingerprint not in left])
 
     def _fit(self, observation: LiveObservation) -> Fit[Plan]:
-        """The plan without sites whose error on calls that it was not fitted on exceeds the tolerance."""
+        """Fits a plan, and drops sites whose error on held-back calls exceeds the tolerance."""
         plan = yield from fit_plan(observation, self._settings.config)
         entries = {entry.fingerprint: entry for entry in plan.sites}
         sites = {site.fingerprint: site for site in observation.sites}
@@ -154,18 +153,18 @@ class Profile:
         return Plan(tuple(entries.values()), plan.config)
 
 
-# Replaced, never changed: whoever reads it needs no lock.
+# Replaced, never modified, so that readers need no lock.
 _profiles: dict[tuple[str, Settings], Profile] = {}
 
 
 def reset() -> None:
-    """Forgets all profiles; what they gave to compiled graphs stays there."""
+    """Forgets all profiles; compiled graphs keep the plans that they have received."""
     global _profiles
     _profiles = {}
 
 
 def profiles_of(sites: Iterable[ObservedSite], settings: Settings) -> dict[str, Profile]:
-    """The profiles of sites, by fingerprint; those that have none begin one together. :data:`OBSERVING` is held."""
+    """Profiles of sites, by fingerprint; new sites share a new profile. The caller holds :data:`OBSERVING`."""
     global _profiles
     sites, known = list(sites), _profiles
     if new := {site.fingerprint: site for site in sites if (site.fingerprint, settings) not in known}:
@@ -177,19 +176,19 @@ def profiles_of(sites: Iterable[ObservedSite], settings: Settings) -> dict[str, 
 
 
 def extended(plan: Plan | None, settings: Settings) -> Plan:
-    """A plan with what profiles have added to it."""
+    """A plan extended by the entries that profiles have fitted."""
     plans = {id(p.plan): p.plan for (_, s), p in _profiles.items() if s == settings and p.plan is not None}
     known = () if plan is None else plan.sites
     return Plan((*known, *(site for p in plans.values() for site in p.sites)), settings.config)
 
 
 def fitted() -> Plan:
-    """All entries that profiles have fitted, the youngest first."""
+    """A plan of all entries that profiles have fitted, the newest first."""
     plans = [profile.plan for profile in reversed(_profiles.values()) if profile.plan is not None]
     return Plan(tuple(site for plan in plans for site in plan.sites), plans[0].config if plans else Config())
 
 
 def stage_of(weights: Sequence[Tensor], function: str | None) -> str | None:
-    """Where the youngest profile of a site stands, or None where there is none."""
+    """Progress of the newest profile of a site, or None without a profile."""
     identity = fingerprint(weights, function)
     return next((p.stage for (key, _), p in reversed(_profiles.items()) if key == identity), None)

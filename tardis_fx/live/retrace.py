@@ -1,4 +1,4 @@
-"""Makes Dynamo trace code anew, where that is safe."""
+"""Makes Dynamo trace code again, if that is safe."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ CALLERS: set[int] = set()
 
 
 class Retrace:
-    """Makes Dynamo forget all that it compiled of the code that it is compiling now."""
+    """Makes Dynamo discard everything that it compiled for the code that it is now compiling."""
 
     def __init__(self) -> None:
-        """Takes the code; called while Dynamo compiles.
+        """Records the code; called while Dynamo compiles.
 
         Raises:
-            ConfigError: it does not.
+            ConfigError: Dynamo is not compiling.
         """
         try:
             self._code: CodeType = InstructionTranslator.current_tx().output.root_tx.f_code
@@ -34,10 +34,10 @@ class Retrace:
             raise ConfigError("without a plan, the backend must be called by torch.compile") from None
 
     def __call__(self) -> bool:
-        """Whether Dynamo has forgotten: not while another thread may be about to run or to compile the code.
+        """Discards the code and returns True, unless another thread may be about to run or compile it.
 
-        Dynamo keeps what it compiled in a structure that it frees when it forgets. A thread that looks up a graph in
-        it, or that waits for its turn to compile one, has a pointer to it.
+        Dynamo keeps compiled code in a structure that it frees with the code. A thread that looks up a graph in it, or
+        that waits to compile one, has a pointer to it.
         """
         with convert_frame.compile_lock:
             frames = sys._current_frames()
@@ -49,7 +49,7 @@ class Retrace:
 
 
 def _compiles(frame: FrameType | None) -> bool:
-    """Whether a thread compiles something, or waits until it may."""
+    """Whether a thread compiles, or waits to compile."""
     while frame is not None:
         if frame.f_code.co_filename == convert_frame.__file__:
             return True

@@ -70,7 +70,6 @@ class Machine:
         return (max(self.copy, self.read) if self.device == "cpu" else self.copy) * 1e9
 
     def __str__(self) -> str:
-        """One line."""
         units = "threads" if self.device == "cpu" else "multiprocessors"
         return (
             f"{self.name}, {self.threads} {units}, torch {torch.__version__}, last-level cache "

@@ -30,7 +30,6 @@ class Ratio(NamedTuple):
         return cls(min(ratios), statistics.median(ratios), max(ratios))
 
     def __str__(self) -> str:
-        """As tables show it."""
         return f"{self.median:.2f}× ({self.low:.2f} to {self.high:.2f})"
 
 

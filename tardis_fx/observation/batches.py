@@ -1,4 +1,4 @@
-"""What calibration is given: a model, batches, and which of their tokens are padding."""
+"""Checks the inputs of calibration: the model, the batches, and which of their tokens are padding."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ MASKS = ("attention_mask", "decoder_attention_mask")
 
 
 def uncompiled(model: Any) -> nn.Module:
-    """The model, without what ``torch.compile`` has put around it.
+    """The model without the wrapper of ``torch.compile``.
 
     Raises:
-        CalibrationError: it is no module.
+        CalibrationError: it is not a module.
     """
     from torch._dynamo.eval_frame import OptimizedModule  # slow to import
 
@@ -47,11 +47,11 @@ def uncompiled(model: Any) -> nn.Module:
 
 
 def checked(model: nn.Module, batches: Iterable[Batch]) -> list[Batch]:
-    """The batches as a list.
+    """Checks the model and the batches, and returns the batches as a list.
 
     Raises:
-        CalibrationError: there are none, one of them is nothing that the model could take, or the model is none, on the
-            meta device or in training mode.
+        CalibrationError: there are no batches, one cannot be an input of the model, or the model is not a module, on
+            the meta device or in training mode.
     """
     model = uncompiled(model)
     training = next((name or type(module).__name__ for name, module in model.named_modules() if module.training), None)
@@ -72,12 +72,13 @@ def checked(model: nn.Module, batches: Iterable[Batch]) -> list[Batch]:
 
 
 def real_tokens(batch: Batch, shape: Sequence[int]) -> Tensor | None:
-    """Which tokens of a tensor [*shape, features] are no padding: [*shape], bool; None where the batch does not tell.
+    """Mask of the tokens of a tensor [*shape, features] that are not padding: [*shape], bool; else None.
 
-    It tells by an attention mask of this shape, or of as many tokens where the shape is flat; not by two that differ.
+    It comes from an attention mask of this shape, or of as many tokens if the shape is flat. Two different masks give
+    None.
 
     Args:
-        batch: what the model was called with.
+        batch: input of the model.
         shape: of the tensor, without its last dimension.
     """
     found = [
@@ -109,10 +110,10 @@ def _listed(batches: Iterable[Batch]) -> list[Batch]:
 
 
 def _check(number: int, batch: Batch, vocabulary: int | None) -> None:
-    """Looks for the mistakes that the model would answer with an error from deep inside.
+    """Finds mistakes that would otherwise cause obscure errors inside the model.
 
     Raises:
-        CalibrationError: text or lists where tensors belong, or ids that the model has no embedding of.
+        CalibrationError: text or lists instead of tensors, or ids without an embedding.
     """
     if isinstance(batch, str):
         raise CalibrationError("a batch must be a tensor or a dict of keyword arguments, not str: tokenize the text")
@@ -124,7 +125,7 @@ def _check(number: int, batch: Batch, vocabulary: int | None) -> None:
                     f"{name} of batch {number} must be a tensor, not {type(value).__name__}: a tokenizer makes tensors "
                     "where it is called with return_tensors='pt'"
                 )
-            return  # no batch at all, which whatever runs it says
+            return  # not a batch: running it will raise the error
     ids = named.get("input_ids")
     if vocabulary is None or not isinstance(ids, Tensor) or ids.is_meta or not _integer(ids):
         return
@@ -145,7 +146,7 @@ def _integer(tensor: Tensor) -> bool:
 
 
 def _vocabulary(model: nn.Module) -> int | None:
-    """How many ids a transformers model has embeddings of; None for other models."""
+    """Number of ids with embeddings in a transformers model; None for other models."""
     try:
         embeddings = model.get_input_embeddings()  # type: ignore[operator]
     except (AttributeError, NotImplementedError, TypeError):

@@ -29,18 +29,18 @@ def _call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
 
 
 def own_code(function: Any) -> Callable[..., Any]:
-    """A copy of a function with a code object, and so with a cache of Dynamo's, of its own."""
+    """Copies a function with a new code object, and so with a separate Dynamo cache."""
     return types.FunctionType(function.__code__.replace(), function.__globals__)
 
 
 class Capture:
-    """A model whose graphs an observer replaces, once for every set of weights that a graph runs with.
+    """A model whose graphs an observer replaces, once for each set of weights that a graph runs with.
 
-    Dynamo runs one graph for several modules, for instance for equal blocks between graph breaks. What a graph was
-    compiled with says nothing about the weights of later calls, so every call is looked at.
+    Dynamo may run one graph for several modules, for example for equal blocks between graph breaks. Later calls may
+    use other weights than the call that compiled the graph, so every call is checked.
 
-    Dynamo keeps what it compiled at the code object of the outermost function. Each capture has one of its own, so
-    that it leaves nothing behind in the cache of the model's other compiled forms.
+    Dynamo caches compiled code at the code object of the outermost function. Each capture has its own code object, so
+    that it leaves the cache of the model's other compiled forms unchanged.
     """
 
     def __init__(
@@ -50,28 +50,28 @@ class Capture:
 
         Args:
             model: the model.
-            observer: is called with every graph and the inputs of a call, anew for other weights, and returns what to
-                run in its place for these weights. The graph is a copy of the observer's own, whose parameters are
-                named as in the model. What it raises reaches the caller. A method's owner is not kept alive.
+            observer: called with each graph and the inputs of a call, once for each set of weights; returns a function
+                to run instead for these weights. It receives its own copy of the graph, with parameters named as in
+                the model. Its exceptions reach the caller. The owner of a method is not kept alive.
         """
         self._model = model
-        # Whose method it is keeps the capture, and all of it should end with its last reference
+        # The owner of the method holds the capture; both should be freed with the owner's last reference.
         bound = isinstance(observer, types.MethodType)
         self._observer = weakref.WeakMethod(observer) if bound else lambda: observer
-        self.names: dict[int, list[str]] = {}  # as of the last batch; weak references would forbid to swap weights
-        known = weakref.ref(self)  # what Dynamo holds, no garbage collector sees
+        self.names: dict[int, list[str]] = {}  # of the last batch; weak references would prevent swapping weights
+        known = weakref.ref(self)  # the garbage collector does not see references that Dynamo holds
         with torch._dynamo.config.patch(disable=False):
             self._call = torch.compile(own_code(_call), backend=lambda gm, _: _Graph(gm, known))
 
     def __call__(self, batch: Tensor | Mapping[str, Any], *, gradients: bool = False) -> Any:
-        """Runs one batch, in whatever gradient mode the caller is.
+        """Runs one batch in the caller's gradient mode.
 
         Args:
             batch: the model's first argument, or all of them by keyword.
-            gradients: whether they are recorded.
+            gradients: whether gradients are recorded.
 
         Raises:
-            CalibrationError: the batch is neither, or lies on another device than the model.
+            CalibrationError: the batch has another type, or is on another device than the model.
         """
         args, kwargs = arguments(batch)
         self._check_devices([v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)])
@@ -80,15 +80,15 @@ class Capture:
             recompile_limit=256, accumulated_recompile_limit=1024, fail_on_recompile_limit_hit=True,
             disable=False, error_on_recompile=False, suppress_errors=False, repro_after=None, optimize_ddp=False,
         )  # fmt: skip
-        from torch._inductor import config as inductor_config  # takes its time
+        from torch._inductor import config as inductor_config  # slow to import
 
-        inductor = inductor_config.patch(freezing=False)  # Dynamo asks it whether weights are inputs
+        inductor = inductor_config.patch(freezing=False)  # Dynamo reads it to decide whether weights are inputs
         with (
             dynamo, inductor,
-            torch.compiler.set_stance("default"),  # another one may run the model without the observer
+            torch.compiler.set_stance("default"),  # another stance may run the model without the observer
             torch.inference_mode(mode=False), torch.set_grad_enabled(gradients), catch_warnings(),
         ):  # fmt: skip
-            # Dynamo asks activations between two graphs for it, and hides the warning, but not where it is an error
+            # Dynamo reads .grad of activations between two graphs and hides the warning, except when it is an error.
             filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")
             return self._call(self._model, args, kwargs)
 
@@ -104,12 +104,12 @@ class Capture:
         """All names of the model's tensors, by their ids."""
         names: dict[int, list[str]] = {}
         for named in (self._model.named_parameters, self._model.named_buffers):
-            for name, own in named(remove_duplicate=False):
-                names.setdefault(id(own), []).append(name)
+            for name, tensor in named(remove_duplicate=False):
+                names.setdefault(id(tensor), []).append(name)
         return names
 
     def observe(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        """What the observer puts in the place of a copy of a graph."""
+        """Gives the observer a copy of a graph, and returns the function to run instead."""
         gm = copy(gm)
         for node, value in zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True):
             names = self.names.get(id(value), [])
@@ -121,7 +121,7 @@ class Capture:
 
 
 class _Graph:
-    """A graph of Dynamo's, and what the observer puts in its place for each set of weights."""
+    """A Dynamo graph and its replacement from the observer for each set of weights."""
 
     def __init__(self, gm: fx.GraphModule, capture: weakref.ref[Capture]) -> None:
         self._gm, self._capture = copy(gm), capture
@@ -143,24 +143,24 @@ class _Graph:
         return self._replacements[key](*inputs)
 
     def _weights(self, inputs: Sequence[Any], capture: Capture) -> Hashable:
-        """Tells sets of weights apart: by their names, for two modules may hold equal ones, and by what sites hold."""
+        """Key of a set of weights: their names, as two modules may have equal weights, and the sites' contents."""
         names = tuple(tuple(capture.names.get(id(value), ())) for value in inputs if isinstance(value, Tensor))
         return names, *(identity([inputs[p] for p in own], function) for function, own in self._sites)
 
 
 def identity(weights: Sequence[Tensor], function: str | None) -> Hashable:
-    """What tells the weights of a site from those of others in one process."""
+    """Key that distinguishes the weights of a site from others within a process."""
     stored = stored_tensors(weights)
-    if any(weight.is_inference() or weight.is_meta for weight in stored):  # would be hashed at every call, or never
+    if any(weight.is_inference() or weight.is_meta for weight in stored):  # slow to hash, or impossible
         return tuple(map(id, stored))
     return fingerprint(stored, function)
 
 
 def arguments(batch: Tensor | Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """A batch as positional and keyword arguments of the model.
+    """Converts a batch to positional and keyword arguments of the model.
 
     Raises:
-        CalibrationError: it is neither a tensor nor a mapping.
+        CalibrationError: the batch is neither a tensor nor a mapping.
     """
     batch = recordable(batch)
     if isinstance(batch, Tensor):

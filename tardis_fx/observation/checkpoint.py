@@ -1,4 +1,4 @@
-"""The statistics of finished runs over the batches, so that an interrupted calibration need not repeat them."""
+"""Stores the statistics of finished runs, so that an interrupted calibration resumes after the last finished run."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ _FORMAT = "tardis_fx.statistics"
 
 
 class Checkpoint:
-    """A folder with one safetensors file a run, numbered in their order.
+    """A folder with one numbered safetensors file for each run.
 
-    A fit takes its decisions from statistics alone: with the same ones it asks for the same runs.
+    A fit makes its decisions from statistics alone: equal statistics lead to equal runs.
     """
 
     def __init__(self, folder: str | os.PathLike[str], owner: str) -> None:
-        """Makes the folder where there is none.
+        """Opens the folder, and creates it if necessary.
 
         Args:
-            folder: of this calibration alone.
-            owner: hash of all that the statistics depend on.
+            folder: used by this calibration only.
+            owner: hash of everything that the statistics depend on.
 
         Raises:
-            CheckpointError: it is no folder, or cannot be made.
+            CheckpointError: it is not a folder, or cannot be created.
         """
         self._folder, self._owner = Path(folder), owner
         try:
@@ -41,18 +41,18 @@ class Checkpoint:
             raise CheckpointError(f"cannot keep checkpoints in {folder}: {error}") from error
 
     def restore(self, run: int, title: str, observers: Mapping[str, Any]) -> bool:
-        """Puts the statistics of a finished run into new observers.
+        """Loads the statistics of a finished run into new observers.
 
         Args:
-            run: its number.
-            title: what it measures.
+            run: number of the run.
+            title: of the run.
             observers: by the fingerprints of their sites.
 
         Returns:
             Whether the run was stored.
 
         Raises:
-            CheckpointError: the file is damaged, or of another calibration.
+            CheckpointError: the file is damaged or belongs to another calibration.
         """
         path = self._path(run)
         if not path.exists():
@@ -74,7 +74,7 @@ class Checkpoint:
         return True
 
     def store(self, run: int, title: str, observers: Mapping[str, Any]) -> None:
-        """Writes the statistics of a finished run; the file appears whole or not at all.
+        """Writes the statistics of a finished run atomically.
 
         Raises:
             CheckpointError: it cannot be written.

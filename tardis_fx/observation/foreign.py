@@ -1,4 +1,4 @@
-"""The boundary to code that others wrote: what a rewrite raises becomes an error that names it."""
+"""The boundary to third-party code: turns exceptions of a rewrite into errors that name it."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ if TYPE_CHECKING:
 
 @contextmanager
 def raising_typed(what: str) -> Iterator[None]:
-    """Turns exceptions into a :class:`RewriteError` with their cause.
+    """Turns exceptions into a :class:`RewriteError` that keeps the cause.
 
-    Untouched are errors of this package, what Dynamo raises to restart or to give up a trace, and memory that ran out,
-    which callers handle by type.
+    Errors of this package, the exceptions by which Dynamo restarts or abandons a trace, and out-of-memory errors pass
+    unchanged, because callers handle them by type.
 
     Args:
-        what: the rewrite, what it was doing, and at which site.
+        what: names the rewrite, its action and the site.
     """
     try:
         yield

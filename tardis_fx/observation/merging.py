@@ -1,14 +1,14 @@
-"""How observers that saw different batches become one that saw them all.
+"""Merges observers that saw different batches into one that saw all of them.
 
-An observer says it in ``merged``, a mapping from the names of its attributes to one of
+An observer declares this in ``merged``, a mapping from the names of its attributes to one of
 
-    "sum"       a tensor or a number that is zero at first and to which every batch adds
-    "least"     a tensor that is infinite at first; the smaller of two elements
-    "greatest"  likewise, minus infinite; the greater
-    "joined"    a list of tensors, [tokens] each, whose order says nothing
-    "parts"     an observer, or a list of them, with a ``merged`` of its own
+    "sum"       a tensor or a number that starts at zero and to which every batch adds
+    "least"     a tensor that starts at infinity and takes the elementwise minimum
+    "greatest"  a tensor that starts at minus infinity and takes the elementwise maximum
+    "joined"    a list of tensors, [tokens] each, whose order does not matter
+    "parts"     an observer, or a list of observers, with its own ``merged``
 
-All other attributes are taken to be the same in every process. An observer that has seen nothing changes nothing.
+All other attributes must be the same in every process. Merging an observer that has seen nothing changes nothing.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ Merge = Literal["sum", "least", "greatest", "joined", "parts"]
 
 @dataclass(frozen=True)
 class Statistic:
-    """One attribute of an observer that batches have changed.
+    """One attribute of an observer that batches change.
 
     Attributes:
         owner: the observer.
-        attribute: its name.
-        how: it is merged.
+        attribute: name of the attribute.
+        how: rule by which it is merged.
     """
 
     owner: Any
@@ -45,7 +45,7 @@ class Statistic:
 
     @property
     def value(self) -> Tensor:
-        """As a tensor: the attribute itself where it is one."""
+        """The value as a tensor: the attribute itself if it is one."""
         held = getattr(self.owner, self.attribute)
         if self.how == "joined":
             return torch.cat(held) if held else torch.zeros(0, dtype=torch.float32, device="cpu")
@@ -54,7 +54,7 @@ class Statistic:
         return torch.tensor(held, dtype=torch.float64 if isinstance(held, float) else torch.int64, device="cpu")
 
     def assign(self, value: Tensor) -> None:
-        """Puts a value of the same form in its place."""
+        """Replaces the value by one of the same form."""
         held = getattr(self.owner, self.attribute)
         if self.how == "joined":
             held[:] = [value]
@@ -65,15 +65,15 @@ class Statistic:
 
     @property
     def form(self) -> str:
-        """What must be the same in two observers that are merged."""
+        """Description that must be equal in two observers to merge them."""
         return self.how if self.how == "joined" else f"{self.how} {self.value.dtype} {tuple(self.value.shape)}"
 
 
 def statistics(observers: Mapping[str, Any]) -> dict[str, Statistic]:
-    """All that batches have changed in some observers, by the observers' names and the attributes'.
+    """All attributes of observers that batches change, by the names of observer and attribute.
 
     Raises:
-        CalibrationError: an observer does not say how it is merged.
+        CalibrationError: an observer has no ``merged``.
     """
     return {name: each for key, observer in observers.items() for name, each in _walk(key, observer)}
 
@@ -94,10 +94,10 @@ def _walk(name: str, observer: Any) -> Iterator[tuple[str, Statistic]]:
 
 
 def merge(observers: Mapping[str, Any], ranks: Ranks) -> None:
-    """Leaves the same in the observers of all ranks: what they have seen together.
+    """Merges the observers of all ranks, so that each holds the statistics of all batches.
 
     Raises:
-        CalibrationError: an observer does not say how it is merged, those of two ranks differ in form, or a rank died.
+        CalibrationError: an observer has no ``merged``, the observers of two ranks differ in form, or a rank died.
     """
     found = statistics(observers)
     ranks.agree("statistics", {name: each.form for name, each in found.items()})

@@ -38,9 +38,9 @@ _log = logging.getLogger("tardis_fx")
 
 
 class SiteObserver(Protocol):
-    """Accumulates what a rewrite wants to know of a site.
+    """Accumulates the statistics of a site that a rewrite needs.
 
-    For calibrations by several processes, and for those that can be resumed, it says how it is merged; see
+    For calibration by several processes, or with checkpoints, it must also declare how it is merged; see
     :mod:`tardis_fx.observation.merging`.
     """
 
@@ -53,10 +53,10 @@ class ObservedSite:
     """A site of the model with its weights.
 
     Attributes:
-        site: as matched, with the reason where it is refused.
+        site: as matched, with the reason if it is refused.
         fingerprint: of its weights.
-        weights: as they are stored, in the model's dtype and on its device.
-        parameters: the same, in the order of ``site.parameters``; of a tensor subclass, what it is stored as.
+        weights: in the model's dtype and on its device.
+        parameters: the stored weights in the order of ``site.parameters``; the plain tensors of a tensor subclass.
     """
 
     site: Site
@@ -67,11 +67,11 @@ class ObservedSite:
 
 @dataclass(frozen=True)
 class Seen:
-    """How much a run has shown of a site.
+    """Numbers of tokens that a run has shown at a site.
 
     Attributes:
-        tokens: padding left out.
-        held_back: those of them that nothing is fitted on.
+        tokens: number of tokens without padding.
+        held_back: number of these that are not used to fit.
     """
 
     tokens: int
@@ -79,14 +79,14 @@ class Seen:
 
 
 class Observation(ABC):
-    """Sites whose inputs the runs of a fit show to observers.
+    """Base class of observations: the sites whose inputs the runs of a fit show to observers.
 
     Attributes:
-        warned: whether the user knows that the tokens are few.
+        warned: whether the user was warned that there are few tokens.
     """
 
     def __init__(self, *, progress: bool = False) -> None:
-        """Has made no run.
+        """Starts without any runs.
 
         Args:
             progress: show progress bars.
@@ -97,47 +97,47 @@ class Observation(ABC):
     @property
     @abstractmethod
     def sites(self) -> Sequence[ObservedSite]:
-        """All sites, refused ones included."""
+        """All sites, including refused ones."""
 
     def seen(self, site: ObservedSite) -> Seen | None:
-        """What runs have shown of a site, or None where that is not known."""
+        """Numbers of tokens that runs have shown at a site, or None if unknown."""
         return None
 
     def recall(self, run: Run) -> Mapping[str, Any] | None:
-        """What an equal run has found before, or None."""
+        """The remembered result of an equal run, or None."""
         return None if run.key is None else self._memory.get((run.key, *run.sites))
 
     def conclude(self, run: Run, observers: Mapping[str, Any]) -> Mapping[str, Any]:
-        """What a run has found by the site's fingerprints, from its observers; remembered where the run has a key."""
+        """Finishes the observers of a run into its result, by fingerprint; remembered if the run has a key."""
         bar = tqdm(run.sites, desc=run.title, unit="site", disable=not self._progress, leave=False, delay=1)
-        found = {site.fingerprint: run.finish(site, observers[site.fingerprint]) for site in bar}
+        results = {site.fingerprint: run.finish(site, observers[site.fingerprint]) for site in bar}
         if run.key is not None:
-            self._memory[run.key, *run.sites] = found
-        return found
+            self._memory[run.key, *run.sites] = results
+        return results
 
 
 class RepeatableObservation(Observation):
-    """An observation that answers a run at once, as often as one asks."""
+    """An observation that can make any number of runs immediately."""
 
     def answer(self, run: Run) -> Mapping[str, Any]:
-        """What a run finds, by the fingerprints of its sites.
+        """Makes a run and returns its result by fingerprint.
 
         Raises:
             CalibrationError: a site's inputs are NaN or infinite, or it saw no token.
         """
-        found = self.recall(run)
-        return self.conclude(run, self._shown(run)) if found is None else found
+        remembered = self.recall(run)
+        return self.conclude(run, self._shown(run)) if remembered is None else remembered
 
     @abstractmethod
     def _shown(self, run: Run) -> Mapping[str, SiteObserver]:
-        """The observers of a run, by fingerprint, after they have seen all inputs of their sites."""
+        """Observers of a run, by fingerprint, that have seen all inputs of their sites."""
 
 
 class BatchObservation(RepeatableObservation):
-    """A model, its calibration batches, and its sites in the order in which they run.
+    """A model with its calibration batches, and its sites in the order in which they run.
 
-    The sites are found by running the first batch. Batches are kept in a list, for they are run once for every run of a
-    fit; a site's inputs are never kept.
+    The sites are found by running the first batch. Batches are kept in a list, because every run of a fit runs all of
+    them; a site's inputs are never kept.
     """
 
     def __init__(
@@ -149,17 +149,17 @@ class BatchObservation(RepeatableObservation):
         ranks: Ranks | None = None,
         checkpoint: Checkpoint | None = None,
     ) -> None:
-        """Captures the model.
+        """Captures the model and finds its sites.
 
         Args:
             model: in eval mode.
-            batches: all of them, on every rank.
+            batches: all batches, on every rank.
             progress: show progress bars.
-            ranks: the processes that share the batches; this one alone where None.
-            checkpoint: where the statistics of finished runs are kept, for one fit; given on one rank at the most.
+            ranks: the processes that share the batches; None means this process alone.
+            checkpoint: stores the statistics of the finished runs of one fit; given on at most one rank.
 
         Raises:
-            CalibrationError: no batches, a model in training mode, or one without an FFN that has weights of its own.
+            CalibrationError: no batches, a model in training mode, or a model without an FFN with its own weights.
         """
         super().__init__(progress=progress)
         model = uncompiled(model)
@@ -171,7 +171,7 @@ class BatchObservation(RepeatableObservation):
         self._counts: dict[str, list[int]] = {}
         self._seen: dict[str, Seen] = {}
         self._replaced: Mapping[str, Callable[[Tensor], Tensor]] = {}
-        self._refused: list[str] = []  # names and reasons, of sites that lack weights of their own
+        self._refused: list[str] = []  # names and reasons of sites without their own weights
         self._capture = Capture(model, self._instrument)
         self._call(0)
         self._refuse_absent()
@@ -184,14 +184,14 @@ class BatchObservation(RepeatableObservation):
 
     @property
     def sites(self) -> list[ObservedSite]:
-        """All sites, refused ones included."""
+        """All sites, including refused ones."""
         return list(self._sites.values())
 
     def _shown(self, run: Run) -> dict[str, SiteObserver]:
         """Runs all batches once, each on one rank.
 
         Raises:
-            CheckpointError: the checkpoint is damaged, of another calibration, or cannot be written.
+            CheckpointError: the checkpoint is damaged, belongs to another calibration, or cannot be written.
         """
         observers = {site.fingerprint: run.make(site) for site in run.sites}
         self._runs += 1
@@ -213,17 +213,17 @@ class BatchObservation(RepeatableObservation):
             if unseen := [site.site.name for site in run.sites if not self._seen[site.fingerprint].tokens]:
                 raise CalibrationError(f"no token of any batch reached {', '.join(unseen[:4])}")
         if self._ranks.count > 1:
-            merge(observers, self._ranks)  # also gives to all what one has restored
+            merge(observers, self._ranks)  # also sends restored statistics to all ranks
         if not restored:
             self._ranks.attempt(keep)
         return observers
 
     def seen(self, site: ObservedSite) -> Seen | None:
-        """See :meth:`Observation.seen`; runs that were restored from a checkpoint do not count."""
+        """See :meth:`Observation.seen`; runs restored from a checkpoint do not count."""
         return self._seen.get(site.fingerprint)
 
     def _show(self, run: Run, observers: Mapping[str, SiteObserver]) -> dict[str, list[int]]:
-        """Runs this rank's batches; numbers of tokens and of held-back ones by fingerprint, of sites reached."""
+        """Runs this rank's batches; returns numbers of tokens and of held-back tokens by fingerprint."""
         self._observers, self._replaced, self._counts = observers, run.replaced, {}
         shared = self._ranks.share(range(len(self._batches)))
         try:
@@ -234,24 +234,24 @@ class BatchObservation(RepeatableObservation):
         return self._counts
 
     def _call(self, number: int) -> None:
-        """Runs a batch.
+        """Runs one batch through the captured model.
 
         Raises:
-            CalibrationError: the model fails, with its error as the cause.
+            CalibrationError: the model fails; its error is the cause.
         """
         self._batch = self._batches[number]
         try:
             self._capture(self._batch)
-        except (TardisError, MemoryError, torch.OutOfMemoryError):  # memory that ran out is handled by its type
+        except (TardisError, MemoryError, torch.OutOfMemoryError):  # callers handle out-of-memory errors by type
             raise
         except Exception as error:
             raise CalibrationError(f"the model fails on batch {number}: {type(error).__name__}: {error}") from error
 
     def _instrument(self, gm: fx.GraphModule, example_inputs: list[Tensor]) -> Callable[..., Any]:
-        """Puts taps around every site; also the first batch's example inputs tell the sites' weights."""
+        """Inserts taps around every site, and records the sites and their weights."""
         unfuse(gm.graph)
         values = dict(zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True))
-        moved: dict[fx.Node, fx.Node] = {}  # outputs of sites, where one feeds the next
+        moved: dict[fx.Node, fx.Node] = {}  # outputs of sites that feed another site
         for i, site in enumerate(find_sites(gm.graph)):
             if site.reason is not None or any(not isinstance(values.get(p), Tensor) for p in site.parameters):
                 parameters = [values[p] for p in site.parameters if isinstance(values.get(p), Tensor)]
@@ -274,12 +274,12 @@ class BatchObservation(RepeatableObservation):
         stored = stored_tensors(parameters)
         identity = fingerprint(stored, site.function)
         if len(parameters) == len(site.parameters) and identity not in self._sites:
-            weights = SiteWeights.of(site, [_dense(p) for p in parameters])
+            weights = SiteWeights.from_site(site, [_dense(p) for p in parameters])
             self._sites[identity] = ObservedSite(site, identity, weights, tuple(stored))
         return identity
 
     def _refuse_absent(self) -> None:
-        """Refuses sites whose weights are there during a forward pass only, as FSDP and offloaders leave them."""
+        """Refuses sites whose weights exist only during a forward pass, as with FSDP and offloaders."""
         for identity, found in self._sites.items():
             if any(map(is_freed, found.parameters)):
                 reason = (
@@ -292,7 +292,7 @@ class BatchObservation(RepeatableObservation):
             self._sites[identity] = replace(found, site=found.site.refused(reason))
 
     def observe(self, site: Site, parameters: list[Tensor], x: Tensor) -> None:
-        """Called by a tap with the inputs of one call."""
+        """Shows the inputs of one call to the site's observer; called by a tap."""
         identity = self._admit(site, parameters)
         observer = self._observers.get(identity)
         if observer is None or x.numel() == 0:
@@ -315,12 +315,12 @@ class BatchObservation(RepeatableObservation):
             observer.update(tokens)
 
     def replaced(self, site: Site, parameters: list[Tensor]) -> Callable[[Tensor], Tensor] | None:
-        """What replaces a site's output in the current run, or None."""
+        """The function that replaces a site's output in the current run, or None."""
         return self._replaced.get(self._admit(site, parameters))
 
 
 def _dense(parameter: Tensor) -> Tensor:
-    """The parameter; of a tensor subclass, whose site is refused, its shape alone."""
+    """The parameter, or a meta tensor of its shape for a tensor subclass, whose site is refused."""
     if subclass_name(parameter) is None:
         return parameter
     return torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")

@@ -1,6 +1,6 @@
-"""The processes that share a calibration: each runs its part of the batches, and all fit to the sums of all.
+"""The processes that share a calibration: each runs a part of the batches, and all fit to the sums of all batches.
 
-Every rank takes the same decisions from the same sums, so that nothing but statistics is sent.
+Every rank makes the same decisions from the same sums, so that only statistics are exchanged.
 """
 
 from __future__ import annotations
@@ -25,34 +25,34 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Ranks:
-    """The processes of the default process group of ``torch.distributed``, or this one alone.
+    """The processes of the default process group of ``torch.distributed``, or this process alone.
 
     Attributes:
-        rank: of this process; 0 writes files.
-        count: of processes.
+        rank: of this process; rank 0 writes files.
+        count: number of processes.
     """
 
     rank: int = 0
     count: int = 1
-    _told: list[BaseException] = field(default_factory=list, compare=False, repr=False)  # errors that all ranks know of
+    _told: list[BaseException] = field(default_factory=list, compare=False, repr=False)  # errors that all ranks know
 
     @classmethod
     def initialised(cls) -> Ranks:
-        """Those of the process group where one is initialised, else this process alone."""
+        """The ranks of the process group if one is initialised, else this process alone."""
         together = dist.is_available() and dist.is_initialized()
         return cls(dist.get_rank(), dist.get_world_size()) if together else cls()
 
     def share(self, batches: Sequence[T]) -> Sequence[T]:
-        """The batches that this rank runs: every rank in turn gets one."""
+        """The batches that this rank runs: every ``count``-th one."""
         return batches[self.rank :: self.count]
 
     def attempt(self, function: Callable[[], T]) -> list[T]:
-        """Calls a function on every rank, and returns what each rank's gave, in their order.
+        """Calls a function on every rank and returns the results of all ranks in order.
 
         Raises:
-            TardisError: it raised one on some rank; then every rank raises, for none can go on alone.
-            CalibrationError: it raised another error on another rank, or a rank died or did not answer in the time that
-                the process group allows.
+            TardisError: the function raised it on some rank; then every rank raises, because none can continue alone.
+            CalibrationError: it raised another error on another rank, or a rank died or did not answer within the
+                timeout of the process group.
         """
         if self.count == 1:
             return [function()]
@@ -73,25 +73,25 @@ class Ranks:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Ends the work of all ranks with that of one: an error between two exchanges is told instead of the next.
+        """Stops all ranks if one fails: an error between two exchanges is sent in place of the next exchange.
 
-        Whatever the ranks do in the meantime, they must exchange something afterwards.
+        The ranks must make an exchange after the block.
         """
         try:
             yield
         except BaseException as error:
             if self.count > 1 and not any(error is known or error.__cause__ is known for known in self._told):
-                with suppress(CalibrationError), self._answered():  # another rank may be gone, too
+                with suppress(CalibrationError), self._answered():  # another rank may also have died
                     dist.all_gather_object([None] * self.count, _typed(error))
             raise
         finally:
             self._told.clear()
 
     def agree(self, what: str, value: Any) -> None:
-        """Compares a value over the ranks.
+        """Checks that a value is the same on all ranks.
 
         Raises:
-            CalibrationError: a rank has another one.
+            CalibrationError: a rank has another value.
         """
         for rank, other in enumerate(found := self.attempt(lambda: value)):
             if other != found[0]:
@@ -100,10 +100,10 @@ class Ranks:
                 )
 
     def merged(self, tensor: Tensor, how: Merge) -> Tensor:
-        """The tensors of all ranks in one, on every rank the same to the bit; see :mod:`.merging`.
+        """Merges the tensors of all ranks, bit-identical on every rank; see :mod:`.merging`.
 
         Raises:
-            CalibrationError: a rank died or did not answer in the time that the process group allows.
+            CalibrationError: a rank died or did not answer within the timeout of the process group.
         """
         if self.count == 1:
             return tensor
@@ -130,7 +130,7 @@ class Ranks:
 
 
 def arithmetic() -> dict[str, Any]:
-    """What may change the last bit of a product on this machine, and with it a decision of the fit."""
+    """Properties of this machine that may change the last bit of a product, and so a decision of the fit."""
     return {
         "version of torch": torch.__version__,
         "vector instructions": torch.backends.cpu.get_cpu_capability(),
@@ -139,12 +139,12 @@ def arithmetic() -> dict[str, Any]:
 
 
 def _typed(error: BaseException) -> TardisError:
-    """An error as other ranks are told it."""
+    """The form in which an error is sent to other ranks."""
     return error if isinstance(error, TardisError) else CalibrationError(f"{type(error).__name__}: {error}")
 
 
 def _device() -> torch.device:
-    """Where the process group takes tensors from: statistics lie on the CPU, which NCCL alone cannot reach."""
+    """Device for the process group's tensors: statistics are on the CPU, which NCCL alone does not support."""
     takes_cpu = "cpu:" in dist.get_backend_config() or dist.get_backend() != "nccl"
     return torch.device("cpu") if takes_cpu else torch.device("cuda", torch.cuda.current_device())
 

@@ -1,4 +1,4 @@
-"""What a fit asks for, one pass over the calibration text, and how the passes of a fit are made."""
+"""Runs: the passes over the calibration text that a fit requests, and the driver that makes them."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ T = TypeVar("T")
 class Run:
     """One pass over the calibration text, which shows the inputs of every site to an observer of that site.
 
-    A fit is a generator: it yields a run and is sent what the run found, by the fingerprints of the sites.
+    A fit is a generator: it yields a run and is sent the run's result, by the fingerprints of the sites.
 
     Attributes:
-        title: what is measured, for progress bars and checkpoints.
+        title: names the measurement in progress bars and checkpoints.
         make: makes the observer of a site.
         sites: the sites to observe.
-        finish: turns a site and its observer into what the fit is sent; the observer itself by default.
-        key: where given, an equal key for the same sites of one observation is answered from memory, without a pass:
-            it names whatever ``make`` and ``finish`` depend on.
+        finish: turns a site and its observer into the result that the fit is sent; the observer itself by default.
+        key: identifies everything that ``make`` and ``finish`` depend on. A run with an equal key for the same sites of
+            one observation is answered from memory, without a pass.
         replaced: functions that replace the outputs of some sites during the pass, [..., d] to [..., d_out], by
             fingerprint.
     """
@@ -39,7 +39,7 @@ class Run:
     replaced: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
 
 
-#: A fit in progress: it yields runs, is sent what each run found by fingerprint, and returns its result.
+#: A fit in progress: it yields runs, is sent the result of each by fingerprint, and returns its own result.
 Fit = Generator[Run, Mapping[str, Any], T]
 
 
@@ -52,15 +52,15 @@ def drive(observation: RepeatableObservation, fit: Fit[T]) -> T: ...
 
 
 def drive(observation: RepeatableObservation, fit: Any) -> Any:
-    """The result of a fit, after every run that it asks for; what a run raises is raised where the fit waits for it.
+    """Makes every run that a fit requests and returns its result; an error of a run is raised inside the fit.
 
     Args:
         observation: of the sites.
-        fit: a generator, or its result where it measures nothing.
+        fit: a generator, or its result if it makes no runs.
 
     Raises:
-        CalibrationError: as :meth:`RepeatableObservation.answer`.
-        Exception: the fit's own.
+        CalibrationError: as in :meth:`RepeatableObservation.answer`.
+        Exception: raised by the fit.
     """
     fit, answer = steps(fit), None
     failure: Exception | None = None
@@ -76,12 +76,12 @@ def drive(observation: RepeatableObservation, fit: Any) -> Any:
 
 
 def steps(fit: Fit[T] | T) -> Fit[T]:
-    """A fit as a generator, also where it measures nothing and is its result."""
+    """Wraps a fit as a generator, even if it makes no runs and is given as its result."""
     return (yield from fit) if isinstance(fit, Generator) else fit
 
 
 def changed(fit: Fit[T], change: Callable[[Run], Run]) -> Fit[T]:
-    """A fit whose runs are changed before they are made."""
+    """Changes the runs of a fit before they are made."""
     answer: Any = None
     while True:
         try:
@@ -93,5 +93,5 @@ def changed(fit: Fit[T], change: Callable[[Run], Run]) -> Fit[T]:
 
 
 def forgotten(run: Run) -> Run:
-    """The run, not to be remembered: no other fit of the observation will ask for the same."""
+    """A copy of the run without a key, because no other fit of the observation will request it."""
     return replace(run, key=None)

@@ -1,4 +1,4 @@
-"""What stands at both ends of a site while a model is observed."""
+"""Modules inserted before and after a site while a model is observed."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ if TYPE_CHECKING:
 
 
 class Enter(nn.Module):
-    """Shows a site's inputs; a copy is kept only where the output is going to be replaced."""
+    """Shows a site's inputs to the observation; keeps a copy only if the output will be replaced."""
 
     def __init__(self, observation: BatchObservation, site: Site) -> None:
         super().__init__()
         self._observation, self._site = observation, site
 
     def forward(self, x: Tensor, *parameters: Tensor) -> Tensor | None:
-        """The site's inputs where they are needed to replace its output."""
+        """Observes the inputs, and returns a copy if the site's output will be replaced."""
         self._observation.observe(self._site, list(parameters), x)
         return x.clone() if self._observation.replaced(self._site, list(parameters)) else None
 
 
 class Leave(nn.Module):
-    """Passes a site's output, or what replaces it."""
+    """Passes on a site's output or its replacement."""
 
     def __init__(self, observation: BatchObservation, site: Site) -> None:
         super().__init__()
         self._observation, self._site = observation, site
 
     def forward(self, output: Tensor, x: Tensor | None, *parameters: Tensor) -> Tensor:
-        """The site's output."""
+        """Returns the site's output or its replacement."""
         function = self._observation.replaced(self._site, list(parameters))
         return output if function is None or x is None else function(x).view_as(output)

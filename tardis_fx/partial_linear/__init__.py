@@ -1,1 +1,1 @@
-"""How partial linearity is fitted: neurons, guards, budget, drafts, residuals."""
+"""The fit of partial linearity: guards, ranges, budget, drafts, widths, residuals."""

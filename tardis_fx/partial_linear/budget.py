@@ -1,7 +1,7 @@
-"""Splits the budget over the sites: one price per byte, the same everywhere, at which the model meets its budget.
+"""Splits the budget over the sites with one common price per byte, at which the model meets its budget.
 
-Equal marginal error per byte is the condition of least total error under a sum constraint (a Lagrangian relaxation;
-exact up to the size of a single bin).
+The total error under a sum constraint is smallest at equal marginal error per byte (a Lagrangian relaxation, exact up
+to the size of a single bin).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ ROUNDS = 4
 
 
 def allocate(sites: Sequence[PricedSite], allowed: float) -> list[tuple[PricedSite, Ranges]]:
-    """Ranges of all sites that together read at most ``allowed`` bytes per token, and the sites refitted to them.
+    """Chooses ranges that together read at most ``allowed`` bytes per token, and refits the sites to them.
 
     Raises:
         CalibrationError: the folded weights alone read more.
@@ -55,7 +55,7 @@ def _price(sites: Sequence[PricedSite], allowed: float, near: float) -> float:
     step = 1.0 if near else 8.0
     while meets(math.exp(low)):
         low, high, step = low - step, low, 2 * step
-        if low < -300:  # everything corrected, and still within the budget
+        if low < -300:  # even correcting everything is within the budget
             return math.exp(low)
     while not meets(math.exp(high)):
         low, high, step = high, high + step, 2 * step

@@ -1,9 +1,9 @@
 """The columns of down that corrections add, fitted together with the folded map.
 
-The error of folded neurons correlates with the corrections of others. So what both fold and corrections miss is
-regressed on the inputs and on the factors of the copied columns. A column leaves down's as far as the error gains by
-it, and no byte more is read. Only columns in few bits are fitted, for these are copies; the original weights stay as
-they are.
+The error of folded neurons correlates with the corrections of others. So the residual of fold and corrections is
+regressed on the inputs and on the factors of the copied columns. A column moves away from that of down as far as this
+reduces the error; no more bytes are read. Only low-bit columns are fitted, because they are copies; the original
+weights do not change.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ SHRINKAGE = 0.1
 
 
 def fit_columns(settled: Settled, residual: Residual) -> Quantised:
-    """All columns of down, [h, d_out]: the copied ones fitted, and rounded so that others make up for it.
+    """All columns of down, [h, d_out]; copied ones are fitted, and rounded with mutual compensation.
 
     Args:
         settled: with rows of fewer than 16 bits.
-        residual: what it misses; see :class:`tardis_fx.partial_linear.residuals.ResidualObserver`.
+        residual: of the site; see :class:`tardis_fx.partial_linear.residuals.ResidualObserver`.
     """
     neurons, quantisation = settled.draft.neurons, settled.draft.quantisation
     d, copied, columns = neurons.projections[0].shape[1], settled.copied, neurons.down.T.clone()

@@ -9,13 +9,13 @@ from tardis_fx.runtime.packing import low_bits, row_bytes
 
 @dataclass(frozen=True)
 class Costs:
-    """Bytes read for one token.
+    """Bytes that each part of a partially linear site reads for one token.
 
     Attributes:
-        fold: by the folded weight and bias.
-        predictor: by a neuron's predictor rows and guard.
-        row: by a correction.
-        nested: whether a correction needs the predictor rows, too.
+        fold: of the folded weight and bias.
+        predictor: of a neuron's predictor rows and guard.
+        row: of a correction.
+        nested: whether a correction also needs the predictor rows.
     """
 
     fold: int
@@ -25,11 +25,11 @@ class Costs:
 
     @property
     def exact(self) -> int:
-        """By a neuron that is always corrected."""
+        """Bytes read by a neuron that is always corrected."""
         return self.row + self.nested * self.predictor
 
     @classmethod
-    def of(
+    def from_sizes(
         cls,
         d: int,
         d_out: int,
@@ -42,7 +42,7 @@ class Costs:
         group_size: int,
         bias: bool,
     ) -> Costs:
-        """Of a site, counting scales, zero points, guards, surrogates, biases and indices of neurons.
+        """Costs of a site, including scales, zero points, guards, surrogates, biases and indices of neurons.
 
         Args:
             d: columns of a projection.
@@ -51,10 +51,10 @@ class Costs:
             size: bytes of a weight in the model's own dtype.
             fold_bits: of the folded weight; 16 is the model's own dtype.
             row_bits: of the rows and columns that a correction reads; likewise. Below 16, a projection's row is the
-                predictor's and its refinement.
+                predictor's row plus its refinement.
             k: pre-activations of a neuron.
             group_size: columns that share a scale and a zero point.
-            bias: whether any projection has one. A correction reads k numbers then, and so does a score.
+            bias: whether any projection has a bias. If so, a correction and a score each read k more numbers.
         """
 
         def row(columns: int, width: int) -> int:

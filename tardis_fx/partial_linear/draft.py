@@ -1,4 +1,4 @@
-"""A site before its budget is known: neurons, predictor and guard."""
+"""Drafts: a site's neurons, predictor and guard before its budget is known."""
 
 from __future__ import annotations
 
@@ -25,12 +25,11 @@ if TYPE_CHECKING:
 
 
 class DraftObserver:
-    """Observes what a draft is made of: moments of the inputs and, where a score needs them, the neurons' sums."""
+    """Observer for drafts: moments of the inputs and, if a score needs them, the neurons' sums."""
 
     merged: ClassVar[Mapping[str, Merge]] = {"inputs": "parts", "surrogates": "parts"}
 
     def __init__(self, site: ObservedSite) -> None:
-        """Starts at zero."""
         self.inputs = Moments(site.weights.up.shape[1])
         self.surrogates = [] if site.weights.gate is None else [SurrogateSums(site)]
 
@@ -43,12 +42,12 @@ class DraftObserver:
 
 @dataclass(frozen=True)
 class Quantisation:
-    """How a plan's matrices are put into codes.
+    """Settings for quantising a plan's matrices.
 
     Attributes:
         bits: of the predictor.
         group_size: columns that share a scale and a zero point, in the predictor, the folded weight and the rows.
-        rounding: of everything but the columns of down: ``"gptq"`` or ``"nearest"``.
+        rounding: of all matrices except the columns of down: ``"gptq"`` or ``"nearest"``.
     """
 
     bits: int
@@ -63,10 +62,10 @@ class Draft:
     Attributes:
         site: the site.
         quantisation: of its plan.
-        inputs: their moments.
+        inputs: moments of the inputs.
         neurons: of the site.
         predictors: k projections in few bits.
-        guard: what decides about corrections.
+        guard: decides which neurons to correct.
     """
 
     site: ObservedSite
@@ -80,7 +79,7 @@ class Draft:
 
     @classmethod
     def from_observer(cls, site: ObservedSite, seen: DraftObserver, quantisation: Quantisation) -> Draft:
-        """Quantises the predictors."""
+        """Quantises the predictors and makes the guard."""
         neurons, inputs = Neurons.from_site(site), seen.inputs
         predictors = tuple(
             quantise_projection(matrix, inputs, quantisation, quantisation.bits) for matrix in neurons.projections
@@ -97,7 +96,7 @@ class Draft:
         return [predictor(x) for predictor in self.predictors]
 
     def refinements(self, row_bits: int) -> tuple[Quantised, ...]:
-        """What a correction adds to the predictor's rows, k matrices, for rows of so many bits."""
+        """The k matrices that extend the predictor's rows to ``row_bits`` bits."""
         bits = low_bits(self.quantisation.bits, row_bits)
         if bits not in self._refinements:
             pairs = zip(self.neurons.projections, self.predictors, strict=True)
@@ -114,9 +113,9 @@ class Draft:
         return self._columns[row_bits]
 
     def costs(self, fold_bits: int, row_bits: int) -> Costs:
-        """Bytes read by a plan of such widths."""
+        """Bytes read by a plan with these widths."""
         weights, quantisation = self.site.weights, self.quantisation
-        return Costs.of(
+        return Costs.from_sizes(
             weights.up.shape[1],
             len(weights.down),
             quantisation.bits,
@@ -130,6 +129,6 @@ class Draft:
 
 
 def quantise_projection(matrix: Tensor, inputs: Moments, quantisation: Quantisation, bits: int) -> Quantised:
-    """A matrix that multiplies the site's inputs, [rows, d], in codes."""
+    """Quantises a matrix, [rows, d], that multiplies the site's inputs."""
     gram = inputs.gram if quantisation.rounding == "gptq" else None
     return quantise(matrix, gram, bits, quantisation.group_size)

@@ -1,4 +1,4 @@
-"""The sums of a site's neurons by bins of the level that its guard measures."""
+"""Sums of a site's neurons by bins of the guard's level."""
 
 from __future__ import annotations
 
@@ -20,14 +20,13 @@ if TYPE_CHECKING:
 class Histogram:
     """Joint sums of pre-activations and responses by bins of the guard's level.
 
-    The products of a batch are added in float32, those of all batches in float64. Memory: 6 bins h float64 of a plain
-    site, 10 bins h of a gated one.
+    The products within a batch are added in float32, over batches in float64. Memory: 6 bins h float64 for a plain
+    site, 10 bins h for a gated one.
     """
 
     merged: ClassVar[Mapping[str, Merge]] = {"_table": "sum", "least": "least", "greatest": "greatest"}
 
     def __init__(self, draft: Draft) -> None:
-        """Starts at zero."""
         self._draft, h, k = draft, len(draft.neurons), len(draft.predictors)
         self._table = Sums.zeros(k, draft.guard.bins * h).table
         self.least = torch.full((h,), torch.inf, dtype=torch.float32, device="cpu")

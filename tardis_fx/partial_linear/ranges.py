@@ -1,16 +1,16 @@
-"""Which neurons are folded, guarded or always exact, and where a guarded neuron is hot.
+"""Chooses which neurons are folded, guarded or always exact, and the hot ranges of guarded neurons.
 
-Everything follows from one price. With ``e`` the squared error that the surrogate leaves in a bin of a neuron's
-histogram (times ``‖down[:, n]‖²``) and a price ``λ`` for a byte read, a neuron costs
+Everything follows from one price. Let ``e`` be the squared error that the surrogate leaves in a bin of a neuron's
+histogram (times ``‖down[:, n]‖²``) and ``λ`` the price of a byte read. Then a neuron costs
 
     folded    Σ e                                        no predictor row, never corrected
-    exact     λ · tokens · row                           always corrected, and no predictor row where it is not read
+    exact     λ · tokens · row                           always corrected, and no predictor row unless it is nested
     guarded   Σ_hot e + λ · (tokens · predictor + Σ_cold count · row)
 
-and takes the cheapest. Of a guarded neuron, the best hot range is the one with the least ``Σ (e - λ · row · count)``
-that its guard allows. A bin is hot when its mean squared error is below ``λ · row``: within a layer one threshold on
-the error times the norm of the column of down, as the paper has it (section 5.1), and between layers the threshold of
-least total error.
+and takes the cheapest class. The best hot range of a guarded neuron is the one with the smallest
+``Σ (e - λ · row · count)`` that its guard allows. A bin is hot if its mean squared error is below ``λ · row``. Within a
+layer this is one threshold on the error times the norm of the column of down, as in the paper (section 5.1); between
+layers it minimises the total error.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Ranges:
-    """The choice at one site.
+    """Hot ranges and classes of the neurons of one site.
 
     Attributes:
-        hot: [bins, h], bool; all of a folded neuron's bins are hot, none of an exact one's.
+        hot: [bins, h], bool; all bins of a folded neuron are hot, and none of an exact one.
         guarded: [h], bool.
         exact: [h], bool.
         touched: expected bytes per token.
@@ -50,10 +50,10 @@ class PricedSite:
     """One site's surrogates, and its ranges as a function of the price of a byte.
 
     Attributes:
-        sums: by bins.
-        guard: what hot ranges it allows.
-        importance: [h], float64: what a neuron's squared error counts.
-        costs: bytes.
+        sums: of the neurons, by bins.
+        guard: determines the possible hot ranges.
+        importance: [h], float64, weights of the neurons' squared errors.
+        costs: bytes read.
         surrogate: [h, k + 1], float64.
     """
 
@@ -65,7 +65,7 @@ class PricedSite:
 
     @classmethod
     def from_sums(cls, sums: Sums, guard: Guard, importance: Tensor, costs: Costs) -> PricedSite:
-        """With the surrogates that fit all tokens."""
+        """Makes a priced site with the surrogates that fit all tokens."""
         return cls(sums, guard, importance, costs, sums.total.regress())
 
     @cached_property
@@ -74,7 +74,7 @@ class PricedSite:
         return float(self.sums.count[:, 0].sum())
 
     def refit(self, hot: Tensor) -> PricedSite:
-        """With surrogates that fit the hot bins, [bins, h]; an exact neuron's is zero, and adds nothing to the fold."""
+        """Refits the surrogates to the hot bins, [bins, h]; the surrogate of an exact neuron is zero."""
         return replace(self, surrogate=self.sums.within(hot).regress())
 
     @cached_property
@@ -83,7 +83,7 @@ class PricedSite:
         return self.sums.error(self.surrogate) * self.importance
 
     def at(self, price: float) -> Ranges:
-        """The ranges of least cost at a price per byte read."""
+        """The cheapest ranges at a price per byte read."""
         error, count, tokens = self.error, self.sums.count, self.tokens
         row = price * self.costs.row
         hot = self.guard.cheapest(error - row * count)
@@ -94,7 +94,7 @@ class PricedSite:
         return self.touching((hot | (choice == 0)) & (choice != 1), choice == 2, choice == 1)
 
     def touching(self, hot: Tensor, guarded: Tensor, exact: Tensor) -> Ranges:
-        """A choice with the bytes that it reads."""
+        """Makes ranges with the bytes that they read."""
         corrected = torch.where(hot, 0, self.sums.count).sum().item() / self.tokens
         read = guarded | exact & self.costs.nested
         touched = self.costs.fold + self.costs.predictor * int(read.sum()) + self.costs.row * corrected

@@ -1,4 +1,4 @@
-"""What fold and corrections of a settled site still miss, measured on tokens; at all widths of a site together."""
+"""Measures the residual of fold and corrections on tokens, for all widths of a settled site at once."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
     from tardis_fx.partial_linear.draft import Draft
     from tardis_fx.partial_linear.settled import Settled
 
-#: Bytes of sums that are held at a time, though of one site at the least; others take further runs.
+#: Maximum bytes of sums held at a time, except that one site always fits; other sites need further runs.
 MEMORY = 4 << 30
 
 
 class WidthResiduals:
-    """Observes the same tokens for one site settled at several widths; what widths do not change is computed once.
+    """Observer of one site settled at several widths; computes values that do not depend on the width once.
 
     Attributes:
         observers: one for each width.
@@ -32,47 +32,45 @@ class WidthResiduals:
     merged: ClassVar[Mapping[str, Merge]] = {"observers": "parts"}
 
     def __init__(self, settled: Sequence[Settled]) -> None:
-        """Starts at zero."""
         self._draft = settled[0].draft
         self.observers = [ResidualObserver(one) for one in settled]
 
     def update(self, x: Tensor) -> None:
-        """Shows tokens, [tokens, d], float32, to all."""
+        """Shows tokens, [tokens, d], float32, to the observers of all widths."""
         tokens = Tokens(self._draft, x)
         for observer in self.observers:
             observer.add(tokens)
 
 
 class Tokens:
-    """Some tokens at a site, and what all its widths make of them."""
+    """Tokens at a site, with the values that several widths share."""
 
     def __init__(self, draft: Draft, x: Tensor) -> None:
-        """Takes tokens, [tokens, d], float32."""
         self.x, self._draft = x, draft
         self._refined: dict[int, tuple[list[Tensor], Tensor]] = {}
 
     @cached_property
     def estimates(self) -> list[Tensor]:
-        """The predictor's, without biases, k times [tokens, h]."""
+        """The predictor's estimates without biases, k times [tokens, h]."""
         return self._draft.estimates(self.x)
 
     @cached_property
     def level(self) -> Tensor:
-        """What the guard compares with its limits, [tokens, h]."""
+        """The level that the guard compares with its limits, [tokens, h]."""
         return self._draft.guard.level(self.estimates)
 
     @cached_property
     def exact(self) -> tuple[list[Tensor], Tensor]:
-        """Pre-activations and responses."""
+        """Exact pre-activations, k times [tokens, h], and responses, [tokens, h]."""
         return self._draft.neurons.evaluate(self.x)
 
     @cached_property
     def output(self) -> Tensor:
-        """The original's, [tokens, d_out]."""
+        """Output of the original site, [tokens, d_out]."""
         return self._draft.neurons.output(self.exact[1])
 
     def refined(self, row_bits: int) -> tuple[list[Tensor], Tensor]:
-        """Pre-activations and responses as coded rows give them."""
+        """Pre-activations and responses computed from coded rows."""
         refinements, neurons = self._draft.refinements(row_bits), self._draft.neurons
         bits = refinements[0].bits
         if bits not in self._refined:
@@ -82,7 +80,7 @@ class Tokens:
         return self._refined[bits]
 
     def residuals(self, settled: Settled) -> tuple[Tensor, Tensor, Tensor]:
-        """What uncorrected values miss, what corrections add of it, and which are made: [tokens, h] each."""
+        """Residuals of uncorrected values, the corrections made, and the mask of outliers: [tokens, h] each."""
         leaves = self._draft.guard.leaves(self.level, settled.limits)
         outlier = settled.exact | settled.guarded & leaves
         missing = added = settled.uncorrected.residual(*self.exact)
@@ -92,25 +90,24 @@ class Tokens:
 
 
 class ResidualObserver:
-    """What the folded map and the corrections miss, and how often a correction is made.
+    """Observer of the residual of fold and corrections, and of the number of corrections.
 
     Attributes:
-        residual: what is missed; its inputs are the site's, then the factors of the copied columns of down.
-        outliers: corrections made.
-        tokens: tokens seen.
+        residual: of the output; its inputs are those of the site, then the factors of the copied columns of down.
+        outliers: number of corrections made.
+        tokens: number of tokens seen.
     """
 
     merged: ClassVar[Mapping[str, Merge]] = {"residual": "parts", "outliers": "sum", "tokens": "sum"}
 
     def __init__(self, settled: Settled) -> None:
-        """Starts at zero."""
         self.settled, self._copied = settled, settled.copied
         down, (_, d) = settled.draft.neurons.down, settled.draft.neurons.projections[0].shape
         self.residual = Residual(d + len(self._copied), len(down))
         self.outliers, self.tokens = 0, 0
 
     def add(self, tokens: Tokens) -> None:
-        """Adds tokens."""
+        """Adds the residuals of tokens."""
         missing, corrected, outlier = tokens.residuals(self.settled)
         terms = torch.cat([tokens.x, corrected[:, self._copied]], 1)
         self.residual.update(terms, (missing - corrected) @ self.settled.draft.neurons.down.T, tokens.output)
@@ -119,7 +116,7 @@ class ResidualObserver:
 
 
 def within_memory(settled: Iterable[Settled]) -> Iterator[dict[str, list[Settled]]]:
-    """As many sites at a time as the memory allows for the sums of their residuals, by fingerprint."""
+    """Groups sites so that the sums of each group's residuals fit in :data:`MEMORY`, by fingerprint."""
     part: dict[str, list[Settled]] = {}
     held = 0
     for one in settled:

@@ -1,4 +1,4 @@
-"""A site whose hot ranges, classes and widths are chosen: everything of its plan but what the residuals decide."""
+"""Settled sites: hot ranges, classes and widths are chosen, and only the residuals are still unknown."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class AffineValue:
-    """What neurons give while they are not corrected: an affine function of their pre-activations, part of the fold.
+    """Uncorrected value of neurons: an affine function of their pre-activations, which is part of the fold.
 
     Attributes:
         surrogate: [h, k + 1], float32: slopes, then the intercept.
@@ -33,11 +33,11 @@ class AffineValue:
     surrogate: Tensor
 
     def residual(self, z: Sequence[Tensor], response: Tensor) -> Tensor:
-        """What a correction adds, [tokens, h], to replace this value by the response."""
+        """The difference, [tokens, h], that a correction adds to replace this value by the response."""
         return surrogate_error(self.surrogate, z, response)
 
     def fold(self, neurons: Neurons) -> tuple[Tensor, Tensor]:
-        """What all neurons add to the output: weight [d_out, d] and bias [d_out], float64, the site's bias included."""
+        """Fold of all neurons and the site's bias: weight [d_out, d] and bias [d_out], float64."""
         *slopes, shift = self.surrogate.double().unbind(1)
         down = neurons.down.double()
         weights = []
@@ -50,7 +50,7 @@ class AffineValue:
         return sum(weights[1:], weights[0]), folded
 
     def tensors(self, listed: Tensor) -> dict[str, Tensor]:
-        """What a plan holds of it, for the neurons that it lists, [listed] int64."""
+        """Tensors for a plan, restricted to the listed neurons, [listed] int64."""
         return {"surrogate": self.surrogate[listed]}
 
 
@@ -62,7 +62,7 @@ class Settled:
         draft: of the site.
         fold_bits: of the folded weight, 16 for the model's own dtype.
         row_bits: of the rows and columns that corrections read; likewise.
-        uncorrected: what neurons give while they are not corrected.
+        uncorrected: value of the neurons while they are not corrected.
         limits: of the guard, [h, limits].
         guarded: [h], bool.
         exact: [h], bool.
@@ -82,7 +82,7 @@ class Settled:
     def from_choice(
         cls, draft: Draft, widths: tuple[int, int], site: PricedSite, ranges: Ranges, edges: Tensor
     ) -> Settled:
-        """Takes what was chosen.
+        """Makes a settled site from the chosen widths and ranges.
 
         Args:
             draft: of the site.
@@ -96,34 +96,34 @@ class Settled:
         return cls(draft, *widths, uncorrected, limits, ranges.guarded, ranges.exact, columns)
 
     def with_columns(self, columns: Quantised) -> Settled:
-        """The same site with other columns of down."""
+        """A copy of the site with other columns of down."""
         return replace(self, columns=columns)
 
     @property
     def costs(self) -> Costs:
-        """Bytes read."""
+        """Bytes that the site reads at its widths."""
         return self.draft.costs(self.fold_bits, self.row_bits)
 
     @property
     def refinements(self) -> tuple[Quantised, ...] | None:
-        """What corrections read of the projections beside the predictors; None for the original weights."""
+        """Refinements of the predictors that corrections read; None if they read the original weights."""
         return None if self.row_bits == 16 else self.draft.refinements(self.row_bits)
 
     @property
     def copied(self) -> Tensor:
-        """Neurons whose columns of down the plan holds a copy of: with coded rows, those that may be corrected."""
+        """Neurons whose columns of down the plan copies: with coded rows, those that may be corrected."""
         none = torch.zeros_like(self.exact)
         return (none if self.columns is None else self.guarded | self.exact).nonzero()[:, 0]
 
     @property
     def column_change(self) -> Tensor:
-        """How the copied columns differ from down's own, [copied, d_out], float64."""
+        """Difference of the copied columns from those of down, [copied, d_out], float64."""
         down = self.draft.neurons.down.T
         return ((down if self.columns is None else self.columns.weight) - down)[self.copied].double()
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The settings of the plan."""
+        """Settings of the plan entry."""
         return {
             "bits": self.draft.quantisation.bits,
             "fold_bits": self.fold_bits,
@@ -134,10 +134,10 @@ class Settled:
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """What a plan holds beside the fold: guarded neurons first, then the exact ones.
+        """Tensors of the plan entry except the fold; guarded neurons come first, then exact ones.
 
-        With coded rows exact neurons are guarded ones that always leave their hot range, for their rows are nested in
-        the predictor's.
+        With coded rows, exact neurons are stored as guarded neurons that always leave their hot range, because their
+        rows are nested in those of the predictor.
         """
         guarded, exact = self.guarded.nonzero()[:, 0], self.exact.nonzero()[:, 0]
         neurons = torch.cat([guarded, exact])
@@ -158,7 +158,7 @@ class Settled:
         }
 
     def store_fold(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-        """A fold as the plan holds it; the bias makes up for what quantisation changes in the mean.
+        """Quantises a fold for the plan; the bias compensates for the mean error of quantisation.
 
         Args:
             weight: [d_out, d], float64.

@@ -1,4 +1,4 @@
-"""Chooses the widths of fold and rows, site by site."""
+"""Chooses the widths of fold and rows for each site."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class Fitted:
     """A site fitted at one pair of widths.
 
     Attributes:
-        settled: what was fitted.
-        plan: the result.
+        settled: the fitted site.
+        plan: the plan entry.
         error: mean squared error of the site's output, summed over its features, on held-back tokens.
     """
 
@@ -29,10 +29,10 @@ class Fitted:
 
 
 def choose_widths(fitted: Sequence[Sequence[Fitted]]) -> list[Fitted]:
-    """Of every site one fit, so that the total error is least; no more bytes are touched than at any one width.
+    """Chooses one fit for every site to minimise the total error, with no more bytes than one width everywhere.
 
-    At a price of a byte every site takes the fit of least ``error + price * touched``. What is chosen changes only at
-    the finitely many prices where two fits of a site cost the same; all are tried, and so is the same width everywhere.
+    At a price per byte every site takes the fit with the smallest ``error + price * touched``. The choice changes only
+    at the finitely many prices where two fits of a site cost the same; all of these and each uniform width are tried.
 
     Args:
         fitted: by site, its fits at all widths, in the same order at every site.

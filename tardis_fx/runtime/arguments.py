@@ -1,8 +1,8 @@
-"""What the run-time ops take: one specification of their arguments, for kernels, references and fake implementations.
+"""The specification of the run-time ops' arguments, for kernels, references and fake implementations.
 
-Kernels read memory by the sizes that they are told. So every call checks the shape, dtype and device of every tensor,
-and the numbers that a kernel looks up in tables; kernels check what they read from lists of neurons as they read it.
-Nothing here reads a value of a tensor but :func:`check_lists`.
+Kernels trust the sizes that they are given. So every call checks the shape, dtype and device of every tensor, and the
+numbers that a kernel looks up in tables; kernels check entries of lists of neurons as they read them. Only
+:func:`check_lists` reads values of a tensor.
 """
 
 from collections.abc import Sequence
@@ -22,14 +22,14 @@ _Shape = tuple[int, ...]
 
 
 class Layout(NamedTuple):
-    """What follows from the numbers of a call."""
+    """Shapes and dtypes of a call's tensors, derived from its numbers."""
 
-    low: int  #: bits a weight of a coded row of a projection
+    low: int  #: bits per weight of a coded row of a projection
     column_groups: int  #: scales of a coded row of the columns, else 0
-    projection: _Shape  #: of each
-    fold: _Shape  #: where it is given
+    projection: _Shape  #: of each projection
+    fold: _Shape  #: if it is given
     columns: _Shape
-    #: Dtypes and shapes of what the plan decides, by field.
+    #: Dtypes and shapes of the tensors that the plan determines, by field.
     planned: tuple[tuple[str, torch.dtype, _Shape], ...]
 
 
@@ -38,15 +38,15 @@ def layout(
     k: int, d: int, d_out: int, hidden: int, capacity: int, groups: int, column: int, bits: int, activation: str,
     fold_bits: int, row_bits: int,
 ) -> Layout:  # fmt: skip
-    """What follows from the numbers of a call.
+    """Derives the shapes and dtypes of a call's tensors from its numbers.
 
     Args:
-        k: projections of a neuron.
+        k: projections per neuron.
         d: input width.
         d_out: output width.
         hidden: number of neurons.
         capacity: number of neurons that may be listed.
-        groups: scales of a predictor's row; all coded rows of ``d`` columns have as many.
+        groups: scales of a predictor's row, and of every other coded row of ``d`` columns.
         column: entries of a row of the columns.
         bits: bits of a code of the predictor.
         activation: name in the registry.
@@ -54,7 +54,7 @@ def layout(
         row_bits: bits of a code of the rows, or 16.
 
     Raises:
-        PlanMismatchError: a number is in no table.
+        PlanMismatchError: the op does not support a number.
     """
     if k not in (1, 2):
         raise PlanMismatchError(f"a neuron has {k} projections, where the op takes one or two")
@@ -99,7 +99,7 @@ def check(call: Correction) -> Layout:
     """Checks a call of ``tardis::correct``.
 
     Raises:
-        PlanMismatchError: an argument does not fit the others, or is none that the op takes.
+        PlanMismatchError: an argument does not fit the others, or the op does not take it.
     """
     sizes = _layout(call)
     for name, dtype, shape in sizes.planned:
@@ -121,10 +121,10 @@ def check(call: Correction) -> Layout:
 
 
 def check_devices(call: Correction) -> None:
-    """Checks that all tensors lie on one device, as dense ones.
+    """Checks that all tensors are dense and on one device.
 
     Raises:
-        PlanMismatchError: one does not.
+        PlanMismatchError: a tensor is not.
     """
     for tensor in call.tensors:
         if tensor.device != call.x.device or tensor.layout is not torch.strided:
@@ -135,10 +135,10 @@ def check_devices(call: Correction) -> None:
 
 
 def check_lists(call: Correction) -> None:
-    """Checks the values of a call's list of neurons, which waits for their device.
+    """Checks the values of a call's list of neurons, which synchronises with their device.
 
     Raises:
-        PlanMismatchError: the list is longer than it can be, or names a neuron that is not there.
+        PlanMismatchError: the list is too long, or names a neuron that does not exist.
     """
     (listed, guarded), hidden, neurons = call.counts.tolist(), call.columns.shape[0], call.neurons
     if not 0 <= guarded <= listed <= len(neurons):
@@ -153,10 +153,10 @@ def check_lists(call: Correction) -> None:
 
 
 def check_codes(codes: Tensor, scale: Tensor, zero: Tensor, bits: int, columns: int, dtype: torch.dtype) -> None:
-    """Checks a call of ``tardis::dequantise``; arguments as of :func:`tardis_fx.runtime.reference.dequantise`.
+    """Checks a call of ``tardis::dequantise``; arguments as in :func:`tardis_fx.runtime.reference.dequantise`.
 
     Raises:
-        PlanMismatchError: an argument does not fit the others, or is none that the op takes.
+        PlanMismatchError: an argument does not fit the others, or the op does not take it.
     """
     if not (1 <= bits <= 8 and columns >= 0 and dtype.is_floating_point):
         raise PlanMismatchError(f"no op makes {columns} numbers in {dtype} of codes of {bits} bits")
@@ -184,24 +184,24 @@ def _layout(call: Correction) -> Layout:
     )  # fmt: skip
     try:
         return layout(*numbers)
-    except TypeError:  # a symbolic size has no hash
+    except TypeError:  # symbolic sizes are not hashable
         return layout.__wrapped__(*numbers)
 
 
 def _stored(bits: int) -> torch.dtype | None:
-    """What a matrix is stored in: codes, or, as None, any floating point."""
+    """Dtype of a stored matrix: uint8 for codes, None for any floating point."""
     return None if bits == 16 else torch.uint8
 
 
 def _check(name: str, tensor: Tensor, dtype: torch.dtype | None, shape: Sequence[int]) -> None:
-    """Refuses a tensor that is not as it should be; None is any floating point."""
+    """Refuses a tensor with the wrong dtype or shape; a dtype of None is any floating point."""
     right = tensor.dtype.is_floating_point if dtype is None else tensor.dtype is dtype
     if tensor.shape != shape or not right:
         _refuse(name, tensor, dtype, shape)
 
 
 def _refuse(name: str, tensor: Tensor, dtype: torch.dtype | None, shape: Sequence[int]) -> NoReturn:
-    """Says what a tensor is and what it should be."""
+    """Raises an error with the actual and the expected dtype and shape of a tensor."""
     raise PlanMismatchError(
         f"{name} of a rewritten FFN is {tensor.dtype} of shape {tuple(tensor.shape)}, where the op takes"
         f" {dtype or 'floating point'} of shape {tuple(shape)}: the plan does not fit these weights"

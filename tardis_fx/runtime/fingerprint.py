@@ -1,4 +1,4 @@
-"""The identity of a site: a hash of its weights and activation, whatever module holds them."""
+"""The identity of a site: a hash of its weights and activation, independent of the module that holds them."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def fingerprint(weights: Sequence[Tensor], function: str | None) -> str:
 
     Args:
         weights: of any shapes, on any device.
-        function: what the site computes of them (:attr:`tardis_fx.graph.site.Site.function`), for the same weights may
-            serve with another activation.
+        function: of the site (:attr:`tardis_fx.graph.site.Site.function`), because the same weights may be used with
+            another activation.
     """
     if any(weight.is_inference() for weight in weights):
         return content_hash(weights, function)
@@ -34,18 +34,18 @@ def fingerprint(weights: Sequence[Tensor], function: str | None) -> str:
 
 
 def remember(weights: Sequence[Tensor], function: str | None, identity: str) -> None:
-    """Takes a hash for that of a site's weights, until one of them changes.
+    """Remembers a hash as that of a site's weights until one of them changes.
 
     Args:
-        weights: as of :func:`fingerprint`.
-        function: likewise.
-        identity: the hash of what the weights were.
+        weights: as in :func:`fingerprint`.
+        function: as in :func:`fingerprint`.
+        identity: the hash of the weights.
     """
     _remember(Snapshot(weights), weights, function, identity)
 
 
 def content_hash(weights: Sequence[Tensor], function: str | None) -> str:
-    """What :func:`fingerprint` remembers, read from the weights as they are."""
+    """Computes the hash that :func:`fingerprint` remembers from the current weights."""
     digest = hashlib.sha256(str(function).encode())
     for weight in weights:
         digest.update(f"{weight.dtype}{tuple(weight.shape)}".encode())

@@ -1,4 +1,4 @@
-"""What the correction op computes, for ``torch.utils.flop_counter``; imported where FLOPs are counted, not before."""
+"""FLOPs of the run-time ops for ``torch.utils.flop_counter``; imported only when FLOPs are counted."""
 
 from typing import Any
 
@@ -12,9 +12,9 @@ from tardis_fx.runtime.correction import Correction
 
 @register_flop_formula(torch.ops.tardis.correct, get_raw=True)
 def correct_flops(*args: Any, out_val: object = None, **named: Any) -> int:
-    """Of :func:`tardis_fx.runtime.reference.correct`: every listed neuron is computed for every token, as in a prefill.
+    """FLOPs of :func:`tardis_fx.runtime.reference.correct` for a prefill: every listed neuron at every token.
 
-    Decoding computes the outliers only. Without values to read, all neurons count as guarded.
+    Decoding computes only the outliers. Without tensor values, all neurons count as guarded.
     """
     call = Correction(*args, **named)
     tokens, d, d_out = call.x.shape[:-1].numel(), call.x.shape[-1], call.folded.shape[-1]
@@ -25,5 +25,5 @@ def correct_flops(*args: Any, out_val: object = None, **named: Any) -> int:
 
 @register_flop_formula(torch.ops.tardis.dequantise, get_raw=True)
 def dequantise_flops(*_: object, **__: object) -> int:
-    """None: PyTorch counts products of matrices alone, and there is none in it."""
+    """FLOPs of dequantisation: 0, because PyTorch only counts matrix products."""
     return 0

@@ -1,9 +1,8 @@
-"""The weight guard: folded constants are chosen by the weights that a call passes, never by the graph alone.
+"""The weight guard: chooses folded constants by the weights that a call passes, never by the graph alone.
 
 Dynamo lifts parameters to inputs and may run one graph for several modules. At every call the weights of all sites are
-looked up as objects and compared with a snapshot of what they were (:mod:`tardis_fx.runtime.snapshot`). Others are
-fingerprinted; where the plan knows them they get constants of their own, else the call is not answered from a fold at
-all.
+looked up by identity and compared with an earlier snapshot (:mod:`tardis_fx.runtime.snapshot`). Unknown weights are
+fingerprinted; if the plan knows them they get their own constants, otherwise the call does not use a fold.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
     from tardis_fx.passes.base import Rewrite
     from tardis_fx.plan import Planned, SitePlan
 
-#: The entry of a site with certain weights, or None.
+#: Finds the entry of a site with given weights, or None.
 Find = Callable[[Site, Sequence[Tensor]], "Planned | None"]
 
 
@@ -35,8 +34,8 @@ class Constants:
     """One site's constants, shared by all graphs of the same entry and weights.
 
     Attributes:
-        entry: held, for its id finds the constants.
-        weights: what they were made from.
+        entry: held because its id identifies the constants.
+        weights: snapshot of the weights that they were made from.
         tensors: the constants, by name.
     """
 
@@ -49,7 +48,7 @@ _SHARED: weakref.WeakValueDictionary[tuple[int, ...], Constants] = weakref.WeakV
 
 
 class SiteGuard:
-    """Makes one site's constants.
+    """Makes and shares the constants of one site.
 
     Attributes:
         positions: of the site's parameters among the graph's inputs.
@@ -60,46 +59,46 @@ class SiteGuard:
     def __init__(
         self, site: Site, positions: Sequence[int], compiled_for: SitePlan, find: Find, rewrite: Rewrite
     ) -> None:
-        """Prepares the guard.
+        """Prepares the guard of a site.
 
         Args:
             site: as matched.
             positions: of the site's parameters among the graph's inputs.
             compiled_for: the entry that the graph was built for.
-            find: the entry of other weights of the site, or None.
+            find: finds the entry for other weights of the site, or None.
             rewrite: makes the constants.
         """
         self.positions, self.name = tuple(positions), compiled_for.name
         self._site, self.compiled_for, self._find, self._rewrite = site, compiled_for, find, rewrite
 
     def entry(self, weights: Sequence[Tensor]) -> Planned | None:
-        """What is planned for these weights, or None where nothing is known of them."""
+        """The plan entry for these weights, or None if they are unknown."""
         return self._find(self._site, weights)
 
     def fits(self, entry: Planned) -> TypeGuard[SitePlan]:
-        """Whether the graph does what an entry plans."""
-        own = self.compiled_for
-        return isinstance(entry, type(own)) and (entry.method, entry.settings) == (own.method, own.settings)
+        """Whether the graph implements an entry: same type, method and settings."""
+        built = self.compiled_for
+        return isinstance(entry, type(built)) and (entry.method, entry.settings) == (built.method, built.settings)
 
     def constants(self, entry: SitePlan, weights: Sequence[Tensor]) -> Constants:
-        """The tensors that an entry makes of weights."""
+        """The constants for an entry and weights, shared with other graphs."""
         key = (id(entry), *map(id, weights))
         shared = _SHARED.get(key)
         if shared is None or not shared.weights.holds_throughout(weights):
             taken = Snapshot(weights)
-            shared = Constants(entry, taken, self._rewrite.constants(entry, SiteWeights.of(self._site, weights)))
+            shared = Constants(entry, taken, self._rewrite.constants(entry, SiteWeights.from_site(self._site, weights)))
             _SHARED[key] = shared
         return shared
 
     def made_for(self, entry: SitePlan, weights: Sequence[Tensor]) -> bool:
-        """Whether weights are, to the last bit, those that an entry was made for; reads all of them."""
+        """Whether weights are bit for bit those that an entry was made for; reads all of them."""
         identify = fingerprint if any(map(is_released, weights)) else content_hash
         return identify(weights, self._site.function) == entry.fingerprint
 
 
 @dataclass(frozen=True)
 class _Known:
-    """One set of weights of a graph."""
+    """One set of weights of a graph with its constants."""
 
     weights: Snapshot
     shared: tuple[Constants, ...]
@@ -109,11 +108,13 @@ class _Known:
 
 @dataclass(frozen=True)
 class Unknown:
-    """A site whose weights nothing is known of.
+    """A site with unknown weights.
 
     Attributes:
         name: of the site that the graph was built for.
-        changed: the call's weights have taken the place of known ones; else they are another module's.
+
+        changed: the call's weights have replaced known ones; else they belong to another module.
+
     """
 
     name: str
@@ -121,7 +122,7 @@ class Unknown:
 
 
 class GuardedGraph:
-    """A compiled graph whose constants are passed as further inputs, chosen anew at every call."""
+    """A compiled graph that receives constants, chosen at every call, as further inputs."""
 
     def __init__(
         self,
@@ -130,14 +131,14 @@ class GuardedGraph:
         other: Callable[[list[Unknown]], Callable[..., Any]],
         example_inputs: Sequence[Any],
     ) -> None:
-        """Joins a compiled graph and the guards of its sites, in the order of their constants.
+        """Combines a compiled graph with the guards of its sites, in the order of their constants.
 
         Args:
             compiled: the graph.
-            guards: one a rewritten site.
-            other: what runs in its place for weights that it was not compiled for, given the sites of unknown weights,
-                of which there may be none; may raise.
-            example_inputs: what the graph was compiled with.
+            guards: one for each rewritten site.
+            other: returns the function to run instead for weights that the graph was not compiled for, given the sites
+                with unknown weights, possibly none; may raise.
+            example_inputs: inputs that the graph was compiled with.
         """
         self._compiled, self._guards, self._other = compiled, tuple(guards), other
         self._weights: Callable[[Sequence[Any]], tuple[Tensor, ...]] = itemgetter(
@@ -148,10 +149,10 @@ class GuardedGraph:
         _GRAPHS.add(self)
 
     def __call__(self, *inputs: Any) -> Any:
-        """Runs the graph.
+        """Runs the graph with the constants of the weights.
 
         Raises:
-            StaleWeightError: a weight was changed in place, or another one took its place.
+            StaleWeightError: a weight was changed in place or replaced.
         """
         weights = self._weights(inputs)
         known = self._known.get(tuple(map(id, weights)))
@@ -160,16 +161,16 @@ class GuardedGraph:
         return known.run(*inputs, *known.constants)
 
     def served(self, tensors: Mapping[int, Tensor]) -> Iterator[tuple[SiteGuard, SitePlan, list[Tensor]]]:
-        """The sites that were answered from constants, with the entries and the weights of these.
+        """The sites that ran with constants, with their entries and weights.
 
         Args:
-            tensors: by their ids; sites are left out whose weights are not among them.
+            tensors: by their ids; sites with other weights are left out.
         """
         for known in list(self._known.values()):
             ids = iter(known.weights.ids)
-            for guard, constants in zip(self._guards, known.shared, strict=False):  # none where the original ran
-                own = [tensors.get(next(ids)) for _ in guard.positions]
-                if len(weights := [tensor for tensor in own if tensor is not None]) == len(own):
+            for guard, constants in zip(self._guards, known.shared, strict=False):  # none if the original ran
+                members = [tensors.get(next(ids)) for _ in guard.positions]
+                if len(weights := [tensor for tensor in members if tensor is not None]) == len(members):
                     yield guard, constants.entry, weights
 
     @torch.inference_mode(mode=False)
@@ -195,7 +196,7 @@ class GuardedGraph:
         return known
 
     def _changed(self, weights: Sequence[Tensor]) -> bool:
-        """Whether weights took the place of known ones: they share a tensor with them, or the known ones are gone."""
+        """Whether weights replace known ones: they share a tensor with them, or the known ones no longer exist."""
         return any(
             not known.weights.alive or not {*known.weights.ids}.isdisjoint(map(id, weights))
             for known in list(self._known.values())
@@ -203,14 +204,14 @@ class GuardedGraph:
 
 
 class FrozenGraph:
-    """A compiled graph with its weights inside, as Inductor's freezing leaves it."""
+    """A compiled graph that contains its weights, as made by Inductor's freezing."""
 
     def __init__(self, compiled: Callable[..., Any], sites: Sequence[tuple[SiteGuard, Sequence[Tensor]]]) -> None:
-        """Takes a snapshot of the weights.
+        """Takes a snapshot of the weights of the rewritten sites.
 
         Args:
             compiled: the graph.
-            sites: the rewritten ones, with their weights.
+            sites: the rewritten sites with their weights.
         """
         self._compiled, self._sites = compiled, list(sites)
         self._weights = tuple(weight for _, weights in sites for weight in weights)
@@ -218,10 +219,10 @@ class FrozenGraph:
         _GRAPHS.add(self)
 
     def __call__(self, *inputs: Any) -> Any:
-        """Runs the graph.
+        """Runs the graph with the constants of the weights.
 
         Raises:
-            StaleWeightError: a weight was written to, or its data replaced.
+            StaleWeightError: a weight was written to, or its data was replaced.
         """
         if not self._made_from.holds(self._weights):
             raise StaleWeightError("a weight changed, and freezing holds copies: call torch.compiler.reset() first")
@@ -239,10 +240,10 @@ _GRAPHS: weakref.WeakSet[GuardedGraph | FrozenGraph] = weakref.WeakSet()
 
 @torch.no_grad()
 def verify(compiled: nn.Module) -> list[str]:
-    """Compares all weights of a model's rewritten FFNs, to the last bit, with those that the plan was made for.
+    """Checks bit for bit that the weights of a model's rewritten FFNs are those that the plan was made for.
 
-    A call compares what PyTorch counts and a few cache lines of each weight. After a write that PyTorch does not count
-    and that left most of a weight as it was, this tells. The next call then finds the changed weights as well.
+    A call only compares versions and a few cache lines of each weight. This function also finds a write that PyTorch
+    does not count and that changed only a small part of a weight. The next call then finds the changed weights as well.
 
     Args:
         compiled: a model that has run, compiled or with compiled parts.
@@ -251,7 +252,7 @@ def verify(compiled: nn.Module) -> list[str]:
         Names of the FFNs that were compared.
 
     Raises:
-        ConfigError: ``compiled`` is no module.
+        ConfigError: ``compiled`` is not a module.
         PlanMismatchError: no rewritten FFN of the model has run.
         StaleWeightError: weights differ from those that the plan was made for.
     """
@@ -273,7 +274,7 @@ def verify(compiled: nn.Module) -> list[str]:
 
 
 def refuse_released(name: str, weights: Sequence[Tensor], reason: str = "its plan does not apply") -> None:
-    """Nothing, or an error where a site would run as it was, and cannot.
+    """Raises an error if a site would run with its original weights but they were released.
 
     Raises:
         PlanMismatchError: a weight was released.

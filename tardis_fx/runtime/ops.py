@@ -1,7 +1,7 @@
 """The ``torch.library`` ops that rewritten graphs call: opaque to Dynamo and Inductor, with fake implementations.
 
-Every implementation checks its arguments (:mod:`tardis_fx.runtime.arguments`), the fake ones too, so that what does not
-fit fails when it is traced.
+Every implementation, including the fake ones, checks its arguments (:mod:`tardis_fx.runtime.arguments`), so that
+invalid arguments fail during tracing.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from tardis_fx.runtime.touched import counted
 
 
 def _correct(call: Correction) -> Tensor:
-    """On a device without kernels."""
+    """The op on a device without kernels."""
     check(call)
     check_devices(call)
     check_lists(call)
@@ -33,7 +33,7 @@ def _correct_fake(call: Correction) -> Tensor:
 
 
 def _spread(correct: Callable[[Correction], Tensor]) -> Callable[..., Tensor]:
-    """An implementation that takes the fields of a call one by one, as PyTorch hands them over."""
+    """Wraps an implementation to take the fields of a call as separate arguments, as PyTorch passes them."""
 
     def run(*fields: Any) -> Tensor:
         return correct(Correction(*fields))
@@ -42,7 +42,7 @@ def _spread(correct: Callable[[Correction], Tensor]) -> Callable[..., Tensor]:
     return run
 
 
-# Held for the life of the process: dropping it takes its ops away. Library.impl dispatches faster than custom_op.
+# Kept for the life of the process, because deleting it removes its ops. Library.impl dispatches faster than custom_op.
 _LIBRARY = torch.library.Library("tardis", "DEF")
 _LIBRARY.define(
     "correct" + torch.library.infer_schema(_spread(_correct), mutates_args=()).replace("SymInt", "int"),

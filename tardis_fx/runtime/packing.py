@@ -1,26 +1,26 @@
-"""How low-bit codes lie in memory: 2-bit planes, high bits first, in blocks of 64 columns.
+"""Memory layout of low-bit codes: 2-bit planes, high bits first, in blocks of 64 columns.
 
 A block of 64 codes of ``bits`` bits is stored as ``bits // 2`` planes of 16 bytes, each holding two bits of every
-code, and, when ``bits`` is odd, one plane of 8 bytes with the lowest bit. Byte ``k`` of a 2-bit plane holds the codes
+code, and, if ``bits`` is odd, one plane of 8 bytes with the lowest bit. Byte ``k`` of a 2-bit plane holds the codes
 of columns ``k, k + 16, k + 32, k + 48``, the first in its lowest bits: one 16-byte load, three shifts and a mask give
 64 codes in order. Byte ``k`` of a 1-bit plane holds the columns ``8k .. 8k + 7``, the first in its lowest bit.
 
-A scale and a zero point belong to a group: half a block, one block, or two neighbours. Which of these follows from the
-number of scales that a row has for its columns.
+A scale and a zero point belong to a group: half a block, one block, or two adjacent blocks. The number of scales in a
+row determines which.
 
-A row that is read on its own, of a matrix whose rows are not read in order, is one run of bytes: codes, then the
-scales of its groups, float16, then their zero points, uint8.
+If the rows of a matrix are not read in order, each row is one run of bytes: codes, then the scales of its groups,
+float16, then their zero points, uint8.
 
-Rows of projections in a few bits are nested in the predictor: its codes are the high planes, and the row that a
-correction reads holds the low ones, which are codes, with a scale of their own, of what the predictor leaves.
+Low-bit rows of projections are nested in the predictor: its codes are the high planes. The row that a correction reads
+holds the low planes, which are codes, with their own scale, of the predictor's residual.
 """
 
 import torch
 from torch import Tensor
 
-#: Columns whose codes lie together.
+#: Number of columns in a block.
 BLOCK = 64
-#: How many columns may share a scale and a zero point.
+#: Numbers of columns that may share a scale and a zero point.
 GROUP_SIZES = (BLOCK // 2, BLOCK, 2 * BLOCK)
 
 
@@ -50,25 +50,25 @@ def groups_of_row(length: int, bits: int, columns: int) -> int:
 
 
 def group_width(columns: int, groups: int) -> int:
-    """How many columns share a scale in rows of ``columns`` codes and ``groups`` scales."""
+    """Number of columns that share a scale in rows of ``columns`` codes and ``groups`` scales."""
     return next(size for size in GROUP_SIZES if group_count(columns, size) == groups)
 
 
 def spread(values: Tensor, columns: int) -> Tensor:
-    """Scales or zero points at every column of their group: [rows, groups] to [rows, columns]."""
+    """Repeats scales or zero points for every column of their group: [rows, groups] to [rows, columns]."""
     return values.repeat_interleave(group_width(columns, values.shape[1]), dim=1)[:, :columns]
 
 
 def low_bits(bits: int, row_bits: int) -> int:
-    """Bits a weight that a projection's row holds beside the predictor's ``bits``, for one of ``row_bits``; at least 2.
+    """Bits per weight of the low planes that extend the predictor's ``bits`` to a row of ``row_bits``; at least 2.
 
-    One bit has no code for what lies in the middle, and would add more error than it takes away.
+    One bit has no code near zero, and would add more error than it removes.
     """
     return max(2, row_bits - bits)
 
 
 def join(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-    """Rows of packed codes, scales and zero points as single runs of bytes.
+    """Joins packed codes, scales and zero points so that each row is one run of bytes.
 
     Args:
         codes: [rows, packed bytes], uint8.
@@ -82,7 +82,7 @@ def join(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
 
 
 def split(rows: Tensor, bits: int, columns: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The inverse of :func:`join`, of rows of ``columns`` codes."""
+    """The inverse of :func:`join` for rows of ``columns`` codes."""
     groups = groups_of_row(rows.shape[1], bits, columns)
     codes, scale, zero = rows.split([packed_bytes(columns, bits), 2 * groups, groups], dim=1)
     whole = scale.clone(memory_format=torch.contiguous_format)  # contiguous() would keep the stride of a single row
@@ -90,7 +90,7 @@ def split(rows: Tensor, bits: int, columns: int) -> tuple[Tensor, Tensor, Tensor
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """Packs rows of codes.
+    """Packs rows of codes into bit planes.
 
     Args:
         codes: [rows, columns], uint8, every value below ``2**bits``.

@@ -1,4 +1,4 @@
-"""The constants of a site: a plan's tensors and the model's weights as the op takes them."""
+"""Prepares the constants of a site: a plan's tensors and the model's weights in the form that the op takes."""
 
 from collections.abc import Mapping
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from tardis_fx.runtime.reference import compute_dtype
 
-#: Tensors of a plan that have one entry a listed neuron, the predictor's and the guard's of a guarded one.
+#: Tensors of a plan with one entry per listed neuron; those of the predictor and the guard, per guarded neuron.
 _LISTED = ("neurons", "codes", "scale", "zero", "guard", "surrogate")
 
 
@@ -15,16 +15,16 @@ def prepare(
     planned: Mapping[str, Tensor], projections: Mapping[str, tuple[Tensor, Tensor | None]], columns: Tensor,
     row_bits: int,
 ) -> dict[str, Tensor]:  # fmt: skip
-    """The arguments of the op by name, the projections by their own; copied only where need be.
+    """The arguments of the op by name, copied only if necessary; each projection has its own name.
 
-    Lists are padded to the hidden size, so that no shape depends on what the plan decided; coded rows lie at their
-    neurons, so that they are found as the model's own.
+    Lists are padded to the hidden size, so that no shape depends on the plan's choices. Coded rows are placed at the
+    index of their neuron, like the model's own.
 
     Args:
         planned: tensors of the plan's entry.
         projections: matrices [h, d] and biases [h] of the model.
         columns: [h, d_out], of the model.
-        row_bits: bits a weight of the rows; 16 for the model's own.
+        row_bits: bits per weight of the rows; 16 for the model's own.
     """
     hidden, device = len(columns), columns.device
     neurons = planned["neurons"].to(device)

@@ -14,11 +14,11 @@ from tardis_fx.runtime.packing import low_bits, split, spread, unpack
 def correct(call: Correction) -> Tensor:
     """Adds the exact terms of the predicted outliers to the folded output (paper, section 5.3).
 
-    A neuron responds to its pre-activations, one or several, with ``activation(z[0])`` times the others; the fold has
-    an affine function of them, the surrogate, in its place. The first ``guarded`` neurons of the list are corrected
-    where the guard says so, the rest of the ``listed`` ones always. Correcting a neuron replaces the surrogate by the
-    response, of pre-activations computed from the original weights; or, with quantised rows, of the estimates and what
-    rows of low planes add to them, for which every listed neuron is a guarded one (a bound may be infinite).
+    The response of a neuron to its pre-activations is ``activation(z[0])`` times the others; the fold contains an
+    affine function of them, the surrogate, instead. The first ``guarded`` neurons of the list are corrected if the
+    guard says so, the other ``listed`` ones always. A correction replaces the surrogate by the response. The
+    pre-activations are computed from the original weights; with quantised rows, they are the estimates plus the
+    products with rows of low planes, and every listed neuron must be guarded (a bound may be infinite).
 
     Returns:
         [..., d_out], of the dtype of ``folded``.
@@ -43,7 +43,7 @@ def correct(call: Correction) -> Tensor:
 
 
 def outliers(call: Correction) -> Tensor:
-    """Which listed neurons are corrected, [tokens, listed]."""
+    """Mask of the listed neurons that are corrected, [tokens, listed]."""
     tokens = call.x.reshape(-1, call.x.shape[-1]).to(compute_dtype(call.x.dtype))
     listed, guarded = call.counts.tolist()
     outlier = torch.ones(len(tokens), listed, dtype=torch.bool, device=tokens.device)
@@ -53,7 +53,7 @@ def outliers(call: Correction) -> Tensor:
 
 
 def outside(z_hat: Sequence[Tensor], biases: Tensor | None, guard: Tensor, activation: str) -> Tensor:
-    """Which guarded neurons are corrected, [tokens, guarded].
+    """Mask of the guarded neurons that are corrected, [tokens, guarded].
 
     Args:
         z_hat: estimates without biases, k of [tokens, guarded].
@@ -74,7 +74,7 @@ def estimates(call: Correction, tokens: Tensor, count: int) -> list[Tensor]:
     Args:
         call: the call.
         tokens: [tokens, d].
-        count: of the listed neurons, the first ones.
+        count: number of leading listed neurons to estimate.
     """
     codes, scale, zero = (tensor[:count].unbind(1) for tensor in (call.codes, call.scale, call.zero))
     return [estimate(tokens, *parts, call.bits) for parts in zip(codes, scale, zero, strict=True)]
@@ -86,7 +86,7 @@ def biased(z: Sequence[Tensor], biases: Tensor | None, count: int) -> Sequence[T
 
 
 def surrogate_error(z: Sequence[Tensor], surrogate: Tensor, activation: str) -> Tensor:
-    """What affine functions miss of the responses, [tokens, neurons].
+    """Responses minus their affine surrogates, [tokens, neurons].
 
     Args:
         z: pre-activations, k of [tokens, neurons].
@@ -99,12 +99,12 @@ def surrogate_error(z: Sequence[Tensor], surrogate: Tensor, activation: str) -> 
 
 
 def response(z: Sequence[Tensor], activation: str) -> Tensor:
-    """What neurons give for their pre-activations, k of one shape."""
+    """Responses of neurons to their pre-activations, k of one shape."""
     return math.prod(z[1:], start=ACTIVATIONS[activation].eager(z[0]))
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that sums are taken in: float32 for half precision, the tensor's own otherwise."""
+    """Dtype of sums: float32 for half precision, otherwise the dtype of the tensor."""
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
@@ -127,11 +127,11 @@ def estimate(x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor, bits: int) -
 def dequantise(
     codes: Tensor, scale: Tensor, zero: Tensor, bits: int, columns: int, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """The weights ``scale * (code - zero)``, [rows, columns]; arguments as of :func:`estimate`."""
+    """The weights ``scale * (code - zero)``, [rows, columns]; arguments as in :func:`estimate`."""
     values = unpack(codes, bits, columns).to(dtype)
     return (values - spread(zero.to(dtype), columns)) * spread(scale.to(dtype), columns)
 
 
 def rows_of(weight: Tensor, bits: int, columns: int, dtype: torch.dtype) -> Tensor:
-    """A matrix, [rows, columns], that is stored whole (``bits`` is 16) or as rows of :func:`packing.join`."""
+    """Reads a matrix, [rows, columns], that is stored plain (``bits`` is 16) or as rows of :func:`packing.join`."""
     return weight.to(dtype) if bits == 16 else dequantise(*split(weight, bits, columns), bits, columns, dtype)

@@ -1,8 +1,8 @@
-"""Snapshots of weights: what tells whether tensors still are what they were when something was made from them.
+"""Snapshots of weights, which detect whether tensors have changed since a value was derived from them.
 
 PyTorch counts most writes in a tensor's version. It does not count fused optimisers, NumPy views, DLPack, collectives,
-shared memory and ``untyped_storage().copy_``. Two means find these: every optimiser's step moves the versions of the
-weights that snapshots watch, and a few cache lines of each weight are compared with copies of them.
+shared memory and ``untyped_storage().copy_``. Two checks find these writes: every optimiser's step increments the
+versions of the weights that snapshots watch, and a few cache lines of each weight are compared with copies of them.
 """
 
 from __future__ import annotations
@@ -25,35 +25,35 @@ from tardis_fx.graph.site import is_freed
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-#: Cache lines of each weight that are copied, and how many of them one call compares.
+#: Number of cache lines of each weight that are copied, and number that one call compares.
 LINES, LINES_PER_CALL = 64, 2
 _LINE = 64  # bytes
-_CANDIDATES = 4  # from which each line is chosen
+_CANDIDATES = 4  # number of candidates for each line
 
 _version = attrgetter("_version")
 
 
 class Snapshot:
-    """Tensors as they were: the objects, their storages, offsets, strides, sizes and versions, and samples of content.
+    """State of tensors at one time: ids, storages, offsets, strides, sizes, versions, and samples of content.
 
-    Keeps neither the tensors nor their storages alive, and refers to the tensors by their ids alone:
-    ``torch.utils.swap_tensors`` refuses those that have weak references. An id that passes to another tensor finds
-    another storage or, of the same one, another version.
+    It keeps neither the tensors nor their storages alive, and refers to the tensors by their ids alone:
+    ``torch.utils.swap_tensors`` refuses those that have weak references. If an id passes to another tensor,
+    that has another storage or, with the same storage, another version.
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
-        """Takes the snapshot.
+        """Takes a snapshot of tensors.
 
         Args:
-            tensors: of any sizes. Contents are sampled of those on a CPU only.
+            tensors: of any sizes. Contents are sampled only on a CPU.
 
         Raises:
             StaleWeightError: a tensor is an inference tensor, which has no version, or its storage was freed.
         """
-        if any(map(is_freed, tensors)):  # to read it would end the process
+        if any(map(is_freed, tensors)):  # reading it would crash the process
             raise StaleWeightError("the storage of a weight was freed: bring it back before the model is called")
         self.ids = tuple(map(id, tensors))
-        # As long as there is a weak reference no other storage takes the address.
+        # While a weak reference exists, no other storage takes the address.
         self._storages = [StorageWeakRef(tensor.untyped_storage()) for tensor in tensors]
         self._state = _state(tensors)
         self._sample = _Sample([tensor for tensor in tensors if tensor.device.type == "cpu"])
@@ -65,11 +65,11 @@ class Snapshot:
         return not any(storage.expired() for storage in self._storages)  # type: ignore[no-untyped-call]
 
     def holds(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether tensors of the same ids are what they were; compares a few lines of each."""
+        """Whether tensors with the same ids are unchanged; compares a few lines of each."""
         return self._state == _state(tensors) and self._sample.next_lines_match()
 
     def holds_throughout(self, tensors: Sequence[Tensor]) -> bool:
-        """The same, comparing every line that there is a copy of."""
+        """Like :meth:`holds`, but compares every copied line."""
         return self._state == _state(tensors) and self._sample.all_lines_match()
 
 
@@ -88,12 +88,12 @@ def _state(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
 
 _storage_address: Callable[[Tensor], int] = torch._C._storage_address  # type: ignore[attr-defined]
 
-#: By the ids of tensors, the last snapshot of each.
+#: The last snapshot of each tensor, by id.
 _WATCHED: weakref.WeakValueDictionary[int, Snapshot] = weakref.WeakValueDictionary()
 
 
 def _count_step(optimiser: torch.optim.Optimizer, *_: Any) -> None:
-    """Counts the step as a write to the weights that are watched: fused optimisers do not."""
+    """Counts an optimiser's step as a write to the watched weights, because fused optimisers do not."""
     parameters = (parameter for group in optimiser.param_groups for parameter in group["params"])
     torch.autograd.graph.increment_version([parameter for parameter in parameters if id(parameter) in _WATCHED])
 
@@ -102,13 +102,13 @@ register_optimizer_step_post_hook(_count_step)  # type: ignore[arg-type]
 
 
 class _Sample:
-    """Copies of cache lines of tensors, in rounds of one line a tensor."""
+    """Copies of cache lines of tensors, in rounds of one line per tensor."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         lines = [_lines(tensor) for tensor in tensors if tensor.numel()]
         self._count, self._next = len(lines), 0
-        # [rounds, tensors], and of the copies [rounds, tensors, bytes].
-        self._addresses = np.array([own for own, _ in lines], dtype=np.int64).T.copy()
+        # Addresses are [rounds, tensors], copies [rounds, tensors, bytes].
+        self._addresses = np.array([addresses for addresses, _ in lines], dtype=np.int64).T.copy()
         self._sizes = np.array([[size] * LINES for _, size in lines], dtype=np.int64).T.copy()
         self._copies = np.zeros((LINES, self._count, _LINE), dtype=np.uint8)
         for turn in range(LINES):
@@ -132,7 +132,7 @@ class _Sample:
 
 @cache
 def _comparison() -> Callable[[int, int, int, int], int]:
-    """Counts the lines that differ from their copies: in C++ where the kernel can be had."""
+    """The function that counts the lines that differ from their copies, in C++ if the kernel is available."""
     from tardis_fx.runtime.cpu import build as cpu_build
 
     library = cpu_build.load()
@@ -152,7 +152,7 @@ def _differing_lines(addresses: int, sizes: int, copies: int, lines: int) -> int
 def _lines(tensor: Tensor) -> tuple[list[int], int]:
     """Addresses of ``LINES`` runs of adjacent elements, spread evenly over a tensor, and the bytes of each run.
 
-    Of a few candidates the first that has a bit set: a scaled zero would look unchanged.
+    Each run is the first of a few candidates that has a bit set, because a scaled zero would look unchanged.
     """
     axes = sorted(range(tensor.dim()), key=tensor.stride)
     sizes, strides = [tensor.size(axis) for axis in axes], [tensor.stride(axis) for axis in axes]

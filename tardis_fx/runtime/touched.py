@@ -18,10 +18,9 @@ _COUNTING: list[Touched] = []
 
 
 class Touched:
-    """What was touched since counting began, by site."""
+    """Weight bytes touched since counting began, by site."""
 
     def __init__(self) -> None:
-        """Starts at zero."""
         self._tokens: dict[int, int] = {}
         self._bytes: dict[int, int] = {}
         self._corrected, self._pairs = 0, 0
@@ -42,13 +41,13 @@ class Touched:
         return self._corrected / max(1, self._pairs)
 
     def add(self, call: Correction) -> None:
-        """Adds one call of the op."""
+        """Adds the bytes of one call of the op."""
         outlier, d_out = reference.outliers(call), call.folded.shape[-1]
         corrected = [*call.projections, call.columns, call.surrogate, call.neurons]
         tested = [call.codes, call.scale, call.zero, call.guard]
         if call.biases is not None:
             corrected.append(call.biases)
-            tested += [call.biases] * (len(call.projections) > 1)  # the bounds of one estimate do without its bias
+            tested += [call.biases] * (len(call.projections) > 1)  # the bounds of a single estimate exclude its bias
         weight = d_out * call.x.shape[-1] * call.folded.element_size() if call.fold is None else call.fold.nbytes
         fixed = weight + d_out * call.folded.element_size() + _bytes_a_row(*tested) * int(call.counts[1])
         tokens, site = len(outlier), call.codes.data_ptr()
@@ -62,9 +61,9 @@ class Touched:
 def count_touched() -> Iterator[Touched]:
     """Counts, for every token on the rewritten path, the bytes of fold, predictor and corrections.
 
-    The estimates are computed once more, by the reference: a model is slow while it is counted. On a CUDA device only
-    models compiled with ``inner="eager"`` are counted: Inductor's code has the kernels in it, and calls no op. A fold
-    that ``int8_ffn`` has put into integers counts as if it were in the model's dtype.
+    The reference computes the estimates again, so a model is slow while it is counted. On a CUDA device only models
+    compiled with ``inner="eager"`` are counted, because Inductor's code contains the kernels and calls no op. A fold
+    that ``int8_ffn`` has quantised counts as if it were in the model's dtype.
     """
     touched = Touched()
     _COUNTING.append(touched)
@@ -75,7 +74,7 @@ def count_touched() -> Iterator[Touched]:
 
 
 def counted(correct: Callable[[Correction], Tensor]) -> Callable[[Correction], Tensor]:
-    """An implementation of the op that also shows its calls to whatever is counting."""
+    """Wraps an implementation of the op to report its calls to active counters."""
 
     def run(call: Correction) -> Tensor:
         corrected = correct(call)  # first: it checks its arguments

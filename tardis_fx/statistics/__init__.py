@@ -1,1 +1,1 @@
-"""Sums over tokens, and the regressions and checks that several rewrites make of them."""
+"""Sums over tokens, and the regressions and checks based on them that several rewrites share."""

@@ -1,4 +1,4 @@
-"""The regression of what an FFN gives on its inputs."""
+"""The regression of an FFN's output on its inputs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Outputs:
-    """The regression of a site's whole output.
+    """Observer for the regression of a site's output on its inputs.
 
     Memory: 2 (d² + d d_out) float64.
     """
@@ -25,11 +25,11 @@ class Outputs:
     merged: ClassVar[Mapping[str, Merge]] = {"residual": "parts"}
 
     def __init__(self, site: ObservedSite, exact: Tensor | None = None) -> None:
-        """Starts at zero.
+        """Allocates the sums of the regression.
 
         Args:
             site: the site.
-            exact: [h], bool, neurons whose share of the output is left out of the regression; None for none.
+            exact: [h], bool, neurons whose contribution is excluded from the regression; None for none.
         """
         self._neurons, self._exact = Neurons.from_site(site), exact
         self.residual = Residual(site.weights.up.shape[1], len(site.weights.down))

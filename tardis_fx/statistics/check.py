@@ -1,4 +1,4 @@
-"""The error of whatever replaces a site, measured against the original on inputs that nothing was fitted on."""
+"""Measures the error of a site's replacement against the original on inputs not used to fit."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ if TYPE_CHECKING:
 
 
 class Check:
-    """The error of a replacement, in the model's own dtype."""
+    """Observer that measures the error of a replacement in the model's own dtype."""
 
     merged: ClassVar[Mapping[str, Merge]] = {"_missed": "sum", "_total": "sum", "_tokens": "sum"}
 
     def __init__(self, site: ObservedSite, replacement: Callable[[Tensor], Tensor], *, held_back: bool = False) -> None:
-        """Starts at zero.
+        """Prepares the measurement of a replacement.
 
         Args:
             site: the original.
             replacement: [tokens, d] to [tokens, d_out].
-            held_back: look only at the tokens that :mod:`tardis_fx.statistics.regression` holds back.
+            held_back: only measure tokens that :mod:`tardis_fx.statistics.regression` holds back.
         """
         self._site, self._replacement, self._held_back = site, replacement, held_back
         self._missed, self._total, self._tokens = 0.0, 0.0, 0
@@ -38,19 +38,19 @@ class Check:
         """Adds tokens, [tokens, d], float32."""
         weights = self._site.weights
         cut = fitted_tokens(len(x)) if self._held_back else 0
-        given = x[cut:].to(weights.up.device, weights.up.dtype)
-        self._tokens += len(given)
-        exact = original(weights, str(self._site.site.activation), given).float()
-        found = self._replacement(given).float()
+        tokens = x[cut:].to(weights.up.device, weights.up.dtype)
+        self._tokens += len(tokens)
+        exact = original(weights, str(self._site.site.activation), tokens).float()
+        found = self._replacement(tokens).float()
         self._missed += float((found - exact).double().square().sum())
         self._total += float(exact.double().square().sum())
 
     @property
     def error(self) -> float:
-        """Root of the mean square error, relative to the output's; NaN where there was no token."""
+        """Root-mean-square error relative to that of the output; NaN without tokens."""
         return relative_error(self._missed, self._total) if self._tokens else math.nan
 
 
 def original(weights: SiteWeights, activation: str, x: Tensor) -> Tensor:
-    """A site as it was, [tokens, d] to [tokens, d_out]."""
+    """Applies the original FFN of a site, [tokens, d] to [tokens, d_out]."""
     return dense(x, matrices(weights) | biases(weights), activation)

@@ -1,7 +1,7 @@
-"""Mean and covariance of a site's inputs: sums, so that memory does not grow with the text and shards can be added.
+"""Mean and covariance of a site's inputs, from sums: memory does not grow with the text and shards can be added.
 
-The products of a batch are float32, their sums over batches float64: in whatever order batches are added, and by how
-many processes, what is rounded from the sums comes out the same.
+Products within a batch are float32, and sums over batches float64, so that rounded results do not depend on the order
+of batches or on the number of processes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from tardis_fx.observation.merging import Merge
 
-#: Of a mean square, the share that may be rounding in a difference of sums.
+#: Share of a mean square that may be rounding error in a difference of sums.
 ROUNDING = 1e-12
 
 
@@ -30,7 +30,6 @@ class Moments:
     merged: ClassVar[Mapping[str, Merge]] = {"tokens": "sum", "total": "sum", "gram": "sum"}
 
     def __init__(self, d: int) -> None:
-        """Starts at zero."""
         self.tokens = 0
         self.total = torch.zeros(d, dtype=torch.float64, device="cpu")
         self.gram = torch.zeros(d, d, dtype=torch.float64, device="cpu")
@@ -54,15 +53,15 @@ class Moments:
 
     @property
     def noise(self) -> Tensor:
-        """What of each variance may be rounding, [d], float64: inputs that hardly vary tell nothing below it."""
+        """Possible rounding error of each variance, [d], float64; smaller variances carry no information."""
         return ROUNDING * self.gram.diagonal() / self.tokens
 
 
 def precise(x: Tensor) -> Tensor:
-    """Tokens, [tokens, d], in float64 where sums of float32 products would lose the variance of a column, or overflow.
+    """Tokens, [tokens, d], in float64 if sums of float32 products would lose the variance of a column, or overflow.
 
-    A product of float32 numbers is rounded to 2^-24 of itself. Where the mean of a column is more than a hundred times
-    its standard deviation, that is more than a thousandth of its variance. Constant columns are such, too.
+    A float32 product has a relative rounding error of 2^-24. If the mean of a column is more than a hundred times its
+    standard deviation, that exceeds a thousandth of the variance. This includes constant columns.
     """
     if not len(x):
         return x

@@ -1,4 +1,4 @@
-"""The neurons of a site: k pre-activations each, and what they give."""
+"""The neurons of a site: k pre-activations each, and their responses."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class Neurons:
     """An FFN in float32 on the CPU, neuron by neuron.
 
     Attributes:
-        projections: k matrices [h, d]: up of a plain FFN; gate and up of a gated one.
-        biases: k biases [h], or None for each that is missing.
+        projections: k matrices [h, d]: up in a plain FFN; gate and up in a gated one.
+        biases: k biases [h], each None if missing.
         down: [d_out, h].
         down_bias: [d_out] or None.
         activation: of the first pre-activation.
@@ -49,7 +49,6 @@ class Neurons:
         )
 
     def __len__(self) -> int:
-        """Number of neurons, h."""
         return len(self.projections[0])
 
     @property
@@ -67,7 +66,7 @@ class Neurons:
         return [product if bias is None else product + bias for product, bias in pairs]
 
     def response(self, z: Sequence[Tensor]) -> Tensor:
-        """What the neurons give, [tokens, h]: the activation of the first pre-activation times the others."""
+        """Responses of the neurons, [tokens, h]: the activation of the first pre-activation times the others."""
         return prod(z[1:], start=self.activation.eager(z[0]))
 
     def evaluate(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
@@ -76,7 +75,7 @@ class Neurons:
         return z, self.response(z)
 
     def output(self, response: Tensor) -> Tensor:
-        """The output of the site, [tokens, d_out], from what its neurons give, [tokens, h]."""
+        """The output of the site, [tokens, d_out], from the responses of its neurons, [tokens, h]."""
         output = response @ self.down.T
         return output if self.down_bias is None else output + self.down_bias
 

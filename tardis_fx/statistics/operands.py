@@ -1,8 +1,7 @@
-"""What the matrices of an FFN multiply: the site's inputs, and, for W2, what its neurons give.
+"""Statistics of the operands of an FFN's matrices: the site's inputs and, for W2, the neurons' responses.
 
-Both are those of the original weights: W2 is fitted to what the dense matrices before it give, as the authors of Wanda,
-SparseGPT and GPTQ do when they collect a block's statistics before they change anything in it. The tokens that measure
-the error are left out.
+Both come from the original weights: W2 is fitted to the output of the dense matrices before it. The authors of Wanda,
+SparseGPT and GPTQ likewise collect a block's statistics before they change it. Held-back tokens are excluded.
 """
 
 from __future__ import annotations
@@ -25,14 +24,13 @@ if TYPE_CHECKING:
 
 
 class Operands:
-    """Shows the fitted tokens to :meth:`add` as what the matrices multiply.
+    """Base class of observers that receive the operands of the matrices for the fitted tokens.
 
     Attributes:
-        neurons: the site as it is, in float32.
+        neurons: of the original site, in float32.
     """
 
     def __init__(self, site: ObservedSite) -> None:
-        """Starts with no tokens."""
         self.neurons = Neurons.from_site(site)
 
     def update(self, x: Tensor) -> None:
@@ -41,30 +39,29 @@ class Operands:
         self.add(x, self.neurons.evaluate(x)[1])
 
     def add(self, x: Tensor, hidden: Tensor) -> None:
-        """Adds inputs, [tokens, d], and what the neurons give, [tokens, h], both float32."""
+        """Adds inputs, [tokens, d], and responses, [tokens, h], both float32."""
         raise NotImplementedError
 
 
 class ByMatrix(Operands):
-    """Operands that tell for each matrix of what it multiplies."""
+    """Operands with one statistic for each matrix."""
 
-    def of(self, name: str) -> Tensor:
-        """What was measured of that which a matrix multiplies."""
+    def for_matrix(self, name: str) -> Tensor:
+        """The statistic of the operand of the named matrix."""
         raise NotImplementedError
 
 
-class Sizes(ByMatrix):
-    """How large the operands are, column by column; float64.
+class ColumnNorms(ByMatrix):
+    """Norms of the operands by column, float64.
 
     Attributes:
-        tokens: how many were seen.
-        magnitude: [h], sum of the absolute values of what the neurons give.
+        tokens: number of tokens seen.
+        magnitude: [h], sum of the absolute responses of the neurons.
     """
 
     merged: ClassVar[Mapping[str, Merge]] = {"tokens": "sum", "_inputs": "sum", "_hidden": "sum", "magnitude": "sum"}
 
     def __init__(self, site: ObservedSite) -> None:
-        """Starts at zero."""
         super().__init__(site)
         (h, d), self.tokens = site.weights.up.shape, 0
         self._inputs, self._hidden, self.magnitude = (
@@ -78,8 +75,8 @@ class Sizes(ByMatrix):
         self._hidden += hidden.square().sum(0, dtype=torch.float64)
         self.magnitude += hidden.abs().sum(0, dtype=torch.float64)
 
-    def of(self, name: str) -> Tensor:
-        """Norms of the columns of what a matrix multiplies, [columns]."""
+    def for_matrix(self, name: str) -> Tensor:
+        """Norms of the columns of a matrix's operand, [columns]."""
         return (self._hidden if name == "down" else self._inputs).sqrt()
 
 
@@ -92,16 +89,15 @@ class Grams(ByMatrix):
     merged: ClassVar[Mapping[str, Merge]] = {"_inputs": "parts", "_hidden": "parts"}
 
     def __init__(self, site: ObservedSite) -> None:
-        """Starts at zero."""
         super().__init__(site)
         h, d = site.weights.up.shape
         self._inputs, self._hidden = Moments(d), Moments(h)
 
     def add(self, x: Tensor, hidden: Tensor) -> None:
-        """Adds to both."""
+        """Adds tokens to both Gram matrices."""
         self._inputs.update(x)
         self._hidden.update(hidden)
 
-    def of(self, name: str) -> Tensor:
-        """The Gram matrix of what a matrix multiplies, [columns, columns]."""
+    def for_matrix(self, name: str) -> Tensor:
+        """The Gram matrix of a matrix's operand, [columns, columns]."""
         return (self._hidden if name == "down" else self._inputs).gram

@@ -1,4 +1,4 @@
-"""The regressed fold: an affine map fitted to what fold and correction still miss."""
+"""The regressed fold: an affine map fitted to the residual of fold and correction."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ if TYPE_CHECKING:
 #: Ridge, as a share of the mean variance of an input.
 RIDGE = 1e-3
 
-#: Of each batch, the last tokens that are not fitted on, and measure the error instead.
+#: Share of each batch, its last tokens, that is used to measure the error and not to fit.
 HELD_BACK = 1 / 8
 
 
 def fitted_tokens(tokens: int) -> int:
-    """How many of a batch's tokens, from its first on, are fitted on; the others measure the error."""
+    """Number of leading tokens of a batch that are used to fit; the rest measure the error."""
     return tokens - int(tokens * HELD_BACK)
 
 
 def relative_error(missed: float, total: float) -> float:
-    """Root of a sum of squared errors, relative to that of the squared outputs.
+    """Root of a sum of squared errors relative to a sum of squared outputs.
 
-    Of outputs that are all zero, 0 where nothing is missed and infinite otherwise; NaN stays NaN.
+    For zero outputs it is 0 without an error and infinite otherwise; NaN stays NaN.
     """
     if total == 0:
         return 0.0 if missed == 0 else missed * math.inf
@@ -39,12 +39,12 @@ def relative_error(missed: float, total: float) -> float:
 
 
 def least_ridge(shares: Tensor, noise: Tensor) -> Tensor:
-    """The mean of some shares of variances, and not less than what may be rounding in these: a scalar, float64."""
+    """The mean of shares of variances, at least their mean rounding error: a scalar, float64."""
     return torch.maximum(shares.mean(), noise.mean()).clamp(min=1e-30)
 
 
 class Residual:
-    """Sums of a residual against the inputs, apart for fitted and for held-back tokens.
+    """Sums of a residual and the inputs, separately for fitted and held-back tokens.
 
     Memory: 2 (d² + d d_out) float64.
     """
@@ -52,15 +52,14 @@ class Residual:
     merged: ClassVar[Mapping[str, Merge]] = {"_fitted": "parts", "_held": "parts"}
 
     def __init__(self, d: int, d_out: int) -> None:
-        """Starts at zero."""
         self._fitted, self._held = _Half(d, d_out), _Half(d, d_out)
 
     def update(self, x: Tensor, residual: Tensor, output: Tensor) -> None:
-        """Adds tokens.
+        """Adds the residuals of tokens.
 
         Args:
             x: [tokens, d].
-            residual: [tokens, d_out], the exact output less what is already there.
+            residual: [tokens, d_out], the exact output minus the current approximation.
             output: [tokens, d_out], the exact output.
         """
         cut = fitted_tokens(len(x))
@@ -71,8 +70,8 @@ class Residual:
         """Ridge regression of the residual on the inputs of the fitted tokens.
 
         Args:
-            ridge: [d], what is added to the variances of the inputs; :data:`RIDGE` of their mean where None.
-            given: [k, d_out], float64, the map's last rows, where these are not free.
+            ridge: [d], added to the variances of the inputs; None means :data:`RIDGE` times their mean.
+            given: [k, d_out], float64, fixed last rows of the map.
         """
         fitted = self._fitted
         free = len(fitted.cross) - (0 if given is None else len(given))
@@ -96,7 +95,7 @@ class Residual:
         return held.output_square / max(1, held.inputs.tokens)
 
     def error(self, weight: Tensor, bias: Tensor) -> float:
-        """Root-mean-square error that a map leaves on the held-back tokens, relative to the output's.
+        """Root-mean-square error that a map leaves on the held-back tokens, relative to the output.
 
         Args:
             weight: [d, d_out], float64.
@@ -106,12 +105,12 @@ class Residual:
         return relative_error(half.missed(weight, bias), half.output_square)
 
     def missed(self, weight: Tensor, bias: Tensor) -> float:
-        """Mean square of what a map leaves of the residual on the held-back tokens; arguments as of :meth:`error`."""
+        """Mean squared error that a map leaves on the held-back tokens; arguments as in :meth:`error`."""
         half = self._measuring
         return half.missed(weight, bias) / max(1, half.inputs.tokens)
 
     def explained(self, weight: Tensor, bias: Tensor) -> float:
-        """R²: the share of the residual's variance on the held-back tokens that a map explains."""
+        """R²: share of the residual's variance on the held-back tokens that a map explains."""
         half = self._measuring
         variance = half.square - float(half.total.square().sum()) / max(1, half.inputs.tokens)
         return 1.0 if variance <= 0 else 1 - half.missed(weight, bias) / variance
@@ -123,7 +122,7 @@ class Residual:
 
     @property
     def inputs(self) -> Moments:
-        """Of the fitted tokens."""
+        """Moments of the inputs of the fitted tokens."""
         return self._fitted.inputs
 
     @property
@@ -132,7 +131,7 @@ class Residual:
 
 
 class _Half:
-    """The sums over one part of the tokens."""
+    """The sums over one part of the tokens: fitted or held back."""
 
     merged: ClassVar[Mapping[str, Merge]] = {
         "inputs": "parts", "cross": "sum", "total": "sum", "square": "sum", "output_square": "sum",
@@ -159,12 +158,12 @@ class _Half:
         predicted = ((self.inputs.gram @ weight) * weight).sum() + 2 * (inputs @ weight) @ bias + count * bias @ bias
         crossed = (self.cross * weight).sum() + self.total @ bias
         missed: float = self.square - 2 * crossed.item() + predicted.item()
-        return 0.0 if missed < 0 else missed  # max() would take NaN for 0
+        return 0.0 if missed < 0 else missed  # max() would turn NaN into 0
 
 
 @dataclass(frozen=True)
 class AffineMap:
-    """A fitted map.
+    """A fitted affine map, ``x weight + bias``.
 
     Attributes:
         weight: [d, d_out], float64.

@@ -18,14 +18,14 @@ if TYPE_CHECKING:
     from tardis_fx.observation.merging import Merge
     from tardis_fx.observation.observe import ObservedSite
 
-#: A variance below this share of the mean square, or of 1, may be rounding: such a pre-activation takes no slope.
+#: A variance below this share of the mean square, or of 1, may be rounding: the pre-activation gets no slope.
 CONSTANT = 1e-12
-#: Nor does one whose variance is explained by the pre-activations before it, but for this share.
+#: A pre-activation also gets no slope if earlier ones explain all but this share of its variance.
 COLLINEAR = 1e-4
 
 
 def products(z: Sequence[Tensor], response: Tensor) -> Iterator[Tensor]:
-    """What :class:`Sums` adds up, in its order: the products of any two of 1, the pre-activations and the response."""
+    """The terms of :class:`Sums` in order: products of any two of 1, the pre-activations and the response."""
     yield torch.ones_like(response)
     yield from (*z, response)
     yield from (one * other for one, other in combinations_with_replacement((*z, response), 2))
@@ -33,10 +33,10 @@ def products(z: Sequence[Tensor], response: Tensor) -> Iterator[Tensor]:
 
 @dataclass(frozen=True, eq=False)
 class Sums:
-    """Sums over tokens by which the affine surrogates of neurons, and their errors, are known.
+    """Sums over tokens that determine the affine surrogates of neurons and their errors.
 
     Attributes:
-        table: [products, ..., h], float64, in the order of :func:`products`; the axes between are bins.
+        table: [products, ..., h], float64, in the order of :func:`products`; the middle axes are bins.
         k: number of pre-activations of a neuron.
     """
 
@@ -45,7 +45,7 @@ class Sums:
 
     @classmethod
     def zeros(cls, k: int, *shape: int) -> Sums:
-        """Of no tokens."""
+        """Empty sums for k pre-activations and the given shape of bins and neurons."""
         return cls(torch.zeros((k + 2) * (k + 3) // 2, *shape, dtype=torch.float64, device="cpu"), k)
 
     @property
@@ -63,7 +63,7 @@ class Sums:
         return Sums(torch.where(chosen, self.table, 0).sum(1), self.k)
 
     def error(self, surrogate: Tensor) -> Tensor:
-        """Sum of the squared errors that surrogates, [h, k + 1], leave of the response, in each bin: [..., h]."""
+        """Sum of the squared errors of surrogates, [h, k + 1], in each bin: [..., h]."""
         *slopes, intercept = surrogate.double().unbind(1)
         numbered = list(enumerate(slopes, 1))
         squares, crossed = self._sum(-1, -1), torch.zeros_like(self.count)
@@ -78,10 +78,10 @@ class Sums:
         return (squares + 2 * (crossed - intercept * self._sum(0, -1))).clamp(min=0)
 
     def regress(self) -> Tensor:
-        """Least squares of the response on the pre-activations, [h, k + 1], float64, from sums without bins.
+        """Least-squares surrogates of the response, [h, k + 1], float64, from sums without bins.
 
-        The pre-activations are eliminated in their order. One that is constant, or explained by those before it, gets
-        the slope 0. So does, with its intercept, a neuron without any token.
+        The pre-activations are eliminated in order. One that is constant, or explained by earlier ones, gets the slope
+        0. A neuron without tokens gets slopes and intercept 0.
         """
         some, k = self.count.clamp(min=1), range(1, self.k + 1)
         means = [self._sum(0, i) / some for i in (*k, -1)]
@@ -104,19 +104,18 @@ class Sums:
         return torch.stack([*slopes, means[-1] - fitted], 1)
 
     def _sum(self, i: int, j: int) -> Tensor:
-        """Of the products of two terms: 0 is 1, then come the pre-activations, and -1 is the response."""
+        """Sum of the products of terms i and j: term 0 is 1, then come the pre-activations; term -1 is the response."""
         size = self.k + 2
         i, j = sorted((i % size, j % size))
         return self.table[i * size - i * (i - 1) // 2 + j - i]
 
 
 class SurrogateSums:
-    """Observes, on the fitted tokens, the sums by which the neurons' best affine surrogates are known."""
+    """Observer of the sums that determine the neurons' best affine surrogates on the fitted tokens."""
 
     merged: ClassVar[Mapping[str, Merge]] = {"_table": "sum"}
 
     def __init__(self, site: ObservedSite) -> None:
-        """Starts at zero."""
         self._neurons = Neurons.from_site(site)
         self._table = Sums.zeros(len(self._neurons.projections), len(self._neurons)).table
 
@@ -133,5 +132,5 @@ class SurrogateSums:
 
     @property
     def output_error(self) -> Tensor:
-        """Of each neuron, the squared error of its surrogate in the site's output, [h], summed over the tokens."""
+        """Squared error of each neuron's surrogate in the site's output, [h], summed over the tokens."""
         return self.sums.error(self.sums.regress()) * self._neurons.down.double().square().sum(0)

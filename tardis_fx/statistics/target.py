@@ -1,4 +1,4 @@
-"""The least budget that meets a target error."""
+"""Finds the smallest budget that meets a target error."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ if TYPE_CHECKING:
     from tardis_fx.observation.run import Fit
     from tardis_fx.plan import Planned
 
-#: How far below its target an error may stay.
+#: Accepted relative distance of the error below its target.
 SLACK = 0.03
 
-#: How often the sites are fitted at the most.
+#: Maximum number of fits.
 TRIES = 8
 
 
 def fit_to_target(fit: Callable[[float], Fit[list[Planned]]], floor: float, target: float) -> Fit[list[Planned]]:
-    """The plans of the least budget whose root mean square error is at most the target; see :func:`least_budget`.
+    """Plans at the smallest budget whose root mean square error is at most the target; see :func:`least_budget`.
 
     Args:
-        fit: the plans of all sites at a budget.
+        fit: makes the plans of all sites at a budget.
         floor: the smallest possible budget.
         target: error wanted.
 
     Raises:
-        CalibrationError: the whole of the bytes does not suffice.
+        CalibrationError: even all bytes do not suffice.
     """
     tried: dict[float, list[Planned]] = {}
 
@@ -41,18 +41,19 @@ def fit_to_target(fit: Callable[[float], Fit[list[Planned]]], floor: float, targ
 
 
 def least_budget(error: Callable[[float], Fit[float]], floor: float, target: float) -> Fit[float]:
-    """A budget tried whose error is at most the target, and the least of those tried.
+    """The smallest of the tried budgets whose error is at most the target.
 
-    The logarithm of the error falls about linearly with the budget between two that enclose the target: false position,
-    kept a tenth of the way off the ends, with the Illinois rule (an end that stays twice counts half).
+    Between two budgets that enclose the target, the logarithm of the error falls about linearly with the budget. This
+    uses false position, kept a tenth of the interval away from the ends, with the Illinois rule (an end that stays
+    twice counts half).
 
     Args:
-        error: of a budget; every call fits the sites.
+        error: at a budget; every call fits the sites.
         floor: the smallest possible budget.
         target: error wanted.
 
     Raises:
-        CalibrationError: the whole of the bytes does not suffice.
+        CalibrationError: even all bytes do not suffice.
     """
     low, high = floor * (1 + 1e-6), 1.0
     if low >= high:
@@ -61,7 +62,7 @@ def least_budget(error: Callable[[float], Fit[float]], floor: float, target: flo
     if at_low <= target:
         return low
     kept_low = False
-    above, below = math.log(at_low / target), 0.0  # the ends' errors, as logarithms of their ratio to the target
+    above, below = math.log(at_low / target), 0.0  # logarithms of the errors at the ends over the target
     for _ in range(TRIES - 1):
         middle = min(1.0, 2 * low)  # most of the gain lies there
         if below:

@@ -100,7 +100,7 @@ def site_of(g: Graph) -> Site:
 def of(site: Site, parameters: Sequence[Tensor], function: str | None) -> ObservedSite:
     """A site with values for ``site.parameters``."""
     identity = fingerprint(parameters, function)
-    return ObservedSite(site, identity, SiteWeights.of(site, parameters), tuple(parameters))
+    return ObservedSite(site, identity, SiteWeights.from_site(site, parameters), tuple(parameters))
 
 
 def gated(d: int = 8, hidden: int = 32) -> ObservedSite:

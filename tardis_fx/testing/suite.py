@@ -38,7 +38,6 @@ class Verdict:
         return self.failure is None
 
     def __str__(self) -> str:
-        """One line."""
         return self.law if self.passed else f"{self.law}: {self.failure}, with {self.example}"
 
 

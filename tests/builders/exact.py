@@ -52,7 +52,7 @@ class Exact:
         for site in sites:
             if site.reason is None and PartialLinear().refuse(site) is None:
                 parameters = [values[node] for node in site.parameters]
-                plan = exact_plan(SiteWeights.of(site, parameters), parameters, str(site.activation))
+                plan = exact_plan(SiteWeights.from_site(site, parameters), parameters, str(site.activation))
                 plans.append(replace(plan, fingerprint=fingerprint(parameters, site.function)))
                 plans[-1].tensors["folded_weight"] *= 1 + self._wrong
         result = pipeline.apply(gm, inputs, Plan(tuple(plans), config()), "rewritten")

@@ -15,11 +15,11 @@ from tardis_fx.partial_linear.histogram import Histogram
 from tardis_fx.partial_linear.ranges import PricedSite, Ranges
 from tardis_fx.partial_linear.residuals import WidthResiduals
 from tardis_fx.partial_linear.settled import Settled
-from tardis_fx.passes.drop_bias import Lost
+from tardis_fx.passes.drop_bias import BiasEffect
 from tardis_fx.statistics.affine import Outputs
 from tardis_fx.statistics.check import Check
 from tardis_fx.statistics.moments import Moments
-from tardis_fx.statistics.operands import Grams, Sizes
+from tardis_fx.statistics.operands import ColumnNorms, Grams
 from tardis_fx.statistics.surrogates import SurrogateSums
 from tardis_fx.testing.observation import observed
 
@@ -70,11 +70,11 @@ OBSERVERS: dict[str, Callable[[], Any]] = {
     "Histogram": lambda: Histogram(DRAFT),
     "Histogram of scores": lambda: Histogram(GATED_DRAFT),
     "WidthResiduals": lambda: WidthResiduals([settled(DRAFT, 16), settled(DRAFT, 8)]),
-    "Sizes": lambda: Sizes(SITE),
+    "ColumnNorms": lambda: ColumnNorms(SITE),
     "Grams": lambda: Grams(SITE),
     "SurrogateSums": lambda: SurrogateSums(SITE),
     "Outputs": lambda: Outputs(SITE),
-    "Lost": lambda: Lost(GATED),
+    "BiasEffect": lambda: BiasEffect(GATED),
     "Check": lambda: Check(SITE, lambda x: x, held_back=True),
 }
 

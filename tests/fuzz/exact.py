@@ -28,9 +28,9 @@ def exact_entry(site: Site, parameters: Sequence[Tensor], method: str = "partial
         parameters: values of ``site.parameters``.
         method: one of :data:`METHODS`.
     """
-    weights = SiteWeights.of(site, parameters)
+    weights = SiteWeights.from_site(site, parameters)
     settings, tensors = METHODS[method](site, weights)
-    return SitePlan.of(
+    return SitePlan.from_site(
         site, parameters, method=method, stored_bytes=weights.bytes, touched_bytes=weights.bytes, settings=settings,
         tensors=tensors,
     )  # fmt: skip

@@ -291,7 +291,7 @@ def _subject(number: int) -> _Subject:
     gm, values, sites = capture(model, x)
     if trained != method:
         values_of = dict(zip(gm.graph.find_nodes(op="placeholder"), values, strict=True))
-        weights = [SiteWeights.of(site, [values_of[node] for node in site.parameters]) for site in sites]
+        weights = [SiteWeights.from_site(site, [values_of[node] for node in site.parameters]) for site in sites]
         plan = replace(
             plan,
             sites=tuple(

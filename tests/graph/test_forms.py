@@ -255,7 +255,7 @@ def test_the_weights_of_a_gated_site_are_two_matrices_of_one_shape_that_give_its
     gm, inputs, (site,) = capture(model, X)
     values = dict(zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True))
     parameters = [values[node] for node in site.parameters]
-    weights = SiteWeights.of(site, parameters)
+    weights = SiteWeights.from_site(site, parameters)
     assert weights.gate is not None
     assert weights.gate.shape == weights.up.shape == (32, 8)
     assert weights.bytes == sum(p.numel() * p.element_size() for p in parameters)

@@ -129,7 +129,7 @@ def test_a_composition_compiles_and_comes_back_from_its_file() -> None:
     method = ["drop_bias", "partial_linear", "int8_ffn"]
     plan = plan_for(BatchObservation(model, batches(d=D), progress=False), config(method=method, budget=0.6))
     assert plan.config.method == plan.sites[0].method == "drop_bias+partial_linear+int8_ffn"
-    assert "drop_bias+partial_linear+int8_ffn" in str(Report.of(plan))
+    assert "drop_bias+partial_linear+int8_ffn" in str(Report.from_plan(plan))
     x = inputs(5, D)
     assert_plan_roundtrip(plan, lambda p: expected(model, p, x))
     assert_equivalent(compiled(model, plan)(x), expected(model, plan, x))

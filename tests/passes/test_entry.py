@@ -144,7 +144,7 @@ def test_a_plan_as_calibration_made_it_is_accepted(case: str, monkeypatch: pytes
 @pytest.mark.parametrize("case", METHODS)
 def test_a_damaged_tensor_is_refused(case: str) -> None:
     first = first_of(case)
-    weights = SiteWeights.of(*_site(case, first))
+    weights = SiteWeights.from_site(*_site(case, first))
     for what, tensors in bad_tensors(first.tensors).items():
         assert refusal(replace(first, tensors=tensors), weights), f"accepted: {what}"
 
@@ -188,7 +188,7 @@ def test_wrong_settings_are_refused_or_change_nothing(case: str) -> None:
     """Whatever the settings are, the site's output has its shape and is finite, or the entry is refused."""
     first = first_of(case)
     site, parameters = _site(case, first)
-    weights, refused = SiteWeights.of(site, parameters), 0
+    weights, refused = SiteWeights.from_site(site, parameters), 0
     for settings in wrong_settings(first.settings):
         entry = replace(first, settings=settings)
         if refusal(entry, weights):

@@ -47,7 +47,7 @@ class Dropping(Rewrite):
     def fit(self, sites: Sequence[ObservedSite], config: Config) -> Fit[list[Planned]]:
         self._at("fit")
         yield Run("nothing", lambda _: self._nothing(), sites, lambda *_: self._at("finish"))
-        return [SitePlan.of(site.site, site.parameters, method="own") for site in sites]
+        return [SitePlan.from_site(site.site, site.parameters, method="own") for site in sites]
 
     def _nothing(self) -> Nothing:
         self._at("make")

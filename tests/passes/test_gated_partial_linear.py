@@ -65,7 +65,7 @@ def output(settled: Settled, x: Tensor) -> Tensor:
     """What the plan of a settled site gives."""
     site = settled.draft.site
     weight, bias = settled.store_fold(*settled.uncorrected.fold(settled.draft.neurons))
-    plan = SitePlan.of(
+    plan = SitePlan.from_site(
         site.site, site.parameters, method="partial_linear", settings=settled.settings,
         tensors=settled.tensors | {"folded_weight": weight, "folded_bias": bias},
     )  # fmt: skip

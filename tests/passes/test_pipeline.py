@@ -33,7 +33,7 @@ def exact_plans(graph: fx.Graph, values: dict[fx.Node, Tensor]) -> list[SitePlan
     for site in find_sites(graph):
         if site.reason is None and site.activation is not None:
             parameters = [values[node] for node in site.parameters]
-            plans.append(exact_plan(SiteWeights.of(site, parameters), parameters, site.activation))
+            plans.append(exact_plan(SiteWeights.from_site(site, parameters), parameters, site.activation))
     return plans
 
 

@@ -1,10 +1,10 @@
-"""Compiles ``kernel.cpp`` and keeps the library in a cache folder, from which it loads only what is its own.
+"""Compiles ``kernel.cpp`` and keeps the library in a cache folder, from which it loads only trusted files.
 
 The folder is ``$TARDIS_FX_CACHE``, else ``$XDG_CACHE_HOME/tardis_fx``, else ``~/.cache/tardis_fx``; the compiler is
 ``$CXX``, else ``g++`` or ``clang++``. Loading a library runs its code, so folder and library must belong to the user or
-to root, and nobody else may be able to write them. A library's name ends in a digest of its content, so that a
-truncated or damaged one is found before it is mapped. Where there is no such folder, the kernel is compiled anew in
-every process, in a folder of its own that is removed once the library is loaded.
+to root, and nobody else may have write access. A library's name ends in a digest of its content, so that a
+truncated or damaged one is found before it is mapped. Without such a folder, each process compiles the kernel in a
+temporary folder, which is removed once the library is loaded.
 """
 
 import ctypes
@@ -29,26 +29,26 @@ from tardis_fx.runtime.correction import MOST_TOKENS
 logger = logging.getLogger("tardis_fx")
 
 _SOURCE = Path(__file__).with_name("kernel.cpp")
-# No -ffast-math: NaN and infinity must compare as they should. The two that are safe let conversions be vectorised.
+# No -ffast-math, which breaks comparisons of NaN and infinity. Its two safe parts let conversions be vectorised.
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC")
-#: Seconds after which a compiler is given up.
+#: Timeout of the compiler in seconds.
 _PATIENCE = 600
 _LOCK = threading.Lock()
 
 
 def load() -> ctypes.CDLL | None:
-    """The compiled functions for the registered activations, or None (with one warning) where they cannot be had."""
+    """Loads the compiled functions for the registered activations; None, with one warning, if they are unavailable."""
     return _library(tuple(ACTIVATIONS))
 
 
 def activation_number(name: str) -> int:
-    """How the kernel numbers an activation: by its place in the registry, where others are added behind it."""
+    """The kernel's number of an activation: its position in the registry, which only grows at the end."""
     return list(ACTIVATIONS).index(name)
 
 
 @cache
 def _library(names: tuple[str, ...]) -> ctypes.CDLL | None:
-    with _LOCK:  # else threads that call at the same time would each compile, and each warn
+    with _LOCK:  # else concurrent threads would each compile and warn
         return _loaded(names)
 
 
@@ -56,7 +56,7 @@ def _library(names: tuple[str, ...]) -> ctypes.CDLL | None:
 def _loaded(names: tuple[str, ...]) -> ctypes.CDLL | None:
     try:
         return _from_cache()
-    except Exception as error:  # whatever a system lacks or a compiler does: the reference can do the work
+    except Exception as error:  # any failure of the system or the compiler: the reference can run instead
         said = error.stderr if isinstance(error, subprocess.CalledProcessError) else ""
         logger.warning("no CPU kernel, the (slow) eager implementation runs instead: %s\n%s", error, said)
         return None
@@ -71,7 +71,7 @@ def _from_cache() -> ctypes.CDLL:
     try:
         folder = _cache_folder()
         for library in _libraries(folder, name):
-            with suppress(OSError):  # made where the C library is another, say
+            with suppress(OSError):  # for example, built for another C library
                 return _open(library)
         scratch = tempfile.TemporaryDirectory(dir=folder)
     except (OSError, RuntimeError) as error:
@@ -88,10 +88,10 @@ def _from_cache() -> ctypes.CDLL:
 
 
 def _cache_folder() -> Path:
-    """The folder, made if need be.
+    """The cache folder, created if necessary.
 
     Raises:
-        OSError: it cannot be made, or others can write it.
+        OSError: it cannot be created, or others can write it.
         RuntimeError: the user has no home.
     """
     if named := os.environ.get("TARDIS_FX_CACHE"):
@@ -113,7 +113,7 @@ def _ours(path: Path) -> bool:
 
 
 def _libraries(folder: Path, name: str) -> Iterator[Path]:
-    """The whole libraries of that name that only this user could have put there; others of that name are removed."""
+    """Intact libraries of that name that only this user could have written; removes others of that name."""
     for library in sorted(folder.glob(f"{name}-*.so")):
         try:
             whole = _ours(library) and _digest(library) == library.stem.rsplit("-", 1)[1]
@@ -126,16 +126,16 @@ def _libraries(folder: Path, name: str) -> Iterator[Path]:
 
 
 def _kept(library: Path, folder: Path, name: str) -> Path:
-    """Where a library lies once it is moved into the folder."""
+    """Moves a library into the folder and returns its new path."""
     library.chmod(0o700)
     with library.open("rb") as file:
-        os.fsync(file.fileno())  # else a crash of the system could leave the name without the content
-    # Atomic: of processes that build at the same time, each finds a whole file.
+        os.fsync(file.fileno())  # else a system crash could leave the name without the content
+    # Atomic, so that processes building at the same time each find a complete file.
     return library.replace(folder / f"{name}-{_digest(library)}.so")
 
 
 def compile_kernel(library: Path, compiler: Sequence[str], flags: Sequence[str]) -> None:
-    """Compiles the kernel to ``library``, beside which it leaves what it generates."""
+    """Compiles the kernel to ``library``, and leaves the generated source in the same folder."""
     Path(library.parent, "activations.inc").write_text(_cases())
     _run([*compiler, *flags, *_defined(), f"-I{library.parent}", str(_SOURCE), "-o", str(library)])
     if not library.exists():
@@ -143,7 +143,7 @@ def compile_kernel(library: Path, compiler: Sequence[str], flags: Sequence[str])
 
 
 def _defined() -> list[str]:
-    """The sizes of the kernel's tables."""
+    """Compiler flags that define the sizes of the kernel's tables."""
     return [f"-DACTIVATIONS={len(ACTIVATIONS)}", f"-DTOKENS={MOST_TOKENS}"]
 
 
@@ -153,7 +153,7 @@ def _cases() -> str:
 
 
 def _run(command: Sequence[str]) -> str:
-    """What a command writes to its standard output."""
+    """Runs a command and returns its standard output."""
     run = subprocess.run(
         command, check=True, capture_output=True, text=True, errors="replace", stdin=subprocess.DEVNULL,
         timeout=_PATIENCE,
@@ -172,7 +172,7 @@ def _compiler() -> list[str]:
 
 
 def _processor() -> str:
-    """What -march=native depends on, so that machines may share a cache folder."""
+    """Identity of the processor for -march=native, so that machines may share a cache folder."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     kept = {line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))}

@@ -1,3 +1,3 @@
-"""How the constants of a site lie in memory for ``kernel.cpp``: today as the reference reads them."""
+"""Memory layout of a site's constants for ``kernel.cpp``: currently that of the reference."""
 
 from tardis_fx.runtime.prepared import prepare as prepare

@@ -16,17 +16,17 @@ from tardis_fx.runtime.arguments import check, check_lists
 from tardis_fx.runtime.correction import MOST_TOKENS, Correction
 from tardis_fx.runtime.cpu import build as cpu_build
 
-#: How the kernel numbers dtypes.
+#: The kernel's numbers of dtypes.
 DTYPE_NUMBERS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_CALL = struct.Struct("33q")  # of the kernel: fifteen pointers and eighteen integers
+_CALL = struct.Struct("33q")  # the kernel's argument: fifteen pointers and eighteen integers
 
 
 def correct(call: Correction) -> Tensor:
-    """Adds the exact terms of the predicted outliers: :func:`tardis_fx.runtime.reference.correct`, fast.
+    """Adds the exact terms of the predicted outliers: a fast :func:`tardis_fx.runtime.reference.correct`.
 
     The kernel takes up to ``MOST_TOKENS`` tokens of float32, bfloat16 or float16; the reference does the rest. Sums
-    are taken in float32 and rounded once. Rows of projections and columns should be contiguous: others are copied,
-    whole, at every call. Gradients do not flow through it.
+    are computed in float32 and rounded once. Rows of projections and columns should be contiguous; otherwise the
+    whole matrix is copied at every call. Gradients do not flow through it.
     """
     sizes = check(call)
     d, d_out = call.x.shape[-1], call.folded.shape[-1]
@@ -35,7 +35,7 @@ def correct(call: Correction) -> Tensor:
     if kernel is None:
         check_lists(call)
         return reference.correct(call)
-    # By name, since the copies must outlive the call.
+    # Bound to names, because the copies must outlive the call.
     projections = [_rows_apart(matrix) for matrix in call.projections]
     columns, column_stride = _rows_apart(call.columns)
     folded, x = call.folded.contiguous(), call.x.contiguous()
@@ -81,9 +81,9 @@ def correct(call: Correction) -> Tensor:
 
 
 def take_fold(output: fx.Node) -> None:
-    """Makes the op at a rewritten site multiply with the folded weight, too, where a linear layer does it before.
+    """Makes the op at a rewritten site multiply with the folded weight, instead of a linear layer before it.
 
-    Inductor has a product of few rows done by a library that reads the weight at half the speed.
+    For a product of few rows, Inductor calls a library that reads the weight at half the speed.
     """
     corrected = output.args[0] if output.target is torch.reshape else output
     assert isinstance(corrected, fx.Node)
@@ -98,7 +98,7 @@ def take_fold(output: fx.Node) -> None:
 
 
 def _kernel_for(call: Correction, tokens: int) -> ctypes.CDLL | None:
-    """The compiled functions, or None where they do not take such a call."""
+    """The compiled functions, or None if they do not take this call."""
     dtype = call.x.dtype
     if not 0 < tokens <= MOST_TOKENS or dtype not in DTYPE_NUMBERS or call.folded.dtype is not dtype:
         return None
@@ -112,6 +112,6 @@ def _kernel_for(call: Correction, tokens: int) -> ctypes.CDLL | None:
 
 
 def _rows_apart(matrix: Tensor) -> tuple[Tensor, int]:
-    """A matrix whose rows are contiguous, copied if need be, and how many entries lie between their beginnings."""
+    """A matrix with contiguous rows, copied if necessary, and its row stride."""
     far, near = matrix.stride()
     return (matrix, far) if near == 1 else (matrix.contiguous(), matrix.shape[1])

@@ -1,8 +1,8 @@
 # mypy: ignore-errors
-"""Rows of codes in Triton: how they are opened, and their products with tokens. The layout is packing.py's.
+"""Rows of codes in Triton: decoding, and products with tokens. packing.py defines the layout.
 
 Tiles are [ROWS, BLOCKS, 16]: sixteen columns, a quarter of a block, of some blocks of some rows. So one thread reads
-the 16 bytes of a plane at once and keeps to them. A weight is ``scale * (code - zero)``.
+the 16 bytes of a plane at once and keeps them. A weight is ``scale * (code - zero)``.
 """
 
 import triton
@@ -11,14 +11,14 @@ import triton.language as tl
 
 @triton.jit
 def pairs_of(blocks, present, PLANE: tl.constexpr):
-    """Bytes of a plane of two bits a code, [ROWS, BLOCKS, 16]: byte k has columns k, k + 16, k + 32, k + 48.
+    """Bytes of a plane of two bits per code, [ROWS, BLOCKS, 16]: byte k has columns k, k + 16, k + 32, k + 48.
 
-    With :func:`singles_of` the only place that knows where codes lie.
+    Only this function and :func:`singles_of` know the layout of codes.
 
     Args:
-        blocks: [ROWS, BLOCKS], pointers to the first byte of a block each.
-        present: [ROWS, BLOCKS], whether it is to be read; zeros otherwise.
-        PLANE: its number, the highest bits first.
+        blocks: [ROWS, BLOCKS], pointers to the first byte of each block.
+        present: [ROWS, BLOCKS], whether to read it; zeros otherwise.
+        PLANE: number of the plane, the highest bits first.
     """
     at = blocks[:, :, None] + 16 * PLANE + tl.arange(0, 16)[None, None, :]
     return tl.load(at, mask=present[:, :, None], other=0).to(tl.int32)
@@ -26,7 +26,7 @@ def pairs_of(blocks, present, PLANE: tl.constexpr):
 
 @triton.jit
 def singles_of(blocks, present, QUARTER: tl.constexpr, BITS: tl.constexpr):
-    """The lowest bits of codes of an odd number of bits, [ROWS, BLOCKS, 16]; arguments as of :func:`pairs_of`."""
+    """The lowest bits of codes of an odd number of bits, [ROWS, BLOCKS, 16]; arguments as in :func:`pairs_of`."""
     k = tl.arange(0, 16)[None, None, :]
     at = blocks[:, :, None] + BITS // 2 * 16 + 2 * QUARTER + k // 8
     return tl.load(at, mask=present[:, :, None], other=0).to(tl.int32) >> k % 8 & 1
@@ -34,7 +34,7 @@ def singles_of(blocks, present, QUARTER: tl.constexpr, BITS: tl.constexpr):
 
 @triton.jit
 def codes_of(blocks, present, QUARTER: tl.constexpr, BITS: tl.constexpr):
-    """Codes of a quarter as floats, [ROWS, BLOCKS, 16]; arguments as of :func:`pairs_of`."""
+    """Codes of a quarter as floats, [ROWS, BLOCKS, 16]; arguments as in :func:`pairs_of`."""
     codes = tl.zeros((blocks.shape[0], blocks.shape[1], 16), tl.int32)
     for plane in tl.static_range(BITS // 2):
         codes = codes * 4 + (pairs_of(blocks, present, plane) >> 2 * QUARTER & 3)
@@ -45,13 +45,13 @@ def codes_of(blocks, present, QUARTER: tl.constexpr, BITS: tl.constexpr):
 
 @triton.jit
 def scales_of(rows, column, present, D: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr):
-    """Scales and zero points behind the codes of rows of ``packing.join``, float32, [ROWS, BLOCKS] twice.
+    """Scales and zero points after the codes in rows of ``packing.join``, float32, [ROWS, BLOCKS] each.
 
-    A scale may lie at an odd address, and is read byte by byte.
+    A scale may lie at an odd address, so it is read byte by byte.
 
     Args:
         rows: [ROWS], pointers.
-        column: [BLOCKS], which columns' they are.
+        column: [BLOCKS], columns that they belong to.
         present: [ROWS, BLOCKS].
         D: columns of a row.
         GROUP: columns that share a scale.
@@ -67,24 +67,24 @@ def scales_of(rows, column, present, D: tl.constexpr, GROUP: tl.constexpr, BITS:
 
 @triton.jit
 def above_one(byte):
-    """A byte as the highest bits of the mantissa of a float between 1 and 2, still int32."""
+    """Puts a byte into the highest bits of the mantissa of a float between 1 and 2, as int32."""
     return byte << 15 | 0x3F800000
 
 
 @triton.jit
 def one_plus(byte, QUARTER: tl.constexpr):
-    """``1 + pair / 4**(4 - QUARTER)``, by one logical operation from a byte of :func:`above_one`.
+    """``1 + pair / 4**(4 - QUARTER)``, by one bitwise operation on a byte from :func:`above_one`.
 
-    A conversion to float for each code would take longer than reading it.
+    Converting each code to float would take longer than reading it.
     """
     return (byte & (0x7F800000 | 3 << 15 + 2 * QUARTER)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def quarter_of(x, block, live, D: tl.constexpr, FIRST: tl.constexpr, GROUP: tl.constexpr, QUARTER: tl.constexpr):
-    """Sixteen columns of every block of a token, float32, [BLOCKS, 16]; zeros beyond the last column.
+    """Sixteen columns of every block of a token, float32, [BLOCKS, 16]; zeros past the last column.
 
-    And zeros unless these columns of the block lie between ``FIRST`` and ``FIRST + GROUP``.
+    Also zeros unless these columns of the block lie between ``FIRST`` and ``FIRST + GROUP``.
     """
     column = block[:, None] * 64 + 16 * QUARTER + tl.arange(0, 16)[None, :]
     live = live & (16 * QUARTER >= FIRST) & (16 * QUARTER < FIRST + GROUP)
@@ -108,8 +108,8 @@ def add_products(
         present: [ROWS, BLOCKS].
         tokens: number of tokens.
         D: number of columns.
-        TOKENS: so many, the first, at the most.
-        FIRST: column of every block that its scale begins at.
+        TOKENS: number of leading tokens to take at most.
+        FIRST: first column of the scale in every block.
         GROUP: columns that share a scale.
         BITS: of a code.
 
@@ -127,7 +127,7 @@ def add_products(
         x1 = quarter_of(x + t * D, block, t < tokens, D, FIRST, GROUP, 1)
         x2 = quarter_of(x + t * D, block, t < tokens, D, FIRST, GROUP, 2)
         x3 = quarter_of(x + t * D, block, t < tokens, D, FIRST, GROUP, 3)
-        y0, y1, y2, y3 = x0 * 256, x1 * 64, x2 * 16, x3 * 4  # what one_plus divides by
+        y0, y1, y2, y3 = x0 * 256, x1 * 64, x2 * 16, x3 * 4  # undoes the division of one_plus
         ones = tl.sum(y0 + y1 + y2 + y3, axis=1)
         products = tl.zeros((codes.shape[0], codes.shape[1]), tl.float32)
         for plane in tl.static_range(BITS // 2):
@@ -155,7 +155,7 @@ def nothing(ROWS: tl.constexpr, BLOCKS: tl.constexpr, TOKENS: tl.constexpr):
 
 @triton.jit
 def over_blocks(sums, TOKENS: tl.constexpr):
-    """The sums over the blocks, [ROWS] for each token."""
+    """Sums over the blocks, [ROWS] for each token."""
     totals = ()
     for t in tl.static_range(TOKENS):
         totals += (tl.sum(sums[t], axis=1),)
@@ -167,21 +167,21 @@ def products_of_split(
     x, codes, scale, zero, row, live, tokens, D: tl.constexpr, TOKENS: tl.constexpr, GROUP: tl.constexpr,
     BITS: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """Products of tokens with rows whose codes, scales and zero points are matrices of their own.
+    """Products of tokens with rows whose codes, scales and zero points are separate matrices.
 
     Args:
         x: pointer to [tokens, D].
         codes: pointer to [rows, packed bytes].
         scale: pointer to [rows, groups], float16.
         zero: pointer to [rows, groups], uint8.
-        row: [ROWS], numbers.
-        live: [ROWS], whether it is to be read.
+        row: [ROWS], row numbers.
+        live: [ROWS], whether to read the row.
         tokens: number of tokens.
         D: number of columns.
-        TOKENS: so many, the first, at the most.
+        TOKENS: number of leading tokens to take at most.
         GROUP: columns that share a scale.
         BITS: of a code.
-        BLOCKS: taken together.
+        BLOCKS: number of blocks taken together.
 
     Returns:
         [ROWS] for each token.
@@ -206,7 +206,7 @@ def products_of_joined(
     x, rows, live, tokens, D: tl.constexpr, TOKENS: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """The same with rows of ``packing.join``; rows: [ROWS], pointers."""
+    """Like :func:`products_of_split`, with rows of ``packing.join``; rows: [ROWS], pointers."""
     sums = nothing(rows.shape[0], BLOCKS, TOKENS)
     for start in range(0, (D + 63) // 64, BLOCKS):
         block = start + tl.arange(0, BLOCKS)

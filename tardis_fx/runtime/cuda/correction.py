@@ -1,7 +1,7 @@
 # mypy: ignore-errors
-"""The Triton kernels that read outliers' rows of projections and columns, stored as they are or as codes.
+"""The Triton kernels that read outliers' rows of projections and columns, stored plain or as codes.
 
-The rules are those of :mod:`tardis_fx.runtime.cuda.predictor`. TILE counts columns in the place of blocks.
+The rules of :mod:`tardis_fx.runtime.cuda.predictor` apply. TILE counts columns instead of blocks.
 """
 
 import triton
@@ -24,24 +24,24 @@ def activate(
     K: tl.constexpr, D: tl.constexpr, TOKENS: tl.constexpr, SEGMENT: tl.constexpr, SEGMENTS: tl.constexpr,
     GROUP: tl.constexpr, BITS: tl.constexpr, BIASED: tl.constexpr, ACTIVATION: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """What the surrogate of every outlier misses; each program takes one outlier in so many as there are programs.
+    """Computes the residual of every outlier; program i takes outliers i, i + programs, and so on.
 
-    The number of outliers is read here: programs beyond it do nothing.
+    The kernel reads the number of outliers; surplus programs do nothing.
 
     Args:
         x: [tokens, D].
         first_projection: [h, D], or low planes as rows of ``packing.join``, ``first_stride`` elements or bytes apart.
-        second_projection: likewise, where K is 2.
-        biases: [capacity, K], float32; anything where not BIASED.
+        second_projection: likewise, if K is 2.
+        biases: [capacity, K], float32; ignored unless BIASED.
         surrogate: [capacity, K + 1], float32.
         positions: see :func:`tardis_fx.runtime.cuda.predictor.predict`, as are chosen, masks and sizes.
         chosen: see above.
         masks: see above.
         sizes: see above.
-        estimates: see above; read where BITS is below 16.
-        rows: [capacity], int32, written: neurons of the outliers, all segments' joined.
-        residuals: [tokens, capacity], float32, written likewise: response less surrogate, or 0.
-        count: [1], int32, written: how many outliers there are.
+        estimates: see above; read if BITS is below 16.
+        rows: [capacity], int32, written: neurons of the outliers of all segments.
+        residuals: [tokens, capacity], float32, written: response minus surrogate, or 0.
+        count: [1], int32, written: number of outliers.
         tokens: number of tokens.
         first_stride: see above.
         second_stride: see above.
@@ -53,7 +53,7 @@ def activate(
         SEGMENT: positions of a segment.
         SEGMENTS: segments, rounded up.
         GROUP: columns of a projection that share a scale.
-        BITS: of the codes of projections; 16 where they are none.
+        BITS: of the codes of projections; 16 without codes.
         BIASED: whether there are biases.
         ACTIVATION: its name.
         TILE: see above.
@@ -106,7 +106,7 @@ def activate(
 
 @triton.jit
 def products_of_row(x, row, tokens, D: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Products of tokens with a row that is stored as it is: [COLUMNS] for each token, still to be summed."""
+    """Products of tokens with a plain row: [COLUMNS] for each token, not yet summed."""
     sums = ()
     for _ in tl.static_range(TOKENS):
         sums += (tl.zeros((COLUMNS,), tl.float32),)
@@ -139,8 +139,8 @@ def accumulate(
 ):  # fmt: skip
     """The residuals of a share of the outliers times their columns of ``down``, in BLOCKS blocks of 64 outputs.
 
-    Programs: [blocks of outputs, shares]. Tiles are [rows, BLOCKS, outputs]: of plain rows all outputs of a block, of
-    codes those of a quarter.
+    Programs: [blocks of outputs, shares]. Tiles are [rows, BLOCKS, outputs]: all outputs of a block for plain rows,
+    those of a quarter for codes.
 
     Args:
         weights: [h, D_OUT], the columns, or rows of ``packing.join``, ``stride`` elements or bytes apart.
@@ -154,7 +154,7 @@ def accumulate(
         D_OUT: see above, as are TOKENS and BLOCKS.
         TOKENS: see above.
         GROUP: entries of a row that share a scale.
-        BITS: of the codes; 16 where they are none.
+        BITS: of the codes; 16 without codes.
         BLOCKS: see above.
         TILE: tokens, rows and columns of a step.
     """

@@ -36,7 +36,7 @@ def correct(call: Correction) -> Tensor:
 
 @cache
 def available() -> bool:
-    """Whether Triton can be imported; registers its op. One warning says if not."""
+    """Imports Triton and registers its op; returns False, with one warning, if that fails."""
     try:
         import tardis_fx.runtime.cuda.op  # noqa: F401
     except ImportError as error:
@@ -46,7 +46,7 @@ def available() -> bool:
 
 
 def show_kernels(gm: fx.GraphModule) -> None:
-    """Makes a graph for a CUDA device call the ``triton_op`` in the op's place, which Inductor traces."""
+    """Makes a graph for a CUDA device call the ``triton_op``, which Inductor traces, instead of the op."""
     if available():
         for node in gm.graph.find_nodes(op="call_function", target=torch.ops.tardis.correct):
             node.target = torch.ops.tardis.correct_triton.default

@@ -1,4 +1,4 @@
-"""The correction op as a ``triton_op``, which Inductor traces: it sees the kernels, and sums up with what follows."""
+"""The correction op as a ``triton_op``, which Inductor traces: it sees the kernels and fuses the last sum."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ from tardis_fx.runtime.cuda.predictor import multiply, predict
 from tardis_fx.runtime.cuda.tuning import INTERPRETED
 from tardis_fx.runtime.packing import BLOCK, group_width
 
-if INTERPRETED:  # kernels are no JITFunction then, which is all that wrap_triton of PyTorch 2.11 takes
+if INTERPRETED:  # kernels are then not a JITFunction, and wrap_triton of PyTorch 2.11 takes nothing else
 
     def wrap_triton(kernel):  # type: ignore[no-untyped-def]  # noqa: D103
         return kernel
@@ -21,22 +21,22 @@ if INTERPRETED:  # kernels are no JITFunction then, which is all that wrap_trito
 else:
     from torch.library import wrap_triton
 
-#: Positions whose outliers one part of the list holds.
+#: Number of positions whose outliers form one segment of the list.
 SEGMENT = 32
-#: Programs that gather rows of projections: more than a device runs at once, each takes several outliers if need be.
+#: Programs that gather rows of projections, more than a device runs at once; each may take several outliers.
 GATHERING = 1024
-#: Shares that the outliers are cut into, whose sums over columns are added in the end.
+#: Number of shares of the outliers; their sums over columns are added at the end.
 SHARES = 32
-#: Tokens that a kernel takes together, the least that are enough or the most.
+#: Numbers of tokens that a kernel can take together; the smallest that suffices is used, else the largest.
 TOGETHER = (1, 2, 4)
 
 
 def correct(*fields: Any) -> Tensor:
     """Adds the exact terms of the predicted outliers: :func:`tardis_fx.runtime.reference.correct`, by Triton.
 
-    Three launches, four with a quantised fold, whose grids depend on shapes alone: nothing waits for the device, and a
-    CUDA graph can hold them. Sums are taken in float32 and rounded once. What the kernels do not take goes to
-    ``torch.ops.tardis.correct``. Gradients do not flow through it. It takes the fields of a call one by one.
+    Makes three launches, four with a quantised fold, whose grids depend on shapes alone: nothing waits for the device,
+    and a CUDA graph can capture them. Sums are computed in float32 and rounded once. Calls that the kernels do not
+    support go to ``torch.ops.tardis.correct``. Gradients do not flow through it. It takes the fields of a call.
     """
     call = Correction(*fields)
     layout = check(call)
@@ -90,5 +90,5 @@ def correct(*fields: Any) -> Tensor:
 
 
 correct.__signature__ = SIGNATURE  # type: ignore[attr-defined]
-#: Inductor looks into it; to everything else it is ``torch.ops.tardis.correct``.
+#: Inductor traces into it; otherwise it is equivalent to ``torch.ops.tardis.correct``.
 correct_triton = torch.library.triton_op("tardis::correct_triton", correct, mutates_args=())

@@ -1,13 +1,13 @@
 # mypy: ignore-errors
-"""The Triton kernels that read whole matrices of codes: the predictor's, and the quantised fold's.
+"""The Triton kernels that read whole matrices of codes: the predictor and the quantised fold.
 
-What the kernels of the op compute is specified by ``correct`` in reference.py; :mod:`tardis_fx.runtime.cuda.op`
-launches them. Every array that a kernel writes it writes whole, in an order that does not depend on timing, and no
-kernel adds to memory: results repeat bit for bit, autotuning may run a kernel twice, and what old memory holds cannot
-matter. Sums are of float32.
+``correct`` in reference.py specifies what the kernels compute; :mod:`tardis_fx.runtime.cuda.op` launches them. A kernel
+writes each of its output arrays completely, in an order that does not depend on timing, and never accumulates in
+memory: results repeat bit for bit, autotuning may run a kernel twice, and stale memory does not matter. Sums are in
+float32.
 
-Sizes in capitals are known at compile time: K, projections of a neuron; D and D_OUT, columns; TOKENS, ROWS and BLOCKS,
-how many are taken together; TILE, their product.
+Sizes in capitals are known at compile time: K, projections per neuron; D and D_OUT, columns; TOKENS, ROWS and BLOCKS,
+numbers taken together; TILE, their product.
 """
 
 import triton
@@ -29,7 +29,7 @@ def predict(
     K: tl.constexpr, D: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, GROUP: tl.constexpr,
     BITS: tl.constexpr, KEPT: tl.constexpr, BIASED: tl.constexpr, ACTIVATION: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Estimates, tests and lists: each program the outliers among ROWS positions, in their order.
+    """Estimates pre-activations and lists outliers: each program those among ROWS positions, in order.
 
     Args:
         x: [tokens, D].
@@ -38,13 +38,13 @@ def predict(
         codes: [capacity, K, packed bytes], uint8.
         scale: [capacity, K, groups], float16.
         zero: [capacity, K, groups], uint8.
-        biases: [capacity, K], float32; anything where not BIASED.
+        biases: [capacity, K], float32; ignored unless BIASED.
         guard: [capacity, 2 or K + 2], float32: bounds, or a plane and a threshold.
-        positions: [segments, ROWS], int32, written: the first ``sizes`` of each segment, outliers.
+        positions: [segments, ROWS], int32, written: the outliers, as the first ``sizes`` entries of each segment.
         chosen: [segments, ROWS], int32, written likewise: their neurons.
-        masks: [segments, ROWS], int32, written likewise: bit t says whether token t has it.
+        masks: [segments, ROWS], int32, written likewise: bit t is set if it is an outlier of token t.
         sizes: [segments], int32, written.
-        estimates: [tokens, K, segments, ROWS], float32, written where KEPT, of guarded positions' segments.
+        estimates: [tokens, K, segments, ROWS], float32, written if KEPT, for segments with guarded positions.
         tokens: number of tokens.
         K: see above, as are D, TOKENS, ROWS and TILE.
         D: see above.
@@ -84,7 +84,7 @@ def predict(
                         tl.store(at, z[i], mask=first + t < tokens)
             first += TOKENS
     found = (mask != 0).to(tl.int32)
-    # Not a store to places that depend on what was read: Inductor would take the weights for written to, and copy them.
+    # No store to data-dependent addresses: Inductor would assume that the weights are written to, and copy them.
     slot = tl.arange(0, ROWS)
     taken = (tl.cumsum(found, 0) - found)[None, :] == slot[:, None]
     taken = taken & (mask != 0)[None, :]
@@ -99,14 +99,14 @@ def predict(
 def outside(
     z, position, biases, guard, live, K: tl.constexpr, BIASED: tl.constexpr, ACTIVATION: tl.constexpr
 ):  # fmt: skip
-    """Whether the guard has neurons corrected.
+    """Whether the guard decides to correct neurons.
 
     Args:
         z: K estimates without biases, [ROWS] each.
         position: [ROWS].
         biases: see :func:`predict`, as is guard.
         guard: see above.
-        live: [ROWS], whether it is to be read.
+        live: [ROWS], whether to read the position.
         K: see above.
         BIASED: see above.
         ACTIVATION: see above.
@@ -123,7 +123,7 @@ def outside(
 
 @triton.jit
 def biased(z, position, biases, live, K: tl.constexpr, BIASED: tl.constexpr):
-    """Pre-activations with their biases; arguments as of :func:`outside`."""
+    """Pre-activations with their biases; arguments as in :func:`outside`."""
     with_biases = ()
     for i in tl.static_range(K):
         if BIASED:
@@ -135,12 +135,12 @@ def biased(z, position, biases, live, K: tl.constexpr, BIASED: tl.constexpr):
 
 @triton.jit
 def surrogate_error(z, affine, live, K: tl.constexpr, ACTIVATION: tl.constexpr):
-    """What affine functions miss of neurons' responses.
+    """Response minus affine surrogate of neurons.
 
     Args:
         z: K pre-activations.
         affine: pointers to K slopes and the intercept.
-        live: whether they are to be read.
+        live: whether to read them.
         K: see above.
         ACTIVATION: name.
     """
@@ -168,14 +168,14 @@ def multiply(
     D: tl.constexpr, D_OUT: tl.constexpr, TOKENS: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr,
     ROWS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """A product with a matrix of codes, ROWS rows of which each program takes.
+    """Multiplies with a matrix of codes; each program takes ROWS rows.
 
     Args:
         x: [tokens, D].
-        weight: rows of ``packing.join``, D_OUT of them.
+        weight: D_OUT rows of ``packing.join``.
         out: [tokens, D_OUT], float32, written.
         tokens: number of tokens.
-        stride: bytes from a row to the next.
+        stride: bytes from one row to the next.
         D: see above, as are D_OUT, TOKENS, ROWS and TILE.
         D_OUT: see above.
         TOKENS: see above.

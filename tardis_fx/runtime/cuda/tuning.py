@@ -1,5 +1,5 @@
 # mypy: ignore-errors
-"""Whether Triton interprets, and the spaces that its autotuner searches."""
+"""Search spaces of Triton's autotuner, and whether kernels run in Triton's interpreter."""
 
 import os
 
@@ -10,5 +10,5 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def space(*configs):
-    """Configurations of (sizes, warps); the interpreter, which cannot time them, takes the last: the fewest steps."""
+    """Autotuner configurations of (sizes, warps); the interpreter takes the last one, which has the fewest steps."""
     return [triton.Config(sizes, num_warps=warps) for sizes, warps in (configs[-1:] if INTERPRETED else configs)]
