@@ -244,7 +244,7 @@ def test_an_entry_is_checked_once(monkeypatch: pytest.MonkeyPatch) -> None:
         own(self, plan, weights)
 
     monkeypatch.setattr(rewrite, "validate", validate)
-    weights = SiteWeights.of(*_site("hot_fold", first))
+    weights = SiteWeights.from_site(*_site("hot_fold", first))
     other = replace(first)
     for entry in (first, first, other, other):
         entries.check_entry(entry, weights)
