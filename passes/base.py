@@ -145,8 +145,8 @@ class Rewrite(ABC):
         """The config with which this rewrite leaves matrices to a following rewrite, if that depends on options."""
         return config
 
-    def after(self, previous: Rewrite) -> Rewrite | None:
-        """This rewrite applied after another one at the same sites, or None for their composition.
+    def applied_after(self, previous: Rewrite) -> Rewrite | None:
+        """This rewrite wrapped around another one at the same sites, or None to compose the two.
 
         Raises:
             ConfigError: the two rewrites cannot be composed.

@@ -1,4 +1,4 @@
-"""Looks up rewrites by name: those registered as entry points, and their compositions."""
+"""Looks up registered rewrites and their compositions by name."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ GROUP = "tardis_fx.passes"
 
 @cache
 def rewrite_named(method: str) -> Rewrite:
-    """The registered rewrite of this name, or the composition of those whose names stand with ``+`` between.
+    """The registered rewrite of this name, or the composition of the rewrites joined with ``+``.
 
     Raises:
-        ConfigError: none is registered, it is no :class:`Rewrite`, or the composition makes no sense.
+        ConfigError: it is not registered or not a :class:`Rewrite`, or the rewrites cannot be composed.
     """
     names = method.split("+")
     for i, name in enumerate(names):
@@ -38,15 +38,15 @@ def rewrite_named(method: str) -> Rewrite:
             raise ConfigError(f"{name} stands twice in {method}")
     rewrite, *others = map(_registered, names)
     for other in others:
-        rewrite = other.after(rewrite) or Composed(rewrite, other)
+        rewrite = other.applied_after(rewrite) or Composed(rewrite, other)
     return rewrite
 
 
 def check_rewrites(config: Config) -> None:
-    """Looks up every rewrite that a config names, before anything is measured.
+    """Checks every rewrite that a config names, and its options, before anything is measured.
 
     Raises:
-        ConfigError: as :func:`rewrite_named`, or an option is unknown or out of its range.
+        ConfigError: as :func:`rewrite_named`, or an option is unknown or out of range.
     """
     for _, method in config.methods:
         if method is not None:
@@ -56,7 +56,7 @@ def check_rewrites(config: Config) -> None:
 
 
 def owners_of_options(method: str) -> dict[str, list[str]]:
-    """The options of a method's rewrites, each with the names of the rewrites that have it.
+    """Options of a method's rewrites, each with the names of the rewrites that have it.
 
     Raises:
         ConfigError: as :func:`rewrite_named`.
@@ -84,7 +84,7 @@ def _registered(name: str) -> Rewrite:
 
 
 def _typed(name: str, step: str, method: Callable[..., Any]) -> Callable[..., Any]:
-    """A step of a rewrite whose exceptions name rewrite, step and site."""
+    """Wraps a step of a rewrite so that its exceptions name rewrite, step and site."""
 
     @wraps(method)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -97,7 +97,7 @@ def _typed(name: str, step: str, method: Callable[..., Any]) -> Callable[..., An
 def _typed_fit(
     name: str, method: Callable[..., Fit[list[Planned]] | list[Planned]]
 ) -> Callable[..., Fit[list[Planned]]]:
-    """A rewrite's ``fit``, its steps and what its runs call likewise; what others raise during a run stays as it is."""
+    """Wraps ``fit``, its steps and the callbacks of its runs likewise; other errors during a run pass unchanged."""
 
     @wraps(method)
     def fit(sites: Sequence[ObservedSite], config: Config) -> Fit[list[Planned]]:
@@ -118,7 +118,7 @@ def _typed_fit(
 
 
 def _of_sites(arguments: Sequence[Any]) -> str:
-    """The names of the sites among a step's arguments, for an error."""
+    """Names the sites among a step's arguments, for an error message."""
     several = [each for one in arguments for each in (one if isinstance(one, (list, tuple)) else [one])]
     named = [getattr(one, "site", one) for one in several]
     names = [one.name for one in named if isinstance(getattr(one, "name", None), str)]

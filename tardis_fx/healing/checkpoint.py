@@ -46,7 +46,7 @@ class State:
 
 
 def identity(plan: Plan, batches: Sequence[Batch], **settings: float) -> str:
-    """Hash of all that a healing depends on beside the model, whose weights the plan knows."""
+    """Hash of everything that healing depends on except the model, whose weights the plan identifies."""
     entries = [(site.fingerprint, dict(site.tensors)) for site in plan.rewritten]
     return digest(settings, entries, pytree.tree_leaves(list(batches)))
 

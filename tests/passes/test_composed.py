@@ -39,7 +39,9 @@ class Same(Rewrite):
         return None
 
     def fit(self, sites: Sequence[ObservedSite], config: Config) -> list[Planned]:
-        return [SitePlan.from_site(s.site, s.parameters, method=self.name, touched_bytes=s.weights.bytes) for s in sites]
+        return [
+            SitePlan.from_site(s.site, s.parameters, method=self.name, touched_bytes=s.weights.bytes) for s in sites
+        ]
 
     def weights(self, plan: SitePlan, weights: SiteWeights) -> SiteWeights:
         return weights

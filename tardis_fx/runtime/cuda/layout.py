@@ -1,4 +1,4 @@
-"""How the constants of a site lie in memory for the Triton kernels, and which calls these take."""
+"""Memory layout of a site's constants for the Triton kernels, and the calls that the kernels support."""
 
 import torch
 
@@ -9,7 +9,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def eligible(call: Correction) -> bool:
-    """Whether the kernels take a call."""
+    """Whether the Triton kernels support a call."""
     tokens = 1
     for size in call.x.shape[:-1]:
         tokens = tokens * size
