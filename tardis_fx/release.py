@@ -183,7 +183,7 @@ def _tell(freed: int, shared: int, mapped: Counter[str], before: int | None, aft
 
 
 def _storage(tensor: Tensor) -> int:
-    """Key of a tensor's memory; None for a tensor subclass, which has no memory of its own."""
+    """Key of a tensor's memory; a unique negative number for a tensor subclass, which has no memory of its own."""
     plain = type(tensor) in (Tensor, nn.Parameter)
     return tensor.untyped_storage().data_ptr() if plain else -id(tensor)
 
