@@ -1,9 +1,9 @@
-"""Effect of each choice of the fit: one change a row, on the demo's model cast to bfloat16.
+"""Measures the effect of each choice of the fit: one change per row, on the demo's model cast to bfloat16.
 
     python benchmarks/ablations.py 0.15 0.1        budgets, as shares of the bfloat16 FFN bytes
 
 Calibrated on the first half of the calibration split and measured on the second, every token through fold and
-correction; the choices were made here, so that the test split has no part in them. Fisher: the Gram matrix of the
+correction. The choices were made on this data, so the test split played no part. Fisher: the Gram matrix of the
 loss's gradients with respect to a site's output, on the calibration text with labels drawn from the model. It weighs a
 neuron's error by its column of down: in full, by its diagonal, or by its trace alone (one weight a layer).
 """
@@ -46,38 +46,38 @@ WIDTHS = {"fold_bits": 4, "row_bits": 4}
 
 
 class Guarded(PricedSite):
-    """Every neuron has a predictor row."""
+    """A priced site in which every neuron has a predictor row."""
 
     def at(self, price: float) -> Ranges:
-        """As the base class has it, with one class only."""
+        """The cheapest ranges if every neuron is guarded."""
         hot = self.guard.cheapest(self.error - price * self.costs.row * self.sums.count)
         every = torch.ones(hot.shape[1], dtype=torch.bool)
         return self.touching(hot, every, ~every)
 
 
 class AllGuarded(PartialLinear):
-    """Without the classes of neurons that need no predictor row."""
+    """Partial linearity with every neuron guarded."""
 
     def priced(self, draft: Draft, histogram: Histogram, widths: tuple[int, int]) -> PricedSite:
-        """What hot ranges are chosen from."""
+        """The priced site for choosing hot ranges."""
         return Guarded(**vars(super().priced(draft, histogram, widths)))
 
 
 class OwnColumns(PartialLinear):
-    """With down's own columns, rounded."""
+    """Partial linearity with rounded, unfitted columns of down."""
 
     def _fitted(self, observer: ResidualObserver) -> Fitted:
         return self._folded(observer.settled, observer)
 
 
 class Fisher(PartialLinear):
-    """Errors weighed by what the loss makes of them."""
+    """Partial linearity with errors weighted by their effect on the loss."""
 
     def __init__(self, grams: dict[str, Tensor], part: Callable[[Tensor], Tensor]) -> None:
         self._grams, self._part = grams, part
 
     def priced(self, draft: Draft, histogram: Histogram, widths: tuple[int, int]) -> PricedSite:
-        """What hot ranges are chosen from."""
+        """The priced site for choosing hot ranges."""
         gram, down = self._part(self._grams[draft.site.site.name]), draft.neurons.down
         return replace(
             super().priced(draft, histogram, widths), importance=((gram @ down) * down).sum(0).clamp(min=0).double()
@@ -85,7 +85,7 @@ class Fisher(PartialLinear):
 
 
 def gradient_grams(model: PreTrainedModel, names: Sequence[str], windows: Tensor) -> dict[str, Tensor]:
-    """By site: sum of g gᵀ over the tokens, [d_out, d_out]; the sites are modules of these names."""
+    """Sum of g gᵀ over the tokens, [d_out, d_out], for each site; the sites are modules with these names."""
     grams: dict[str, Tensor] = {}
 
     def watch(name: str) -> Callable[..., None]:
@@ -111,7 +111,7 @@ def gradient_grams(model: PreTrainedModel, names: Sequence[str], windows: Tensor
 
 
 def variants(grams: dict[str, Tensor]) -> dict[str, tuple[PartialLinear, dict[str, Any]]]:
-    """By label: a rewrite and the changes of the config."""
+    """Rewrites and changes of the config, by label."""
     return {
         "fold and rows of 4 bits": (PartialLinear(), {}),
         "widths chosen site by site": (PartialLinear(), {"options": {"fold_bits": None, "row_bits": None}}),

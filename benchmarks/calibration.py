@@ -1,4 +1,4 @@
-"""Time and memory of calibrating a GPT-2 of 124M parameters with random weights on random tokens.
+"""Measures time and memory of calibrating a GPT-2 of 124M parameters with random weights on random tokens.
 
 python benchmarks/calibration.py [tokens]
 """
@@ -23,7 +23,7 @@ def peak() -> float:
 
 @torch.no_grad()
 def main() -> None:
-    """Measures and prints."""
+    """Calibrates the model, and prints time and peak memory."""
     tokens = int(sys.argv[1]) if len(sys.argv) > 1 else 32768
     model = shapes.build(shapes.config_of("gpt2"), torch.float32, 1)
     batches = [torch.randint(0, 50257, (4, 512)) for _ in range(tokens // 2048)]

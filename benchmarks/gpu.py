@@ -1,4 +1,4 @@
-"""On a CUDA device: the GPU tests, one FFN, and whole models beside Inductor and torchao, in less than 8 minutes.
+"""Runs the GPU tests and times one FFN and whole models against Inductor and torchao, in less than 8 minutes.
 
 python benchmarks/gpu.py
 
@@ -37,9 +37,9 @@ if TYPE_CHECKING:
     from tardis_fx.bench.timings import Timing
 
 ROOT = Path(__file__).resolve().parents[1]
-#: Seconds in all, and what a case is given to finish in: none is begun later.
+#: Seconds in total, and seconds reserved for each case: a case that does not fit is not started.
 TIME, ALL_TESTS, ONE_FFN, ONE_MODEL = 470, 120, 25, 70
-#: What the goals are set on comes first, so that it is there if time runs out.
+#: The cases with goals come first, in case time runs out.
 FFNS = [(d, rate, tokens) for d in (4096, 2048, 8192) for rate in (0.05, 0.02, 0.1) for tokens in ([1], [4], [16])]
 MODELS = ("falcon-7b", "opt-6.7b", "gpt2-xl")
 #: File and tests of each process.
@@ -53,7 +53,7 @@ BITS = 2
 
 
 def register_checkout() -> None:
-    """Makes the entry points of a checkout known that was never installed, to this process and those it starts."""
+    """Registers the entry points of a checkout that is not installed, for this process and its children."""
     if any(entry.name == "tardis" for entry in entry_points(group="torch_dynamo_backends")):
         return
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -71,7 +71,7 @@ def register_checkout() -> None:
 
 
 def tested(seconds: float) -> str:
-    """Runs the GPU tests, several parts at once, since compiling takes most of the time; the last line of each part."""
+    """Runs the GPU tests in parallel parts, since compiling takes most of the time; returns each part's last line."""
 
     def part(test: tuple[str, str]) -> str:
         command = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", test[0], "-k", test[1]]
@@ -103,7 +103,7 @@ def cases(device: str) -> list[tuple[str, float, Callable[[], tuple[list[Timing]
 
 
 def measured(device: str, until: float) -> tuple[list[Timing], list[str]]:
-    """Rows of the cases that time allows, and remarks: which it does not, and which failed, with what."""
+    """Runs cases until the time is over; returns their rows, and remarks on skipped and failed cases."""
     rows: list[Timing] = []
     remarks: list[str] = []
     for name, seconds, run in cases(device):
@@ -113,7 +113,7 @@ def measured(device: str, until: float) -> tuple[list[Timing], list[str]]:
         started = time.monotonic()
         try:
             found, said = run()
-        except (TardisError, RuntimeError, ImportError) as error:  # one case that fails takes no other along
+        except (TardisError, RuntimeError, ImportError) as error:  # a failing case does not stop the others
             remarks.append(f"Failed: {name}: {type(error).__name__}: {str(error).strip().splitlines()[0]}")
         else:
             rows += found
@@ -127,7 +127,7 @@ def measured(device: str, until: float) -> tuple[list[Timing], list[str]]:
 
 
 def report(rows: Sequence[Timing], remarks: Sequence[str], machine: Machine, tests: str) -> str:
-    """The table, with commit, command and conditions above it."""
+    """Formats the table with commit, command and conditions above it."""
     git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
     head = f"## {time.strftime('%Y-%m-%d')}, commit {commit}\n\n`python benchmarks/gpu.py`. GPU tests: {tests}."
@@ -136,7 +136,7 @@ def report(rows: Sequence[Timing], remarks: Sequence[str], machine: Machine, tes
 
 
 def record(text: str, device: str, folder: Path) -> Path:
-    """Puts a report on top of the device's file."""
+    """Inserts a report at the top of the device's file."""
     folder.mkdir(exist_ok=True)
     path = folder / f"{re.sub(r'[^a-z0-9]+', '-', device.lower()).strip('-')}.md"
     title, _, older = (path.read_text() if path.exists() else f"# {device}\n\n").partition("\n\n")

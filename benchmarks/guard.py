@@ -1,4 +1,4 @@
-"""Cost of the weight guard on a model of 48 layers, compared with a decode step, and how well a budget is kept.
+"""Measures the cost of the weight guard relative to a decode step, on 48 layers, and how well a budget is kept.
 
 python benchmarks/guard.py
 """
@@ -27,7 +27,7 @@ LAYERS, WIDTH, VOCABULARY, CONTEXT = 48, 256, 1024, 128
 
 
 class Recorded(GuardedGraph):
-    """Keeps what it was made of and was last called with."""
+    """A guarded graph that records its parts and its last inputs."""
 
     made: tuple[Any, ...] = ()
     inputs: tuple[Any, ...] = ()
@@ -48,7 +48,7 @@ def median(run: Callable[[], float], times: int) -> float:
 
 @torch.no_grad()
 def main() -> None:
-    """Measures and prints."""
+    """Measures decode step and guard, and prints the results."""
     torch.manual_seed(0)
     config = hf.GPT2Config(
         n_layer=LAYERS, n_embd=WIDTH, n_head=4, vocab_size=VOCABULARY, n_positions=CONTEXT, bos_token_id=0,

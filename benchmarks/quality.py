@@ -1,4 +1,4 @@
-"""Quality over bytes: every method, at budgets from 10% to 100% of the bfloat16 FFN, with three calibration seeds.
+"""Measures quality over bytes: every method, at budgets from 10% to 100% of the bfloat16 FFN, with three seeds.
 
     python benchmarks/quality.py                            the demo's model
     python benchmarks/quality.py --model FOLDER             one that examples/train_demo.py wrote
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 #: Budgets by method; those of weight-only quantisation hold 2, 3, 4 and 8 bits with their scales, and 2 bits
 #: with groups of 128 columns, too.
 OURS = (0.1, 0.12, 0.15, 0.2, 0.3, 0.5, 1.0)
-#: Budgets that are healed, too; healing takes minutes, and from half of the bytes on nothing is left to heal.
+#: Budgets at which plans are also healed; healing takes minutes, and above half of the bytes nothing is left to heal.
 HEALED = OURS[:5]
 OTHERS = {
     "paper": (0.2, 0.23, 0.25, 0.3, 0.5),
@@ -53,7 +53,7 @@ TITLES |= {"ria": "RIA", "ria_2_4": "RIA 2:4", "low_rank": "low rank", "ffsplit"
 
 
 def cases() -> list[Case]:
-    """All rows, in the order of the table."""
+    """Cases of all rows, in the order of the table."""
     rows: list[Case] = [Dense()]
     ours = [Config(budget=b) for b in OURS]
     rows += [Planned("ours", config) for config in ours]
@@ -70,7 +70,7 @@ def cases() -> list[Case]:
 
 
 def minilm() -> Subject:
-    """all-MiniLM-L6-v2, on 384 docstrings of the standard library, and on 256 of other modules."""
+    """all-MiniLM-L6-v2, calibrated on 384 docstrings of the standard library, measured on 256 of other modules."""
     sys.path.append(str(Path(__file__).parent.parent / "examples"))
     from encoder import batches, embed, load, sentences
 
@@ -84,7 +84,7 @@ def minilm() -> Subject:
 
 
 def main() -> None:
-    """Runs what is missing, prints the table and draws the picture."""
+    """Runs unfinished cases, prints the table and draws the picture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--model", default="demo", metavar="FOLDER")

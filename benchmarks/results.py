@@ -25,7 +25,7 @@ PAGE = DATA.with_suffix(".md")
 
 
 def page() -> str:
-    """The page as Markdown.
+    """Renders the page as Markdown.
 
     Raises:
         KeyError: the prose names a figure that no data file holds.
@@ -41,13 +41,13 @@ def page() -> str:
 
 
 def rendered(table: dict[str, Any]) -> str:
-    """A table of a data file as Markdown."""
+    """Renders a table of a data file as Markdown."""
     rows = [[cell(*pair) for pair in zip(row, table["forms"], strict=True)] for row in table["rows"]]
     return markdown(table["headings"], rows, table["titles"])
 
 
 def cell(value: str | float | list[float], forms: list[str]) -> str:
-    """A cell's text: figures are put into the form that has as many places."""
+    """Text of a cell; figures are put into the form with the same number of placeholders."""
     if isinstance(value, str):
         return value
     figures = value if isinstance(value, list) else [value]

@@ -1,4 +1,4 @@
-"""A real server under load, with and without a plan: ``vllm serve`` on loopback, vLLM's own client against it.
+"""Measures a real server under load, with and without a plan: ``vllm serve`` on loopback and vLLM's own client.
 
 python benchmarks/serving.py demo --requests 200       # the packaged model
 python benchmarks/serving.py wide --requests 200       # random weights, an FFN of 32 MiB a layer
@@ -42,7 +42,7 @@ ENVIRONMENT = os.environ | {
 
 
 def prepare(which: str, folder: Path, budget: float) -> tuple[Path, Path, list[list[int]]]:
-    """A model's folder, as vLLM reads it, a plan for it, and prompts from text that neither has seen."""
+    """Writes a model's folder for vLLM and a plan, and returns them with prompts from unseen text."""
     import transformers as hf
 
     demo = load()
@@ -65,7 +65,7 @@ def prepare(which: str, folder: Path, budget: float) -> tuple[Path, Path, list[l
 
 @contextmanager
 def server(model: Path, plan: Path | None, log: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
-    """Starts a server, waits until it answers, and ends it; gives its address and process."""
+    """Starts a server, waits until it answers, yields its address and process, and stops it."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -93,13 +93,13 @@ def server(model: Path, plan: Path | None, log: Path) -> Iterator[tuple[str, sub
 
 
 def memory(process: subprocess.Popen[bytes]) -> float:
-    """Resident memory of a process and all that it started, MiB."""
+    """Resident memory of a process and its descendants, MiB."""
     root = psutil.Process(process.pid)
     return sum(int(p.memory_info().rss) for p in [root, *root.children(recursive=True)]) / 2**20
 
 
 def load_test(address: str, model: Path, folder: Path, given: argparse.Namespace, requests: int) -> dict[str, Any]:
-    """Results of vLLM's own client."""
+    """Runs vLLM's own client and returns its results."""
     command = [
         *VLLM, "bench", "serve", "--base-url", address, "--model", "model", "--tokenizer", str(model),
         "--dataset-name", "random", "--random-input-len", str(given.input), "--random-output-len", str(given.output),
@@ -114,7 +114,7 @@ def load_test(address: str, model: Path, folder: Path, given: argparse.Namespace
 
 
 def complete(address: str, prompts: list[list[int]]) -> list[str]:
-    """Greedy continuations of prompts, one after the other."""
+    """Requests greedy continuations of prompts, one at a time."""
     found = []
     for prompt in prompts:
         body = {"model": "model", "prompt": prompt, "max_tokens": 64, "temperature": 0, "ignore_eos": True}
@@ -127,7 +127,7 @@ def complete(address: str, prompts: list[list[int]]) -> list[str]:
 
 
 def main() -> None:
-    """Measures and prints."""
+    """Serves the model with and without the plan, and prints the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", choices=["demo", "wide"])
     parser.add_argument("--budget", type=float, default=0.075)
@@ -147,7 +147,7 @@ def main() -> None:
     for name, used in (("original", None), ("plan", plan)):
         with server(model, used, folder / f"{name}.log") as (address, process):
             answers[name] = complete(address, prompts)
-            load_test(address, model, folder, given, 8 * given.concurrency)  # what grows by being used the first time
+            load_test(address, model, folder, given, 8 * given.concurrency)  # warm-up of memory
             before = memory(process)
             results[name] = load_test(address, model, folder, given, given.requests)
             grown = memory(process) - before

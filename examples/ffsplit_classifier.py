@@ -1,4 +1,4 @@
-"""FFSplit as its paper has it (arXiv 2401.04044), on a small BERT that is trained here: split, fine-tuned, measured.
+"""FFSplit as in its paper (arXiv 2401.04044), on a small BERT that is trained here: split, fine-tuned, measured.
 
     pip install "tardis-fx[demo]" && python examples/ffsplit_classifier.py
 
@@ -24,9 +24,9 @@ from tardis_fx.measure.timing import Ratio, interleave, seconds
 
 #: Tokens of a snippet, characters that hold them, snippets of a batch, rounds of timing.
 LENGTH, LONGEST, BATCH, ROUNDS = 64, 800, 16, 20
-#: Of the FFN's bytes: a quarter of the neurons, and the others at a tenth of full rank.
+#: Share of the FFN's bytes: a quarter of the neurons, and the others at a tenth of full rank.
 BUDGET = 0.353
-#: What the paper reports for BERT-base on GLUE (abstract).
+#: Results of the paper for BERT-base on GLUE (abstract).
 PAPER = {"smaller": "43.1%", "faster": "1.25 to 1.56x", "accuracy lost": "0.3 to 1.0%"}
 
 Batch = dict[str, torch.Tensor]
@@ -74,7 +74,7 @@ def train(model: BertForSequenceClassification, given: list[Batch], rate: float 
 
 @torch.no_grad()
 def accuracy(run: Callable[..., Any], given: list[Batch]) -> float:
-    """Share of the snippets that are told right."""
+    """Share of snippets that are classified correctly."""
     right = sum(int((run(input_ids=b["input_ids"]).logits.argmax(-1) == b["labels"]).sum()) for b in given)
     return right / (BATCH * len(given))
 
@@ -113,7 +113,7 @@ def main(steps: int = 160, tuning_steps: int = 64, snippets: int = 1024, width: 
 
 
 def report(found: Mapping[str, float], snippets: int) -> None:
-    """Prints the figures beside the paper's."""
+    """Prints the figures with those of the paper."""
     lost = found["accuracy, dense"] - found["accuracy, split and fine-tuned"]
     error = (found["accuracy, dense"] * (1 - found["accuracy, dense"]) / snippets) ** 0.5
     print(f"{snippets} snippets of modules never trained on; standard error of an accuracy {error:.1%}")

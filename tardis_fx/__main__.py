@@ -1,4 +1,4 @@
-"""``python -m tardis_fx`` is the command ``tardis``."""
+"""Runs the command ``tardis`` as ``python -m tardis_fx``."""
 
 from tardis_fx.cli.main import main
 

@@ -1,4 +1,4 @@
-"""The torch.compile backend ``"tardis"``."""
+"""The torch.compile backend ``"tardis"``, which rewrites FFNs and calls Inductor."""
 
 from __future__ import annotations
 
@@ -47,15 +47,15 @@ def tardis(
 
     Args:
         gm: the graph.
-        example_inputs: its inputs, parameters among them.
+        example_inputs: its inputs, including parameters.
         options: see above.
-        mode: what ``torch.compile`` passes where no options are given.
+        mode: passed by ``torch.compile`` if no options are given.
 
     Raises:
         ConfigError: an option is unknown or out of range.
         PlanFileError: the plan's file cannot be read.
-        PlanMismatchError: the plan knows none of the graph's sites, or ``strict`` and one was left out.
-        StaleWeightError: a weight is not the one that the plan was made for.
+        PlanMismatchError: the plan has no entry for any of the graph's sites, or ``strict`` and a site was skipped.
+        StaleWeightError: a weight differs from the one that the plan was made for.
     """
     try:
         parsed = Options.parse({"mode": mode} | (options or {}))
@@ -68,7 +68,7 @@ tardis.reset = reset  # type: ignore[attr-defined]  # called by torch.compiler.r
 
 
 def _surfacing(options: Options, gm: fx.GraphModule, example_inputs: list[Tensor]) -> Callable[..., Any]:
-    """:func:`_compile`, with errors that Dynamo passes on as they are."""
+    """Calls :func:`_compile`, and raises its errors in a form that Dynamo passes on unchanged."""
     try:
         return _compile(gm, example_inputs, options)
     except TardisError as error:
@@ -78,7 +78,7 @@ def _surfacing(options: Options, gm: fx.GraphModule, example_inputs: list[Tensor
 def _compile(
     gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, *, nested: bool = False
 ) -> Callable[..., Any]:
-    """Compiles a graph by what is planned for its sites; ``nested``, what is unknown stays silently as it is."""
+    """Compiles a graph with the plan entries of its sites; ``nested`` leaves unknown sites alone, silently."""
     given, example_inputs = example_inputs, _known(gm, example_inputs)
     in_parts = any(map(is_fake, given))
     if in_parts:
@@ -86,7 +86,7 @@ def _compile(
     inner = _inner(options.inner, options.mode)
     plan = None if options.plan is None else resolve(options.plan)
     config = options.config or (Config() if plan is None else plan.config)
-    config = dataclasses.replace(config, sequential=False, progress=False)  # a bar in a service helps nobody
+    config = dataclasses.replace(config, sequential=False, progress=False)  # no progress bars in a service
     settings = Settings(config, options.profile_tokens, options.tolerance)
     plan = extended(plan, settings) if options.observes else plan
     assert plan is not None
@@ -104,7 +104,7 @@ def _compile(
         show_kernels(rewritten.gm)
     if not rewritten.modified:
         return inner(gm, list(given))  # type: ignore[no-any-return]
-    if TracingContext.try_get() is not None:  # Dynamo does not ask by itself, and rewritten code has no derivatives
+    if TracingContext.try_get() is not None:  # Dynamo does not check this, and rewritten code has no derivatives
         install_guard(GlobalStateSource().make_guard(GuardBuilder.DUAL_LEVEL))  # type: ignore[arg-type]
     if held:
         freeze(rewritten.gm, [*held, *rewritten.constants])
@@ -121,9 +121,9 @@ def _compile(
 
 
 def _known(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> list[Any]:
-    """The inputs, with what Dynamo holds in place of fake ones, where it holds it.
+    """The inputs, with fake ones replaced by the real tensors that Dynamo holds.
 
-    DistributedDataParallel cuts a graph in parts and compiles these with fake tensors for all inputs.
+    DistributedDataParallel cuts a graph into parts and compiles these with fake tensors for all inputs.
     """
     arguments = [node.meta.get("grapharg") for node in gm.graph.find_nodes(op="placeholder")]
     return [
@@ -133,7 +133,7 @@ def _known(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> list[Any]:
 
 
 def _refuse_parts(options: Options) -> None:
-    """Says that an FFN may have been cut in two.
+    """Warns that an FFN may have been cut in two.
 
     Raises:
         PlanMismatchError: ``strict``.
@@ -153,7 +153,7 @@ def _warn_once(message: str) -> None:
 def _profiled(
     gm: fx.GraphModule, example_inputs: Sequence[Any], plan: Plan, settings: Settings, options: Options
 ) -> ProfiledGraph | None:
-    """The graph with its unplanned sites observed, or None where there are none."""
+    """The graph with its unplanned sites observed, or None if all are planned."""
     observed = copy(gm)
     sites = [o.site for o in pipeline.outcomes(observed, example_inputs, plan) if o.plan is None and o.fits]
     if not sites:
@@ -168,9 +168,9 @@ def _profiled(
 
 
 class _Anew:
-    """What runs in a graph's place when its profiles have changed: nothing, where Dynamo can trace its code anew.
+    """Replaces a graph whose profiles are finished: by nothing, if Dynamo can trace its code again.
 
-    Where it cannot, for other threads are about, the graph is traced in code of its own.
+    If other threads prevent that, the graph is traced as separate code.
     """
 
     def __init__(self, gm: fx.GraphModule, options: Options) -> None:
@@ -183,7 +183,7 @@ class _Anew:
 
 
 class _Other:
-    """What runs for weights that a graph was not compiled for; see :class:`GuardedGraph`."""
+    """Chooses the function to run for weights that a graph was not compiled for; see :class:`GuardedGraph`."""
 
     def __init__(self, gm: fx.GraphModule, options: Options) -> None:
         self._gm, self._options = copy(gm), options
@@ -216,13 +216,13 @@ def _run(gm: fx.GraphModule, inputs: tuple[Any, ...]) -> Any:
 
 
 def _unpacked(variant: Callable[..., Any], gm: fx.GraphModule, *inputs: Any) -> Any:
-    if torch._dynamo.eval_frame._stance.stance == "fail_on_recompile":  # would fail here, and nothing is recompiled
+    if torch._dynamo.eval_frame._stance.stance == "fail_on_recompile":  # would fail although nothing is recompiled
         return gm(*inputs)
     return variant(gm, inputs)
 
 
 def _inner(name: str, mode: str | None) -> Callable[..., Any]:
-    """The inner backend; a mode is Inductor's, and stands for some of its options."""
+    """The inner backend; a mode is a set of options of Inductor."""
     if name == "tardis":
         raise ConfigError("inner must be another backend than 'tardis'")
     try:
@@ -237,15 +237,15 @@ def _inner(name: str, mode: str | None) -> Callable[..., Any]:
 
 
 def _surfaced(error: TardisError) -> TardisError:
-    """The same error in a form that Dynamo raises as it is, not wrapped in BackendCompilerFailed."""
+    """The same error in a form that Dynamo raises unchanged, not wrapped in BackendCompilerFailed."""
     kind = type(error)
     names = {"__module__": kind.__module__, "__init__": Exception.__init__, "first_useful_frame": None}
-    names |= {"frame_exec_strategy": None, "_torch_dynamo_tracer_output": None}  # as TorchDynamoException.__init__ does
+    names |= {"frame_exec_strategy": None, "_torch_dynamo_tracer_output": None}  # as in TorchDynamoException.__init__
     names["remove_dynamo_frames"] = _raised
     surfaced: type[TardisError] = type(kind.__name__, (kind, ShortenTraceback), names)
     return surfaced(str(error))
 
 
 def _raised(error: TardisError) -> Never:
-    """Stands for ``ShortenTraceback.remove_dynamo_frames``, whose result Dynamo raises without the cause."""
+    """Replaces ``ShortenTraceback.remove_dynamo_frames``, whose result Dynamo raises without the cause."""
     raise error from error.__cause__

@@ -1,4 +1,4 @@
-"""``tardis_fx.calibrate``: a model and some text in, a plan out."""
+"""``tardis_fx.calibrate``: makes a plan from a model and calibration text."""
 
 from __future__ import annotations
 
@@ -41,32 +41,32 @@ def calibrate(
 ) -> Plan:
     """Runs a model on calibration batches and plans a rewrite for every FFN in it.
 
-    Memory beyond the model's: the batches, and for each site sums of a size that no text changes (see Concepts).
+    Memory beyond the model: the batches, and for each site sums whose size does not depend on the text (see Concepts).
 
-    Where ``torch.distributed`` is initialised, all its ranks must call this with the same model, batches and config:
-    each runs its share of the batches, and all return the same plan.
+    If ``torch.distributed`` is initialised, all its ranks must call this with the same model, batches and config: each
+    runs its share of the batches, and all return the same plan.
 
     Args:
-        model: in eval mode; it is neither changed nor compiled for later use. A compiled one is taken for what it was
-            compiled from.
-        batches: each a tensor, the model's first argument, or a dict of keyword arguments. 16,000 tokens or more; with
-            fewer than 2,048, or than the widest matrix has columns, a warning says how many there are. Padding is left
-            out where ``attention_mask`` or ``decoder_attention_mask``, [batch, tokens], says what it is.
-        config: what to aim at; the defaults when None.
-        checkpoint: a folder for the statistics of finished runs over the batches. Given again after an interruption,
-            the calibration goes on behind them.
-        offload: fit one FFN after the other, so that what is measured and fitted is in memory for one at a time. Every
-            run over the batches is made once for each of them, and ``Config.allocation`` is ``"per_site"``.
-        unknown: fields of the config belong into ``Config(...)``, and are refused here.
+        model: in eval mode; it is neither changed nor compiled for later use. For a compiled model, the original is
+            used.
+        batches: each a tensor, the model's first argument, or a dict of keyword arguments. 16,000 tokens or more; a
+            warning is logged for fewer than 2,048, or than the columns of the widest matrix. Padding is excluded if
+            ``attention_mask`` or ``decoder_attention_mask``, [batch, tokens], marks it.
+        config: how to fit; None means the defaults.
+        checkpoint: a folder for the statistics of finished runs over the batches. An interrupted calibration that is
+            given the same folder resumes after the last finished run.
+        offload: fit one FFN at a time, so that statistics and fits of only one are in memory. Every run over the
+            batches is then made once for each FFN, and ``Config.allocation`` is ``"per_site"``.
+        unknown: refused; fields of the config belong in ``Config(...)``.
 
     Raises:
-        ConfigError: the config names no registered rewrite, rewrites that do not compose, or sites that there are not;
-            with ``offload``, one that decides about all FFNs together; an argument is unknown.
-        CalibrationError: the model is none, on the meta device or in training mode, or fails; there are no batches, or
-            one is nothing that the model takes; an input or a weight is NaN, there is no FFN, or the budget is smaller
-            than the folded weights; a rewrite fails, or the error of none can be measured on these tokens; ranks differ
-            in what they are given or in what they compute, or one died.
-        CheckpointError: the checkpoint is damaged, of another calibration, or cannot be written.
+        ConfigError: the config names an unregistered rewrite, rewrites that cannot be composed, or sites that do not
+            exist; with ``offload``, a rewrite that compares all FFNs; an argument is unknown.
+        CalibrationError: the model is not a module, on the meta device or in training mode, or fails; there are no
+            batches, or the model does not take one; an input or a weight is NaN, there is no FFN, or the budget is
+            smaller than the folded weights; a rewrite fails, or these tokens do not suffice to measure any error; ranks
+            have different inputs or results, or one died.
+        CheckpointError: the checkpoint is damaged, belongs to another calibration, or cannot be written.
     """
     if unknown:
         raise ConfigError(_misplaced(unknown))
@@ -90,7 +90,7 @@ def _calibrated(
     *,
     offload: bool,
 ) -> Plan:
-    """The plan, by all ranks."""
+    """Calibrates on all ranks, and returns the common plan."""
     given, owner = checked(model, batches), ""
     if ranks.count > 1 or checkpoint is not None:
         owner = digest(dict(model.state_dict()), given, asdict(replace(config, progress=False)), offload)
@@ -111,7 +111,7 @@ def _calibrated(
 
 
 def _misplaced(unknown: dict[str, Any]) -> str:
-    """What is wrong with arguments that there are not."""
+    """Error message for unknown arguments."""
     if moved := {name: value for name, value in unknown.items() if name in MOVED}:
         return f"{', '.join(moved)}: give calibrate config=Config(options={moved!r})"
     if own := [f"{name}={value!r}" for name, value in unknown.items() if name in {f.name for f in fields(Config)}]:
@@ -120,10 +120,10 @@ def _misplaced(unknown: dict[str, Any]) -> str:
 
 
 def _by_site(config: Config) -> Config:
-    """The config with bytes for every FFN, which is then fitted without the others.
+    """The config with a separate budget for every FFN, so that each is fitted without the others.
 
     Raises:
-        ConfigError: it asks for a decision about all of them.
+        ConfigError: the config needs all FFNs at once.
     """
     if config.sequential or config.target_error is not None:
         what = "sequential" if config.sequential else "target_error"

@@ -1,4 +1,4 @@
-"""``tardis_fx.explain``: what a plan does to every FFN of a model, and why not."""
+"""``tardis_fx.explain``: reports how a plan rewrites every FFN of a model, or why not."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class SiteReport:
-    """One FFN.
+    """Report on one FFN of a model.
 
     Attributes:
         name: module path.
         kind: plain or gated.
-        activation: name in the registry, or None when it is not recognised.
+        activation: name in the registry, or None if it is not recognised.
         status: ``"rewritten"``, ``"refused"``, or, in a model compiled without a plan, ``"profiling"``.
-        reason: why it is refused, or where its profile stands; empty otherwise.
-        method: the rewrite; empty for a refused site.
+        reason: why it is refused, or the progress of its profile; empty otherwise.
+        method: name of the rewrite; empty for a refused site.
         stored_bytes: weight bytes kept.
-        touched_bytes: weight bytes read per decoded token, expected corrections included.
+        touched_bytes: weight bytes read per decoded token, including expected corrections.
         dense_bytes: weight bytes of the original.
         outlier_rate: share of (token, neuron) pairs corrected on the calibration text.
         error: relative root-mean-square error of the output on held-back calibration tokens.
@@ -60,11 +60,11 @@ class SiteReport:
 
 @dataclass(frozen=True)
 class Report:
-    """Every FFN of a model.
+    """Report on every FFN of a model.
 
     Attributes:
         sites: in the order in which they run.
-        missing: names of sites that the plan knows and the model does not have.
+        missing: names of sites that are in the plan but not in the model.
     """
 
     sites: tuple[SiteReport, ...]
@@ -72,11 +72,11 @@ class Report:
 
     @classmethod
     def from_plan(cls, plan: Plan) -> Report:
-        """What a plan says of its own sites, no model at hand."""
+        """Reports on the sites of a plan without a model."""
         return cls(tuple(_planned(site) for site in plan.sites))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain lists, strings and numbers."""
+        """The report as plain lists, strings and numbers."""
         return asdict(self)
 
     def __str__(self) -> str:
@@ -119,12 +119,12 @@ def explain(model: nn.Module, plan: Plan | str | os.PathLike[str] | None, exampl
 
     Args:
         model: the model, compiled or not.
-        plan: a plan, the path of its file, or None for what has become of a model that was compiled without a plan.
+        plan: a plan, the path of its file, or None for a model that was compiled without a plan.
         example: a tensor, the model's first argument, or a dict of keyword arguments.
 
     Raises:
         PlanFileError: the plan's file cannot be read.
-        CalibrationError: the example is neither tensor nor dict.
+        CalibrationError: the example is neither a tensor nor a dict.
     """
     loaded = live.fitted() if plan is None else resolve(plan)
     model = getattr(model, "_orig_mod", model)
@@ -141,7 +141,7 @@ def explain(model: nn.Module, plan: Plan | str | os.PathLike[str] | None, exampl
             dense = sum(v.numel() * v.element_size() for v in own)
             if isinstance(entry, SitePlan) and not outcome.reason:
                 report = _planned(entry)
-                if not all(v.is_contiguous() for v in own):  # `release` may have been here
+                if not all(v.is_contiguous() for v in own):  # may be released
                     report = replace(report, stored_bytes=min(report.stored_bytes, _stored(site, entry, own)))
             else:
                 report = _refused(site.name, site.kind, site.activation, outcome.reason, dense)
@@ -157,7 +157,7 @@ def explain(model: nn.Module, plan: Plan | str | os.PathLike[str] | None, exampl
 
 
 def _stored(site: Site, entry: SitePlan, weights: Sequence[Tensor]) -> int:
-    """Bytes of the weights that are there, and of the constants that are none of them, shared ones in full."""
+    """Bytes of the weights that are not released, and of constants that do not share their memory."""
     constants = rewrite_named(entry.method).constants(entry, SiteWeights.from_site(site, weights)).values()
     own = {v.untyped_storage().data_ptr() for v in weights}
     kept = sum(v.nbytes for v in weights if not is_released(v))

@@ -1,4 +1,4 @@
-"""``tardis_fx.finetune``: a plan of dense layers and a task's batches in, the same plan with trained weights out."""
+"""``tardis_fx.finetune``: trains the weights of a plan of dense layers on the batches of a task."""
 
 from __future__ import annotations
 
@@ -49,37 +49,37 @@ def finetune(
     learning_rate: float = 1e-3,
     progress: bool = True,
 ) -> Plan:
-    """Trains the weights of the rewritten FFNs on a task, and nothing else of the model (FFSplit, arXiv 2401.04044).
+    """Trains only the weights of the rewritten FFNs on a task (FFSplit, arXiv 2401.04044).
 
-    Adam, its rate falling linearly to zero. The last eighth of the batches, one at the least, is never trained on:
-    it is evaluated before training and after each epoch, the best of these is returned, and the sites' errors are
-    measured there, against the original FFNs on the original model's inputs.
+    The optimiser is Adam with a rate that falls linearly to zero. The last eighth of the batches, at least one, is held
+    back: the plan is evaluated there before training and after each epoch, and the best one is returned. The sites'
+    errors are measured there, too, against the original FFNs on the original model's inputs.
 
-    The gradient mode of the caller does not matter: ``torch.no_grad()`` and ``torch.inference_mode()`` around the call
-    are set aside and restored.
+    The gradient mode of the caller does not matter: ``torch.no_grad()`` and ``torch.inference_mode()`` are suspended
+    during the call.
 
-    Memory beyond the model's: the rewritten sites' weights four times in float32, and what backpropagation keeps of a
-    batch.
+    Memory beyond the model: four float32 copies of the rewritten sites' weights, and the activations of a batch for
+    backpropagation.
 
     Args:
-        model: the dense model that the plan was made for, in eval mode; it is left as it was.
+        model: the dense model that the plan was made for, in eval mode; it is not changed.
         plan: of rewrites whose constants are dense weights (``ffsplit``, ``low_rank``, ``hot_fold``, ...), or the path
-            of its file; it is left as it was. One that was fine-tuned is trained on from where it is.
-        batches: as :func:`tardis_fx.calibrate` takes them, two or more, with labels where the loss needs them.
-        loss: of the model's output and the batch, a scalar with gradients where they are enabled; None takes
-            ``output.loss``, as models of ``transformers`` return where labels are among their arguments.
+            of its file; it is not changed. Training of a fine-tuned plan continues from its weights.
+        batches: as in :func:`tardis_fx.calibrate`, two or more, with labels if the loss needs them.
+        loss: of the model's output and the batch, a scalar with gradients if they are enabled; None takes
+            ``output.loss``, which models of ``transformers`` return if labels are among their arguments.
         epochs: passes over the batches.
-        learning_rate: the first.
+        learning_rate: its initial value.
         progress: show a progress bar.
 
     Returns:
-        A plan whose sites are of ``...+finetuned``, but for those that none of the batches trained on or none of those
-        held back reach, which a warning names; the plan given where no epoch made anything better.
+        A plan with ``...+finetuned`` at each site, except those that no training batch or no held-back batch reaches,
+        which a warning names; the original plan if no epoch improved it.
 
     Raises:
-        ConfigError: an argument is out of its range, or a site's rewrite cannot be fine-tuned.
-        CalibrationError: the model is in training mode or was made under ``torch.inference_mode()``, fewer than two
-            batches, or a loss that is no finite scalar or has no gradient.
+        ConfigError: an argument is out of range, or a site's rewrite cannot be fine-tuned.
+        CalibrationError: the model is in training mode or was made under ``torch.inference_mode()``, there are fewer
+            than two batches, or the loss is not a finite scalar or has no gradient.
         PlanMismatchError: the plan does not fit the model.
     """
     plan = resolve(plan)
@@ -122,7 +122,7 @@ def finetune(
 
 
 class _Split:
-    """The model with its planned sites trainable."""
+    """The model with trainable planned sites."""
 
     def __init__(
         self,
@@ -147,18 +147,18 @@ class _Split:
         left = pipeline.check(self._outcomes, plan, strict=False)
         for name, reason in dict.fromkeys((o.site.name or "an FFN", o.reason) for o in left):
             _log.warning("%s is not fine-tuned: %s", name, reason)
-        # An observation knows the sites of its first batch until it has run the others
+        # An observation only knows the sites of its first batch until it has run the others.
         self._observation.answer(Run("sites of the batches held back", lambda site: Check(site, nn.Identity()), []))
         self._chosen = [site for site in self._observation.sites if site.fingerprint in trained_on]
         self._choose({site.fingerprint for site in self._chosen})
 
     def _find(self, batches: Sequence[Batch], *, progress: bool) -> None:
-        """Runs batches: any of them may be the first to reach a site."""
+        """Runs all batches, because any of them may be the first to reach a site."""
         for batch in tqdm(batches, desc="sites", unit="batch", disable=not progress, leave=False):
             self._capture(batch)
 
     def _choose(self, chosen: set[str]) -> None:
-        """Leaves all sites but these untrained."""
+        """Restricts training to the chosen sites."""
         left = [site.name or "an FFN" for site in self._known if site.fingerprint not in chosen]
         why = "no batch that is trained on, or none that is held back, reaches them"
         if not chosen:
@@ -169,7 +169,7 @@ class _Split:
             module.requires_grad_(identity in chosen)
 
     def loss(self, batch: Batch, *, gradients: bool = False) -> Tensor:
-        """Of one batch, with gradients or without."""
+        """Loss of one batch, with or without gradients."""
         with torch.set_grad_enabled(gradients):
             found = self._loss(self._capture(batch, gradients=gradients), batch)
         if not isinstance(found, Tensor) or found.numel() != 1 or not math.isfinite(float(found.detach())):
@@ -184,11 +184,11 @@ class _Split:
         return found
 
     def evaluate(self, batches: Sequence[Batch]) -> float:
-        """The mean loss."""
+        """Mean loss over batches, without gradients."""
         return sum(float(self.loss(batch)) for batch in batches) / len(batches)
 
     def trained(self) -> Plan:
-        """The plan with the weights as they are now, and their errors on the batches held back."""
+        """The plan with the current weights, and their errors on the held-back batches."""
         modules = dict(self.sites.items())
         with torch.no_grad():
             run = Run("errors after fine-tuning", lambda s: Check(s, modules[s.fingerprint]), self._chosen)

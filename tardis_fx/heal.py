@@ -1,4 +1,4 @@
-"""``tardis_fx.heal``: a plan and some text in, the same plan with better small tensors out."""
+"""``tardis_fx.heal``: improves the small tensors of a plan by distillation on text."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("tardis_fx")
 
-#: Share of the batches, the last ones, that are the tuning split.
+#: Share of the batches, the last ones, that form the tuning split.
 TUNING = 1 / 8
 
 
@@ -45,42 +45,42 @@ def heal(
 ) -> Plan:
     """Distils the dense model into the small tensors of a plan: C, B, surrogates, bounds of hot ranges.
 
-    The last eighth of the batches, one at the least, is never trained on. Every 20 steps the plan is evaluated there;
-    the best one is returned, and training ends after five evaluations without a better one. No more bytes are read than
-    before: where training made corrections more frequent on the tuning split, all hot ranges are widened alike until
-    they are as frequent as the unhealed plan's.
+    The last eighth of the batches, at least one, is held back. Every 20 steps the plan is evaluated there; the best one
+    is returned, and training ends after five evaluations without improvement. The healed plan reads no more bytes: if
+    training made corrections more frequent on the tuning split, all hot ranges are widened equally until corrections
+    are as frequent as in the unhealed plan.
 
-    The loss is the Kullback-Leibler divergence from the dense model's ``logits``, over all positions; of a model whose
-    output has none, the mean squared error of its first tensor. The optimiser is Adam, its rate rising for 20 steps and
-    then falling to zero as a cosine.
+    The loss is the Kullback-Leibler divergence from the dense model's ``logits`` over all positions; for a model
+    without logits, the mean squared error of its first output tensor. The optimiser is Adam with a rate that rises for
+    20 steps and then falls to zero as a cosine.
 
-    Time: a step runs the dense model, and the rewritten one forward and backward, on one batch; 500 to 4,000 tokens of
-    it are about right. Memory beyond the model's: the matrices of the listed neurons and the predictors
-    in float32, and what backpropagation through the model keeps of a batch.
+    Time: a step runs the dense model, and the rewritten one forward and backward, on one batch; 500 to 4,000 tokens per
+    batch work well. Memory beyond the model: the matrices of the listed neurons and the predictors in float32, and the
+    activations of a batch for backpropagation.
 
-    The gradient mode of the caller does not matter: ``torch.no_grad()`` and ``torch.inference_mode()`` around the call
-    are set aside and restored.
+    The gradient mode of the caller does not matter: ``torch.no_grad()`` and ``torch.inference_mode()`` are suspended
+    during the call.
 
     Args:
-        model: the dense model that the plan was made for, in eval mode; it is left as it was.
-        plan: of ``partial_linear`` or ``paper``, or the path of its file; it is left as it was.
-        batches: as :func:`tardis_fx.calibrate` takes them, two or more; those of calibration will do.
-        steps: at the most.
+        model: the dense model that the plan was made for, in eval mode; it is not changed.
+        plan: of ``partial_linear`` or ``paper``, or the path of its file; it is not changed.
+        batches: as in :func:`tardis_fx.calibrate`, two or more; the calibration batches can be used.
+        steps: maximum number.
         learning_rate: of Adam, in units of each tensor's root mean square; of bounds, in tenths of the hot
             range's width.
-        checkpoint: a file that holds the state as of the last evaluation, and is gone on from where it exists.
+        checkpoint: a file for the state after each evaluation; healing resumes from it if it exists.
         progress: show a progress bar.
 
     Returns:
-        A plan of the same sites and settings; the one given where training makes nothing better.
+        A plan with the same sites and settings; the original plan if training does not improve it.
 
     Raises:
-        ConfigError: an argument is out of its range, or a site is of a rewrite that cannot be healed.
-        CalibrationError: the model is in training mode or was made under ``torch.inference_mode()``, fewer than two
-            batches, a batch that does not run every site, a loss that is NaN or infinite, or a model whose output holds
-            no tensor.
+        ConfigError: an argument is out of range, or a site's rewrite cannot be healed.
+        CalibrationError: the model is in training mode or was made under ``torch.inference_mode()``, there are fewer
+            than two batches, a batch does not run every site, the loss is NaN or infinite, or the model's output has no
+            tensor.
         PlanMismatchError: the plan does not fit the model.
-        CheckpointError: the checkpoint is damaged, or of another plan, other batches or other settings.
+        CheckpointError: the checkpoint is damaged, or belongs to another plan, other batches or other settings.
     """
     plan = resolve(plan)
     if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:

@@ -1,4 +1,4 @@
-"""The engine behind ``calibrate`` and live calibration: chooses each site's rewrite, fits and checks it."""
+"""The engine of ``calibrate`` and live calibration: chooses each site's rewrite, fits and checks it."""
 
 from __future__ import annotations
 
@@ -32,24 +32,24 @@ FEW_TOKENS = 2048
 
 
 def plan_for(observation: RepeatableObservation, config: Config, *, offload: bool = False) -> Plan:
-    """Plans from an observation; several plans of one observation share what does not depend on the config.
+    """Makes a plan from an observation; plans of one observation share results that do not depend on the config.
 
-    Args and errors are those of :func:`fit_plan`.
+    Arguments and errors are those of :func:`fit_plan`.
     """
     return drive(observation, fit_plan(observation, config, offload=offload))
 
 
 def fit_plan(observation: Observation, config: Config, *, offload: bool = False) -> Fit[Plan]:
-    """The fits of all sites, which give a plan.
+    """Fits all sites and returns a plan.
 
     Args:
         observation: of the sites.
-        config: what to aim at.
-        offload: fit the sites one after the other, each as if it were the only one, and keep no statistics.
+        config: how to fit.
+        offload: fit the sites one at a time, each as if it were the only one, and keep no statistics.
 
     Raises:
         ConfigError: as :func:`calibrate`.
-        CalibrationError: as :func:`calibrate`. An error of a rewrite's own is its cause.
+        CalibrationError: as :func:`calibrate`. An error of a rewrite is its cause.
     """
     sites = tuple(observation.sites)
     methods = {s.fingerprint: _method_of(s.site.name, config) for s in sites}
@@ -78,7 +78,7 @@ def fit_plan(observation: Observation, config: Config, *, offload: bool = False)
         plans = yield from changed(fit, forgotten) if offload else fit
         planned |= {plan.fingerprint: plan for plan in plans}
         if offload:
-            gc.collect()  # drafts refer to themselves by what they cache
+            gc.collect()  # cached values of drafts contain reference cycles
     for site in observation.sites[len(sites) :]:
         _log.warning("%s is not planned: the first batch does not reach it", site.site.name)
     entries = [planned.get(s.fingerprint) or refused(s, reasons[s.fingerprint] or "") for s in sites]
@@ -86,16 +86,16 @@ def fit_plan(observation: Observation, config: Config, *, offload: bool = False)
 
 
 def _fitted(observation: Observation, sites: Sequence[ObservedSite], method: str, config: Config) -> Fit[list[Planned]]:
-    """Fits a rewrite to some sites; where its error could not be measured, a site stays as it is.
+    """Fits a rewrite to some sites; a site whose error cannot be measured is not rewritten.
 
     Raises:
-        CalibrationError: it could not be measured at any of them.
+        CalibrationError: the error cannot be measured at any site.
         RewriteError: the rewrite fails.
     """
     try:
         plans = yield from steps(rewrite_named(method).fit(sites, config))
     except RewriteError as error:
-        if error.__cause__ is None:  # another rank's
+        if error.__cause__ is None:  # from another rank
             raise
         raise RewriteError(f"{error} ({_amount(observation, sites)})") from error.__cause__
     _warn_of_few(observation, sites)
@@ -109,7 +109,7 @@ def _fitted(observation: Observation, sites: Sequence[ObservedSite], method: str
 
 
 def _fault(plan: Planned, observation: Observation, site: ObservedSite) -> str | None:
-    """Why the error that a plan states is none, or None."""
+    """Why the error of a plan is not valid, or None."""
     if isinstance(plan, KeptSite):
         return None
     if not math.isfinite(plan.error):
@@ -122,7 +122,7 @@ def _fault(plan: Planned, observation: Observation, site: ObservedSite) -> str |
 
 
 def _amount(observation: Observation, sites: Sequence[ObservedSite]) -> str:
-    """Tokens, their greatest possible rank, and the number of inputs, of the site that saw least."""
+    """Describes the tokens, their maximum rank, and the inputs of the site with the fewest tokens."""
     columns = max(site.weights.up.shape[1] for site in sites)
     counts = [seen.tokens for site in sites if (seen := observation.seen(site)) is not None]
     if not counts:
@@ -131,7 +131,7 @@ def _amount(observation: Observation, sites: Sequence[ObservedSite]) -> str:
 
 
 def _warn_of_few(observation: Observation, sites: Sequence[ObservedSite]) -> None:
-    """Warns once for an observation where the tokens are few."""
+    """Warns once per observation if there are few tokens."""
     counts = [seen.tokens for site in sites if (seen := observation.seen(site)) is not None]
     wanted = max(FEW_TOKENS, *(max(site.weights.up.shape) for site in sites))
     if counts and max(counts) < wanted and not observation.warned:
@@ -145,7 +145,7 @@ def _warn_of_few(observation: Observation, sites: Sequence[ObservedSite]) -> Non
 
 
 def _stored_once(entries: Sequence[Planned]) -> Iterator[Planned]:
-    """The entries, with tensors that several of them hold counted as stored at the first of these."""
+    """The entries, with shared tensors counted as stored only at the first entry that holds them."""
     counted: set[int] = set()
     for entry in entries:
         if isinstance(entry, KeptSite):
@@ -157,7 +157,7 @@ def _stored_once(entries: Sequence[Planned]) -> Iterator[Planned]:
 
 
 def _method_of(name: str, config: Config) -> str | None:
-    """What is to become of the site of this name."""
+    """The method for the site of this name, or None to leave it unchanged."""
     return next((method for pattern, method in config.methods if fnmatchcase(name, pattern)), None)
 
 

@@ -1,4 +1,4 @@
-"""``tardis_fx.release``: the memory of weights that a rewritten model does not read."""
+"""``tardis_fx.release``: frees the memory of weights that a rewritten model does not read."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("tardis_fx")
 
-#: Bytes from which on it is worth a warning that the process keeps them.
+#: Number of bytes kept by the process that is worth a warning.
 _NOTABLE = 2**26
 
 
@@ -47,34 +47,34 @@ def release(
     *,
     folder: str | os.PathLike[str] | None = None,
 ) -> int:
-    """Frees the memory of FFN matrices whose place a plan's tensors have taken; to be called before compiling.
+    """Frees the memory of FFN matrices that a plan's tensors replace; to be called before compiling.
 
-    Without a folder the matrices are gone: each becomes one NaN in its old shape. ``state_dict()``, and with it
-    ``save_pretrained`` and whatever else writes a checkpoint, pickling, copying and an uncompiled call of the model
-    then raise :class:`tardis_fx.errors.ReleasedWeightError`; ``load_state_dict()`` gives the matrices values again.
-    Only code that reads a weight's numbers itself, such as ``weight.detach().numpy()``, gets the NaN.
-    Only matrices that nothing but their FFN reads go, where the rewrite makes its tensors of the plan alone: rows of
-    ``row_bits`` below 16. The model must then be compiled with ``prefill="rewritten"``; it is recognised as before.
-    Where corrections read the original weights the matrices stay, and W2, of which the rewrite would make a transposed
-    copy, becomes a view of that copy, with the values and the shape that it had.
+    Without a folder the matrices are discarded: each becomes one NaN expanded to its shape. ``state_dict()``, and so
+    ``save_pretrained`` and other ways to write a checkpoint, pickling, copying and an uncompiled call of the model then
+    raise :class:`tardis_fx.errors.ReleasedWeightError`; ``load_state_dict()`` restores values. Only code that reads a
+    weight directly, such as ``weight.detach().numpy()``, sees the NaN.
+    A matrix is discarded only if nothing but its FFN reads it, and the rewrite makes its tensors from the plan alone:
+    ``row_bits`` is below 16. The model must then be compiled with ``prefill="rewritten"``; it is recognised as before.
+    If corrections read the original weights, the matrices stay; W2 becomes a view of the transposed copy that the
+    rewrite needs, with the same values and shape.
 
-    With a folder each matrix is written to a file there and mapped from it: pages that nothing reads leave the memory
-    when it is short, and prefill with the original weights stays possible. On a CPU only. Files are named by a hash of
-    their content; one that is there already is used where its content is the matrix, and else written anew. Do not
-    shorten or delete them while the model lives: the operating system kills a process that reads a page that is gone.
+    With a folder each matrix is written to a file there and mapped from it: unread pages leave the memory when it is
+    short, and prefill with the original weights remains possible. This works on a CPU only. Files are named by a hash
+    of their content; an existing file is reused if its content is the matrix, and otherwise rewritten. Do not truncate
+    or delete the files while the model lives: the operating system kills a process that reads a missing page.
 
-    What the process gave back is measured and logged beside what was freed. Matrices that were mapped from a file
-    already, as some loaders leave them, are not counted: their pages were the system's to take back all along, which a
-    warning says.
+    The memory that the process returned is measured and logged together with the freed bytes. Matrices that were
+    already mapped from a file, as some loaders do, are not counted, because the system could reclaim their pages
+    anyway; a warning says so.
 
     Args:
-        model: in eval mode, not compiled yet; changed in place.
-        plan: made for it, or the path of its file.
+        model: in eval mode, not yet compiled; changed in place.
+        plan: made for the model, or the path of its file.
         example: a tensor, the model's first argument, or a dict of keyword arguments.
-        folder: where the weights are kept, or None.
+        folder: for the files of the weights, or None.
 
     Returns:
-        Bytes freed, or not taken when the model is compiled.
+        Bytes freed, or saved when the model is compiled.
 
     Raises:
         ConfigError: a folder for a model that is not on a CPU.
@@ -116,7 +116,7 @@ def release(
 
 
 class _Planned(NamedTuple):
-    """A site that the plan rewrites, with its weights as the model holds them."""
+    """A site that the plan rewrites, with the model's weights."""
 
     site: Site
     entry: SitePlan
@@ -124,7 +124,7 @@ class _Planned(NamedTuple):
 
 
 def _find(model: nn.Module, plan: Plan, example: Batch) -> tuple[list[_Planned], set[int]]:
-    """The planned sites of a model, and the storages that something else, or more than one of them, reads or holds."""
+    """The planned sites of a model, and the storages that anything besides a single site reads or holds."""
     found: dict[tuple[Any, ...], _Planned] = {}
     holders = Counter(
         _storage(p)
@@ -156,7 +156,7 @@ def _find(model: nn.Module, plan: Plan, example: Batch) -> tuple[list[_Planned],
 
 
 def _tell(freed: int, shared: int, mapped: Counter[str], before: int | None, after: int | None) -> None:
-    """Logs what was freed beside what the process gave back."""
+    """Logs the bytes freed and the bytes that the process returned."""
     measured = None if before is None or after is None else before - after
     told = "unknown on this system" if measured is None else f"{measured:,} bytes"
     _log.info(
@@ -183,13 +183,13 @@ def _tell(freed: int, shared: int, mapped: Counter[str], before: int | None, aft
 
 
 def _storage(tensor: Tensor) -> int:
-    """What two tensors of the same memory have in common; a tensor subclass has no memory of its own."""
+    """Key of a tensor's memory; a unique negative number for a tensor subclass, which has no memory of its own."""
     plain = type(tensor) in (Tensor, nn.Parameter)
     return tensor.untyped_storage().data_ptr() if plain else -id(tensor)
 
 
 def _stands_alone(site: Site, entry: SitePlan, weights: Sequence[Tensor], matrices: Sequence[Tensor]) -> bool:
-    """Whether a rewrite makes the same constants without these matrices."""
+    """Whether a rewrite makes the same constants without the values of these matrices."""
     rewrite, gone = rewrite_named(entry.method), {id(matrix) for matrix in matrices}
     without = [_nothing(w) if id(w) in gone else w for w in weights]
     made = [rewrite.constants(entry, SiteWeights.from_site(site, each)) for each in (weights, without)]
@@ -197,7 +197,7 @@ def _stands_alone(site: Site, entry: SitePlan, weights: Sequence[Tensor], matric
 
 
 def _share(site: Site, entry: SitePlan, weights: Sequence[Tensor], matrices: Sequence[Tensor]) -> int:
-    """Makes matrices views of the transposed copies that a rewrite makes of them; the bytes of the copies."""
+    """Makes matrices views of the transposed copies that a rewrite needs, and returns the bytes of the copies."""
     copies = rewrite_named(entry.method).constants(entry, SiteWeights.from_site(site, weights)).values()
     shared = 0
     for matrix in matrices:
@@ -213,7 +213,7 @@ def _nothing(matrix: Tensor) -> Tensor:
 
 
 def _mapped(matrix: Tensor, folder: Path) -> Tensor:
-    """The matrix from a file that is mapped into memory, privately; the file is shared by all that have its content."""
+    """The matrix, mapped privately from a file; matrices of equal content share the file."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{digest(matrix)}.bin"
     content = matrix.detach().contiguous().view(torch.uint8).flatten()
@@ -224,13 +224,13 @@ def _mapped(matrix: Tensor, folder: Path) -> Tensor:
                 content.numpy().tofile(file)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(written, path)  # whoever has mapped an older file of this name keeps that
+            os.replace(written, path)  # processes that have mapped an older file of this name keep it
     mapped = torch.from_file(str(path), shared=False, size=matrix.numel(), dtype=matrix.dtype)
     return mapped.view(matrix.shape)
 
 
 def _holds(path: Path, content: Tensor) -> bool:
-    """Whether a file is there and holds these bytes, and no more."""
+    """Whether a file exists and holds exactly these bytes."""
     if not path.is_file() or path.stat().st_size != content.nbytes:
         return False
     return torch.equal(torch.from_file(str(path), shared=False, size=content.nbytes, dtype=torch.uint8), content)

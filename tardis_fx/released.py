@@ -1,4 +1,4 @@
-"""Modules whose weights :func:`tardis_fx.release` freed: to save, copy or run them as they are is an error."""
+"""Guards modules whose weights :func:`tardis_fx.release` freed: saving, copying or running them is an error."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 
 def guard(model: nn.Module, released: Iterable[Tensor]) -> None:
-    """Guards the modules that hold released weights, until these have values again.
+    """Guards the modules that hold released weights until the weights have values again.
 
     Args:
-        model: that holds them.
+        model: that holds the weights.
         released: the weights.
     """
     wanted = set(map(id, released))
@@ -38,13 +38,13 @@ def guard(model: nn.Module, released: Iterable[Tensor]) -> None:
 
 
 class ReleasedGuard:
-    """The hook before ``state_dict()`` of a module whose weights were released.
+    """Hook before ``state_dict()`` of a module whose weights were released.
 
-    It is part of the module and of the weights, so that pickling or deep-copying any of them asks it, too.
+    It is attached to the module and to the weights, so that pickling or deep-copying them also calls it.
     """
 
     def __init__(self, path: str) -> None:
-        """Watches nothing yet.
+        """Makes a guard without any weights.
 
         Args:
             path: of the module in the model.
@@ -54,30 +54,30 @@ class ReleasedGuard:
         self._module: weakref.ref[nn.Module] | None = None
 
     def watch(self, module: nn.Module, weights: Mapping[str, Tensor]) -> None:
-        """Adds weights that were released.
+        """Adds released weights.
 
         Args:
-            module: that holds them.
+            module: that holds the weights.
             weights: by their names in the module.
         """
         self._module = weakref.ref(module)
         self._names |= weights.keys()
         for weight in weights.values():
-            weight._tardis_released = self  # type: ignore[attr-defined]  # is pickled with it
+            weight._tardis_released = self  # type: ignore[attr-defined]  # pickled with the weight
 
     def __call__(self, module: nn.Module, prefix: str = "", keep_vars: bool = False) -> None:
-        """Before ``module.state_dict()``.
+        """Refuses ``module.state_dict()`` while weights are released.
 
         Raises:
-            ReleasedWeightError: a weight is still gone.
+            ReleasedWeightError: a weight is still released.
         """
         self.refuse(_tensors(module), "state_dict() or a checkpoint of the model")
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Before the module or a weight is pickled or deep-copied.
+        """Refuses to pickle or deep-copy the module or a weight.
 
         Raises:
-            ReleasedWeightError: a weight is still gone.
+            ReleasedWeightError: a weight is still released.
         """
         module = None if self._module is None else self._module()
         if module is not None:
@@ -85,13 +85,13 @@ class ReleasedGuard:
         return ReleasedGuard, (self._path,)
 
     def load(self, module: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
-        """Before ``module.load_state_dict()``: gives weights room for the values that are to be copied to them."""
+        """Allocates memory for the values that ``module.load_state_dict()`` will copy to the weights."""
         for name, weight in _tensors(module).items():
             if prefix + name in state_dict and is_released(weight):
                 weight.data = torch.full_like(weight, torch.nan, memory_format=torch.contiguous_format)
 
     def refuse(self, weights: Mapping[str, Tensor], what: str) -> None:
-        """Nothing, or an error where a weight is still gone.
+        """Raises an error if a weight is still released.
 
         Raises:
             ReleasedWeightError: names the weights and says what would hold NaN.
@@ -106,7 +106,7 @@ class ReleasedGuard:
 
 
 def refuse_eager(module: nn.Module, args: Any) -> None:
-    """The hook before ``module.forward()``. Dynamo traces nothing of it.
+    """Hook before ``module.forward()``, which Dynamo does not trace.
 
     Raises:
         ReleasedWeightError: the module is about to run eagerly.
@@ -125,5 +125,5 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _is_nan(weight: Tensor) -> bool:
-    """Whether a weight has no values; a cast or a move to a device writes the one NaN out."""
+    """Whether a weight has no values; a cast or a move to a device expands the NaN."""
     return not weight.is_meta and weight.numel() > 0 and bool(weight[(0,) * weight.dim()].isnan())

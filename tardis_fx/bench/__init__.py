@@ -1,1 +1,1 @@
-"""``tardis bench``: decoding, and what a user would run instead, timed in one process, with the bytes that bound it."""
+"""``tardis bench``: times decoding and its alternatives in one process, with the bytes that bound it."""

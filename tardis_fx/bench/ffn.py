@@ -1,4 +1,4 @@
-"""One FFN of random weights: rewritten, and compiled by Inductor as it is, with weights read from memory."""
+"""Times one FFN with random weights, rewritten and compiled by Inductor, with weights read from memory."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ if TYPE_CHECKING:
 
     from tardis_fx.plan import Plan, SitePlan
 
-#: How many times the last-level cache a pass over all copies reads.
+#: Bytes that a pass over all copies reads, as a multiple of the last-level cache.
 COLD = 4
-#: Least seconds of a round of the dense FFN.
+#: Minimum seconds of a round of the dense FFN.
 ROUND = 0.1
-#: Tokens on which thresholds are set.
+#: Number of tokens for setting thresholds.
 SAMPLES = 1024
 
 
 class _Copies(nn.Module):
-    """FFNs of one shape, each with weights and inputs of its own."""
+    """FFNs of one shape with separate weights and inputs."""
 
     def __init__(self, count: int, d: int, dtype: torch.dtype) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class _Copies(nn.Module):
         self.to(dtype).eval().requires_grad_(False)
 
     def forward(self, xs: Tensor) -> list[Tensor]:
-        """Every FFN on its own input, xs [copies, tokens, d]."""
+        """Applies every FFN to its own input, xs [copies, tokens, d]."""
         return [ffn(x) for ffn, x in zip(self.ffns, xs, strict=True)]
 
 
@@ -75,7 +75,7 @@ def bench_ffn(
 ) -> list[Timing]:
     """Times one FFN of d inputs and 4 d neurons with GELU.
 
-    One graph is compiled for each contender, and called with one copy's weights after the other's.
+    One graph is compiled for each contender, and called with the weights of each copy in turn.
 
     Args:
         d: inputs and outputs.
@@ -83,9 +83,9 @@ def bench_ffn(
         tokens: of a step, one case each; above 8, or 16 on a CUDA device, the rewritten model runs the original FFN.
         widths: of the plans, one contender each.
         rate: share of (token, neuron) pairs that are outliers.
-        rounds: timed, after one that is not.
-        copies: of the FFN; as many as leave the last-level cache cold when None.
-        device: "cpu" or "cuda", where all copies make one CUDA graph.
+        rounds: timed rounds, after one warm-up round.
+        copies: of the FFN; None makes enough to keep the last-level cache cold.
+        device: "cpu" or "cuda", where all copies form one CUDA graph.
     """
     torch.manual_seed(0)
     size = dtype.itemsize
@@ -99,7 +99,7 @@ def bench_ffn(
 
 
 def _case(model: _Copies, plans: dict[Widths, Plan], xs: Tensor, rounds: int) -> list[Timing]:
-    torch.compiler.reset()  # or Dynamo would make the number of tokens symbolic
+    torch.compiler.reset()  # otherwise Dynamo would make the number of tokens symbolic
     copies, tokens, d = xs.shape
     calls: dict[str, Callable[..., Tensor]] = {"Inductor": torch.compile(own_code(_call), fullgraph=True)}
     for widths, plan in plans.items():
@@ -133,7 +133,7 @@ def _call(ffn: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 
 def _over_all(call: Callable[..., Tensor], model: _Copies, xs: Tensor) -> Callable[[], object]:
-    """A step of each copy in turn; on a CUDA device as one graph, so that no launch is waited for."""
+    """A function that runs a step of each copy; on a CUDA device as one graph, so that launches take no time."""
     pairs = list(zip(model.ffns, xs, strict=True))
 
     def run() -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""Decoding with a whole model: rewritten, compiled by Inductor, and with torchao's integers, alone and combined."""
+"""Times decoding with a whole model: rewritten, compiled by Inductor, quantised by torchao, and combinations."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ if TYPE_CHECKING:
     from tardis_fx.bench.plans import Widths
     from tardis_fx.runtime.touched import Touched
 
-#: Free memory over that which is asked for: compilers take some, too.
+#: Required free memory as a multiple of the requested memory, because compilers also need some.
 MARGIN = 1.2
-#: Copies of the weights that there are while a graph is frozen: folded, transposed and packed.
+#: Copies of the weights that exist while a graph is frozen: folded, transposed and packed.
 FROZEN = 3
-#: Tokens on which thresholds are set, in sequences as long as what is decoded: an FFN's inputs change with position.
+#: Number of tokens for setting thresholds, in sequences of the decoded length, as inputs depend on the position.
 SAMPLES = 1024
 
 
@@ -51,29 +51,29 @@ def bench_model(
     mode: str | None = None,
     weight_bits: Sequence[int] = (8, 4),
 ) -> tuple[list[Timing], list[str]]:
-    """Times decoding at batch 1, every contender with a static cache of its own.
+    """Times decoding at batch 1; every contender has its own static cache.
 
     Args:
-        shape: of the model, a key of :data:`tardis_fx.bench.shapes.SHAPES`; or the folder of one.
+        shape: of the model, a key of :data:`tardis_fx.bench.shapes.SHAPES`; or the folder of a model.
         dtype: of weights and cache.
         plans: a plan, or widths of some: one contender each, and one more for each of torchao's widths, which
             quantises the projections outside the FFNs.
-        rate: share of (token, neuron) pairs that are outliers, when thresholds are set; not of a plan's own.
-        rounds: timed, after one warm-up round.
+        rate: share of (token, neuron) pairs that are outliers, for setting thresholds; not used with a plan.
+        rounds: timed rounds, after one warm-up round.
         steps: tokens decoded in a round.
         context: length of the cache, all of which attention reads at every step.
-        layers: number of the shape's layers; all when None.
+        layers: number of the shape's layers; None means all.
         device: "cpu" or "cuda".
         mode: of torch.compile, for every contender.
         weight_bits: of torchao's contenders, 8 or 4.
 
     Returns:
-        The timings, and remarks, for instance why there is no row for one of torchao's widths.
+        The timings, and remarks, for example why there is no row for one of torchao's widths.
 
     Raises:
-        ConfigError: no such shape, or an argument is out of its range.
-        BenchError: transformers is not installed, the folder holds no language model, or the memory is not there.
-        PlanMismatchError: the plan is one for another model.
+        ConfigError: there is no such shape, or an argument is out of range.
+        BenchError: transformers is not installed, the folder holds no language model, or there is not enough memory.
+        PlanMismatchError: the plan is for another model.
     """
     if not 2 <= steps <= context:
         raise ConfigError(f"steps must lie between 2 and the context of {context}, not {steps}")
@@ -108,7 +108,7 @@ def bench_model(
 
 
 def _added_bytes(plan: Plan) -> float:
-    """Bytes that a plan adds to the FFNs, as a share of their own."""
+    """Bytes that a plan adds to the FFNs, as a share of their weights."""
     more = sum(site.stored_bytes - site.dense_bytes for site in plan.sites)
     return more / max(1, sum(site.dense_bytes for site in plan.sites))
 
@@ -123,25 +123,25 @@ class _TimedModel:
 
 
 class _FreeMemory:
-    """Free memory, less what contenders take once they are compiled."""
+    """Free memory minus reservations for contenders that are compiled later."""
 
     def __init__(self, device: str) -> None:
         self._device, self._reserved = device, 0.0
 
     def fits(self, size: float) -> bool:
-        """Whether so many bytes are free."""
+        """Whether ``size`` bytes are free, with a margin."""
         return available_memory(self._device) - self._reserved >= MARGIN * size
 
     def reserve(self, size: float) -> None:
-        """Takes so many bytes for a contender that is compiled later."""
+        """Reserves bytes for a contender that is compiled later."""
         self._reserved += size
 
 
 class _ModelContenders:
-    """The timed forms of one model, and remarks on those that are left out."""
+    """The timed forms of one model, and remarks on forms that are omitted."""
 
     def __init__(self, model: Any, plans: Mapping[str, Plan], tokens: Tensor, context: int, mode: str | None) -> None:
-        """Starts with the dense model and every plan; the others are added."""
+        """Starts with the dense model and every plan; other forms are added later."""
         self.remarks: list[str] = []
         self._model, self._tokens, self._context = model, tokens, context
         self._options: dict[str, dict[str, Any]] = {"Inductor": {"mode": mode}}
@@ -157,7 +157,7 @@ class _ModelContenders:
         return _TimedModel(Decoder(model, self._context, **self._options[name]), touched, outliers)
 
     def add_frozen(self, memory: _FreeMemory) -> None:
-        """Adds every form once more, with constants that Inductor packs."""
+        """Adds every form again, with constants that Inductor packs."""
         needed = FROZEN * shapes.weight_bytes(self._model)
         for name, options in self._options.items():
             if not memory.fits(needed):
@@ -171,7 +171,7 @@ class _ModelContenders:
         """Adds torchao's integers for all projections, and for those outside the FFNs of every plan.
 
         Raises:
-            BenchError: there is no torchao, or no memory.
+            BenchError: torchao is not installed, or there is not enough memory.
         """
         if not memory.fits(shapes.weight_bytes(self._model)):
             raise BenchError("its copy of the weights does not fit in memory")
@@ -204,7 +204,7 @@ class _ModelContenders:
 
 @torch.no_grad()
 def _count(model: Any, plan: Plan, tokens: Tensor) -> Touched:
-    """What the steps read, counted over all tokens at once: counting computes every estimate once more."""
+    """Counts the bytes of the steps over all tokens at once, because counting computes every estimate again."""
     options: dict[str, Any] = {"plan": plan, "prefill": "rewritten", "inner": "eager"}
     with count_touched() as touched:
         torch.compile(own_code(call_model), backend="tardis", options=options)(model, tokens[None], use_cache=False)

@@ -1,7 +1,7 @@
-"""Plans for random weights: an outlier rate that is asked for, and no calibration text.
+"""Makes plans for random weights with a requested outlier rate, without calibration text.
 
-For speed, what a plan decides matters only through the bytes that it reads. Every neuron is guarded,
-and its hot range ends at quantiles of what its guard measures, so that the rate asked for falls outside.
+The speed of a plan depends only on the bytes that it reads. Every neuron is guarded, and its hot range ends at
+quantiles of the guard's level, so that the requested rate falls outside.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ GROUP_SIZE = PartialLinear.Options().group_size
 
 
 class Widths(NamedTuple):
-    """Bits of a plan's parts: of the predictor, of the folded weight, of the rows that corrections read.
+    """Bits of a plan's predictor, folded weight, and rows that corrections read.
 
     16 stands for the model's own dtype.
     """
@@ -44,14 +44,14 @@ class Widths(NamedTuple):
     rows: int = 16
 
     def costs(self, d: int, d_out: int, size: int, *, bias: bool, k: int = 1) -> Costs:
-        """Bytes of a site of such a plan; arguments as in :meth:`tardis_fx.partial_linear.costs.Costs.from_sizes`."""
+        """Bytes of a site; arguments as in :meth:`tardis_fx.partial_linear.costs.Costs.from_sizes`."""
         bits = self.predictor, size, self.fold, self.rows
         return Costs.from_sizes(d, d_out, *bits, k=k, group_size=GROUP_SIZE, bias=bias)
 
     def added(self, size: int) -> float:
-        """About the bytes that such a plan adds to an FFN of four times as many neurons as inputs, over the FFN's own.
+        """Approximate bytes that a plan adds, relative to an FFN with four times as many neurons as inputs.
 
-        A gated one of as many weights adds no more.
+        A gated FFN with the same number of weights adds no more.
 
         Args:
             size: bytes of a weight.
@@ -67,19 +67,19 @@ class Widths(NamedTuple):
         return ", ".join(parts)
 
 
-class _Kept:
-    """Keeps a site's inputs."""
+class _Inputs:
+    """Observer that keeps a site's inputs."""
 
     def __init__(self) -> None:
         self._inputs: list[Tensor] = []
 
     def update(self, x: Tensor) -> None:
-        """Keeps tokens, [tokens, d]."""
+        """Stores tokens, [tokens, d]."""
         self._inputs.append(x)
 
     @property
     def x(self) -> Tensor:
-        """All tokens, [tokens, d]."""
+        """All stored tokens, [tokens, d]."""
         return torch.cat(self._inputs)
 
 
@@ -95,23 +95,23 @@ def ffn_weights(model: nn.Module, example: Tensor) -> list[Tensor]:
 
 @torch.no_grad()
 def random_plans(model: nn.Module, batch: Tensor, widths: Sequence[Widths], rate: float) -> dict[Widths, Plan]:
-    """Plans of every FFN of a model, by their widths.
+    """Makes plans of every FFN of a model, by width.
 
     Args:
         model: in eval mode.
-        batch: its first argument; thresholds are set on the inputs that its FFNs then see, 500 tokens or more.
+        batch: its first argument, of 500 tokens or more; thresholds are set on the resulting inputs of the FFNs.
         widths: of the plans.
         rate: share of (token, neuron) pairs that are outliers.
 
     Raises:
-        BenchError: the model has no FFN that partial linearity takes.
+        BenchError: the model has no FFN that partial linearity accepts.
     """
     observation = BatchObservation(model, [batch], progress=False)
     rewrite = PartialLinear()
     sites = [s for s in observation.sites if s.site.reason is None and rewrite.refuse(s.site) is None]
     if not sites:
         raise BenchError("the model has no FFN that partial linearity takes")
-    kept = observation.answer(Run("inputs of the FFNs", lambda _: _Kept(), sites))
+    kept = observation.answer(Run("inputs of the FFNs", lambda _: _Inputs(), sites))
     return {
         w: Plan(
             tuple(_site_plan(site, kept[site.fingerprint].x, w, rate) for site in sites),
@@ -122,7 +122,7 @@ def random_plans(model: nn.Module, batch: Tensor, widths: Sequence[Widths], rate
 
 
 def _site_plan(site: ObservedSite, x: Tensor, widths: Widths, rate: float) -> SitePlan:
-    """The plan of one site: every neuron guarded, the limits at quantiles of the levels, codes rounded to nearest."""
+    """Makes the plan of one site: every neuron guarded, limits at quantiles of the levels, codes rounded to nearest."""
     seen = DraftObserver(site)
     seen.update(x)
     draft = Draft.from_observer(site, seen, Quantisation(widths.predictor, GROUP_SIZE, "nearest"))

@@ -1,4 +1,4 @@
-"""Language models of known shapes and random weights, or from a folder."""
+"""Builds language models of known shapes with random weights, or loads them from a folder."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tardis_fx.measure.machine import available_memory
 if TYPE_CHECKING:
     from torch import nn
 
-#: By name: the transformers config and what differs from its defaults.
+#: Transformers config and changes of its defaults, by name.
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "demo": ("GPT2Config", {}),
     "gpt2": ("GPT2Config", {}),
@@ -38,7 +38,7 @@ def config_of(shape: str | Path, layers: int | None = None) -> Any:
 
     Args:
         shape: a key of :data:`SHAPES`, or the folder of a model.
-        layers: number of the model's layers; all when None.
+        layers: number of the model's layers; None means all.
 
     Raises:
         ConfigError: there is no such shape, or it has fewer layers.
@@ -80,17 +80,17 @@ def _config_in(folder: Path) -> Any:
 
 
 def build(config: Any, dtype: torch.dtype, room: float, device: str = "cpu", folder: Path | None = None) -> nn.Module:
-    """A model of random weights, or of those in a folder, in eval mode, without gradients.
+    """Builds a model with random weights, or those in a folder, in eval mode and without gradients.
 
     Args:
         config: of transformers.
         dtype: of all weights.
         room: peak memory of the comparison, as a multiple of the weights.
         device: that the model is made on.
-        folder: of the weights; random when None.
+        folder: of the weights; None makes random ones.
 
     Raises:
-        BenchError: the memory is not there, or the folder holds no weights of such a model.
+        BenchError: there is not enough memory, or the folder holds no weights of such a model.
     """
     from transformers import AutoModelForCausalLM
 
@@ -119,12 +119,12 @@ def build(config: Any, dtype: torch.dtype, room: float, device: str = "cpu", fol
 
 
 def weight_bytes(model: nn.Module) -> int:
-    """Bytes of all weights, tied ones once."""
+    """Bytes of all weights; tied weights count once."""
     return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
 def step_bytes(model: Any) -> int:
-    """Weight bytes that a decoded token reads: all but the tables of embeddings, of which it reads a row each."""
+    """Weight bytes that a decoded token reads: all except embedding tables, of which it reads only a row."""
     tables = {id(m.weight): m.weight.nbytes for m in model.modules() if isinstance(m, torch.nn.Embedding)}
     tables.pop(id(model.get_output_embeddings().weight), None)  # tied: the head reads it whole
     return weight_bytes(model) - sum(tables.values())

@@ -1,4 +1,4 @@
-"""Timings of contenders in interleaved rounds, with the bytes that bound them, and how they are shown."""
+"""Timings of contenders in interleaved rounds, with the bytes that bound them, and their report."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ class Timing:
     """One contender in one case.
 
     Attributes:
-        case: what all contenders of the case have in common.
+        case: description shared by all contenders of the case.
         name: of the contender.
         seconds: of one step, round by round.
-        base: seconds of the contender that it is compared with, in the same rounds.
+        base: seconds of the contender for comparison, in the same rounds.
         touched: weight and cache bytes that one step reads.
-        outliers: share of (token, neuron) pairs corrected, or None where nothing is corrected.
+        outliers: share of (token, neuron) pairs corrected, or None without corrections.
     """
 
     case: str
@@ -52,7 +52,7 @@ class Timing:
         """All figures, by heading of the CSV file; times in milliseconds.
 
         Args:
-            machine: on which they were measured; its bandwidth gives the floor.
+            machine: of the measurement; its bandwidth determines the floor.
         """
         ratio = Ratio.between(self.base, self.seconds)
         step, floor = statistics.median(self.seconds), self.touched / machine.bandwidth
@@ -77,11 +77,11 @@ class Timing:
 
 
 def report(timings: Sequence[Timing], machine: Machine) -> str:
-    """A Markdown table in the given order, with the conditions below it.
+    """Formats a Markdown table in the given order, with the conditions below it.
 
     Args:
-        timings: one row each.
-        machine: on which they were measured.
+        timings: one row for each.
+        machine: of the measurement.
     """
     rows = []
     for timing in timings:

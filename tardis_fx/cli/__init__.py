@@ -1,1 +1,1 @@
-"""The command ``tardis``."""
+"""The commands of ``tardis``."""

@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from tardis_fx.config import Config
     from tardis_fx.demo.model import DemoModel
 
-#: Most tokens of a window, and windows of a batch.
+#: Maximum tokens of a window, and windows per batch.
 LENGTH, TOGETHER = 256, 8
-#: How long a process waits for the others before it gives up: longer than the slowest one's share of a run.
+#: Timeout for other processes, longer than the slowest process takes for its share of a run.
 PATIENCE = timedelta(minutes=30)
 
 
@@ -60,7 +60,7 @@ def calibrate(
     with _processes(device):
         first = Ranks.initialised().rank == 0
         if first and (out.is_dir() or not os.access(out.absolute().parent, os.W_OK)):
-            raise PlanFileError(f"cannot write {out}")  # told before hours are spent
+            raise PlanFileError(f"cannot write {out}")  # checked before spending hours
         subject = load(FOLDER if model == "demo" else Path(model), dtype)
         plan = tardis_fx.calibrate(
             subject.model.to(_own(device)),
@@ -83,7 +83,7 @@ def _config(method: str) -> Config:
 
 @contextmanager
 def _processes(device: str) -> Iterator[None]:
-    """Joins the processes that torchrun has started, if it has, for as long as the calibration takes."""
+    """Joins the processes started by torchrun, if any, for the duration of the calibration."""
     import torch
     import torch.distributed as dist
 
@@ -98,7 +98,7 @@ def _processes(device: str) -> Iterator[None]:
         if _own(device).index >= torch.cuda.device_count():
             raise ConfigError(f"more processes on this machine than its {torch.cuda.device_count()} CUDA devices")
         torch.cuda.set_device(_own(device))
-    dist.init_process_group("gloo", timeout=PATIENCE)  # statistics lie on the CPU, whatever the model's device
+    dist.init_process_group("gloo", timeout=PATIENCE)  # statistics are on the CPU for any model device
     try:
         yield
     finally:
@@ -113,7 +113,7 @@ def _own(device: str) -> torch.device:
 
 
 def _batches(subject: DemoModel, text: Path | None, windows: int) -> list[Tensor]:
-    """Windows of the text, [8, length] each."""
+    """Batches of windows of the text, [8, length] each."""
     from tardis_fx.demo.model import cut
 
     ids = subject.read(text) if text else subject.tokens("calibration")

@@ -1,4 +1,4 @@
-"""The command ``tardis compare``."""
+"""The command ``tardis compare``, which compares rewrites on one model."""
 
 from __future__ import annotations
 
@@ -59,14 +59,14 @@ def compare(
 
 
 def cases(methods: str, budgets: Sequence[float]) -> list[Case]:
-    """The dense row, and every method at every budget, or at its own where a method gives budget or target_error.
+    """The dense case, and every method at every budget, or at its own budget or target_error if it gives one.
 
     Args:
-        methods: as :func:`tardis_fx.cli.options.methods_with_settings` reads them.
+        methods: as for :func:`tardis_fx.cli.options.methods_with_settings`.
         budgets: fractions of the dense bytes.
 
     Raises:
-        ConfigError: a field is unknown, or a value out of its range.
+        ConfigError: a field is unknown, or a value out of range.
     """
     from tardis_fx.compare.cases import Dense, Planned
 

@@ -1,4 +1,4 @@
-"""The command ``tardis``."""
+"""Defines the command ``tardis`` and its small subcommands."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def inspect(plan: Annotated[Path, typer.Argument(help="A file written by Plan.sa
 
 
 def main() -> None:
-    """Runs the command; a user's mistake is one line on stderr and exit code 1."""
+    """Runs the command; reports a user's mistake as one line on stderr with exit code 1."""
     try:
         app()
     except TardisError as error:

@@ -1,7 +1,7 @@
-"""Options that several commands share, and how their text is read.
+"""Options that several commands share, and the parsing of their text.
 
-Checks run as callbacks and raise this package's errors, so that a mistake is one line and exit code 1. typer's own
-types and parsers would end with its usage text and exit code 2.
+Checks run as callbacks and raise this package's errors, so that a mistake gives one line and exit code 1. typer's own
+types and parsers would print its usage text and give exit code 2.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Model = Annotated[str, typer.Option(help="demo, or a folder with config.json, we
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    """The dtype of a name.
+    """The dtype with the given name.
 
     Raises:
         ConfigError: a model cannot be cast to it.
@@ -41,18 +41,18 @@ def torch_dtype(name: str) -> torch.dtype:
 
 
 def writable(path: Path | None) -> Path | None:
-    """A file that can be written, checked before minutes are spent."""
+    """Checks that a file can be written before spending minutes."""
     if path is not None and (path.is_dir() or not os.access(path.absolute().parent, os.W_OK)):
         raise BenchError(f"cannot write {path}")
     return path
 
 
 def numbers(name: str, text: str, kind: type[Number]) -> list[Number]:
-    """Numbers with commas between.
+    """Parses numbers separated by commas.
 
     Args:
         name: of the option.
-        text: that was given for it.
+        text: of the option.
         kind: int or float.
 
     Raises:
@@ -66,7 +66,7 @@ def numbers(name: str, text: str, kind: type[Number]) -> list[Number]:
 
 
 def positive(name: str, text: str) -> list[int]:
-    """Positive whole numbers with commas between.
+    """Parses positive whole numbers separated by commas.
 
     Raises:
         ConfigError: the text is anything else.
@@ -78,7 +78,7 @@ def positive(name: str, text: str) -> list[int]:
 
 
 def methods_with_settings(text: str) -> list[tuple[str, dict[str, Any]]]:
-    """Methods with commas between; each may have a colon and settings ``name=value`` with commas between.
+    """Parses methods separated by commas; each may have a colon and settings ``name=value`` separated by commas.
 
     Settings are fields of :class:`tardis_fx.Config`, options of the rewrites, and ``healed=True``.
 

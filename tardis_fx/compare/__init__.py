@@ -1,1 +1,1 @@
-"""``tardis compare``: rewrites and torchao's integers on one model, compared in quality, bytes, FLOPs and speed."""
+"""``tardis compare``: rewrites and torchao's integers on one model, compared by quality, bytes, FLOPs and speed."""

@@ -35,15 +35,15 @@ if TYPE_CHECKING:
 
 
 class Trial:
-    """A model with the calibration text of one seed; costly parts are made when they are first needed."""
+    """A model with the calibration text of one seed; expensive parts are computed on first use."""
 
     def __init__(self, subject: Subject, seed: int) -> None:
-        """Names the model and the seed."""
+        """Stores the model and the seed."""
         self.subject, self.seed = subject, seed
 
     @cached_property
     def batches(self) -> Sequence[Batch]:
-        """The calibration batches."""
+        """The calibration batches of the seed."""
         return self.subject.calibration(self.seed)
 
     @cached_property
@@ -53,7 +53,7 @@ class Trial:
 
     @cached_property
     def observation(self) -> BatchObservation:
-        """Shared by all cases: what does not depend on a case is measured once."""
+        """Observation shared by all cases, so that results that do not depend on a case are measured once."""
         return BatchObservation(self.subject.model, self.batches, progress=False)
 
 
@@ -62,9 +62,9 @@ class RewrittenModel:
     """A rewritten form of a model.
 
     Attributes:
-        model: with its plan, or to be run as it is where there is none.
+        model: to be run with the plan, or unchanged without one.
         plan: of the rewrite, or None.
-        stored: weight bytes kept, over those of the dense FFNs.
+        stored: weight bytes kept, as a fraction of those of the dense FFNs.
         touched: weight bytes read per decoded token, likewise.
         flops: of a prefill in which every token takes the rewritten path, likewise.
     """
@@ -76,7 +76,7 @@ class RewrittenModel:
     flops: float = 1.0
 
     def every_token(self) -> Callable[..., Any]:
-        """The model with every token on the rewritten path, run eagerly; forgets what was compiled before."""
+        """The model with every token on the rewritten path, run eagerly; resets earlier compilations."""
         return self.model if self.plan is None else rewrite_every_token(self.model, self.plan)
 
     @property
@@ -89,7 +89,7 @@ class Case(ABC):
     """One row of a comparison.
 
     Attributes:
-        label: of the method: a line of the plot.
+        label: of the method, a line in the plot.
     """
 
     label: str
@@ -105,41 +105,41 @@ class Case(ABC):
         """Hash of everything that the figures depend on, except the model and the text."""
 
     def check(self) -> None:
-        """Raises a :class:`tardis_fx.errors.TardisError` where the case cannot be run at all."""
+        """Raises a :class:`tardis_fx.errors.TardisError` if the case cannot be run at all."""
         return
 
     @abstractmethod
     def prepare(self, trial: Trial) -> RewrittenModel:
-        """Makes the rewritten form.
+        """Makes the rewritten form of the trial's model.
 
         Raises:
-            CalibrationError: it is out of reach: at this budget, or for this model.
+            CalibrationError: the case is out of reach at this budget or for this model.
         """
 
 
 @dataclass(frozen=True)
 class Dense(Case):
-    """The original model: the row with which all others are compared."""
+    """The original model, for comparison with all other rows."""
 
     label: str = "dense"
 
     @property
     def identity(self) -> str:
-        """Always the same."""
+        """A constant, because the case has no settings."""
         return "dense"
 
     def prepare(self, trial: Trial) -> RewrittenModel:
-        """The model as it is."""
+        """The original model."""
         return RewrittenModel(trial.subject.model)
 
 
 @dataclass(frozen=True)
 class Planned(Case):
-    """A registered rewrite.
+    """A case of a registered rewrite.
 
     Attributes:
         label: of the method.
-        config: how the plan is fitted.
+        config: of the fit.
         healed: whether :func:`tardis_fx.heal` improves the plan on the same calibration batches.
     """
 
@@ -149,7 +149,7 @@ class Planned(Case):
 
     @property
     def budget(self) -> float | None:
-        """Fraction of the dense bytes, or None where the config has a target error instead."""
+        """Fraction of the dense bytes, or None if the config has a target error instead."""
         return self.config.budget if self.config.target_error is None else None
 
     @property
@@ -163,7 +163,7 @@ class Planned(Case):
         return digest(asdict(replace(self.config, progress=False)), self.healed, sources)
 
     def check(self) -> None:
-        """Raises ConfigError where no such rewrite is registered, or it has no such option."""
+        """Raises ConfigError if the rewrite is not registered, or does not have an option."""
         check_rewrites(self.config)
 
     @property
@@ -171,7 +171,7 @@ class Planned(Case):
         return [method for _, method in self.config.methods if method is not None]
 
     def prepare(self, trial: Trial) -> RewrittenModel:
-        """Fits the plan, and heals it where asked."""
+        """Fits the plan, and heals it if requested."""
         plan = plan_for(trial.observation, replace(self.config, progress=False))
         if not plan.rewritten:
             reasons = Counter(site.reason for site in plan.sites if isinstance(site, KeptSite))
@@ -185,14 +185,14 @@ class Planned(Case):
 
 
 def _parts(batch: Batch) -> list[Batch]:
-    """Two rows at a time: steps of healing are many and small."""
+    """Splits a batch into pairs of rows, because healing takes many small steps."""
     leaves, structure = pytree.tree_flatten(batch)
     return [pytree.tree_unflatten(part, structure) for part in zip(*(leaf.split(2) for leaf in leaves), strict=True)]
 
 
 @dataclass(frozen=True)
 class Torchao(Case):
-    """The FFNs' projections in torchao's weight-only integers, by rounding.
+    """A case of FFN projections quantised by torchao to weight-only integers, by rounding.
 
     Attributes:
         label: of the method.
@@ -204,15 +204,15 @@ class Torchao(Case):
 
     @property
     def identity(self) -> str:
-        """Hash of the width."""
+        """Hash of the number of bits."""
         return digest("torchao", self.bits)
 
     def check(self) -> None:
-        """Raises BenchError where torchao cannot be imported."""
+        """Raises BenchError if torchao cannot be imported."""
         weight_only.ffn_quantiser(self.bits)
 
     def prepare(self, trial: Trial) -> RewrittenModel:
-        """Quantises a copy of the model."""
+        """Quantises the FFNs in a copy of the model."""
         quantise = weight_only.ffn_quantiser(self.bits)
         model, share = weight_only.quantise_ffns(trial.subject.model, quantise, trial.observation.sites, self.bits)
         return RewrittenModel(model, stored=share, touched=share)

@@ -1,4 +1,4 @@
-"""The comparison of cases on one model: each is fitted, measured, and recorded as soon as it is finished."""
+"""Compares cases on one model: fits and measures each, and records it immediately."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from tardis_fx.compare.subjects import Subject
     from tardis_fx.plan import Plan
 
-#: Of the batches that are measured on, the first few in which touched bytes are counted.
+#: Number of leading test batches in which touched bytes are counted.
 COUNTED = 2
 
 
@@ -37,18 +37,18 @@ def compare_rewrites(
     decode: bool = False,
     progress: bool = True,
 ) -> list[Record]:
-    """Runs the cases that have no record yet, and returns all records, seed by seed, in the order of the cases.
+    """Runs the cases without a record, and returns all records, seed by seed, in the order of the cases.
 
     Args:
         subject: the model, its calibration text and its test text.
         cases: the rows of the comparison.
-        seeds: each chooses other calibration text.
+        seeds: each selects different calibration text.
         records: of finished cases; new ones are added.
         decode: whether decoding is timed against Inductor.
-        progress: whether a bar is shown.
+        progress: whether to show a progress bar.
 
     Raises:
-        ConfigError: a case names no registered rewrite.
+        ConfigError: a case names an unregistered rewrite.
         BenchError: a case cannot run here, or the records cannot be written.
     """
     for case in cases:
@@ -56,7 +56,7 @@ def compare_rewrites(
     results = []
     with tqdm(total=len(seeds) * len(cases), unit="case", disable=not progress) as bar:
         for seed in seeds:
-            trial = Trial(subject, seed)  # freed before the next seed's
+            trial = Trial(subject, seed)  # freed before the next seed
             for case in cases:
                 bar.set_description(f"{case.label}{'' if case.budget is None else f' {case.budget:.1%}'}, seed {seed}")
                 key = digest(trial.identity, case.identity)
@@ -96,7 +96,7 @@ def _measured(key: str, case: Case, trial: Trial, *, decode: bool) -> Record:
 
 @torch.no_grad()
 def _counted(subject: Subject, plan: Plan | None, run: Callable[..., Any]) -> float | None:
-    """Bytes read per token over the dense FFNs', as counted; None where a rewritten site cannot be counted."""
+    """Counted bytes per token as a fraction of those of the dense FFNs; None if a site cannot be counted."""
     if plan is None:
         return None
     with count_touched() as touched:
@@ -109,7 +109,7 @@ def _counted(subject: Subject, plan: Plan | None, run: Callable[..., Any]) -> fl
 
 
 def _decode(subject: Subject, rewritten: RewrittenModel) -> Ratio:
-    """Inductor's seconds per token over the rewritten model's, in interleaved rounds."""
+    """Ratio of Inductor's seconds per token to those of the rewritten model, in interleaved rounds."""
     if subject.decoder is None:
         raise BenchError(f"{subject.name} does not decode: leave out --decode")
     torch.compiler.reset()

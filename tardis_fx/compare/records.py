@@ -1,4 +1,4 @@
-"""Results of a comparison, case by case, in a file of JSON lines from which an interrupted run resumes."""
+"""Stores the results of a comparison by case in a file of JSON lines, from which an interrupted run resumes."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ from tardis_fx.errors import BenchError
 if TYPE_CHECKING:
     from pathlib import Path
 
-#: How every record begins.
+#: Start of every record.
 _START = '{"key": "'
 
 
 @dataclass(frozen=True)
 class Record:
-    """One case with one seed.
+    """The result of one case with one seed.
 
     Attributes:
-        key: hash of everything that decides the figures: model, text and case; see :func:`tardis_fx.digest.digest`.
+        key: hash of everything that determines the figures: model, text and case; see :func:`tardis_fx.digest.digest`.
         case: hash of the case alone.
         subject: name of the model.
         label: of the method.
         budget: requested fraction of the dense bytes, or None.
         seed: of the calibration text.
         reason: why the case is out of reach and was not measured, or None.
-        stored: weight bytes kept, over those of the dense FFNs.
-        touched: weight bytes read per decoded token, likewise; the plan's expectation.
-        counted: the same counted while text ran, or None where the rewrite's bytes do not depend on the text.
-        flops: of a prefill in which every token takes the rewritten path, over those of the dense FFNs.
+        stored: weight bytes kept, as a fraction of those of the dense FFNs.
+        touched: weight bytes read per decoded token, likewise; expected by the plan.
+        counted: the same, counted on text, or None if the rewrite's bytes do not depend on the text.
+        flops: of a prefill in which every token takes the rewritten path, as a fraction of those of the dense FFNs.
         metrics: quality, by name.
-        decode: least, median and greatest ratio of Inductor's time per token to this one's, or None.
+        decode: smallest, median and largest ratio of Inductor's time per token to that of this case, or None.
         seconds: taken to fit and to measure.
     """
 
@@ -56,14 +56,14 @@ class Records:
     """The records of a file, the last one of each key."""
 
     def __init__(self, path: Path) -> None:
-        """Reads what is there; an unfinished last line, of a run that was killed as it wrote, is dropped.
+        """Reads existing records; drops an incomplete last line of a run that was killed while writing.
 
         Raises:
-            BenchError: the file cannot be read or written, or holds something else.
+            BenchError: the file cannot be read or written, or holds something other than records.
         """
         self._path, self._found = path, dict[str, Record]()
         try:
-            with path.open("a+b") as file:  # creates it, and shows now whether it can be written
+            with path.open("a+b") as file:  # creates the file, and checks that it can be written
                 file.seek(0)
                 content = file.read()
                 whole = content.rfind(b"\n") + 1
@@ -90,7 +90,7 @@ class Records:
         return self._found.get(key)
 
     def add(self, record: Record) -> None:
-        """Appends a record.
+        """Appends a record to the file.
 
         Raises:
             BenchError: the file cannot be written.

@@ -1,4 +1,4 @@
-"""How a comparison is shown: one Markdown table, one Pareto plot."""
+"""Reports a comparison as a Markdown table and a Pareto plot."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 
 def table(records: Sequence[Record], subject: Subject) -> str:
-    """One row a method and budget: the mean over the seeds and, of several, the least and the greatest, as Markdown.
+    """Formats a Markdown table with a row per method and budget: mean over the seeds, smallest and largest value.
 
     Args:
         records: of one comparison.
-        subject: whose metrics are the columns.
+        subject: its metrics are the columns.
     """
     decoded = any(record.decode for record in records)
     heads = ["method", "budget", "stored", "touched", "counted", "prefill FLOPs", *(m.heading for m in subject.metrics)]
@@ -44,12 +44,12 @@ def table(records: Sequence[Record], subject: Subject) -> str:
 
 
 def draw(records: Sequence[Record], subject: Subject, path: Path) -> None:
-    """Draws the loss of quality over the bytes touched, one line a method.
+    """Draws the loss of quality over the bytes touched, with one line per method.
 
     Args:
         records: of one comparison.
-        subject: says which metric is drawn.
-        path: of the picture; its ending says which format.
+        subject: determines the metric.
+        path: of the picture; its extension determines the format.
 
     Raises:
         BenchError: matplotlib is not installed, or the picture cannot be written.
@@ -64,9 +64,9 @@ def draw(records: Sequence[Record], subject: Subject, path: Path) -> None:
 
 
 def _rows(records: Sequence[Record]) -> Iterable[list[Record]]:
-    """The records of all seeds of a case together, in the order in which cases first come.
+    """Groups the records of all seeds of each case, in the order in which cases first appear.
 
-    A case that is out of reach with one seed and not with another is two rows.
+    A case that is out of reach for some seeds only makes two rows.
     """
     rows: dict[tuple[str, bool], list[Record]] = {}
     for record in records:

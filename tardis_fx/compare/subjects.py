@@ -1,4 +1,4 @@
-"""Models under comparison: the text that calibrates each, and how its rewritten forms are judged."""
+"""Models under comparison, with their calibration text and the metrics for rewritten forms."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from tardis_fx.compare.cases import RewrittenModel
     from tardis_fx.observation.observe import Batch
 
-#: Windows of text, and most tokens of a window: 16,384 tokens calibrate, and quality is measured on as many others.
+#: Number of windows and their maximum length: 16,384 tokens to calibrate on, and as many others to measure quality.
 WINDOWS, LENGTH = 64, 256
 #: Tokens of the prompt, and tokens that follow, when decoding is timed.
 PROMPT, NEW_TOKENS = 64, 65
@@ -44,14 +44,14 @@ class Subject:
 
     Attributes:
         name: for titles.
-        model: the dense one, in eval mode, whose rewritten forms are compared.
-        calibration: the calibration batches that a seed chooses.
+        model: the dense model, in eval mode, whose rewritten forms are compared.
+        calibration: returns the calibration batches of a seed.
         text: batches on which quality is measured.
-        call: outputs of a form of the model for one batch.
-        evaluate: all metrics of a form of the model, by name.
+        call: computes outputs of a form of the model for one batch.
+        evaluate: computes all metrics of a form of the model, by name.
         metrics: columns of the table.
-        plotted: the metric on the plot's logarithmic axis, its label, a factor, and the least value shown.
-        decoder: makes a run that decodes with a rewritten form and returns seconds per token; None where the model
+        plotted: the metric on the plot's logarithmic axis, its label, a factor, and the smallest value shown.
+        decoder: makes a function that decodes with a rewritten form and returns seconds per token; None if the model
             does not decode.
     """
 
@@ -72,13 +72,13 @@ class Subject:
 
 
 def load_subject(model: str, dtype: torch.dtype, file: Path | None = None, windows: int = WINDOWS) -> Subject:
-    """Loads a causal language model, to be judged on the standard library's splits or on a file.
+    """Loads a causal language model, to be evaluated on the standard library's splits or on a file.
 
     Args:
         model: "demo", or a folder.
         dtype: that the model is cast to.
-        file: its first half calibrates, quality is measured on its second half.
-        windows: of each.
+        file: its first half is used to calibrate, its second half to measure quality.
+        windows: number for each.
 
     Raises:
         TardisError: the folder holds no model, or the file cannot be read or is too short.
@@ -93,14 +93,14 @@ def load_subject(model: str, dtype: torch.dtype, file: Path | None = None, windo
 
 
 def language_model(name: str, demo: DemoModel, calibration: Tensor, test: Tensor, windows: int = WINDOWS) -> Subject:
-    """A causal language model, judged by its next tokens; decoding is timed at batch 1, on a prompt of the test text.
+    """A causal language model, evaluated by its next tokens; decoding is timed at batch 1 on a prompt of the test text.
 
     Args:
         name: for titles.
         demo: model and context.
         calibration: token ids from which calibration windows are drawn, [length].
-        test: token ids whose evenly spread windows quality is measured on, [length].
-        windows: of each.
+        test: token ids, [length]; quality is measured on evenly spread windows.
+        windows: number for each.
 
     Raises:
         BenchError: a text is shorter than a window.
@@ -141,14 +141,14 @@ def encoder(
     text: Sequence[Mapping[str, Tensor]],
     embed: Callable[[Callable[..., Any], Mapping[str, Tensor]], Tensor],
 ) -> Subject:
-    """A model of texts as vectors, judged by their direction and their nearest neighbours.
+    """A model of text embeddings, evaluated by their direction and their nearest neighbours.
 
     Args:
         name: for titles.
         model: in eval mode.
-        calibration: batches by seed.
+        calibration: returns the batches of a seed.
         text: batches on which quality is measured.
-        embed: a model's normalised embeddings of a batch, [texts, d].
+        embed: computes a model's normalised embeddings of a batch, [texts, d].
     """
 
     @torch.no_grad()
@@ -179,5 +179,5 @@ def encoder(
 
 
 def _nearest(embeddings: Tensor) -> Tensor:
-    """The nearest other text of each, [texts]."""
+    """Index of the nearest other text for each text, [texts]."""
     return (embeddings @ embeddings.T).fill_diagonal_(-torch.inf).argmax(1)

@@ -1,7 +1,7 @@
 """The demo's text: the source of the running Python's standard library, split by module name.
 
-The split is a function of a module's name alone, so that a module held out when the model was trained is held
-out on every machine and with every Python version.
+The split depends only on a module's name, so that a module held out in training is held out on every machine and with
+every Python version.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 Split = Literal["train", "calibration", "test"]
 
-#: Tables and generated text, which no one would call source code.
+#: Tables and generated text, which are not ordinary source code.
 EXCLUDED = frozenset({"site-packages", "dist-packages", "encodings", "pydoc_data", "idlelib", "turtledemo", "lib2to3"})
 
 
@@ -40,8 +40,8 @@ def modules(split: Split, root: Path | None = None, *, unit_tests: bool = False)
     """The modules of one split, as (path relative to ``root``, source), in the order of their paths.
 
     Args:
-        split: which split.
-        root: folder of a standard library; the running Python's when None.
+        split: to read.
+        root: folder of a standard library; None means that of the running Python.
         unit_tests: whether the library's own unit tests are included (used for training only).
 
     Raises:

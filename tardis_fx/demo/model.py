@@ -23,7 +23,7 @@ SEPARATOR = "<|endoftext|>"
 
 @dataclass(frozen=True)
 class DemoModel:
-    """Model and tokenizer.
+    """A language model with its tokenizer and context length.
 
     Attributes:
         model: transformers' language model (GPT2LMHeadModel in the package), in eval mode, without gradients.
@@ -38,7 +38,7 @@ class DemoModel:
     training: dict[str, float]
 
     def tokens(self, split: Split) -> Tensor:
-        """Token ids of a split's modules, a separator in front of each, [length]."""
+        """Token ids of a split's modules, each after a separator, [length]."""
         encoded = self.tokenizer.encode_batch([SEPARATOR + text for _, text in modules(split)])
         return torch.tensor([i for text in encoded for i in text.ids], dtype=torch.int64, device="cpu")
 
@@ -60,13 +60,13 @@ class DemoModel:
 
 
 def cut(ids: Tensor, count: int, length: int, seed: int = 0) -> Tensor:
-    """Windows of a text, [count, length].
+    """Cuts windows of a text, [count, length].
 
     Args:
         ids: token ids, [at least length].
-        count: of windows.
+        count: number of windows.
         length: of a window.
-        seed: 0 spreads them evenly; any other draws the beginning of each.
+        seed: 0 spreads windows evenly; other seeds draw the start of each.
 
     Raises:
         ConfigError: the count is not positive.
@@ -88,7 +88,7 @@ def load(folder: Path = FOLDER, dtype: str = "float32") -> DemoModel:
 
     Args:
         folder: holds ``config.json``, the weights and ``tokenizer.json``.
-        dtype: of the model; ``"auto"`` for that of the stored weights.
+        dtype: of the model; ``"auto"`` uses that of the stored weights.
 
     Raises:
         DemoError: ``transformers`` or ``tokenizers`` is not installed, or the folder holds no whole checkpoint.

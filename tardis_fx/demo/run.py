@@ -1,4 +1,4 @@
-"""``tardis demo``: calibrates and compiles an embedded model, and measures it on modules that it has never seen."""
+"""``tardis demo``: calibrates and compiles an embedded model, and measures it on unseen modules."""
 
 from __future__ import annotations
 
@@ -33,24 +33,24 @@ if TYPE_CHECKING:
 
     from tardis_fx.plan import Plan
 
-#: Windows of 256 tokens: 16,384 tokens to calibrate on, and as many held-out ones to measure on.
+#: Number of 256-token windows: 16,384 tokens to calibrate on, and as many held-out tokens to measure on.
 WINDOWS = 64
 METHODS = {"paper": "TARDIS (paper)", "partial_linear": "TARDIS (ours)"}
 PARETO = {"paper": (0.2, 0.25, 0.3), "partial_linear": (0.06, 0.075, 0.1, 0.2)}
-#: Plans that are shown in the table and decode: a method and one of its budgets.
+#: Plans in the table that also decode: a method and one of its budgets.
 SHOWN = [("paper", 0.2), ("partial_linear", 0.2), ("partial_linear", 0.075)]
 PROMPT, NEW_TOKENS, ROUNDS = 64, 65, 9
 
 
 @dataclass
 class Results:
-    """Results of the demo.
+    """Quality, decoding times and texts measured by the demo.
 
     Attributes:
         dense: quality of the original.
         plans: by method and budget, with the quality of each.
         seconds: per token, round by round, of the dense model and of each plan shown, by label.
-        texts: continuation that each wrote, by label.
+        texts: continuation by each model, by label.
     """
 
     dense: Quality
@@ -60,16 +60,16 @@ class Results:
 
 
 def run_demo(picture: Path, console: Console) -> Results:
-    """Calibrates, compiles, measures and prints.
+    """Calibrates, compiles and measures the demo's plans, and prints the results.
 
     Args:
-        picture: where the plot goes, as PNG.
-        console: where the table goes.
+        picture: path of the plot, as PNG.
+        console: for the table.
 
     Raises:
         DemoError: a library or the standard library's source is missing, or the picture cannot be written.
     """
-    with needed_by("the demo", DemoError):  # before minutes are spent
+    with needed_by("the demo", DemoError):  # before spending minutes
         for library in ("cpuinfo", "matplotlib", "tabulate"):
             importlib.import_module(library)
     if not os.access(picture.absolute().parent, os.W_OK):

@@ -1,4 +1,4 @@
-"""Libraries that only measuring needs, and that the base installation leaves out."""
+"""Errors for missing libraries that only measurements need, and that the base installation omits."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def needed_by(user: str, error: type[TardisError] = BenchError) -> Iterator[None
     """Turns a failed import into an error that says what to install.
 
     Args:
-        user: what needs the library, as the subject of the message.
+        user: the feature that needs the library, as the subject of the message.
         error: the type to raise.
     """
     try:

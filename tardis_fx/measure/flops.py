@@ -1,4 +1,4 @@
-"""FLOPs of the rewritten sites where every token takes them, as in a prefill with ``prefill="rewritten"``."""
+"""FLOPs of the rewritten sites if every token takes them, as in a prefill with ``prefill="rewritten"``."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ if TYPE_CHECKING:
     from tardis_fx.observation.observe import Observation
     from tardis_fx.plan import Plan
 
-#: Tokens that are run: enough to be no decode step.
+#: Number of tokens to run: too many for a decode step.
 TOKENS = 32
 
 
 @torch.no_grad()
 def prefill_share(plan: Plan, observation: Observation) -> float:
-    """FLOPs over those of the original sites; refused sites count in full.
+    """FLOPs as a fraction of those of the original sites; refused sites count in full.
 
     Args:
         plan: made from the observation.

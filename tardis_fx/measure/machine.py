@@ -1,4 +1,4 @@
-"""The machine of a measurement, and how fast it reads memory."""
+"""The machine of a measurement and its memory bandwidth."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from tardis_fx.measure.extras import needed_by
 from tardis_fx.measure.timing import seconds
 
 _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
-#: Taken for the last-level cache where the system does not tell its size.
+#: Assumed last-level cache if the system does not report its size.
 UNKNOWN_CACHE = 32 << 20
 
 
 @dataclass(frozen=True)
 class Machine:
-    """A machine as measured.
+    """A machine and its measured memory bandwidth.
 
     Attributes:
         name: of the processor or the CUDA device.
         threads: that PyTorch uses; multiprocessors of a CUDA device.
         cache: bytes of the last-level cache.
         copy: GB/s of a copy much larger than the cache, bytes read and bytes written.
-        read: GB/s of a sum over as much.
+        read: GB/s of a sum over the same size.
         device: "cpu" or "cuda".
     """
 
@@ -40,11 +40,11 @@ class Machine:
 
     @classmethod
     def measured(cls, device: str = "cpu", rounds: int = 9) -> Machine:
-        """This machine: the best of some rounds, since other work can only slow a copy down.
+        """Measures this machine: the best of several rounds, since other work can only slow a copy down.
 
         Args:
             device: "cpu", or "cuda" for the current CUDA device.
-            rounds: how many copies and sums.
+            rounds: number of copies and sums.
         """
         size = last_level_cache(device)
         if device == "cpu":
@@ -61,12 +61,12 @@ class Machine:
 
     @property
     def roof(self) -> str:
-        """Which measurement gives the bandwidth."""
+        """Names the measurement that determines the bandwidth."""
         return "the faster of copy and sum" if self.device == "cpu" else "the copy"
 
     @property
     def bandwidth(self) -> float:
-        """Bytes a second that a floor is computed from; decoding mostly reads."""
+        """Bytes per second for computing floors; decoding mostly reads."""
         return (max(self.copy, self.read) if self.device == "cpu" else self.copy) * 1e9
 
     def __str__(self) -> str:
@@ -78,7 +78,7 @@ class Machine:
 
 
 def conditions() -> str:
-    """Processor, threads and PyTorch's version: what a benchmark on a CPU prints beside its figures.
+    """Processor, threads and PyTorch's version, which a CPU benchmark prints with its results.
 
     Raises:
         BenchError: py-cpuinfo is not installed.
@@ -99,9 +99,9 @@ def processor() -> str:
 
 
 def last_level_cache(device: str = "cpu") -> int:
-    """Bytes of a CUDA device's largest cache, or of the largest that the first core sees.
+    """Bytes of a CUDA device's largest cache, or of the largest cache of the first core.
 
-    py-cpuinfo knows caches as well, but takes the last level's size from a line of /proc/cpuinfo that means the second.
+    py-cpuinfo also reports caches, but takes the last level's size from a line of /proc/cpuinfo for the second level.
     """
     if device == "cuda":
         return int(torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size)
@@ -112,7 +112,7 @@ def last_level_cache(device: str = "cpu") -> int:
 
 
 def available_memory(device: str = "cpu") -> int:
-    """Bytes that can be had on a device without swapping.
+    """Bytes available on a device without swapping.
 
     Raises:
         BenchError: psutil is not installed.

@@ -1,4 +1,4 @@
-"""The Pareto plot: loss of quality over the bytes read per token."""
+"""Draws the Pareto plot: loss of quality over the bytes read per token."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 def draw_pareto(
     lines: Mapping[str, Sequence[tuple[float, Sequence[float]]]], path: Path, *, title: str, loss: str, least: float
 ) -> None:
-    """Draws one line a rewrite on a logarithmic axis, with bars from the least to the greatest loss.
+    """Draws one line per rewrite on a logarithmic axis, with bars from the smallest to the largest loss.
 
     Args:
         lines: by label, points: the touched share of the dense FFN bytes, and the losses of one or several seeds.
-        path: of the picture; its ending says which format.
+        path: of the picture; its extension determines the format.
         title: of the picture.
         loss: label of the axis of losses.
-        least: loss at which the axis ends; smaller ones are drawn there.
+        least: loss at which the axis ends; smaller losses are drawn there.
 
     Raises:
         BenchError: matplotlib is not installed, or the picture cannot be written.

@@ -1,4 +1,4 @@
-"""Quality of a rewritten language model on a text, beside the dense one's."""
+"""Quality of a rewritten language model on a text, compared with the dense model."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class Quality:
 
     Attributes:
         perplexity: exponential of the mean loss per token.
-        rise: of the perplexity over the dense model's, as a share of it.
-        agreement: share of positions whose likeliest next token is the dense model's.
+        rise: increase of the perplexity relative to the dense model.
+        agreement: share of positions with the same likeliest next token as the dense model.
         kl: KL(dense || rewritten), in nats per token.
     """
 
@@ -35,11 +35,11 @@ class Quality:
 
 
 class DenseReference:
-    """A text and the dense model's logits on it, with which rewritten forms of the model are compared."""
+    """A text and the dense model's logits on it, for comparison with rewritten forms of the model."""
 
     @torch.no_grad()
     def __init__(self, model: nn.Module, windows: Tensor) -> None:
-        """Runs the dense model.
+        """Runs the dense model on the text.
 
         Args:
             model: in eval mode.
@@ -60,7 +60,7 @@ class DenseReference:
         return (run(batch, use_cache=False).logits for batch in self._batches)
 
     def _sums(self, logits: Iterable[Tensor]) -> tuple[float, float, float]:
-        """Mean loss, mean KL, and agreement."""
+        """Mean loss, mean KL divergence, and agreement."""
         loss = kl = same = 0.0
         for tokens, rewritten, dense in zip(self._batches, logits, self._logits, strict=True):
             ours, theirs = rewritten.float().log_softmax(-1), dense.float().log_softmax(-1)
@@ -73,7 +73,7 @@ class DenseReference:
 
 
 def rewrite_every_token(model: nn.Module, plan: Plan) -> Callable[..., Any]:
-    """A model with every token on the rewritten path, run eagerly; forgets what was compiled before."""
-    torch.compiler.reset()  # or Dynamo would count plans as recompilations of one model
+    """A model with every token on the rewritten path, run eagerly; resets earlier compilations."""
+    torch.compiler.reset()  # otherwise Dynamo would count plans as recompilations of one model
     options: dict[str, Any] = {"plan": plan, "prefill": "rewritten", "inner": "eager"}
     return torch.compile(model, backend="tardis", options=options)

@@ -1,4 +1,4 @@
-"""Tables of results, as Markdown and as CSV."""
+"""Writes tables of results as Markdown and CSV."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ if TYPE_CHECKING:
 
 
 def markdown(headings: Sequence[str], rows: Iterable[Sequence[str]], titles: int = 1) -> str:
-    """A Markdown table.
+    """Formats a Markdown table.
 
     Args:
         headings: of the columns.
         rows: cells, as many as headings.
-        titles: number of leading columns that name the row, which are aligned to the left; figures are to the right.
+        titles: number of leading columns that name the row, aligned to the left; others go to the right.
 
     Raises:
         BenchError: tabulate is not installed.
@@ -36,7 +36,7 @@ def write_csv(rows: Sequence[Mapping[str, object]], path: Path) -> None:
 
     Args:
         rows: at least one; the keys of the first are the headings.
-        path: where to; an existing file is replaced.
+        path: of the file; an existing file is replaced.
 
     Raises:
         BenchError: the file cannot be written.

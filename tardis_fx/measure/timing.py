@@ -11,13 +11,13 @@ import torch
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-#: Fewer rounds say too little about the spread.
+#: Minimum number of rounds for an estimate of the spread.
 LEAST_ROUNDS = 9
 _CPU = torch.device("cpu")
 
 
 class Ratio(NamedTuple):
-    """Least, median and greatest ratio over the rounds."""
+    """Smallest, median and largest ratio over the rounds."""
 
     low: float
     median: float
@@ -25,7 +25,7 @@ class Ratio(NamedTuple):
 
     @classmethod
     def between(cls, base: Sequence[float], other: Sequence[float]) -> Ratio:
-        """Base over other, round by round: above 1 where ``other`` takes less time."""
+        """Ratio of base to other, round by round: above 1 if ``other`` takes less time."""
         ratios = [b / o for b, o in zip(base, other, strict=True)]
         return cls(min(ratios), statistics.median(ratios), max(ratios))
 
@@ -34,7 +34,7 @@ class Ratio(NamedTuple):
 
 
 def interleave(contenders: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """What each contender returns in each round; every round runs all of them, after one warm-up round."""
+    """Runs all contenders in each round, after one warm-up round, and returns their results by contender."""
     results: dict[str, list[float]] = {name: [] for name in contenders}
     for turn in range(rounds + 1):
         for name, run in contenders.items():
@@ -45,12 +45,12 @@ def interleave(contenders: Mapping[str, Callable[[], float]], rounds: int) -> di
 
 
 def seconds(run: Callable[[], object], device: torch.device = _CPU, calls: int = 1) -> float:
-    """Seconds of a call, as the mean of several in a row.
+    """Seconds per call, as the mean of consecutive calls.
 
     Args:
-        run: what is timed.
+        run: the function to time.
         device: on which it computes.
-        calls: in a row.
+        calls: number of consecutive calls.
     """
     wait(device)
     started = time.perf_counter()

@@ -1,4 +1,4 @@
-"""The weight-only integers of torchao that a user could run instead of a plan."""
+"""Weight-only integer quantisation by torchao, the alternative to a plan."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 
     from tardis_fx.observation.observe import ObservedSite
 
-#: Columns that share a scale and a zero point in torchao's int4, and in the integers of the FFNs alone.
+#: Columns that share a scale and a zero point in torchao's int4, and in the quantisation of FFNs alone.
 GROUP, FFN_GROUP = 128, 64
-#: torchao's int4 takes matrices whose number of rows this divides.
+#: torchao's int4 takes only matrices whose number of rows is a multiple of this.
 ROWS = 16
 
 
 def quantiser(bits: int = 8, device: str = "cpu") -> Callable[[nn.Module], None]:
-    """What quantises a linear layer in place to 8 or 4 bits, to be fast; on a CPU, 4 bits are a prototype of torchao's.
+    """A fast in-place quantiser of linear layers to 8 or 4 bits; on a CPU, 4 bits are a prototype in torchao.
 
     Raises:
         BenchError: torchao cannot be imported.
@@ -46,7 +46,7 @@ def quantiser(bits: int = 8, device: str = "cpu") -> Callable[[nn.Module], None]
 
 
 def ffn_quantiser(bits: int) -> Callable[[nn.Module], None]:
-    """What quantises a linear layer in place to 2, 3, 4 or 8 bits with zero points: for quality, not for speed.
+    """An in-place quantiser of linear layers to 2, 3, 4 or 8 bits with zero points: for quality, not for speed.
 
     Raises:
         BenchError: torchao cannot be imported.
@@ -67,23 +67,23 @@ def ffn_quantiser(bits: int) -> Callable[[nn.Module], None]:
 def _importing() -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # torchao built for another torch fails in ways of its own
+    except Exception as error:  # torchao built for another torch may raise anything
         raise BenchError(f"torchao cannot be imported: {type(error).__name__}: {error}") from error
 
 
 def quantise_model(
     model: nn.Module, quantise: Callable[[nn.Module], None], bits: int = 8, but: Sequence[Tensor] = ()
 ) -> tuple[nn.Module, int, list[str]]:
-    """A copy of a model with its projections in a few bits.
+    """Copies a model and quantises its projections to a few bits.
 
     Args:
         model: to be copied.
-        quantise: of :func:`quantiser`.
+        quantise: from :func:`quantiser`.
         bits: 8, with a scale for every row, or 4, with a scale and a zero point for every group.
-        but: weights that stay as they are, and are shared with the model.
+        but: weights that are not quantised, and are shared with the model.
 
     Returns:
-        The copy, by how many bytes less a decoded token reads, and the names of the layers that 4 bits do not take.
+        The copy, the bytes that a decoded token saves, and the names of the layers that 4 bits do not support.
 
     Raises:
         BenchError: torchao lacks something for it.
@@ -107,10 +107,10 @@ def quantise_model(
 def quantise_ffns(
     model: nn.Module, quantise: Callable[[nn.Module], None], sites: Sequence[ObservedSite], bits: int
 ) -> tuple[nn.Module, float]:
-    """A copy with the sites' matrices in integers, and the share of the FFNs' bytes that they take when packed.
+    """Copies a model with quantised sites, and returns the share of the FFNs' bytes that they take when packed.
 
-    torchao keeps a byte a weight where it computes. Here packed codes count, with scale and zero point of each group:
-    as many bytes as those of this project's codes.
+    torchao computes with one byte per weight. Here packed codes count, with scale and zero point of each group, which
+    makes as many bytes as this project's codes.
 
     Args:
         model: to be copied.
@@ -120,7 +120,7 @@ def quantise_ffns(
 
     Raises:
         BenchError: torchao lacks something for it.
-        CalibrationError: a matrix has no whole number of groups, or is held by no projection layer.
+        CalibrationError: a matrix does not have a whole number of groups, or no projection layer holds it.
     """
     matrices = {p.data_ptr() for site in sites for p in site.parameters if p.dim() == 2}
     total = size = sum(site.weights.bytes for site in sites)
@@ -139,23 +139,23 @@ def quantise_ffns(
 def _quantised(
     model: nn.Module, quantise: Callable[[nn.Module], None], names: Sequence[str], shared: dict[int, Tensor]
 ) -> nn.Module:
-    """A copy of a model whose layers of these names are plain linear layers, quantised."""
+    """Copies a model, and replaces the named layers by quantised plain linear layers."""
     model = copy.deepcopy(model, dict(shared))
     for name in names:
         layer = linear(model.get_submodule(name))
         assert layer is not None
         try:
             quantise(layer)
-        except Exception as error:  # of what torchao needs beside itself, and says in ways of its own
+        except Exception as error:  # torchao's own dependencies may raise anything
             raise BenchError(f"{type(error).__name__}: {error}") from error
         model.set_submodule(name, layer)
     return model
 
 
 def linear(module: Any) -> nn.Linear | None:
-    """The same projection as a plain linear layer, which is all that torchao takes, or None for any other module.
+    """The projection as a plain linear layer, the only kind that torchao takes; None for other modules.
 
-    Conv1D of transformers and subclasses of ``nn.Linear`` are projections, too.
+    Conv1D of transformers and subclasses of ``nn.Linear`` are also projections.
     """
     if type(module) is nn.Linear:
         return module

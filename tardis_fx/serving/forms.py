@@ -1,7 +1,6 @@
-"""The ways in which a model may store an FFN's weights, each of which gives the FFN another fingerprint.
+"""The forms in which a model may store an FFN's weights; each gives the FFN another fingerprint.
 
-An engine stores every matrix as [out, in] and merges projections as it likes; the model that was calibrated may have
-stored them otherwise.
+An engine stores every matrix as [out, in] and merges projections; the calibrated model may have stored them otherwise.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ class Form:
     """One way to store an FFN's weights.
 
     Attributes:
-        gate_half: which half of a fused matrix is the gate; None where each projection has a matrix of its own.
+        gate_half: index of the half of a fused matrix that is the gate; None if each projection has its own matrix.
         transposed: names of the matrices that are stored [in, out]; a fused one is ``up``.
     """
 
@@ -41,13 +40,13 @@ class Form:
         return [tensor for tensor in every if tensor is not None]
 
     def function(self, weights: SiteWeights, activation: str | None) -> str | None:
-        """What the FFN computes of these parameters; see :func:`tardis_fx.graph.site.function_of`."""
+        """Describes the function of these parameters; see :func:`tardis_fx.graph.site.function_of`."""
         own = matrices(self._fused(weights))
         turned = [name for name in self.transposed if own[name].shape[0] == own[name].shape[1]]
         return function_of(activation, self.gate_half, turned)
 
     def _fused(self, weights: SiteWeights) -> SiteWeights:
-        """The weights, both projections in ``up`` where the form fuses them."""
+        """The weights, with both projections in ``up`` if the form fuses them."""
         if self.gate_half is None:
             return weights
         first, second = ("gate", "up") if self.gate_half == 0 else ("up", "gate")
@@ -63,7 +62,7 @@ def forms(weights: SiteWeights) -> list[Form]:
     """All ways to store an FFN's weights.
 
     Args:
-        weights: of the FFN; only what there is of them counts, not their values.
+        weights: of the FFN; only their presence counts, not their values.
     """
     fusible = weights.gate is not None and (weights.gate_bias is None) == (weights.up_bias is None)
     names = {half: [n for n in matrices(weights) if half is None or n != "gate"] for half in (None, 0, 1)}

@@ -1,6 +1,6 @@
-"""vLLM's model loader ``tardis``: the weights as the ``auto`` loader loads them, then the FFNs rewritten.
+"""vLLM's model loader ``tardis``: loads weights like the ``auto`` loader, then rewrites the FFNs.
 
-Rewriting stands between loading and vLLM's processing of weights: each rank has its shards, and nothing is packed yet.
+Rewriting happens between loading and vLLM's processing of weights: each rank has its shards, and nothing is packed yet.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ if TYPE_CHECKING:
     from tardis_fx.config import Prefill
     from tardis_fx.plan import SitePlan
 
-# Under vLLM's own name, for its handlers: a server shows nothing else.
+# Named after vLLM, because a server only shows messages of its loggers.
 _log = logging.getLogger("vllm.tardis_fx")
 
 
 @dataclass(frozen=True)
 class _Options:
-    """What ``--model-loader-extra-config`` holds.
+    """Options from ``--model-loader-extra-config``.
 
     Attributes:
         plan: path of the plan's file.
-        prefill: overrides the plan's.
+        prefill: overrides that of the plan.
     """
 
     plan: str
@@ -51,10 +51,10 @@ class _Options:
 
     @classmethod
     def parse(cls, given: Any) -> _Options:
-        """Reads the mapping.
+        """Reads and checks the mapping.
 
         Raises:
-            ConfigError: it is none, lacks the plan, or holds something else.
+            ConfigError: it is not a mapping, lacks the plan, or has unknown keys.
         """
         known = [field.name for field in fields(cls)]
         if not isinstance(given, dict) or not isinstance(given.get("plan"), str) or set(given) - set(known):
@@ -67,33 +67,33 @@ class _Options:
         return cls(**given)
 
 
-class TardisLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not there when types are checked
+class TardisLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not installed when types are checked
     """Loads a model and rewrites the FFNs of a plan."""
 
     def __init__(self, load_config: LoadConfig) -> None:
-        """Reads the options.
+        """Reads the options and makes the ``auto`` loader.
 
         Raises:
-            ConfigError: of the loader's extra config.
+            ConfigError: the loader's extra config is invalid.
         """
         super().__init__(load_config)
         self._options = _Options.parse(load_config.model_loader_extra_config)
         self._inner = DefaultModelLoader(replace(load_config, load_format="auto", model_loader_extra_config={}))
 
     def download_model(self, model_config: ModelConfig) -> None:
-        """As the ``auto`` loader."""
+        """Downloads the model like the ``auto`` loader."""
         self._inner.download_model(model_config)
 
     def load_model(self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = "") -> nn.Module:
-        """Loads the model, once the engine's configuration is known to be one that a plan can be served with.
+        """Checks that the engine's configuration supports a plan, then loads the model.
 
         Raises:
-            ServingError: it is not.
+            ServingError: it does not.
             PlanFileError: the plan cannot be read.
             PlanMismatchError: an FFN of the plan is not in the model.
         """
         _check(vllm_config)
-        # vLLM finds compiled graphs on disk by its configuration, in which the loader's is left out.
+        # vLLM finds compiled graphs on disk by its configuration, which excludes that of the loader.
         vllm_config.additional_config["tardis_fx"] = {
             "version": version("tardis-fx"), "plan": _hash(self._options.plan), "prefill": self._options.prefill,
         }  # fmt: skip
@@ -106,7 +106,7 @@ class TardisLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not there 
         Raises:
             PlanFileError: the plan cannot be read.
             PlanMismatchError: an FFN of the plan is not in the model.
-            ServingError: the model has been rewritten before, or an FFN cannot be taken out of it.
+            ServingError: the model is already rewritten, or an FFN cannot be removed from it.
         """
         if any(isinstance(module, RewrittenFFN) for module in model.modules()):
             raise ServingError("weights cannot be loaded anew into a rewritten model: restart the server")
@@ -123,10 +123,10 @@ class TardisLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not there 
 
 
 def _check(vllm_config: VllmConfig) -> None:
-    """Refuses what would change the weights, or what nobody has tried.
+    """Refuses options that would change the weights, or that are untested.
 
     Raises:
-        ServingError: see there.
+        ServingError: such an option is set.
     """
     refused = {
         "a device other than the CPU": not current_platform.is_cpu(),
@@ -147,7 +147,7 @@ def _hash(path: str) -> str:
 
 
 def _rewrite(slot: slots.Slot, entry: SitePlan, prefill: Prefill) -> None:
-    """Puts an FFN's modules out of their places."""
+    """Replaces an FFN's modules."""
     layers, weights, (rank, size) = slot.layers, slot.weights, slot.shards
     activation, down, reduce = slot.activation(str(entry.activation)), layers.pop(slot.down), slots.reduces(slot)
     if size > 1:

@@ -1,6 +1,6 @@
-"""What stands in the places of an FFN's modules, so that the model's own ``forward`` computes the rewritten FFN.
+"""Modules that replace those of an FFN, so that the model's own ``forward`` computes the rewritten FFN.
 
-The layers in front of the activation, and the activation, pass the input through; the last layer gets it and computes
+The layers before the activation, and the activation, pass the input through; the last layer receives it and computes
 everything.
 """
 
@@ -21,20 +21,20 @@ if TYPE_CHECKING:
 
 
 class Through(nn.Module):
-    """In the place of a layer in front of the activation: its input, in the form of the layer's output."""
+    """Replaces a layer before the activation; returns its input in the form of the layer's output."""
 
     def __init__(self, *, return_bias: bool) -> None:
-        """Takes what the layer was made with."""
+        """Takes the option of the replaced layer."""
         super().__init__()
         self.return_bias = return_bias
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, None]:
-        """[..., d], and no bias that is left to add."""
+        """Returns x, [..., d], without a remaining bias to add."""
         return (x, None) if self.return_bias else x
 
 
 class RewrittenFFN(nn.Module):
-    """In the place of the last layer: the whole FFN. Its output has all biases in it."""
+    """Replaces the last layer by the whole FFN, whose output includes all biases."""
 
     def __init__(
         self,
@@ -46,12 +46,12 @@ class RewrittenFFN(nn.Module):
         return_bias: bool,
         reduce: bool,
     ) -> None:
-        """Keeps the tensors as buffers.
+        """Stores the tensors as buffers.
 
         Args:
-            entry: what is planned.
+            entry: of the site.
             constants: of the rewrite.
-            original: weights for rows that take the original; none where no row does.
+            original: weights for rows that take the original; empty if no row does.
             d_out: output width.
             return_bias: whether vLLM's layer returns a pair.
             reduce: whether it sums over the tensor-parallel ranks.
@@ -67,7 +67,7 @@ class RewrittenFFN(nn.Module):
         return name
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, None]:
-        """The FFN's input, [..., d], to its output, [..., d_out]."""
+        """Applies the FFN, [..., d] to [..., d_out]."""
         constants = [getattr(self, name) for name in self._constants]
         original = [getattr(self, name) for name in self._original]
         out = torch.ops.tardis.serve(x, constants, original, self.spec, self.d_out)
@@ -76,5 +76,5 @@ class RewrittenFFN(nn.Module):
         return (out, None) if self.return_bias else out
 
     def extra_repr(self) -> str:
-        """What is printed of it."""
+        """Details for printing the module."""
         return f"d_out={self.d_out}, reduce={self.reduce}, spec={self.spec}"

@@ -1,7 +1,7 @@
-"""The op in a rewritten FFN's place: one node to whatever compiles the model, the branch by rows inside it.
+"""The op that replaces an FFN: a single node for the compiler of the model, with the branch by rows inside.
 
-It has no state: what is planned is in a string, and every tensor is an argument. So layers with equal settings compile
-to equal graphs, and a compiled graph that vLLM keeps on disk is good for any process.
+It has no state: the entry is encoded in a string, and every tensor is an argument. So layers with equal settings
+compile to equal graphs, and any process can use a compiled graph that vLLM keeps on disk.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class _Spec:
-    """What :func:`spec` wrote.
+    """The decoded string of :func:`spec`.
 
     Attributes:
-        run: the rewritten site, of the rows and the constants in their order.
+        run: the rewritten site, a function of the rows and the constants in order.
         activation: of the site.
         original: names of the weights, as in :class:`tardis_fx.graph.site.SiteWeights`.
     """
@@ -42,12 +42,12 @@ class _Spec:
 
 
 def spec(entry: SitePlan, constants: Sequence[str], original: Sequence[str]) -> str:
-    """Everything of a site but its tensors.
+    """Encodes everything of a site except its tensors.
 
     Args:
-        entry: what is planned.
+        entry: of the site.
         constants: names of the rewrite's constants, in the order of the op's argument.
-        original: names of the original weights, likewise; none where no row takes the original.
+        original: names of the original weights, likewise; empty if no row takes the original.
     """
     planned = {"kind": entry.kind, "activation": entry.activation, "method": entry.method, "settings": entry.settings}
     return json.dumps({"planned": planned, "constants": list(constants), "original": list(original)}, sort_keys=True)
@@ -57,12 +57,12 @@ def spec(entry: SitePlan, constants: Sequence[str], original: Sequence[str]) -> 
 def _read(text: str) -> _Spec:
     content = json.loads(text)
     entry = SitePlan(fingerprint="", name="", dtype="", shapes=(), dense_bytes=0, **content["planned"])
-    few = bool(content["original"])  # more than a few rows take it
+    few = bool(content["original"])  # larger steps take it
     return _Spec(_traced(entry, content["constants"], few), str(entry.activation), tuple(content["original"]))
 
 
 def _traced(entry: SitePlan, names: Sequence[str], few: bool) -> Callable[..., Tensor]:
-    """The eager forward of a rewrite, as a graph in which the kernel takes the fold of few rows."""
+    """Traces the forward of a rewrite to a graph in which the kernel computes the fold of few rows."""
     graph = fx.Graph()
     tracer = fx.proxy.GraphAppendingTracer(graph)
     x, *constants = (fx.Proxy(graph.placeholder(name), tracer) for name in ("x", *names))
@@ -74,13 +74,13 @@ def _traced(entry: SitePlan, names: Sequence[str], few: bool) -> Callable[..., T
 
 
 def serve(x: Tensor, constants: list[Tensor], original: list[Tensor], text: str, d_out: int) -> Tensor:
-    """A rewritten FFN for the rows of one step.
+    """Applies a rewritten FFN to the rows of one step.
 
     Args:
         x: [..., d]; all leading axes together are the rows of the step.
-        constants: what the rewrite made of plan and weights.
-        original: weights for rows that take the original, or none.
-        text: of :func:`spec`.
+        constants: made by the rewrite from plan and weights.
+        original: weights for rows that take the original, or empty.
+        text: from :func:`spec`.
         d_out: output width.
 
     Returns:
@@ -116,7 +116,7 @@ def _fake(x: Tensor, constants: list[Tensor], original: list[Tensor], text: str,
     return x.new_empty((*x.shape[:-1], d_out))
 
 
-# Held for the life of the process: dropping it takes the op away.
+# Kept for the life of the process, because deleting it removes the op.
 _LIBRARY = torch.library.Library("tardis", "FRAGMENT")
 _LIBRARY.define(
     "serve(Tensor x, Tensor[] constants, Tensor[] original, str text, int d_out) -> Tensor",

@@ -1,4 +1,4 @@
-"""The entry point of group ``vllm.general_plugins``: makes ``--load-format tardis`` known to vLLM."""
+"""The entry point of group ``vllm.general_plugins``: registers ``--load-format tardis`` with vLLM."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which requests of a step are rewritten, where a plan leaves prefill to the original."""
+"""Chooses the requests of a step that are rewritten if a plan leaves prefill to the original."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ if TYPE_CHECKING:
 
 
 def decoding(lengths: Sequence[int], limit: int) -> list[bool]:
-    """Which requests take fold and correction; the others take the original FFN.
+    """Marks the requests that take fold and correction; the others take the original FFN.
 
-    An engine with continuous batching puts prompts and decoding requests into one step, so the rule of a whole batch,
-    few tokens are rewritten and many are not, is applied to the requests that bring few, however long the prompts
-    beside them are. Where they bring more than ``limit`` tokens together, reading the weights once is cheaper than
+    An engine with continuous batching puts prompts and decoding requests into one step. So the rule for a whole batch
+    (few tokens are rewritten, many are not) is applied to the requests with few tokens, regardless of the prompts in
+    the same step. If these requests have more than ``limit`` tokens together, reading the weights once is cheaper than
     correcting row by row, and every request takes the original.
 
     Args:
-        lengths: tokens that each request brings to the step.
-        limit: most tokens that count as decoding (:func:`tardis_fx.passes.pipeline.decode_tokens`).
+        lengths: tokens of each request in the step.
+        limit: maximum number of tokens of a decode step (:func:`tardis_fx.passes.pipeline.decode_tokens`).
     """
     few = [length <= limit for length in lengths]
     rows = sum(length for length, small in zip(lengths, few, strict=True) if small)

@@ -1,8 +1,8 @@
-"""A plan's entry for one tensor-parallel rank, which holds some of the neurons.
+"""Cuts a plan's entry for one tensor-parallel rank, which holds some of the neurons.
 
-What fold and corrections give is a sum over neurons, and the ranks' outputs are summed: each rank corrects its own
-neurons, and the first one adds the folded map, which is of all neurons together, as vLLM adds biases on the first rank.
-The others multiply by zeros in its place, so that all ranks run the same graph.
+Fold and corrections are sums over neurons, and the ranks' outputs are summed. Each rank corrects its own neurons, and
+the first rank adds the folded map of all neurons, as vLLM adds biases on the first rank. The other ranks multiply by
+zeros instead, so that all ranks run the same graph.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from tardis_fx.errors import ServingError
 if TYPE_CHECKING:
     from tardis_fx.plan import SitePlan
 
-#: Rewrites whose tensors are a folded map and one entry a neuron.
+#: Rewrites whose tensors are a folded map and one entry per neuron.
 SHARDED = ("partial_linear", "paper")
 
 
 def shard(entry: SitePlan, rank: int, size: int, hidden: int) -> SitePlan:
-    """What one rank does at a site; the outputs of all ranks sum to the whole site's.
+    """The entry for one rank at a site; the outputs of all ranks sum to that of the whole site.
 
     Args:
         entry: of the whole site.
@@ -31,7 +31,7 @@ def shard(entry: SitePlan, rank: int, size: int, hidden: int) -> SitePlan:
         hidden: neurons of the whole site; rank ``r`` holds the ``r``-th of ``size`` equal runs.
 
     Raises:
-        ServingError: the rewrite cannot be shared out.
+        ServingError: the rewrite cannot be sharded.
     """
     if entry.method not in SHARDED:
         raise ServingError(

@@ -30,12 +30,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a matrix lies: a layer, or one of the equal parts that vLLM merges into a layer.
+    """Location of a matrix: a layer, or one of the equal parts that vLLM merges into a layer.
 
     Attributes:
         layer: name of the layer in the slot's module.
-        part: which part of its columns out.
-        parts: how many there are.
+        part: index of the part of its columns out.
+        parts: number of parts.
     """
 
     layer: str
@@ -48,11 +48,11 @@ class Place:
 
 @dataclass(frozen=True)
 class Slot:
-    """The layers of one module that may be an FFN: ``down`` takes as many columns as each projection gives.
+    """The layers of one module that may form an FFN: ``down`` has as many columns as each projection has rows.
 
     Attributes:
         parent: the module that holds them.
-        name: its path in the model.
+        name: path of the module in the model.
         places: of ``gate``, if there is one, ``up`` and ``down``, in this order; all parts of their layers.
     """
 
@@ -62,7 +62,7 @@ class Slot:
 
     @property
     def layers(self) -> dict[str, LinearBase]:
-        """The layers by name, that of ``down`` being the last."""
+        """The layers by name; that of ``down`` is the last."""
         return {place.layer: self.parent.get_submodule(place.layer) for place in self.places.values()}
 
     @property
@@ -72,7 +72,7 @@ class Slot:
 
     @property
     def shards(self) -> tuple[int, int]:
-        """This rank and the number of ranks that the neurons are shared out over."""
+        """This rank and the number of ranks that share the neurons."""
         layer = self.layers[self.down]
         return (layer.tp_rank, layer.tp_size) if _is_sharded(layer) else (0, 1)
 
@@ -89,7 +89,7 @@ class Slot:
 
     @property
     def whole_weights(self) -> SiteWeights:
-        """The weights of all ranks together; every rank must ask."""
+        """The weights of all ranks together; every rank must call this."""
         return self.weights if self.shards[1] == 1 else self._joined(tensor_model_parallel_all_gather)
 
     @property
@@ -104,7 +104,7 @@ class Slot:
         return replace(own, **{n: join(t, 1 if n == "down" else 0) for n, t in shards.items()})
 
     def activation(self, wanted: str) -> str:
-        """Name of the one child of ``parent`` that computes an activation, times ``up`` where there is a gate.
+        """Name of the only child of ``parent`` that computes an activation, times ``up`` if there is a gate.
 
         Raises:
             ServingError: there is none, or more than one.
@@ -124,7 +124,7 @@ class Slot:
         return named[0]
 
     def _computed(self, module: nn.Module) -> Activation | None:
-        """The activation that a module computes, of gate and up if both come from one layer."""
+        """The activation that a module computes, from gate and up if both come from one layer."""
         *gate, up, _ = self.places.values()
         if not gate:
             return recognise(module)
@@ -135,14 +135,15 @@ class Slot:
 
 
 def find(model: nn.Module, plan: Plan) -> list[tuple[Slot, SitePlan]]:
-    """The slots of all FFNs that a plan rewrites.
+    """Finds the slots of all FFNs that a plan rewrites.
 
-    Weights are compared as calibration stored them: vLLM keeps every matrix as [out, in], and merges gate and up.
+    Weights are compared in the form of the calibrated model, because vLLM keeps every matrix as [out, in] and merges
+    gate and up.
 
     Raises:
         PlanFileError: an entry could not have been made by its rewrite.
         PlanMismatchError: none of the plan's FFNs is in the model.
-        StaleWeightError: some are not.
+        StaleWeightError: some are not in the model.
     """
     if not plan.rewritten:
         raise PlanMismatchError("the plan rewrites no FFN")
@@ -171,7 +172,7 @@ def find(model: nn.Module, plan: Plan) -> list[tuple[Slot, SitePlan]]:
 
 
 def _slots(model: nn.Module) -> Iterator[Slot]:
-    """All ways to take from one module a last layer and one or two projections that may stand in front of it."""
+    """All combinations of a last layer and one or two possible projections before it in one module."""
     for name, parent in model.named_modules():
         linears = {n: c for n, c in parent.named_children() if isinstance(c, LinearBase) and _is_matrix(c)}
         for down, last in linears.items():
@@ -191,7 +192,7 @@ def _is_matrix(layer: LinearBase) -> bool:
 
 
 def _fits(layer: LinearBase, down: LinearBase) -> bool:
-    """Whether ``down`` takes as many columns as each part of a layer gives."""
+    """Whether ``down`` has as many columns as each part of a layer has rows."""
     hidden = down.weight.shape[1]
     alike = len(down.output_partition_sizes) == 1 and _is_sharded(layer) == _is_sharded(down)
     return alike and all(size == hidden for size in layer.output_partition_sizes)
@@ -205,7 +206,7 @@ _Stored = dict[tuple[str, tuple[tuple[int, ...], ...]], list[Form]]
 
 
 def _stored(slot: Slot) -> _Stored:
-    """In which forms the model that was calibrated may have stored a slot's weights, by kind and shapes of an entry."""
+    """Forms in which the calibrated model may have stored a slot's weights, by kind and shapes of an entry."""
     outline, found = slot.outline, _Stored()
     kind = "plain" if outline.gate is None else "gated"
     for form in forms(outline):
@@ -244,6 +245,6 @@ def _mismatch(entry: Entry, alike: Sequence[Slot]) -> str:
 
 
 def reduces(slot: Slot) -> bool:
-    """Whether the last projection sums what the ranks give."""
+    """Whether the last projection sums the outputs of the ranks."""
     down = slot.layers[slot.down]
     return isinstance(down, RowParallelLinear) and down.reduce_results and slot.shards[1] > 1

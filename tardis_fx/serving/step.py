@@ -1,4 +1,4 @@
-"""What vLLM tells of the step that it is running."""
+"""Reads information about vLLM's current step."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from tardis_fx.errors import ServingError
 
 
 def query_lengths(rows: int) -> list[int]:
-    """Tokens that each request brings to this step, in the order of the rows.
+    """Number of tokens of each request in this step, in the order of the rows.
 
-    Runs without requests (vLLM's profiling and warming up) count as one request.
+    Runs without requests (vLLM's profiling and warm-up) count as one request.
 
     Args:
         rows: of the step.
 
     Raises:
-        ServingError: the attention backend does not tell where requests begin.
+        ServingError: the attention backend does not report where requests begin.
     """
     from vllm.forward_context import get_forward_context, is_forward_context_available
 

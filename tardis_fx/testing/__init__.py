@@ -1,4 +1,4 @@
-"""What tests of a rewrite are made of: strategies that draw FFNs, graphs and calibration sets, assertions, and laws.
+"""A kit for testing rewrites: strategies that draw FFNs, graphs and calibration sets, assertions, and laws.
 
 ``python -m tardis_fx.testing NAME`` tries a registered rewrite against every law.
 

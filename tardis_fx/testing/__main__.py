@@ -13,9 +13,9 @@ from tardis_fx.testing.suite import Verdict, examine
 
 def main(
     method: Annotated[str, typer.Argument(help="Name of a rewrite in the entry-point group tardis_fx.passes.")],
-    examples: Annotated[int, typer.Option(min=1, help="Drawn for each law.")] = 10,
+    examples: Annotated[int, typer.Option(min=1, help="Number of examples drawn for each law.")] = 10,
 ) -> None:
-    """Try a rewrite against every law and print what became of each; exit code 1 where one is broken."""
+    """Check a rewrite against every law and print the results; exit code 1 if one is broken."""
     try:
         verdicts = examine(method, examples=examples)
     except TardisError as error:
@@ -27,7 +27,7 @@ def main(
 
 
 def table(verdicts: list[Verdict]) -> str:
-    """Markdown."""
+    """Formats verdicts as a Markdown table."""
     lines = ["| law | result | smallest failing example |", "|---|---|---|"]
     for verdict in verdicts:
         told = "" if verdict.failure is None else f"{verdict.failure.strip().splitlines()[0]}; {verdict.example}"
@@ -36,5 +36,5 @@ def table(verdicts: list[Verdict]) -> str:
 
 
 if __name__ == "__main__":
-    logging.getLogger("tardis_fx").setLevel(logging.ERROR)  # that drawn models see few tokens is no news
+    logging.getLogger("tardis_fx").setLevel(logging.ERROR)  # hides the warning that drawn models see few tokens
     typer.run(main)

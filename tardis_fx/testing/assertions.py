@@ -1,4 +1,4 @@
-"""Assertions about rewrites: outputs, graphs, plan files, and the errors that plans tell."""
+"""Assertions about rewrites: outputs, graphs, plan files, and the errors that plans report."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ if TYPE_CHECKING:
 
     from tardis_fx.passes.pipeline import Rewritten
 
-#: Norm of a difference over the norm of the result, at which two ways to compute one thing still agree.
+#: Relative norm of a difference up to which two results count as equal.
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
 def assert_equivalent(found: Tensor, wanted: Tensor, *, tolerance: float | None = None) -> None:
-    """Both have the same shape, dtype and, to rounding, values.
+    """Asserts that two tensors have the same shape, dtype and, to rounding, values.
 
     Args:
         found: any shape.
-        wanted: what it must be.
+        wanted: the expected tensor.
         tolerance: norm of the difference over that of ``wanted``; None takes the dtype's from :data:`TOLERANCES`.
 
     Raises:
@@ -45,17 +45,17 @@ def assert_equivalent(found: Tensor, wanted: Tensor, *, tolerance: float | None 
 
 
 def relative_error(found: Tensor, wanted: Tensor) -> float:
-    """Norm of the difference over the norm of ``wanted``; both of one shape."""
+    """Norm of the difference over the norm of ``wanted``, for tensors of one shape."""
     missed, whole = (float(t.double().norm()) for t in (found.double() - wanted.double(), wanted))
     return missed / whole if whole else (math.inf if missed else 0.0)
 
 
 def rewritten(model: nn.Module, inputs: Tensor, plan: Plan) -> Rewritten:
-    """The graph that the backend makes of a model's under a plan, every step rewritten.
+    """The graph that the backend makes from a model under a plan, with every step rewritten.
 
     Args:
-        model: in eval mode; Dynamo must make one graph of it.
-        inputs: its argument.
+        model: in eval mode; Dynamo must capture it as one graph.
+        inputs: argument of the model.
         plan: of this model.
     """
     captured = capture(model, inputs)
@@ -66,12 +66,12 @@ def rewritten(model: nn.Module, inputs: Tensor, plan: Plan) -> Rewritten:
 def assert_matches(
     subject: fx.Graph | Rewritten, *, count: int, present: Sequence[Any] = (), absent: Sequence[Any] = ()
 ) -> None:
-    """So many sites are there, and operations are or are not.
+    """Asserts the number of sites, and which operations are present or absent.
 
     Args:
-        subject: a graph as Dynamo gives it, of which the sites that may be rewritten are counted; or what
-            :func:`rewritten` returns, of which the sites that were.
-        count: of the sites.
+        subject: a Dynamo graph, whose sites that can be rewritten are counted; or the result of :func:`rewritten`,
+            whose rewritten sites are counted.
+        count: number of sites.
         present: targets of nodes that the graph must hold: functions, or names of methods.
         absent: targets that it must not hold.
 
@@ -95,11 +95,11 @@ def assert_matches(
 
 
 def assert_plan_roundtrip(plan: Plan, run: Callable[[Plan], Tensor] | None = None) -> None:
-    """A plan comes back from its file bit for bit.
+    """Asserts that saving and loading preserves a plan bit for bit.
 
     Args:
         plan: any plan.
-        run: an output under a plan, which must be the same under the plan that was read.
+        run: computes an output under a plan; it must be the same under the loaded plan.
 
     Raises:
         AssertionError: something changed.
@@ -114,7 +114,7 @@ def assert_plan_roundtrip(plan: Plan, run: Callable[[Plan], Tensor] | None = Non
 
 
 def contents(plan: Plan) -> list[Any]:
-    """All of a plan as plain values, tensors by their bits; floats by their digits, for -0.0 equals 0.0."""
+    """Contents of a plan as plain values: tensors as bits, floats as digits because -0.0 equals 0.0."""
     entries = [
         {f.name: repr(getattr(site, f.name)) for f in fields(site) if f.name != "tensors"}
         | ({"tensors": {n: _bits(t) for n, t in site.tensors.items()}} if isinstance(site, SitePlan) else {})
@@ -129,13 +129,13 @@ def _bits(tensor: Tensor) -> tuple[torch.dtype, torch.Size, bytes]:
 
 
 def assert_error_within(certificate: SitePlan | float, found: Tensor, wanted: Tensor, *, slack: float = 0.02) -> None:
-    """A rewritten site errs no more than its plan tells.
+    """Asserts that the error of a rewritten site does not exceed the error in its plan.
 
     Args:
-        certificate: a site's plan, whose ``error`` it is, or the error itself: of the root mean square, relative.
-        found: the rewritten site's outputs, [..., d_out].
-        wanted: the original's.
-        slack: by what share the error may be exceeded; 0.02 is for the tokens that it was measured on, to rounding.
+        certificate: a site's plan with an ``error``, or the relative root-mean-square error itself.
+        found: outputs of the rewritten site, [..., d_out].
+        wanted: outputs of the original site.
+        slack: share by which the error may be exceeded; 0.02 allows for rounding on the tokens of the measurement.
 
     Raises:
         AssertionError: the error is greater, or an output is NaN or infinite.

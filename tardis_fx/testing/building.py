@@ -1,4 +1,4 @@
-"""Graphs built by hand in the form that Dynamo gives them: an example value on every node, parameters as inputs."""
+"""Builds graphs by hand in Dynamo's form: an example value on every node, parameters as inputs."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ if TYPE_CHECKING:
 
 
 class Graph:
-    """An ``fx.Graph`` in the making."""
+    """Builder of an ``fx.Graph`` with example values."""
 
     def __init__(self) -> None:
         self.graph = fx.Graph()
         self._mode = FakeTensorMode()
 
     def input(self, *shape: int, parameter: bool = False) -> fx.Node:
-        """A graph input, or a parameter as Dynamo lifts it: all of them before the first computation."""
+        """Adds a graph input, or a parameter in the form in which Dynamo lifts it, before the first computation."""
         first = next((node for node in self.graph.nodes if node.op != "placeholder"), None)
         with self.graph.inserting_before(first):
             node = self.graph.placeholder(f"{'p' if parameter else 'x'}{len(self.graph.nodes)}")
@@ -31,11 +31,11 @@ class Graph:
         return node
 
     def parameter(self, *shape: int) -> fx.Node:
-        """A parameter."""
+        """Adds a parameter as a graph input."""
         return self.input(*shape, parameter=True)
 
     def call(self, target: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> fx.Node:
-        """Calls a function, or a method by its name."""
+        """Adds a call of a function, or of a method by its name."""
         node = (
             self.graph.call_method(target, args, kwargs)
             if isinstance(target, str)

@@ -1,4 +1,4 @@
-"""The graph that Dynamo makes of a model, and the sites in it."""
+"""Captures the Dynamo graph of a model and the sites in it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Captured(NamedTuple):
-    """A graph as a backend gets it, matched at once: what the matcher asks about gradients holds only then."""
+    """A captured graph with its sites, matched immediately because the gradient mode only holds then."""
 
     gm: fx.GraphModule
     inputs: list[Tensor]
@@ -28,7 +28,7 @@ class Captured(NamedTuple):
 def capture(
     model: Callable[..., Any], *args: Any, dynamic: bool | None = None, grad: bool = False, **kwargs: Any
 ) -> Captured:
-    """Runs a model through Dynamo, which must make one graph of it, bound to no more sizes once it is matched."""
+    """Captures a model with Dynamo as one graph; asserts that matching adds no guards on sizes."""
     graphs: list[Captured] = []
 
     def backend(gm: fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
@@ -36,7 +36,7 @@ def capture(
         guards = fake_mode.shape_env.guards
         before = len(guards)
         graphs.append(Captured(gm, inputs, find_sites(gm.graph)))
-        # The numbers of an activation are part of what it is.
+        # The constants of an activation are part of its definition.
         added = [guard.expr for guard in guards[before:]]
         bound = [expr for expr in added if not all(symbol_is_type(s, SymT.FLOAT) for s in expr.free_symbols)]
         assert not bound, f"matching bound the graph to {bound}"
@@ -52,5 +52,5 @@ def capture(
 def sites_of(
     model: nn.Module, *args: Any, dynamic: bool | None = None, grad: bool = False, **kwargs: Any
 ) -> list[Site]:
-    """The sites of a model, refused ones included."""
+    """The sites of a model, including refused ones."""
     return capture(model, *args, dynamic=dynamic, grad=grad, **kwargs).sites

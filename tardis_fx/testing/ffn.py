@@ -15,7 +15,7 @@ class Activation(nn.Module):
         self.name = name
 
     def forward(self, z: Tensor) -> Tensor:
-        """Elementwise."""
+        """Applies the activation elementwise."""
         if self.name == "relu2":
             return F.relu(z).square()
         if self.name == "gelu_tanh":
@@ -27,32 +27,32 @@ ACTIVATIONS = ("relu", "relu2", "gelu", "gelu_tanh", "silu")
 
 
 class FFN(nn.Sequential):
-    """Up projection, activation, down projection."""
+    """A plain FFN: up projection, activation, down projection."""
 
     @property
     def activation(self) -> str:
-        """Its name in the registry."""
+        """Name of the activation in the registry."""
         assert isinstance(self[1], Activation)
         return self[1].name
 
     @property
     def up(self) -> nn.Linear:
-        """[d] to [hidden]."""
+        """The up projection, [d] to [hidden]."""
         assert isinstance(self[0], nn.Linear)
         return self[0]
 
     @property
     def down(self) -> nn.Linear:
-        """[hidden] to [d_out]."""
+        """The down projection, [hidden] to [d_out]."""
         assert isinstance(self[-1], nn.Linear)
         return self[-1]
 
 
 class GatedFFN(nn.Module):
-    """Gate and up projection, the first activated, their product, and down projection.
+    """A gated FFN: the activated gate times the up projection, then the down projection.
 
     Attributes:
-        gate_up: gate and up projection, or one of both that is cut in halves, the gate first.
+        gate_up: gate and up projection, or one fused projection that is cut in halves, the gate first.
         down: [hidden] to [d_out].
     """
 
@@ -63,18 +63,18 @@ class GatedFFN(nn.Module):
 
     @property
     def activation(self) -> str:
-        """Its name in the registry."""
+        """Name of the activation in the registry."""
         return self._activation.name
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., d] to [..., d_out]."""
+        """Applies the FFN, [..., d] to [..., d_out]."""
         z = [linear(x) for linear in self.gate_up]
         gate, up = z if len(z) == 2 else z[0].chunk(2, -1)
         return self.down(self._activation(gate) * up)  # type: ignore[no-any-return]
 
 
 def _stacked(first: nn.Linear, second: nn.Linear) -> nn.Linear:
-    """One projection that gives what two give, one behind the other."""
+    """One projection that concatenates the outputs of two."""
     bias = first.bias is not None
     both = nn.Linear(first.in_features, first.out_features + second.out_features, bias=bias)
     with torch.no_grad():
@@ -85,7 +85,7 @@ def _stacked(first: nn.Linear, second: nn.Linear) -> nn.Linear:
 
 
 def ffn(d: int = 16, hidden: int = 64, activation: str = "gelu", *, bias: bool = True, seed: int = 0) -> FFN:
-    """An FFN with random weights; its pre-activations are about normal for normal inputs."""
+    """An FFN with random weights, whose pre-activations are about normal for normal inputs."""
     up, down = _projections((d, hidden), (hidden, d), bias=bias, seed=seed)
     return FFN(up, Activation(activation), down).eval()
 
@@ -93,7 +93,7 @@ def ffn(d: int = 16, hidden: int = 64, activation: str = "gelu", *, bias: bool =
 def gated_ffn(
     d: int = 16, hidden: int = 64, activation: str = "silu", *, bias: bool = True, fused: bool = False, seed: int = 0
 ) -> GatedFFN:
-    """A gated FFN with random weights, the same ones whether gate and up projection are fused or not."""
+    """A gated FFN with random weights, the same whether gate and up are fused or not."""
     gate, up, down = _projections((d, hidden), (d, hidden), (hidden, d), bias=bias, seed=seed)
     return GatedFFN(gate, up, Activation(activation), down, fused=fused).eval()
 
@@ -110,7 +110,7 @@ def _projections(*sizes: tuple[int, int], bias: bool, seed: int) -> list[nn.Line
 
 
 class Block(nn.Module):
-    """What a transformer's block is around its FFN: a norm before it and a residual sum after it."""
+    """A transformer block around an FFN: a norm before it and a residual sum after it."""
 
     def __init__(self, inner: FFN | GatedFFN, d: int = 16) -> None:
         super().__init__()
@@ -118,10 +118,10 @@ class Block(nn.Module):
         self.eval()
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., d] to [..., d]."""
+        """Applies the block, [..., d] to [..., d]."""
         return x + self.ffn(self.norm(x))  # type: ignore[no-any-return]
 
 
 def inputs(*shape: int, seed: int = 1) -> Tensor:
-    """Normal inputs."""
+    """Normally distributed inputs of the given shape."""
     return torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed), dtype=torch.float32, device="cpu")

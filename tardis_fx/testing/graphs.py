@@ -1,4 +1,4 @@
-"""Drawn graphs: FFNs, each spelt in a drawn way, among other operations."""
+"""Draws graphs of FFNs in various spellings among other operations."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ TOKENS, WIDTH, HIDDEN = 3, 8, 32
 
 
 class Planted(NamedTuple):
-    """An FFN that a drawn graph holds."""
+    """An FFN in a drawn graph."""
 
     input: fx.Node
-    """What the first projection reads, and so behind the view that an ``addmm`` needs."""
+    """The input of the first projection, after the view that an ``addmm`` needs."""
     output: fx.Node
     """The last projection, before such a view."""
     activation: str
     leaks: bool
-    """Whether something else reads its intermediate."""
+    """Whether another node reads its intermediate value."""
 
 
 @dataclass
@@ -90,7 +90,7 @@ def _linear(g: Graph, x: fx.Node, columns: int, draw: st.DrawFn) -> _Linear:
 
 
 def _between(g: Graph, h: fx.Node, draw: st.DrawFn) -> fx.Node:
-    """Nothing, or what does not matter between the projections."""
+    """Adds nothing, or an operation that does not matter between projections."""
     *batch, columns = h.meta["example_value"].shape
     return draw(
         st.sampled_from(
@@ -127,7 +127,7 @@ def _separated(g: Graph, x: fx.Node, draw: st.DrawFn) -> fx.Node:
     return _linear(g, draw(st.sampled_from(between))(g.call(*hidden)), WIDTH, draw).result
 
 
-#: What stands among the FFNs and is none, [..., WIDTH] to [..., WIDTH].
+#: Blocks other than FFNs, [..., WIDTH] to [..., WIDTH].
 _OTHERS: list[Callable[[Graph, fx.Node, st.DrawFn], fx.Node]] = [
     _attention,
     _norm,
@@ -139,7 +139,7 @@ _OTHERS: list[Callable[[Graph, fx.Node, st.DrawFn], fx.Node]] = [
 
 @st.composite
 def graphs(draw: st.DrawFn) -> Drawn:
-    """A chain of FFNs and other things, with residual sums between some of them, each FFN spelt in a drawn way."""
+    """Draws a chain of FFNs, each in a drawn spelling, and other blocks, with residual sums between some."""
     g = Graph()
     planted: list[Planted] = []
     x = g.input(*draw(st.sampled_from([(TOKENS, WIDTH), (2, TOKENS, WIDTH)])))
@@ -162,14 +162,14 @@ def graphs(draw: st.DrawFn) -> Drawn:
 
 
 def reordered(drawn: Drawn, random: Random) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
-    """The same graph in another topological order under other names, and which node became which."""
+    """Copies a graph in another topological order with other names; also returns the map of nodes."""
     *nodes, output = drawn.graph.nodes
     waiting = {node: len(node.all_input_nodes) for node in nodes}
     ready = [node for node, missing in waiting.items() if not missing]
     names = random.sample(range(len(nodes)), len(nodes))
     graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
     while ready:
-        inputs = [node for node in ready if node.op == "placeholder"]  # stay before all else
+        inputs = [node for node in ready if node.op == "placeholder"]  # stay first
         node = random.choice(inputs or ready)
         ready.remove(node)
         copies[node] = graph.node_copy(node, copies.__getitem__)

@@ -1,4 +1,4 @@
-"""What every rewrite must do, whatever it does: the laws of the contract :class:`tardis_fx.passes.base.Rewrite`."""
+"""The laws that every rewrite must obey: the contract of :class:`tardis_fx.passes.base.Rewrite`."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Fit:
-    """A rewrite fitted to drawn sites; at all bytes where the drawn budget is out of reach."""
+    """A rewrite fitted to drawn sites, with a budget of all bytes if the drawn budget is out of reach."""
 
     method: str
     specimen: Specimen
@@ -47,12 +47,12 @@ class Fit:
 
     @cached_property
     def observation(self) -> SiteObservation:
-        """Of fresh FFNs."""
+        """Observation of newly made FFNs."""
         return SiteObservation(self.specimen.ffns(self.count), self.specimen.batches())
 
     @cached_property
     def plan(self) -> Plan:
-        """Of all sites; examples of which the rewrite takes none are put aside."""
+        """Plan of all sites; rejects examples without a rewritten site."""
         try:
             plan = plan_for(self.observation, self.config(self.specimen.budget))
         except CalibrationError:
@@ -62,12 +62,12 @@ class Fit:
         return plan
 
     def config(self, budget: float) -> Config:
-        """Every token on the rewritten path, and no progress bars."""
+        """A config that rewrites every token, without progress bars."""
         return Config(method=self.method, budget=budget, prefill="rewritten", progress=False)
 
     @property
     def taken(self) -> list[tuple[ObservedSite, SitePlan]]:
-        """The sites that are rewritten, with their plans."""
+        """The rewritten sites with their plans."""
         return [
             (site, entry)
             for site, entry in zip(self.observation.sites, self.plan.sites, strict=True)
@@ -76,19 +76,19 @@ class Fit:
 
     @property
     def first(self) -> tuple[ObservedSite, SitePlan]:
-        """The first of them."""
+        """The first rewritten site with its plan."""
         return self.taken[0]
 
 
 @torch.no_grad()
 def output(site: ObservedSite, entry: SitePlan, x: Tensor) -> Tensor:
-    """A rewritten site by its eager specification, [..., d] to [..., d_out]."""
+    """Applies the eager specification of a rewritten site, [..., d] to [..., d_out]."""
     rewrite = rewrite_named(entry.method)
     return rewrite.forward(x, rewrite.constants(entry, site.weights), entry)
 
 
 def the_plan_meets_its_budget_or_says_that_it_cannot(method: str, specimen: Specimen) -> None:
-    """CalibrationError is what says so, and a budget of all bytes is never too small."""
+    """It raises CalibrationError if it cannot, and a budget of all bytes always suffices."""
     fit = Fit(method, specimen, 2)
     try:
         plan = plan_for(fit.observation, fit.config(specimen.budget))
@@ -102,7 +102,7 @@ def the_plan_meets_its_budget_or_says_that_it_cannot(method: str, specimen: Spec
 
 
 def bytes_are_plausible(method: str, specimen: Specimen) -> None:
-    """Touched are more than none; stored are the constants, and the original weights or not."""
+    """Touched bytes are positive; stored bytes are the constants, with or without the original weights."""
     for site, entry in (fit := Fit(method, specimen)).taken:
         assert 0 < entry.touched_bytes <= entry.stored_bytes + entry.dense_bytes, f"touched: {entry.touched_bytes:,}"
         own = {p.untyped_storage().data_ptr() for p in site.parameters}
@@ -115,7 +115,7 @@ def bytes_are_plausible(method: str, specimen: Specimen) -> None:
 
 
 def forward_is_finite_and_shaped_for_any_number_of_tokens(method: str, specimen: Specimen) -> None:
-    """For 1, 5 and 40 tokens, and [batch, length, d]."""
+    """Checks 1, 5 and 40 tokens, and [batch, length, d]."""
     site, entry = Fit(method, specimen).first
     for shape in ((1,), (5,), (40,), (2, 3), (1, 7)):
         x = specimen.unseen(*shape)
@@ -127,7 +127,7 @@ def forward_is_finite_and_shaped_for_any_number_of_tokens(method: str, specimen:
 
 
 def a_token_gives_the_same_in_any_company(method: str, specimen: Specimen) -> None:
-    """All at once, one by one, and as [batch, length, d]."""
+    """Compares all tokens at once, in parts, and as [batch, length, d]."""
     site, entry = Fit(method, specimen).first
     x = specimen.unseen(12)
     whole = output(site, entry, x)
@@ -136,7 +136,7 @@ def a_token_gives_the_same_in_any_company(method: str, specimen: Specimen) -> No
 
 
 def the_compiled_model_is_the_eager_forward(method: str, specimen: Specimen) -> None:
-    """Through the backend, strictly; for few tokens and for many."""
+    """Compiles with the backend in strict mode, for few and for many tokens."""
     fit = Fit(method, specimen)
     site, entry = fit.first
     (model,) = specimen.ffns()
@@ -151,7 +151,7 @@ def the_compiled_model_is_the_eager_forward(method: str, specimen: Specimen) -> 
 
 
 def the_error_told_is_the_error_measured(method: str, specimen: Specimen) -> None:
-    """On the held-back tokens of the calibration set, each way within 5% and rounding."""
+    """Compares them on the held-back calibration tokens, within 5% and rounding in both directions."""
     site, entry = Fit(method, specimen).first
     x = torch.cat([batch[fitted_tokens(len(batch)) :] for batch in specimen.batches()])
     found = output(site, entry, x).float()
@@ -163,7 +163,7 @@ def the_error_told_is_the_error_measured(method: str, specimen: Specimen) -> Non
 
 
 def a_plan_comes_back_from_its_file_and_runs_alike(method: str, specimen: Specimen) -> None:
-    """Bit for bit."""
+    """Checks that the loaded plan is equal bit for bit."""
     fit = Fit(method, specimen)
     site, _ = fit.first
     x = specimen.unseen(5)
@@ -177,7 +177,7 @@ def _entry(plan: Plan, site: ObservedSite) -> SitePlan:
 
 
 def sites_alike_have_constants_alike(method: str, specimen: Specimen) -> None:
-    """Equal shapes and settings give equal names, shapes and dtypes, for one compiled graph may serve both."""
+    """Equal shapes and settings give equal names, shapes and dtypes, because one compiled graph may serve both."""
     fit = Fit(method, specimen, 2)
     if len(fit.taken) < 2 or fit.plan.rewritten[0].settings != fit.plan.rewritten[1].settings:
         reject()
@@ -189,13 +189,13 @@ def sites_alike_have_constants_alike(method: str, specimen: Specimen) -> None:
 
 
 def fitting_twice_gives_the_same_plan(method: str, specimen: Specimen) -> None:
-    """Bit for bit, from observations that share nothing."""
+    """Compares plans bit for bit, from observations that share nothing."""
     first, second = (contents(Fit(method, specimen).plan) for _ in range(2))
     assert first == second
 
 
 def inputs_and_weights_stay_what_they_are(method: str, specimen: Specimen) -> None:
-    """Neither fit nor constants nor forward writes to them."""
+    """Checks that fit, constants and forward do not write to them."""
     fit = Fit(method, specimen)
     site, entry = fit.first
     x = specimen.unseen(40)
@@ -211,7 +211,7 @@ def inputs_and_weights_stay_what_they_are(method: str, specimen: Specimen) -> No
 
 
 def gated_and_affine_sites_are_refused_with_a_reason_or_handled(method: str, specimen: Specimen) -> None:
-    """Handled is what has a finite output of the right shape."""
+    """A site is handled if its output is finite and has the right shape."""
     rewrite, d = rewrite_named(method), specimen.weights.d
     for site in (gated(d), affine(d)):
         reason = rewrite.refuse(site.site)
@@ -228,7 +228,7 @@ def gated_and_affine_sites_are_refused_with_a_reason_or_handled(method: str, spe
             assert torch.isfinite(found).all(), "NaN or infinity"
 
 
-#: Each takes the name of a registered rewrite and drawn sites, and raises where the rewrite breaks it.
+#: Each law takes the name of a registered rewrite and drawn sites, and raises if the rewrite breaks it.
 LAWS: tuple[Callable[[str, Specimen], None], ...] = (
     the_plan_meets_its_budget_or_says_that_it_cannot,
     bytes_are_plausible,

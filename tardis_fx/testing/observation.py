@@ -1,4 +1,4 @@
-"""Sites with their inputs at hand: what a rewrite is fitted to, without a model around it."""
+"""Observations of sites with given inputs, to fit rewrites without a model."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ if TYPE_CHECKING:
 
 
 class SiteObservation(RepeatableObservation):
-    """FFNs that all see the same batches; nothing is captured, so that a fit takes milliseconds."""
+    """Observation of FFNs that all see the same batches, without capture, so that a fit takes milliseconds."""
 
     def __init__(self, ffns: Sequence[FFN | GatedFFN | ObservedSite], batches: Sequence[Tensor]) -> None:
-        """Matches each FFN in a graph of its own.
+        """Matches each FFN in a separate graph.
 
         Args:
-            ffns: or sites; their weights are those of the sites, no copies.
+            ffns: FFNs or sites; their weights are not copied.
             batches: each [tokens, d].
         """
         super().__init__()
@@ -44,7 +44,7 @@ class SiteObservation(RepeatableObservation):
 
     @property
     def sites(self) -> list[ObservedSite]:
-        """One an FFN, in their order."""
+        """The sites of the FFNs, in order."""
         return self._sites
 
     def _shown(self, run: Run) -> dict[str, SiteObserver]:
@@ -60,13 +60,13 @@ class SiteObservation(RepeatableObservation):
         return observers
 
     def seen(self, site: ObservedSite) -> Seen:
-        """All tokens of all batches."""
+        """Numbers of tokens and held-back tokens in all batches."""
         sizes = [batch.shape[:-1].numel() for batch in self._batches]
         return Seen(sum(sizes), sum(size - fitted_tokens(size) for size in sizes))
 
 
 def observed(ffn: FFN | GatedFFN) -> ObservedSite:
-    """An FFN as the matcher sees it, with its own weights."""
+    """Matches an FFN as a site with its weights."""
     g = Graph()
     activated = SPELLINGS[ffn.activation][0]
     entering: list[Any] = [ffn.up] if isinstance(ffn, FFN) else list(ffn.gate_up)
@@ -91,14 +91,14 @@ def observed(ffn: FFN | GatedFFN) -> ObservedSite:
 
 
 def site_of(g: Graph) -> Site:
-    """The one site of a graph."""
+    """The only site of a graph."""
     with torch.no_grad():
         (site,) = find_sites(g.graph)
     return site
 
 
 def of(site: Site, parameters: Sequence[Tensor], function: str | None) -> ObservedSite:
-    """A site with values for ``site.parameters``."""
+    """Makes an observed site from values of ``site.parameters``."""
     identity = fingerprint(parameters, function)
     return ObservedSite(site, identity, SiteWeights.from_site(site, parameters), tuple(parameters))
 

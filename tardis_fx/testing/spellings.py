@@ -1,4 +1,4 @@
-"""Ways to write activations, as models do: one call, a method, or arithmetic."""
+"""The ways in which models write activations: one call, a method, or arithmetic."""
 
 from __future__ import annotations
 

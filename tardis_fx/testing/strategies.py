@@ -1,6 +1,6 @@
-"""What Hypothesis draws: weights with planted structure, calibration sets, sites of both, and whole graphs.
+"""Hypothesis strategies: weights with planted structure, calibration sets, sites with both, and whole graphs.
 
-All that is drawn is a record of a few numbers and names, so that the smallest failing example fits one line.
+Every drawn value is a record of a few numbers and names, so that the smallest failing example fits on one line.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ __all__ = [
     "weights",
 ]
 
-#: What an FFN is: plain, gated, or gated with gate and up projection in one matrix.
+#: Kinds of FFN: plain, gated, or gated with gate and up projection in one matrix.
 KINDS = ("plain", "gated", "fused")
-#: What is planted in an FFN's weights.
+#: Structures planted in an FFN's weights.
 STRUCTURES = ("none", "low rank", "loud neurons", "dead neurons", "nearly affine", "twins", "sparse")
-#: What inputs are like.
+#: Distributions of inputs.
 STREAMS = ("normal", "correlated", "scaled", "shifted")
 
 
@@ -52,8 +52,8 @@ class Weights:
         bias: whether the projections have biases.
         structure: one of :data:`STRUCTURES`: both matrices of rank 2; 30 times the output of a quarter of the neurons;
             pre-activations of half of the neurons far below zero; those of all far above it; every neuron's W1 twice;
-            nine tenths of the weights zero. Pre-activations, of a gated FFN those of its gate, are moved by biases, and
-            stay where there are none.
+            nine tenths of the weights zero. Biases shift the pre-activations (of a gated FFN, those of its gate); they
+            are not shifted without biases.
         dtype: of all tensors.
         seed: of the random numbers.
         kind: one of :data:`KINDS`.
@@ -77,7 +77,7 @@ class Weights:
             fused = self.kind == "fused"
             model = gated_ffn(self.d, self.hidden, self.activation, bias=self.bias, fused=fused, seed=self.seed)
         linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
-        entering, down = linears[:-1], linears[-1]  # a gate, or the half of a fused matrix that is one, comes first
+        entering, down = linears[:-1], linears[-1]  # the gate, or its half of a fused matrix, comes first
         some = slice(0, self.hidden // 4), slice(0, self.hidden // 2)
         if self.structure == "low rank":
             for linear in linears:
@@ -105,10 +105,10 @@ class Calibration:
     """Batches of one site's inputs.
 
     Attributes:
-        batches: how many.
-        tokens: in each.
-        stream: one of :data:`STREAMS`: normal; of two strong directions beside weak noise; two features 20 times as
-            large as the others; two standard deviations off zero.
+        batches: number of batches.
+        tokens: number of tokens in each.
+        stream: one of :data:`STREAMS`: normal; two strong directions plus weak noise; two features 20 times as large as
+            the others; two standard deviations off zero.
         seed: of the random numbers.
     """
 
@@ -118,7 +118,7 @@ class Calibration:
     seed: int = 0
 
     def batch(self, *shape: int, number: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Inputs of a shape [..., d]: a batch by its number; numbers from ``batches`` on were not calibrated on."""
+        """Inputs of shape [..., d] for a batch number; numbers from ``batches`` on are not used for calibration."""
         x = inputs(*shape, seed=1000 * self.seed + number)
         if self.stream == "correlated":
             directions = inputs(2, shape[-1], seed=self.seed)
@@ -136,11 +136,11 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Specimen:
-    """FFNs of one shape with what they are calibrated on and a budget.
+    """FFNs of one shape with a calibration set and a budget.
 
     Attributes:
-        weights: of the first; the others have the next seeds.
-        calibration: of every one of them.
+        weights: of the first FFN; the others have the next seeds.
+        calibration: of all FFNs.
         budget: as in :class:`tardis_fx.Config`.
     """
 
@@ -149,7 +149,7 @@ class Specimen:
     budget: float = 0.5
 
     def ffns(self, count: int = 1) -> list[FFN | GatedFFN]:
-        """The FFNs, made anew by every call."""
+        """Makes new copies of the FFNs."""
         return [replace(self.weights, seed=self.weights.seed + i).ffn() for i in range(count)]
 
     def batches(self) -> list[Tensor]:
@@ -157,7 +157,7 @@ class Specimen:
         return self.calibration.all(self.weights.d, self.weights.dtype)
 
     def unseen(self, *shape: int) -> Tensor:
-        """Inputs [*shape, d] like those of the calibration, which are not among them."""
+        """Inputs [*shape, d] with the distribution of the calibration inputs, but not among them."""
         calibration, weights = self.calibration, self.weights
         return calibration.batch(*shape, weights.d, number=calibration.batches, dtype=weights.dtype)
 
@@ -165,7 +165,7 @@ class Specimen:
 def weights(
     *, dtypes: Sequence[torch.dtype] = (torch.float32, torch.bfloat16), kinds: Sequence[str] = KINDS
 ) -> st.SearchStrategy[Weights]:
-    """Weights of small FFNs; sizes are such that every group of four neighbours is whole.
+    """Weights of small FFNs, whose sizes are multiples of four.
 
     Args:
         dtypes: to draw from.
@@ -185,7 +185,7 @@ def weights(
 
 
 def calibration_sets() -> st.SearchStrategy[Calibration]:
-    """One to three batches of 64 to 200 tokens."""
+    """Calibration sets of one to three batches with 64 to 200 tokens."""
     return st.builds(
         Calibration,
         batches=st.integers(1, 3),

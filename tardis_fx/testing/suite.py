@@ -1,4 +1,4 @@
-"""Tries a rewrite against every law and says which it breaks, with the smallest example that was found."""
+"""Checks a rewrite against every law, and reports broken laws with the smallest failing example."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ NEVER_TAKEN = "no drawn site was taken"
 
 @dataclass(frozen=True)
 class Verdict:
-    """What came of one law.
+    """The result of checking one law.
 
     Attributes:
         law: in words.
-        failure: what was wrong, or None; also where the rewrite took none of the drawn sites.
-        example: the smallest one that fails, or None.
+        failure: description of the failure, or None; also set if the rewrite took none of the drawn sites.
+        example: the smallest failing example, or None.
     """
 
     law: str
@@ -44,12 +44,12 @@ class Verdict:
 def examine(
     method: str, *, examples: int = 10, laws: Sequence[Callable[[str, Specimen], None]] = LAWS
 ) -> list[Verdict]:
-    """Tries a registered rewrite against laws.
+    """Checks a registered rewrite against laws.
 
     Args:
         method: its name in the entry-point group.
-        examples: for each law; the same ones every time.
-        laws: all of them, or some.
+        examples: number for each law; the same ones every time.
+        laws: the laws to check.
 
     Raises:
         ConfigError: no such rewrite is registered.
