@@ -139,7 +139,10 @@ def test_an_ffn_is_rid_of_the_biases_in_front_of_its_activation_and_refused_with
     x = CALIBRATION.batch(10, 20)
     bare = replace(site.weights, up_bias=None, down_bias=entry.tensors["bias"], gate_bias=None)
     assert_equivalent(laws.output(site, entry, x), original(bare, "silu", x))
-    assert fitted("drop_bias", "fused", 1.0, bias=False)[1].reason == "it has no bias in front of its activation"
+    specimen = Specimen(Weights(20, 80, "silu", bias=False, kind="fused"), CALIBRATION)
+    observation = SiteObservation(specimen.ffns(), specimen.batches())
+    (kept,) = plan_for(observation, config(method="drop_bias", budget=1.0)).sites
+    assert kept.reason == "it has no bias in front of its activation"
 
 
 @pytest.mark.parametrize("kind", KINDS)
