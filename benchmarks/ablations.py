@@ -13,6 +13,7 @@ from __future__ import annotations
 import itertools
 import math
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -28,18 +29,16 @@ from tardis_fx.measure.quality import DenseReference, rewrite_every_token
 from tardis_fx.measure.tables import markdown
 from tardis_fx.observation.observe import BatchObservation
 from tardis_fx.observation.run import drive
+from tardis_fx.partial_linear.draft import Draft
+from tardis_fx.partial_linear.histogram import Histogram
 from tardis_fx.partial_linear.ranges import PricedSite, Ranges
+from tardis_fx.partial_linear.residuals import ResidualObserver
+from tardis_fx.partial_linear.widths import Fitted
 from tardis_fx.passes.partial_linear import PartialLinear
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
     from transformers import PreTrainedModel
 
-    from tardis_fx.partial_linear.draft import Draft
-    from tardis_fx.partial_linear.histogram import Histogram
-    from tardis_fx.partial_linear.residuals import ResidualObserver
-    from tardis_fx.partial_linear.widths import Fitted
 
 WINDOWS = 64
 WIDTHS = {"fold_bits": 4, "row_bits": 4}

@@ -15,26 +15,23 @@ import sys
 import tempfile
 import time
 import tomllib
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from tardis_fx.bench import ffn, model
 from tardis_fx.bench.plans import Widths
+from tardis_fx.bench.timings import Timing
 from tardis_fx.bench.timings import report as table
 from tardis_fx.errors import TardisError
 from tardis_fx.measure.machine import Machine
 from tardis_fx.measure.timing import LEAST_ROUNDS
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
-    from tardis_fx.bench.timings import Timing
 
 ROOT = Path(__file__).resolve().parents[1]
 #: Seconds in total, and seconds reserved for each case: a case that does not fit is not started.

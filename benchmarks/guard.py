@@ -6,8 +6,9 @@ python benchmarks/guard.py
 from __future__ import annotations
 
 import statistics
+from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import transformers as hf
@@ -18,10 +19,7 @@ from tardis_fx.measure.decoding import Decoder
 from tardis_fx.measure.machine import conditions
 from tardis_fx.measure.quality import rewrite_every_token
 from tardis_fx.measure.timing import seconds
-from tardis_fx.runtime.guard import GuardedGraph
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
+from tardis_fx.passes.weight_guard import GuardedGraph
 
 LAYERS, WIDTH, VOCABULARY, CONTEXT = 48, 256, 1024, 128
 

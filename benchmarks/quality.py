@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -23,14 +23,9 @@ from tardis_fx.compare import report
 from tardis_fx.compare.cases import Case, Dense, Planned, Torchao
 from tardis_fx.compare.compare import compare_rewrites
 from tardis_fx.compare.records import Records
-from tardis_fx.compare.subjects import LENGTH, WINDOWS, encoder, load_subject
+from tardis_fx.compare.subjects import LENGTH, WINDOWS, Subject, encoder, load_subject
 from tardis_fx.errors import BenchError
 from tardis_fx.measure.machine import conditions
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from tardis_fx.compare.subjects import Subject
 
 #: Budgets by method; those of weight-only quantisation hold 2, 3, 4 and 8 bits with their scales, and 2 bits
 #: with groups of 128 columns, too.

@@ -18,9 +18,10 @@ import sys
 import tempfile
 import time
 import urllib.request
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import psutil
 import torch
@@ -28,9 +29,6 @@ import torch
 from tardis_fx import Config, calibrate
 from tardis_fx.demo.model import FOLDER, load
 from tardis_fx.measure.machine import conditions
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 VLLM = [str(Path(sys.executable).with_name("vllm"))]
 ENVIRONMENT = os.environ | {

@@ -7,9 +7,8 @@ from tardis_fx.config import Config, one_of
 from tardis_fx.errors import CalibrationError, ConfigError, RewriteError, TardisError
 from tardis_fx.graph.feed_forward import BIASES, biases, dense, feed_forward, linear, matrices, multiply, narrowed
 from tardis_fx.graph.site import Site, SiteWeights
-from tardis_fx.observation.merging import Merge
-from tardis_fx.observation.observe import ObservedSite
 from tardis_fx.observation.run import Fit, Run, changed, steps
+from tardis_fx.observation.site import Merge, ObservedSite
 from tardis_fx.passes.base import Rewrite, matrices_of, stored_bytes, with_errors
 from tardis_fx.passes.layout import Expected, Layout, coded_rows, codes, indices, like, setting
 from tardis_fx.passes.matrix_forms import Coded, Dense, Factored, Form, Int8, Masked

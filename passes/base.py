@@ -3,29 +3,22 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
+from tardis_fx.config import Config
 from tardis_fx.errors import ConfigError
-from tardis_fx.observation.run import Run
-from tardis_fx.passes.layout import check
-from tardis_fx.plan import SitePlan
+from tardis_fx.graph.site import Site, SiteWeights
+from tardis_fx.observation.run import Fit, Run
+from tardis_fx.observation.site import ObservedSite
+from tardis_fx.passes.layout import Layout, check
+from tardis_fx.plan import Planned, SitePlan
 from tardis_fx.statistics.check import Check
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
-
-    from torch import Tensor
-
-    from tardis_fx.config import Config
-    from tardis_fx.graph.site import Site, SiteWeights
-    from tardis_fx.observation.observe import ObservedSite
-    from tardis_fx.observation.run import Fit
-    from tardis_fx.passes.layout import Layout
-    from tardis_fx.plan import Planned
 
 
 @dataclass(frozen=True)

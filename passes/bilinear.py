@@ -8,24 +8,21 @@ product of two projections, which is not affine, so it is refused.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
+from torch import Tensor
+
+from tardis_fx.config import Config
 from tardis_fx.graph.feed_forward import multiply
+from tardis_fx.graph.site import Site, SiteWeights
+from tardis_fx.observation.run import Fit
+from tardis_fx.observation.site import ObservedSite
 from tardis_fx.passes.hot_fold import folded, map_bytes, map_layout
+from tardis_fx.passes.layout import Layout
 from tardis_fx.passes.static import Choice, StaticRewrite, measured
+from tardis_fx.plan import SitePlan
 from tardis_fx.statistics.surrogates import Sums, SurrogateSums
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    from torch import Tensor
-
-    from tardis_fx.config import Config
-    from tardis_fx.graph.site import Site, SiteWeights
-    from tardis_fx.observation.observe import ObservedSite
-    from tardis_fx.observation.run import Fit
-    from tardis_fx.passes.layout import Layout
-    from tardis_fx.plan import SitePlan
 
 
 class Bilinear(StaticRewrite):

@@ -9,24 +9,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
+from torch import Tensor
+
+from tardis_fx.config import Config
 from tardis_fx.errors import ConfigError
-from tardis_fx.observation.run import changed, forgotten, steps
+from tardis_fx.graph.site import Site, SiteWeights
+from tardis_fx.observation.run import Fit, changed, forgotten, steps
+from tardis_fx.observation.site import ObservedSite
 from tardis_fx.passes.base import Rewrite, stored_bytes, with_errors
-from tardis_fx.plan import KeptSite, SitePlan
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    from torch import Tensor
-
-    from tardis_fx.config import Config
-    from tardis_fx.graph.site import Site, SiteWeights
-    from tardis_fx.observation.observe import ObservedSite
-    from tardis_fx.observation.run import Fit
-    from tardis_fx.plan import Planned
+from tardis_fx.plan import KeptSite, Planned, SitePlan
 
 
 class Composed(Rewrite):

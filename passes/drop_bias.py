@@ -5,30 +5,24 @@ The rewritten site is an FFN whose only bias is the last one, and other rewrites
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
+from torch import Tensor
 
+from tardis_fx.config import Config
 from tardis_fx.graph.feed_forward import biases, dense, matrices
+from tardis_fx.graph.site import Site, SiteWeights
+from tardis_fx.observation.run import Fit
+from tardis_fx.observation.site import Merge, ObservedSite
 from tardis_fx.passes.base import matrices_of
-from tardis_fx.passes.layout import Expected
+from tardis_fx.passes.layout import Expected, Layout
 from tardis_fx.passes.static import Choice, StaticRewrite, bias_bytes, measured
+from tardis_fx.plan import SitePlan
 from tardis_fx.statistics.neurons import Neurons
 from tardis_fx.statistics.operands import Operands
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    from torch import Tensor
-
-    from tardis_fx.config import Config
-    from tardis_fx.graph.site import Site, SiteWeights
-    from tardis_fx.observation.merging import Merge
-    from tardis_fx.observation.observe import ObservedSite
-    from tardis_fx.observation.run import Fit
-    from tardis_fx.passes.layout import Layout
-    from tardis_fx.plan import SitePlan
 
 
 class DropBias(StaticRewrite):

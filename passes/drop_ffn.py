@@ -7,22 +7,17 @@ saved. The mean remains as a bias.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
+from torch import Tensor
 
-from tardis_fx.passes.layout import Expected
+from tardis_fx.graph.site import SiteWeights
+from tardis_fx.passes.layout import Expected, Layout
 from tardis_fx.passes.whole import WholeSites
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from torch import Tensor
-
-    from tardis_fx.graph.site import SiteWeights
-    from tardis_fx.passes.layout import Layout
-    from tardis_fx.plan import SitePlan
-    from tardis_fx.statistics.regression import Residual
+from tardis_fx.plan import SitePlan
+from tardis_fx.statistics.regression import Residual
 
 
 class DropFfn(WholeSites):

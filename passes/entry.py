@@ -6,19 +6,15 @@ The file that the entry was read from is not trusted.
 from __future__ import annotations
 
 import weakref
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+
+from torch import Tensor
 
 from tardis_fx.errors import ConfigError, PlanFileError, PlanMismatchError
+from tardis_fx.graph.site import Site, SiteWeights
+from tardis_fx.passes.base import Rewrite
 from tardis_fx.passes.registry import rewrite_named
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from torch import Tensor
-
-    from tardis_fx.graph.site import Site, SiteWeights
-    from tardis_fx.passes.base import Rewrite
-    from tardis_fx.plan import SitePlan
+from tardis_fx.plan import SitePlan
 
 # The weight shapes that each entry was checked with; one entry may serve two forms of the same weights.
 _CHECKED: weakref.WeakKeyDictionary[SitePlan, set[tuple[object, ...]]] = weakref.WeakKeyDictionary()

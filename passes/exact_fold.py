@@ -8,26 +8,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from tardis_fx.graph.site import SiteWeights
+from tardis_fx.config import Config
+from tardis_fx.graph.site import Site, SiteWeights
+from tardis_fx.observation.site import ObservedSite
 from tardis_fx.passes.base import Rewrite
-from tardis_fx.passes.layout import Expected, setting
-from tardis_fx.plan import KeptSite, SitePlan
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    from torch import Tensor
-
-    from tardis_fx.config import Config
-    from tardis_fx.graph.site import Site
-    from tardis_fx.observation.observe import ObservedSite
-    from tardis_fx.passes.layout import Layout
-    from tardis_fx.plan import Planned
+from tardis_fx.passes.layout import Expected, Layout, setting
+from tardis_fx.plan import KeptSite, Planned, SitePlan
 
 
 class ExactFold(Rewrite):

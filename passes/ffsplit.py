@@ -9,26 +9,22 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
+from torch import Tensor
+
+from tardis_fx.config import Config
 from tardis_fx.graph.feed_forward import BIASES, biases, dense, feed_forward, matrices, narrowed
+from tardis_fx.graph.site import SiteWeights
+from tardis_fx.observation.run import Fit
+from tardis_fx.observation.site import ObservedSite
 from tardis_fx.passes.base import matrices_of
-from tardis_fx.passes.layout import indices, setting
+from tardis_fx.passes.layout import Layout, indices, setting
 from tardis_fx.passes.matrix_forms import Factored
 from tardis_fx.passes.static import Choice, StaticRewrite, bias_bytes, measured
+from tardis_fx.plan import SitePlan
 from tardis_fx.statistics.operands import ColumnNorms
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    from torch import Tensor
-
-    from tardis_fx.config import Config
-    from tardis_fx.graph.site import SiteWeights
-    from tardis_fx.observation.observe import ObservedSite
-    from tardis_fx.observation.run import Fit
-    from tardis_fx.passes.layout import Layout
-    from tardis_fx.plan import SitePlan
 
 #: Share of full rank over share of neurons kept: 10% over 25%.
 PROPORTION = 0.4

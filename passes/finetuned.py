@@ -5,24 +5,20 @@ The plan holds all trained constants; the original weights that they were made f
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
+from torch import Tensor
 
+from tardis_fx.config import Config
 from tardis_fx.errors import ConfigError
+from tardis_fx.graph.site import Site, SiteWeights
+from tardis_fx.observation.site import ObservedSite
 from tardis_fx.passes.base import Rewrite, trial_run
 from tardis_fx.passes.layout import Expected, check
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    from torch import Tensor
-
-    from tardis_fx.config import Config
-    from tardis_fx.graph.site import Site, SiteWeights
-    from tardis_fx.observation.observe import ObservedSite
-    from tardis_fx.plan import Planned, SitePlan
+from tardis_fx.plan import Planned, SitePlan
 
 
 class Finetuned(Rewrite):

@@ -11,31 +11,25 @@ This is the fold of :mod:`tardis_fx.passes.partial_linear` without guards.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
+from torch import Tensor
 
+from tardis_fx.config import Config
 from tardis_fx.graph.feed_forward import biases, dense, matrices, multiply, narrowed
-from tardis_fx.observation.run import Run
+from tardis_fx.graph.site import SiteWeights
+from tardis_fx.observation.run import Fit, Run
+from tardis_fx.observation.site import ObservedSite
 from tardis_fx.passes.base import matrices_of
-from tardis_fx.passes.layout import Expected, indices, setting
+from tardis_fx.passes.layout import Expected, Layout, indices, setting
 from tardis_fx.passes.static import Choice, StaticRewrite, measured
+from tardis_fx.plan import SitePlan
 from tardis_fx.statistics.affine import Outputs
 from tardis_fx.statistics.surrogates import SurrogateSums
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    from torch import Tensor
-
-    from tardis_fx.config import Config
-    from tardis_fx.graph.site import SiteWeights
-    from tardis_fx.observation.observe import ObservedSite
-    from tardis_fx.observation.run import Fit
-    from tardis_fx.passes.layout import Layout
-    from tardis_fx.plan import SitePlan
 
 
 class HotFold(StaticRewrite):

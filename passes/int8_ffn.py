@@ -15,29 +15,23 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
+from tardis_fx.config import Config
 from tardis_fx.errors import CalibrationError, ConfigError
-from tardis_fx.observation.run import steps
+from tardis_fx.graph.site import Site, SiteWeights
+from tardis_fx.observation.run import Fit, steps
+from tardis_fx.observation.site import ObservedSite
 from tardis_fx.passes.base import Rewrite, stored_bytes, with_errors
 from tardis_fx.passes.matrix_forms import Coded, Int8
 from tardis_fx.passes.original import Original
-from tardis_fx.plan import KeptSite, SitePlan
+from tardis_fx.plan import KeptSite, Planned, SitePlan
 from tardis_fx.runtime.packing import BLOCK
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    from torch import Tensor
-
-    from tardis_fx.config import Config
-    from tardis_fx.graph.site import Site, SiteWeights
-    from tardis_fx.observation.observe import ObservedSite
-    from tardis_fx.observation.run import Fit
-    from tardis_fx.plan import Planned
 
 
 class Int8Ffn(Rewrite):

@@ -6,19 +6,15 @@ shapes, indices and scales of an entry are compared with the layout of its rewri
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import Tensor
 
+from tardis_fx.plan import SitePlan
 from tardis_fx.runtime.packing import group_count, packed_bytes, row_bytes, split
-
-if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping
-
-    from torch import Tensor
-
-    from tardis_fx.plan import SitePlan
 
 
 @dataclass(frozen=True)

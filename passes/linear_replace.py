@@ -7,18 +7,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
+from torch import Tensor
+
+from tardis_fx.graph.site import SiteWeights
 from tardis_fx.passes.hot_fold import folded, map_bytes, map_layout
+from tardis_fx.passes.layout import Layout
 from tardis_fx.passes.whole import WholeSites
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from tardis_fx.graph.site import SiteWeights
-    from tardis_fx.passes.layout import Layout
-    from tardis_fx.plan import SitePlan
-    from tardis_fx.statistics.regression import Residual
+from tardis_fx.plan import SitePlan
+from tardis_fx.statistics.regression import Residual
 
 
 class LinearReplace(WholeSites):

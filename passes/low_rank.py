@@ -8,24 +8,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+from torch import Tensor
 
 from tardis_fx.graph.feed_forward import matrices
+from tardis_fx.graph.site import SiteWeights
 from tardis_fx.passes.base import matrices_of
-from tardis_fx.passes.matrix_forms import Dense, Factored
+from tardis_fx.passes.layout import Layout
+from tardis_fx.passes.matrix_forms import Dense, Factored, Form
 from tardis_fx.passes.represented import Represented
 from tardis_fx.passes.static import bias_bytes
+from tardis_fx.plan import SitePlan
 from tardis_fx.statistics.operands import ByMatrix, Grams
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    from torch import Tensor
-
-    from tardis_fx.graph.site import SiteWeights
-    from tardis_fx.passes.layout import Layout
-    from tardis_fx.passes.matrix_forms import Form
-    from tardis_fx.plan import SitePlan
 
 
 class LowRank(Represented):

@@ -5,12 +5,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
+
+from torch import Tensor
 
 from tardis_fx.passes.sparse import Scored
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 class Magnitude(Scored):

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from tardis_fx.graph.feed_forward import Matrix, multiply
-from tardis_fx.passes.layout import Expected
+from tardis_fx.passes.layout import Expected, Layout
 from tardis_fx.passes.layout import codes as coded_layout
 from tardis_fx.quantisation import factor, quantise
 from tardis_fx.runtime import ops  # noqa: F401 - registers torch.ops.tardis
 from tardis_fx.runtime.packing import pack, packed_bytes, unpack
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    from tardis_fx.passes.layout import Layout
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
+from torch import Tensor
+
+from tardis_fx.config import Config
 from tardis_fx.graph.feed_forward import biases, dense, matrices
+from tardis_fx.graph.site import SiteWeights
+from tardis_fx.observation.site import ObservedSite
 from tardis_fx.passes.base import matrices_of
+from tardis_fx.passes.layout import Layout
 from tardis_fx.passes.static import Choice, StaticRewrite
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    from torch import Tensor
-
-    from tardis_fx.config import Config
-    from tardis_fx.graph.site import SiteWeights
-    from tardis_fx.observation.observe import ObservedSite
-    from tardis_fx.passes.layout import Layout
-    from tardis_fx.plan import SitePlan
+from tardis_fx.plan import SitePlan
 
 
 class Original(StaticRewrite):

@@ -8,21 +8,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from tardis_fx.errors import CalibrationError
+from tardis_fx.graph.site import Site
+from tardis_fx.partial_linear.draft import Draft
+from tardis_fx.partial_linear.ranges import PricedSite, Ranges
 from tardis_fx.passes.partial_linear import PartialLinear
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from torch import Tensor
-
-    from tardis_fx.graph.site import Site
-    from tardis_fx.partial_linear.draft import Draft
-    from tardis_fx.partial_linear.ranges import PricedSite, Ranges
 
 
 class Paper(PartialLinear):

@@ -17,45 +17,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from tardis_fx.config import one_of
+from tardis_fx.config import Config, Rounding, one_of
 from tardis_fx.errors import CalibrationError
 from tardis_fx.graph.feed_forward import multiply
+from tardis_fx.graph.site import Site, SiteWeights
 from tardis_fx.observation.run import Fit, Run
+from tardis_fx.observation.site import ObservedSite
 from tardis_fx.partial_linear.budget import allocate
 from tardis_fx.partial_linear.columns import fit_columns
 from tardis_fx.partial_linear.draft import Draft, DraftObserver, Quantisation
 from tardis_fx.partial_linear.histogram import Histogram
-from tardis_fx.partial_linear.ranges import PricedSite
-from tardis_fx.partial_linear.residuals import WidthResiduals, within_memory
+from tardis_fx.partial_linear.ranges import PricedSite, Ranges
+from tardis_fx.partial_linear.residuals import ResidualObserver, WidthResiduals, within_memory
 from tardis_fx.partial_linear.settled import Settled
 from tardis_fx.partial_linear.widths import Fitted, choose_widths
 from tardis_fx.passes.base import Rewrite, stored_bytes
-from tardis_fx.passes.layout import Expected, coded_rows, codes, indices, setting
-from tardis_fx.plan import SitePlan
+from tardis_fx.passes.layout import Expected, Layout, coded_rows, codes, indices, setting
+from tardis_fx.plan import Planned, SitePlan
 from tardis_fx.runtime import ops  # noqa: F401 - registers torch.ops.tardis
 from tardis_fx.runtime.correction import Correction, guard_width
 from tardis_fx.runtime.cpu import layout as cpu
 from tardis_fx.runtime.cuda import layout as cuda
 from tardis_fx.runtime.packing import GROUP_SIZES, low_bits
 from tardis_fx.statistics.target import fit_to_target
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
-
-    from tardis_fx.config import Config, Rounding
-    from tardis_fx.graph.site import Site, SiteWeights
-    from tardis_fx.observation.observe import ObservedSite
-    from tardis_fx.partial_linear.ranges import Ranges
-    from tardis_fx.partial_linear.residuals import ResidualObserver
-    from tardis_fx.passes.layout import Layout
-    from tardis_fx.plan import Planned
 
 
 @dataclass(frozen=True, kw_only=True)

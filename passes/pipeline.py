@@ -2,40 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from dataclasses import replace as changed
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+from torch import Tensor, fx
 from torch._subclasses.fake_tensor import is_fake
 
+from tardis_fx.config import Prefill
 from tardis_fx.errors import PlanMismatchError, StaleWeightError
 from tardis_fx.graph.matcher import find_sites
-from tardis_fx.graph.site import SiteWeights
+from tardis_fx.graph.site import Site, SiteWeights
 from tardis_fx.graph.subclasses import stored_tensors
 from tardis_fx.graph.surgery import add_input, copy, replace
 from tardis_fx.graph.symbols import pinned_between
 from tardis_fx.graph.unfuse import unfuse
+from tardis_fx.passes.base import Rewrite
 from tardis_fx.passes.entry import check_entry, check_site
 from tardis_fx.passes.exact_fold import ExactFold
 from tardis_fx.passes.registry import rewrite_named
-from tardis_fx.plan import KeptSite, SitePlan
+from tardis_fx.passes.weight_guard import SiteGuard, refuse_released
+from tardis_fx.plan import KeptSite, Plan, Planned, SitePlan
 from tardis_fx.runtime import ops  # noqa: F401 - registers torch.ops.tardis, which take_fold looks for
 from tardis_fx.runtime.correction import MOST_TOKENS
 from tardis_fx.runtime.cpu import op as cpu
 from tardis_fx.runtime.fingerprint import fingerprint
-from tardis_fx.runtime.guard import SiteGuard, refuse_released
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    import torch
-    from torch import Tensor, fx
-
-    from tardis_fx.config import Prefill
-    from tardis_fx.graph.site import Site
-    from tardis_fx.passes.base import Rewrite
-    from tardis_fx.plan import Plan, Planned
 
 #: Steps of up to this many tokens take fold and correction under ``prefill="original"`` on a CPU.
 DECODE_TOKENS = 8

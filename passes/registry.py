@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from functools import cache, wraps
 from importlib.metadata import entry_points
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from tardis_fx.config import Config
 from tardis_fx.errors import ConfigError
 from tardis_fx.observation.foreign import raising_typed
-from tardis_fx.observation.run import steps
+from tardis_fx.observation.run import Fit, steps
+from tardis_fx.observation.site import ObservedSite
 from tardis_fx.passes.base import Rewrite
 from tardis_fx.passes.composed import Composed
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
-    from tardis_fx.config import Config
-    from tardis_fx.observation.observe import ObservedSite
-    from tardis_fx.observation.run import Fit
-    from tardis_fx.plan import Planned
+from tardis_fx.plan import Planned
 
 #: Entry points of this group name subclasses of :class:`Rewrite`.
 GROUP = "tardis_fx.passes"

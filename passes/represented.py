@@ -6,23 +6,20 @@ A subclass defines the settings for a budget, their bytes, and how to fit and re
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
+from torch import Tensor
+
+from tardis_fx.config import Config
 from tardis_fx.graph.feed_forward import BIASES, biases, feed_forward, matrices
+from tardis_fx.graph.site import SiteWeights
+from tardis_fx.observation.run import Fit
+from tardis_fx.observation.site import ObservedSite
+from tardis_fx.passes.matrix_forms import Form
 from tardis_fx.passes.static import Choice, StaticRewrite, measured
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    from torch import Tensor
-
-    from tardis_fx.config import Config
-    from tardis_fx.graph.site import SiteWeights
-    from tardis_fx.observation.observe import ObservedSite
-    from tardis_fx.observation.run import Fit
-    from tardis_fx.passes.matrix_forms import Form
-    from tardis_fx.plan import SitePlan
-    from tardis_fx.statistics.operands import ByMatrix
+from tardis_fx.plan import SitePlan
+from tardis_fx.statistics.operands import ByMatrix
 
 
 class Represented(StaticRewrite):

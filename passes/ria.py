@@ -10,12 +10,11 @@ channels before 2:4 pruning is left out.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
+
+from torch import Tensor
 
 from tardis_fx.passes.sparse import Scored
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 class Ria(Scored):

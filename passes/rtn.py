@@ -9,25 +9,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
 from tardis_fx.graph.feed_forward import matrices
-from tardis_fx.passes.layout import setting
+from tardis_fx.graph.site import SiteWeights
+from tardis_fx.passes.layout import Layout, setting
 from tardis_fx.passes.matrix_forms import Coded
 from tardis_fx.passes.represented import Represented
 from tardis_fx.passes.static import bias_bytes
+from tardis_fx.plan import SitePlan
 from tardis_fx.runtime.packing import GROUP_SIZES, row_bytes
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from torch import Tensor
-
-    from tardis_fx.graph.site import SiteWeights
-    from tardis_fx.passes.layout import Layout
-    from tardis_fx.plan import SitePlan
 
 #: Candidate bits per weight and columns per group, by rising bytes.
 WIDTHS = tuple((bits, group_size) for bits in (2, 3, 4, 8) for group_size in (128, 64))

@@ -13,33 +13,26 @@ cache, every layer of its group reads it from memory again: sharing then saves m
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
+from torch import Tensor
 
+from tardis_fx.config import Config
 from tardis_fx.errors import CalibrationError
 from tardis_fx.graph.feed_forward import biases, dense, matrices
-from tardis_fx.observation.run import Run
-from tardis_fx.passes.layout import Expected, like, setting
+from tardis_fx.graph.site import SiteWeights
+from tardis_fx.observation.run import Fit, Run
+from tardis_fx.observation.site import Merge, ObservedSite, fitted_tokens
+from tardis_fx.passes.layout import Expected, Layout, like, setting
 from tardis_fx.passes.matrix_forms import Factored, truncated
 from tardis_fx.passes.static import Choice, StaticRewrite
+from tardis_fx.plan import SitePlan
 from tardis_fx.statistics.neurons import Neurons
-from tardis_fx.statistics.regression import Residual, fitted_tokens
+from tardis_fx.statistics.regression import Residual
 from tardis_fx.statistics.surrogates import Sums, products
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    from torch import Tensor
-
-    from tardis_fx.config import Config
-    from tardis_fx.graph.site import SiteWeights
-    from tardis_fx.observation.merging import Merge
-    from tardis_fx.observation.observe import ObservedSite
-    from tardis_fx.observation.run import Fit
-    from tardis_fx.passes.layout import Layout
-    from tardis_fx.plan import SitePlan
 
 
 class ShareFfn(StaticRewrite):

@@ -10,27 +10,21 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
 from tardis_fx.graph.feed_forward import biases, matrices
+from tardis_fx.graph.site import Site, SiteWeights
 from tardis_fx.passes.base import matrices_of
-from tardis_fx.passes.layout import like
-from tardis_fx.passes.matrix_forms import Dense, Masked
+from tardis_fx.passes.layout import Layout, like
+from tardis_fx.passes.matrix_forms import Dense, Form, Masked
 from tardis_fx.passes.represented import Represented
 from tardis_fx.passes.static import bias_bytes
+from tardis_fx.plan import SitePlan
 from tardis_fx.statistics.operands import ByMatrix, ColumnNorms
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from torch import Tensor
-
-    from tardis_fx.graph.site import Site, SiteWeights
-    from tardis_fx.passes.layout import Layout
-    from tardis_fx.passes.matrix_forms import Form
-    from tardis_fx.plan import SitePlan
 
 
 class Sparse(Represented):

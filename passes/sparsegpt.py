@@ -10,17 +10,15 @@ Quality baseline, no speed-up. With U the upper Cholesky factor of the inverse G
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from tardis_fx.passes.matrix_forms import Dense
 from tardis_fx.passes.sparse import Sparse, highest, two_of_four
 from tardis_fx.quantisation import inverse_factor
 from tardis_fx.statistics.operands import ByMatrix, Grams
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 #: Columns whose mask is chosen together.
 BLOCK = 128

@@ -8,28 +8,24 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
+from tardis_fx.config import Config
 from tardis_fx.errors import CalibrationError
 from tardis_fx.graph.feed_forward import biases
-from tardis_fx.observation.run import Run, changed, steps
+from tardis_fx.graph.site import Site, SiteWeights
+from tardis_fx.observation.run import Fit, Run, changed, steps
+from tardis_fx.observation.site import ObservedSite
 from tardis_fx.passes.base import Rewrite, stored_bytes, with_errors
-from tardis_fx.plan import KeptSite, SitePlan
+from tardis_fx.plan import KeptSite, Planned, SitePlan
 from tardis_fx.statistics.target import fit_to_target
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
-    from torch import Tensor
-
-    from tardis_fx.config import Config
-    from tardis_fx.graph.site import Site, SiteWeights
-    from tardis_fx.observation.observe import ObservedSite
-    from tardis_fx.observation.run import Fit
-    from tardis_fx.plan import Planned
-
     Choices = Sequence["Choice | str"]
 
 

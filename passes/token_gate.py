@@ -9,32 +9,25 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
+from tardis_fx.config import Config
 from tardis_fx.graph.feed_forward import biases, dense, matrices
-from tardis_fx.observation.run import Run
+from tardis_fx.graph.site import SiteWeights
+from tardis_fx.observation.run import Fit, Run
+from tardis_fx.observation.site import Merge, ObservedSite, fitted_tokens
 from tardis_fx.passes.hot_fold import folded, map_bytes, map_layout
-from tardis_fx.passes.layout import Expected
+from tardis_fx.passes.layout import Expected, Layout
 from tardis_fx.passes.static import Choice, StaticRewrite, measured
+from tardis_fx.plan import SitePlan
 from tardis_fx.statistics.affine import Outputs
 from tardis_fx.statistics.neurons import Neurons
-from tardis_fx.statistics.regression import AffineMap, Residual, fitted_tokens
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    from torch import Tensor
-
-    from tardis_fx.config import Config
-    from tardis_fx.graph.site import SiteWeights
-    from tardis_fx.observation.merging import Merge
-    from tardis_fx.observation.observe import ObservedSite
-    from tardis_fx.observation.run import Fit
-    from tardis_fx.passes.layout import Layout
-    from tardis_fx.plan import SitePlan
+from tardis_fx.statistics.regression import AffineMap, Residual
 
 
 class TokenGate(StaticRewrite):

@@ -6,12 +6,11 @@ Quality baseline, no speed-up. ``score[i, j] = |W[i, j]| ‖x_j‖₂`` (section
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
+
+from torch import Tensor
 
 from tardis_fx.passes.sparse import Scored
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 class Wanda(Scored):

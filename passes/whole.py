@@ -8,24 +8,20 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
 
+from torch import Tensor
+
+from tardis_fx.config import Config
 from tardis_fx.errors import CalibrationError
 from tardis_fx.graph.feed_forward import multiply
+from tardis_fx.graph.site import SiteWeights
+from tardis_fx.observation.run import Fit
+from tardis_fx.observation.site import ObservedSite
 from tardis_fx.passes.static import Choice, StaticRewrite, measured
+from tardis_fx.plan import SitePlan
 from tardis_fx.statistics.affine import Outputs
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    from torch import Tensor
-
-    from tardis_fx.config import Config
-    from tardis_fx.graph.site import SiteWeights
-    from tardis_fx.observation.observe import ObservedSite
-    from tardis_fx.observation.run import Fit
-    from tardis_fx.plan import SitePlan
-    from tardis_fx.statistics.regression import Residual
+from tardis_fx.statistics.regression import Residual
 
 
 class WholeSites(StaticRewrite):

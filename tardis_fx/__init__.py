@@ -20,9 +20,9 @@ from tardis_fx.errors import (
 from tardis_fx.explain import Report, explain
 from tardis_fx.finetune import finetune
 from tardis_fx.heal import heal
+from tardis_fx.passes.weight_guard import verify
 from tardis_fx.plan import Plan
 from tardis_fx.release import release
-from tardis_fx.runtime.guard import verify
 from tardis_fx.runtime.touched import count_touched
 
 __all__ = [

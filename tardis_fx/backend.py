@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Callable, Sequence
 from functools import cache, partial
-from typing import TYPE_CHECKING, Any, Never
+from typing import Any, Never
 
 import torch
+from torch import Tensor, fx
 from torch._dynamo.backends.registry import lookup_backend
 from torch._dynamo.exc import InvalidBackend, ShortenTraceback
 from torch._dynamo.guards import GuardBuilder, install_guard
@@ -24,16 +26,9 @@ from tardis_fx.live.profiles import Settings, extended, reset
 from tardis_fx.live.retrace import Retrace
 from tardis_fx.observation.capture import own_code
 from tardis_fx.passes import pipeline
-from tardis_fx.plan import resolve
+from tardis_fx.passes.weight_guard import FrozenGraph, GuardedGraph, Unknown, refuse_released
+from tardis_fx.plan import Plan, resolve
 from tardis_fx.runtime.cuda.dispatch import show_kernels
-from tardis_fx.runtime.guard import FrozenGraph, GuardedGraph, Unknown, refuse_released
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
-    from torch import Tensor, fx
-
-    from tardis_fx.plan import Plan
 
 _log = logging.getLogger("tardis_fx")
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterable
 from dataclasses import asdict, fields, replace
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Never
+from typing import Any, Never
 
 import torch
+from torch import nn
 
 from tardis_fx.config import MOVED, Config
 from tardis_fx.digest import digest
@@ -16,16 +19,8 @@ from tardis_fx.observation.checkpoint import Checkpoint
 from tardis_fx.observation.observe import BatchObservation
 from tardis_fx.observation.ranks import Ranks, arithmetic
 from tardis_fx.passes.registry import check_rewrites, rewrite_named
+from tardis_fx.plan import Plan
 from tardis_fx.planning import plan_for
-
-if TYPE_CHECKING:
-    import os
-    from collections.abc import Iterable
-    from typing import Any
-
-    from torch import nn
-
-    from tardis_fx.plan import Plan
 
 
 @torch.inference_mode(mode=False)

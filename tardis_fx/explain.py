@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx, nn
 
-from tardis_fx.graph.site import SiteWeights, is_released
+from tardis_fx.graph.site import Site, SiteWeights, is_released
 from tardis_fx.graph.subclasses import stored_tensors
 from tardis_fx.live import profiles as live
+from tardis_fx.observation.batches import Batch
 from tardis_fx.observation.capture import Capture, identity
 from tardis_fx.passes import pipeline
 from tardis_fx.passes.registry import rewrite_named
-from tardis_fx.plan import KeptSite, SitePlan, resolve
-
-if TYPE_CHECKING:
-    import os
-    from collections.abc import Callable, Hashable, Sequence
-
-    from torch import fx, nn
-
-    from tardis_fx.graph.site import Site
-    from tardis_fx.observation.observe import Batch
-    from tardis_fx.plan import Plan, Planned
+from tardis_fx.plan import KeptSite, Plan, Planned, SitePlan, resolve
 
 
 @dataclass(frozen=True, kw_only=True)

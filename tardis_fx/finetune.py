@@ -4,35 +4,29 @@ from __future__ import annotations
 
 import logging
 import math
+import os
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from tqdm import tqdm
 
 from tardis_fx.errors import CalibrationError, ConfigError
+from tardis_fx.graph.site import SiteWeights
 from tardis_fx.heal import TUNING
 from tardis_fx.healing.dense import DenseSite
 from tardis_fx.healing.graft import graft
 from tardis_fx.healing.student import frozen
+from tardis_fx.observation.batches import Batch, checked
 from tardis_fx.observation.capture import Capture, recordable
-from tardis_fx.observation.observe import BatchObservation, checked
+from tardis_fx.observation.observe import BatchObservation
 from tardis_fx.observation.run import Run
 from tardis_fx.passes import pipeline
 from tardis_fx.passes.entry import rewrite_of
-from tardis_fx.plan import Plan, resolve
+from tardis_fx.plan import Plan, SitePlan, resolve
 from tardis_fx.statistics.check import Check
-
-if TYPE_CHECKING:
-    import os
-    from collections.abc import Callable, Iterable, Sequence
-
-    from torch import fx
-
-    from tardis_fx.graph.site import SiteWeights
-    from tardis_fx.observation.observe import Batch
-    from tardis_fx.plan import SitePlan
 
 _log = logging.getLogger("tardis_fx")
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+import os
+from collections.abc import Iterable
 
 import torch
+from torch import nn
 from tqdm import tqdm
 
 from tardis_fx.errors import CalibrationError, ConfigError
@@ -13,17 +15,8 @@ from tardis_fx.healing import checkpoint as checkpoints
 from tardis_fx.healing.evaluation import Evaluation
 from tardis_fx.healing.student import Student, frozen
 from tardis_fx.healing.training import Training
-from tardis_fx.observation.observe import checked
-from tardis_fx.plan import resolve
-
-if TYPE_CHECKING:
-    import os
-    from collections.abc import Iterable
-
-    from torch import nn
-
-    from tardis_fx.observation.observe import Batch
-    from tardis_fx.plan import Plan
+from tardis_fx.observation.batches import Batch, checked
+from tardis_fx.plan import Plan, resolve
 
 _log = logging.getLogger("tardis_fx")
 

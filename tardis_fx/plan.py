@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import Any, ClassVar, Self
 
 from safetensors import SafetensorError
+from torch import Tensor
 
 from tardis_fx.config import Config
 from tardis_fx.errors import ConfigError, PlanFileError, TardisError
+from tardis_fx.graph.site import Site
 from tardis_fx.planfile import VERSION as VERSION
 from tardis_fx.planfile import content_of, header_of
 from tardis_fx.runtime.fingerprint import fingerprint
 from tardis_fx.tensorfile import read, read_header, write
-
-if TYPE_CHECKING:
-    import os
-    from collections.abc import Mapping, Sequence
-
-    from torch import Tensor
-
-    from tardis_fx.graph.site import Site
 
 # Exceptions that reading arbitrary fields can raise.
 _DAMAGE = (

@@ -9,16 +9,13 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
 
 from tardis_fx.errors import PlanFileError
 from tardis_fx.tensorfile import check_digest, unique_pairs
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    from torch import Tensor
 
 FORMAT = "tardis_fx.plan"
 #: Incremented whenever older code would misread a new plan.

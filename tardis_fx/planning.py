@@ -5,25 +5,19 @@ from __future__ import annotations
 import gc
 import logging
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING
 
 import torch
 
+from tardis_fx.config import Config
 from tardis_fx.errors import CalibrationError, RewriteError
-from tardis_fx.observation.run import changed, drive, forgotten, steps
+from tardis_fx.observation.run import Fit, Observation, RepeatableObservation, changed, drive, forgotten, steps
+from tardis_fx.observation.site import ObservedSite
 from tardis_fx.passes.exact_fold import ExactFold
 from tardis_fx.passes.registry import rewrite_named
-from tardis_fx.plan import KeptSite, Plan
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-
-    from tardis_fx.config import Config
-    from tardis_fx.observation.observe import Observation, ObservedSite, RepeatableObservation
-    from tardis_fx.observation.run import Fit
-    from tardis_fx.plan import Planned
+from tardis_fx.plan import KeptSite, Plan, Planned
 
 _log = logging.getLogger("tardis_fx")
 

@@ -6,31 +6,24 @@ import logging
 import os
 import tempfile
 from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from tardis_fx.digest import digest
 from tardis_fx.errors import ConfigError, PlanMismatchError
-from tardis_fx.graph.site import SiteWeights, is_released
+from tardis_fx.graph.site import Site, SiteWeights, is_released
+from tardis_fx.observation.batches import Batch
 from tardis_fx.observation.capture import Capture
 from tardis_fx.passes import pipeline
 from tardis_fx.passes.registry import rewrite_named
-from tardis_fx.plan import SitePlan, resolve
+from tardis_fx.plan import Plan, SitePlan, resolve
 from tardis_fx.released import guard
 from tardis_fx.resident import FileMappings, resident_bytes
 from tardis_fx.runtime.fingerprint import fingerprint, remember
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
-    from torch import fx
-
-    from tardis_fx.graph.site import Site
-    from tardis_fx.observation.observe import Batch
-    from tardis_fx.plan import Plan
 
 _log = logging.getLogger("tardis_fx")
 

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import weakref
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from tardis_fx.errors import ReleasedWeightError
 from tardis_fx.graph.site import is_released
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
-
-    from torch import Tensor, nn
 
 
 def guard(model: nn.Module, released: Iterable[Tensor]) -> None:

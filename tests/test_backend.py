@@ -4,7 +4,9 @@ import json
 import logging
 import subprocess
 import sys
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,10 +29,6 @@ from tardis_fx import (
 )
 from tardis_fx.measure.decoding import cache_argument
 from tardis_fx.passes.pipeline import DECODE_TOKENS
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
 
 FEW, MANY = inputs(4, 16, seed=7), inputs(40, 16, seed=8)
 

@@ -1,8 +1,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
@@ -15,9 +16,6 @@ from tardis_fx import CalibrationError, Config, ConfigError, Plan, TardisError, 
 from tardis_fx.observation.observe import BatchObservation
 from tardis_fx.passes.registry import rewrite_named
 from tardis_fx.planning import plan_for
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 
 def same(a: Plan, b: Plan) -> bool:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import socket
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch.distributed as dist
@@ -24,9 +25,6 @@ from tardis_fx import (
 )
 from tardis_fx.cli.main import app
 from tardis_fx.demo.model import cut
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 TEXT = tokens(2000)
 

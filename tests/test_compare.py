@@ -22,10 +22,10 @@ from tardis_fx import Config, Plan
 from tardis_fx.cli import compare as compare_cli
 from tardis_fx.cli import main as cli
 from tardis_fx.compare import cases, report
-from tardis_fx.compare.cases import Case, Dense, Planned, RewrittenModel, Torchao, Trial
+from tardis_fx.compare.cases import Case, Dense, Planned, Torchao, Trial
 from tardis_fx.compare.compare import compare_rewrites
 from tardis_fx.compare.records import Record, Records
-from tardis_fx.compare.subjects import Subject, encoder, language_model
+from tardis_fx.compare.subjects import RewrittenModel, Subject, encoder, language_model
 from tardis_fx.demo.model import DemoModel, cut, load
 from tardis_fx.digest import digest
 from tardis_fx.errors import BenchError, CalibrationError, ConfigError, DemoError, TardisError

@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import json
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,9 +15,6 @@ from torch.nn import functional as F
 
 from tardis_fx import CalibrationError, ConfigError, Plan, PlanFileError, Report, calibrate, explain
 from tardis_fx.explain import SiteReport
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 X = inputs(4, 16)
 

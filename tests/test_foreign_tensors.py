@@ -22,6 +22,7 @@ from tardis_fx.observation.observe import BatchObservation
 if TYPE_CHECKING:
     pass
 
+
 FEW, MANY = inputs(4, 16, seed=7), inputs(40, 16, seed=8)
 
 

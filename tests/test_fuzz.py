@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
@@ -18,14 +19,10 @@ from fuzz.process import Worker
 from typer.testing import CliRunner
 
 from tardis_fx.errors import ConfigError
+from tardis_fx.graph.site import SiteWeights
 from tardis_fx.passes.registry import rewrite_named
+from tardis_fx.plan import SitePlan
 from tardis_fx.runtime.snapshot import Snapshot
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
-
-    from tardis_fx.graph.site import SiteWeights
-    from tardis_fx.plan import SitePlan
 
 command = typer.Typer()
 command.command()(fuzz.main)

@@ -4,7 +4,8 @@ import copy
 import shutil
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -36,9 +37,6 @@ from tardis_fx.passes.hot_fold import HotFold
 from tardis_fx.passes.registry import rewrite_named
 from tardis_fx.planning import refused
 from tardis_fx.runtime.packing import low_bits, row_bytes
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 STEPS = 40  # two evaluations
 

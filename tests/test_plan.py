@@ -1,8 +1,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import safetensors
@@ -18,9 +19,6 @@ from tardis_fx import Config, ConfigError, Plan, PlanFileError
 from tardis_fx.plan import SitePlan, resolve
 from tardis_fx.testing import assert_plan_roundtrip
 from tardis_fx.testing.assertions import contents
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 DTYPES = [
     torch.float32,

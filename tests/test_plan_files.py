@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import struct
 import tempfile
+from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import safetensors
@@ -23,9 +24,6 @@ from tardis_fx import Config, Plan, PlanFileError
 from tardis_fx.plan import VERSION
 from tardis_fx.tensorfile import read
 from tardis_fx.testing.assertions import contents as plan_contents
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 
 @pytest.fixture(scope="module")

@@ -20,8 +20,9 @@ from typer.testing import CliRunner
 
 from tardis_fx import Config
 from tardis_fx.graph.site import Site, SiteWeights
-from tardis_fx.observation.observe import BatchObservation, ObservedSite
+from tardis_fx.observation.observe import BatchObservation
 from tardis_fx.observation.run import Fit
+from tardis_fx.observation.site import ObservedSite
 from tardis_fx.passes import Rewrite, registry
 from tardis_fx.passes.hot_fold import HotFold
 from tardis_fx.passes.low_rank import LowRank

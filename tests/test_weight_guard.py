@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import gc
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,11 +21,8 @@ from torch.utils.dlpack import from_dlpack
 
 import tardis_fx
 from tardis_fx import ConfigError, Plan, PlanMismatchError, StaleWeightError
+from tardis_fx.passes.weight_guard import GuardedGraph
 from tardis_fx.runtime import snapshot
-from tardis_fx.runtime.guard import GuardedGraph
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 FEW, MANY = inputs(4, 16, seed=7), inputs(40, 16, seed=8)
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import threading
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -15,14 +16,10 @@ from torch import Tensor, nn
 from tardis_fx import Config, ConfigError, explain
 from tardis_fx.live.arrivals import PATIENCE, Repeats
 from tardis_fx.partial_linear import residuals
+from tardis_fx.partial_linear.draft import Draft
 from tardis_fx.partial_linear.histogram import Histogram
 from tardis_fx.passes import partial_linear
 from tardis_fx.passes.partial_linear import PartialLinear
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from tardis_fx.partial_linear.draft import Draft
 
 TOKENS = 1024
 CONFIG = Config(budget=0.5, prefill="rewritten", progress=False)

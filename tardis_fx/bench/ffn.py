@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,12 +16,8 @@ from tardis_fx.measure.machine import last_level_cache
 from tardis_fx.measure.timing import interleave, seconds
 from tardis_fx.observation.capture import own_code
 from tardis_fx.passes.pipeline import decode_tokens
+from tardis_fx.plan import Plan, SitePlan
 from tardis_fx.runtime import reference
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
-    from tardis_fx.plan import Plan, SitePlan
 
 #: Bytes that a pass over all copies reads, as a multiple of the last-level cache.
 COLD = 4

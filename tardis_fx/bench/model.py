@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from tardis_fx.bench import shapes
 from tardis_fx.bench.ffn import COLD
-from tardis_fx.bench.plans import ffn_weights, random_plans
+from tardis_fx.bench.plans import Widths, ffn_weights, random_plans
 from tardis_fx.bench.timings import Timing
 from tardis_fx.errors import BenchError, ConfigError
 from tardis_fx.measure import weight_only
@@ -20,15 +22,7 @@ from tardis_fx.measure.machine import available_memory, last_level_cache
 from tardis_fx.measure.timing import interleave
 from tardis_fx.observation.capture import own_code
 from tardis_fx.plan import Plan
-from tardis_fx.runtime.touched import count_touched
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    from torch import Tensor
-
-    from tardis_fx.bench.plans import Widths
-    from tardis_fx.runtime.touched import Touched
+from tardis_fx.runtime.touched import Touched, count_touched
 
 #: Required free memory as a multiple of the requested memory, because compilers also need some.
 MARGIN = 1.2

@@ -6,14 +6,17 @@ quantiles of the guard's level, so that the requested rate falls outside.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
+from torch import Tensor, nn
 
 from tardis_fx.config import Config
 from tardis_fx.errors import BenchError
 from tardis_fx.observation.observe import BatchObservation
 from tardis_fx.observation.run import Run
+from tardis_fx.observation.site import ObservedSite
 from tardis_fx.partial_linear.costs import Costs
 from tardis_fx.partial_linear.draft import Draft, DraftObserver, Quantisation
 from tardis_fx.partial_linear.settled import AffineValue, Settled
@@ -21,13 +24,6 @@ from tardis_fx.passes.partial_linear import PartialLinear
 from tardis_fx.plan import Plan, SitePlan
 from tardis_fx.runtime.packing import low_bits
 from tardis_fx.statistics.surrogates import Sums, products
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from torch import Tensor, nn
-
-    from tardis_fx.observation.observe import ObservedSite
 
 #: Columns that share a scale and a zero point.
 GROUP_SIZE = PartialLinear.Options().group_size

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import nn
 
 from tardis_fx.errors import BenchError, ConfigError
 from tardis_fx.measure.extras import needed_by
 from tardis_fx.measure.machine import available_memory
-
-if TYPE_CHECKING:
-    from torch import nn
 
 #: Transformers config and changes of its defaults, by name.
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {

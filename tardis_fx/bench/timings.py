@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from tardis_fx.measure.machine import Machine
 from tardis_fx.measure.tables import markdown
 from tardis_fx.measure.timing import Ratio
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from tardis_fx.measure.machine import Machine
 
 #: Columns of the table: heading, and format of the figures.
 COLUMNS = {

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
+from tardis_fx.bench.plans import Widths
+from tardis_fx.bench.timings import Timing
 from tardis_fx.cli.options import positive, torch_dtype, writable
 from tardis_fx.errors import ConfigError
 from tardis_fx.measure.timing import LEAST_ROUNDS
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from tardis_fx.bench.plans import Widths
-    from tardis_fx.bench.timings import Timing
 
 bench = typer.Typer(help="Time decoding against Inductor and print a Markdown table.", no_args_is_help=True)
 

@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
+import torch
 import typer
+from torch import Tensor
 
 from tardis_fx.cli.options import Model, config_of, methods_with_settings, torch_dtype
+from tardis_fx.config import Config
+from tardis_fx.demo.model import DemoModel
 from tardis_fx.errors import CalibrationError, ConfigError, PlanFileError
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    import torch
-    from torch import Tensor
-
-    from tardis_fx.config import Config
-    from tardis_fx.demo.model import DemoModel
 
 #: Maximum tokens of a window, and windows per batch.
 LENGTH, TOGETHER = 256, 8

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from tardis_fx.cli.options import Model, config_of, methods_with_settings, numbers, torch_dtype, writable
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from tardis_fx.compare.cases import Case
+from tardis_fx.compare.cases import Case
 
 
 def compare(

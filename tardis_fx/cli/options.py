@@ -10,17 +10,15 @@ import ast
 import os
 import re
 from dataclasses import fields
-from pathlib import Path  # noqa: TC003 - typer evaluates the annotations of callbacks
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
 
+import torch
 import typer
 
 from tardis_fx.config import Config
 from tardis_fx.errors import BenchError, ConfigError
 from tardis_fx.passes.registry import check_rewrites, owners_of_options
-
-if TYPE_CHECKING:
-    import torch
 
 Number = TypeVar("Number", int, float)
 Model = Annotated[str, typer.Option(help="demo, or a folder with config.json, weights and tokenizer.json.")]

@@ -5,33 +5,25 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from torch.utils import _pytree as pytree
 
+from tardis_fx.compare.subjects import RewrittenModel, Subject
+from tardis_fx.config import Config
 from tardis_fx.digest import digest
 from tardis_fx.errors import CalibrationError
 from tardis_fx.heal import heal
 from tardis_fx.measure import weight_only
 from tardis_fx.measure.flops import prefill_share
-from tardis_fx.measure.quality import rewrite_every_token
+from tardis_fx.observation.batches import Batch
 from tardis_fx.observation.observe import BatchObservation
 from tardis_fx.passes.registry import check_rewrites, rewrite_named
 from tardis_fx.plan import KeptSite
 from tardis_fx.planning import plan_for
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
-    from torch import nn
-
-    from tardis_fx.compare.subjects import Subject
-    from tardis_fx.config import Config
-    from tardis_fx.observation.observe import Batch
-    from tardis_fx.plan import Plan
 
 
 class Trial:
@@ -55,34 +47,6 @@ class Trial:
     def observation(self) -> BatchObservation:
         """Observation shared by all cases, so that results that do not depend on a case are measured once."""
         return BatchObservation(self.subject.model, self.batches, progress=False)
-
-
-@dataclass(frozen=True)
-class RewrittenModel:
-    """A rewritten form of a model.
-
-    Attributes:
-        model: to be run with the plan, or unchanged without one.
-        plan: of the rewrite, or None.
-        stored: weight bytes kept, as a fraction of those of the dense FFNs.
-        touched: weight bytes read per decoded token, likewise.
-        flops: of a prefill in which every token takes the rewritten path, likewise.
-    """
-
-    model: nn.Module
-    plan: Plan | None = None
-    stored: float = 1.0
-    touched: float = 1.0
-    flops: float = 1.0
-
-    def every_token(self) -> Callable[..., Any]:
-        """The model with every token on the rewritten path, run eagerly; resets earlier compilations."""
-        return self.model if self.plan is None else rewrite_every_token(self.model, self.plan)
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """Options of ``torch.compile`` for decoding."""
-        return {} if self.plan is None else {"backend": "tardis", "options": {"plan": self.plan}}
 
 
 class Case(ABC):

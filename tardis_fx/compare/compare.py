@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from tardis_fx.compare.cases import RewrittenModel, Trial
-from tardis_fx.compare.records import Record
+from tardis_fx.compare.cases import Case, Trial
+from tardis_fx.compare.records import Record, Records
+from tardis_fx.compare.subjects import RewrittenModel, Subject
 from tardis_fx.digest import digest
 from tardis_fx.errors import BenchError, CalibrationError
 from tardis_fx.measure.timing import LEAST_ROUNDS, Ratio, interleave
+from tardis_fx.plan import Plan
 from tardis_fx.runtime.touched import count_touched
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
-    from tardis_fx.compare.cases import Case
-    from tardis_fx.compare.records import Records
-    from tardis_fx.compare.subjects import Subject
-    from tardis_fx.plan import Plan
 
 #: Number of leading test batches in which touched bytes are counted.
 COUNTED = 2

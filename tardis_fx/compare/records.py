@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 from tardis_fx.errors import BenchError
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 #: Start of every record.
 _START = '{"key": "'

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import statistics
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 
+from tardis_fx.compare.records import Record
+from tardis_fx.compare.subjects import Subject
 from tardis_fx.measure.plots import draw_pareto
 from tardis_fx.measure.tables import markdown
 from tardis_fx.measure.timing import Ratio
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
-    from pathlib import Path
-
-    from tardis_fx.compare.records import Record
-    from tardis_fx.compare.subjects import Subject
 
 
 def table(records: Sequence[Record], subject: Subject) -> str:

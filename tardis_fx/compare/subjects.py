@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache, cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from tardis_fx.demo.model import FOLDER, DemoModel, cut, load
 from tardis_fx.digest import digest
 from tardis_fx.errors import BenchError
 from tardis_fx.measure.decoding import Decoder
-from tardis_fx.measure.quality import DenseReference
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
-
-    from torch import Tensor, nn
-
-    from tardis_fx.compare.cases import RewrittenModel
-    from tardis_fx.observation.observe import Batch
+from tardis_fx.measure.quality import DenseReference, rewrite_every_token
+from tardis_fx.observation.batches import Batch
+from tardis_fx.plan import Plan
 
 #: Number of windows and their maximum length: 16,384 tokens to calibrate on, and as many others to measure quality.
 WINDOWS, LENGTH = 64, 256
@@ -36,6 +32,34 @@ class Metric(NamedTuple):
     name: str
     heading: str
     form: str
+
+
+@dataclass(frozen=True)
+class RewrittenModel:
+    """A rewritten form of a model.
+
+    Attributes:
+        model: to be run with the plan, or unchanged without one.
+        plan: of the rewrite, or None.
+        stored: weight bytes kept, as a fraction of those of the dense FFNs.
+        touched: weight bytes read per decoded token, likewise.
+        flops: of a prefill in which every token takes the rewritten path, likewise.
+    """
+
+    model: nn.Module
+    plan: Plan | None = None
+    stored: float = 1.0
+    touched: float = 1.0
+    flops: float = 1.0
+
+    def every_token(self) -> Callable[..., Any]:
+        """The model with every token on the rewritten path, run eagerly; resets earlier compilations."""
+        return self.model if self.plan is None else rewrite_every_token(self.model, self.plan)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Options of ``torch.compile`` for decoding."""
+        return {} if self.plan is None else {"backend": "tardis", "options": {"plan": self.plan}}
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import sysconfig
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from tardis_fx.errors import DemoError
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 Split = Literal["train", "calibration", "test"]
 

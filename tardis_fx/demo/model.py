@@ -6,16 +6,14 @@ import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from tardis_fx.demo.corpus import Split, modules
 from tardis_fx.errors import CalibrationError, ConfigError, DemoError
 from tardis_fx.measure.extras import needed_by
-
-if TYPE_CHECKING:
-    from torch import Tensor, nn
 
 FOLDER = Path(__file__).parent / "model"
 SEPARATOR = "<|endoftext|>"

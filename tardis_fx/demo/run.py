@@ -5,11 +5,15 @@ from __future__ import annotations
 import importlib
 import os
 import statistics
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
+from rich.console import Console
 from rich.progress import Progress
+from torch import Tensor
 
 from tardis_fx.config import Config
 from tardis_fx.demo.model import DemoModel, load
@@ -22,16 +26,8 @@ from tardis_fx.measure.quality import DenseReference, Quality, rewrite_every_tok
 from tardis_fx.measure.tables import markdown
 from tardis_fx.measure.timing import Ratio, interleave
 from tardis_fx.observation.observe import BatchObservation
+from tardis_fx.plan import Plan
 from tardis_fx.planning import plan_for
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
-
-    from rich.console import Console
-    from torch import Tensor
-
-    from tardis_fx.plan import Plan
 
 #: Number of 256-token windows: 16,384 tokens to calibrate on, and as many held-out tokens to measure on.
 WINDOWS = 64

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from torch import fx
 
 from tardis_fx.graph.forms import call_name, is_training_dropout, is_transparent
 from tardis_fx.graph.naming import parameter_name
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
-
-    from tardis_fx.graph.site import Projection
+from tardis_fx.graph.site import Projection
 
 
 def with_adapters(nodes: Iterable[fx.Node], projections: dict[fx.Node, Projection]) -> dict[fx.Node, Projection]:

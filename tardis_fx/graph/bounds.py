@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import inf
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from torch import fx
 
 from tardis_fx.graph.forms import call_name, is_transparent
-from tardis_fx.graph.writes import changes
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from torch import fx
-
-    from tardis_fx.graph.writes import Write
+from tardis_fx.graph.writes import Write, changes
 
 Bounds = tuple[float, float]
 

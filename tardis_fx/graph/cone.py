@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+
+from torch import fx
 
 from tardis_fx.graph.forms import (
     ELEMENTWISE,
@@ -17,13 +19,7 @@ from tardis_fx.graph.forms import (
     is_transparent,
 )
 from tardis_fx.graph.nested import called_graph
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
-
-    from torch import fx
-
-    from tardis_fx.graph.site import Projection
+from tardis_fx.graph.site import Projection
 
 #: A cone with more nodes than this is not an activation function.
 LARGEST_CONE = 48

@@ -7,19 +7,14 @@ A plain FFN is ``act(x W1ᵀ + b1) W2ᵀ + b2``, a gated one ``(act(x Wgᵀ + bg
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
+from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from tardis_fx.graph.activations import ACTIVATIONS
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
-
-    from torch import Tensor
-
-    from tardis_fx.graph.site import SiteWeights
+from tardis_fx.graph.site import SiteWeights
 
 
 class Matrix(ABC):

@@ -2,19 +2,17 @@
 
 A rewrite expects weights as inputs. They are lifted before it, and put back into the graph afterwards together with
 the inputs that it added, so that Inductor packs them. Freezing assumes that no weight changes; the weights of
-rewritten sites are still checked at every call (:class:`tardis_fx.runtime.guard.FrozenGraph`).
+rewritten sites are still checked at every call (:class:`tardis_fx.passes.weight_guard.FrozenGraph`).
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, fx
 
 from tardis_fx.graph.surgery import copy
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 
 def lift(gm: fx.GraphModule) -> tuple[fx.GraphModule, list[Tensor]]:

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import itertools
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves, tree_map
 
+from tardis_fx.graph.activations import Activation
 from tardis_fx.graph.forms import ARITHMETIC, DROPOUT, ELEMENTWISE, call_name, half, is_glu
 from tardis_fx.graph.recognition import recognise, recognise_product
+from tardis_fx.graph.site import Projection
 from tardis_fx.graph.writes import storages_of
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
-    from tardis_fx.graph.activations import Activation
-    from tardis_fx.graph.site import Projection
 
 #: Have no kink for any numeric arguments.
 _SMOOTH = ARITHMETIC | frozenset(

@@ -9,10 +9,12 @@ resemble an FFN (:mod:`tardis_fx.graph.resemblance`), and FFNs in graphs that th
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 import networkx as nx
 from networkx.algorithms.isomorphism import DiGraphMatcher, categorical_node_match
+from torch import fx
 
 from tardis_fx.graph.adapters import with_adapters
 from tardis_fx.graph.bounds import bounds_of
@@ -25,14 +27,7 @@ from tardis_fx.graph.projections import projection
 from tardis_fx.graph.refusal import checked
 from tardis_fx.graph.resemblance import resembling
 from tardis_fx.graph.site import Kind, Projection, Site
-from tardis_fx.graph.writes import writes_of
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from torch import fx
-
-    from tardis_fx.graph.writes import Write
+from tardis_fx.graph.writes import Write, writes_of
 
 _SAME_LABEL = categorical_node_match("label", None)
 

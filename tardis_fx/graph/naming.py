@@ -6,12 +6,10 @@ import re
 from collections import Counter
 from dataclasses import replace
 from itertools import takewhile
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from torch import fx
+from torch import fx
 
-    from tardis_fx.graph.site import Site
+from tardis_fx.graph.site import Site
 
 
 def parameter_name(node: fx.Node) -> str:

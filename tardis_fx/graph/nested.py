@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from torch import fx
 from torch.utils._pytree import tree_leaves
@@ -11,9 +11,6 @@ from torch.utils._pytree import tree_leaves
 from tardis_fx.graph.forms import call_name
 from tardis_fx.graph.site import Projection, Site
 from tardis_fx.graph.unfuse import is_fused
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
 
 FUSED = "it runs inside a fused encoder layer with a mask: torch.backends.mha.set_fastpath_enabled(False) unfuses it"
 

@@ -6,17 +6,15 @@ an FFN made of it is listed.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import fx
 
 from tardis_fx.graph.forms import bind, call_name, is_from_parameters, shape_of
 from tardis_fx.graph.site import Projection
 from tardis_fx.graph.weights import is_weight, stack_of, stored, stored_bias, transposes
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
 
 STACKED = "its weights are stacked, one matrix an expert: its tokens are routed"
 

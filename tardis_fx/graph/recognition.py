@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import sympy
 import torch
+from torch import Tensor
 
 from tardis_fx.graph.activations import ACTIVATIONS, Activation, Array, Z
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
-    from torch import Tensor
 
 #: Limits beyond which intermediate values of an activation overflow, in float32 and in float64.
 _LARGEST, _LARGEST_KINK = 1e37, 1e100

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 import torch
+from torch import fx
 from torch.autograd import forward_ad
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
@@ -23,16 +24,9 @@ from tardis_fx.graph.forms import (
     shape_of,
     value_of,
 )
+from tardis_fx.graph.site import Site
 from tardis_fx.graph.subclasses import subclass_name
-from tardis_fx.graph.writes import changes
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from torch import fx
-
-    from tardis_fx.graph.site import Site
-    from tardis_fx.graph.writes import Write
+from tardis_fx.graph.writes import Write, changes
 
 #: Dtypes that the weights may have.
 _TYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})

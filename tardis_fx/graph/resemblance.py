@@ -7,9 +7,10 @@ qualify.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
 
 import torch
+from torch import fx
 
 from tardis_fx.graph.cone import LARGEST_CONE, Cone, cone_of, is_inner
 from tardis_fx.graph.forms import (
@@ -26,11 +27,6 @@ from tardis_fx.graph.forms import (
     shape_of,
 )
 from tardis_fx.graph.site import Projection, Site
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from torch import fx
 
 _BETWEEN = ELEMENTWISE | VIEWS | CASTS | DROPOUT | SPLIT | MIXING | {"glu"}
 

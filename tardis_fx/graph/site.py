@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
+from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import optimization_hint
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from torch import Tensor, fx
 
 Kind = Literal["plain", "gated"]
 

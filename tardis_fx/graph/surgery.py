@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch._guards import TracingContext
 
 from tardis_fx.graph.forms import same_tokens, shape_of
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
-
-    from tardis_fx.graph.site import Site
+from tardis_fx.graph.site import Site
 
 
 def copy(gm: fx.GraphModule) -> fx.GraphModule:

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+import sympy
 import torch
 from torch.fx.experimental.symbolic_shapes import ShapeEnv, StrictMinMaxConstraint, statically_known_true
-
-if TYPE_CHECKING:
-    import sympy
 
 
 def pinned_between(size: torch.SymInt | int, limit: int) -> bool:

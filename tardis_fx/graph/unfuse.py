@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from torch import fx
+from torch import Tensor, fx
 from torch.nn import functional as F  # noqa: N812
 
 from tardis_fx.graph.forms import call_name
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 def is_fused(node: fx.Node) -> bool:

@@ -7,8 +7,9 @@ returns its input, though its example value is a copy. An unknown call counts as
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, fx
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
@@ -17,9 +18,6 @@ from torch.utils._pytree import tree_leaves
 
 from tardis_fx.graph.forms import DROPOUT, call_name, is_parameter
 from tardis_fx.graph.nested import called_graph
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
 
 #: Python statements that write to their first operand, as functions of :mod:`operator`.
 _STATEMENTS = frozenset(

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import pickle
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from tardis_fx.digest import digest
 from tardis_fx.errors import CheckpointError
+from tardis_fx.observation.batches import Batch
+from tardis_fx.plan import Plan
 from tardis_fx.tensorfile import replacing
-
-if TYPE_CHECKING:
-    import os
-    from collections.abc import Sequence
-
-    from torch import Tensor
-
-    from tardis_fx.observation.observe import Batch
-    from tardis_fx.plan import Plan
 
 
 @dataclass

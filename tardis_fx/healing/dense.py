@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from tardis_fx.errors import ConfigError
+from tardis_fx.graph.site import SiteWeights
+from tardis_fx.passes.base import Rewrite
 from tardis_fx.passes.finetuned import Finetuned
-
-if TYPE_CHECKING:
-    from tardis_fx.graph.site import SiteWeights
-    from tardis_fx.passes.base import Rewrite
-    from tardis_fx.plan import SitePlan
+from tardis_fx.plan import SitePlan
 
 
 class DenseSite(nn.Module):

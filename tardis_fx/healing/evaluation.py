@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tardis_fx.graph import feed_forward
+from tardis_fx.healing.site import TrainableSite
 from tardis_fx.healing.student import Student, divergence
+from tardis_fx.observation.batches import Batch
 from tardis_fx.observation.capture import arguments
 from tardis_fx.observation.observe import BatchObservation
 from tardis_fx.observation.run import Run
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from tardis_fx.healing.site import TrainableSite
-    from tardis_fx.observation.observe import Batch, ObservedSite
-    from tardis_fx.plan import Plan, SitePlan
+from tardis_fx.observation.site import ObservedSite
+from tardis_fx.plan import Plan, SitePlan
 
 
 class Evaluation:

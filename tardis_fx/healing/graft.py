@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -10,12 +11,7 @@ from torch import Tensor, fx, nn
 from tardis_fx.graph.site import SiteWeights
 from tardis_fx.graph.surgery import replace
 from tardis_fx.passes import pipeline
-from tardis_fx.plan import SitePlan
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
-    from tardis_fx.plan import Plan
+from tardis_fx.plan import Plan, SitePlan
 
 
 def graft(

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from collections.abc import Sequence
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
 from tardis_fx.runtime.reference import biased, surrogate_error
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 
 class Guard(Protocol):

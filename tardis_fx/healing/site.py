@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
+from tardis_fx.graph.site import SiteWeights
 from tardis_fx.healing.guard import Guard, Interval, Score
 from tardis_fx.partial_linear.costs import Costs
+from tardis_fx.passes.base import Rewrite
+from tardis_fx.plan import SitePlan
 from tardis_fx.runtime import reference
 from tardis_fx.runtime.packing import join, low_bits, pack, split, spread, unpack
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from tardis_fx.graph.site import SiteWeights
-    from tardis_fx.passes.base import Rewrite
-    from tardis_fx.plan import SitePlan
 
 #: Width of a bound's gradient, as a share of the hot range's width.
 TEMPERATURE = 0.05

@@ -3,30 +3,24 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F  # noqa: N812
 from torch.utils import _pytree as pytree
 
 from tardis_fx.errors import CalibrationError, ConfigError, PlanMismatchError
+from tardis_fx.graph.site import SiteWeights
 from tardis_fx.healing.graft import graft
 from tardis_fx.healing.site import TrainableSite
-from tardis_fx.observation.batches import real_tokens
+from tardis_fx.observation.batches import Batch, real_tokens
 from tardis_fx.observation.capture import Capture
 from tardis_fx.passes import pipeline
+from tardis_fx.passes.base import Rewrite
 from tardis_fx.passes.entry import rewrite_of
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
-    from torch import fx
-
-    from tardis_fx.graph.site import SiteWeights
-    from tardis_fx.observation.observe import Batch
-    from tardis_fx.passes.base import Rewrite
-    from tardis_fx.plan import Plan, SitePlan
+from tardis_fx.plan import Plan, SitePlan
 
 _log = logging.getLogger("tardis_fx")
 

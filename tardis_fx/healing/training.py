@@ -4,23 +4,16 @@ from __future__ import annotations
 
 import logging
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 import torch
+from torch import nn
 
 from tardis_fx.errors import CalibrationError
 from tardis_fx.healing.checkpoint import State
-from tardis_fx.healing.evaluation import dense
-from tardis_fx.healing.student import divergence
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from torch import nn
-
-    from tardis_fx.healing.evaluation import Evaluation
-    from tardis_fx.healing.student import Student
-    from tardis_fx.observation.observe import Batch
+from tardis_fx.healing.evaluation import Evaluation, dense
+from tardis_fx.healing.student import Student, divergence
+from tardis_fx.observation.batches import Batch
 
 _log = logging.getLogger("tardis_fx")
 

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from tardis_fx.errors import CalibrationError
-from tardis_fx.observation.observe import Observation, ObservedSite, SiteObserver
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
-
-    from torch import Tensor
-
-    from tardis_fx.observation.run import Fit, Run
-    from tardis_fx.plan import Plan
+from tardis_fx.observation.run import Fit, Observation, Run
+from tardis_fx.observation.site import ObservedSite, SiteObserver
+from tardis_fx.plan import Plan
 
 #: Number of a site's tokens that are collected before the observer gets them.
 TOGETHER = 512

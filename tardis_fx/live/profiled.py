@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import operator
 import threading
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -13,11 +14,8 @@ from torch import Tensor, fx
 from tardis_fx.graph.site import Site, SiteWeights
 from tardis_fx.live.profiles import OBSERVING, Profile, Settings, profiles_of
 from tardis_fx.live.retrace import CALLERS
-from tardis_fx.observation.observe import ObservedSite
+from tardis_fx.observation.site import ObservedSite
 from tardis_fx.runtime.fingerprint import fingerprint
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
 
 _log = logging.getLogger("tardis_fx")
 

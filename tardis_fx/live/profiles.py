@@ -11,28 +11,23 @@ from __future__ import annotations
 import logging
 import threading
 import weakref
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from torch import Tensor
 
 from tardis_fx.config import Config
 from tardis_fx.errors import TardisError
 from tardis_fx.live.arrivals import PATIENCE, LiveObservation
-from tardis_fx.observation.run import Run
+from tardis_fx.observation.run import Fit, Run
+from tardis_fx.observation.site import ObservedSite
 from tardis_fx.passes.registry import rewrite_named
-from tardis_fx.plan import KeptSite, Plan
+from tardis_fx.plan import KeptSite, Plan, Planned
 from tardis_fx.planning import fit_plan, refused
 from tardis_fx.runtime.fingerprint import fingerprint
 from tardis_fx.statistics.check import Check
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
-
-    from torch import Tensor
-
-    from tardis_fx.observation.observe import ObservedSite
-    from tardis_fx.observation.run import Fit
-    from tardis_fx.plan import Planned
 
 _log = logging.getLogger("tardis_fx")
 

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import sys
 import threading
-from typing import TYPE_CHECKING
+from types import CodeType, FrameType
 
 from torch._C._dynamo.eval_frame import reset_code
 from torch._dynamo import convert_frame
 from torch._dynamo.symbolic_convert import InstructionTranslator
 
 from tardis_fx.errors import ConfigError
-
-if TYPE_CHECKING:
-    from types import CodeType, FrameType
 
 #: Threads that have called graphs whose code may be forgotten.
 CALLERS: set[int] = set()

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import inspect
 import time
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch._inductor import config as inductor_config
 
 from tardis_fx.errors import BenchError
 from tardis_fx.measure.timing import wait
 from tardis_fx.observation.batches import uncompiled
 from tardis_fx.observation.capture import own_code
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from torch import Tensor
 
 
 class Decoder:

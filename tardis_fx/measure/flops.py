@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from tardis_fx.observation.run import Observation
 from tardis_fx.passes.registry import rewrite_named
-from tardis_fx.plan import SitePlan
+from tardis_fx.plan import Plan, SitePlan
 from tardis_fx.runtime import flops  # noqa: F401 - the correction op's formula
-
-if TYPE_CHECKING:
-    from tardis_fx.observation.observe import Observation
-    from tardis_fx.plan import Plan
 
 #: Number of tokens to run: too many for a decode step.
 TOKENS = 32

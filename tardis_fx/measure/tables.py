@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import csv
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
 from tardis_fx.errors import BenchError
 from tardis_fx.measure.extras import needed_by
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
-    from pathlib import Path
 
 
 def markdown(headings: Sequence[str], rows: Iterable[Sequence[str]], titles: int = 1) -> str:

@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tardis_fx.errors import BenchError, CalibrationError
+from tardis_fx.observation.site import ObservedSite
 from tardis_fx.runtime.packing import row_bytes
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
-
-    from torch import Tensor
-
-    from tardis_fx.observation.observe import ObservedSite
 
 #: Columns that share a scale and a zero point in torchao's int4, and in the quantisation of FFNs alone.
 GROUP, FFN_GROUP = 128, 64

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import types
 import weakref
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any
 from warnings import catch_warnings, filterwarnings
 
 import torch
@@ -19,9 +19,6 @@ from tardis_fx.graph.subclasses import stored_tensors
 from tardis_fx.graph.surgery import copy
 from tardis_fx.graph.unfuse import unfuse
 from tardis_fx.runtime.fingerprint import fingerprint
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Sequence
 
 
 def _call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

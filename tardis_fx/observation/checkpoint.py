@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from safetensors import SafetensorError
 
 from tardis_fx.errors import CheckpointError
 from tardis_fx.observation.merging import statistics
 from tardis_fx.tensorfile import check_digest, read, write
-
-if TYPE_CHECKING:
-    import os
-    from collections.abc import Mapping
 
 _FORMAT = "tardis_fx.statistics"
 

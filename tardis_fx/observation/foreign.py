@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 import torch
 
 from tardis_fx.errors import RewriteError, TardisError
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 
 @contextmanager

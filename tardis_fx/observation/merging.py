@@ -13,20 +13,16 @@ All other attributes must be the same in every process. Merging an observer that
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from tardis_fx.errors import CalibrationError
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
-
-    from tardis_fx.observation.ranks import Ranks
-
-Merge = Literal["sum", "least", "greatest", "joined", "parts"]
+from tardis_fx.observation.ranks import Ranks
+from tardis_fx.observation.site import Merge
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import weakref
-from abc import ABC, abstractmethod
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -21,116 +21,15 @@ from tardis_fx.observation.batches import Batch as Batch
 from tardis_fx.observation.batches import checked as checked
 from tardis_fx.observation.batches import real_tokens, uncompiled
 from tardis_fx.observation.capture import Capture
+from tardis_fx.observation.checkpoint import Checkpoint
 from tardis_fx.observation.foreign import raising_typed
 from tardis_fx.observation.merging import merge
 from tardis_fx.observation.ranks import Ranks
-from tardis_fx.observation.taps import Enter, Leave
+from tardis_fx.observation.run import RepeatableObservation, Run, Seen
+from tardis_fx.observation.site import ObservedSite, SiteObserver, fitted_tokens
 from tardis_fx.runtime.fingerprint import fingerprint
-from tardis_fx.statistics.regression import fitted_tokens
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-
-    from tardis_fx.observation.checkpoint import Checkpoint
-    from tardis_fx.observation.run import Run
 
 _log = logging.getLogger("tardis_fx")
-
-
-class SiteObserver(Protocol):
-    """Accumulates the statistics of a site that a rewrite needs.
-
-    For calibration by several processes, or with checkpoints, it must also declare how it is merged; see
-    :mod:`tardis_fx.observation.merging`.
-    """
-
-    def update(self, x: Tensor) -> None:
-        """Adds the site's inputs, [tokens, d], float32."""
-
-
-@dataclass(frozen=True, eq=False)
-class ObservedSite:
-    """A site of the model with its weights.
-
-    Attributes:
-        site: as matched, with the reason if it is refused.
-        fingerprint: of its weights.
-        weights: in the model's dtype and on its device.
-        parameters: the stored weights in the order of ``site.parameters``; the plain tensors of a tensor subclass.
-    """
-
-    site: Site
-    fingerprint: str
-    weights: SiteWeights
-    parameters: tuple[Tensor, ...]
-
-
-@dataclass(frozen=True)
-class Seen:
-    """Numbers of tokens that a run has shown at a site.
-
-    Attributes:
-        tokens: number of tokens without padding.
-        held_back: number of these that are not used to fit.
-    """
-
-    tokens: int
-    held_back: int
-
-
-class Observation(ABC):
-    """Base class of observations: the sites whose inputs the runs of a fit show to observers.
-
-    Attributes:
-        warned: whether the user was warned that there are few tokens.
-    """
-
-    def __init__(self, *, progress: bool = False) -> None:
-        """Starts without any runs.
-
-        Args:
-            progress: show progress bars.
-        """
-        self.warned, self._progress = False, progress
-        self._memory: dict[tuple[Hashable, ...], Mapping[str, Any]] = {}
-
-    @property
-    @abstractmethod
-    def sites(self) -> Sequence[ObservedSite]:
-        """All sites, including refused ones."""
-
-    def seen(self, site: ObservedSite) -> Seen | None:
-        """Numbers of tokens that runs have shown at a site, or None if unknown."""
-        return None
-
-    def recall(self, run: Run) -> Mapping[str, Any] | None:
-        """The remembered result of an equal run, or None."""
-        return None if run.key is None else self._memory.get((run.key, *run.sites))
-
-    def conclude(self, run: Run, observers: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Finishes the observers of a run into its result, by fingerprint; remembered if the run has a key."""
-        bar = tqdm(run.sites, desc=run.title, unit="site", disable=not self._progress, leave=False, delay=1)
-        results = {site.fingerprint: run.finish(site, observers[site.fingerprint]) for site in bar}
-        if run.key is not None:
-            self._memory[run.key, *run.sites] = results
-        return results
-
-
-class RepeatableObservation(Observation):
-    """An observation that can make any number of runs immediately."""
-
-    def answer(self, run: Run) -> Mapping[str, Any]:
-        """Makes a run and returns its result by fingerprint.
-
-        Raises:
-            CalibrationError: a site's inputs are NaN or infinite, or it saw no token.
-        """
-        remembered = self.recall(run)
-        return self.conclude(run, self._shown(run)) if remembered is None else remembered
-
-    @abstractmethod
-    def _shown(self, run: Run) -> Mapping[str, SiteObserver]:
-        """Observers of a run, by fingerprint, that have seen all inputs of their sites."""
 
 
 class BatchObservation(RepeatableObservation):
@@ -258,8 +157,8 @@ class BatchObservation(RepeatableObservation):
                 if self._admit(site, parameters) not in self._sites:
                     self._refused.append(f"{site.name}: {site.reason}")
                 continue
-            gm.add_submodule(f"tardis_enter_{i}", Enter(weakref.proxy(self), site))
-            gm.add_submodule(f"tardis_leave_{i}", Leave(weakref.proxy(self), site))
+            gm.add_submodule(f"tardis_enter_{i}", _Enter(weakref.proxy(self), site))
+            gm.add_submodule(f"tardis_leave_{i}", _Leave(weakref.proxy(self), site))
             with gm.graph.inserting_before(site.up.product):
                 entering = moved.get(site.input, site.input)
                 entered = gm.graph.call_module(f"tardis_enter_{i}", (entering, *site.parameters))
@@ -317,6 +216,32 @@ class BatchObservation(RepeatableObservation):
     def replaced(self, site: Site, parameters: list[Tensor]) -> Callable[[Tensor], Tensor] | None:
         """The function that replaces a site's output in the current run, or None."""
         return self._replaced.get(self._admit(site, parameters))
+
+
+class _Enter(nn.Module):
+    """Shows a site's inputs to the observation; keeps a copy only if the output will be replaced."""
+
+    def __init__(self, observation: BatchObservation, site: Site) -> None:
+        super().__init__()
+        self._observation, self._site = observation, site
+
+    def forward(self, x: Tensor, *parameters: Tensor) -> Tensor | None:
+        """Observes the inputs, and returns a copy if the site's output will be replaced."""
+        self._observation.observe(self._site, list(parameters), x)
+        return x.clone() if self._observation.replaced(self._site, list(parameters)) else None
+
+
+class _Leave(nn.Module):
+    """Passes on a site's output or its replacement."""
+
+    def __init__(self, observation: BatchObservation, site: Site) -> None:
+        super().__init__()
+        self._observation, self._site = observation, site
+
+    def forward(self, output: Tensor, x: Tensor | None, *parameters: Tensor) -> Tensor:
+        """Returns the site's output or its replacement."""
+        function = self._observation.replaced(self._site, list(parameters))
+        return output if function is None or x is None else function(x).view_as(output)
 
 
 def _dense(parameter: Tensor) -> Tensor:

@@ -5,20 +5,17 @@ Every rank makes the same decisions from the same sums, so that only statistics 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from tardis_fx.errors import CalibrationError, TardisError
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
-
-    from tardis_fx.observation.merging import Merge
+from tardis_fx.observation.site import Merge
 
 T = TypeVar("T")
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, TypeVar, overload
+from typing import Any, TypeVar, overload
 
-if TYPE_CHECKING:
-    from torch import Tensor
+from torch import Tensor
+from tqdm import tqdm
 
-    from tardis_fx.observation.observe import ObservedSite, RepeatableObservation
+from tardis_fx.observation.site import ObservedSite, SiteObserver
 
 T = TypeVar("T")
 
@@ -41,6 +42,74 @@ class Run:
 
 #: A fit in progress: it yields runs, is sent the result of each by fingerprint, and returns its own result.
 Fit = Generator[Run, Mapping[str, Any], T]
+
+
+@dataclass(frozen=True)
+class Seen:
+    """Numbers of tokens that a run has shown at a site.
+
+    Attributes:
+        tokens: number of tokens without padding.
+        held_back: number of these that are not used to fit.
+    """
+
+    tokens: int
+    held_back: int
+
+
+class Observation(ABC):
+    """Base class of observations: the sites whose inputs the runs of a fit show to observers.
+
+    Attributes:
+        warned: whether the user was warned that there are few tokens.
+    """
+
+    def __init__(self, *, progress: bool = False) -> None:
+        """Starts without any runs.
+
+        Args:
+            progress: show progress bars.
+        """
+        self.warned, self._progress = False, progress
+        self._memory: dict[tuple[Hashable, ...], Mapping[str, Any]] = {}
+
+    @property
+    @abstractmethod
+    def sites(self) -> Sequence[ObservedSite]:
+        """All sites, including refused ones."""
+
+    def seen(self, site: ObservedSite) -> Seen | None:
+        """Numbers of tokens that runs have shown at a site, or None if unknown."""
+        return None
+
+    def recall(self, run: Run) -> Mapping[str, Any] | None:
+        """The remembered result of an equal run, or None."""
+        return None if run.key is None else self._memory.get((run.key, *run.sites))
+
+    def conclude(self, run: Run, observers: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Finishes the observers of a run into its result, by fingerprint; remembered if the run has a key."""
+        bar = tqdm(run.sites, desc=run.title, unit="site", disable=not self._progress, leave=False, delay=1)
+        results = {site.fingerprint: run.finish(site, observers[site.fingerprint]) for site in bar}
+        if run.key is not None:
+            self._memory[run.key, *run.sites] = results
+        return results
+
+
+class RepeatableObservation(Observation):
+    """An observation that can make any number of runs immediately."""
+
+    def answer(self, run: Run) -> Mapping[str, Any]:
+        """Makes a run and returns its result by fingerprint.
+
+        Raises:
+            CalibrationError: a site's inputs are NaN or infinite, or it saw no token.
+        """
+        remembered = self.recall(run)
+        return self.conclude(run, self._shown(run)) if remembered is None else remembered
+
+    @abstractmethod
+    def _shown(self, run: Run) -> Mapping[str, SiteObserver]:
+        """Observers of a run, by fingerprint, that have seen all inputs of their sites."""
 
 
 @overload

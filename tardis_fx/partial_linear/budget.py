@@ -7,14 +7,10 @@ to the size of a single bin).
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 from tardis_fx.errors import CalibrationError
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from tardis_fx.partial_linear.ranges import PricedSite, Ranges
+from tardis_fx.partial_linear.ranges import PricedSite, Ranges
 
 #: Rounds of choosing ranges and refitting the surrogates to them.
 ROUNDS = 4

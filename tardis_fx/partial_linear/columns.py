@@ -8,16 +8,11 @@ weights do not change.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 
+from tardis_fx.partial_linear.settled import Settled
 from tardis_fx.quantisation import Quantised, quantise, quantise_in_turn
-from tardis_fx.statistics.regression import RIDGE, least_ridge
-
-if TYPE_CHECKING:
-    from tardis_fx.partial_linear.settled import Settled
-    from tardis_fx.statistics.regression import Residual
+from tardis_fx.statistics.regression import RIDGE, Residual, least_ridge
 
 #: Ridge on the change of the columns, as a share of the mean variance of their factors.
 SHRINKAGE = 0.1

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
+from torch import Tensor
+
+from tardis_fx.config import Rounding
+from tardis_fx.observation.site import Merge, ObservedSite
 from tardis_fx.partial_linear.costs import Costs
-from tardis_fx.partial_linear.guards import Interval, Score
+from tardis_fx.partial_linear.guards import Guard, Interval, Score
 from tardis_fx.quantisation import Quantised, quantise
 from tardis_fx.runtime.packing import low_bits
 from tardis_fx.statistics.moments import Moments
 from tardis_fx.statistics.neurons import Neurons
 from tardis_fx.statistics.surrogates import SurrogateSums
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from torch import Tensor
-
-    from tardis_fx.config import Rounding
-    from tardis_fx.observation.merging import Merge
-    from tardis_fx.observation.observe import ObservedSite
-    from tardis_fx.partial_linear.guards import Guard
 
 
 class DraftObserver:

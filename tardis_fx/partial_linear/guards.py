@@ -7,19 +7,17 @@ hot range.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from tardis_fx.quantisation import Quantised
-    from tardis_fx.statistics.moments import Moments
-    from tardis_fx.statistics.neurons import Neurons
-    from tardis_fx.statistics.surrogates import Sums
+from tardis_fx.quantisation import Quantised
+from tardis_fx.statistics.moments import Moments
+from tardis_fx.statistics.neurons import Neurons
+from tardis_fx.statistics.surrogates import Sums
 
 
 class Guard(ABC):

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
+from torch import Tensor
 
+from tardis_fx.observation.site import Merge
+from tardis_fx.partial_linear.draft import Draft
 from tardis_fx.statistics.surrogates import Sums, products
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from torch import Tensor
-
-    from tardis_fx.observation.merging import Merge
-    from tardis_fx.partial_linear.draft import Draft
 
 
 class Histogram:

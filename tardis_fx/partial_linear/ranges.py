@@ -17,15 +17,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from tardis_fx.partial_linear.costs import Costs
-    from tardis_fx.partial_linear.guards import Guard
-    from tardis_fx.statistics.surrogates import Sums
+from tardis_fx.partial_linear.costs import Costs
+from tardis_fx.partial_linear.guards import Guard
+from tardis_fx.statistics.surrogates import Sums
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
+from torch import Tensor
 
+from tardis_fx.observation.site import Merge
+from tardis_fx.partial_linear.draft import Draft
+from tardis_fx.partial_linear.settled import Settled
 from tardis_fx.statistics.regression import Residual
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
-
-    from torch import Tensor
-
-    from tardis_fx.observation.merging import Merge
-    from tardis_fx.partial_linear.draft import Draft
-    from tardis_fx.partial_linear.settled import Settled
 
 #: Maximum bytes of sums held at a time, except that one site always fits; other sites need further runs.
 MEMORY = 4 << 30

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from tardis_fx.partial_linear.draft import quantise_projection
+from tardis_fx.partial_linear.costs import Costs
+from tardis_fx.partial_linear.draft import Draft, quantise_projection
 from tardis_fx.partial_linear.guards import surrogate_error
+from tardis_fx.partial_linear.ranges import PricedSite, Ranges
+from tardis_fx.quantisation import Quantised
 from tardis_fx.runtime.reference import rows_of
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from tardis_fx.partial_linear.costs import Costs
-    from tardis_fx.partial_linear.draft import Draft
-    from tardis_fx.partial_linear.ranges import PricedSite, Ranges
-    from tardis_fx.quantisation import Quantised
-    from tardis_fx.statistics.neurons import Neurons
+from tardis_fx.statistics.neurons import Neurons
 
 
 @dataclass(frozen=True, eq=False)

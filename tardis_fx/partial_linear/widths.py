@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from tardis_fx.partial_linear.settled import Settled
-    from tardis_fx.plan import SitePlan
+from tardis_fx.partial_linear.settled import Settled
+from tardis_fx.plan import SitePlan
 
 
 @dataclass(frozen=True, eq=False)

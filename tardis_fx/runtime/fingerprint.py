@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
 
 from tardis_fx.digest import contents
 from tardis_fx.runtime.snapshot import Snapshot
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from torch import Tensor
 
 _KNOWN: dict[tuple[Any, ...], tuple[Snapshot, str]] = {}
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import ctypes
 import weakref
+from collections.abc import Callable, Sequence
 from functools import cache
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,9 +22,6 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from tardis_fx.errors import StaleWeightError
 from tardis_fx.graph.site import is_freed
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
 
 #: Number of cache lines of each weight that are copied, and number that one call compares.
 LINES, LINES_PER_CALL = 64, 2

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+
+from torch import Tensor
 
 from tardis_fx.runtime import reference
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
-    from torch import Tensor
-
-    from tardis_fx.runtime.correction import Correction
+from tardis_fx.runtime.correction import Correction
 
 _COUNTING: list[Touched] = []
 

@@ -7,17 +7,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from tardis_fx.graph.feed_forward import BIASES, matrices
-from tardis_fx.graph.site import function_of
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from tardis_fx.graph.site import SiteWeights
+from tardis_fx.graph.site import SiteWeights, function_of
 
 
 @dataclass(frozen=True)

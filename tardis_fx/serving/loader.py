@@ -12,26 +12,24 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.platforms import current_platform
 
+from tardis_fx.config import Prefill
 from tardis_fx.errors import ConfigError, PlanFileError, ServingError
 from tardis_fx.graph.feed_forward import biases, matrices
 from tardis_fx.passes.registry import rewrite_named
-from tardis_fx.plan import Plan
+from tardis_fx.plan import Plan, SitePlan
 from tardis_fx.serving import slots
 from tardis_fx.serving.modules import RewrittenFFN, Through
 from tardis_fx.serving.shards import shard
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from vllm.config import ModelConfig, VllmConfig
     from vllm.config.load import LoadConfig
 
-    from tardis_fx.config import Prefill
-    from tardis_fx.plan import SitePlan
 
 # Named after vLLM, because a server only shows messages of its loggers.
 _log = logging.getLogger("vllm.tardis_fx")

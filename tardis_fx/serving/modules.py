@@ -6,18 +6,14 @@ everything.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 from vllm.distributed import tensor_model_parallel_all_reduce
 
+from tardis_fx.plan import SitePlan
 from tardis_fx.serving import op
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from tardis_fx.plan import SitePlan
 
 
 class Through(nn.Module):

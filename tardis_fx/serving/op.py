@@ -7,9 +7,9 @@ compile to equal graphs, and any process can use a compiled graph that vLLM keep
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, fx
@@ -21,9 +21,6 @@ from tardis_fx.plan import SitePlan
 from tardis_fx.runtime.cpu import op as cpu
 from tardis_fx.serving.rows import decoding
 from tardis_fx.serving.step import query_lengths
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
 
 
 @dataclass(frozen=True)

@@ -8,14 +8,11 @@ zeros instead, so that all ranks run the same graph.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 
 from tardis_fx.errors import ServingError
-
-if TYPE_CHECKING:
-    from tardis_fx.plan import SitePlan
+from tardis_fx.plan import SitePlan
 
 #: Rewrites whose tensors are a folded map and one entry per neuron.
 SHARDED = ("partial_linear", "paper")

@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import permutations
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 from vllm.distributed import tensor_model_parallel_all_gather
 from vllm.model_executor.layers.linear import LinearBase, RowParallelLinear
 
 from tardis_fx.errors import PlanMismatchError, ServingError, StaleWeightError
+from tardis_fx.graph.activations import Activation
 from tardis_fx.graph.feed_forward import BIASES
 from tardis_fx.graph.recognition import recognise, recognise_product
 from tardis_fx.graph.site import SiteWeights
 from tardis_fx.passes.entry import check_entry
-from tardis_fx.plan import SitePlan
+from tardis_fx.plan import Entry, Plan, Planned, SitePlan
 from tardis_fx.runtime.fingerprint import fingerprint
 from tardis_fx.serving.forms import Form, forms
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
-
-    from torch import Tensor, nn
-
-    from tardis_fx.graph.activations import Activation
-    from tardis_fx.plan import Entry, Plan, Planned
 
 
 @dataclass(frozen=True)

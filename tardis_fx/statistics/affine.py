@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from collections.abc import Mapping
+from typing import ClassVar
 
+from torch import Tensor
+
+from tardis_fx.observation.site import Merge, ObservedSite
 from tardis_fx.statistics.neurons import Neurons
 from tardis_fx.statistics.regression import Residual
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from torch import Tensor
-
-    from tardis_fx.observation.merging import Merge
-    from tardis_fx.observation.observe import ObservedSite
 
 
 class Outputs:

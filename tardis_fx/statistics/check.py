@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, ClassVar
+from collections.abc import Callable, Mapping
+from typing import ClassVar
+
+from torch import Tensor
 
 from tardis_fx.graph.feed_forward import biases, dense, matrices
-from tardis_fx.statistics.regression import fitted_tokens, relative_error
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
-
-    from torch import Tensor
-
-    from tardis_fx.graph.site import SiteWeights
-    from tardis_fx.observation.merging import Merge
-    from tardis_fx.observation.observe import ObservedSite
+from tardis_fx.graph.site import SiteWeights
+from tardis_fx.observation.site import Merge, ObservedSite, fitted_tokens
+from tardis_fx.statistics.regression import relative_error
 
 
 class Check:

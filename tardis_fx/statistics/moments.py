@@ -6,16 +6,13 @@ of batches or on the number of processes.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
+from torch import Tensor
 
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from torch import Tensor
-
-    from tardis_fx.observation.merging import Merge
+from tardis_fx.observation.site import Merge
 
 #: Share of a mean square that may be rounding error in a difference of sums.
 ROUNDING = 1e-12

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING
 
-from tardis_fx.graph.activations import ACTIVATIONS
+from torch import Tensor
 
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from torch import Tensor
-
-    from tardis_fx.graph.activations import Activation
-    from tardis_fx.observation.observe import ObservedSite
+from tardis_fx.graph.activations import ACTIVATIONS, Activation
+from tardis_fx.observation.site import ObservedSite
 
 
 @dataclass(frozen=True, eq=False)

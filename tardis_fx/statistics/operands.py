@@ -6,21 +6,15 @@ SparseGPT and GPTQ likewise collect a block's statistics before they change it. 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
+from torch import Tensor
 
+from tardis_fx.observation.site import Merge, ObservedSite, fitted_tokens
 from tardis_fx.statistics.moments import Moments
 from tardis_fx.statistics.neurons import Neurons
-from tardis_fx.statistics.regression import fitted_tokens
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from torch import Tensor
-
-    from tardis_fx.observation.merging import Merge
-    from tardis_fx.observation.observe import ObservedSite
 
 
 class Operands:

@@ -3,29 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from tardis_fx.observation.site import Merge, fitted_tokens
 from tardis_fx.statistics.moments import Moments, precise
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from tardis_fx.observation.merging import Merge
 
 #: Ridge, as a share of the mean variance of an input.
 RIDGE = 1e-3
-
-#: Share of each batch, its last tokens, that is used to measure the error and not to fit.
-HELD_BACK = 1 / 8
-
-
-def fitted_tokens(tokens: int) -> int:
-    """Number of leading tokens of a batch that are used to fit; the rest measure the error."""
-    return tokens - int(tokens * HELD_BACK)
 
 
 def relative_error(missed: float, total: float) -> float:

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations, combinations_with_replacement
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from tardis_fx.observation.site import Merge, ObservedSite, fitted_tokens
 from tardis_fx.statistics.neurons import Neurons
-from tardis_fx.statistics.regression import fitted_tokens
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
-
-    from tardis_fx.observation.merging import Merge
-    from tardis_fx.observation.observe import ObservedSite
 
 #: A variance below this share of the mean square, or of 1, may be rounding: the pre-activation gets no slope.
 CONSTANT = 1e-12

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 from tardis_fx.errors import CalibrationError
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from tardis_fx.observation.run import Fit
-    from tardis_fx.plan import Planned
+from tardis_fx.observation.run import Fit
+from tardis_fx.plan import Planned
 
 #: Accepted relative distance of the error below its target.
 SLACK = 0.03

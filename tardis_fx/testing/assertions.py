@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import math
 import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from tardis_fx.graph.matcher import find_sites
 from tardis_fx.passes import pipeline
+from tardis_fx.passes.pipeline import Rewritten
 from tardis_fx.plan import Plan, SitePlan
 from tardis_fx.testing.capture import capture
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
-    from tardis_fx.passes.pipeline import Rewritten
 
 #: Relative norm of a difference up to which two results count as equal.
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}

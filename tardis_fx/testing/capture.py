@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -10,11 +11,7 @@ from torch._guards import TracingContext
 from torch.utils._sympy.symbol import SymT, symbol_is_type
 
 from tardis_fx.graph.matcher import find_sites
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from tardis_fx.graph.site import Site
+from tardis_fx.graph.site import Site
 
 
 class Captured(NamedTuple):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from random import Random
+from typing import NamedTuple
 
 import torch
 from hypothesis import strategies as st
@@ -13,10 +15,6 @@ from torch.nn import functional as F  # noqa: N812
 
 from tardis_fx.testing.building import Graph
 from tardis_fx.testing.spellings import SPELLINGS
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from random import Random
 
 TOKENS, WIDTH, HIDDEN = 3, 8, 32
 

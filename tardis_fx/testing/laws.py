@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from hypothesis import reject
+from torch import Tensor
 
 from tardis_fx.config import Config
 from tardis_fx.errors import CalibrationError
 from tardis_fx.observation.run import drive
+from tardis_fx.observation.site import ObservedSite, fitted_tokens
 from tardis_fx.passes.registry import rewrite_named
-from tardis_fx.plan import SitePlan
+from tardis_fx.plan import Plan, SitePlan
 from tardis_fx.planning import plan_for
 from tardis_fx.statistics.check import original
-from tardis_fx.statistics.regression import fitted_tokens
 from tardis_fx.testing.assertions import (
     TOLERANCES,
     assert_equivalent,
@@ -26,15 +28,7 @@ from tardis_fx.testing.assertions import (
     relative_error,
 )
 from tardis_fx.testing.observation import SiteObservation, affine, gated
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from torch import Tensor
-
-    from tardis_fx.observation.observe import ObservedSite
-    from tardis_fx.plan import Plan
-    from tardis_fx.testing.strategies import Specimen
+from tardis_fx.testing.strategies import Specimen
 
 
 @dataclass(frozen=True)

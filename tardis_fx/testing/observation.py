@@ -2,30 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from operator import getitem
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from tardis_fx.errors import CalibrationError
 from tardis_fx.graph.matcher import find_sites
-from tardis_fx.graph.site import SiteWeights
-from tardis_fx.observation.observe import ObservedSite, RepeatableObservation, Seen
+from tardis_fx.graph.site import Site, SiteWeights
+from tardis_fx.observation.run import RepeatableObservation, Run, Seen
+from tardis_fx.observation.site import ObservedSite, SiteObserver, fitted_tokens
 from tardis_fx.runtime.fingerprint import fingerprint
-from tardis_fx.statistics.regression import fitted_tokens
 from tardis_fx.testing.building import Graph
 from tardis_fx.testing.ffn import FFN, GatedFFN, gated_ffn
 from tardis_fx.testing.spellings import SPELLINGS
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from torch import Tensor
-
-    from tardis_fx.graph.site import Site
-    from tardis_fx.observation.observe import SiteObserver
-    from tardis_fx.observation.run import Run
 
 
 class SiteObservation(RepeatableObservation):

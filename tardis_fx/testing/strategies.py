@@ -5,20 +5,15 @@ Every drawn value is a record of a few numbers and names, so that the smallest f
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 
 from tardis_fx.testing.ffn import ACTIVATIONS, FFN, GatedFFN, ffn, gated_ffn, inputs
 from tardis_fx.testing.graphs import graphs
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from torch import Tensor
 
 __all__ = [
     "KINDS",

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis.errors import Unsatisfiable
@@ -11,9 +11,6 @@ from hypothesis.errors import Unsatisfiable
 from tardis_fx.passes.registry import rewrite_named
 from tardis_fx.testing.laws import LAWS
 from tardis_fx.testing.strategies import Specimen, sites
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
 
 NEVER_TAKEN = "no drawn site was taken"
 

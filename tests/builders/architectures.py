@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import transformers as hf
+from torch import Tensor
 
 from builders.models import VOCABULARY, tokens
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from torch import Tensor
 
 Found = tuple[str, str, str | None, str | None]
 """Name, kind, activation, and a part of the reason for refusal."""

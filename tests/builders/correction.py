@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -13,9 +13,6 @@ from torch.utils._pytree import tree_map_only
 from tardis_fx.runtime import reference
 from tardis_fx.runtime.correction import Correction, guard_width
 from tardis_fx.runtime.packing import BLOCK, block_count, group_count, join, low_bits, pack, spread
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 #: Projections of a neuron: of a plain and of a gated FFN.

@@ -6,21 +6,17 @@ tells whether rewritten code ran.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from builders.compiled import compiled
 from builders.ffns import FFN, Block, config, exact_plan, ffn
 from tardis_fx import Plan
 from tardis_fx.graph.site import SiteWeights
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
-
-    from torch import fx
 
 _CALLS: list[int] = []
 

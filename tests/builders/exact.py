@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
 from builders.ffns import config, exact_plan
 from tardis_fx import Plan
 from tardis_fx.graph.matcher import find_sites
-from tardis_fx.graph.site import SiteWeights
+from tardis_fx.graph.site import Site, SiteWeights
 from tardis_fx.graph.unfuse import unfuse
 from tardis_fx.passes import pipeline
 from tardis_fx.passes.partial_linear import PartialLinear
+from tardis_fx.passes.weight_guard import GuardedGraph
+from tardis_fx.plan import SitePlan
 from tardis_fx.runtime.fingerprint import fingerprint
-from tardis_fx.runtime.guard import GuardedGraph
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from torch import Tensor, fx
-
-    from tardis_fx.graph.site import Site
-    from tardis_fx.plan import SitePlan
 
 
 class Exact:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from hypothesis import strategies as st
@@ -13,7 +14,8 @@ from torch.nn import functional as F
 from tardis_fx import Config, Plan, calibrate
 from tardis_fx.config import MOVED
 from tardis_fx.graph.site import SiteWeights
-from tardis_fx.observation.run import drive
+from tardis_fx.observation.run import RepeatableObservation, drive
+from tardis_fx.passes.base import Rewrite
 from tardis_fx.passes.partial_linear import PartialLinear
 from tardis_fx.passes.registry import rewrite_named
 from tardis_fx.plan import SitePlan
@@ -26,12 +28,6 @@ from tardis_fx.testing.ffn import Activation as Activation
 from tardis_fx.testing.ffn import Block as Block
 from tardis_fx.testing.ffn import ffn as ffn
 from tardis_fx.testing.ffn import inputs as inputs
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from tardis_fx.observation.observe import RepeatableObservation
-    from tardis_fx.passes.base import Rewrite
 
 
 class Broken(nn.Module):

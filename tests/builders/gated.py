@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from tardis_fx.observation.site import ObservedSite
 from tardis_fx.testing.building import Graph
 from tardis_fx.testing.observation import of, site_of
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from tardis_fx.observation.observe import ObservedSite
-
 
 FUNCTIONS: dict[str, Callable[..., Any]] = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu, "sigmoid": torch.sigmoid}
 

@@ -5,12 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import time
-from typing import TYPE_CHECKING
 
-from fuzz.cases import Judged
-
-if TYPE_CHECKING:
-    from fuzz.cases import Blocks
+from fuzz.cases import Blocks, Judged
 
 
 def judge(kind: str, route: str, blocks: Blocks) -> Judged:

@@ -8,7 +8,6 @@ import re
 import sys
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -16,9 +15,7 @@ from torch import nn
 
 import tardis_fx
 from builders.ffns import Block, batches, config, ffn, planned
-
-if TYPE_CHECKING:
-    from tardis_fx import Plan
+from tardis_fx import Plan
 
 D, HIDDEN, SITES = 256, 1024, 7
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -14,14 +15,9 @@ from torch import Tensor, nn
 from builders.ffns import Block, batches, config, ffn
 from tardis_fx import Config, TardisError, calibrate
 from tardis_fx.observation.observe import BatchObservation
+from tardis_fx.observation.run import Run
+from tardis_fx.observation.site import SiteObserver
 from tardis_fx.passes.partial_linear import PartialLinear
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
-    from pathlib import Path
-
-    from tardis_fx.observation.observe import SiteObserver
-    from tardis_fx.observation.run import Run
 
 CONFIGS = {
     "partial_linear": config(fold_bits=None, row_bits=None),

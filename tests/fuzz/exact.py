@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from tardis_fx.graph.feed_forward import matrices
-from tardis_fx.graph.site import SiteWeights
+from tardis_fx.graph.site import Site, SiteWeights
 from tardis_fx.plan import SitePlan
 from tardis_fx.runtime.correction import guard_width
 from tardis_fx.runtime.packing import group_count, pack, packed_bytes
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
-    from torch import Tensor
-
-    from tardis_fx.graph.site import Site
 
 
 def exact_entry(site: Site, parameters: Sequence[Tensor], method: str = "partial_linear") -> SitePlan:

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import operator
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Generator, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import fx
 from torch.nn import functional as F
 
+from fuzz.cases import Choices
+from fuzz.scene import Scene
+from tardis_fx.testing.building import Graph
 from tardis_fx.testing.spellings import SPELLINGS
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterator
-
-    from fuzz.cases import Choices
-    from fuzz.programs import Scene
-    from tardis_fx.testing.building import Graph
 
 _Activation = tuple["Callable[[Graph, fx.Node], fx.Node]", ...]
 

@@ -5,17 +5,14 @@ from __future__ import annotations
 import copy
 import ctypes
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from fuzz.cases import Choices
+from fuzz.cases import Choices
 
 
 class Weight(NamedTuple):

@@ -12,23 +12,19 @@ import random
 import time
 import warnings
 from collections import Counter
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from fuzz import plans as fuzz_plans
 from fuzz import verdict as fuzz_verdict
 from fuzz import weights as fuzz_weights
-from fuzz.cases import Failure, Judged, drawn, minimise
+from fuzz.cases import Blocks, Failure, Judged, drawn, minimise
 from fuzz.process import Worker
 from tardis_fx.errors import TardisError
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from fuzz.cases import Blocks
 
 #: Steps of a case at the most.
 _STEPS = {"program": 12, "weights": 8}

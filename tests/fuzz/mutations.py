@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+import random
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from builders.plan_files import put_together, take_apart
-
-if TYPE_CHECKING:
-    import random
-    from collections.abc import Callable, Sequence
 
 _EXTREMES: tuple[Any, ...] = (
     None, True, False, 0, 1, -1, 2, 3, 4, 7, 8, 15, 16, 17, 31, 32, 33, 64, 128, 2**31, 2**63, -(2**63), 10**400, 0.0,

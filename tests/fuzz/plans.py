@@ -23,8 +23,9 @@ import time
 import warnings
 from dataclasses import dataclass, field, replace
 from functools import cache
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from builders.plan_files import signed
@@ -43,9 +44,6 @@ from tardis_fx.release import release
 from tardis_fx.testing.assertions import relative_error
 from tardis_fx.testing.capture import capture
 from tardis_fx.testing.ffn import ffn, gated_ffn, inputs
-
-if TYPE_CHECKING:
-    from multiprocessing.connection import Connection
 
 #: What is damaged: a method with fields of the config, ``gated`` among them.
 SUBJECTS: tuple[tuple[str, dict[str, Any]], ...] = (

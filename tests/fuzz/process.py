@@ -7,17 +7,13 @@ import multiprocessing
 import signal
 import sys
 import warnings
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
 
 import torch
 
-from fuzz.cases import Failure, Judged
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from multiprocessing.connection import Connection
-
-    from fuzz.cases import Blocks
+from fuzz.cases import Blocks, Failure, Judged
 
 #: Cases that one process judges: what compilers keep of every graph would fill the memory in the end.
 _CASES = 2000

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -15,11 +16,8 @@ from tardis_fx.config import Config
 from tardis_fx.graph.surgery import copy
 from tardis_fx.passes import pipeline
 from tardis_fx.passes.registry import rewrite_named
+from tardis_fx.passes.weight_guard import GuardedGraph
 from tardis_fx.plan import Plan
-from tardis_fx.runtime.guard import GuardedGraph
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
 
 #: How a program is run: the backend called with its graph; through Dynamo; and with Inductor after it, which leaves
 #: single operations to PyTorch's kernels, or compiles C++ of its own.

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from fuzz.cases import Choices
-    from fuzz.programs import Scene
+from fuzz.cases import Choices
+from fuzz.scene import Scene
 
 _Way = "Callable[[Scene, fx.Node], fx.Node]"
 

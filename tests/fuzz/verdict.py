@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import traceback
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fuzz.cases import Failure, Judged
+from fuzz.cases import Blocks, Failure, Judged
 from fuzz.programs import Program, Ran, program
 from fuzz.runs import Rewriter, Truth, compiled, host_of
 from tardis_fx.errors import TardisError
 from tardis_fx.testing.assertions import TOLERANCES
-
-if TYPE_CHECKING:
-    from fuzz.cases import Blocks
 
 
 def judge(blocks: Blocks, route: str = "backend") -> Judged:

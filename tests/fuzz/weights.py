@@ -7,13 +7,14 @@ PyTorch does not count write a weight as a whole; a few elements written past Py
 from __future__ import annotations
 
 import traceback
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from fuzz.cases import Choices, Failure, Judged
+from fuzz.cases import Blocks, Choices, Failure, Judged
 from fuzz.exact import METHODS, exact_entry
 from fuzz.habits import HABITS, World
 from tardis_fx.backend import tardis
@@ -22,13 +23,7 @@ from tardis_fx.errors import TardisError
 from tardis_fx.graph.surgery import copy
 from tardis_fx.passes import pipeline
 from tardis_fx.passes.registry import rewrite_named
-from tardis_fx.plan import Plan
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
-    from fuzz.cases import Blocks
-    from tardis_fx.plan import SitePlan
+from tardis_fx.plan import Plan, SitePlan
 
 #: Relative error that rounding may cause; a changed weight moves an output by much more.
 _TOLERANCES = {torch.float32: 1e-3, torch.float64: 1e-6, torch.bfloat16: 0.08}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -14,9 +15,6 @@ from torch.nn import functional as F
 from tardis_fx.graph.activations import ACTIVATIONS
 from tardis_fx.graph.site import SiteWeights
 from tardis_fx.testing.capture import capture
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 gelu = F.gelu
 

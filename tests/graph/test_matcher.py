@@ -1,8 +1,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
@@ -13,10 +14,6 @@ from torch.nn import functional as F
 
 from tardis_fx.graph.matcher import find_sites
 from tardis_fx.testing.capture import capture, sites_of
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
 
 X = torch.linspace(-1, 1, 3 * 8).view(3, 8)
 

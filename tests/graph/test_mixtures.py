@@ -18,6 +18,7 @@ from tardis_fx.testing.capture import sites_of
 if TYPE_CHECKING:
     pass
 
+
 X = inputs(2, 3, 16)
 
 

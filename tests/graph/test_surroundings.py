@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -14,9 +15,6 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 from tardis_fx import Plan
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 X = inputs(2, 3, 16)
 

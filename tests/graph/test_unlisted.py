@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -13,9 +14,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tardis_fx.testing.capture import capture, sites_of
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 
 @torch.library.custom_op("tardis_test::swish", mutates_args=())

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import operator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -13,9 +14,6 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from tardis_fx.testing.capture import sites_of
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 X = torch.linspace(-3, 3, 2 * 3 * 8).sin().view(2, 3, 8)
 

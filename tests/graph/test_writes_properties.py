@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import operator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from builders.profile import examples
@@ -16,9 +17,6 @@ from tardis_fx.graph.feed_forward import dense
 from tardis_fx.graph.matcher import find_sites
 from tardis_fx.graph.surgery import replace
 from tardis_fx.testing.building import Graph
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 TOKENS, WIDTH, HIDDEN = 3, 4, 8
 

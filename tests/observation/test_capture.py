@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -9,9 +10,6 @@ from torch import Tensor, fx, nn
 
 from tardis_fx import CalibrationError
 from tardis_fx.observation.capture import Capture
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 X = inputs(5, 16)
 

@@ -1,15 +1,19 @@
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from builders import gated
 from builders.ffns import ffn, inputs
+from torch import Tensor
 
 from tardis_fx import CalibrationError, CheckpointError
 from tardis_fx.observation.checkpoint import Checkpoint
 from tardis_fx.observation.merging import statistics
+from tardis_fx.observation.site import ObservedSite
 from tardis_fx.partial_linear.draft import Draft, DraftObserver, Quantisation
 from tardis_fx.partial_linear.histogram import Histogram
 from tardis_fx.partial_linear.ranges import PricedSite, Ranges
@@ -22,14 +26,6 @@ from tardis_fx.statistics.moments import Moments
 from tardis_fx.statistics.operands import ColumnNorms, Grams
 from tardis_fx.statistics.surrogates import SurrogateSums
 from tardis_fx.testing.observation import observed
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-    from pathlib import Path
-
-    from torch import Tensor
-
-    from tardis_fx.observation.observe import ObservedSite
 
 D = 16
 BATCHES = [inputs(n, D, seed=n) for n in (70, 9, 40, 1)]

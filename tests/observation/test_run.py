@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 from builders.ffns import batches, ffn
+from torch import Tensor
 
 from tardis_fx.errors import CalibrationError
-from tardis_fx.observation.run import Run, changed, drive, forgotten, steps
+from tardis_fx.observation.run import Fit, Run, changed, drive, forgotten, steps
+from tardis_fx.observation.site import ObservedSite
 from tardis_fx.testing.observation import SiteObservation
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    from torch import Tensor
-
-    from tardis_fx.observation.observe import ObservedSite
-    from tardis_fx.observation.run import Fit
 
 
 class Tokens:

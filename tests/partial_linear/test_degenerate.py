@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 from unittest import mock
 
 import pytest
@@ -15,20 +15,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tardis_fx import CalibrationError
+from tardis_fx.observation.site import fitted_tokens
 from tardis_fx.passes.registry import rewrite_named
+from tardis_fx.plan import SitePlan
 from tardis_fx.planning import plan_for
 from tardis_fx.quantisation import DAMPING, factor, inverse_factor
 from tardis_fx.runtime.cpu import build as cpu_build
 from tardis_fx.runtime.reference import estimate
 from tardis_fx.statistics.moments import Moments, precise
-from tardis_fx.statistics.regression import Residual, fitted_tokens, relative_error
+from tardis_fx.statistics.regression import Residual, relative_error
 from tardis_fx.testing.ffn import FFN, gated_ffn
 from tardis_fx.testing.observation import SiteObservation
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from tardis_fx.plan import SitePlan
 
 D = 12
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -11,22 +12,16 @@ from builders.ffns import config, ffn, fitted, inputs
 from builders.profile import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
+from tardis_fx.observation.run import Run
 from tardis_fx.partial_linear import residuals
+from tardis_fx.partial_linear.residuals import ResidualObserver
+from tardis_fx.partial_linear.widths import Fitted
 from tardis_fx.passes.partial_linear import PartialLinear
-from tardis_fx.testing.ffn import gated_ffn
+from tardis_fx.plan import SitePlan
+from tardis_fx.testing.ffn import FFN, GatedFFN, gated_ffn
 from tardis_fx.testing.observation import SiteObservation
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from torch import Tensor
-
-    from tardis_fx.observation.run import Run
-    from tardis_fx.partial_linear.residuals import ResidualObserver
-    from tardis_fx.partial_linear.widths import Fitted
-    from tardis_fx.plan import SitePlan
-    from tardis_fx.testing.ffn import FFN, GatedFFN
 
 D, HIDDEN = 32, 128
 

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from tardis_fx import Config, ConfigError, Plan
 from tardis_fx.explain import Report
 from tardis_fx.graph.site import Site, SiteWeights
-from tardis_fx.observation.observe import BatchObservation, ObservedSite, RepeatableObservation
+from tardis_fx.observation.observe import BatchObservation
+from tardis_fx.observation.run import RepeatableObservation
+from tardis_fx.observation.site import ObservedSite
 from tardis_fx.passes import registry
 from tardis_fx.passes.base import Rewrite
 from tardis_fx.passes.registry import rewrite_named

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tardis_fx import Config, Plan, PlanFileError, PlanMismatchError, calibrate, explain
 from tardis_fx.graph.site import SiteWeights
@@ -22,11 +23,6 @@ from tardis_fx.runtime.fingerprint import fingerprint
 from tardis_fx.testing.assertions import assert_equivalent
 from tardis_fx.testing.capture import capture
 from tardis_fx.testing.ffn import ffn, gated_ffn, inputs
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
-
-    from torch import nn
 
 D, HIDDEN = 16, 32
 METHODS: dict[str, dict[str, Any]] = {

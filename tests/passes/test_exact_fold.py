@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -17,9 +18,6 @@ from tardis_fx.graph.matcher import find_sites
 from tardis_fx.passes import pipeline
 from tardis_fx.plan import Plan
 from tardis_fx.testing.capture import capture
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 NO_PLAN = Plan((), config())
 

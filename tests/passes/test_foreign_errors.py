@@ -15,8 +15,8 @@ from torch.fx.experimental.symbolic_shapes import ConstraintViolationError
 
 from tardis_fx import Config, Plan, RewriteError, TardisError, calibrate
 from tardis_fx.graph.site import Site, SiteWeights
-from tardis_fx.observation.observe import ObservedSite
 from tardis_fx.observation.run import Fit, Run
+from tardis_fx.observation.site import ObservedSite
 from tardis_fx.passes import Rewrite, registry
 from tardis_fx.plan import Planned, SitePlan
 

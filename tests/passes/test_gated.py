@@ -18,7 +18,8 @@ from hypothesis import given, settings
 from tardis_fx import Plan
 from tardis_fx.graph.site import SiteWeights
 from tardis_fx.measure.flops import prefill_share
-from tardis_fx.observation.observe import BatchObservation, ObservedSite
+from tardis_fx.observation.observe import BatchObservation
+from tardis_fx.observation.site import ObservedSite
 from tardis_fx.passes.registry import rewrite_named
 from tardis_fx.plan import SitePlan
 from tardis_fx.planning import plan_for

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from tardis_fx import (
     explain,
     release,
 )
+from tardis_fx.observation.site import ObservedSite
 from tardis_fx.partial_linear.draft import Draft, DraftObserver, Quantisation
 from tardis_fx.partial_linear.guards import Score
 from tardis_fx.partial_linear.settled import AffineValue, Settled
@@ -33,11 +35,6 @@ from tardis_fx.passes.paper import Paper
 from tardis_fx.passes.partial_linear import PartialLinear
 from tardis_fx.plan import SitePlan
 from tardis_fx.statistics.check import Check
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from tardis_fx.observation.observe import ObservedSite
 
 X = inputs(4, 16)
 

@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
 from builders.ffns import inputs
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 from torch.nn import functional as F
 
 from tardis_fx import passes
 from tardis_fx.graph.feed_forward import multiply
-from tardis_fx.passes.layout import check, like
+from tardis_fx.passes.layout import Layout, check, like
 from tardis_fx.passes.matrix_forms import Coded, Dense, Factored, Form, Int8, Masked
 from tardis_fx.runtime.reference import dequantise
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from torch import Tensor
-
-    from tardis_fx.passes.layout import Layout
 
 ROWS, COLUMNS = 12, 70
 

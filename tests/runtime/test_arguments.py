@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -16,13 +17,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tardis_fx.errors import PlanMismatchError
 from tardis_fx.runtime import ops
+from tardis_fx.runtime.correction import Correction
 from tardis_fx.runtime.cpu import build as cpu_build
 from tardis_fx.runtime.cpu import op as cpu
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
-    from tardis_fx.runtime.correction import Correction
 
 every_kind = pytest.mark.parametrize(("k", "coded"), [(k, bits) for k in (1, 2) for bits in (16, 4)], ids=str)
 

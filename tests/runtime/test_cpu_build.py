@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import pwd
@@ -9,9 +10,9 @@ import stat
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
 from unittest import mock
 
 import pytest
@@ -21,14 +22,9 @@ from builders.correction import arguments
 
 from tardis_fx.graph.activations import ACTIVATIONS
 from tardis_fx.runtime import reference
+from tardis_fx.runtime.correction import Correction
 from tardis_fx.runtime.cpu import build as cpu_build
 from tardis_fx.runtime.cpu import op as cpu
-
-if TYPE_CHECKING:
-    import ctypes
-    from collections.abc import Iterator
-
-    from tardis_fx.runtime.correction import Correction
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="modes, owners and /proc of Linux")
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import ast
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -16,10 +16,6 @@ from torch import Tensor, nn
 
 import tardis_fx
 from tardis_fx import Plan, calibrate, passes
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-    from contextlib import AbstractContextManager
 
 #: The passes lie elsewhere in a checkout.
 FOLDERS = [Path(module.__file__).parent for module in (tardis_fx, passes) if module.__file__]

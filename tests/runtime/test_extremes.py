@@ -10,7 +10,6 @@ the kernel.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -20,12 +19,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tardis_fx.graph.activations import ACTIVATIONS
+from tardis_fx.runtime.correction import Correction
 from tardis_fx.runtime.cpu import build as cpu_build
 from tardis_fx.runtime.cpu import op as cpu
 from tardis_fx.runtime.packing import GROUP_SIZES, low_bits, split, spread
-
-if TYPE_CHECKING:
-    from tardis_fx.runtime.correction import Correction
 
 
 @pytest.fixture(scope="module", autouse=True)

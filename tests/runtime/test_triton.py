@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -23,9 +23,6 @@ from tardis_fx.graph.activations import ACTIVATIONS, Activation
 from tardis_fx.runtime import ops as _registered  # noqa: F401
 from tardis_fx.runtime.correction import MOST_TOKENS, Correction
 from tardis_fx.runtime.packing import GROUP_SIZES
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"

@@ -1,20 +1,18 @@
 from __future__ import annotations
 
 from operator import getitem
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
+from tardis_fx.observation.site import ObservedSite
 from tardis_fx.runtime.fingerprint import fingerprint
 from tardis_fx.serving.forms import forms
 from tardis_fx.testing.building import Graph
 from tardis_fx.testing.observation import of, site_of
-
-if TYPE_CHECKING:
-    from tardis_fx.observation.observe import ObservedSite
 
 PLAIN, GATED, FUSED = ["up", "down"], ["gate", "up", "down"], ["fused", "down"]
 

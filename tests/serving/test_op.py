@@ -2,25 +2,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from builders.ffns import planned
-from torch import nn
+from torch import Tensor, fx, nn
 
 from tardis_fx.graph.feed_forward import biases, dense, matrices
+from tardis_fx.graph.site import SiteWeights
 from tardis_fx.passes.pipeline import DECODE_TOKENS
 from tardis_fx.passes.registry import rewrite_named
+from tardis_fx.plan import SitePlan
 from tardis_fx.serving import op
 from tardis_fx.testing.ffn import FFN, GatedFFN, ffn, gated_ffn, inputs
 from tardis_fx.testing.observation import observed
-
-if TYPE_CHECKING:
-    from torch import Tensor, fx
-
-    from tardis_fx.graph.site import SiteWeights
-    from tardis_fx.plan import SitePlan
 
 D, D_OUT = 16, 6
 

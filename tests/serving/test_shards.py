@@ -1,28 +1,22 @@
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 import pytest
 import torch
 from builders.ffns import Oracle, oracle, planned
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
 from tardis_fx.errors import ServingError
 from tardis_fx.graph.feed_forward import narrowed
+from tardis_fx.graph.site import SiteWeights
 from tardis_fx.passes.registry import rewrite_named
+from tardis_fx.plan import SitePlan
 from tardis_fx.serving.shards import shard
-from tardis_fx.testing.ffn import ffn, gated_ffn, inputs
+from tardis_fx.testing.ffn import FFN, GatedFFN, ffn, gated_ffn, inputs
 from tardis_fx.testing.observation import observed
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from torch import Tensor
-
-    from tardis_fx.graph.site import SiteWeights
-    from tardis_fx.plan import SitePlan
-    from tardis_fx.testing.ffn import FFN, GatedFFN
 
 
 def parts(entry: SitePlan, weights: SiteWeights, x: Tensor, size: int) -> list[Tensor]:

@@ -8,10 +8,11 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
@@ -23,9 +24,6 @@ from tardis_fx import Config, Plan, calibrate
 from tardis_fx.measure.decoding import cache_argument
 from tardis_fx.observation.observe import BatchObservation
 from tardis_fx.passes.pipeline import DECODE_TOKENS
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 pytestmark = [
     pytest.mark.vllm,

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import logging
 from functools import cache
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, fx
 
 from tardis_fx.runtime import reference
 from tardis_fx.runtime.arguments import check, check_devices, check_lists
+from tardis_fx.runtime.correction import Correction
 from tardis_fx.runtime.cuda.layout import eligible
-
-if TYPE_CHECKING:
-    from tardis_fx.runtime.correction import Correction
 
 logger = logging.getLogger("tardis_fx")
 

@@ -11,19 +11,17 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
 from tardis_fx.errors import ConfigError, PlanMismatchError, StaleWeightError
 from tardis_fx.graph.site import Site, SiteWeights, is_released
+from tardis_fx.passes.base import Rewrite
+from tardis_fx.plan import Planned, SitePlan
 from tardis_fx.runtime.fingerprint import content_hash, fingerprint
 from tardis_fx.runtime.snapshot import Snapshot
-
-if TYPE_CHECKING:
-    from tardis_fx.passes.base import Rewrite
-    from tardis_fx.plan import Planned, SitePlan
 
 #: Finds the entry of a site with given weights, or None.
 Find = Callable[[Site, Sequence[Tensor]], "Planned | None"]

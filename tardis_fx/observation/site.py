@@ -1,0 +1,49 @@
+"""Observed sites, and what an observer of their inputs is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from torch import Tensor
+
+from tardis_fx.graph.site import Site, SiteWeights
+
+#: Share of each batch, its last tokens, that is used to measure the error and not to fit.
+HELD_BACK = 1 / 8
+
+#: How two values of an observer's attribute are merged: see :mod:`tardis_fx.observation.merging`.
+Merge = Literal["sum", "least", "greatest", "joined", "parts"]
+
+
+class SiteObserver(Protocol):
+    """Accumulates the statistics of a site that a rewrite needs.
+
+    For calibration by several processes, or with checkpoints, it must also declare how it is merged; see
+    :mod:`tardis_fx.observation.merging`.
+    """
+
+    def update(self, x: Tensor) -> None:
+        """Adds the site's inputs, [tokens, d], float32."""
+
+
+@dataclass(frozen=True, eq=False)
+class ObservedSite:
+    """A site of the model with its weights.
+
+    Attributes:
+        site: as matched, with the reason if it is refused.
+        fingerprint: of its weights.
+        weights: in the model's dtype and on its device.
+        parameters: the stored weights in the order of ``site.parameters``; the plain tensors of a tensor subclass.
+    """
+
+    site: Site
+    fingerprint: str
+    weights: SiteWeights
+    parameters: tuple[Tensor, ...]
+
+
+def fitted_tokens(tokens: int) -> int:
+    """Number of leading tokens of a batch that are used to fit; the rest measure the error."""
+    return tokens - int(tokens * HELD_BACK)
