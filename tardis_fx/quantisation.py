@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+from jaxtyping import Float, Float16, Float32, Float64, UInt8
 from torch import Tensor
 
 from tardis_fx.errors import CalibrationError
@@ -26,44 +27,45 @@ class Quantised:
     """A matrix with a few bits per weight.
 
     Attributes:
-        codes: [rows, packed bytes], uint8, in the layout of :mod:`tardis_fx.runtime.packing`.
-        scale: [rows, groups], float16.
-        zero: [rows, groups], uint8.
+        codes: in the layout of :mod:`tardis_fx.runtime.packing`.
+        scale: of each group of columns.
+        zero: point of each group of columns.
         bits: of a code.
         columns: of the matrix.
     """
 
-    codes: Tensor
-    scale: Tensor
-    zero: Tensor
+    codes: UInt8[Tensor, "rows packed"]
+    scale: Float16[Tensor, "rows groups"]
+    zero: UInt8[Tensor, "rows groups"]
     bits: int
-
     columns: int
 
     @cached_property
-    def weight(self) -> Tensor:
-        """The dequantised matrix, [rows, columns], float32."""
+    def weight(self) -> Float32[Tensor, "rows columns"]:
+        """The dequantised matrix."""
         return dequantise(self.codes, self.scale, self.zero, self.bits, self.columns)
 
     @property
-    def rows(self) -> Tensor:
-        """Each row as one contiguous run of bytes, [rows, row bytes], uint8."""
+    def rows(self) -> UInt8[Tensor, "rows row_bytes"]:
+        """Each row as one contiguous run of bytes."""
         return join(self.codes, self.scale, self.zero)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """Products with every row, [tokens, rows]: for W1, estimates of the pre-activations without bias."""
+    def __call__(self, x: Float[Tensor, "tokens columns"]) -> Float[Tensor, "tokens rows"]:
+        """Products with every row: for W1, estimates of the pre-activations without bias."""
         return x @ self.weight.T
 
 
-def quantise(weight: Tensor, gram: Tensor | None, bits: int, group_size: int) -> Quantised:
+def quantise(
+    weight: Float[Tensor, "rows d"], gram: Float[Tensor, "d d"] | None, bits: int, group_size: int
+) -> Quantised:
     """Quantises a matrix to minimise the error of its products, not of its weights: GPTQ (arXiv 2210.17323, alg. 1).
 
     The codes are asymmetric. Each group's scale has the least squared error among ranges clipped to between 100% and
     50%, and is rounded to float16 before the codes are computed.
 
     Args:
-        weight: [rows, d].
-        gram: [d, d], sum of x xᵀ over the calibration tokens; None rounds every weight to the nearest code.
+        weight: the matrix.
+        gram: sum of x xᵀ over the calibration tokens; None rounds every weight to the nearest code.
         bits: 1 to 8.
         group_size: columns that share a scale and a zero point, one of :data:`tardis_fx.runtime.packing.GROUP_SIZES`.
     """
@@ -91,15 +93,17 @@ def quantise(weight: Tensor, gram: Tensor | None, bits: int, group_size: int) ->
     return Quantised(pack(codes, bits), scales, zeros, bits, d)
 
 
-def quantise_in_turn(weight: Tensor, gram: Tensor, bits: int, group_size: int) -> Quantised:
+def quantise_in_turn(
+    weight: Float[Tensor, "h columns"], gram: Float[Tensor, "h h"], bits: int, group_size: int
+) -> Quantised:
     """Quantises a matrix to minimise the change of ``c @ weight``: :func:`quantise` for products from the left.
 
     Rows are rounded in sequence, and the remaining rows compensate; the rows with the largest factors come first. The
     scales lie along the rows and are chosen beforehand.
 
     Args:
-        weight: [h, columns].
-        gram: [h, h], sum of cᵀ c over the factors c, [tokens, h].
+        weight: the matrix.
+        gram: sum of cᵀ c over the factors c, [tokens, h].
         bits: 1 to 8.
         group_size: columns that share a scale and a zero point.
     """
@@ -124,19 +128,19 @@ def quantise_in_turn(weight: Tensor, gram: Tensor, bits: int, group_size: int) -
     return Quantised(packed, scales[back].half(), zeros[back].to(torch.uint8), bits, w.shape[1])
 
 
-def inverse_factor(gram: Tensor) -> Tensor:
-    """Upper Cholesky factor of the inverse of the damped Gram matrix, [d, d], float64."""
+def inverse_factor(gram: Float[Tensor, "d d"]) -> Float64[Tensor, "d d"]:
+    """Upper Cholesky factor of the inverse of the damped Gram matrix."""
     return factor(torch.cholesky_inverse(factor(gram)), damping=0.0, upper=True)
 
 
-def factor(gram: Tensor, *, damping: float = DAMPING, upper: bool = False) -> Tensor:
-    """Cholesky factor of a Gram matrix, damped until it exists, [d, d], float64.
+def factor(gram: Float[Tensor, "d d"], *, damping: float = DAMPING, upper: bool = False) -> Float64[Tensor, "d d"]:
+    """Cholesky factor of a Gram matrix, damped until it exists.
 
     Rounded sums and differences of sums need not be positive definite even with ``damping`` added; then the damping is
     multiplied by ten until they are. This happens with fewer tokens than columns, or with duplicate columns.
 
     Args:
-        gram: [d, d], symmetric.
+        gram: a symmetric matrix.
         damping: share of the mean diagonal that is added first.
         upper: return the upper factor instead of the lower one.
 
@@ -161,8 +165,8 @@ def factor(gram: Tensor, *, damping: float = DAMPING, upper: bool = False) -> Te
         step = max(10 * step, 1e-12 * mean)
 
 
-def _range(block: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Scale and zero point of each row of a group with the least squared error over clipped ranges: [h], [h]."""
+def _range(block: Float[Tensor, "rows group"], bits: int) -> tuple[Float[Tensor, " rows"], Float[Tensor, " rows"]]:
+    """Scale and zero point of each row of a group with the least squared error over clipped ranges."""
     levels = 2**bits - 1
     low, high = block.amin(1).clamp(max=0), block.amax(1).clamp(min=0)
     best = low.new_full((len(block),), torch.inf)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import logging
 import os
 import random
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 from hypothesis import settings
+from jaxtyping import install_import_hook
 
 if TYPE_CHECKING:
     from builders.ffns import FFN
@@ -22,6 +24,11 @@ if TYPE_CHECKING:
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 sys.path.insert(0, str(Path(__file__).parent))  # for `builders`: pytest's importlib mode adds nothing
+
+# Types and shapes in these modules' annotations are checked at every call.
+importlib.import_module("builders.typechecker")  # jaxtyping imports the first of these names alone
+CHECKED = ("quantisation", "statistics")
+install_import_hook([f"tardis_fx.{room}" for room in CHECKED], "builders.typechecker.typechecker")
 
 # Of Hypothesis's plain profile: where it sees a CI it would draw the same examples in every run.
 _plain = settings.get_profile("default")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from tardis_fx.runtime.reference import biased, surrogate_error
 
 
+@runtime_checkable
 class Guard(Protocol):
     """The guard of a site's guarded neurons."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -16,6 +16,7 @@ HELD_BACK = 1 / 8
 Merge = Literal["sum", "least", "greatest", "joined", "parts"]
 
 
+@runtime_checkable
 class SiteObserver(Protocol):
     """Accumulates the statistics of a site that a rewrite needs.
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
+from jaxtyping import Float
 from torch import Tensor
 
 from tardis_fx.graph.activations import ACTIVATIONS, Activation
@@ -17,17 +18,17 @@ class Neurons:
     """An FFN in float32 on the CPU, neuron by neuron.
 
     Attributes:
-        projections: k matrices [h, d]: up in a plain FFN; gate and up in a gated one.
-        biases: k biases [h], each None if missing.
-        down: [d_out, h].
-        down_bias: [d_out] or None.
+        projections: up in a plain FFN; gate and up in a gated one.
+        biases: of the projections, each None if missing.
+        down: the projection of the responses.
+        down_bias: None if missing.
         activation: of the first pre-activation.
     """
 
-    projections: tuple[Tensor, ...]
-    biases: tuple[Tensor | None, ...]
-    down: Tensor
-    down_bias: Tensor | None
+    projections: tuple[Float[Tensor, "h d"], ...]
+    biases: tuple[Float[Tensor, " h"] | None, ...]
+    down: Float[Tensor, "d_out h"]
+    down_bias: Float[Tensor, " d_out"] | None
     activation: Activation
 
     @classmethod
@@ -51,29 +52,31 @@ class Neurons:
         """Whether any projection has a bias."""
         return any(bias is not None for bias in self.biases)
 
-    def preactivations(self, x: Tensor) -> list[Tensor]:
-        """Pre-activations, k times [tokens, h], of inputs [tokens, d]."""
+    def preactivations(self, x: Float[Tensor, "tokens d"]) -> list[Float[Tensor, "tokens h"]]:
+        """The k pre-activations of every neuron."""
         return self.add_biases([x @ matrix.T for matrix in self.projections])
 
-    def add_biases(self, products: Sequence[Tensor]) -> list[Tensor]:
-        """Pre-activations, k times [tokens, h], from the products of the projections with tokens, or from estimates."""
+    def add_biases(self, products: Sequence[Float[Tensor, "tokens h"]]) -> list[Float[Tensor, "tokens h"]]:
+        """The k pre-activations from the products of the projections with tokens, or from estimates."""
         pairs = zip(products, self.biases, strict=True)
         return [product if bias is None else product + bias for product, bias in pairs]
 
-    def response(self, z: Sequence[Tensor]) -> Tensor:
-        """Responses of the neurons, [tokens, h]: the activation of the first pre-activation times the others."""
+    def response(self, z: Sequence[Float[Tensor, "tokens h"]]) -> Float[Tensor, "tokens h"]:
+        """Responses of the neurons: the activation of the first pre-activation times the others."""
         return prod(z[1:], start=self.activation.eager(z[0]))
 
-    def evaluate(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Pre-activations, k times [tokens, h], and responses, [tokens, h], of inputs [tokens, d]."""
+    def evaluate(
+        self, x: Float[Tensor, "tokens d"]
+    ) -> tuple[list[Float[Tensor, "tokens h"]], Float[Tensor, "tokens h"]]:
+        """The k pre-activations of every neuron, and its response."""
         z = self.preactivations(x)
         return z, self.response(z)
 
-    def output(self, response: Tensor) -> Tensor:
-        """The output of the site, [tokens, d_out], from the responses of its neurons, [tokens, h]."""
+    def output(self, response: Float[Tensor, "tokens h"]) -> Float[Tensor, "tokens d_out"]:
+        """The output of the site from the responses of its neurons."""
         output = response @ self.down.T
         return output if self.down_bias is None else output + self.down_bias
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """The output of the site, [tokens, d_out], from its inputs, [tokens, d]."""
+    def __call__(self, x: Float[Tensor, "tokens d"]) -> Float[Tensor, "tokens d_out"]:
+        """The output of the site."""
         return self.output(self.evaluate(x)[1])

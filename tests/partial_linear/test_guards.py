@@ -9,10 +9,13 @@ from builders.profile import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tardis_fx.graph.activations import ACTIVATIONS
 from tardis_fx.partial_linear.guards import Guard, Interval, Score
+from tardis_fx.statistics.neurons import Neurons
 
 NONE = torch.zeros(4)
-INTERVAL, SCORE = Interval(NONE, NONE), Score(None, torch.zeros(4, 3), NONE)  # type: ignore[arg-type]
+NEURONS = Neurons((torch.zeros(4, 1),) * 2, (None, None), torch.zeros(1, 4), None, ACTIVATIONS["silu"])
+INTERVAL, SCORE = Interval(NONE, NONE), Score(NEURONS, torch.zeros(4, 3), NONE)
 tables = st.lists(st.lists(st.integers(-9, 9), min_size=4, max_size=4), min_size=1, max_size=9)
 
 
