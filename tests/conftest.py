@@ -27,7 +27,14 @@ sys.path.insert(0, str(Path(__file__).parent))  # for `builders`: pytest's impor
 
 # Types and shapes in these modules' annotations are checked at every call.
 importlib.import_module("builders.typechecker")  # jaxtyping imports the first of these names alone
-CHECKED = ("quantisation", "statistics")
+CHECKED = (
+    "quantisation",
+    "runtime.fingerprint",
+    "runtime.packing",
+    "runtime.prepared",
+    "runtime.reference",
+    "statistics",
+)
 install_import_hook([f"tardis_fx.{room}" for room in CHECKED], "builders.typechecker.typechecker")
 
 # Of Hypothesis's plain profile: where it sees a CI it would draw the same examples in every run.
@@ -49,6 +56,8 @@ THIRD_PARTY = [
     r"ignore:<class 'torch\.autograd\.function\.Function'> should not be instantiated:DeprecationWarning",
     # transformers asks in Wav2Vec2's forward whether torch.distributed is there, and keeps the answer.
     r"ignore:Dynamo detected a call to a `functools\.lru_cache`:UserWarning",
+    # Beartype checks one item of a list, which it draws.
+    r"ignore:Do not use the `random` module inside strategies:hypothesis.errors.HypothesisDeprecationWarning",
 ]
 
 

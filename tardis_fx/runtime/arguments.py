@@ -19,6 +19,7 @@ from tardis_fx.runtime.packing import GROUP_SIZES, group_count, groups_of_row, l
 from tardis_fx.runtime.reference import compute_dtype
 
 _Shape = tuple[int, ...]
+_WRONG_AXES = "a tensor of a rewritten FFN has the wrong number of axes: the plan does not fit these weights"
 
 
 class Layout(NamedTuple):
@@ -34,7 +35,7 @@ class Layout(NamedTuple):
 
 
 @lru_cache(maxsize=1024)
-def layout(
+def _derive_layout(
     k: int, d: int, d_out: int, hidden: int, capacity: int, groups: int, column: int, bits: int, activation: str,
     fold_bits: int, row_bits: int,
 ) -> Layout:  # fmt: skip
@@ -57,22 +58,21 @@ def layout(
         PlanMismatchError: the op does not support a number.
     """
     if k not in (1, 2):
-        raise PlanMismatchError(f"a neuron has {k} projections, where the op takes one or two")
+        raise PlanMismatchError(f"a neuron has {k} projections, but the op takes one or two")
     if activation not in ACTIVATIONS:
-        raise PlanMismatchError(f"activation {activation!r} is none of {', '.join(ACTIVATIONS)}")
-    for name, value, whole in (("bits", bits, 8), ("fold_bits", fold_bits, 16), ("row_bits", row_bits, 16)):
-        if not (1 <= value <= 8 or value == whole):
+        raise PlanMismatchError(f"unknown activation {activation!r}; registered are {', '.join(ACTIVATIONS)}")
+    for name, value, uncoded in (("bits", bits, 8), ("fold_bits", fold_bits, 16), ("row_bits", row_bits, 16)):
+        if not (1 <= value <= 8 or value == uncoded):
             raise PlanMismatchError(f"{name} is {value}; codes have 1 to 8 bits")
-    if groups not in _group_counts(d):
-        raise PlanMismatchError(f"a row of {d} codes has {groups} scales, where it can have {_group_counts(d)}")
+    _check_groups(d, groups)
     low, coded = low_bits(bits, row_bits), row_bits != 16
     column_groups = groups_of_row(column, row_bits, d_out) if coded else 0
-    if coded and (
-        column_groups not in _group_counts(d_out) or packed_bytes(d_out, row_bits) + 3 * column_groups != column
-    ):
-        raise PlanMismatchError(
-            f"rows of columns have {column} bytes, which {d_out} codes of {row_bits} bits cannot take"
-        )
+    if coded:
+        _check_groups(d_out, column_groups)
+        if packed_bytes(d_out, row_bits) + 3 * column_groups != column:
+            raise PlanMismatchError(
+                f"rows of columns have {column} bytes, not those of {d_out} codes of {row_bits} bits"
+            )
     return Layout(
         low=low,
         column_groups=column_groups,
@@ -91,8 +91,10 @@ def layout(
     )
 
 
-def _group_counts(columns: int) -> list[int]:
-    return [group_count(columns, size) for size in GROUP_SIZES]
+def _check_groups(columns: int, groups: int) -> None:
+    counts = [group_count(columns, size) for size in GROUP_SIZES]
+    if groups not in counts:
+        raise PlanMismatchError(f"a row of {columns} codes has {groups} scales, but must have one of {counts}")
 
 
 def check(call: Correction) -> Layout:
@@ -101,36 +103,36 @@ def check(call: Correction) -> Layout:
     Raises:
         PlanMismatchError: an argument does not fit the others, or the op does not take it.
     """
-    sizes = _layout(call)
-    for name, dtype, shape in sizes.planned:
+    layout = _layout(call)
+    for name, dtype, shape in layout.planned:
         tensor = getattr(call, name)
         if tensor.shape != shape or tensor.dtype is not dtype:
             _refuse(name, tensor, dtype, shape)
     for projection in call.projections:
-        _check("projections", projection, _stored(call.row_bits), sizes.projection)
-    _check("columns", call.columns, _stored(call.row_bits), sizes.columns)
+        _check("projections", projection, _stored(call.row_bits), layout.projection)
+    _check("columns", call.columns, _stored(call.row_bits), layout.columns)
     if call.biases is not None:
         capacity, k = call.neurons.shape[0], len(call.projections)
         _check("biases", call.biases, compute_dtype(call.x.dtype), (capacity, k))
     d_out = call.folded.shape[-1]
     if call.fold is not None:
-        _check("fold", call.fold, _stored(call.fold_bits), sizes.fold)
+        _check("fold", call.fold, _stored(call.fold_bits), layout.fold)
     _check("folded", call.folded, None, (*call.x.shape[:-1], d_out) if call.fold is None else (d_out,))
     _check("x", call.x, None, call.x.shape)
-    return sizes
+    return layout
 
 
 def check_devices(call: Correction) -> None:
     """Checks that all tensors are dense and on one device.
 
     Raises:
-        PlanMismatchError: a tensor is not.
+        PlanMismatchError: a tensor is sparse or on another device.
     """
     for tensor in call.tensors:
         if tensor.device != call.x.device or tensor.layout is not torch.strided:
             raise PlanMismatchError(
-                f"a tensor of a rewritten FFN is {tensor.layout} on {tensor.device}, its input on {call.x.device}:"
-                " move the model as a whole, and compile it again"
+                f"a tensor of a rewritten FFN is {tensor.layout} on {tensor.device}, but its input is on"
+                f" {call.x.device}: move the whole model to one device, and compile it again"
             )
 
 
@@ -142,9 +144,11 @@ def check_lists(call: Correction) -> None:
     """
     (listed, guarded), hidden, neurons = call.counts.tolist(), call.columns.shape[0], call.neurons
     if not 0 <= guarded <= listed <= len(neurons):
-        raise PlanMismatchError(f"a plan lists {listed} neurons, {guarded} guarded, and has room for {len(neurons)}")
+        raise PlanMismatchError(f"a plan lists {listed} neurons, {guarded} guarded, with room for {len(neurons)}")
     if call.row_bits != 16 and guarded != listed:
-        raise PlanMismatchError(f"rows are codes, and {listed - guarded} of {listed} listed neurons have no predictor")
+        raise PlanMismatchError(
+            f"{listed - guarded} of {listed} listed neurons have no predictor, which coded rows need: calibrate again"
+        )
     outside = [n for n in neurons[:listed].tolist() if not 0 <= n < hidden]
     if outside:
         raise PlanMismatchError(
@@ -159,12 +163,11 @@ def check_codes(codes: Tensor, scale: Tensor, zero: Tensor, bits: int, columns: 
         PlanMismatchError: an argument does not fit the others, or the op does not take it.
     """
     if not (1 <= bits <= 8 and columns >= 0 and dtype.is_floating_point):
-        raise PlanMismatchError(f"no op makes {columns} numbers in {dtype} of codes of {bits} bits")
+        raise PlanMismatchError(f"codes of {bits} bits cannot be dequantised to {columns} columns of {dtype}")
     if not (codes.ndim == scale.ndim == 2):
-        raise PlanMismatchError("a tensor of a rewritten FFN has too few axes, or too many")
+        raise PlanMismatchError(_WRONG_AXES)
     rows, groups = codes.shape[0], scale.shape[1]
-    if groups not in _group_counts(columns):
-        raise PlanMismatchError(f"a row of {columns} codes has {groups} scales, it can have {_group_counts(columns)}")
+    _check_groups(columns, groups)
     _check("codes", codes, torch.uint8, (rows, packed_bytes(columns, bits)))
     _check("scale", scale, torch.float16, (rows, groups))
     _check("zero", zero, torch.uint8, (rows, groups))
@@ -177,15 +180,15 @@ def _layout(call: Correction) -> Layout:
         )  # fmt: skip
         hidden, column = call.columns.shape
     except (IndexError, ValueError):
-        raise PlanMismatchError("a tensor of a rewritten FFN has too few axes, or too many") from None
+        raise PlanMismatchError(_WRONG_AXES) from None
     numbers = (
         len(call.projections), d, d_out, hidden, capacity, groups, column, call.bits, call.activation, call.fold_bits,
         call.row_bits,
     )  # fmt: skip
     try:
-        return layout(*numbers)
+        return _derive_layout(*numbers)
     except TypeError:  # symbolic sizes are not hashable
-        return layout.__wrapped__(*numbers)
+        return _derive_layout.__wrapped__(*numbers)
 
 
 def _stored(bits: int) -> torch.dtype | None:
@@ -195,14 +198,14 @@ def _stored(bits: int) -> torch.dtype | None:
 
 def _check(name: str, tensor: Tensor, dtype: torch.dtype | None, shape: Sequence[int]) -> None:
     """Refuses a tensor with the wrong dtype or shape; a dtype of None is any floating point."""
-    right = tensor.dtype.is_floating_point if dtype is None else tensor.dtype is dtype
-    if tensor.shape != shape or not right:
+    same_dtype = tensor.dtype.is_floating_point if dtype is None else tensor.dtype is dtype
+    if tensor.shape != shape or not same_dtype:
         _refuse(name, tensor, dtype, shape)
 
 
 def _refuse(name: str, tensor: Tensor, dtype: torch.dtype | None, shape: Sequence[int]) -> NoReturn:
     """Raises an error with the actual and the expected dtype and shape of a tensor."""
     raise PlanMismatchError(
-        f"{name} of a rewritten FFN is {tensor.dtype} of shape {tuple(tensor.shape)}, where the op takes"
+        f"{name} of a rewritten FFN has dtype {tensor.dtype} and shape {tuple(tensor.shape)}, but the op takes"
         f" {dtype or 'floating point'} of shape {tuple(shape)}: the plan does not fit these weights"
     )

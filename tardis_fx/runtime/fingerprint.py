@@ -26,20 +26,24 @@ def fingerprint(weights: Sequence[Tensor], function: str | None) -> str:
         return content_hash(weights, function)
     snapshot, identity = _KNOWN.get((function, *map(id, weights)), (None, ""))
     if snapshot is None or not snapshot.holds_throughout(weights):
-        taken = Snapshot(weights)  # before the contents are read
-        _remember(taken, weights, function, identity := content_hash(weights, function))
+        snapshot = Snapshot(weights)  # before the contents are read
+        remember(weights, function, identity := content_hash(weights, function), snapshot)
     return identity
 
 
-def remember(weights: Sequence[Tensor], function: str | None, identity: str) -> None:
+def remember(weights: Sequence[Tensor], function: str | None, identity: str, snapshot: Snapshot | None = None) -> None:
     """Remembers a hash as that of a site's weights until one of them changes.
 
     Args:
         weights: as in :func:`fingerprint`.
         function: as in :func:`fingerprint`.
         identity: the hash of the weights.
+        snapshot: of the weights, if it was taken earlier.
     """
-    _remember(Snapshot(weights), weights, function, identity)
+    snapshot = snapshot or Snapshot(weights)
+    for key in [key for key, (known, _) in list(_KNOWN.items()) if not known.alive]:
+        _KNOWN.pop(key, None)
+    _KNOWN[function, *map(id, weights)] = snapshot, identity
 
 
 def content_hash(weights: Sequence[Tensor], function: str | None) -> str:
@@ -49,9 +53,3 @@ def content_hash(weights: Sequence[Tensor], function: str | None) -> str:
         digest.update(f"{weight.dtype}{tuple(weight.shape)}".encode())
         digest.update(contents(weight))
     return digest.hexdigest()[:32]
-
-
-def _remember(snapshot: Snapshot, weights: Sequence[Tensor], function: str | None, identity: str) -> None:
-    for key in [key for key, (other, _) in list(_KNOWN.items()) if not other.alive]:
-        _KNOWN.pop(key, None)
-    _KNOWN[function, *map(id, weights)] = snapshot, identity

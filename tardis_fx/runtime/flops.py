@@ -19,8 +19,8 @@ def correct_flops(*args: Any, out_val: object = None, **named: Any) -> int:
     call = Correction(*args, **named)
     tokens, d, d_out = call.x.shape[:-1].numel(), call.x.shape[-1], call.folded.shape[-1]
     listed, guarded = (len(call.neurons),) * 2 if isinstance(call.counts, FakeTensor) else call.counts.tolist()
-    of_projections = len(call.projections) * d * (guarded + listed)
-    return 2 * tokens * (of_projections + listed * d_out + (d * d_out if call.fold is not None else 0))
+    multiplied = len(call.projections) * d * (guarded + listed) + listed * d_out
+    return 2 * tokens * (multiplied + (d * d_out if call.fold is not None else 0))
 
 
 @register_flop_formula(torch.ops.tardis.dequantise, get_raw=True)

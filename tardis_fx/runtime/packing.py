@@ -16,6 +16,7 @@ holds the low planes, which are codes, with their own scale, of the predictor's 
 """
 
 import torch
+from jaxtyping import Float16, Shaped, UInt8
 from torch import Tensor
 
 #: Number of columns in a block.
@@ -54,8 +55,8 @@ def group_width(columns: int, groups: int) -> int:
     return next(size for size in GROUP_SIZES if group_count(columns, size) == groups)
 
 
-def spread(values: Tensor, columns: int) -> Tensor:
-    """Repeats scales or zero points for every column of their group: [rows, groups] to [rows, columns]."""
+def spread(values: Shaped[Tensor, "rows groups"], columns: int) -> Shaped[Tensor, "rows {columns}"]:
+    """Repeats scales or zero points for every column of their group."""
     return values.repeat_interleave(group_width(columns, values.shape[1]), dim=1)[:, :columns]
 
 
@@ -67,38 +68,25 @@ def low_bits(bits: int, row_bits: int) -> int:
     return max(2, row_bits - bits)
 
 
-def join(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-    """Joins packed codes, scales and zero points so that each row is one run of bytes.
-
-    Args:
-        codes: [rows, packed bytes], uint8.
-        scale: [rows, groups], float16.
-        zero: [rows, groups], uint8.
-
-    Returns:
-        [rows, row bytes], uint8.
-    """
+def join(
+    codes: UInt8[Tensor, "rows packed"], scale: Float16[Tensor, "rows groups"], zero: UInt8[Tensor, "rows groups"]
+) -> UInt8[Tensor, "rows row_bytes"]:
+    """Joins packed codes, scales and zero points so that each row is one run of bytes."""
     return torch.cat([codes, scale.contiguous().view(torch.uint8), zero], dim=1)
 
 
-def split(rows: Tensor, bits: int, columns: int) -> tuple[Tensor, Tensor, Tensor]:
+def split(
+    rows: UInt8[Tensor, "rows row_bytes"], bits: int, columns: int
+) -> tuple[UInt8[Tensor, "rows packed"], Float16[Tensor, "rows groups"], UInt8[Tensor, "rows groups"]]:
     """The inverse of :func:`join` for rows of ``columns`` codes."""
     groups = groups_of_row(rows.shape[1], bits, columns)
     codes, scale, zero = rows.split([packed_bytes(columns, bits), 2 * groups, groups], dim=1)
-    whole = scale.clone(memory_format=torch.contiguous_format)  # contiguous() would keep the stride of a single row
-    return codes.contiguous(), whole.view(torch.float16), zero
+    scale = scale.clone(memory_format=torch.contiguous_format)  # contiguous() would keep the stride of a single row
+    return codes.contiguous(), scale.view(torch.float16), zero
 
 
-def pack(codes: Tensor, bits: int) -> Tensor:
-    """Packs rows of codes into bit planes.
-
-    Args:
-        codes: [rows, columns], uint8, every value below ``2**bits``.
-        bits: 1 to 8.
-
-    Returns:
-        [rows, packed_bytes(columns, bits)], uint8.
-    """
+def pack(codes: UInt8[Tensor, "rows columns"], bits: int) -> UInt8[Tensor, "rows packed"]:
+    """Packs rows of codes, each below ``2**bits``, into bit planes."""
     rows, columns = codes.shape
     blocks = block_count(columns)
     padded = torch.zeros(rows, blocks * BLOCK, dtype=torch.uint8, device=codes.device)
@@ -111,11 +99,11 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     if bits % 2:
         ones = (padded & 1).view(rows, blocks, 8, 8)
         planes.append((ones << torch.arange(8, dtype=torch.uint8, device=codes.device)).sum(-1).to(torch.uint8))
-    return torch.cat(planes, dim=-1).view(rows, blocks * bits * BLOCK // 8)
+    return torch.cat(planes, dim=-1).view(rows, packed_bytes(columns, bits))
 
 
-def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
-    """The inverse of :func:`pack`: [rows, packed bytes] to codes [rows, columns], uint8."""
+def unpack(packed: UInt8[Tensor, "rows packed"], bits: int, columns: int) -> UInt8[Tensor, "rows {columns}"]:
+    """The inverse of :func:`pack` for ``columns`` columns."""
     rows, blocks = len(packed), block_count(columns)
     packed = packed.view(rows, blocks, bits * BLOCK // 8)
     codes = torch.zeros(rows, blocks, BLOCK, dtype=torch.uint8, device=packed.device)

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 import torch
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from tardis_fx.runtime.reference import compute_dtype
@@ -12,27 +13,29 @@ _LISTED = ("neurons", "codes", "scale", "zero", "guard", "surrogate")
 
 
 def prepare(
-    planned: Mapping[str, Tensor], projections: Mapping[str, tuple[Tensor, Tensor | None]], columns: Tensor,
+    planned: Mapping[str, Tensor],
+    projections: Mapping[str, tuple[Float[Tensor, "h d"], Float[Tensor, " h"] | None]],
+    columns: Float[Tensor, "h d_out"],
     row_bits: int,
-) -> dict[str, Tensor]:  # fmt: skip
+) -> dict[str, Shaped[Tensor, "..."]]:
     """The arguments of the op by name, copied only if necessary; each projection has its own name.
 
     Lists are padded to the hidden size, so that no shape depends on the plan's choices. Coded rows are placed at the
-    index of their neuron, like the model's own.
+    index of their neuron, like the rows of the model.
 
     Args:
         planned: tensors of the plan's entry.
-        projections: matrices [h, d] and biases [h] of the model.
-        columns: [h, d_out], of the model.
-        row_bits: bits per weight of the rows; 16 for the model's own.
+        projections: matrices and biases of the model.
+        columns: of the model: ``down`` transposed.
+        row_bits: bits per weight of the rows; 16 for the rows of the model.
     """
     hidden, device = len(columns), columns.device
     neurons = planned["neurons"].to(device)
-    whole = torch.equal(neurons, torch.arange(hidden, dtype=neurons.dtype, device=device))
+    in_order = torch.equal(neurons, torch.arange(hidden, dtype=neurons.dtype, device=device))
     constants = {name: weight for name, (weight, _) in projections.items()} | {"columns": columns}
     for name, weight in constants.items():
         rows = weight.contiguous() if row_bits == 16 else planned[name].to(device)
-        if row_bits < 16 and not whole:
+        if row_bits < 16 and not in_order:
             rows = rows.new_zeros(hidden, rows.shape[1]).index_copy_(0, neurons.long(), rows)
         constants[name] = rows
     biases = [bias for _, bias in projections.values()]

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 
 from tardis_fx.graph.activations import ACTIVATIONS
@@ -11,7 +12,7 @@ from tardis_fx.runtime.correction import Correction
 from tardis_fx.runtime.packing import low_bits, split, spread, unpack
 
 
-def correct(call: Correction) -> Tensor:
+def correct(call: Correction) -> Float[Tensor, "*tokens d_out"]:
     """Adds the exact terms of the predicted outliers to the folded output (paper, section 5.3).
 
     The response of a neuron to its pre-activations is ``activation(z[0])`` times the others; the fold contains an
@@ -21,7 +22,7 @@ def correct(call: Correction) -> Tensor:
     products with rows of low planes, and every listed neuron must be guarded (a bound may be infinite).
 
     Returns:
-        [..., d_out], of the dtype of ``folded``.
+        The output, in the dtype of ``folded``.
     """
     (*shape, d), dtype = call.x.shape, compute_dtype(call.x.dtype)
     tokens = call.x.reshape(-1, d).to(dtype)
@@ -42,8 +43,8 @@ def correct(call: Correction) -> Tensor:
     return (call.folded.to(dtype) + added.view(*shape, call.folded.shape[-1])).to(call.folded.dtype)
 
 
-def outliers(call: Correction) -> Tensor:
-    """Mask of the listed neurons that are corrected, [tokens, listed]."""
+def outliers(call: Correction) -> Bool[Tensor, "tokens listed"]:
+    """Mask of the listed neurons that are corrected."""
     tokens = call.x.reshape(-1, call.x.shape[-1]).to(compute_dtype(call.x.dtype))
     listed, guarded = call.counts.tolist()
     outlier = torch.ones(len(tokens), listed, dtype=torch.bool, device=tokens.device)
@@ -52,15 +53,11 @@ def outliers(call: Correction) -> Tensor:
     return outlier
 
 
-def outside(z_hat: Sequence[Tensor], biases: Tensor | None, guard: Tensor, activation: str) -> Tensor:
-    """Mask of the guarded neurons that are corrected, [tokens, guarded].
-
-    Args:
-        z_hat: estimates without biases, k of [tokens, guarded].
-        biases: [guarded or more, k], or None.
-        guard: [guarded, numbers of a guard].
-        activation: name in the registry.
-    """
+def outside(
+    z_hat: Sequence[Float[Tensor, "tokens guarded"]], biases: Float[Tensor, "capacity k"] | None,
+    guard: Float[Tensor, "guarded guard_width"], activation: str,
+) -> Bool[Tensor, "tokens guarded"]:  # fmt: skip
+    """Mask of the guarded neurons that are corrected, from their k estimates without biases."""
     if len(z_hat) == 1:
         lower, upper = guard.unbind(1)
         return (z_hat[0] < lower) | (z_hat[0] > upper)
@@ -68,38 +65,30 @@ def outside(z_hat: Sequence[Tensor], biases: Tensor | None, guard: Tensor, activ
     return score > guard[:, -1].to(score.dtype)
 
 
-def estimates(call: Correction, tokens: Tensor, count: int) -> list[Tensor]:
-    """The predictor's estimates of k pre-activations, without their biases: k of [tokens, count].
-
-    Args:
-        call: the call.
-        tokens: [tokens, d].
-        count: number of leading listed neurons to estimate.
-    """
+def estimates(call: Correction, tokens: Float[Tensor, "tokens d"], count: int) -> list[Float[Tensor, "tokens {count}"]]:
+    """The predictor's estimates of the k pre-activations of the first ``count`` listed neurons, without biases."""
     codes, scale, zero = (tensor[:count].unbind(1) for tensor in (call.codes, call.scale, call.zero))
     return [estimate(tokens, *parts, call.bits) for parts in zip(codes, scale, zero, strict=True)]
 
 
-def biased(z: Sequence[Tensor], biases: Tensor | None, count: int) -> Sequence[Tensor]:
-    """Pre-activations of the first ``count`` listed neurons, k of [tokens, count], with their biases, [capacity, k]."""
+def biased(
+    z: Sequence[Float[Tensor, "tokens {count}"]], biases: Float[Tensor, "capacity k"] | None, count: int
+) -> Sequence[Float[Tensor, "tokens {count}"]]:
+    """The k pre-activations of the first ``count`` listed neurons with their biases."""
     return z if biases is None else [p + biases[:count, i].to(p.dtype) for i, p in enumerate(z)]
 
 
-def surrogate_error(z: Sequence[Tensor], surrogate: Tensor, activation: str) -> Tensor:
-    """Responses minus their affine surrogates, [tokens, neurons].
-
-    Args:
-        z: pre-activations, k of [tokens, neurons].
-        surrogate: [neurons, k + 1]: slopes and intercept.
-        activation: name in the registry.
-    """
+def surrogate_error(
+    z: Sequence[Float[Tensor, "tokens listed"]], surrogate: Float[Tensor, "listed coefficients"], activation: str
+) -> Float[Tensor, "tokens listed"]:
+    """Responses to the k pre-activations minus their affine surrogates, given as slopes and intercept."""
     *slopes, intercept = surrogate.to(z[0].dtype).unbind(1)
     affine = sum(slope * p for slope, p in zip(slopes, z, strict=True)) + intercept
     return response(z, activation) - affine
 
 
-def response(z: Sequence[Tensor], activation: str) -> Tensor:
-    """Responses of neurons to their pre-activations, k of one shape."""
+def response(z: Sequence[Float[Tensor, "*tokens"]], activation: str) -> Float[Tensor, "*tokens"]:
+    """Responses of neurons to their k pre-activations."""
     return math.prod(z[1:], start=ACTIVATIONS[activation].eager(z[0]))
 
 
@@ -108,30 +97,28 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
-def estimate(x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
-    """The predictor's estimate of pre-activations, without their bias (paper, section 5.2).
-
-    Args:
-        x: [tokens, d].
-        codes: [rows, packed bytes of d columns], the packed codes of a projection's rows.
-        scale: [rows, groups], float16; a weight is ``scale * (code - zero)``.
-        zero: [rows, groups], uint8.
-        bits: bits of a code.
-
-    Returns:
-        [tokens, rows].
-    """
+def estimate(
+    x: Float[Tensor, "tokens d"], codes: UInt8[Tensor, "rows packed"], scale: Float[Tensor, "rows groups"],
+    zero: UInt8[Tensor, "rows groups"], bits: int,
+) -> Float[Tensor, "tokens rows"]:  # fmt: skip
+    """The predictor's estimate of pre-activations, without their bias (paper, section 5.2)."""
     return x @ dequantise(codes, scale, zero, bits, x.shape[-1], x.dtype).T
 
 
 def dequantise(
-    codes: Tensor, scale: Tensor, zero: Tensor, bits: int, columns: int, dtype: torch.dtype = torch.float32
-) -> Tensor:
-    """The weights ``scale * (code - zero)``, [rows, columns]; arguments as in :func:`estimate`."""
+    codes: UInt8[Tensor, "rows packed"], scale: Float[Tensor, "rows groups"], zero: UInt8[Tensor, "rows groups"],
+    bits: int, columns: int, dtype: torch.dtype = torch.float32,
+) -> Float[Tensor, "rows {columns}"]:  # fmt: skip
+    """The weights ``scale * (code - zero)``, from packed codes of ``bits`` bits."""
     values = unpack(codes, bits, columns).to(dtype)
     return (values - spread(zero.to(dtype), columns)) * spread(scale.to(dtype), columns)
 
 
-def rows_of(weight: Tensor, bits: int, columns: int, dtype: torch.dtype) -> Tensor:
-    """Reads a matrix, [rows, columns], that is stored plain (``bits`` is 16) or as rows of :func:`packing.join`."""
+def rows_of(
+    weight: Float[Tensor, "rows {columns}"] | UInt8[Tensor, "rows row_bytes"],
+    bits: int,
+    columns: int,
+    dtype: torch.dtype,
+) -> Float[Tensor, "rows {columns}"]:
+    """Reads a matrix that is stored plain (``bits`` is 16) or as rows of :func:`packing.join`."""
     return weight.to(dtype) if bits == 16 else dequantise(*split(weight, bits, columns), bits, columns, dtype)

@@ -34,9 +34,9 @@ _version = attrgetter("_version")
 class Snapshot:
     """State of tensors at one time: ids, storages, offsets, strides, sizes, versions, and samples of content.
 
-    It keeps neither the tensors nor their storages alive, and refers to the tensors by their ids alone:
-    ``torch.utils.swap_tensors`` refuses those that have weak references. If an id passes to another tensor,
-    that has another storage or, with the same storage, another version.
+    It keeps neither the tensors nor their storages alive. It identifies the tensors by their ids, because
+    ``torch.utils.swap_tensors`` refuses tensors with weak references. A new tensor that gets the id of an old one has
+    another storage or, with the same storage, another version.
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
@@ -49,7 +49,7 @@ class Snapshot:
             StaleWeightError: a tensor is an inference tensor, which has no version, or its storage was freed.
         """
         if any(map(is_freed, tensors)):  # reading it would crash the process
-            raise StaleWeightError("the storage of a weight was freed: bring it back before the model is called")
+            raise StaleWeightError("the storage of a weight was freed: restore it before the model is called")
         self.ids = tuple(map(id, tensors))
         # While a weak reference exists, no other storage takes the address.
         self._storages = [StorageWeakRef(tensor.untyped_storage()) for tensor in tensors]
@@ -81,7 +81,9 @@ def _state(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
             *map(Tensor.stride, tensors),
         )
     except RuntimeError as error:
-        raise StaleWeightError(f"a weight is an inference tensor, whose changes cannot be noticed: {error}") from error
+        raise StaleWeightError(
+            "a weight is an inference tensor, whose changes cannot be detected: clone it outside inference mode"
+        ) from error
 
 
 _storage_address: Callable[[Tensor], int] = torch._C._storage_address  # type: ignore[attr-defined]
@@ -109,15 +111,13 @@ class _Sample:
         self._addresses = np.array([addresses for addresses, _ in lines], dtype=np.int64).T.copy()
         self._sizes = np.array([[size] * LINES for _, size in lines], dtype=np.int64).T.copy()
         self._copies = np.zeros((LINES, self._count, _LINE), dtype=np.uint8)
-        for turn in range(LINES):
-            for i in range(self._count):
-                size = self._sizes[turn, i]
-                ctypes.memmove(self._copies[turn, i].ctypes.data, int(self._addresses[turn, i]), int(size))
+        for line in np.ndindex(self._sizes.shape):
+            ctypes.memmove(self._copies[line].ctypes.data, int(self._addresses[line]), int(self._sizes[line]))
         self._pointers = tuple(array.ctypes.data for array in (self._addresses, self._sizes, self._copies))
 
     def next_lines_match(self) -> bool:
-        turn, self._next = self._next, (self._next + LINES_PER_CALL) % LINES
-        return not self._count or self._match(turn, LINES_PER_CALL)
+        first, self._next = self._next, (self._next + LINES_PER_CALL) % LINES
+        return not self._count or self._match(first, LINES_PER_CALL)
 
     def all_lines_match(self) -> bool:
         return not self._count or self._match(0, LINES)
@@ -162,7 +162,5 @@ def _lines(tensor: Tensor) -> tuple[list[int], int]:
     for axis, (size, stride) in enumerate(zip(sizes, strides, strict=True)):
         rest, index = np.divmod(rest, size)
         offsets += stride * (np.minimum(index, size - run) if axis == 0 else index)
-    candidates = tensor.data_ptr() + width * offsets
-    return [next((a for a in row if any(ctypes.string_at(a, run * width))), row[0]) for row in candidates.tolist()], (
-        run * width
-    )
+    candidates, size = (tensor.data_ptr() + width * offsets).tolist(), run * width
+    return [next((a for a in row if any(ctypes.string_at(a, size))), row[0]) for row in candidates], size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -17,8 +18,7 @@ class Touched:
     """Weight bytes touched since counting began, by site."""
 
     def __init__(self) -> None:
-        self._tokens: dict[int, int] = {}
-        self._bytes: dict[int, int] = {}
+        self._tokens, self._bytes = Counter[int](), Counter[int]()  # by site
         self._corrected, self._pairs = 0, 0
 
     @property
@@ -45,10 +45,10 @@ class Touched:
             corrected.append(call.biases)
             tested += [call.biases] * (len(call.projections) > 1)  # the bounds of a single estimate exclude its bias
         weight = d_out * call.x.shape[-1] * call.folded.element_size() if call.fold is None else call.fold.nbytes
-        fixed = weight + d_out * call.folded.element_size() + _bytes_a_row(*tested) * int(call.counts[1])
+        fixed = weight + d_out * call.folded.element_size() + _bytes_per_row(*tested) * int(call.counts[1])
         tokens, site = len(outlier), call.codes.data_ptr()
-        self._tokens[site] = self._tokens.get(site, 0) + tokens
-        self._bytes[site] = self._bytes.get(site, 0) + fixed * tokens + _bytes_a_row(*corrected) * int(outlier.sum())
+        self._tokens[site] += tokens
+        self._bytes[site] += fixed * tokens + _bytes_per_row(*corrected) * int(outlier.sum())
         self._corrected += int(outlier.sum())
         self._pairs += tokens * len(call.columns)
 
@@ -73,7 +73,7 @@ def counted(correct: Callable[[Correction], Tensor]) -> Callable[[Correction], T
     """Wraps an implementation of the op to report its calls to active counters."""
 
     def run(call: Correction) -> Tensor:
-        corrected = correct(call)  # first: it checks its arguments
+        corrected = correct(call)  # first, because it checks the arguments
         for touched in _COUNTING:
             touched.add(call)
         return corrected
@@ -81,5 +81,5 @@ def counted(correct: Callable[[Correction], Tensor]) -> Callable[[Correction], T
     return run
 
 
-def _bytes_a_row(*tensors: Tensor) -> int:
+def _bytes_per_row(*tensors: Tensor) -> int:
     return sum(tensor.nbytes // len(tensor) for tensor in tensors)

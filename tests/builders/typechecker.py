@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from beartype import BeartypeConf, beartype
+import torch
+from beartype import BeartypeConf, FrozenDict, beartype
 from beartype.roar import BeartypeDecorHintPep484Exception, BeartypeDecorHintPep673Exception
 
-_checked = beartype(conf=BeartypeConf(is_pep484_tower=True))  # a float may be an int
+#: A float may be an int, and an int may be a size that is being traced.
+_CONF = BeartypeConf(is_pep484_tower=True, hint_overrides=FrozenDict({int: int | torch.SymInt}))
+_checked = beartype(conf=_CONF)
 
 F = TypeVar("F", bound=Callable[..., Any])
 

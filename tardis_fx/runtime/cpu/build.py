@@ -57,8 +57,8 @@ def _loaded(names: tuple[str, ...]) -> ctypes.CDLL | None:
     try:
         return _from_cache()
     except Exception as error:  # any failure of the system or the compiler: the reference can run instead
-        said = error.stderr if isinstance(error, subprocess.CalledProcessError) else ""
-        logger.warning("no CPU kernel, the (slow) eager implementation runs instead: %s\n%s", error, said)
+        output = getattr(error, "stderr", None) or ""
+        logger.warning("no CPU kernel, the (slow) eager implementation runs instead: %s\n%s", error, output)
         return None
 
 
@@ -76,15 +76,14 @@ def _from_cache() -> ctypes.CDLL:
         scratch = tempfile.TemporaryDirectory(dir=folder)
     except (OSError, RuntimeError) as error:
         logger.warning(
-            "%s; the CPU kernel is compiled anew in every process: let TARDIS_FX_CACHE name a folder that only you can"
-            " write",
+            "%s; each process compiles the CPU kernel again: set TARDIS_FX_CACHE to a folder that only you can write",
             error,
         )
         folder, scratch = None, tempfile.TemporaryDirectory(prefix="tardis_fx-")
     with scratch:
         library = Path(scratch.name, "kernel.so")
         compile_kernel(library, compiler, _FLAGS)
-        return _open(library if folder is None else _kept(library, folder, name))
+        return _open(library if folder is None else _store(library, folder, name))
 
 
 def _cache_folder() -> Path:
@@ -94,10 +93,8 @@ def _cache_folder() -> Path:
         OSError: it cannot be created, or others can write it.
         RuntimeError: the user has no home.
     """
-    if named := os.environ.get("TARDIS_FX_CACHE"):
-        folder = Path(named)
-    else:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tardis_fx"
+    path = os.environ.get("TARDIS_FX_CACHE")
+    folder = Path(path or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "tardis_fx"))
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     folder = folder.resolve()
     if not _ours(folder):
@@ -116,16 +113,16 @@ def _libraries(folder: Path, name: str) -> Iterator[Path]:
     """Intact libraries of that name that only this user could have written; removes others of that name."""
     for library in sorted(folder.glob(f"{name}-*.so")):
         try:
-            whole = _ours(library) and _digest(library) == library.stem.rsplit("-", 1)[1]
+            intact = _ours(library) and _digest(library) == library.stem.rsplit("-", 1)[1]
         except OSError:
             continue
-        if whole:
+        if intact:
             yield library
         else:
             library.unlink(missing_ok=True)
 
 
-def _kept(library: Path, folder: Path, name: str) -> Path:
+def _store(library: Path, folder: Path, name: str) -> Path:
     """Moves a library into the folder and returns its new path."""
     library.chmod(0o700)
     with library.open("rb") as file:
@@ -139,7 +136,7 @@ def compile_kernel(library: Path, compiler: Sequence[str], flags: Sequence[str])
     Path(library.parent, "activations.inc").write_text(_cases())
     _run([*compiler, *flags, *_defined(), f"-I{library.parent}", str(_SOURCE), "-o", str(library)])
     if not library.exists():
-        raise FileNotFoundError(f"{shlex.join(compiler)} ended well and wrote no library")
+        raise FileNotFoundError(f"{shlex.join(compiler)} reported success but wrote no library")
 
 
 def _defined() -> list[str]:
@@ -163,11 +160,10 @@ def _run(command: Sequence[str]) -> str:
 
 def _compiler() -> list[str]:
     """The command of the C++ compiler."""
-    if named := shlex.split(os.environ.get("CXX", "")):
-        return named
-    for name in ("g++", "clang++"):
-        if found := shutil.which(name):
-            return [found]
+    if command := shlex.split(os.environ.get("CXX", "")):
+        return command
+    if path := shutil.which("g++") or shutil.which("clang++"):
+        return [path]
     raise FileNotFoundError("no C++ compiler: neither g++ nor clang++ on PATH, and CXX is not set")
 
 
@@ -175,8 +171,8 @@ def _processor() -> str:
     """Identity of the processor for -march=native, so that machines may share a cache folder."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
-    kept = {line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))}
-    return "\n".join([platform.machine(), platform.processor(), *sorted(kept)])
+    features = {line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))}
+    return "\n".join([platform.machine(), platform.processor(), *sorted(features)])
 
 
 def _digest(library: Path) -> str:

@@ -4,34 +4,31 @@ The kernel is compiled on the first call. It shares PyTorch's OpenMP runtime, be
 ask for a library of the same name. Without a compiler the eager reference runs, after a warning.
 """
 
-import ctypes
 import struct
 
 import torch
+from jaxtyping import Float, Shaped
 from torch import Tensor, fx
 from torch.nn import functional as F  # noqa: N812
 
 from tardis_fx.runtime import reference
 from tardis_fx.runtime.arguments import check, check_lists
-from tardis_fx.runtime.correction import MOST_TOKENS, Correction
+from tardis_fx.runtime.correction import DTYPE_NUMBERS, Correction
 from tardis_fx.runtime.cpu import build as cpu_build
 
-#: The kernel's numbers of dtypes.
-DTYPE_NUMBERS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _CALL = struct.Struct("33q")  # the kernel's argument: fifteen pointers and eighteen integers
 
 
-def correct(call: Correction) -> Tensor:
+def correct(call: Correction) -> Float[Tensor, "*tokens d_out"]:
     """Adds the exact terms of the predicted outliers: a fast :func:`tardis_fx.runtime.reference.correct`.
 
     The kernel takes up to ``MOST_TOKENS`` tokens of float32, bfloat16 or float16; the reference does the rest. Sums
     are computed in float32 and rounded once. Rows of projections and columns should be contiguous; otherwise the
     whole matrix is copied at every call. Gradients do not flow through it.
     """
-    sizes = check(call)
+    layout = check(call)
     d, d_out = call.x.shape[-1], call.folded.shape[-1]
-    tokens = call.x.numel() // max(1, d)
-    kernel = _kernel_for(call, tokens)
+    kernel = cpu_build.load() if call.has_kernel else None
     if kernel is None:
         check_lists(call)
         return reference.correct(call)
@@ -56,13 +53,13 @@ def correct(call: Correction) -> Tensor:
         0 if biases is None else biases.data_ptr(),
         0 if fold is None else fold.data_ptr(),
         len(projections),
-        tokens,
+        x.numel() // d,
         d,
         d_out,
         columns.shape[0],
         call.neurons.shape[0],
         call.scale.shape[2],
-        sizes.column_groups,
+        layout.column_groups,
         first_stride,
         second_stride,
         column_stride,
@@ -70,13 +67,13 @@ def correct(call: Correction) -> Tensor:
         cpu_build.activation_number(call.activation),
         call.fold_bits,
         call.row_bits,
-        sizes.low,
+        layout.low,
         DTYPE_NUMBERS[x.dtype],
         torch.get_num_threads(),
     )
     if kernel.tardis_correct(packed):
         check_lists(call)
-        raise AssertionError("the kernel refuses numbers that its entry let pass")
+        raise AssertionError("the kernel refuses numbers that passed the argument checks")
     return out
 
 
@@ -97,21 +94,7 @@ def take_fold(output: fx.Node) -> None:
         corrected.graph.erase_node(folded)
 
 
-def _kernel_for(call: Correction, tokens: int) -> ctypes.CDLL | None:
-    """The compiled functions, or None if they do not take this call."""
-    dtype = call.x.dtype
-    if not 0 < tokens <= MOST_TOKENS or dtype not in DTYPE_NUMBERS or call.folded.dtype is not dtype:
-        return None
-    if call.row_bits == 16:
-        for matrix in (*call.projections, call.columns):
-            if matrix.dtype is not dtype:
-                return None
-    if call.fold is not None and call.fold_bits == 16 and call.fold.dtype is not dtype:
-        return None
-    return cpu_build.load()
-
-
-def _rows_apart(matrix: Tensor) -> tuple[Tensor, int]:
+def _rows_apart(matrix: Shaped[Tensor, "h row"]) -> tuple[Shaped[Tensor, "h row"], int]:
     """A matrix with contiguous rows, copied if necessary, and its row stride."""
     far, near = matrix.stride()
     return (matrix, far) if near == 1 else (matrix.contiguous(), matrix.shape[1])

@@ -3,6 +3,9 @@
 
 Tiles are [ROWS, BLOCKS, 16]: sixteen columns, a quarter of a block, of some blocks of some rows. So one thread reads
 the 16 bytes of a plane at once and keeps them. A weight is ``scale * (code - zero)``.
+
+Sizes in capitals: D, columns; TOKENS, leading tokens to multiply at most; BLOCKS, blocks processed together; GROUP,
+columns that share a scale; BITS, bits of a code.
 """
 
 import triton
@@ -53,9 +56,6 @@ def scales_of(rows, column, present, D: tl.constexpr, GROUP: tl.constexpr, BITS:
         rows: [ROWS], pointers.
         column: [BLOCKS], columns that they belong to.
         present: [ROWS, BLOCKS].
-        D: columns of a row.
-        GROUP: columns that share a scale.
-        BITS: of a code.
     """
     group, present = (column // GROUP)[None, :], present & (column < D)[None, :]
     at = rows[:, None] + (D + 63) // 64 * (8 * BITS) + group
@@ -106,12 +106,7 @@ def add_products(
         scale: [ROWS, BLOCKS], float32.
         zero: [ROWS, BLOCKS], float32.
         present: [ROWS, BLOCKS].
-        tokens: number of tokens.
-        D: number of columns.
-        TOKENS: number of leading tokens to take at most.
         FIRST: first column of the scale in every block.
-        GROUP: columns that share a scale.
-        BITS: of a code.
 
     Returns:
         The new sums.
@@ -145,7 +140,7 @@ def add_products(
 
 
 @triton.jit
-def nothing(ROWS: tl.constexpr, BLOCKS: tl.constexpr, TOKENS: tl.constexpr):
+def zero_sums(ROWS: tl.constexpr, BLOCKS: tl.constexpr, TOKENS: tl.constexpr):
     """Zeros, [ROWS, BLOCKS] for each token."""
     sums = ()
     for _ in tl.static_range(TOKENS):
@@ -154,7 +149,7 @@ def nothing(ROWS: tl.constexpr, BLOCKS: tl.constexpr, TOKENS: tl.constexpr):
 
 
 @triton.jit
-def over_blocks(sums, TOKENS: tl.constexpr):
+def sums_over_blocks(sums, TOKENS: tl.constexpr):
     """Sums over the blocks, [ROWS] for each token."""
     totals = ()
     for t in tl.static_range(TOKENS):
@@ -176,17 +171,11 @@ def products_of_split(
         zero: pointer to [rows, groups], uint8.
         row: [ROWS], row numbers.
         live: [ROWS], whether to read the row.
-        tokens: number of tokens.
-        D: number of columns.
-        TOKENS: number of leading tokens to take at most.
-        GROUP: columns that share a scale.
-        BITS: of a code.
-        BLOCKS: number of blocks taken together.
 
     Returns:
         [ROWS] for each token.
     """
-    sums = nothing(row.shape[0], BLOCKS, TOKENS)
+    sums = zero_sums(row.shape[0], BLOCKS, TOKENS)
     for start in range(0, (D + 63) // 64, BLOCKS):
         block = start + tl.arange(0, BLOCKS)
         number = row.to(tl.int64)[:, None]
@@ -198,7 +187,7 @@ def products_of_split(
             scales = tl.load(scale + group, mask=present, other=0).to(tl.float32)
             zeros = tl.load(zero + group, mask=present, other=0).to(tl.float32)
             sums = add_products(sums, x, block, packed, scales, zeros, present, tokens, D, TOKENS, first, GROUP, BITS)
-    return over_blocks(sums, TOKENS)
+    return sums_over_blocks(sums, TOKENS)
 
 
 @triton.jit
@@ -207,7 +196,7 @@ def products_of_joined(
     BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """Like :func:`products_of_split`, with rows of ``packing.join``; rows: [ROWS], pointers."""
-    sums = nothing(rows.shape[0], BLOCKS, TOKENS)
+    sums = zero_sums(rows.shape[0], BLOCKS, TOKENS)
     for start in range(0, (D + 63) // 64, BLOCKS):
         block = start + tl.arange(0, BLOCKS)
         present = live[:, None] & (block * 64 < D)[None, :]
@@ -215,4 +204,4 @@ def products_of_joined(
         for first in tl.static_range(0, 64, GROUP):
             scale, zero = scales_of(rows, block * 64 + first, present, D, GROUP, BITS)
             sums = add_products(sums, x, block, codes, scale, zero, present, tokens, D, TOKENS, first, GROUP, BITS)
-    return over_blocks(sums, TOKENS)
+    return sums_over_blocks(sums, TOKENS)

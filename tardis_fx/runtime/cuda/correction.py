@@ -1,7 +1,7 @@
 # mypy: ignore-errors
 """The Triton kernels that read outliers' rows of projections and columns, stored plain or as codes.
 
-The rules of :mod:`tardis_fx.runtime.cuda.predictor` apply. TILE counts columns instead of blocks.
+The conventions of :mod:`tardis_fx.runtime.cuda.predictor` apply, except that TILE counts columns instead of blocks.
 """
 
 import triton
@@ -35,28 +35,16 @@ def activate(
         biases: [capacity, K], float32; ignored unless BIASED.
         surrogate: [capacity, K + 1], float32.
         positions: see :func:`tardis_fx.runtime.cuda.predictor.predict`, as are chosen, masks and sizes.
-        chosen: see above.
-        masks: see above.
-        sizes: see above.
-        estimates: see above; read if BITS is below 16.
+        estimates: likewise; read if BITS is below 16.
         rows: [capacity], int32, written: neurons of the outliers of all segments.
         residuals: [tokens, capacity], float32, written: response minus surrogate, or 0.
         count: [1], int32, written: number of outliers.
-        tokens: number of tokens.
-        first_stride: see above.
-        second_stride: see above.
         capacity: length of the lists.
         segments: number of segments.
-        K: see above, as are D, TOKENS and TILE.
-        D: see above.
-        TOKENS: see above.
         SEGMENT: positions of a segment.
         SEGMENTS: segments, rounded up.
         GROUP: columns of a projection that share a scale.
         BITS: of the codes of projections; 16 without codes.
-        BIASED: whether there are biases.
-        ACTIVATION: its name.
-        TILE: see above.
     """
     COLUMNS: tl.constexpr = TILE // TOKENS
     program = tl.program_id(0)
@@ -82,9 +70,9 @@ def activate(
                 if BITS == 16:
                     products += products_of_row(x + first * D, row, tokens - first, D, TOKENS, COLUMNS)
                 else:
-                    only = tl.zeros((1,), tl.int32)
+                    single = tl.zeros((1,), tl.int32)
                     products += products_of_joined(
-                        x + first * D, row + only, only == 0, tokens - first, D, TOKENS, GROUP, BITS, COLUMNS // 64
+                        x + first * D, row + single, single == 0, tokens - first, D, TOKENS, GROUP, BITS, COLUMNS // 64
                     )  # fmt: skip
             for t in tl.static_range(TOKENS):
                 z = ()
@@ -96,9 +84,9 @@ def activate(
                     z += (pre,)
                 live = (mask >> first + t & 1) != 0
                 z = biased(z, position, biases, live, K, BIASED)
-                missed = surrogate_error(z, surrogate + (K + 1) * position, live, K, ACTIVATION)
+                residual = surrogate_error(z, surrogate + (K + 1) * position, live, K, ACTIVATION)
                 at = residuals + (first + t) * capacity + i
-                tl.store(at, tl.where(live, missed, 0.0), mask=first + t < tokens)
+                tl.store(at, tl.where(live, residual, 0.0), mask=first + t < tokens)
             first += TOKENS
         tl.store(rows + i, neuron)
         i += tl.num_programs(0)
@@ -144,18 +132,10 @@ def accumulate(
 
     Args:
         weights: [h, D_OUT], the columns, or rows of ``packing.join``, ``stride`` elements or bytes apart.
-        rows: see :func:`activate`, as are residuals and count.
-        residuals: see above.
-        count: see above.
         partial: [shares, tokens, D_OUT], float32, written.
-        tokens: number of tokens.
-        stride: see above.
         capacity: length of the lists.
-        D_OUT: see above, as are TOKENS and BLOCKS.
-        TOKENS: see above.
         GROUP: entries of a row that share a scale.
         BITS: of the codes; 16 without codes.
-        BLOCKS: see above.
         TILE: tokens, rows and columns of a step.
     """
     ROWS: tl.constexpr = max(TILE // (TOKENS * BLOCKS * 64), 1)
@@ -194,6 +174,6 @@ def accumulate(
             for t in tl.static_range(TOKENS):
                 at = column + 16 * quarter
                 into = partial + (share * tokens + first + t) * D_OUT + at
-                of_rows = tl.sum(sums[quarter * TOKENS + t], axis=0)
-                tl.store(into, of_rows, mask=(at < D_OUT) & (first + t < tokens))
+                total_of_rows = tl.sum(sums[quarter * TOKENS + t], axis=0)
+                tl.store(into, total_of_rows, mask=(at < D_OUT) & (first + t < tokens))
         first += TOKENS

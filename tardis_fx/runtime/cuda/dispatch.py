@@ -6,17 +6,17 @@ import logging
 from functools import cache
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, fx
 
 from tardis_fx.runtime import reference
 from tardis_fx.runtime.arguments import check, check_devices, check_lists
 from tardis_fx.runtime.correction import Correction
-from tardis_fx.runtime.cuda.layout import eligible
 
 logger = logging.getLogger("tardis_fx")
 
 
-def correct(call: Correction) -> Tensor:
+def correct(call: Correction) -> Float[Tensor, "*tokens d_out"]:
     """:func:`tardis_fx.runtime.reference.correct` on a CUDA device.
 
     Up to ``MOST_TOKENS`` tokens of float32, bfloat16 or float16 take the kernels of :mod:`tardis_fx.runtime.cuda.op`;
@@ -24,9 +24,8 @@ def correct(call: Correction) -> Tensor:
     """
     check(call)
     check_devices(call)
-    if eligible(call) and available():
-        corrected: Tensor = torch.ops.tardis.correct_triton(*call)
-        return corrected
+    if call.has_kernel and available():
+        return torch.ops.tardis.correct_triton(*call)  # type: ignore[no-any-return]
     check_lists(call)
     return reference.correct(call)
 

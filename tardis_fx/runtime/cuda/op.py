@@ -4,22 +4,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.library import wrap_triton
 
 from tardis_fx.runtime.arguments import check
 from tardis_fx.runtime.correction import SIGNATURE, Correction
 from tardis_fx.runtime.cuda.correction import accumulate, activate
-from tardis_fx.runtime.cuda.layout import eligible
 from tardis_fx.runtime.cuda.predictor import multiply, predict
-from tardis_fx.runtime.cuda.tuning import INTERPRETED
 from tardis_fx.runtime.packing import BLOCK, group_width
-
-if INTERPRETED:  # kernels are then not a JITFunction, and wrap_triton of PyTorch 2.11 takes nothing else
-
-    def wrap_triton(kernel):  # type: ignore[no-untyped-def]  # noqa: D103
-        return kernel
-
-else:
-    from torch.library import wrap_triton
 
 #: Number of positions whose outliers form one segment of the list.
 SEGMENT = 32
@@ -40,9 +31,8 @@ def correct(*fields: Any) -> Tensor:
     """
     call = Correction(*fields)
     layout = check(call)
-    if not eligible(call):
-        other: Tensor = torch.ops.tardis.correct(*call)
-        return other
+    if not call.has_kernel:
+        return torch.ops.tardis.correct(*call)  # type: ignore[no-any-return]
     x, fold = call.x.reshape(-1, call.x.shape[-1]).contiguous(), call.fold
     (tokens, d), d_out, capacity, k = x.shape, call.folded.shape[-1], len(call.neurons), len(call.projections)
     together = next((few for few in TOGETHER if tokens <= few), TOGETHER[-1])

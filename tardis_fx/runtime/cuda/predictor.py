@@ -6,8 +6,9 @@ writes each of its output arrays completely, in an order that does not depend on
 memory: results repeat bit for bit, autotuning may run a kernel twice, and stale memory does not matter. Sums are in
 float32.
 
-Sizes in capitals are known at compile time: K, projections per neuron; D and D_OUT, columns; TOKENS, ROWS and BLOCKS,
-numbers taken together; TILE, their product.
+Arguments in capitals are known at compile time: K, projections per neuron; D and D_OUT, columns; TOKENS, ROWS and
+BLOCKS, numbers processed together; TILE, their product; GROUP, columns that share a scale; BITS, of a code; BIASED,
+whether there are biases; ACTIVATION, its name. ``tokens`` is the number of tokens.
 """
 
 import triton
@@ -29,7 +30,7 @@ def predict(
     K: tl.constexpr, D: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, GROUP: tl.constexpr,
     BITS: tl.constexpr, KEPT: tl.constexpr, BIASED: tl.constexpr, ACTIVATION: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Estimates pre-activations and lists outliers: each program those among ROWS positions, in order.
+    """Estimates pre-activations and lists outliers in order; each program handles ROWS positions.
 
     Args:
         x: [tokens, D].
@@ -45,17 +46,7 @@ def predict(
         masks: [segments, ROWS], int32, written likewise: bit t is set if it is an outlier of token t.
         sizes: [segments], int32, written.
         estimates: [tokens, K, segments, ROWS], float32, written if KEPT, for segments with guarded positions.
-        tokens: number of tokens.
-        K: see above, as are D, TOKENS, ROWS and TILE.
-        D: see above.
-        TOKENS: see above.
-        ROWS: see above.
-        GROUP: columns that share a scale.
-        BITS: of a code.
         KEPT: whether rows of projections are nested in the predictor, and need its estimates.
-        BIASED: whether there are biases.
-        ACTIVATION: its name.
-        TILE: see above.
     """
     BLOCKS: tl.constexpr = TILE // (ROWS * TOKENS)
     segment = tl.program_id(0)
@@ -83,16 +74,16 @@ def predict(
                         at = estimates + ((first + t) * K + i) * tl.num_programs(0) * ROWS + position
                         tl.store(at, z[i], mask=first + t < tokens)
             first += TOKENS
-    found = (mask != 0).to(tl.int32)
+    is_outlier = (mask != 0).to(tl.int32)
     # No store to data-dependent addresses: Inductor would assume that the weights are written to, and copy them.
     slot = tl.arange(0, ROWS)
-    taken = (tl.cumsum(found, 0) - found)[None, :] == slot[:, None]
-    taken = taken & (mask != 0)[None, :]
+    fills = (tl.cumsum(is_outlier, 0) - is_outlier)[None, :] == slot[:, None]
+    fills = fills & (mask != 0)[None, :]
     neuron = tl.load(neurons + position, mask=position < listed, other=0)
-    tl.store(positions + segment * ROWS + slot, tl.sum(tl.where(taken, position[None, :], 0), axis=1))
-    tl.store(chosen + segment * ROWS + slot, tl.sum(tl.where(taken, neuron[None, :], 0), axis=1))
-    tl.store(masks + segment * ROWS + slot, tl.sum(tl.where(taken, mask[None, :], 0), axis=1))
-    tl.store(sizes + segment, tl.sum(found, axis=0))
+    tl.store(positions + segment * ROWS + slot, tl.sum(tl.where(fills, position[None, :], 0), axis=1))
+    tl.store(chosen + segment * ROWS + slot, tl.sum(tl.where(fills, neuron[None, :], 0), axis=1))
+    tl.store(masks + segment * ROWS + slot, tl.sum(tl.where(fills, mask[None, :], 0), axis=1))
+    tl.store(sizes + segment, tl.sum(is_outlier, axis=0))
 
 
 @triton.jit
@@ -104,21 +95,16 @@ def outside(
     Args:
         z: K estimates without biases, [ROWS] each.
         position: [ROWS].
-        biases: see :func:`predict`, as is guard.
-        guard: see above.
         live: [ROWS], whether to read the position.
-        K: see above.
-        BIASED: see above.
-        ACTIVATION: see above.
     """
     if K == 1:
         low = tl.load(guard + 2 * position, mask=live, other=0)
         high = tl.load(guard + 2 * position + 1, mask=live, other=0)
         return (z[0] < low) | (z[0] > high)
     else:
-        own = guard + (K + 2) * position
-        score = surrogate_error(biased(z, position, biases, live, K, BIASED), own, live, K, ACTIVATION)
-        return tl.abs(score) > tl.load(own + K + 1, mask=live, other=0)
+        plane = guard + (K + 2) * position
+        score = surrogate_error(biased(z, position, biases, live, K, BIASED), plane, live, K, ACTIVATION)
+        return tl.abs(score) > tl.load(plane + K + 1, mask=live, other=0)
 
 
 @triton.jit
@@ -141,8 +127,6 @@ def surrogate_error(z, affine, live, K: tl.constexpr, ACTIVATION: tl.constexpr):
         z: K pre-activations.
         affine: pointers to K slopes and the intercept.
         live: whether to read them.
-        K: see above.
-        ACTIVATION: name.
     """
     response = activation(z[0], ACTIVATION)
     surrogate = tl.load(affine, mask=live, other=0) * z[0]
@@ -174,15 +158,7 @@ def multiply(
         x: [tokens, D].
         weight: D_OUT rows of ``packing.join``.
         out: [tokens, D_OUT], float32, written.
-        tokens: number of tokens.
         stride: bytes from one row to the next.
-        D: see above, as are D_OUT, TOKENS, ROWS and TILE.
-        D_OUT: see above.
-        TOKENS: see above.
-        GROUP: columns that share a scale.
-        BITS: of a code.
-        ROWS: see above.
-        TILE: see above.
     """
     BLOCKS: tl.constexpr = TILE // (ROWS * TOKENS)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
