@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from dataclasses import replace as changed
 from functools import partial
 from typing import Any
 
@@ -102,11 +103,11 @@ def apply(gm: fx.GraphModule, example_inputs: Sequence[Tensor], plan: Plan, pref
     """
     original, gm = gm, copy(gm)
     position = {node: i for i, node in enumerate(gm.graph.find_nodes(op="placeholder"))}
-    found = [_promised(outcome, prefill) for outcome in outcomes(gm, example_inputs, plan)]
+    results = [_refuse_mixed(outcome, prefill) for outcome in outcomes(gm, example_inputs, plan)]
     guards: list[SiteGuard] = []
     constants: list[Tensor] = []
     moved: dict[fx.Node, fx.Node] = {}  # outputs of sites that feed another site
-    for outcome in found:
+    for outcome in results:
         site, entry = outcome.site, outcome.plan
         rewrite = rewrite_named(entry.method) if isinstance(entry, SitePlan) and not outcome.reason else None
         positions = [position[node] for node in site.parameters if node in position]
@@ -114,32 +115,31 @@ def apply(gm: fx.GraphModule, example_inputs: Sequence[Tensor], plan: Plan, pref
         if rewrite is None or not isinstance(entry, SitePlan) or _stays(site, rewrite, weights, prefill):
             refuse_released(site.name, weights, outcome.reason or _HINT)
             continue
-        guard = SiteGuard(site, positions, entry, partial(_find, plan), rewrite)
-        own = guard.constants(entry, weights).tensors
-        inputs = {name: add_input(gm.graph, f"tardis_{len(guards)}_{name}", value) for name, value in own.items()}
+        guard = SiteGuard(site, tuple(positions), entry, partial(_find, plan), rewrite)
+        tensors = guard.constants(entry, weights).tensors
+        inputs = {name: add_input(gm.graph, f"tardis_{len(guards)}_{name}", value) for name, value in tensors.items()}
         x = moved.get(site.input, site.input)
         moved[site.output] = replace(gm.graph, site, x, partial(_forward, rewrite, entry), inputs)
         if prefill == "original" and weights[0].device.type == "cpu":  # a step of few tokens
             cpu.take_fold(moved[site.output])
         guards.append(guard)
-        constants += own.values()
+        constants += tensors.values()
     if guards:
         gm.graph.lint()
         gm.recompile()
-    return Rewritten(gm if guards else original, tuple(found), tuple(guards), tuple(constants))
+    return Rewritten(gm if guards else original, tuple(results), tuple(guards), tuple(constants))
 
 
-def _promised(outcome: Outcome, prefill: Prefill) -> Outcome:
-    """The outcome, refused if one graph is promised to serve steps of both few and many tokens."""
+def _refuse_mixed(outcome: Outcome, prefill: Prefill) -> Outcome:
+    """The outcome, refused if one graph must serve steps of both few and many tokens."""
     site, entry = outcome.site, outcome.plan
     if prefill != "original" or outcome.reason or not isinstance(entry, SitePlan) or rewrite_named(entry.method).exact:
         return outcome
     most = decode_tokens(site.input.meta["example_value"].device)
     if not pinned_between(_tokens(site), most):
         return outcome
-    return changed(
-        outcome, reason=f"mark_dynamic promises one graph for up to and for more than {most} tokens: {_HINT}"
-    )
+    reason = f"mark_dynamic promises one graph for up to and for more than {most} tokens: {_HINT}"
+    return dataclasses.replace(outcome, reason=reason)
 
 
 def _stays(site: Site, rewrite: Rewrite, weights: Sequence[Tensor], prefill: Prefill) -> bool:
@@ -156,7 +156,7 @@ def _find(plan: Plan, site: Site, weights: Sequence[Tensor]) -> Planned | None:
         check_site(entry, site, weights)
         check_entry(entry, SiteWeights.from_site(site, weights))
         if entry.method == _FOLD.name:  # another graph showed bounds of the input that made it affine
-            return entry.kept("its input has not the bounds in this graph that made it affine")
+            return entry.kept("its input does not have the bounds in this graph that made it affine")
     return fold or entry
 
 
@@ -168,41 +168,33 @@ def outcomes(gm: fx.GraphModule, example_inputs: Sequence[Tensor], plan: Plan) -
     """All sites of a graph with their entries in a plan; unfuses the graph's fused encoder layers."""
     unfuse(gm.graph)
     values = dict(zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True))
-    found = []
-    for site in find_sites(gm.graph):
-        own = [values[p] for p in site.parameters if p in values]
-        if any(is_fake(value) or value.is_meta for value in own):
-            site = site.refused("its weights have no values")
-            found.append(Outcome(site, None, site.reason))
-            continue
-        if any(value.is_inference() for value in own):
-            site = site.refused("its weights are inference tensors, whose changes cannot be noticed")
-        found.append(Outcome(site, *_entry(site, own, plan)))
-    return found
+    return [_outcome(site, [values[p] for p in site.parameters if p in values], plan) for site in find_sites(gm.graph)]
 
 
-def _entry(site: Site, values: list[Tensor], plan: Plan) -> tuple[Planned | None, str | None]:
-    """The plan's entry of a site, and the reason why it cannot be rewritten, or None."""
+def _outcome(site: Site, weights: list[Tensor], plan: Plan) -> Outcome:
+    if any(is_fake(weight) or weight.is_meta for weight in weights):
+        site = site.refused("its weights have no values")
+        return Outcome(site, None, site.reason)
+    if any(weight.is_inference() for weight in weights):
+        site = site.refused("its weights are inference tensors, whose changes cannot be detected")
     if site.reason is not None:
-        return plan.find(fingerprint(stored_tensors(values), site.function)), site.reason
-    entry = _find(plan, site, values)
+        return Outcome(site, plan.find(fingerprint(stored_tensors(weights), site.function)), site.reason)
+    entry = _find(plan, site, weights)
     if entry is None:
-        return None, _mismatch(values, plan)
-    return entry, entry.reason if isinstance(entry, KeptSite) else None
+        return Outcome(site, None, _mismatch(weights, plan))
+    return Outcome(site, entry, entry.reason if isinstance(entry, KeptSite) else None)
 
 
-def _mismatch(values: list[Tensor], plan: Plan) -> str:
+def _mismatch(weights: list[Tensor], plan: Plan) -> str:
     """Why no entry of a plan has these weights."""
-    shapes = tuple(tuple(value.shape) for value in values)
+    shapes = tuple(tuple(weight.shape) for weight in weights)
     alike = [entry for entry in plan.sites if entry.shapes == shapes]
     dtypes = {entry.dtype for entry in alike}
-    if alike and str(values[0].dtype) not in dtypes:
-        return f"the plan was made for {' and '.join(sorted(dtypes))} weights, these are {values[0].dtype}"
-    return (
-        "its weights changed since calibration, or belong to another model"
-        if alike
-        else "the plan has no site of these shapes"
-    )
+    if alike and str(weights[0].dtype) not in dtypes:
+        return f"the plan was made for {' and '.join(sorted(dtypes))} weights, but these are {weights[0].dtype}"
+    if alike:
+        return "its weights changed since calibration, or belong to another model"
+    return "the plan has no site of these shapes"
 
 
 def check(outcomes: Sequence[Outcome], plan: Plan, *, strict: bool, lenient: bool = False) -> list[Outcome]:
@@ -213,15 +205,15 @@ def check(outcomes: Sequence[Outcome], plan: Plan, *, strict: bool, lenient: boo
         StaleWeightError: the plan has a site of this name, but with other weights.
     """
     unplanned = [o for o in outcomes if o.plan is None and o.fits]
-    left = [o for o in outcomes if o.reason]
+    refused = [o for o in outcomes if o.reason]
     if unplanned and not lenient and not any(o.plan in plan.sites for o in outcomes):
         raise PlanMismatchError(f"the plan fits none of the model's sites: {_listed(unplanned)}")
     planned = {entry.name for entry in plan.sites}
     if not lenient and (stale := [o for o in unplanned if o.site.name in planned]):
         raise StaleWeightError(f"weights are not those that the plan was made for: {_listed(stale)}")
-    if strict and left:
-        raise PlanMismatchError(f"strict, and not every site is rewritten: {_listed(left)}")
-    return left
+    if strict and refused:
+        raise PlanMismatchError(f"strict, but not every site is rewritten: {_listed(refused)}")
+    return refused
 
 
 def _listed(outcomes: Sequence[Outcome]) -> str:
@@ -230,8 +222,5 @@ def _listed(outcomes: Sequence[Outcome]) -> str:
 
 
 def _tokens(site: Site) -> torch.SymInt | int:
-    shape = site.input.meta["example_value"].shape
-    tokens: torch.SymInt | int = 1
-    for size in shape[:-1]:
-        tokens = tokens * size
-    return tokens
+    shape: torch.Size = site.input.meta["example_value"].shape
+    return math.prod(shape[:-1])

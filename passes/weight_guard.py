@@ -23,9 +23,6 @@ from tardis_fx.plan import Planned, SitePlan
 from tardis_fx.runtime.fingerprint import content_hash, fingerprint
 from tardis_fx.runtime.snapshot import Snapshot
 
-#: Finds the entry of a site with given weights, or None.
-Find = Callable[[Site, Sequence[Tensor]], "Planned | None"]
-
 
 @dataclass(frozen=True, eq=False)
 class Constants:
@@ -45,33 +42,28 @@ class Constants:
 _SHARED: weakref.WeakValueDictionary[tuple[int, ...], Constants] = weakref.WeakValueDictionary()
 
 
+@dataclass(frozen=True, eq=False)
 class SiteGuard:
     """Makes and shares the constants of one site.
 
     Attributes:
+        site: as matched.
         positions: of the site's parameters among the graph's inputs.
-        name: of the site.
         compiled_for: the entry that the graph was built for.
+        find: finds the entry of a site with given weights, or None.
+        rewrite: makes the constants.
     """
 
-    def __init__(
-        self, site: Site, positions: Sequence[int], compiled_for: SitePlan, find: Find, rewrite: Rewrite
-    ) -> None:
-        """Prepares the guard of a site.
+    site: Site
+    positions: tuple[int, ...]
+    compiled_for: SitePlan
+    find: Callable[[Site, Sequence[Tensor]], Planned | None]
+    rewrite: Rewrite
 
-        Args:
-            site: as matched.
-            positions: of the site's parameters among the graph's inputs.
-            compiled_for: the entry that the graph was built for.
-            find: finds the entry for other weights of the site, or None.
-            rewrite: makes the constants.
-        """
-        self.positions, self.name = tuple(positions), compiled_for.name
-        self._site, self.compiled_for, self._find, self._rewrite = site, compiled_for, find, rewrite
-
-    def entry(self, weights: Sequence[Tensor]) -> Planned | None:
-        """The plan entry for these weights, or None if they are unknown."""
-        return self._find(self._site, weights)
+    @property
+    def name(self) -> str:
+        """Name of the site."""
+        return self.compiled_for.name
 
     def fits(self, entry: Planned) -> TypeGuard[SitePlan]:
         """Whether the graph implements an entry: same type, method and settings."""
@@ -83,15 +75,15 @@ class SiteGuard:
         key = (id(entry), *map(id, weights))
         shared = _SHARED.get(key)
         if shared is None or not shared.weights.holds_throughout(weights):
-            taken = Snapshot(weights)
-            shared = Constants(entry, taken, self._rewrite.constants(entry, SiteWeights.from_site(self._site, weights)))
-            _SHARED[key] = shared
+            snapshot = Snapshot(weights)  # before the contents are read
+            constants = self.rewrite.constants(entry, SiteWeights.from_site(self.site, weights))
+            shared = _SHARED[key] = Constants(entry, snapshot, constants)
         return shared
 
     def made_for(self, entry: SitePlan, weights: Sequence[Tensor]) -> bool:
         """Whether weights are bit for bit those that an entry was made for; reads all of them."""
         identify = fingerprint if any(map(is_released, weights)) else content_hash
-        return identify(weights, self._site.function) == entry.fingerprint
+        return identify(weights, self.site.function) == entry.fingerprint
 
 
 @dataclass(frozen=True)
@@ -104,21 +96,6 @@ class _Known:
     run: Callable[..., Any]
 
 
-@dataclass(frozen=True)
-class Unknown:
-    """A site with unknown weights.
-
-    Attributes:
-        name: of the site that the graph was built for.
-
-        changed: the call's weights have replaced known ones; else they belong to another module.
-
-    """
-
-    name: str
-    changed: bool
-
-
 class GuardedGraph:
     """A compiled graph that receives constants, chosen at every call, as further inputs."""
 
@@ -126,7 +103,7 @@ class GuardedGraph:
         self,
         compiled: Callable[..., Any],
         guards: Sequence[SiteGuard],
-        other: Callable[[list[Unknown]], Callable[..., Any]],
+        fallback: Callable[[list[str], bool], Callable[..., Any]],
         example_inputs: Sequence[Any],
     ) -> None:
         """Combines a compiled graph with the guards of its sites, in the order of their constants.
@@ -134,11 +111,12 @@ class GuardedGraph:
         Args:
             compiled: the graph.
             guards: one for each rewritten site.
-            other: returns the function to run instead for weights that the graph was not compiled for, given the sites
-                with unknown weights, possibly none; may raise.
+            fallback: returns the function to run for weights that the graph was not compiled for, given the names of
+                the sites with unknown weights, possibly none, and whether these have replaced known ones or belong to
+                another module; may raise.
             example_inputs: inputs that the graph was compiled with.
         """
-        self._compiled, self._guards, self._other = compiled, tuple(guards), other
+        self._compiled, self._guards, self._fallback = compiled, tuple(guards), fallback
         self._weights: Callable[[Sequence[Any]], tuple[Tensor, ...]] = itemgetter(
             *(position for guard in guards for position in guard.positions)
         )
@@ -175,20 +153,22 @@ class GuardedGraph:
     @torch.no_grad()
     def _admit(self, inputs: Sequence[Any]) -> _Known:
         weights = self._weights(inputs)
-        taken = Snapshot(weights)  # before the contents are read
-        sites = [(guard, tuple(inputs[position] for position in guard.positions)) for guard in self._guards]
-        entries = [guard.entry(own) for guard, own in sites]
-        run, shared = self._compiled, []
-        for (guard, own), entry in zip(sites, entries, strict=True):
-            if entry is not None and guard.fits(entry):
-                shared.append(guard.constants(entry, own))
+        snapshot = Snapshot(weights)  # before the contents are read
+        run, shared, unknown = self._compiled, [], []
+        sites = [(guard, [inputs[position] for position in guard.positions]) for guard in self._guards]
+        for guard, site_weights in sites:
+            entry = guard.find(guard.site, site_weights)
+            if entry is None:
+                unknown.append(guard.name)
+            elif guard.fits(entry):
+                shared.append(guard.constants(entry, site_weights))
         if len(shared) < len(sites):
-            unknown = [guard for guard, entry in zip(self._guards, entries, strict=True) if entry is None]
-            for guard, own in sites:
-                refuse_released(guard.name, own)
-            run, shared = self._other([Unknown(guard.name, self._changed(weights)) for guard in unknown]), []
-        known = _Known(taken, tuple(shared), tuple(tensor for one in shared for tensor in one.tensors.values()), run)
-        for key in [key for key, other in list(self._known.items()) if not other.weights.alive]:
+            for guard, site_weights in sites:
+                refuse_released(guard.name, site_weights)
+            run, shared = self._fallback(unknown, bool(unknown) and self._changed(weights)), []
+        constants = tuple(tensor for site in shared for tensor in site.tensors.values())
+        known = _Known(snapshot, tuple(shared), constants, run)
+        for key in [key for key, entry in list(self._known.items()) if not entry.weights.alive]:
             self._known.pop(key, None)  # in place: Dynamo's wrapper around this object copies its attributes
         self._known[tuple(map(id, weights))] = known
         return known
@@ -223,7 +203,7 @@ class FrozenGraph:
             StaleWeightError: a weight was written to, or its data was replaced.
         """
         if not self._made_from.holds(self._weights):
-            raise StaleWeightError("a weight changed, and freezing holds copies: call torch.compiler.reset() first")
+            raise StaleWeightError("a weight changed, but freezing holds copies: call torch.compiler.reset() first")
         return self._compiled(*inputs)
 
     def served(self, tensors: Mapping[int, Tensor]) -> Iterator[tuple[SiteGuard, SitePlan, list[Tensor]]]:
@@ -256,10 +236,10 @@ def verify(compiled: nn.Module) -> list[str]:
     """
     if not isinstance(compiled, nn.Module):
         raise ConfigError(f"verify takes the compiled model, not {type(compiled).__name__}")
-    own = {id(tensor): tensor for tensor in (*compiled.parameters(), *compiled.buffers())}
+    tensors = {id(tensor): tensor for tensor in (*compiled.parameters(), *compiled.buffers())}
     compared: dict[str, bool] = {}
     for graph in list(_GRAPHS):
-        for guard, entry, weights in graph.served(own):
+        for guard, entry, weights in graph.served(tensors):
             same = guard.made_for(entry, weights)
             compared[entry.name] = compared.get(entry.name, True) and same
             if not same:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache, partial
 from typing import Any, Never
 
@@ -26,7 +27,7 @@ from tardis_fx.live.profiles import Settings, extended, reset
 from tardis_fx.live.retrace import Retrace
 from tardis_fx.observation.capture import own_code
 from tardis_fx.passes import pipeline
-from tardis_fx.passes.weight_guard import FrozenGraph, GuardedGraph, Unknown, refuse_released
+from tardis_fx.passes.weight_guard import FrozenGraph, GuardedGraph, refuse_released
 from tardis_fx.plan import Plan, resolve
 from tardis_fx.runtime.cuda.dispatch import show_kernels
 
@@ -52,30 +53,40 @@ def tardis(
         PlanMismatchError: the plan has no entry for any of the graph's sites, or ``strict`` and a site was skipped.
         StaleWeightError: a weight differs from the one that the plan was made for.
     """
-    try:
+    with _surfaced():
         parsed = Options.parse({"mode": mode} | (options or {}))
-    except TardisError as error:
-        raise _surfaced(error) from error.__cause__
-    return _surfacing(parsed, gm, example_inputs)
+    return _compile(gm, example_inputs, parsed)
 
 
 tardis.reset = reset  # type: ignore[attr-defined]  # called by torch.compiler.reset()
 
 
-def _surfacing(options: Options, gm: fx.GraphModule, example_inputs: list[Tensor]) -> Callable[..., Any]:
-    """Calls :func:`_compile`, and raises its errors in a form that Dynamo passes on unchanged."""
+@contextmanager
+def _surfaced() -> Iterator[None]:
+    """Raises errors of the package so that Dynamo passes them on, not wrapped in BackendCompilerFailed."""
     try:
-        return _compile(gm, example_inputs, options)
+        yield
     except TardisError as error:
-        raise _surfaced(error) from error.__cause__
+        kind = type(error)
+        names = {"__module__": kind.__module__, "__init__": Exception.__init__, "first_useful_frame": None}
+        names |= {"frame_exec_strategy": None, "_torch_dynamo_tracer_output": None}  # set by TorchDynamoException
+        names["remove_dynamo_frames"] = _raise_with_cause
+        surfaced: type[TardisError] = type(kind.__name__, (kind, ShortenTraceback), names)
+        raise surfaced(str(error)) from error.__cause__
 
 
+def _raise_with_cause(error: TardisError) -> Never:
+    """Replaces ``ShortenTraceback.remove_dynamo_frames``, whose result Dynamo raises without the cause."""
+    raise error from error.__cause__
+
+
+@_surfaced()
 def _compile(
     gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, *, nested: bool = False
 ) -> Callable[..., Any]:
     """Compiles a graph with the plan entries of its sites; ``nested`` leaves unknown sites alone, silently."""
-    given, example_inputs = example_inputs, _known(gm, example_inputs)
-    in_parts = any(map(is_fake, given))
+    passed, example_inputs = example_inputs, _real_inputs(gm, example_inputs)
+    in_parts = any(map(is_fake, passed))
     if in_parts:
         _refuse_parts(options)
     inner = _inner(options.inner, options.mode)
@@ -89,8 +100,9 @@ def _compile(
         profiled = _profiled(gm, example_inputs, plan, settings, options)
         if profiled is not None:
             return profiled
-    lifted, held = (gm, []) if options.observes else lift(gm)
-    rewritten = pipeline.apply(lifted, [*example_inputs, *held], plan, options.prefill or plan.config.prefill)
+    lifted, frozen = (gm, []) if options.observes else lift(gm)
+    inputs = [*example_inputs, *frozen]
+    rewritten = pipeline.apply(lifted, inputs, plan, options.prefill or plan.config.prefill)
     if not (nested or (in_parts and options.observes)):
         lenient = options.observes or options.on_change == "original"
         for outcome in pipeline.check(rewritten.outcomes, plan, strict=options.strict, lenient=lenient):
@@ -98,16 +110,15 @@ def _compile(
     if options.inner == "inductor" and any(tensor.is_cuda for tensor in rewritten.constants):
         show_kernels(rewritten.gm)
     if not rewritten.modified:
-        return inner(gm, list(given))  # type: ignore[no-any-return]
+        return inner(gm, list(passed))  # type: ignore[no-any-return]
     if TracingContext.try_get() is not None:  # Dynamo does not check this, and rewritten code has no derivatives
         install_guard(GlobalStateSource().make_guard(GuardBuilder.DUAL_LEVEL))  # type: ignore[arg-type]
-    if held:
-        freeze(rewritten.gm, [*held, *rewritten.constants])
-        every = [*example_inputs, *held]
-        sites = [(guard, [every[p] for p in guard.positions]) for guard in rewritten.guards]
-        return FrozenGraph(inner(rewritten.gm, list(given)), sites)
-    compiled: Callable[..., Any] = inner(rewritten.gm, [*given, *rewritten.constants])
-    guarded = GuardedGraph(compiled, rewritten.guards, _Other(gm, options), example_inputs)
+    if frozen:
+        freeze(rewritten.gm, [*frozen, *rewritten.constants])
+        sites = [(guard, [inputs[p] for p in guard.positions]) for guard in rewritten.guards]
+        return FrozenGraph(inner(rewritten.gm, list(passed)), sites)
+    compiled: Callable[..., Any] = inner(rewritten.gm, [*passed, *rewritten.constants])
+    guarded = GuardedGraph(compiled, rewritten.guards, _Fallback(gm, options), example_inputs)
     if in_parts:
         return lambda *inputs: (
             compiled(*inputs, *rewritten.constants) if any(map(is_fake, inputs)) else guarded(*inputs)
@@ -115,7 +126,7 @@ def _compile(
     return guarded
 
 
-def _known(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> list[Any]:
+def _real_inputs(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> list[Any]:
     """The inputs, with fake ones replaced by the real tensors that Dynamo holds.
 
     DistributedDataParallel cuts a graph into parts and compiles these with fake tensors for all inputs.
@@ -133,11 +144,11 @@ def _refuse_parts(options: Options) -> None:
     Raises:
         PlanMismatchError: ``strict``.
     """
-    what = "DistributedDataParallel compiles the graph in parts"
-    remedy = "under torch.no_grad() that gains nothing: set torch._dynamo.config.optimize_ddp = False"
+    cause = "DistributedDataParallel compiles the graph in parts"
+    remedy = "set torch._dynamo.config.optimize_ddp = False, which costs nothing under torch.no_grad()"
     if options.strict:
-        raise PlanMismatchError(f"strict, and {what}, so that an FFN may be cut in two and missed; {remedy}")
-    _warn_once(f"{what}: FFNs that it cuts in two stay as they are, and without a plan all do; {remedy}")
+        raise PlanMismatchError(f"strict, but {cause}, and an FFN cut in two would be missed: {remedy}")
+    _warn_once(f"{cause}: FFNs cut in two are not rewritten, and without a plan none is: {remedy}")
 
 
 @cache
@@ -155,14 +166,14 @@ def _profiled(
         return None
     position = {node: i for i, node in enumerate(observed.graph.find_nodes(op="placeholder"))}
     positions = [[position[node] for node in site.parameters] for site in sites]
-    for site, own in zip(sites, positions, strict=True):
-        refuse_released(site.name, [example_inputs[p] for p in own])
+    for site, indices in zip(sites, positions, strict=True):
+        refuse_released(site.name, [example_inputs[i] for i in indices])
     return_inputs(observed, sites)
     compiled = _inner(options.inner, options.mode)(observed, list(example_inputs))
-    return ProfiledGraph(compiled, sites, positions, settings, _Anew(gm, options))
+    return ProfiledGraph(compiled, sites, positions, settings, _Retraced(gm, options))
 
 
-class _Anew:
+class _Retraced:
     """Replaces a graph whose profiles are finished: by nothing, if Dynamo can trace its code again.
 
     If other threads prevent that, the graph is traced as separate code.
@@ -174,52 +185,56 @@ class _Anew:
     def __call__(self) -> Callable[..., Any] | None:
         if self._retrace():
             return None
-        return partial(_unpacked, torch.compile(own_code(_run), backend=partial(_surfacing, self._options)), self._gm)
+        return _compiled_anew(self._gm, partial(_compile, options=self._options))
 
 
-class _Other:
+class _Fallback:
     """Chooses the function to run for weights that a graph was not compiled for; see :class:`GuardedGraph`."""
 
     def __init__(self, gm: fx.GraphModule, options: Options) -> None:
         self._gm, self._options = copy(gm), options
-        self._anew = _Anew(gm, options) if options.observes else None
+        self._retraced = _Retraced(gm, options) if options.observes else None
         self._variant: Callable[..., Any] | None = None
 
-    def __call__(self, unknown: list[Unknown]) -> Callable[..., Any]:
-        changed = ", ".join(site.name for site in unknown if site.changed)
-        if unknown and self._anew:
-            _log.warning("weights changed: the original runs until %s is fitted anew", changed or unknown[0].name)
-            return self._anew() or self._gm.forward
+    def __call__(self, unknown: list[str], changed: bool) -> Callable[..., Any]:
+        names = ", ".join(unknown)
+        if unknown and self._retraced:
+            _log.warning("weights changed: the original runs until %s is fitted again", names)
+            return self._retraced() or self._gm.forward
         if changed and self._options.on_change == "error":
             raise StaleWeightError(
-                f"{changed}: a weight is not the one that the plan was made for: it changed since calibration. Restore "
-                f"it, or calibrate again and compile with the new plan; options on_change='original' and 'refit' go on"
+                f"{names}: a weight changed since calibration. Restore it, calibrate again and compile with the new "
+                "plan, or compile with on_change='original' or on_change='refit'"
             )
         if unknown:
-            names = ", ".join(site.name for site in unknown)
             if self._options.strict:
-                raise PlanMismatchError(f"strict, and the plan has no entry for the weights of {names}")
+                raise PlanMismatchError(f"strict, but the plan has no entry for the weights of {names}")
             _log.warning("the plan has no entry for the weights of %s: the original runs", names)
         if self._variant is None:
-            nested = partial(_compile, options=self._options, nested=True)
-            self._variant = torch.compile(own_code(_run), backend=nested)
-        return partial(_unpacked, self._variant, self._gm)
+            self._variant = _compiled_anew(self._gm, partial(_compile, options=self._options, nested=True))
+        return self._variant
+
+
+def _compiled_anew(gm: fx.GraphModule, backend: Callable[..., Any]) -> Callable[..., Any]:
+    """A graph as separate code, which Dynamo compiles when it is called."""
+    compiled = torch.compile(own_code(_run), backend=backend)
+
+    def run(*inputs: Any) -> Any:
+        if torch._dynamo.eval_frame._stance.stance == "fail_on_recompile":  # would fail although nothing is recompiled
+            return gm(*inputs)
+        return compiled(gm, inputs)
+
+    return run
 
 
 def _run(gm: fx.GraphModule, inputs: tuple[Any, ...]) -> Any:
     return gm(*inputs)
 
 
-def _unpacked(variant: Callable[..., Any], gm: fx.GraphModule, *inputs: Any) -> Any:
-    if torch._dynamo.eval_frame._stance.stance == "fail_on_recompile":  # would fail although nothing is recompiled
-        return gm(*inputs)
-    return variant(gm, inputs)
-
-
 def _inner(name: str, mode: str | None) -> Callable[..., Any]:
     """The inner backend; a mode is a set of options of Inductor."""
     if name == "tardis":
-        raise ConfigError("inner must be another backend than 'tardis'")
+        raise ConfigError("inner must name another backend, not 'tardis'")
     try:
         backend: Callable[..., Any] = lookup_backend(name)
         if mode is None:
@@ -229,18 +244,3 @@ def _inner(name: str, mode: str | None) -> Callable[..., Any]:
         return partial(backend, config_patches=torch._inductor.list_mode_options(mode))
     except (InvalidBackend, RuntimeError) as error:
         raise ConfigError(f"no such inner backend or mode: {name!r}, {mode!r} ({error})") from error
-
-
-def _surfaced(error: TardisError) -> TardisError:
-    """The same error in a form that Dynamo raises unchanged, not wrapped in BackendCompilerFailed."""
-    kind = type(error)
-    names = {"__module__": kind.__module__, "__init__": Exception.__init__, "first_useful_frame": None}
-    names |= {"frame_exec_strategy": None, "_torch_dynamo_tracer_output": None}  # as in TorchDynamoException.__init__
-    names["remove_dynamo_frames"] = _raised
-    surfaced: type[TardisError] = type(kind.__name__, (kind, ShortenTraceback), names)
-    return surfaced(str(error))
-
-
-def _raised(error: TardisError) -> Never:
-    """Replaces ``ShortenTraceback.remove_dynamo_frames``, whose result Dynamo raises without the cause."""
-    raise error from error.__cause__

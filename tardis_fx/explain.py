@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -42,13 +42,13 @@ class SiteReport:
     kind: str
     activation: str | None
     status: str
-    reason: str
-    method: str
+    reason: str = ""
+    method: str = ""
     stored_bytes: int
     touched_bytes: float
     dense_bytes: int
-    outlier_rate: float
-    error: float
+    outlier_rate: float = 0.0
+    error: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -95,15 +95,8 @@ def _row(site: SiteReport) -> list[str]:
         f"{site.stored_bytes / 1e6:.3g} MB",
     ]
     measured = [f"{site.outlier_rate:.1%}", f"{site.error:.3f}"] if site.status == "rewritten" else ["-", "-"]
-    return [
-        site.name,
-        site.kind,
-        site.activation or "unknown",
-        site.status,
-        *numbers,
-        *measured,
-        site.method or site.reason,
-    ]
+    activation, method = site.activation or "unknown", site.method or site.reason
+    return [site.name, site.kind, activation, site.status, *numbers, *measured, method]
 
 
 @torch.inference_mode(mode=False)
@@ -121,58 +114,46 @@ def explain(model: nn.Module, plan: Plan | str | os.PathLike[str] | None, exampl
     """
     loaded = live.fitted() if plan is None else resolve(plan)
     model = getattr(model, "_orig_mod", model)
-    outcomes: list[pipeline.Outcome] = []
-    seen: dict[tuple[str, Hashable], SiteReport] = {}
+    fingerprints: set[str] = set()
+    reports: dict[tuple[str, Hashable], SiteReport] = {}
 
     def observe(gm: fx.GraphModule, example_inputs: list[Tensor]) -> Callable[..., Any]:
-        forward = gm.forward
         values = dict(zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True))
         for outcome in pipeline.outcomes(gm, example_inputs, loaded):
-            outcomes.append(outcome)
             site, entry = outcome.site, outcome.plan
-            own = stored_tensors(v for p in site.parameters if isinstance(v := values.get(p), Tensor))
-            dense = sum(v.numel() * v.element_size() for v in own)
+            if entry:
+                fingerprints.add(entry.fingerprint)
+            weights = stored_tensors(v for p in site.parameters if isinstance(v := values.get(p), Tensor))
             if isinstance(entry, SitePlan) and not outcome.reason:
                 report = _planned(entry)
-                if not all(v.is_contiguous() for v in own):  # may be released
-                    report = replace(report, stored_bytes=min(report.stored_bytes, _stored(site, entry, own)))
+                if not all(weight.is_contiguous() for weight in weights):  # may be released
+                    report = replace(report, stored_bytes=min(report.stored_bytes, _stored(site, entry, weights)))
             else:
+                dense = sum(weight.numel() * weight.element_size() for weight in weights)
                 report = _refused(site.name, site.kind, site.activation, outcome.reason, dense)
-            if plan is None and entry is None and (stage := live.stage_of(own, site.function)):
+            if plan is None and entry is None and (stage := live.stage_of(weights, site.function)):
                 report = replace(report, status="profiling", reason=stage)
-            seen.setdefault((site.name, identity(own, site.function)), replace(report, name=site.name))
-        return forward
+            reports.setdefault((site.name, identity(weights, site.function)), replace(report, name=site.name))
+        return gm.forward
 
     Capture(model, observe)(example)
-    found = {outcome.plan.fingerprint for outcome in outcomes if outcome.plan}
-    missing = [entry.name for entry in loaded.sites if plan is not None and entry.fingerprint not in found]
-    return Report(tuple(seen.values()), tuple(missing))
+    missing = [entry.name for entry in loaded.sites if plan is not None and entry.fingerprint not in fingerprints]
+    return Report(tuple(reports.values()), tuple(missing))
 
 
 def _stored(site: Site, entry: SitePlan, weights: Sequence[Tensor]) -> int:
     """Bytes of the weights that are not released, and of constants that do not share their memory."""
     constants = rewrite_named(entry.method).constants(entry, SiteWeights.from_site(site, weights)).values()
-    own = {v.untyped_storage().data_ptr() for v in weights}
-    kept = sum(v.nbytes for v in weights if not is_released(v))
-    return kept + sum(c.nbytes for c in constants if c.untyped_storage().data_ptr() not in own)
+    storages = {weight.untyped_storage().data_ptr() for weight in weights}
+    remaining = sum(weight.nbytes for weight in weights if not is_released(weight))
+    return remaining + sum(c.nbytes for c in constants if c.untyped_storage().data_ptr() not in storages)
 
 
 def _planned(entry: Planned) -> SiteReport:
     if isinstance(entry, KeptSite):
         return _refused(entry.name, entry.kind, entry.activation, entry.reason, entry.dense_bytes)
-    return SiteReport(
-        name=entry.name,
-        kind=entry.kind,
-        activation=entry.activation,
-        status="rewritten",
-        reason="",
-        method=entry.method,
-        stored_bytes=entry.stored_bytes,
-        touched_bytes=entry.touched_bytes,
-        dense_bytes=entry.dense_bytes,
-        outlier_rate=entry.outlier_rate,
-        error=entry.error,
-    )
+    names = [field.name for field in fields(SiteReport) if field.name not in ("status", "reason")]
+    return SiteReport(status="rewritten", **{name: getattr(entry, name) for name in names})
 
 
 def _refused(name: str, kind: str, activation: str | None, reason: str | None, dense: int) -> SiteReport:
@@ -182,10 +163,7 @@ def _refused(name: str, kind: str, activation: str | None, reason: str | None, d
         activation=activation,
         status="refused",
         reason=reason or "",
-        method="",
         stored_bytes=dense,
         touched_bytes=dense,
         dense_bytes=dense,
-        outlier_rate=0.0,
-        error=0.0,
     )

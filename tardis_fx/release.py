@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from jaxtyping import Float, UInt8
 from torch import Tensor, fx, nn
 
 from tardis_fx.digest import digest
@@ -22,12 +23,12 @@ from tardis_fx.passes import pipeline
 from tardis_fx.passes.registry import rewrite_named
 from tardis_fx.plan import Plan, SitePlan, resolve
 from tardis_fx.released import guard
-from tardis_fx.resident import FileMappings, resident_bytes
+from tardis_fx.resident import mapped_file, resident_bytes
 from tardis_fx.runtime.fingerprint import fingerprint, remember
 
 _log = logging.getLogger("tardis_fx")
 
-#: Number of bytes kept by the process that is worth a warning.
+#: Number of freed bytes from which on a warning is logged if the process keeps them.
 _NOTABLE = 2**26
 
 
@@ -77,17 +78,17 @@ def release(
     """
     loaded = resolve(plan)
     if folder is not None and any(p.device.type != "cpu" for p in model.parameters()):
-        raise ConfigError("folder: weights are mapped on a CPU only, and the model is elsewhere")
-    found, elsewhere = _find(model, loaded, example)
-    if not found:
+        raise ConfigError("folder: weights can only be mapped on a CPU, but the model is on another device")
+    planned, elsewhere = _find(model, loaded, example)
+    if not planned:
         raise PlanMismatchError("the plan fits none of the model's sites: nothing to release")
-    device = found[0].weights[0].device
-    before, files = resident_bytes(device), FileMappings()
+    device = planned[0].weights[0].device
+    before = resident_bytes(device)
     freed, shared, mapped = 0, 0, Counter[str]()
-    for site, entry, weights in found:
-        own = [w for w in weights if w.dim() == 2 and not is_released(w)]
-        matrices = [w for w in own if _storage(w) not in elsewhere]
-        if len(matrices) < len(own):
+    for site, entry, weights in planned:
+        present = [w for w in weights if w.dim() == 2 and not is_released(w)]
+        matrices = [w for w in present if _storage(w) not in elsewhere]
+        if len(matrices) < len(present):
             _log.warning("%s keeps weights that something else holds or reads, too", entry.name)
         identity = fingerprint(weights, site.function)
         if folder is None and not _stands_alone(site, entry, weights, matrices):
@@ -97,14 +98,17 @@ def release(
             remember(weights, site.function, identity)
             continue
         for matrix in matrices:
-            size, file = matrix.untyped_storage().nbytes(), files.file_of(matrix)
-            freed += 0 if file else size
-            mapped.update({file: size} if file else {})
-            matrix.data = _nothing(matrix) if folder is None else _mapped(matrix, Path(folder))
+            size = matrix.untyped_storage().nbytes()
+            if file := mapped_file(matrix):
+                mapped[file] += size
+            else:
+                freed += size
+            matrix.data = _nan_like(matrix) if folder is None else _mapped(matrix, Path(folder))
         if folder is None:
             guard(model, matrices)
         remember(weights, site.function, identity)
-    _tell(freed, shared, mapped, before, resident_bytes(device))
+    after = resident_bytes(device)
+    _log_freed(freed, shared, mapped, None if before is None or after is None else before - after)
     return freed + shared
 
 
@@ -118,60 +122,48 @@ class _Planned(NamedTuple):
 
 def _find(model: nn.Module, plan: Plan, example: Batch) -> tuple[list[_Planned], set[int]]:
     """The planned sites of a model, and the storages that anything besides a single site reads or holds."""
-    found: dict[tuple[Any, ...], _Planned] = {}
-    holders = Counter(
-        _storage(p)
-        for module in model.modules()
-        for p in (*module.parameters(recurse=False), *module.buffers(recurse=False))
-    )
+    sites: dict[tuple[Any, ...], _Planned] = {}
     elsewhere: set[int] = set()
 
     def collect(gm: fx.GraphModule, example_inputs: list[Tensor]) -> Callable[..., Any]:
-        outcomes = pipeline.outcomes(gm, example_inputs, plan)
-        values = {
-            n: v
-            for n, v in zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True)
-            if isinstance(v, Tensor)
-        }
+        values = dict(zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True))
         inside: set[fx.Node] = set()
-        for site, entry, reason in ((o.site, o.plan, o.reason) for o in outcomes):
+        for site, entry, reason in ((o.site, o.plan, o.reason) for o in pipeline.outcomes(gm, example_inputs, plan)):
             if isinstance(entry, SitePlan) and not reason:
                 inside |= {*site.inner, site.output}
                 weights = [values[node] for node in site.parameters]
-                found[site.function, *map(id, weights)] = _Planned(site, entry, weights)
-        elsewhere.update(_storage(value) for node, value in values.items() if not inside.issuperset(node.users))
+                sites[site.function, *map(id, weights)] = _Planned(site, entry, weights)
+        tensors = ((node, value) for node, value in values.items() if isinstance(value, Tensor))
+        elsewhere.update(_storage(value) for node, value in tensors if not inside.issuperset(node.users))
         return gm.forward
 
     Capture(model, collect)(example)
-    readers = Counter(_storage(w) for planned in found.values() for w in planned.weights)
+    holders = Counter(
+        _storage(tensor)
+        for module in model.modules()
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False))
+    )
+    readers = Counter(_storage(w) for planned in sites.values() for w in planned.weights)
     elsewhere.update(storage for count in (holders, readers) for storage, n in count.items() if n > 1)
-    return list(found.values()), elsewhere
+    return list(sites.values()), elsewhere
 
 
-def _tell(freed: int, shared: int, mapped: Counter[str], before: int | None, after: int | None) -> None:
-    """Logs the bytes freed and the bytes that the process returned."""
-    measured = None if before is None or after is None else before - after
-    told = "unknown on this system" if measured is None else f"{measured:,} bytes"
+def _log_freed(freed: int, shared: int, mapped: Counter[str], measured: int | None) -> None:
+    """Logs the bytes freed and the bytes that the process returned, which may be unknown."""
+    returned = "unknown on this system" if measured is None else f"{measured:,} bytes"
     _log.info(
-        "released %s bytes of weights, and %s bytes less will be taken when the model is compiled; given back by the "
-        "process, as measured: %s",
-        f"{freed:,}",
-        f"{shared:,}",
-        told,
+        f"released {freed:,} bytes of weights, and compiling the model will take {shared:,} bytes less; "
+        f"returned by the process, as measured: {returned}"
     )
     if measured is not None and measured < freed / 2 and freed >= _NOTABLE:
         _log.warning(
-            "released %s bytes of weights, and the process gave back %s: something else holds them, such as a state "
-            "dict or another model, or the allocator keeps the memory for later",
-            f"{freed:,}",
-            told,
+            f"released {freed:,} bytes of weights, but the process returned {returned}: something else holds them, "
+            "such as a state dict or another model, or the allocator keeps the memory for later"
         )
     for file, size in mapped.items():
         _log.warning(
-            "%s bytes of weights were mapped from %s: the system could take their memory back all along, and nothing "
-            "is freed",
-            f"{size:,}",
-            file,
+            f"{size:,} bytes of weights were mapped from {file}: the system could already reclaim their memory, so "
+            "nothing is freed"
         )
 
 
@@ -183,10 +175,10 @@ def _storage(tensor: Tensor) -> int:
 
 def _stands_alone(site: Site, entry: SitePlan, weights: Sequence[Tensor], matrices: Sequence[Tensor]) -> bool:
     """Whether a rewrite makes the same constants without the values of these matrices."""
-    rewrite, gone = rewrite_named(entry.method), {id(matrix) for matrix in matrices}
-    without = [_nothing(w) if id(w) in gone else w for w in weights]
-    made = [rewrite.constants(entry, SiteWeights.from_site(site, each)) for each in (weights, without)]
-    return all(torch.equal(made[0][name], made[1][name]) for name in made[0])
+    rewrite, ids = rewrite_named(entry.method), {id(matrix) for matrix in matrices}
+    without = [_nan_like(w) if id(w) in ids else w for w in weights]
+    before, after = (rewrite.constants(entry, SiteWeights.from_site(site, w)) for w in (weights, without))
+    return all(torch.equal(before[name], after[name]) for name in before)
 
 
 def _share(site: Site, entry: SitePlan, weights: Sequence[Tensor], matrices: Sequence[Tensor]) -> int:
@@ -201,11 +193,11 @@ def _share(site: Site, entry: SitePlan, weights: Sequence[Tensor], matrices: Seq
     return shared
 
 
-def _nothing(matrix: Tensor) -> Tensor:
+def _nan_like(matrix: Float[Tensor, "rows columns"]) -> Float[Tensor, "rows columns"]:
     return torch.full((), torch.nan, dtype=matrix.dtype, device=matrix.device).expand(matrix.shape)
 
 
-def _mapped(matrix: Tensor, folder: Path) -> Tensor:
+def _mapped(matrix: Float[Tensor, "rows columns"], folder: Path) -> Float[Tensor, "rows columns"]:
     """The matrix, mapped privately from a file; matrices of equal content share the file."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{digest(matrix)}.bin"
@@ -222,7 +214,7 @@ def _mapped(matrix: Tensor, folder: Path) -> Tensor:
     return mapped.view(matrix.shape)
 
 
-def _holds(path: Path, content: Tensor) -> bool:
+def _holds(path: Path, content: UInt8[Tensor, " bytes"]) -> bool:
     """Whether a file exists and holds exactly these bytes."""
     if not path.is_file() or path.stat().st_size != content.nbytes:
         return False

@@ -1,4 +1,4 @@
-"""Memory that a process holds, and the mapped files that tensors lie in."""
+"""Memory that a process holds, and the files that tensors are mapped from."""
 
 from __future__ import annotations
 
@@ -26,22 +26,13 @@ def resident_bytes(device: torch.device) -> int | None:
     return (resident - shared) * os.sysconf("SC_PAGE_SIZE")
 
 
-class FileMappings:
-    """The files mapped into the process when this object was made; none if the system does not report them."""
-
-    def __init__(self) -> None:
-        maps = Path("/proc/self/maps")
-        lines = maps.read_text().splitlines() if maps.exists() else []
-        self._files: list[tuple[int, int, str]] = []
-        for line in lines:
+def mapped_file(tensor: Tensor) -> str | None:
+    """Path of the file that a tensor is mapped from; None if there is none, or if the system does not report it."""
+    maps = Path("/proc/self/maps")
+    if tensor.device.type == "cpu" and maps.exists():
+        for line in maps.read_text().splitlines():
             span, *_, path = line.split(None, 5)
-            if path.startswith("/") and not path.startswith(("/dev/", "/memfd:")):  # on a disk, not shared memory
-                start, end = span.split("-")
-                self._files.append((int(start, 16), int(end, 16), path))
-
-    def file_of(self, tensor: Tensor) -> str | None:
-        """Path of the mapped file that holds a tensor's values, or None."""
-        if tensor.device.type != "cpu":
-            return None
-        address = tensor.data_ptr()
-        return next((path for start, end, path in self._files if start <= address < end), None)
+            start, end = (int(bound, 16) for bound in span.split("-"))
+            if start <= tensor.data_ptr() < end:
+                return path if path.startswith("/") and not path.startswith(("/dev/", "/memfd:")) else None
+    return None

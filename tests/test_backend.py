@@ -242,7 +242,7 @@ def raises(kind: type[TardisError], cause: str, run: Callable[[], Any]) -> None:
         ({"prefill": ["original"]}, "prefill"),
         ({"strict": "yes"}, "strict must be True or False"),
         ({"inner": "nvcc"}, "'nvcc'"),
-        ({"inner": "tardis"}, "another backend than 'tardis'"),
+        ({"inner": "tardis"}, "name another backend, not 'tardis'"),
         ({"inner": 3}, "inner must be the name"),
         ({"mode": 3}, "mode must be the name"),
         ({"mode": "faster", "inner": "inductor"}, "'faster'"),
@@ -269,7 +269,7 @@ def test_the_plan_of_another_model_is_a_mismatch(plan: Plan) -> None:
 
 def test_the_plan_of_another_dtype_is_a_mismatch_that_names_both(model: FFN, plan: Plan) -> None:
     run = lambda: compiled(model.bfloat16(), plan)(FEW.bfloat16())  # noqa: E731
-    raises(PlanMismatchError, "made for torch.float32 weights, these are torch.bfloat16", run)
+    raises(PlanMismatchError, "made for torch.float32 weights, but these are torch.bfloat16", run)
 
 
 def test_a_plan_whose_rewrite_is_not_installed_is_refused(model: FFN, plan: Plan) -> None:

@@ -134,7 +134,7 @@ def test_inference_tensors_among_weights_are_refused(calls: Callable[[], int]) -
     assert_near(fast(model, plan)(FEW), model(FEW))
     assert calls() == 0
     assert {site.reason for site in explain(model, plan, FEW).sites} == {
-        "its weights are inference tensors, whose changes cannot be noticed"
+        "its weights are inference tensors, whose changes cannot be detected"
     }
     assert len(BatchObservation(model, [FEW], progress=False).sites) == 2
 

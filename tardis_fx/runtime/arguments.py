@@ -7,7 +7,7 @@ numbers that a kernel looks up in tables; kernels check entries of lists of neur
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,6 +30,8 @@ class Layout(NamedTuple):
     projection: _Shape  #: of each projection
     fold: _Shape  #: if it is given
     columns: _Shape
+    row_dtype: torch.dtype | None  #: of projections and columns; None for any floating point
+    fold_dtype: torch.dtype | None  #: likewise
     #: Dtypes and shapes of the tensors that the plan determines, by field.
     planned: tuple[tuple[str, torch.dtype, _Shape], ...]
 
@@ -41,18 +43,8 @@ def _derive_layout(
 ) -> Layout:  # fmt: skip
     """Derives the shapes and dtypes of a call's tensors from its numbers.
 
-    Args:
-        k: projections per neuron.
-        d: input width.
-        d_out: output width.
-        hidden: number of neurons.
-        capacity: number of neurons that may be listed.
-        groups: scales of a predictor's row, and of every other coded row of ``d`` columns.
-        column: entries of a row of the columns.
-        bits: bits of a code of the predictor.
-        activation: name in the registry.
-        fold_bits: bits of a code of the fold, or 16.
-        row_bits: bits of a code of the rows, or 16.
+    A predictor's row and every other coded row of ``d`` columns have ``groups`` scales. ``column`` is the number of
+    entries of a row of the columns.
 
     Raises:
         PlanMismatchError: the op does not support a number.
@@ -79,6 +71,8 @@ def _derive_layout(
         projection=(hidden, packed_bytes(d, low) + 3 * groups if coded else d),
         fold=(d_out, d if fold_bits == 16 else packed_bytes(d, fold_bits) + 3 * groups),
         columns=(hidden, column if coded else d_out),
+        row_dtype=torch.uint8 if coded else None,
+        fold_dtype=None if fold_bits == 16 else torch.uint8,
         planned=(
             ("counts", torch.int64, (2,)),
             ("neurons", torch.int32, (capacity,)),
@@ -103,20 +97,32 @@ def check(call: Correction) -> Layout:
     Raises:
         PlanMismatchError: an argument does not fit the others, or the op does not take it.
     """
-    layout = _layout(call)
+    k = len(call.projections)
+    try:
+        d, d_out, groups, capacity = (
+            call.x.shape[-1], call.folded.shape[-1], call.scale.shape[-1], call.neurons.shape[0],
+        )  # fmt: skip
+        hidden, column = call.columns.shape
+    except (IndexError, ValueError):
+        raise PlanMismatchError(_WRONG_AXES) from None
+    numbers = (
+        k, d, d_out, hidden, capacity, groups, column, call.bits, call.activation, call.fold_bits, call.row_bits,
+    )  # fmt: skip
+    try:
+        layout = _derive_layout(*numbers)
+    except TypeError:  # symbolic sizes are not hashable
+        layout = _derive_layout.__wrapped__(*numbers)
     for name, dtype, shape in layout.planned:
         tensor = getattr(call, name)
         if tensor.shape != shape or tensor.dtype is not dtype:
-            _refuse(name, tensor, dtype, shape)
+            _check(name, tensor, dtype, shape)
     for projection in call.projections:
-        _check("projections", projection, _stored(call.row_bits), layout.projection)
-    _check("columns", call.columns, _stored(call.row_bits), layout.columns)
+        _check("projections", projection, layout.row_dtype, layout.projection)
+    _check("columns", call.columns, layout.row_dtype, layout.columns)
     if call.biases is not None:
-        capacity, k = call.neurons.shape[0], len(call.projections)
         _check("biases", call.biases, compute_dtype(call.x.dtype), (capacity, k))
-    d_out = call.folded.shape[-1]
     if call.fold is not None:
-        _check("fold", call.fold, _stored(call.fold_bits), layout.fold)
+        _check("fold", call.fold, layout.fold_dtype, layout.fold)
     _check("folded", call.folded, None, (*call.x.shape[:-1], d_out) if call.fold is None else (d_out,))
     _check("x", call.x, None, call.x.shape)
     return layout
@@ -173,39 +179,11 @@ def check_codes(codes: Tensor, scale: Tensor, zero: Tensor, bits: int, columns: 
     _check("zero", zero, torch.uint8, (rows, groups))
 
 
-def _layout(call: Correction) -> Layout:
-    try:
-        d, d_out, groups, capacity = (
-            call.x.shape[-1], call.folded.shape[-1], call.scale.shape[-1], call.neurons.shape[0],
-        )  # fmt: skip
-        hidden, column = call.columns.shape
-    except (IndexError, ValueError):
-        raise PlanMismatchError(_WRONG_AXES) from None
-    numbers = (
-        len(call.projections), d, d_out, hidden, capacity, groups, column, call.bits, call.activation, call.fold_bits,
-        call.row_bits,
-    )  # fmt: skip
-    try:
-        return _derive_layout(*numbers)
-    except TypeError:  # symbolic sizes are not hashable
-        return _derive_layout.__wrapped__(*numbers)
-
-
-def _stored(bits: int) -> torch.dtype | None:
-    """Dtype of a stored matrix: uint8 for codes, None for any floating point."""
-    return None if bits == 16 else torch.uint8
-
-
 def _check(name: str, tensor: Tensor, dtype: torch.dtype | None, shape: Sequence[int]) -> None:
     """Refuses a tensor with the wrong dtype or shape; a dtype of None is any floating point."""
     same_dtype = tensor.dtype.is_floating_point if dtype is None else tensor.dtype is dtype
     if tensor.shape != shape or not same_dtype:
-        _refuse(name, tensor, dtype, shape)
-
-
-def _refuse(name: str, tensor: Tensor, dtype: torch.dtype | None, shape: Sequence[int]) -> NoReturn:
-    """Raises an error with the actual and the expected dtype and shape of a tensor."""
-    raise PlanMismatchError(
-        f"{name} of a rewritten FFN has dtype {tensor.dtype} and shape {tuple(tensor.shape)}, but the op takes"
-        f" {dtype or 'floating point'} of shape {tuple(shape)}: the plan does not fit these weights"
-    )
+        raise PlanMismatchError(
+            f"{name} of a rewritten FFN has dtype {tensor.dtype} and shape {tuple(tensor.shape)}, but the op takes"
+            f" {dtype or 'floating point'} of shape {tuple(shape)}: the plan does not fit these weights"
+        )

@@ -29,16 +29,16 @@ class Form:
 
     def parameters(self, weights: SiteWeights) -> list[Tensor]:
         """The weights as this form stores them, in the order of :attr:`tardis_fx.graph.site.Site.parameters`."""
-        own = self._fused(weights)
-        stored = {name: matrix.mT if name in self.transposed else matrix for name, matrix in matrices(own).items()}
-        every = [tensor for name, matrix in stored.items() for tensor in (matrix, getattr(own, BIASES[name]))]
-        return [tensor for tensor in every if tensor is not None]
+        fused, parameters = self._fused(weights), list[Tensor | None]()
+        for name, matrix in matrices(fused).items():
+            parameters += [matrix.mT if name in self.transposed else matrix, getattr(fused, BIASES[name])]
+        return [parameter for parameter in parameters if parameter is not None]
 
     def function(self, weights: SiteWeights, activation: str | None) -> str | None:
         """Describes the function of these parameters; see :func:`tardis_fx.graph.site.function_of`."""
-        own = matrices(self._fused(weights))
-        turned = [name for name in self.transposed if own[name].shape[0] == own[name].shape[1]]
-        return function_of(activation, self.gate_half, turned)
+        shapes = {name: matrix.shape for name, matrix in matrices(self._fused(weights)).items()}
+        square = [name for name in self.transposed if shapes[name][0] == shapes[name][1]]
+        return function_of(activation, self.gate_half, square)
 
     def _fused(self, weights: SiteWeights) -> SiteWeights:
         """The weights, with both projections in ``up`` if the form fuses them."""
@@ -54,11 +54,7 @@ def _cat(weights: SiteWeights, *names: str) -> Tensor:
 
 
 def forms(weights: SiteWeights) -> list[Form]:
-    """All ways to store an FFN's weights.
-
-    Args:
-        weights: of the FFN; only their presence counts, not their values.
-    """
+    """All ways to store an FFN's weights, of which only the presence counts."""
     fusible = weights.gate is not None and (weights.gate_bias is None) == (weights.up_bias is None)
     names = {half: [n for n in matrices(weights) if half is None or n != "gate"] for half in (None, 0, 1)}
     return [

@@ -48,21 +48,21 @@ class _Options:
     prefill: Prefill | None = None
 
     @classmethod
-    def parse(cls, given: Any) -> _Options:
+    def parse(cls, extra: Any) -> _Options:
         """Reads and checks the mapping.
 
         Raises:
             ConfigError: it is not a mapping, lacks the plan, or has unknown keys.
         """
-        known = [field.name for field in fields(cls)]
-        if not isinstance(given, dict) or not isinstance(given.get("plan"), str) or set(given) - set(known):
+        keys = [field.name for field in fields(cls)]
+        if not isinstance(extra, dict) or not isinstance(extra.get("plan"), str) or set(extra) - set(keys):
             raise ConfigError(
-                'the load format "tardis" needs --model-loader-extra-config \'{"plan": "FILE"}\', and knows '
-                f"{' and '.join(known)}; given: {given!r}"
+                'the load format "tardis" needs --model-loader-extra-config \'{"plan": "FILE"}\' and takes the keys '
+                f"{' and '.join(keys)}, not {extra!r}"
             )
-        if given.get("prefill") not in (None, "original", "rewritten"):
-            raise ConfigError(f"prefill must be 'original' or 'rewritten', not {given['prefill']!r}")
-        return cls(**given)
+        if extra.get("prefill") not in (None, "original", "rewritten"):
+            raise ConfigError(f"prefill must be 'original' or 'rewritten', not {extra['prefill']!r}")
+        return cls(**extra)
 
 
 class TardisLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not installed when types are checked
@@ -107,17 +107,17 @@ class TardisLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not instal
             ServingError: the model is already rewritten, or an FFN cannot be removed from it.
         """
         if any(isinstance(module, RewrittenFFN) for module in model.modules()):
-            raise ServingError("weights cannot be loaded anew into a rewritten model: restart the server")
+            raise ServingError("weights cannot be loaded again into a rewritten model: restart the server")
         path = Path(self._options.plan).absolute()
         if path.suffix == ".safetensors" and path.parent == Path(model_config.model).absolute():
-            raise ServingError(f"{path} lies in the model's folder, and vLLM would load it as weights: move it")
+            raise ServingError(f"{path} is in the model's folder, where vLLM would load it as weights: move it")
         plan = Plan.load(path)
         self._inner.load_weights(model, model_config)
-        found = slots.find(model, plan)
-        for slot, entry in found:
+        planned = slots.find(model, plan)
+        for slot, entry in planned:
             _rewrite(slot, entry, self._options.prefill or plan.config.prefill)
-        kept = [entry.name for entry in plan.sites if entry not in plan.rewritten]
-        _log.info("%s: %d FFNs rewritten; original by the plan: %s", plan, len(found), ", ".join(kept) or "none")
+        refused = [entry.name for entry in plan.sites if entry not in plan.rewritten]
+        _log.info("%s: %d FFNs rewritten; refused by the plan: %s", plan, len(planned), ", ".join(refused) or "none")
 
 
 def _check(vllm_config: VllmConfig) -> None:
@@ -131,23 +131,23 @@ def _check(vllm_config: VllmConfig) -> None:
         "LoRA adapters": vllm_config.lora_config is not None,
         "a draft model": vllm_config.speculative_config is not None,
         "pipeline parallelism": vllm_config.parallel_config.pipeline_parallel_size > 1,
-        "an additional_config that is no mapping": not isinstance(vllm_config.additional_config, dict),
+        "an additional_config that is not a mapping": not isinstance(vllm_config.additional_config, dict),
     }
-    if given := [what for what, is_given in refused.items() if is_given]:
-        raise ServingError(f"a plan cannot be served with {', '.join(given)}")
+    if options := [option for option, is_set in refused.items() if is_set]:
+        raise ServingError(f"a plan cannot be served with {', '.join(options)}")
 
 
 def _hash(path: str) -> str:
     try:
         return hashlib.sha256(Path(path).read_bytes()).hexdigest()
     except OSError as error:
-        raise PlanFileError(f"no plan file {path}: {error.strerror}") from error
+        raise PlanFileError(f"cannot read the plan file {path}: {error.strerror}") from error
 
 
 def _rewrite(slot: slots.Slot, entry: SitePlan, prefill: Prefill) -> None:
     """Replaces an FFN's modules."""
-    layers, weights, (rank, size) = slot.layers, slot.weights, slot.shards
-    activation, down, reduce = slot.activation(str(entry.activation)), layers.pop(slot.down), slots.reduces(slot)
+    layers, weights, (rank, size), reduce = slot.layers, slot.weights, slot.shards, slot.reduces
+    activation, down = slot.activation(str(entry.activation)), layers.pop(slot.down)
     if size > 1:
         entry = shard(entry, rank, size, down.input_size)
     rewrite = rewrite_named(entry.method)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from vllm.distributed import tensor_model_parallel_all_reduce
 
@@ -24,8 +25,8 @@ class Through(nn.Module):
         super().__init__()
         self.return_bias = return_bias
 
-    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, None]:
-        """Returns x, [..., d], without a remaining bias to add."""
+    def forward(self, x: Float[Tensor, "*tokens d"]) -> Float[Tensor, "*tokens d"] | tuple[Tensor, None]:
+        """Returns x, without a remaining bias to add."""
         return (x, None) if self.return_bias else x
 
 
@@ -62,8 +63,8 @@ class RewrittenFFN(nn.Module):
         self.register_buffer(name, value, persistent=False)
         return name
 
-    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, None]:
-        """Applies the FFN, [..., d] to [..., d_out]."""
+    def forward(self, x: Float[Tensor, "*tokens d"]) -> Float[Tensor, "*tokens d_out"] | tuple[Tensor, None]:
+        """Applies the FFN."""
         constants = [getattr(self, name) for name in self._constants]
         original = [getattr(self, name) for name in self._original]
         out = torch.ops.tardis.serve(x, constants, original, self.spec, self.d_out)

@@ -11,7 +11,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
+import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor, fx
 
 from tardis_fx.graph.feed_forward import dense
@@ -54,59 +56,53 @@ def spec(entry: SitePlan, constants: Sequence[str], original: Sequence[str]) -> 
 def _read(text: str) -> _Spec:
     content = json.loads(text)
     entry = SitePlan(fingerprint="", name="", dtype="", shapes=(), dense_bytes=0, **content["planned"])
-    few = bool(content["original"])  # larger steps take it
-    return _Spec(_traced(entry, content["constants"], few), str(entry.activation), tuple(content["original"]))
+    few_rows = bool(content["original"])  # which larger steps take
+    return _Spec(_traced(entry, content["constants"], few_rows), str(entry.activation), tuple(content["original"]))
 
 
-def _traced(entry: SitePlan, names: Sequence[str], few: bool) -> Callable[..., Tensor]:
-    """Traces the forward of a rewrite to a graph in which the kernel computes the fold of few rows."""
+def _traced(entry: SitePlan, names: Sequence[str], few_rows: bool) -> Callable[..., Tensor]:
+    """Traces the forward of a rewrite to a graph; for few rows, the kernel computes the fold in it."""
     graph = fx.Graph()
     tracer = fx.proxy.GraphAppendingTracer(graph)
     x, *constants = (fx.Proxy(graph.placeholder(name), tracer) for name in ("x", *names))
     output = rewrite_named(entry.method).forward(x, dict(zip(names, constants, strict=True)), entry).node  # type: ignore[arg-type, attr-defined]
     graph.output(output)
-    if few:
+    if few_rows:
         cpu.take_fold(output)
     return fx.GraphModule({}, graph)
 
 
-def serve(x: Tensor, constants: list[Tensor], original: list[Tensor], text: str, d_out: int) -> Tensor:
-    """Applies a rewritten FFN to the rows of one step.
+def serve(
+    x: Float[Tensor, "*rows d"], constants: list[Tensor], original: list[Tensor], text: str, d_out: int
+) -> Float[Tensor, "*rows {d_out}"]:
+    """Applies a rewritten FFN to the rows of one step: all leading axes of ``x`` together.
 
     Args:
-        x: [..., d]; all leading axes together are the rows of the step.
+        x: inputs.
         constants: made by the rewrite from plan and weights.
         original: weights for rows that take the original, or empty.
         text: from :func:`spec`.
         d_out: output width.
-
-    Returns:
-        [..., d_out].
     """
     site = _read(text)
     rows = x.reshape(-1, x.shape[-1])
     if not original:
         return site.run(rows, *constants).view(*x.shape[:-1], d_out)
+    weights = dict(zip(site.original, original, strict=True))
     lengths = query_lengths(len(rows))
-    chosen = decoding(lengths, decode_tokens(x.device))
-    if all(chosen):
+    decoded = decoding(lengths, decode_tokens(x.device))
+    if all(decoded):
         out = site.run(rows, *constants)
-    elif not any(chosen):
-        out = _original(site, rows, original)
+    elif not any(decoded):
+        out = dense(rows, weights, site.activation)
     else:
-        mask = torch.zeros(len(rows), dtype=torch.bool, device="cpu")
-        mask[: sum(lengths)] = torch.tensor(chosen, dtype=torch.bool, device="cpu").repeat_interleave(
-            torch.tensor(lengths, dtype=torch.int64, device="cpu")
-        )
-        few, many = (m.nonzero()[:, 0].to(x.device) for m in (mask, ~mask))
+        mask = np.zeros(len(rows), dtype=bool)
+        mask[: sum(lengths)] = np.repeat(decoded, lengths)
+        few, many = (torch.from_numpy(np.flatnonzero(m)).to(x.device) for m in (mask, ~mask))
         out = x.new_empty(len(rows), d_out)
         out[few] = site.run(rows[few], *constants)
-        out[many] = _original(site, rows[many], original)
+        out[many] = dense(rows[many], weights, site.activation)
     return out.view(*x.shape[:-1], d_out)
-
-
-def _original(site: _Spec, rows: Tensor, weights: list[Tensor]) -> Tensor:
-    return dense(rows, dict(zip(site.original, weights, strict=True)), site.activation)
 
 
 def _fake(x: Tensor, constants: list[Tensor], original: list[Tensor], text: str, d_out: int) -> Tensor:

@@ -37,11 +37,11 @@ def shard(entry: SitePlan, rank: int, size: int, hidden: int) -> SitePlan:
         )
     neurons, guarded = entry.tensors["neurons"].long(), len(entry.tensors["codes"])
     first = rank * (hidden // size)
-    own = (neurons >= first) & (neurons < first + hidden // size)
-    kept = {"neurons": (neurons[own] - first).to(entry.tensors["neurons"].dtype)}
+    in_shard = (neurons >= first) & (neurons < first + hidden // size)
+    tensors = {"neurons": (neurons[in_shard] - first).to(entry.tensors["neurons"].dtype)}
     for name, tensor in entry.tensors.items():
         if name.startswith("folded_"):
-            kept[name] = tensor if rank == 0 else torch.zeros_like(tensor)
+            tensors[name] = tensor if rank == 0 else torch.zeros_like(tensor)
         elif name != "neurons":
-            kept[name] = tensor[own if len(tensor) == len(neurons) else own[:guarded]]
-    return replace(entry, tensors=kept)
+            tensors[name] = tensor[in_shard if len(tensor) == len(neurons) else in_shard[:guarded]]
+    return replace(entry, tensors=tensors)

@@ -72,15 +72,21 @@ class Slot:
         return (layer.tp_rank, layer.tp_size) if _is_sharded(layer) else (0, 1)
 
     @property
+    def reduces(self) -> bool:
+        """Whether the last layer sums the outputs of the ranks."""
+        down = self.layers[self.down]
+        return isinstance(down, RowParallelLinear) and down.reduce_results and self.shards[1] > 1
+
+    @property
     def weights(self) -> SiteWeights:
         """This rank's weights, as vLLM has loaded them."""
-        own: dict[str, Any] = {"gate": None, "gate_bias": None}
+        weights: dict[str, Any] = {"gate": None, "gate_bias": None}
         for name, place in self.places.items():
             layer = self.layers[place.layer]
             for key, tensor in ((name, layer.weight), (BIASES[name], layer.bias)):
-                whole = None if tensor is None else tensor.data.as_subclass(torch.Tensor)
-                own[key] = None if whole is None else whole.chunk(place.parts)[place.part]
-        return SiteWeights(**own)
+                merged = None if tensor is None else tensor.data.as_subclass(torch.Tensor)
+                weights[key] = None if merged is None else merged.chunk(place.parts)[place.part]
+        return SiteWeights(**weights)
 
     @property
     def whole_weights(self) -> SiteWeights:
@@ -94,9 +100,9 @@ class Slot:
         return self._joined(lambda shard, axis: torch.cat([shard.to("meta")] * size, axis))
 
     def _joined(self, join: Callable[[Tensor, int], Tensor]) -> SiteWeights:
-        own = self.weights
-        shards = {n: t for n, t in vars(own).items() if t is not None and n != "down_bias"}
-        return replace(own, **{n: join(t, 1 if n == "down" else 0) for n, t in shards.items()})
+        weights = self.weights
+        shards = {n: t for n, t in vars(weights).items() if t is not None and n != "down_bias"}
+        return replace(weights, **{n: join(t, 1 if n == "down" else 0) for n, t in shards.items()})
 
     def activation(self, wanted: str) -> str:
         """Name of the only child of ``parent`` that computes an activation, times ``up`` if there is a gate.
@@ -107,16 +113,16 @@ class Slot:
         children = {n: c for n, c in self.parent.named_children() if n not in self.layers}
         plain = {n: c for n, c in children.items() if not any(True for _ in c.parameters())}
         with torch.compiler.set_stance("force_eager"):  # vLLM compiles some of them
-            found = {n: a for n, c in plain.items() if (a := self._computed(c)) and a.affine is None}
-        named = [n for n, a in found.items() if a.name == wanted]
-        if len(named) != 1:
-            others = ", ".join(f"{n} ({a.name})" for n, a in found.items()) or "none"
+            activations = {n: a for n, c in plain.items() if (a := self._computed(c)) and a.affine is None}
+        names = [n for n, a in activations.items() if a.name == wanted]
+        if len(names) != 1:
+            recognised = ", ".join(f"{n} ({a.name})" for n, a in activations.items()) or "none"
             gated = f" of {self.places['gate']} times {self.places['up']}" if "gate" in self.places else ""
             raise ServingError(
                 f"{self.name}: the plan's activation is {wanted}{gated}, and {type(self.parent).__name__} has "
-                f"{len(named) or 'no'} module for it (activations found: {others}): was the model's config changed?"
+                f"{len(names) or 'no'} module for it (activations found: {recognised}): was the model's config changed?"
             )
-        return named[0]
+        return names[0]
 
     def _computed(self, module: nn.Module) -> Activation | None:
         """The activation that a module computes, from gate and up if both come from one layer."""
@@ -142,8 +148,7 @@ def find(model: nn.Module, plan: Plan) -> list[tuple[Slot, SitePlan]]:
     """
     if not plan.rewritten:
         raise PlanMismatchError("the plan rewrites no FFN")
-    found: list[tuple[Slot, SitePlan]] = []
-    alike, known = list[Slot](), set[tuple[str, str]]()
+    rewritten, unknown, known = list[tuple[Slot, SitePlan]](), list[Slot](), set[tuple[str, str]]()
     for slot in _slots(model):
         stored = _stored(slot)
         entries = [entry for entry in plan.sites if (entry.kind, entry.shapes) in stored]
@@ -151,19 +156,19 @@ def find(model: nn.Module, plan: Plan) -> list[tuple[Slot, SitePlan]]:
             continue
         entry = _entry(slot, entries, stored)
         if entry is None:
-            alike.append(slot)
+            unknown.append(slot)
             continue
         known.add((slot.name, slot.down))
         if isinstance(entry, SitePlan):
-            found.append((slot, entry))
-    served = {entry.fingerprint for _, entry in found}
+            rewritten.append((slot, entry))
+    served = {entry.fingerprint for _, entry in rewritten}
     if missing := [entry for entry in plan.rewritten if entry.fingerprint not in served]:
-        reasons = "; ".join(f"{e.name}: {_mismatch(e, alike)}" for e in missing[:4])
+        reasons = "; ".join(f"{e.name}: {_mismatch(e, unknown)}" for e in missing[:4])
         more = f"; and {len(missing) - 4} more" if len(missing) > 4 else ""
         if served:
             raise StaleWeightError(f"weights are not those that the plan was made for: {reasons}{more}")
         raise PlanMismatchError(f"the plan fits none of the model's FFNs: {reasons}{more}")
-    return found
+    return rewritten
 
 
 def _slots(model: nn.Module) -> Iterator[Slot]:
@@ -202,16 +207,16 @@ _Stored = dict[tuple[str, tuple[tuple[int, ...], ...]], list[Form]]
 
 def _stored(slot: Slot) -> _Stored:
     """Forms in which the calibrated model may have stored a slot's weights, by kind and shapes of an entry."""
-    outline, found = slot.outline, _Stored()
+    outline, stored = slot.outline, _Stored()
     kind = "plain" if outline.gate is None else "gated"
     for form in forms(outline):
         shapes = tuple(tuple(parameter.shape) for parameter in form.parameters(outline))
-        found.setdefault((kind, shapes), []).append(form)
-    return found
+        stored.setdefault((kind, shapes), []).append(form)
+    return stored
 
 
 def _entry(slot: Slot, entries: Sequence[Planned], stored: _Stored) -> Planned | None:
-    """The entry of the slot's weights."""
+    """The plan's entry for the weights of a slot."""
     weights = slot.whole_weights
     for activation, form in sorted({(e.activation, f) for e in entries for f in stored[e.kind, e.shapes]}, key=str):
         identity = fingerprint(form.parameters(weights), form.function(weights, activation))
@@ -222,24 +227,16 @@ def _entry(slot: Slot, entries: Sequence[Planned], stored: _Stored) -> Planned |
     return None
 
 
-def _mismatch(entry: Entry, alike: Sequence[Slot]) -> str:
+def _mismatch(entry: Entry, unknown: Sequence[Slot]) -> str:
     """Why an entry has no slot."""
-    same = [slot for slot in alike if (entry.kind, entry.shapes) in _stored(slot)]
-    if not same:
+    alike = [slot for slot in unknown if (entry.kind, entry.shapes) in _stored(slot)]
+    if not alike:
         return f"the model has no FFN of its shapes {', '.join(map(str, entry.shapes))}"
-    names = list(dict.fromkeys(slot.name for slot in same))
-    dtypes = {str(slot.weights.up.dtype) for slot in same} - {entry.dtype}
-    if dtypes:
-        return (
-            f"the plan was made for {entry.dtype} weights, the engine has {' and '.join(sorted(dtypes))}: use --dtype"
-        )
+    if dtypes := {str(slot.weights.up.dtype) for slot in alike} - {entry.dtype}:
+        engine = " and ".join(sorted(dtypes))
+        return f"the plan was made for {entry.dtype} weights, but the engine has {engine}: use --dtype"
+    names = ", ".join(list(dict.fromkeys(slot.name for slot in alike))[:4])
     return (
-        f"no FFN has its weights (of its shapes, but with weights unknown to the plan: "
-        f"{', '.join(names[:4])}): they changed since calibration, or belong to another model"
+        f"no FFN has its weights (FFNs of its shapes, with weights unknown to the plan: {names}): "
+        "they changed since calibration, or belong to another model"
     )
-
-
-def reduces(slot: Slot) -> bool:
-    """Whether the last projection sums the outputs of the ranks."""
-    down = slot.layers[slot.down]
-    return isinstance(down, RowParallelLinear) and down.reduce_results and slot.shards[1] > 1

@@ -26,8 +26,7 @@ def query_lengths(rows: int) -> list[int]:
     starts = getattr(next(iter(metadata.values())), "query_start_loc", None) if isinstance(metadata, dict) else None
     if starts is None:
         raise ServingError(
-            "vLLM's attention backend does not tell which rows belong to which request: serve with "
+            "vLLM's attention backend does not report which rows belong to which request: serve with "
             '"prefill": "rewritten" in --model-loader-extra-config'
         )
-    bounds = starts.tolist()
-    return [end - start for start, end in pairwise(bounds)]
+    return [end - start for start, end in pairwise(starts.tolist())]

@@ -63,7 +63,7 @@ class Exact:
         return [(s.name, s.kind, s.activation, s.reason) for s in self.sites]
 
 
-def _no_other(unknown: object) -> Any:
+def _no_other(unknown: list[str], changed: bool) -> Any:
     raise AssertionError(f"weights that the plan does not know: {unknown}")
 
 

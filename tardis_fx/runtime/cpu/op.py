@@ -42,16 +42,9 @@ def correct(call: Correction) -> Float[Tensor, "*tokens d_out"]:
     fold = None if call.fold is None else call.fold.contiguous()
     (first, first_stride), (second, second_stride) = projections[0], projections[-1]
     out = torch.empty_like(x) if d == d_out else x.new_empty((*x.shape[:-1], d_out))
+    tensors = [out, folded, x, first, second, columns, *listed, biases, fold]
     packed = _CALL.pack(
-        out.data_ptr(),
-        folded.data_ptr(),
-        x.data_ptr(),
-        first.data_ptr(),
-        second.data_ptr(),
-        columns.data_ptr(),
-        *[tensor.data_ptr() for tensor in listed],
-        0 if biases is None else biases.data_ptr(),
-        0 if fold is None else fold.data_ptr(),
+        *[0 if tensor is None else tensor.data_ptr() for tensor in tensors],
         len(projections),
         x.numel() // d,
         d,
