@@ -86,7 +86,7 @@ class Rewritten:
         return bool(self.guards)
 
 
-def apply(gm: fx.GraphModule, example_inputs: Sequence[Tensor], plan: Plan, prefill: Prefill) -> Rewritten:
+def apply(gm: fx.GraphModule, example_inputs: Sequence[Any], plan: Plan, prefill: Prefill) -> Rewritten:
     """Rewrites the planned sites in a copy of a graph.
 
     Under ``prefill="original"`` a graph for steps of many tokens keeps its sites. If the number of tokens is symbolic,
@@ -164,7 +164,7 @@ def _forward(rewrite: Rewrite, plan: SitePlan, x: Any, constants: Mapping[str, A
     return rewrite.forward(x, constants, plan)
 
 
-def outcomes(gm: fx.GraphModule, example_inputs: Sequence[Tensor], plan: Plan) -> list[Outcome]:
+def outcomes(gm: fx.GraphModule, example_inputs: Sequence[Any], plan: Plan) -> list[Outcome]:
     """All sites of a graph with their entries in a plan; unfuses the graph's fused encoder layers."""
     unfuse(gm.graph)
     values = dict(zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True))

@@ -137,11 +137,7 @@ class GuardedGraph:
         return known.run(*inputs, *known.constants)
 
     def served(self, tensors: Mapping[int, Tensor]) -> Iterator[tuple[SiteGuard, SitePlan, list[Tensor]]]:
-        """The sites that ran with constants, with their entries and weights.
-
-        Args:
-            tensors: by their ids; sites with other weights are left out.
-        """
+        """The sites that ran with constants made from these tensors, by id, with their entries and weights."""
         for known in list(self._known.values()):
             ids = iter(known.weights.ids)
             for guard, constants in zip(self._guards, known.shared, strict=False):  # none if the original ran
@@ -185,12 +181,7 @@ class FrozenGraph:
     """A compiled graph that contains its weights, as made by Inductor's freezing."""
 
     def __init__(self, compiled: Callable[..., Any], sites: Sequence[tuple[SiteGuard, Sequence[Tensor]]]) -> None:
-        """Takes a snapshot of the weights of the rewritten sites.
-
-        Args:
-            compiled: the graph.
-            sites: the rewritten sites with their weights.
-        """
+        """Takes a snapshot of the weights of the rewritten sites."""
         self._compiled, self._sites = compiled, list(sites)
         self._weights = tuple(weight for _, weights in sites for weight in weights)
         self._made_from = Snapshot(self._weights)

@@ -10,7 +10,7 @@ from functools import cache, partial
 from typing import Any, Never
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 from torch._dynamo.backends.registry import lookup_backend
 from torch._dynamo.exc import InvalidBackend, ShortenTraceback
 from torch._dynamo.guards import GuardBuilder, install_guard
@@ -35,7 +35,7 @@ _log = logging.getLogger("tardis_fx")
 
 
 def tardis(
-    gm: fx.GraphModule, example_inputs: list[Tensor], *, options: dict[str, Any] | None = None, mode: str | None = None
+    gm: fx.GraphModule, example_inputs: list[Any], *, options: dict[str, Any] | None = None, mode: str | None = None
 ) -> Callable[..., Any]:
     """Compiles a Dynamo graph: rewrites the FFNs that a plan covers and hands the rest to Inductor.
 
@@ -170,22 +170,16 @@ def _profiled(
         refuse_released(site.name, [example_inputs[i] for i in indices])
     return_inputs(observed, sites)
     compiled = _inner(options.inner, options.mode)(observed, list(example_inputs))
-    return ProfiledGraph(compiled, sites, positions, settings, _Retraced(gm, options))
+    return ProfiledGraph(compiled, sites, positions, settings, _retraced(gm, options))
 
 
-class _Retraced:
-    """Replaces a graph whose profiles are finished: by nothing, if Dynamo can trace its code again.
+def _retraced(gm: fx.GraphModule, options: Options) -> Callable[[], Callable[..., Any] | None]:
+    """A function that replaces a graph whose profiles are finished: by nothing, if Dynamo can trace its code again.
 
     If other threads prevent that, the graph is traced as separate code.
     """
-
-    def __init__(self, gm: fx.GraphModule, options: Options) -> None:
-        self._gm, self._options, self._retrace = copy(gm), options, Retrace()
-
-    def __call__(self) -> Callable[..., Any] | None:
-        if self._retrace():
-            return None
-        return _compiled_anew(self._gm, partial(_compile, options=self._options))
+    original, retrace = copy(gm), Retrace()
+    return lambda: None if retrace() else _compiled_anew(original, partial(_compile, options=options))
 
 
 class _Fallback:
@@ -193,7 +187,7 @@ class _Fallback:
 
     def __init__(self, gm: fx.GraphModule, options: Options) -> None:
         self._gm, self._options = copy(gm), options
-        self._retraced = _Retraced(gm, options) if options.observes else None
+        self._retraced = _retraced(gm, options) if options.observes else None
         self._variant: Callable[..., Any] | None = None
 
     def __call__(self, unknown: list[str], changed: bool) -> Callable[..., Any]:

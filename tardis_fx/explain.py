@@ -117,7 +117,7 @@ def explain(model: nn.Module, plan: Plan | str | os.PathLike[str] | None, exampl
     fingerprints: set[str] = set()
     reports: dict[tuple[str, Hashable], SiteReport] = {}
 
-    def observe(gm: fx.GraphModule, example_inputs: list[Tensor]) -> Callable[..., Any]:
+    def observe(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         values = dict(zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True))
         for outcome in pipeline.outcomes(gm, example_inputs, loaded):
             site, entry = outcome.site, outcome.plan

@@ -125,7 +125,7 @@ def _find(model: nn.Module, plan: Plan, example: Batch) -> tuple[list[_Planned],
     sites: dict[tuple[Any, ...], _Planned] = {}
     elsewhere: set[int] = set()
 
-    def collect(gm: fx.GraphModule, example_inputs: list[Tensor]) -> Callable[..., Any]:
+    def collect(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         values = dict(zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True))
         inside: set[fx.Node] = set()
         for site, entry, reason in ((o.site, o.plan, o.reason) for o in pipeline.outcomes(gm, example_inputs, plan)):

@@ -12,10 +12,8 @@ from torch import Tensor
 def resident_bytes(device: torch.device) -> int | None:
     """Bytes of a device's memory that the process holds; None if the system does not report it.
 
-    Pages of mapped files do not count, because the system can reclaim them when memory is short.
-
-    Args:
-        device: a CUDA device, reported by PyTorch's allocator, or the CPU, reported by Linux.
+    PyTorch's allocator reports the memory of CUDA devices, Linux that of the CPU. Pages of mapped files do not count,
+    because the system can reclaim them when memory is short.
     """
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)

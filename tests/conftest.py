@@ -29,10 +29,15 @@ sys.path.insert(0, str(Path(__file__).parent))  # for `builders`: pytest's impor
 importlib.import_module("builders.typechecker")  # jaxtyping imports the first of these names alone
 CHECKED = (
     "quantisation",
+    "resident",
+    "runtime.cpu.op",
     "runtime.fingerprint",
     "runtime.packing",
     "runtime.prepared",
     "runtime.reference",
+    "serving.forms",
+    "serving.op",
+    "serving.shards",
     "statistics",
 )
 install_import_hook([f"tardis_fx.{room}" for room in CHECKED], "builders.typechecker.typechecker")

@@ -40,9 +40,9 @@ FEW, MANY = inputs(4, 16, seed=7), inputs(40, 16, seed=8)
 def test_a_plan_is_taken_as_object_as_path_and_as_string(model: FFN, plan: Plan, tmp_path: Path) -> None:
     path = tmp_path / "plan"
     plan.save(path)
-    for given in (plan, path, str(path)):
+    for argument in (plan, path, str(path)):
         torch._dynamo.reset()
-        torch.testing.assert_close(compiled(model, given)(FEW), expected(model, plan, FEW))
+        torch.testing.assert_close(compiled(model, argument)(FEW), expected(model, plan, FEW))
 
 
 @torch.no_grad()
@@ -56,8 +56,8 @@ def test_inductor_is_the_inner_backend_and_makes_one_graph(model: FFN, plan: Pla
 def test_a_model_can_be_compiled_with_one_plan_after_the_other(model: FFN, plan: Plan) -> None:
     other = planned(model, budget=0.9)
     for _ in range(2):
-        for given in (plan, other):
-            torch.testing.assert_close(compiled(model, given)(FEW), expected(model, given, FEW))
+        for argument in (plan, other):
+            torch.testing.assert_close(compiled(model, argument)(FEW), expected(model, argument, FEW))
 
 
 @torch.no_grad()
@@ -142,9 +142,9 @@ def test_prefill_is_the_plans_unless_an_option_says_otherwise(model: FFN, plan: 
         (as_original, {"prefill": "rewritten"}, rewritten), (plan, {"prefill": "original"}, exact),
         (as_original, {"prefill": None}, exact),
     ]  # fmt: skip
-    for given, options, result in cases:
+    for argument, options, result in cases:
         torch._dynamo.reset()
-        torch.testing.assert_close(compiled(model, given, **options)(MANY), result)
+        torch.testing.assert_close(compiled(model, argument, **options)(MANY), result)
 
 
 @torch.no_grad()
@@ -211,9 +211,9 @@ def test_a_fused_encoder_is_calibrated_and_rewritten() -> None:
     plan = calibrate(model, [inputs(4, 64, 16, seed=i) for i in range(4)], config=config(budget=0.6))
     assert [site.method for site in plan.sites] == ["partial_linear"] * 2
     x = inputs(2, 5, 16, seed=9)
-    found, exact = compiled(model, plan)(x), model(x)
-    assert not torch.equal(found, exact)
-    torch.testing.assert_close(found, exact, rtol=0, atol=0.3)
+    output, exact = compiled(model, plan)(x), model(x)
+    assert not torch.equal(output, exact)
+    torch.testing.assert_close(output, exact, rtol=0, atol=0.3)
     assert {site.status for site in explain(model, plan, x).sites} == {"rewritten"}
 
 

@@ -159,12 +159,12 @@ def test_a_freed_storage_is_an_error_until_it_is_back(calls: Callable[[], int]) 
     model = blocks()
     run = fast(model, changing_nothing(model))
     run(FEW)
-    kept = [(parameter, parameter.clone()) for parameter in model.parameters()]
-    for parameter, _ in kept:
+    values = [(parameter, parameter.clone()) for parameter in model.parameters()]
+    for parameter, _ in values:
         parameter.untyped_storage().resize_(0)
     with pytest.raises(StaleWeightError, match="the storage of a weight was freed"):
         run(FEW)
-    for parameter, value in kept:
+    for parameter, value in values:
         parameter.untyped_storage().resize_(value.nbytes)
         parameter.copy_(value)
     assert_near(run(FEW), model(FEW))

@@ -12,17 +12,13 @@ import pytest
 import torch
 from builders.compiled import compiled
 from builders.ffns import FFN, Block, expected, ffn, ffn_of, inputs, planned
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
 from torch.utils.dlpack import from_dlpack
 
-import tardis_fx
-from tardis_fx import ConfigError, Plan, PlanMismatchError, StaleWeightError
+from tardis_fx import Plan, PlanMismatchError, StaleWeightError
 from tardis_fx.passes.weight_guard import GuardedGraph
-from tardis_fx.runtime import snapshot
 
 FEW, MANY = inputs(4, 16, seed=7), inputs(40, 16, seed=8)
 
@@ -33,8 +29,8 @@ FEW, MANY = inputs(4, 16, seed=7), inputs(40, 16, seed=8)
 @torch.no_grad()
 def test_blocks_that_share_one_graph_use_their_own_constants() -> None:
     blocks = [Block(ffn(seed=seed)) for seed in range(4)]
-    whole = nn.Sequential(*blocks).eval()
-    plan = planned(whole)
+    model = nn.Sequential(*blocks).eval()
+    plan = planned(model)
     compilations: list[int] = []
 
     def counting(gm: torch.fx.GraphModule, _: list[Tensor]) -> Callable[..., Any]:
@@ -45,9 +41,9 @@ def test_blocks_that_share_one_graph_use_their_own_constants() -> None:
     for i, block in enumerate(blocks):
         block.compile(backend="tardis", options={"plan": plan, "inner": "counting"})
         norm = block.norm(FEW)
-        one = Plan((plan.sites[i],), plan.config)
+        own_plan = Plan((plan.sites[i],), plan.config)
         for _ in range(2):
-            torch.testing.assert_close(block(FEW), FEW + expected(ffn_of(block), one, norm))
+            torch.testing.assert_close(block(FEW), FEW + expected(ffn_of(block), own_plan, norm))
     assert len(compilations) == 1, "not one graph: the test tests nothing"
 
 
@@ -72,8 +68,8 @@ class Turned(nn.Module):
 
 @torch.no_grad()
 def test_a_square_matrix_read_the_other_way_round_is_another_weight() -> None:
-    one, other = Turned(turned=False).eval(), Turned(turned=True).eval()
-    for planned_for, fitting, refused in ((one, one, other), (other, other, one)):
+    straight, turned = Turned(turned=False).eval(), Turned(turned=True).eval()
+    for planned_for, fitting, refused in ((straight, straight, turned), (turned, turned, straight)):
         plan = planned(planned_for)
         assert plan.sites[0].method == "partial_linear"
         assert not torch.equal(compiled(fitting, plan)(FEW), fitting(FEW))
@@ -133,12 +129,12 @@ def test_a_changed_weight_raises_and_never_answers(change: str, model: FFN, plan
 @pytest.mark.parametrize("change", [name for name in CHANGES if "module" not in name])
 @torch.no_grad()
 def test_weights_put_back_work_again(change: str, model: FFN, plan: Plan) -> None:
-    fast, kept = compiled(model, plan), {name: value.clone() for name, value in model.state_dict().items()}
+    fast, state = compiled(model, plan), {name: value.clone() for name, value in model.state_dict().items()}
     before = fast(FEW)
     CHANGES[change](model)
     with pytest.raises(StaleWeightError):
         fast(FEW)
-    model.load_state_dict(kept)
+    model.load_state_dict(state)
     for _ in range(2):
         assert torch.equal(fast(FEW), before)
 
@@ -192,8 +188,8 @@ def test_on_change_original_leaves_the_other_sites_rewritten() -> None:
     fast(FEW)
     ffn_of(model[0]).up.weight.mul_(2)
     first = model[0](FEW)
-    own = Plan((plan.sites[1],), plan.config)
-    torch.testing.assert_close(fast(FEW), first + expected(ffn_of(second), own, second.norm(first)))
+    second_plan = Plan((plan.sites[1],), plan.config)
+    torch.testing.assert_close(fast(FEW), first + expected(ffn_of(second), second_plan, second.norm(first)))
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -205,9 +201,9 @@ def test_on_change_refit_observes_the_changed_model_and_fits_it(change: str, mod
     for i in range(8):  # four runs of two calls
         x = inputs(256, 16, seed=i)
         torch.testing.assert_close(fast(x), model(x))
-    found, exact = fast(FEW), model(FEW)
-    assert not torch.equal(found, exact)
-    assert (found - exact).norm() < 0.5 * exact.norm() < 5 * (stale - exact).norm()
+    output, exact = fast(FEW), model(FEW)
+    assert not torch.equal(output, exact)
+    assert (output - exact).norm() < 0.5 * exact.norm() < 5 * (stale - exact).norm()
 
 
 @torch.no_grad()
@@ -322,19 +318,10 @@ def test_a_buffer_that_holds_another_blocks_weights_is_noticed(model: FFN, plan:
         parameter.data = room
     fast = compiled(model, plan)
     fast(FEW)
-    for other, room in zip(ffn(seed=9).parameters(), buffer, strict=True):
-        room.copy_(other)
+    for parameter, room in zip(ffn(seed=9).parameters(), buffer, strict=True):
+        room.copy_(parameter)
     with pytest.raises(StaleWeightError):
         fast(FEW)
-
-
-@torch.no_grad()
-def test_a_view_of_the_same_storage_is_another_weight() -> None:
-    """One storage, one address, one version: only the strides differ."""
-    seen = snapshot.Snapshot([matrix := nn.Parameter(torch.randn(8, 8))])
-    assert seen.holds([matrix])
-    matrix.data = matrix.data.T
-    assert not seen.holds([matrix])
 
 
 @torch.no_grad()
@@ -354,73 +341,10 @@ def test_storages_that_a_weight_left_are_freed(model: FFN, plan: Plan) -> None:
 def test_weights_can_be_freed_after_calibration_and_compilation(model: FFN) -> None:
     """As FSDP and offloaders do; a NumPy view of a storage would forbid it."""
     fast = compiled(model, planned(model))
-    before, kept = fast(FEW), [parameter.clone() for parameter in model.parameters()]
+    before, values = fast(FEW), [parameter.clone() for parameter in model.parameters()]
     for parameter in model.parameters():
         parameter.untyped_storage().resize_(0)
-    for parameter, value in zip(model.parameters(), kept, strict=True):
+    for parameter, value in zip(model.parameters(), values, strict=True):
         parameter.untyped_storage().resize_(value.nbytes)
         parameter.data.copy_(value)
     assert torch.equal(fast(FEW), before)
-
-
-@pytest.mark.parametrize("native", [True, False])
-@given(
-    layout=st.sampled_from(["rows", "columns", "every other", "one number", "expanded", "vector"]),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float64, torch.int8]),
-    rows=st.integers(1, 40),
-    columns=st.integers(1, 40),
-)
-def test_any_write_to_all_of_a_tensor_is_seen_at_the_next_call(
-    native: bool, layout: str, dtype: torch.dtype, rows: int, columns: int
-) -> None:
-    whole = torch.randn(2 * rows, 2 * columns).mul(20).to(dtype)
-    tensor = {
-        "rows": whole,
-        "columns": whole.T,
-        "every other": whole[::2, ::2],
-        "one number": whole[0, 0],
-        "expanded": whole[:1, :1].expand(rows, columns),
-        "vector": whole[0],
-    }[layout]
-    compare = snapshot._comparison() if native else snapshot._differing_lines
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(snapshot, "_comparison", lambda: compare)
-        seen = snapshot.Snapshot([tensor])
-        for _ in range(2 * snapshot.LINES):
-            assert seen.holds([tensor])
-        whole.data.view(torch.int8).bitwise_not_()
-        assert not seen.holds([tensor])
-        assert not seen.holds_throughout([tensor])
-
-
-# ---- All of it, on request
-
-
-@torch.no_grad()
-def test_verify_finds_one_element_that_a_call_does_not() -> None:
-    model = ffn(64, 512)
-    plan, x = planned(model, d=64), inputs(4, 64, seed=7)
-    fast = compiled(model, plan)
-    fast(x)
-    assert tardis_fx.verify(fast) == tardis_fx.verify(model) == [plan.sites[0].name]
-    weight = model.up.weight.numpy()
-    for row in range(512):
-        weight[row, 0] += 1
-        try:
-            for _ in range(snapshot.LINES):
-                fast(x)
-            break
-        except StaleWeightError:  # a line that calls do compare
-            weight[row, 0] -= 1
-    for _ in range(2):
-        with pytest.raises(StaleWeightError, match="not those that the plan was made for"):
-            tardis_fx.verify(fast)
-    with pytest.raises(StaleWeightError, match="changed since calibration"):
-        fast(x)
-
-
-def test_verify_takes_a_model_that_has_run_rewritten(model: FFN, plan: Plan) -> None:
-    with pytest.raises(PlanMismatchError, match="call it once"):
-        tardis_fx.verify(compiled(model, plan))
-    with pytest.raises(ConfigError, match="compiled model"):
-        tardis_fx.verify(lambda x: x)  # type: ignore[arg-type]  # no model

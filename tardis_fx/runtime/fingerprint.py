@@ -17,10 +17,8 @@ _KNOWN: dict[tuple[Any, ...], tuple[Snapshot, str]] = {}
 def fingerprint(weights: Sequence[Tensor], function: str | None) -> str:
     """Hash of dtypes, shapes and contents of a site's weights, in order; remembered until one of them changes.
 
-    Args:
-        weights: of any shapes, on any device.
-        function: of the site (:attr:`tardis_fx.graph.site.Site.function`), because the same weights may be used with
-            another activation.
+    It includes the site's :attr:`tardis_fx.graph.site.Site.function`, because the same weights may be used with another
+    activation.
     """
     if any(weight.is_inference() for weight in weights):
         return content_hash(weights, function)
@@ -32,13 +30,9 @@ def fingerprint(weights: Sequence[Tensor], function: str | None) -> str:
 
 
 def remember(weights: Sequence[Tensor], function: str | None, identity: str, snapshot: Snapshot | None = None) -> None:
-    """Remembers a hash as that of a site's weights until one of them changes.
+    """Remembers a hash as the :func:`fingerprint` of weights until one of them changes.
 
-    Args:
-        weights: as in :func:`fingerprint`.
-        function: as in :func:`fingerprint`.
-        identity: the hash of the weights.
-        snapshot: of the weights, if it was taken earlier.
+    A change counts from the snapshot on, or from now on.
     """
     snapshot = snapshot or Snapshot(weights)
     for key in [key for key, (known, _) in list(_KNOWN.items()) if not known.alive]:

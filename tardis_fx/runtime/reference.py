@@ -13,16 +13,13 @@ from tardis_fx.runtime.packing import low_bits, split, spread, unpack
 
 
 def correct(call: Correction) -> Float[Tensor, "*tokens d_out"]:
-    """Adds the exact terms of the predicted outliers to the folded output (paper, section 5.3).
+    """Adds the exact terms of the predicted outliers to the folded output, in its dtype (paper, section 5.3).
 
     The response of a neuron to its pre-activations is ``activation(z[0])`` times the others; the fold contains an
     affine function of them, the surrogate, instead. The first ``guarded`` neurons of the list are corrected if the
     guard says so, the other ``listed`` ones always. A correction replaces the surrogate by the response. The
     pre-activations are computed from the original weights; with quantised rows, they are the estimates plus the
     products with rows of low planes, and every listed neuron must be guarded (a bound may be infinite).
-
-    Returns:
-        The output, in the dtype of ``folded``.
     """
     (*shape, d), dtype = call.x.shape, compute_dtype(call.x.dtype)
     tokens = call.x.reshape(-1, d).to(dtype)
@@ -84,12 +81,8 @@ def surrogate_error(
     """Responses to the k pre-activations minus their affine surrogates, given as slopes and intercept."""
     *slopes, intercept = surrogate.to(z[0].dtype).unbind(1)
     affine = sum(slope * p for slope, p in zip(slopes, z, strict=True)) + intercept
-    return response(z, activation) - affine
-
-
-def response(z: Sequence[Float[Tensor, "*tokens"]], activation: str) -> Float[Tensor, "*tokens"]:
-    """Responses of neurons to their k pre-activations."""
-    return math.prod(z[1:], start=ACTIVATIONS[activation].eager(z[0]))
+    response: Tensor = math.prod(z[1:], start=ACTIVATIONS[activation].eager(z[0]))
+    return response - affine
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -40,10 +40,7 @@ class Snapshot:
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
-        """Takes a snapshot of tensors.
-
-        Args:
-            tensors: of any sizes. Contents are sampled only on a CPU.
+        """Takes a snapshot of tensors; contents are sampled only on a CPU.
 
         Raises:
             StaleWeightError: a tensor is an inference tensor, which has no version, or its storage was freed.

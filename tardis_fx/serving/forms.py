@@ -44,13 +44,10 @@ class Form:
         """The weights, with both projections in ``up`` if the form fuses them."""
         if self.gate_half is None:
             return weights
-        first, second = ("gate", "up") if self.gate_half == 0 else ("up", "gate")
-        bias = None if weights.up_bias is None else _cat(weights, f"{first}_bias", f"{second}_bias")
-        return replace(weights, up=_cat(weights, first, second), up_bias=bias, gate=None, gate_bias=None)
-
-
-def _cat(weights: SiteWeights, *names: str) -> Tensor:
-    return torch.cat([getattr(weights, name) for name in names])
+        pairs = [(weights.gate, weights.gate_bias), (weights.up, weights.up_bias)]
+        up, bias = zip(*(pairs if self.gate_half == 0 else pairs[::-1]), strict=True)
+        fused_bias = None if weights.up_bias is None else torch.cat(bias)
+        return replace(weights, up=torch.cat(up), up_bias=fused_bias, gate=None, gate_bias=None)
 
 
 def forms(weights: SiteWeights) -> list[Form]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.platforms import current_platform
 
-from tardis_fx.config import Prefill
+from tardis_fx.config import Prefill, one_of
 from tardis_fx.errors import ConfigError, PlanFileError, ServingError
 from tardis_fx.graph.feed_forward import biases, matrices
 from tardis_fx.passes.registry import rewrite_named
@@ -35,36 +35,6 @@ if TYPE_CHECKING:
 _log = logging.getLogger("vllm.tardis_fx")
 
 
-@dataclass(frozen=True)
-class _Options:
-    """Options from ``--model-loader-extra-config``.
-
-    Attributes:
-        plan: path of the plan's file.
-        prefill: overrides that of the plan.
-    """
-
-    plan: str
-    prefill: Prefill | None = None
-
-    @classmethod
-    def parse(cls, extra: Any) -> _Options:
-        """Reads and checks the mapping.
-
-        Raises:
-            ConfigError: it is not a mapping, lacks the plan, or has unknown keys.
-        """
-        keys = [field.name for field in fields(cls)]
-        if not isinstance(extra, dict) or not isinstance(extra.get("plan"), str) or set(extra) - set(keys):
-            raise ConfigError(
-                'the load format "tardis" needs --model-loader-extra-config \'{"plan": "FILE"}\' and takes the keys '
-                f"{' and '.join(keys)}, not {extra!r}"
-            )
-        if extra.get("prefill") not in (None, "original", "rewritten"):
-            raise ConfigError(f"prefill must be 'original' or 'rewritten', not {extra['prefill']!r}")
-        return cls(**extra)
-
-
 class TardisLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not installed when types are checked
     """Loads a model and rewrites the FFNs of a plan."""
 
@@ -75,7 +45,7 @@ class TardisLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not instal
             ConfigError: the loader's extra config is invalid.
         """
         super().__init__(load_config)
-        self._options = _Options.parse(load_config.model_loader_extra_config)
+        self._plan, self._prefill = _options(load_config.model_loader_extra_config)
         self._inner = DefaultModelLoader(replace(load_config, load_format="auto", model_loader_extra_config={}))
 
     def download_model(self, model_config: ModelConfig) -> None:
@@ -93,7 +63,7 @@ class TardisLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not instal
         _check(vllm_config)
         # vLLM finds compiled graphs on disk by its configuration, which excludes that of the loader.
         vllm_config.additional_config["tardis_fx"] = {
-            "version": version("tardis-fx"), "plan": _hash(self._options.plan), "prefill": self._options.prefill,
+            "version": version("tardis-fx"), "plan": _hash(self._plan), "prefill": self._prefill,
         }  # fmt: skip
         model: nn.Module = super().load_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
         return model
@@ -108,16 +78,31 @@ class TardisLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not instal
         """
         if any(isinstance(module, RewrittenFFN) for module in model.modules()):
             raise ServingError("weights cannot be loaded again into a rewritten model: restart the server")
-        path = Path(self._options.plan).absolute()
+        path = Path(self._plan).absolute()
         if path.suffix == ".safetensors" and path.parent == Path(model_config.model).absolute():
             raise ServingError(f"{path} is in the model's folder, where vLLM would load it as weights: move it")
         plan = Plan.load(path)
         self._inner.load_weights(model, model_config)
         planned = slots.find(model, plan)
         for slot, entry in planned:
-            _rewrite(slot, entry, self._options.prefill or plan.config.prefill)
+            _rewrite(slot, entry, self._prefill or plan.config.prefill)
         refused = [entry.name for entry in plan.sites if entry not in plan.rewritten]
         _log.info("%s: %d FFNs rewritten; refused by the plan: %s", plan, len(planned), ", ".join(refused) or "none")
+
+
+def _options(extra: Any) -> tuple[str, Prefill | None]:
+    """The plan's file, and a prefill that overrides that of the plan, from ``--model-loader-extra-config``.
+
+    Raises:
+        ConfigError: the config is not a mapping, lacks the plan, or has unknown keys.
+    """
+    if not isinstance(extra, dict) or not isinstance(extra.get("plan"), str) or extra.keys() - {"plan", "prefill"}:
+        raise ConfigError(
+            'the load format "tardis" needs --model-loader-extra-config \'{"plan": "FILE"}\' and takes no other key '
+            f"than prefill; it was given {extra!r}"
+        )
+    one_of("prefill", extra.get("prefill"), (None, "original", "rewritten"))
+    return extra["plan"], extra.get("prefill")
 
 
 def _check(vllm_config: VllmConfig) -> None:

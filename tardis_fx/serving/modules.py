@@ -43,15 +43,9 @@ class RewrittenFFN(nn.Module):
         return_bias: bool,
         reduce: bool,
     ) -> None:
-        """Stores the tensors as buffers.
+        """Stores the constants of the rewrite and the weights for rows that take the original as buffers.
 
-        Args:
-            entry: of the site.
-            constants: of the rewrite.
-            original: weights for rows that take the original; empty if no row does.
-            d_out: output width.
-            return_bias: whether vLLM's layer returns a pair.
-            reduce: whether it sums over the tensor-parallel ranks.
+        With ``return_bias`` vLLM's layer returns a pair; with ``reduce`` it sums over the tensor-parallel ranks.
         """
         super().__init__()
         self.return_bias, self.reduce, self.d_out = return_bias, reduce, d_out

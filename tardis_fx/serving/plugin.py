@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-#: The load format.
-FORMAT = "tardis"
-
 
 def register() -> None:
     """Registers the loader; vLLM calls this in each of its processes."""
@@ -12,4 +9,4 @@ def register() -> None:
 
     from tardis_fx.serving.loader import TardisLoader
 
-    register_model_loader(FORMAT)(TardisLoader)
+    register_model_loader("tardis")(TardisLoader)

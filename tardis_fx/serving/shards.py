@@ -19,13 +19,9 @@ SHARDED = ("partial_linear", "paper")
 
 
 def shard(entry: SitePlan, rank: int, size: int, hidden: int) -> SitePlan:
-    """The entry for one rank at a site; the outputs of all ranks sum to that of the whole site.
+    """The entry for one of ``size`` ranks; the outputs of all ranks sum to that of the whole site.
 
-    Args:
-        entry: of the whole site.
-        rank: of this process.
-        size: number of ranks.
-        hidden: neurons of the whole site; rank ``r`` holds the ``r``-th of ``size`` equal runs.
+    Rank ``r`` holds the ``r``-th of ``size`` equal runs of the site's ``hidden`` neurons.
 
     Raises:
         ServingError: the rewrite cannot be sharded.

@@ -10,10 +10,7 @@ from tardis_fx.errors import ServingError
 def query_lengths(rows: int) -> list[int]:
     """Number of tokens of each request in this step, in the order of the rows.
 
-    Runs without requests (vLLM's profiling and warm-up) count as one request.
-
-    Args:
-        rows: of the step.
+    Runs without requests (vLLM's profiling and warm-up) count as one request of ``rows`` tokens.
 
     Raises:
         ServingError: the attention backend does not report where requests begin.

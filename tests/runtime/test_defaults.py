@@ -78,7 +78,7 @@ METHODS = [
 GATED = ["partial_linear", "wanda", "gptq", "low_rank", "int8_ffn", "drop_ffn"]
 
 
-def made(model: nn.Module, method: str, data: list[Tensor]) -> tuple[Plan, Tensor]:
+def fit(model: nn.Module, method: str, data: list[Tensor]) -> tuple[Plan, Tensor]:
     """A plan by a method, and what the compiled model gives of a few tokens."""
     torch._dynamo.reset()
     widths = {"fold_bits": None, "row_bits": None} if method == "partial_linear" else {}
@@ -92,10 +92,10 @@ def made(model: nn.Module, method: str, data: list[Tensor]) -> tuple[Plan, Tenso
 def test_plans_and_results_do_not_depend_on_defaults(kind: str, method: str) -> None:
     model = (ffn() if kind == "plain" else Gated()).requires_grad_(False)
     data = batches(2)
-    plan, expected = made(model, method, data)
+    plan, expected = fit(model, method, data)
     for name, default in DEFAULTS.items():
         with default():
-            other, out = made(model, method, data)
+            other, out = fit(model, method, data)
         assert torch.equal(out, expected), name
         for before, after in zip(plan.rewritten, other.rewritten, strict=True):
             assert before.tensors.keys() == after.tensors.keys()

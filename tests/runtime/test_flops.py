@@ -22,9 +22,9 @@ def test_the_op_counts_what_the_reference_computes(always: int, fold_bits: int, 
     op = arguments(k=k, shape=(40,), d=16, d_out=12, h=48, always=always, fold_bits=fold_bits)
     with FlopCounterMode(display=False) as expected:
         reference.correct(op)
-    with FlopCounterMode(display=False) as found:
+    with FlopCounterMode(display=False) as counter:
         torch.ops.tardis.correct(*op)
-    assert found.get_total_flops() == expected.get_total_flops() > 0
+    assert counter.get_total_flops() == expected.get_total_flops() > 0
     with FakeTensorMode(allow_non_fake_inputs=True) as mode, FlopCounterMode(display=False) as most:
         torch.ops.tardis.correct(*mapped(mode.from_tensor, op))
     fold = 0 if op.fold is None else 16 * 12

@@ -129,20 +129,20 @@ def computed(activation: Activation, z: Tensor, function: object = None) -> Tens
     return out.cpu().double()
 
 
-def assert_computed(activation: Activation, found: Callable[[Tensor], Tensor]) -> None:
+def assert_computed(activation: Activation, computed: Callable[[Tensor], Tensor]) -> None:
     """Digits of small results and of a result for a large argument are kept; those lost to cancellation are few."""
     sides = torch.cat([torch.logspace(-37, 38, 400, dtype=torch.float64), torch.linspace(0.01, 12, 600).double()])
     z = torch.cat([-sides, torch.zeros(1).double(), sides]).float().double()
     expected = activation.eager(z)
     expected = expected.where(expected.abs() < torch.finfo(torch.float32).max, expected.sign() * math.inf)
     tolerance = 2e-6 * expected.abs() + 2e-7 * z.abs().clamp(max=16)
-    error = (found(z) - expected).abs()
-    wrong = ~((error <= tolerance) | (found(z) == expected))
-    assert not wrong.any(), (z[wrong], found(z)[wrong], expected[wrong])
+    error = (computed(z) - expected).abs()
+    wrong = ~((error <= tolerance) | (computed(z) == expected))
+    assert not wrong.any(), (z[wrong], computed(z)[wrong], expected[wrong])
     ends = torch.tensor([-math.inf, math.inf], dtype=torch.float64)
     limits = activation.eager(ends)  # NaN where torch multiplies infinity by 0
-    assert (torch.isclose(found(ends), limits, rtol=1e-6, atol=0) | limits.isnan()).all()
-    assert found(torch.tensor([math.nan])).isnan().all()
+    assert (torch.isclose(computed(ends), limits, rtol=1e-6, atol=0) | limits.isnan()).all()
+    assert computed(torch.tensor([math.nan])).isnan().all()
 
 
 overflowing = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")  # of numpy, in the interpreter

@@ -61,7 +61,7 @@ def h100(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def traced(op: Correction) -> fx.GraphModule:
-    """What Inductor is given of the op, on a device that need not be there."""
+    """The graph that Inductor gets of the op, on a device that need not exist."""
     assert cuda.available()
     mode = FakeTensorMode(allow_non_fake_inputs=True)
 
@@ -73,8 +73,8 @@ def traced(op: Correction) -> fx.GraphModule:
         at = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
 
         def call(*tensors: Tensor) -> tuple[Tensor]:
-            given = dict(zip(at, tensors, strict=True))
-            fields = tree_unflatten([given.get(i, leaf) for i, leaf in enumerate(leaves)], spec)
+            replaced = dict(zip(at, tensors, strict=True))
+            fields = tree_unflatten([replaced.get(i, leaf) for i, leaf in enumerate(leaves)], spec)
             return (torch.ops.tardis.correct_triton(*fields),)
 
         graph = aot_export_joint_simple(call, tuple(leaves[i] for i in at), trace_joint=False)
@@ -135,8 +135,8 @@ def test_the_kernels_compile_for_a_gpu(tokens: int, k: int) -> None:
     for tuned, bits in cases:
         types |= dict.fromkeys(["first_projection", "second_projection", "weights"], "*bf16" if bits == 16 else "*u8")
         names = tuned.fn.arg_names
-        given = {"ROWS": 32, **sizes, "BITS": bits} | tuned.configs[0].kwargs
-        constants = {(i,): given[name] for i, name in enumerate(names) if name.isupper()}
+        values = {"ROWS": 32, **sizes, "BITS": bits} | tuned.configs[0].kwargs
+        constants = {(i,): values[name] for i, name in enumerate(names) if name.isupper()}
         signature = {name: "constexpr" if name.isupper() else types.get(name, "*i32") for name in names}
         if tokens == 1:  # Triton makes a constant of a number that is 1
             constants[names.index("tokens"),], signature["tokens"] = 1, "constexpr"

@@ -47,12 +47,12 @@ def stored(draw: st.DrawFn) -> ObservedSite:
 
 @given(stored())
 def test_one_form_of_the_weights_has_the_fingerprint_that_the_model_had(site: ObservedSite) -> None:
-    found = [
+    matching = [
         form
         for form in forms(site.weights)
         if fingerprint(form.parameters(site.weights), form.function(site.weights, site.site.activation))
         == site.fingerprint
     ]
-    assert len(found) == 1
-    assert found[0].gate_half == site.site.gate_half
-    torch.testing.assert_close(found[0].parameters(site.weights), list(site.parameters), rtol=0, atol=0)
+    assert len(matching) == 1
+    assert matching[0].gate_half == site.site.gate_half
+    torch.testing.assert_close(matching[0].parameters(site.weights), list(site.parameters), rtol=0, atol=0)

@@ -23,7 +23,7 @@ Make = Callable[[], FFN | GatedFFN]
 
 
 @cache
-def made(make: Make) -> tuple[SiteWeights, SitePlan]:
+def planned_ffn(make: Make) -> tuple[SiteWeights, SitePlan]:
     """An FFN that narrows its input, and its plan."""
     model = make()
     model.down.weight, model.down.bias = (nn.Parameter(p.detach()[:D_OUT]) for p in model.down.parameters())
@@ -34,7 +34,7 @@ class Site:
     """An FFN with a plan, as the op takes it."""
 
     def __init__(self, tokens: int, make: Make = ffn) -> None:
-        (w, entry), rewrite, self.x = made(make), rewrite_named("partial_linear"), inputs(tokens, D)
+        (w, entry), rewrite, self.x = planned_ffn(make), rewrite_named("partial_linear"), inputs(tokens, D)
         self.constants, self.original = rewrite.constants(entry, w), matrices(w) | biases(w)
         self.rewritten = rewrite.forward(self.x, self.constants, entry)
         self.dense = dense(self.x, self.original, str(entry.activation))

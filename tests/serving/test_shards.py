@@ -22,22 +22,22 @@ from tardis_fx.testing.observation import observed
 def parts(entry: SitePlan, weights: SiteWeights, x: Tensor, size: int) -> list[Tensor]:
     """What each rank gives, from the weights of its neurons alone."""
     rewrite, hidden = rewrite_named(str(entry.method)), len(weights.up)
-    found = []
+    outputs = []
     for rank in range(size):
-        own = narrowed(weights, torch.arange(rank * hidden // size, (rank + 1) * hidden // size))
+        shard_weights = narrowed(weights, torch.arange(rank * hidden // size, (rank + 1) * hidden // size))
         part = shard(entry, rank, size, hidden)
-        found.append(rewrite.forward(x, rewrite.constants(part, own), part))
-    return found
+        outputs.append(rewrite.forward(x, rewrite.constants(part, shard_weights), part))
+    return outputs
 
 
 @given(st.integers(1, 4), st.integers(1, 6), st.data(), st.booleans(), st.integers(0, 99))
 def test_the_ranks_sum_to_the_whole_site(size: int, per: int, data: st.DataObject, bias: bool, seed: int) -> None:
-    made: Oracle = oracle(8, size * per, 5, "relu", d_out=6, bias=bias, seed=seed)
+    site: Oracle = oracle(8, size * per, 5, "relu", d_out=6, bias=bias, seed=seed)
     order = data.draw(st.permutations(range(size * per)))
     first, second = sorted(data.draw(st.tuples(*[st.integers(0, size * per)] * 2)))
-    entry = made.plan(order[:first], order[first:second])
-    whole = made.rewritten(order[:first], order[first:second])
-    torch.testing.assert_close(sum(parts(entry, made.weights, made.x, size)), whole)
+    entry = site.plan(order[:first], order[first:second])
+    whole = site.rewritten(order[:first], order[first:second])
+    torch.testing.assert_close(sum(parts(entry, site.weights, site.x, size)), whole)
 
 
 @pytest.mark.parametrize("make", [ffn, gated_ffn])

@@ -42,12 +42,12 @@ def layer(weights: list[Tensor], biases: list[Tensor | None], *, axis: int, rank
     class Layer(LinearBase):  # type: ignore[misc]
         def __init__(self) -> None:
             nn.Module.__init__(self)
-            own = [weight.chunk(size, axis)[rank] for weight in weights]
-            self.weight = nn.Parameter(torch.cat(own))
-            held = [b if axis else b.chunk(size)[rank] for b in biases if b is not None]
-            self.bias = nn.Parameter(torch.cat(held)) if held else None
+            parts = [weight.chunk(size, axis)[rank] for weight in weights]
+            self.weight = nn.Parameter(torch.cat(parts))
+            bias_parts = [b if axis else b.chunk(size)[rank] for b in biases if b is not None]
+            self.bias = nn.Parameter(torch.cat(bias_parts)) if bias_parts else None
             self.input_size, self.output_size = weights[0].shape[1], sum(len(weight) for weight in weights)
-            self.output_partition_sizes = [len(weight) for weight in own]
+            self.output_partition_sizes = [len(weight) for weight in parts]
             self.tp_rank, self.tp_size, self.return_bias = rank, size, True
 
         def forward(self, x: Tensor) -> tuple[Tensor, None]:
@@ -101,8 +101,8 @@ def rewritten(mlps: Sequence[nn.Module], plan: Plan, prefill: Prefill = "rewritt
 
     with pytest.MonkeyPatch.context() as patched, ThreadPoolExecutor(len(mlps)) as pool:
         patched.setattr(slots, "tensor_model_parallel_all_gather", gather)
-        found = list(pool.map(find, range(len(mlps))))
-    for slot, entry in (pair for of_rank in found for pair in of_rank):
+        slots_of_ranks = list(pool.map(find, range(len(mlps))))
+    for slot, entry in (pair for of_rank in slots_of_ranks for pair in of_rank):
         loader._rewrite(slot, entry, prefill)
     return mlps
 

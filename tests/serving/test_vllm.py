@@ -83,7 +83,7 @@ def batches() -> list[dict[str, torch.Tensor]]:
 @torch.no_grad()
 def greedy(model: Any, count: int = TOKENS) -> list[list[int]]:
     """What transformers generates, one prompt at a time."""
-    found, name = [], cache_argument(model)
+    outputs, name = [], cache_argument(model)
     for prompt in PROMPTS:
         ids, past, tokens = torch.tensor([prompt]), None, list[int]()
         for _ in range(count):
@@ -91,8 +91,8 @@ def greedy(model: Any, count: int = TOKENS) -> list[list[int]]:
             past = getattr(output, name)
             tokens.append(int(output.logits[0, -1].argmax()))
             ids = torch.tensor([tokens[-1:]])
-        found.append(tokens)
-    return found
+        outputs.append(tokens)
+    return outputs
 
 
 @dataclass(frozen=True)
@@ -110,8 +110,8 @@ class Case:
         return self.plain_job(**served | engine)
 
     def plain_job(self, **engine: Any) -> dict[str, Any]:
-        given = {"model": str(self.folder), "enforce_eager": True, "max_num_seqs": 1}
-        return {"prompts": PROMPTS, "tokens": [TOKENS] * len(PROMPTS)} | given | engine
+        options = {"model": str(self.folder), "enforce_eager": True, "max_num_seqs": 1}
+        return {"prompts": PROMPTS, "tokens": [TOKENS] * len(PROMPTS)} | options | engine
 
 
 @pytest.fixture(scope="module")
@@ -123,9 +123,9 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Case]:
         plan = calibrate(model, batches(), config=Config(budget=0.15, progress=False))
         plan.save(folder / "plan.safetensors")
         torch._dynamo.reset()
-        found = Case(folder / "model", folder / "plan.safetensors", greedy(model), greedy(compiled(model, plan)))
-        assert found.original != found.rewritten  # else a server that ignores the plan would pass
-        return found
+        case = Case(folder / "model", folder / "plan.safetensors", greedy(model), greedy(compiled(model, plan)))
+        assert case.original != case.rewritten  # else a server that ignores the plan would pass
+        return case
 
     return make
 
@@ -159,10 +159,10 @@ def test_tokens_are_those_of_the_same_plan_in_transformers(
     case: Callable[[str], Case], cache_root: Path, eager: bool, ranks: int
 ) -> None:
     cases = [case(family) for family in _FAMILIES]
-    found = run([c.job(enforce_eager=eager, tensor_parallel_size=ranks) for c in cases], cache_root)
-    assert tokens(found) == [c.rewritten for c in cases]
+    results = run([c.job(enforce_eager=eager, tensor_parallel_size=ranks) for c in cases], cache_root)
+    assert tokens(results) == [c.rewritten for c in cases]
     if ranks == 1:  # else the calls are made in processes of their own
-        assert [sum(max(step) <= DECODE_TOKENS for step in f["steps"]) for f in found] == [REWRITTEN] * len(cases)
+        assert [sum(max(step) <= DECODE_TOKENS for step in f["steps"]) for f in results] == [REWRITTEN] * len(cases)
 
 
 def test_a_guard_that_corrects_everything_gives_the_unmodified_models_tokens(
@@ -183,9 +183,9 @@ def test_prompts_and_decoding_requests_in_one_step_take_the_branch_of_each(
 ) -> None:
     cases, lengths = [case("opt"), case("llama")], [24, 9, 16, 20]
     jobs = [c.job(max_num_seqs=2, max_num_batched_tokens=64) | {"tokens": lengths} for c in cases]
-    for served, found in zip(cases, run(jobs, cache_root), strict=True):
-        assert any(min(step) == 1 and max(step) > DECODE_TOKENS for step in found["steps"])  # both in one step
-        assert found["tokens"] == [ids[:n] for ids, n in zip(served.rewritten, lengths, strict=True)]
+    for served, result in zip(cases, run(jobs, cache_root), strict=True):
+        assert any(min(step) == 1 and max(step) > DECODE_TOKENS for step in result["steps"])  # both in one step
+        assert result["tokens"] == [ids[:n] for ids, n in zip(served.rewritten, lengths, strict=True)]
 
 
 def test_a_plan_that_does_not_fit_stops_the_server_and_names_the_site(
@@ -212,9 +212,9 @@ def test_a_plan_that_does_not_fit_stops_the_server_and_names_the_site(
         ("StaleWeightError", "model.decoder.layers.1: no FFN has its weights"),
         ("PlanMismatchError", "model.decoder.layers.0: no FFN has its weights"),
         ("PlanMismatchError", "transformer.h.0.mlp: "),
-        ("PlanMismatchError", "made for torch.float32 weights, the engine has torch.bfloat16"),
-        ("PlanFileError", "no plan file"),
-        ("ServingError", "lies in the model's folder"),
+        ("PlanMismatchError", "made for torch.float32 weights, but the engine has torch.bfloat16"),
+        ("PlanFileError", "cannot read the plan file"),
+        ("ServingError", "is in the model's folder"),
         ("ConfigError", '{"plan": "FILE"}'),
     ]
     for result, (kind, message) in zip(run(jobs, cache_root), expected, strict=True):
@@ -226,5 +226,5 @@ def test_a_graph_compiled_for_one_plan_is_not_taken_for_another(case: Callable[[
     served = case("gpt2")
     plain = [served.plain_job(enforce_eager=False)]
     rewritten = [served.job(enforce_eager=False)]
-    found = [tokens(run(jobs, tmp_path)) for jobs in (plain, rewritten, rewritten, plain)]
-    assert found == [[served.original], [served.rewritten], [served.rewritten], [served.original]]
+    generated = [tokens(run(jobs, tmp_path)) for jobs in (plain, rewritten, rewritten, plain)]
+    assert generated == [[served.original], [served.rewritten], [served.rewritten], [served.original]]

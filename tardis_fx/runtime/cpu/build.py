@@ -87,12 +87,7 @@ def _from_cache() -> ctypes.CDLL:
 
 
 def _cache_folder() -> Path:
-    """The cache folder, created if necessary.
-
-    Raises:
-        OSError: it cannot be created, or others can write it.
-        RuntimeError: the user has no home.
-    """
+    """The cache folder, created if necessary; an OSError or RuntimeError if that fails or others can write it."""
     path = os.environ.get("TARDIS_FX_CACHE")
     folder = Path(path or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "tardis_fx"))
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)

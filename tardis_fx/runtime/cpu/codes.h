@@ -1,4 +1,4 @@
-// Products of a few tokens and rows of codes; how the codes lie in memory, packing.py says.
+// Products of a few tokens with rows of codes, whose memory layout packing.py defines.
 
 #pragma once
 
@@ -11,14 +11,14 @@ namespace {
 
 constexpr int BLOCK = 64;  // columns whose codes lie together; half a block, one, or two share a scale
 
-// The blocks of a row of codes, and how many of its scales lie one behind the other.
+// The numbers of blocks and scales of a row of codes.
 struct Row {
   int64_t blocks, groups;
   int shift;  // half block number i has the scale i >> shift
 
   Row(int64_t columns, int64_t groups)
       : blocks((columns + BLOCK - 1) / BLOCK), groups(groups), shift(1 + (groups < blocks) - (groups > blocks)) {}
-  // Of a row that its scales and zero points follow (packing.join).
+  // Bytes of a row with its scales and zero points (packing.join).
   int64_t bytes(int64_t bits) const { return blocks * bits * (BLOCK / 8) + 3 * groups; }
 };
 
@@ -36,18 +36,18 @@ T* scratch(int64_t count) {
 
 // The tokens, as floats and in fixed point: x = unit * (128 high + low), which errs by less than 2^-13 of the largest
 // |x| of its block. That is far below the error of the codes, and integers take half the time of floats. Tokens with a
-// NaN, an infinity or a number so large that products of sums of x could overflow are multiplied as they are.
+// NaN, an infinity or a number so large that products of sums of x could overflow are multiplied as floats.
 struct Inputs {
   static constexpr float LARGEST = 0x1p64f;
-  Row row;             // of codes to be multiplied with
+  Row row;             // of the codes to multiply with
   int64_t d, blocks, stride;
   float* plain;        // [tokens, blocks, BLOCK], zeros after the last column
   int8_t *high, *low;  // [tokens, blocks, BLOCK]
   float* units;        // [tokens, blocks]
   float* sums;         // [tokens, stride]: of each group, zeros after the last one
-  const void* given;   // [tokens, d]
+  const void* source;  // [tokens, d]
   Bfloat16* bfloats;   // [tokens, blocks, BLOCK], of each block the even columns, then the odd ones; or null
-  uint32_t wild = 0;   // bit t: token t is multiplied as it is
+  uint32_t wild = 0;   // bit t: token t is multiplied as floats
 
   template <class W>
   Inputs(const W* x, int64_t tokens, int64_t d, int64_t groups)
@@ -60,7 +60,7 @@ struct Inputs {
         low(scratch<int8_t, 2>(tokens * blocks * BLOCK)),
         units(scratch<float, 3>(tokens * blocks)),
         sums(scratch<float, 4>(tokens * stride)),
-        given(x),
+        source(x),
         bfloats(AS_BFLOATS<W> ? scratch<Bfloat16, 12>(tokens * blocks * BLOCK) : nullptr) {
     std::fill_n(plain, tokens * blocks * BLOCK, 0.0f);
     std::fill_n(sums, tokens * stride, 0.0f);
@@ -91,7 +91,7 @@ struct Inputs {
       }
       units[b] = largest / (63 * 128);
       const float factor = units[b] >= FLT_MIN ? 1 / units[b] : 0;
-      if (factor == 0) {  // nothing in it, or no number that an integer could hold
+      if (factor == 0) {  // the block is zero, or too small for fixed point
         std::fill_n(highs, BLOCK, 0);
         std::fill_n(lows, BLOCK, 0);
         continue;
@@ -111,17 +111,17 @@ struct Inputs {
     }
   }
 
-  // Token number t as rows of numbers W are multiplied with it.
+  // Token t in the form in which it is multiplied with rows of W.
   template <class W>
   const Factor<W>* token(int64_t t, int64_t d) const {
     if constexpr (AS_BFLOATS<W>)
-      return (const W*)given + t * d;
+      return (const W*)source + t * d;
     else
       return plain + t * blocks * BLOCK;
   }
 };
 
-// The codes of the columns from `part * WIDTH` on of a packed block.
+// The codes of WIDTH columns of a packed block, from column `part * WIDTH` on.
 template <int BITS>
 Bytes codes_of(const uint8_t* packed, int part) {
   Bytes codes = {};
@@ -133,23 +133,23 @@ Bytes codes_of(const uint8_t* packed, int part) {
 template <int BITS>
 void unpack(const uint8_t* packed, uint8_t* codes) {
   for (int part = 0; part < BLOCK / WIDTH; ++part) {
-    const Bytes some = codes_of<BITS>(packed, part);
-    std::memcpy(codes + part * WIDTH, &some, WIDTH);
+    const Bytes vector = codes_of<BITS>(packed, part);
+    std::memcpy(codes + part * WIDTH, &vector, WIDTH);
   }
 }
 
-// The scales of so many columns as there are in a vector, from half block number `half` on.
+// The scales of one vector of columns, from half block `half` on.
 Floats scales_of(const float* scale, int64_t half, int shift) {
 #if WIDTH == 64
-  const __m512 one = _mm512_set1_ps(scale[half >> shift]);
-  return (Floats)_mm512_mask_blend_ps(0xff00, one, _mm512_set1_ps(scale[(half + 1) >> shift]));
+  const __m512 low = _mm512_set1_ps(scale[half >> shift]);
+  return (Floats)_mm512_mask_blend_ps(0xff00, low, _mm512_set1_ps(scale[(half + 1) >> shift]));
 #else
   return scale[half >> shift] + Floats{};
 #endif
 }
 
 #ifdef BFLOATS
-// As `estimate`, in half the instructions: a code is multiplied as the number 2^BITS + code, which bfloat16 holds.
+// Like `estimate` with half the instructions: a code is multiplied as 2^BITS + code, which is exact in bfloat16.
 template <int BITS, int T>
 void estimate_bfloats(const uint8_t* packed, const float* scale, const float* shift, const Inputs& x, int64_t first,
                       float* z_hat) {
@@ -176,7 +176,7 @@ void estimate_bfloats(const uint8_t* packed, const float* scale, const float* sh
 }
 #endif
 
-// The estimates of one neuron for T tokens from `first` on. Scales are read up to a vector of them.
+// The estimates of one neuron for T tokens from `first` on. Reads whole vectors of scales.
 template <int BITS, int T>
 void estimate(const uint8_t* packed, const float* scale, const float* shift, const Inputs& x, int64_t first,
               float* z_hat) {
@@ -206,8 +206,8 @@ void estimate(const uint8_t* packed, const float* scale, const float* shift, con
   for (int t = 0; t < T; ++t) z_hat[t] = sum(total[t]);
 }
 
-// The estimate of one neuron for a token that is multiplied as it is: the specification's products, added in double, so
-// that it is finite, infinite or NaN where it should be.
+// The estimate of one neuron for a token that is multiplied as floats: the products of the specification, summed in
+// double, so that it is finite, infinite or NaN as in the specification.
 template <int BITS>
 __attribute__((noinline, cold)) float estimate_wild(const uint8_t* packed, const float* scale, const float* shift,
                                                     const Inputs& x, int64_t t) {

@@ -1,10 +1,10 @@
 // Adds the exact terms of the predicted outliers to the output of a folded FFN, for a few tokens, on a CPU.
 //
-// What is computed is specified by `correct` in reference.py. The time goes into reading, once for all tokens, (a) the
-// packed codes of every guarded neuron, (b) the rows of projections and columns of every outlier, which may be codes,
-// too, those of projections nested in (a), (c) the folded weight, where it is given. K is the number of projections of
-// a neuron. The build (build.py) writes activations.inc: one `case <number>: return <expression of z>;` an activation.
-// Not to be compiled with -ffast-math: a NaN estimate must compare false, and infinite bounds are ordinary.
+// `correct` in reference.py specifies the result. Most of the time is spent reading, once for all tokens, (a) the packed
+// codes of every guarded neuron, (b) the rows of projections and columns of every outlier, which may be codes, too, those
+// of projections nested in (a), and (c) the folded weight, if it is given. K is the number of projections of a neuron.
+// build.py writes activations.inc, with one `case <number>: return <expression of z>;` per activation.
+// Do not compile with -ffast-math: a NaN estimate must compare false, and infinite bounds are ordinary.
 
 #include <omp.h>
 
@@ -34,7 +34,7 @@ float activate(float z, int64_t activation) {
   return NAN;
 }
 
-// What an affine function (K slopes, then the intercept) misses of a neuron's response.
+// A neuron's response minus an affine function, given as K slopes and an intercept.
 template <int K>
 float surrogate_error(const Call& call, const float* affine, const float* z, int64_t stride) {
   float response = activate(z[0], call.activation), surrogate = affine[0] * z[0];
@@ -56,7 +56,7 @@ void add_biases(const Call& call, int64_t position, float* z, int64_t stride) {
     for (int64_t t = 0; t < call.tokens; ++t) z[i * stride + t] += call.biases[K * position + i];
 }
 
-// Whether the guard has a neuron corrected for a token: by an estimate without bias, or by several with theirs.
+// Whether the guard corrects a neuron for a token, by one estimate without its bias or by several with theirs.
 template <int K>
 bool outside(const Call& call, int64_t position, const float (&z)[K][TOKENS], int64_t t) {
   if constexpr (K == 1) {
@@ -68,8 +68,8 @@ bool outside(const Call& call, int64_t position, const float (&z)[K][TOKENS], in
   }
 }
 
-// Lists the outliers among the guarded neurons from `begin` to `end`, returns the end of the list. Their estimates are
-// kept as the guard takes them, [guarded, K, tokens].
+// Lists the outliers among the guarded neurons from `begin` to `end`, and returns the end of the list. Stores their
+// estimates as the guard reads them, [guarded, K, tokens].
 template <int K, int BITS>
 Outlier* test(const Call& call, const Inputs& x, int64_t begin, int64_t end, Outlier* list, float* estimates) {
   const int64_t groups = K * x.row.groups, packed_bytes = x.blocks * (BITS * BLOCK / 8);
@@ -128,10 +128,10 @@ void fold(const Call& call, const Inputs& x, int64_t begin, int64_t end, float* 
 
 constexpr decltype(fold<1>)* FOLDS[] = {fold<1>, fold<2>, fold<3>, fold<4>, fold<5>, fold<6>, fold<7>, fold<8>};
 
-// Rows of a folded weight that are multiplied at once: so many registers hold sums.
+// Rows of a folded weight that are multiplied at once; registers hold their sums.
 constexpr int ROWS = WIDTH == 64 ? 4 : 2;
 
-// Adds the products of four tokens from `first` on and R rows of a folded weight that is stored as it is.
+// Adds the products of four tokens from `first` on with R rows of a folded weight that is not in codes.
 template <int R, class W>
 void multiply(const Call& call, const Inputs& x, int64_t row, int64_t first, float* sums) {
   constexpr int T = 4;
@@ -142,14 +142,14 @@ void multiply(const Call& call, const Inputs& x, int64_t row, int64_t first, flo
   Floats totals[R][T] = {};
   int64_t i = 0;
   for (; i + LOT<W> <= d; i += LOT<W>) {
-    decltype(lot<W>(weights)) some[R];
+    decltype(lot<W>(weights)) lots[R];
 #pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) some[r] = lot<W>(weights + r * d + i);
+    for (int r = 0; r < R; ++r) lots[r] = lot<W>(weights + r * d + i);
 #pragma GCC unroll 4
     for (int t = 0; t < T; ++t) {
       const auto token = lot<W>(tokens[t] + i);
 #pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) totals[r][t] = add_products(totals[r][t], some[r], token);
+      for (int r = 0; r < R; ++r) totals[r][t] = add_products(totals[r][t], lots[r], token);
     }
   }
   for (int r = 0; r < R; ++r)
@@ -160,7 +160,7 @@ void multiply(const Call& call, const Inputs& x, int64_t row, int64_t first, flo
     }
 }
 
-// As `fold`, of such a weight.
+// Like `fold`, for a folded weight that is not in codes.
 template <class W>
 void fold_plain(const Call& call, const Inputs& x, int64_t begin, int64_t end, float* sums) {
   for (int64_t row = begin; row < end;) {
@@ -177,16 +177,14 @@ void fold_plain(const Call& call, const Inputs& x, int64_t begin, int64_t end, f
   }
 }
 
-// What the low planes of a projection's row add to the estimates, [tokens], of an outlier.
+// Adds the products with the low planes of a projection's row to an outlier's estimates, [tokens].
 template <int BITS>
 void refine(const Call& call, const Inputs& x, uint32_t tokens, const uint8_t* row, float* z) {
   float *const scales = scratch<float, 9>(2 * x.stride), *const shifts = scales + x.stride;
   std::fill_n(scales, 2 * x.stride, 0.0f);
   open<BITS>(row, x.row, scales, shifts);
-  for (int64_t t = 0; t < call.tokens; ++t) {
-    if (!(tokens >> t & 1)) continue;
-    z[t] += estimate_one<BITS>(row, scales, shifts, x, t);
-  }
+  for (int64_t t = 0; t < call.tokens; ++t)
+    if (tokens >> t & 1) z[t] += estimate_one<BITS>(row, scales, shifts, x, t);
 }
 
 // Adds a column of `down` times the residuals, [tokens], of an outlier.
@@ -230,8 +228,8 @@ const W* row_of(const void* matrix, int64_t neuron, int64_t stride) {
   return (const W*)matrix + neuron * stride;
 }
 
-// Adds an outlier's exact terms, and asks for the rows of the neuron `next`, which comes after it. The outlier's
-// estimates, [K, tokens], become its pre-activations, and the first of them its residuals.
+// Adds an outlier's exact terms, and prefetches the rows of the following neuron, `next`. The outlier's estimates,
+// [K, tokens], become its pre-activations, and the first of them its residuals.
 template <int K>
 void add_coded(const Call& call, const Inputs& x, Outlier outlier, int64_t neuron, int64_t next, float* estimates,
                float* sums) {
@@ -250,7 +248,7 @@ void add_coded(const Call& call, const Inputs& x, Outlier outlier, int64_t neuro
                                 estimates, sums);
 }
 
-// The same from rows that are stored as they are.
+// Like `add_coded`, for rows that are not in codes.
 template <int K, class W>
 void add_plain(const Call& call, const Inputs& x, Outlier outlier, int64_t neuron, int64_t next, float* sums) {
   const W* rows[K + 1];  // in the order that they are read in
@@ -269,18 +267,9 @@ void add_plain(const Call& call, const Inputs& x, Outlier outlier, int64_t neuro
   }
 }
 
-template <int K, class W>
-void add(const Call& call, const Inputs& x, Outlier outlier, int64_t neuron, int64_t next, float* estimates,
-         float* sums) {
-  if (call.row_bits == 16)
-    add_plain<K, W>(call, x, outlier, neuron, next, sums);
-  else
-    add_coded<K>(call, x, outlier, neuron, next, estimates, sums);
-}
-
 // ---- The op.
 
-// False where the list names a neuron that is not there: then `out` means nothing.
+// Returns false if the list names a neuron that does not exist; `out` is then undefined.
 template <int K, class W>
 bool correct(const Call& call) {
   const int64_t tokens = call.tokens, d_out = call.d_out, size = tokens * d_out;
@@ -288,18 +277,17 @@ bool correct(const Call& call) {
   const W* const folded = (const W*)call.folded;
   const Inputs x((const W*)call.x, tokens, call.d, call.d_groups);
   // One thread or all of them: a team of another size makes libgomp end threads that PyTorch then starts again.
-  const int64_t kept = K * tokens;  // estimates of a neuron
   const int64_t bits = K * listed * call.bits + (call.fold ? d_out * call.fold_bits : 0);
   const int threads = bits * x.blocks * (BLOCK / 8) < SERIAL_BYTES ? 1 : call.threads;
   float* const partial = scratch<float, 5>(threads * size);
   Outlier* const list = scratch<Outlier, 6>(listed);
-  float* const estimates = scratch<float, 11>(guarded * kept);
+  float* const estimates = scratch<float, 11>(guarded * K * tokens);
   int64_t *const begins = scratch<int64_t, 7>(2 * threads), *const ends = begins + threads;
-  std::atomic<bool> all_there = true;
+  std::atomic<bool> all_exist = true;
   const auto neuron_of = [&](const Outlier& outlier) -> int64_t {
     const int64_t neuron = call.neurons[outlier.position];
     if (between(0, neuron, call.hidden - 1)) return neuron;
-    all_there.store(false, std::memory_order_relaxed);
+    all_exist.store(false, std::memory_order_relaxed);
     return 0;
   };
 
@@ -329,7 +317,10 @@ bool correct(const Call& call) {
       int64_t neuron = outlier < last ? neuron_of(*outlier) : 0;
       for (; outlier < last; ++outlier) {
         const int64_t next = outlier + 1 < last ? neuron_of(outlier[1]) : neuron;
-        add<K, W>(call, x, *outlier, neuron, next, estimates + outlier->position * kept, sums);
+        if (call.row_bits == 16)
+          add_plain<K, W>(call, x, *outlier, neuron, next, sums);
+        else
+          add_coded<K>(call, x, *outlier, neuron, next, estimates + K * tokens * outlier->position, sums);
         neuron = next;
       }
     }
@@ -340,7 +331,7 @@ bool correct(const Call& call) {
       store(value, (W*)call.out + i);
     }
   }
-  return all_there;
+  return all_exist;
 }
 
 template <int K>
@@ -352,12 +343,12 @@ bool any_dtype(const Call& call) {
 
 }  // namespace
 
-// Returns 0, or 1 where the call is refused; op.py then says why.
+// Returns 0, or 1 if the call is refused; op.py then raises the error that says why.
 extern "C" int64_t tardis_correct(const Call* call) {
-  return taken(*call) && (call->k == 1 ? any_dtype<1> : any_dtype<2>)(*call) ? 0 : 1;
+  return supported(*call) && (call->k == 1 ? any_dtype<1> : any_dtype<2>)(*call) ? 0 : 1;
 }
 
-// How many of some lines, each of at most 64 bytes, differ from their copies (snapshot.py).
+// The number of lines, each of at most 64 bytes, that differ from their copies (snapshot.py).
 extern "C" int64_t tardis_differing_lines(const void* const* lines, const int64_t* sizes, const uint8_t* copies,
                                           int64_t count) {
   int64_t differing = 0;

@@ -32,17 +32,15 @@ def correct(call: Correction) -> Float[Tensor, "*tokens d_out"]:
     if kernel is None:
         check_lists(call)
         return reference.correct(call)
-    # Bound to names, because the copies must outlive the call.
+    # Bound to names, because copies must outlive the call.
     projections = [_rows_apart(matrix) for matrix in call.projections]
     columns, column_stride = _rows_apart(call.columns)
     folded, x = call.folded.contiguous(), call.x.contiguous()
     listed = [call.counts, call.neurons, call.codes, call.scale, call.zero, call.guard, call.surrogate]
-    listed = [tensor.contiguous() for tensor in listed]
-    biases = None if call.biases is None else call.biases.contiguous()
-    fold = None if call.fold is None else call.fold.contiguous()
+    others = [None if tensor is None else tensor.contiguous() for tensor in (*listed, call.biases, call.fold)]
     (first, first_stride), (second, second_stride) = projections[0], projections[-1]
     out = torch.empty_like(x) if d == d_out else x.new_empty((*x.shape[:-1], d_out))
-    tensors = [out, folded, x, first, second, columns, *listed, biases, fold]
+    tensors = [out, folded, x, first, second, columns, *others]
     packed = _CALL.pack(
         *[0 if tensor is None else tensor.data_ptr() for tensor in tensors],
         len(projections),

@@ -1,4 +1,4 @@
-// Vectors of the processor's width, numbers of 16 bits, and products of a row that is stored as it is.
+// Vectors of the processor's width, numbers of 16 bits, and products with rows that are not in codes.
 
 #pragma once
 
@@ -132,7 +132,7 @@ float sum(Floats values) {
 #endif
 }
 
-// Numbers of a row are multiplied as floats, those in bfloat16 as they are where the processor can.
+// Numbers of a row are multiplied as floats, or directly as bfloat16 if the processor can.
 #if WIDTH == 64 && defined(__AVX512BF16__)
 #define BFLOATS
 typedef __m512bh Bfloats;
@@ -145,7 +145,7 @@ constexpr bool AS_BFLOATS = false;
 #endif
 Floats add_products(Floats sums, Floats a, Floats b) { return sums + a * b; }
 
-// What x must be made of to be multiplied with numbers W, and how many of both are at a time.
+// The type of x in products with numbers W, and how many of both are multiplied at a time.
 template <class W>
 using Factor = std::conditional_t<AS_BFLOATS<W>, Bfloat16, float>;
 template <class W>
@@ -160,8 +160,8 @@ auto lot(const From* from) {
     return load(from);
 }
 
-// Rows lie far apart and no hardware foresees the jump, so each pass over one asks for the next: into the second level
-// of the cache, since into the first is no faster than not asking.
+// Rows lie far apart and no hardware predicts the jump, so each pass over a row prefetches the next one into the
+// second-level cache. Prefetching into the first level is no faster than not prefetching.
 constexpr int SECOND_LEVEL = 2;
 
 template <class W>
@@ -190,7 +190,7 @@ void add_scaled(float* out, float factor, const W* row, int64_t size, const W* n
   for (; i < size; ++i) out[i] += factor * to_float(row[i]);
 }
 
-// Every line of a row that is about to be read: a row of codes is too short to ask for along the way.
+// Prefetches a whole row: a row of codes is too short to prefetch while the row before it is read.
 void prefetch(const uint8_t* row, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(row + i, 0, SECOND_LEVEL);
 }

@@ -96,7 +96,7 @@ def add_products(
     sums, x, block, codes, scale, zero, present, tokens, D: tl.constexpr, TOKENS: tl.constexpr, FIRST: tl.constexpr,
     GROUP: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
-    """Adds products of tokens with some blocks of rows of codes, or with halves of them.
+    """Sums plus the products of tokens with some blocks of rows of codes, or with halves of blocks.
 
     Args:
         sums: [ROWS, BLOCKS] for each token.
@@ -107,9 +107,6 @@ def add_products(
         zero: [ROWS, BLOCKS], float32.
         present: [ROWS, BLOCKS].
         FIRST: first column of the scale in every block.
-
-    Returns:
-        The new sums.
     """
     planes, singles, added = (), (), ()
     for plane in tl.static_range(BITS // 2):
@@ -162,7 +159,7 @@ def products_of_split(
     x, codes, scale, zero, row, live, tokens, D: tl.constexpr, TOKENS: tl.constexpr, GROUP: tl.constexpr,
     BITS: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """Products of tokens with rows whose codes, scales and zero points are separate matrices.
+    """Products of tokens with rows whose codes, scales and zero points are separate matrices: [ROWS] for each token.
 
     Args:
         x: pointer to [tokens, D].
@@ -171,9 +168,6 @@ def products_of_split(
         zero: pointer to [rows, groups], uint8.
         row: [ROWS], row numbers.
         live: [ROWS], whether to read the row.
-
-    Returns:
-        [ROWS] for each token.
     """
     sums = zero_sums(row.shape[0], BLOCKS, TOKENS)
     for start in range(0, (D + 63) // 64, BLOCKS):
