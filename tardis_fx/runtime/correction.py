@@ -69,8 +69,8 @@ class Correction(NamedTuple):
     @property
     def has_kernel(self) -> bool:
         """Whether kernels take the call: a few tokens, and one of their dtypes for everything that is not in codes."""
-        dtype = self.x.dtype
-        if not 0 < math.prod(self.x.shape[:-1]) <= MOST_TOKENS or self.x.shape[-1] == 0 or dtype not in DTYPE_NUMBERS:
+        shape, dtype = self.x.shape, self.x.dtype
+        if dtype not in DTYPE_NUMBERS or shape[-1] == 0 or not 0 < math.prod(shape[:-1]) <= MOST_TOKENS:
             return False
         if self.row_bits == 16:
             for matrix in (*self.projections, self.columns):

@@ -20,7 +20,7 @@ def tanh(z):
 
 def generate(activations):
     """Generates the function of ``z`` and a name that computes these activations."""
-    cases = "    el".join(f"if NAME == {each.name!r}:\n        return {each.triton}\n" for each in activations)
+    cases = "    el".join(f"if NAME == {a.name!r}:\n        return {a.triton}\n" for a in activations)
     source = f'''def activation(z, NAME: tl.constexpr):
     """The activation of this name, elementwise, of float32; a NaN stays one."""
     {cases}    else:
