@@ -44,8 +44,9 @@ from tardis_fx.passes.layout import Expected, Layout, coded_rows, codes, indices
 from tardis_fx.plan import Planned, SitePlan
 from tardis_fx.runtime import ops  # noqa: F401 - registers torch.ops.tardis
 from tardis_fx.runtime.correction import Correction, guard_width
+from tardis_fx.runtime.cpu import layout as cpu
+from tardis_fx.runtime.cuda import layout as cuda
 from tardis_fx.runtime.packing import GROUP_SIZES, low_bits
-from tardis_fx.runtime.prepared import prepare
 from tardis_fx.statistics.target import fit_to_target
 
 
@@ -272,6 +273,7 @@ class PartialLinear(Rewrite):
     def constants(self, plan: SitePlan, weights: SiteWeights) -> dict[str, Tensor]:
         """The fold and the operands of corrections."""
         device = weights.up.device
+        prepare = cuda.prepare if device.type == "cuda" else cpu.prepare
         prepared = prepare(plan.tensors, weights.projections, weights.down.T, plan.settings["row_bits"])
         return prepared | {name: plan.tensors[name].to(device) for name in ("folded_weight", "folded_bias")}
 

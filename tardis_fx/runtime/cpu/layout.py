@@ -1,0 +1,3 @@
+"""Memory layout of a site's constants for ``kernel.cpp``: currently that of the reference."""
+
+from tardis_fx.runtime.prepared import prepare as prepare
