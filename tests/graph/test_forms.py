@@ -119,7 +119,7 @@ PLAIN: dict[str, Pair] = {
     "relu by comparison": Pair(
         lambda m, x: m.down(torch.where((h := m.up(x)) > 0, h, 0)),
         lambda m, x: m.down(torch.where((h := m.up(x)) > 0, h, x[..., :1])),
-        "joins in between",
+        "is combined with",
     ),
     "relu as a mask": Pair(
         lambda m, x: m.down((h := m.up(x)) * (h > 0).to(h.dtype)),

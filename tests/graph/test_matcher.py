@@ -105,10 +105,13 @@ REFUSED: dict[str, tuple[Callable[[Model, Tensor], Any], str]] = {
         "computed in the graph",
     ),
     "the activation is unknown": (lambda m, x: m.down(torch.sin(m.up(x))), "not in the registry"),
-    "the activation is scaled by neuron": (lambda m, x: m.down(F.gelu(m.up(x)) * m.scale), "is no activation function"),
+    "the activation is scaled by neuron": (
+        lambda m, x: m.down(F.gelu(m.up(x)) * m.scale),
+        "is not an activation function",
+    ),
     "the activation is bounded by neuron": (
         lambda m, x: m.down(torch.maximum(m.up(x), m.scale)),
-        "is no activation function",
+        "is not an activation function",
     ),
     "dropout drops": (lambda m, x: m.down(F.dropout(F.gelu(m.up(x)), 0.5, training=True)), "training mode"),
     "the hidden size is not larger": (lambda m, x: m.square(F.gelu(m.square(x))), "hidden size"),

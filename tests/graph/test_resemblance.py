@@ -27,8 +27,8 @@ RESEMBLING: dict[str, tuple[Form, str]] = {
     ),
     "a convolution": (lambda m, x: m.down(gelu(m.depthwise(m.up(x).mT).mT)), "stands between"),
     "projections that are convolutions": (lambda m, x: m.point2(gelu(m.point1(x.mT))).mT, "is a convolution"),
-    "the input": (lambda m, x: m.down(gelu(m.up(x)) + x.repeat(1, 1, 4)), "joins in"),
-    "a mask that was given": (lambda m, x: m.down(gelu(m.up(x)) * (x[..., :1] > 0)), "joins in"),
+    "the input": (lambda m, x: m.down(gelu(m.up(x)) + x.repeat(1, 1, 4)), "is combined with"),
+    "a mask that was given": (lambda m, x: m.down(gelu(m.up(x)) * (x[..., :1] > 0)), "is combined with"),
     "one number of a parameter": (lambda m, x: m.down(gelu(m.up(x)) * m.b2[0]), NO_ACTIVATION),
     "experts in a batch": (
         lambda m, x: torch.bmm(gelu(torch.bmm(x[:1].expand(4, 3, 8), m.experts1)), m.experts2),

@@ -142,7 +142,7 @@ GATES: dict[str, Callable[[Model, Tensor], Tensor]] = {
     "gated_pair": lambda m, x: m.down(_gated_pair(m.up(x), x @ m.w1)),
     "gated_halves": lambda m, x: m.down(_gated_halves(m.fused(x))),
     "prelu": lambda m, x: m.down(torch.prelu(m.up(x), m.b1[:3]) * (x @ m.w1)),
-    "what stands between": lambda m, x: m.down(F.silu(m.up(x)) * (x @ m.w1) * F.linear(x, m.fused.weight[:32])),
+    "the computation between": lambda m, x: m.down(F.silu(m.up(x)) * (x @ m.w1) * F.linear(x, m.fused.weight[:32])),
 }
 
 
@@ -240,7 +240,7 @@ def test_apertus_is_listed_with_its_activation() -> None:
     model = hf.ApertusModel(hf.ApertusConfig(**_GROUPED)).eval()
     sites = capture(model, tokens(2, 5) % 61 + 3).sites
     assert [site.name for site in sites] == ["layers.0.mlp", "layers.1.mlp"]
-    assert all("is no activation function" in str(site.reason) for site in sites)
+    assert all("is not an activation function" in str(site.reason) for site in sites)
 
 
 def test_sparse_layers_of_gemma3n_are_listed() -> None:
