@@ -6,7 +6,7 @@ A node is read by the name of its target, whether function (``torch.mul``), oper
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -64,6 +64,13 @@ def call_name(node: fx.Node) -> str | None:
         name = getattr(node.target, "__name__", "")
         return name.split(".")[0].rstrip("_") or None
     return None
+
+
+def call(node: fx.Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Runs the function or method that a node calls."""
+    if callable(node.target):
+        return node.target(*args, **kwargs)
+    return getattr(args[0], node.target)(*args[1:], **kwargs)
 
 
 def bind(node: fx.Node, *names: str) -> list[Any]:
@@ -169,7 +176,7 @@ def half(node: fx.Node) -> int | None:
     whole, part = value_of(source), value_of(node)
     if whole is None or part is None or not part.dim():
         return None
-    if not torch._C._is_alias_of(whole, part):  # type: ignore[attr-defined]  # an index that copies
+    if not torch._C._is_alias_of(whole, part):  # type: ignore[attr-defined]  # a tensor as index copies
         return None
     if not same(whole.shape, (*part.shape[:-1], 2 * part.shape[-1])) or not same(whole.stride(), part.stride()):
         return None

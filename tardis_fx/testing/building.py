@@ -9,6 +9,8 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from tardis_fx.graph.forms import call
+
 
 class Graph:
     """Builder of an ``fx.Graph`` with example values."""
@@ -34,16 +36,9 @@ class Graph:
 
     def call(self, target: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> fx.Node:
         """Adds a call of a function, or of a method by its name."""
-        node = (
-            self.graph.call_method(target, args, kwargs)
-            if isinstance(target, str)
-            else self.graph.call_function(target, args, kwargs)
-        )
-        values, named = fx.node.map_arg((args, kwargs), lambda n: n.meta["example_value"])
+        op = "call_method" if isinstance(target, str) else "call_function"
+        node = self.graph.create_node(op, target, args, kwargs)
+        values = fx.node.map_arg((args, kwargs), lambda n: n.meta["example_value"])
         with self._mode:
-            node.meta["example_value"] = (
-                getattr(values[0], target)(*values[1:], **named)
-                if isinstance(target, str)
-                else target(*values, **named)
-            )
+            node.meta["example_value"] = call(node, *values)
         return node

@@ -188,7 +188,7 @@ OWN: dict[str, Callable[[Gated, Tensor], Any]] = {
 def test_a_site_that_writes_to_what_others_see_is_refused(name: str) -> None:
     backend = run(Gated(OWN[name]).eval(), X)
     assert backend.rewritten == 0
-    assert all("writes to a tensor that is not of the site alone" in str(site.reason) for site in backend.sites)
+    assert all("writes to a tensor that is used outside the site" in str(site.reason) for site in backend.sites)
 
 
 def test_a_copy_is_not_reached_by_what_is_computed_in_place() -> None:
