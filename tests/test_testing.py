@@ -169,7 +169,7 @@ BROKEN: dict[type[Rewrite], Any] = {
     Widening: laws.forward_is_finite_and_shaped_for_any_number_of_tokens,
     Sociable: laws.a_token_gives_the_same_in_any_company,
     Traced: laws.the_compiled_model_is_the_eager_forward,
-    Boasting: laws.the_error_told_is_the_error_measured,
+    Boasting: laws.the_reported_error_matches_the_measured_error,
     Forgetful: laws.a_plan_comes_back_from_its_file_and_runs_alike,
     Uneven: laws.sites_alike_have_constants_alike,
     Fickle: laws.fitting_twice_gives_the_same_plan,
@@ -291,7 +291,7 @@ def test_equivalent_is_of_one_shape_dtype_and_value() -> None:
 def test_an_error_beyond_the_one_told_is_none_within_it() -> None:
     x = torch.ones(10)
     assert_error_within(0.1, 1.1 * x, x)
-    with pytest.raises(AssertionError, match="more than the 0.1 told"):
+    with pytest.raises(AssertionError, match="more than the reported 0.1"):
         assert_error_within(0.1, 1.2 * x, x)
 
 

@@ -120,7 +120,7 @@ def test_compositions_keep_the_laws_of_rewrites() -> None:
     some = (
         laws.the_plan_meets_its_budget_or_says_that_it_cannot,
         laws.bytes_are_plausible,
-        laws.the_error_told_is_the_error_measured,
+        laws.the_reported_error_matches_the_measured_error,
         laws.sites_alike_have_constants_alike,
     )
     verdicts = examine("drop_bias+partial_linear+int8_ffn", examples=2, laws=some)
