@@ -137,6 +137,8 @@ def is_released(weight: Tensor) -> bool:
 class SiteWeights:
     """The weights of a site, each matrix as [out, in] regardless of how it is stored.
 
+    Those of a refused site may have other shapes: stacked experts, convolutions.
+
     Attributes:
         up: of the up projection; its half of a fused matrix.
         up_bias: None if the projection has none, like the other biases.
