@@ -82,7 +82,7 @@ def output(site: ObservedSite, entry: SitePlan, x: Float[Tensor, "*batch d"]) ->
     return rewrite.forward(x, rewrite.constants(entry, site.weights), entry)
 
 
-def the_plan_meets_its_budget_or_says_that_it_cannot(method: str, specimen: Specimen) -> None:
+def the_plan_meets_its_budget_or_an_error_is_raised(method: str, specimen: Specimen) -> None:
     """It raises CalibrationError if it cannot, and a budget of all bytes always suffices."""
     fit = Fit(method, specimen, 2)
     try:
@@ -108,7 +108,7 @@ def bytes_are_plausible(method: str, specimen: Specimen) -> None:
         assert entry.dense_bytes == site.weights.bytes
 
 
-def forward_is_finite_and_shaped_for_any_number_of_tokens(method: str, specimen: Specimen) -> None:
+def forward_is_finite_and_keeps_the_shape_for_any_number_of_tokens(method: str, specimen: Specimen) -> None:
     """Checks 1, 5 and 40 tokens, and [batch, length, d]."""
     site, entry = Fit(method, specimen).first
     for shape in ((1,), (5,), (40,), (2, 3), (1, 7)):
@@ -120,7 +120,7 @@ def forward_is_finite_and_shaped_for_any_number_of_tokens(method: str, specimen:
         assert torch.isfinite(y).all(), f"NaN or infinity for {tuple(x.shape)}"
 
 
-def a_token_gives_the_same_in_any_company(method: str, specimen: Specimen) -> None:
+def a_token_does_not_depend_on_other_tokens(method: str, specimen: Specimen) -> None:
     """Compares all tokens at once, in parts, and as [batch, length, d]."""
     site, entry = Fit(method, specimen).first
     x = specimen.unseen(12)
@@ -129,7 +129,7 @@ def a_token_gives_the_same_in_any_company(method: str, specimen: Specimen) -> No
     assert_equivalent(output(site, entry, x.view(3, 4, -1)), whole.view(3, 4, -1))
 
 
-def the_compiled_model_is_the_eager_forward(method: str, specimen: Specimen) -> None:
+def the_compiled_model_equals_the_eager_forward(method: str, specimen: Specimen) -> None:
     """Compiles with the backend in strict mode, for few and for many tokens."""
     fit = Fit(method, specimen)
     site, entry = fit.first
@@ -155,7 +155,7 @@ def the_reported_error_matches_the_measured_error(method: str, specimen: Specime
     assert entry.error <= measured * 1.05 + rounding, f"reports {entry.error:.4g}, but the error is {measured:.4g}"
 
 
-def a_plan_comes_back_from_its_file_and_runs_alike(method: str, specimen: Specimen) -> None:
+def a_plan_is_the_same_after_saving_and_loading(method: str, specimen: Specimen) -> None:
     """Checks that the loaded plan is equal bit for bit."""
     fit = Fit(method, specimen)
     site, _ = fit.first
@@ -169,8 +169,8 @@ def a_plan_comes_back_from_its_file_and_runs_alike(method: str, specimen: Specim
     assert_plan_roundtrip(fit.plan, run)
 
 
-def sites_alike_have_constants_alike(method: str, specimen: Specimen) -> None:
-    """Equal shapes and settings give equal names, shapes and dtypes, because one compiled graph may serve both."""
+def equal_sites_have_constants_of_equal_shapes(method: str, specimen: Specimen) -> None:
+    """Sites of equal shapes and settings: one compiled graph may serve both, so names, shapes and dtypes agree."""
     fit = Fit(method, specimen, 2)
     if len(fit.taken) < 2 or fit.plan.rewritten[0].settings != fit.plan.rewritten[1].settings:
         reject()
@@ -187,7 +187,7 @@ def fitting_twice_gives_the_same_plan(method: str, specimen: Specimen) -> None:
     assert first == second
 
 
-def inputs_and_weights_stay_what_they_are(method: str, specimen: Specimen) -> None:
+def inputs_and_weights_do_not_change(method: str, specimen: Specimen) -> None:
     """Checks that fit, constants and forward do not write to them."""
     fit = Fit(method, specimen)
     site, entry = fit.first
@@ -223,15 +223,15 @@ def gated_and_affine_sites_are_refused_with_a_reason_or_handled(method: str, spe
 
 #: Each law takes the name of a registered rewrite and drawn sites, and raises if the rewrite breaks it.
 LAWS: tuple[Callable[[str, Specimen], None], ...] = (
-    the_plan_meets_its_budget_or_says_that_it_cannot,
+    the_plan_meets_its_budget_or_an_error_is_raised,
     bytes_are_plausible,
-    forward_is_finite_and_shaped_for_any_number_of_tokens,
-    a_token_gives_the_same_in_any_company,
-    the_compiled_model_is_the_eager_forward,
+    forward_is_finite_and_keeps_the_shape_for_any_number_of_tokens,
+    a_token_does_not_depend_on_other_tokens,
+    the_compiled_model_equals_the_eager_forward,
     the_reported_error_matches_the_measured_error,
-    a_plan_comes_back_from_its_file_and_runs_alike,
-    sites_alike_have_constants_alike,
+    a_plan_is_the_same_after_saving_and_loading,
+    equal_sites_have_constants_of_equal_shapes,
     fitting_twice_gives_the_same_plan,
-    inputs_and_weights_stay_what_they_are,
+    inputs_and_weights_do_not_change,
     gated_and_affine_sites_are_refused_with_a_reason_or_handled,
 )

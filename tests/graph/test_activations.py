@@ -11,6 +11,7 @@ from builders.profile import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jaxtyping import Float64
+from torch import Tensor
 from torch.nn import functional
 
 from tardis_fx.errors import ConfigError
@@ -98,9 +99,9 @@ every_printed_activation = pytest.mark.parametrize(
 def test_generated_code_computes_the_value(
     language: Callable[[Activation, float], float], activation: Activation, z: Arguments
 ) -> None:
-    found = [language(activation, argument) for argument in z]
+    values = [language(activation, argument) for argument in z]
     digits = 1e-8 if language is cxx else 6e-8  # of constants: nine in C++, those of float32 in Triton
-    np.testing.assert_allclose(found, activation.value(z), rtol=10 * digits, atol=digits)
+    np.testing.assert_allclose(values, activation.value(z), rtol=10 * digits, atol=digits)
 
 
 @pytest.mark.parametrize("language", [cxx, triton])
@@ -162,11 +163,24 @@ def test_a_registered_activation_is_known_everywhere() -> None:
     ],
     ids=str,
 )
-def test_register_refuses_what_the_registry_does_not_handle(activation: Activation, reason: str) -> None:
+def test_register_refuses_activations_that_the_registry_does_not_handle(activation: Activation, reason: str) -> None:
     before = dict(ACTIVATIONS)
     with pytest.raises(ConfigError, match=reason):
         register(activation)
     assert before == ACTIVATIONS
+
+
+@pytest.mark.usefixtures("registry")
+@pytest.mark.parametrize(
+    ("expression", "eager"),
+    [(Z / (1 + sympy.Abs(Z)), functional.softsign), (sympy.Max(Z, 50), lambda z: z.clamp(min=50))],
+    ids=["slow asymptote", "far kink"],
+)
+def test_an_activation_may_near_its_asymptote_slowly_or_bend_far_out(
+    expression: sympy.Expr, eager: Callable[[Tensor], Tensor]
+) -> None:
+    activation = register(Activation("odd", expression, eager))
+    assert recognise(lambda z: eager(z) * 1.0) is activation
 
 
 @pytest.mark.usefixtures("registry")

@@ -282,9 +282,9 @@ def test_its_neighbour_is_listed_and_refused(name: str) -> None:
 def test_symbolic_sizes_change_nothing_unless_the_reason_says_so(name: str, which: str) -> None:
     model = Model(getattr((PLAIN | GATED)[name], which)).eval()
     static, symbolic = (capture(model, X, dynamic=dynamic).sites for dynamic in (False, True))
-    for site, other in zip(static, symbolic, strict=True):
-        unknown = site.reason is None and "cannot be compared" in str(other.reason)
-        assert unknown or (other.kind, other.reason) == (site.kind, site.reason)
+    for fixed, site in zip(static, symbolic, strict=True):
+        unknown = fixed.reason is None and "cannot be compared" in str(site.reason)
+        assert unknown or (site.kind, site.reason) == (fixed.kind, fixed.reason)
 
 
 FUNCTIONS: dict[str, Callable[..., Tensor]] = {

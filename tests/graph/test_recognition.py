@@ -1,3 +1,4 @@
+import itertools
 from collections.abc import Callable
 
 import numpy as np
@@ -76,9 +77,9 @@ def test_recognise_gives_none_for_anything_else(function: Callable[[Tensor], Ten
 
 
 @every_registered_activation
-def test_recognise_product_finds_what_the_gate_goes_through(activation: Activation) -> None:
-    found = recognise_product(lambda gate, up: activation.eager(gate) * up)
-    assert found is (None if activation.affine else activation)
+def test_recognise_product_finds_the_activation_of_the_gate(activation: Activation) -> None:
+    recognised = recognise_product(lambda gate, up: activation.eager(gate) * up)
+    assert recognised is (None if activation.affine else activation)
 
 
 @pytest.mark.parametrize(
@@ -108,14 +109,12 @@ def test_recognise_finds_the_eager_function_of_any_type(activation: Activation, 
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_a_clip_at_the_largest_number_is_seen_by_what_it_makes_of_infinity(dtype: torch.dtype) -> None:
+def test_a_clip_at_the_largest_number_is_seen_at_infinity(dtype: torch.dtype) -> None:
     largest = torch.finfo(dtype).max
     assert recognise(lambda z: torch.relu(z).clamp(max=largest), dtype=dtype) is None
 
 
 def test_registered_activations_differ_by_far_more_than_the_tolerance() -> None:
     z = np.linspace(-12, 12, 2001)
-    for activation in ACTIVATIONS.values():
-        for other in ACTIVATIONS.values():
-            apart = np.max(np.abs(activation.value(z) - other.value(z)) / (1 + np.abs(other.value(z))))
-            assert (apart == 0) if activation is other else (apart > 1e-4)
+    for a, b in itertools.combinations(ACTIVATIONS.values(), 2):
+        assert np.max(np.abs(a.value(z) - b.value(z)) / (1 + np.abs(b.value(z)))) > 1e-4

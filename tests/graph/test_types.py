@@ -1,4 +1,4 @@
-"""A site has one number type, and keeps its values in none that is coarser."""
+"""A site has one number type, and its intermediate values have none that is coarser."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_a_bias_of_another_type_is_refused_by_name() -> None:
     assert reason(Biased(), torch.ones(2, 8).half()) == expected
 
 
-#: By the weights' type: casts that keep all that it tells, and others.
+#: The weights' type, and casts that keep its precision and range, or do not.
 FINE = [(HALF, SINGLE), (HALF, DOUBLE), (BRAIN, SINGLE), (SINGLE, DOUBLE), (SINGLE, SINGLE)]
 COARSE = [
     (SINGLE, BRAIN),
