@@ -16,7 +16,7 @@ from tardis_fx.graph.recognition import recognise, recognise_product
 from tardis_fx.graph.site import Projection
 from tardis_fx.graph.writes import storages_of
 
-#: Have no kink for any numeric arguments.
+#: Operations without a kink for any numeric arguments.
 _SMOOTH = ARITHMETIC | frozenset(
     """
     cos erf erfc exp exp2 expm1 gelu log log1p log2 mish ones_like pow reciprocal rsqrt sigmoid silu sin softsign sqrt
@@ -92,7 +92,7 @@ def _recognised(
 def _run(
     region: Sequence[fx.Node], down: Projection, values: _Values, differences: list[Tensor] | None = None
 ) -> Tensor:
-    """The value that enters ``down``, computed from those of the projections (a pair of halves for a fused one).
+    """The value that enters ``down``, computed from the values of the projections (a pair of halves for a fused one).
 
     Views are skipped, so that the values may have any shape. In-place operations change the values.
 
@@ -111,7 +111,7 @@ def _run(
                 differences += _differences(node, tree_leaves(arguments))
             values[node] = call(node, *arguments)
             if differences is not None and call_name(node) in _SUMS:
-                differences.append(values[node].clone())  # its square turns where it is 0
+                differences.append(values[node].clone())  # its square has its minimum at 0
             continue
         value = values[source := node.all_input_nodes[0]]
         if is_glu(node):
