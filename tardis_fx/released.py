@@ -20,18 +20,18 @@ def guard(model: nn.Module, released: Iterable[Tensor]) -> None:
         model: that holds the weights.
         released: the weights.
     """
-    wanted = set(map(id, released))
+    identities = set(map(id, released))
     for path, module in model.named_modules():
-        own = {name: tensor for name, tensor in _tensors(module).items() if id(tensor) in wanted}
-        if not own:
+        weights = {name: tensor for name, tensor in _tensors(module).items() if id(tensor) in identities}
+        if not weights:
             continue
-        found = _guard_of(module)
-        if found is None:
-            found = ReleasedGuard(path)
-            module.register_state_dict_pre_hook(found)
-            module.register_load_state_dict_pre_hook(found.load)
+        hook = _guard_of(module)
+        if hook is None:
+            hook = ReleasedGuard(path)
+            module.register_state_dict_pre_hook(hook)
+            module.register_load_state_dict_pre_hook(hook.load)
             module.register_forward_pre_hook(refuse_eager)
-        found.watch(module, own)
+        hook.watch(module, weights)
 
 
 class ReleasedGuard:
@@ -41,22 +41,13 @@ class ReleasedGuard:
     """
 
     def __init__(self, path: str) -> None:
-        """Makes a guard without any weights.
-
-        Args:
-            path: of the module in the model.
-        """
+        """Makes a guard without any weights, for the module with this path in the model."""
         self._path = path
         self._names: set[str] = set()
         self._module: weakref.ref[nn.Module] | None = None
 
     def watch(self, module: nn.Module, weights: Mapping[str, Tensor]) -> None:
-        """Adds released weights.
-
-        Args:
-            module: that holds the weights.
-            weights: by their names in the module.
-        """
+        """Adds released weights of a module, by their names in it."""
         self._module = weakref.ref(module)
         self._names |= weights.keys()
         for weight in weights.values():
@@ -68,7 +59,7 @@ class ReleasedGuard:
         Raises:
             ReleasedWeightError: a weight is still released.
         """
-        self.refuse(_tensors(module), "state_dict() or a checkpoint of the model")
+        self.refuse(module, "state_dict() or a checkpoint of the model")
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Refuses to pickle or deep-copy the module or a weight.
@@ -78,7 +69,7 @@ class ReleasedGuard:
         """
         module = None if self._module is None else self._module()
         if module is not None:
-            self.refuse(_tensors(module), "a pickle or a copy of it")
+            self.refuse(module, "a pickle or a copy of it")
         return ReleasedGuard, (self._path,)
 
     def load(self, module: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
@@ -87,17 +78,17 @@ class ReleasedGuard:
             if prefix + name in state_dict and is_released(weight):
                 weight.data = torch.full_like(weight, torch.nan, memory_format=torch.contiguous_format)
 
-    def refuse(self, weights: Mapping[str, Tensor], what: str) -> None:
-        """Raises an error if a weight is still released.
+    def refuse(self, module: nn.Module, result: str) -> None:
+        """Checks that no weight is still released; ``result`` would hold NaN.
 
         Raises:
-            ReleasedWeightError: names the weights and says what would hold NaN.
+            ReleasedWeightError: a weight is still released.
         """
-        gone = [name for name, weight in weights.items() if name in self._names and _is_nan(weight)]
-        if gone:
-            names = ", ".join(f"{self._path}.{name}".lstrip(".") for name in gone)
+        released = [name for name, weight in _tensors(module).items() if name in self._names and _is_nan(weight)]
+        if released:
+            names = ", ".join(f"{self._path}.{name}".lstrip(".") for name in released)
             raise ReleasedWeightError(
-                f"{names}: released by tardis_fx.release, so {what} would hold NaN in their place. Load the original "
+                f"{names}: released by tardis_fx.release, so {result} would hold NaN in their place. Load the original "
                 f"weights into the model again (load_state_dict), or release with folder=..., which keeps them"
             )
 
@@ -108,9 +99,9 @@ def refuse_eager(module: nn.Module, args: Any) -> None:
     Raises:
         ReleasedWeightError: the module is about to run eagerly.
     """
-    found = None if torch.compiler.is_compiling() else _guard_of(module)
-    if found is not None:
-        found.refuse(_tensors(module), "what an uncompiled call returns")
+    hook = None if torch.compiler.is_compiling() else _guard_of(module)
+    if hook is not None:
+        hook.refuse(module, "the output of an uncompiled call")
 
 
 def _guard_of(module: nn.Module) -> ReleasedGuard | None:
@@ -118,7 +109,7 @@ def _guard_of(module: nn.Module) -> ReleasedGuard | None:
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
-    return {name: t for own in (module._parameters, module._buffers) for name, t in own.items() if t is not None}
+    return {name: t for name, t in (module._parameters | module._buffers).items() if t is not None}
 
 
 def _is_nan(weight: Tensor) -> bool:

@@ -28,6 +28,8 @@ sys.path.insert(0, str(Path(__file__).parent))  # for `builders`: pytest's impor
 # Types and shapes in these modules' annotations are checked at every call.
 importlib.import_module("builders.typechecker")  # jaxtyping imports the first of these names alone
 CHECKED = (
+    "graph.activations",
+    "graph.recognition",
     "quantisation",
     "resident",
     "runtime.cpu.op",
@@ -39,6 +41,10 @@ CHECKED = (
     "serving.op",
     "serving.shards",
     "statistics",
+    "testing.assertions",
+    "testing.laws",
+    "testing.observation",
+    "testing.strategies",
 )
 install_import_hook([f"tardis_fx.{room}" for room in CHECKED], "builders.typechecker.typechecker")
 

@@ -1,7 +1,8 @@
-"""The kit for other people's rewrites: what it passes, and what it does not let pass."""
+"""The testing kit: correct rewrites pass, and a rewrite that breaks a law fails."""
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -58,11 +59,11 @@ def test_the_projects_own_rewrites_keep_every_law(method: str) -> None:
     assert not [str(verdict) for verdict in verdicts if not verdict.passed]
 
 
-# ---- Rewrites that break a law are found out
+# ---- Rewrites that break a law
 
 
 class Greedy(HotFold):
-    """Reads twice what it may."""
+    """Reads twice the budget."""
 
     def choose(self, sites: Sequence[ObservedSite], config: Config) -> Fit[list[Choice]]:
         choices = yield from super().choose(sites, config)
@@ -70,7 +71,7 @@ class Greedy(HotFold):
 
 
 class Weightless(HotFold):
-    """Stores nothing, it says."""
+    """Reports no stored bytes."""
 
     def fit(self, sites: Sequence[ObservedSite], config: Config) -> Fit[list[Planned]]:
         plans = yield from super().fit(sites, config)
@@ -78,29 +79,29 @@ class Weightless(HotFold):
 
 
 class Widening(HotFold):
-    """Gives float32 whatever comes in."""
+    """Returns float32 for any dtype."""
 
     def forward(self, x: Tensor, constants: Mapping[str, Tensor], plan: SitePlan) -> Tensor:
         return super().forward(x, constants, plan).float()
 
 
 class Sociable(HotFold):
-    """Looks at the other tokens."""
+    """Depends on the other tokens."""
 
     def forward(self, x: Tensor, constants: Mapping[str, Tensor], plan: SitePlan) -> Tensor:
         return super().forward(x - x.reshape(-1, x.shape[-1]).mean(0), constants, plan)
 
 
 class Traced(HotFold):
-    """Is not the same when it is traced."""
+    """Computes something else when it is traced."""
 
     def forward(self, x: Tensor, constants: Mapping[str, Tensor], plan: SitePlan) -> Tensor:
-        found = super().forward(x, constants, plan)
-        return found if isinstance(x, Tensor) and type(x) is Tensor else found * 2
+        y = super().forward(x, constants, plan)
+        return y if type(x) is Tensor else y * 2
 
 
 class Boasting(HotFold):
-    """Tells half of its error."""
+    """Reports half of its error."""
 
     def fit(self, sites: Sequence[ObservedSite], config: Config) -> Fit[list[Planned]]:
         plans = yield from super().fit(sites, config)
@@ -108,37 +109,36 @@ class Boasting(HotFold):
 
 
 class Forgetful(HotFold):
-    """Keeps beside the plan what belongs into it."""
+    """Keeps a factor outside the plan."""
 
-    kept: ClassVar[dict[int, float]] = {}
+    factors: ClassVar[dict[int, float]] = {}
 
     def fit(self, sites: Sequence[ObservedSite], config: Config) -> Fit[list[Planned]]:
         plans = yield from super().fit(sites, config)
         for plan in plans:
             assert isinstance(plan, SitePlan)
-            self.kept[id(plan.tensors)] = 2.0
+            self.factors[id(plan.tensors)] = 2.0
         return plans
 
     def forward(self, x: Tensor, constants: Mapping[str, Tensor], plan: SitePlan) -> Tensor:
-        return super().forward(x, constants, plan) * self.kept.get(id(plan.tensors), 1.0)
+        return super().forward(x, constants, plan) * self.factors.get(id(plan.tensors), 1.0)
 
 
 class Uneven(LowRank):
     """Has constants whose size depends on the weights."""
 
     def constants(self, plan: SitePlan, weights: SiteWeights) -> dict[str, Tensor]:
-        found = super().constants(plan, weights)
-        return found | {"extra": torch.zeros(int(weights.up.float().abs().sum() * 1000) % 97)}
+        extra = torch.zeros(int(weights.up.float().abs().sum() * 1000) % 97)
+        return super().constants(plan, weights) | {"extra": extra}
 
 
 class Fickle(HotFold):
-    """Is drawn anew by each fit."""
+    """Makes other plans at each fit."""
 
     def choose(self, sites: Sequence[ObservedSite], config: Config) -> Fit[list[Choice]]:
-        found = yield from super().choose(sites, config)
-        return [
-            Choice(c.touched_bytes, c.tensors | {"noise": torch.tensor(list(os.urandom(8)))}, c.settings) for c in found
-        ]
+        choices = yield from super().choose(sites, config)
+        noise = {"noise": torch.tensor(list(os.urandom(8)))}
+        return [Choice(c.touched_bytes, c.tensors | noise, c.settings) for c in choices]
 
 
 class Meddling(HotFold):
@@ -157,45 +157,45 @@ class Scaling(HotFold):
 
 
 class Silent(HotFold):
-    """Refuses for no reason."""
+    """Refuses without a reason."""
 
     def refuse(self, site: Site) -> str | None:
         return "" if site.kind == "gated" else super().refuse(site)
 
 
 BROKEN: dict[type[Rewrite], Any] = {
-    Greedy: laws.the_plan_meets_its_budget_or_says_that_it_cannot,
+    Greedy: laws.the_plan_meets_its_budget_or_an_error_is_raised,
     Weightless: laws.bytes_are_plausible,
-    Widening: laws.forward_is_finite_and_shaped_for_any_number_of_tokens,
-    Sociable: laws.a_token_gives_the_same_in_any_company,
-    Traced: laws.the_compiled_model_is_the_eager_forward,
-    Boasting: laws.the_error_told_is_the_error_measured,
-    Forgetful: laws.a_plan_comes_back_from_its_file_and_runs_alike,
-    Uneven: laws.sites_alike_have_constants_alike,
+    Widening: laws.forward_is_finite_and_keeps_the_shape_for_any_number_of_tokens,
+    Sociable: laws.a_token_does_not_depend_on_other_tokens,
+    Traced: laws.the_compiled_model_equals_the_eager_forward,
+    Boasting: laws.the_reported_error_matches_the_measured_error,
+    Forgetful: laws.a_plan_is_the_same_after_saving_and_loading,
+    Uneven: laws.equal_sites_have_constants_of_equal_shapes,
     Fickle: laws.fitting_twice_gives_the_same_plan,
-    Meddling: laws.inputs_and_weights_stay_what_they_are,
-    Scaling: laws.inputs_and_weights_stay_what_they_are,
+    Meddling: laws.inputs_and_weights_do_not_change,
+    Scaling: laws.inputs_and_weights_do_not_change,
     Silent: laws.gated_and_affine_sites_are_refused_with_a_reason_or_handled,
 }
 
 
 @pytest.fixture
 def registered(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[type[Rewrite]]]:
-    """Rewrites that are put in here are registered under the name ``own``, one at a time."""
-    own: list[type[Rewrite]] = []
+    """The last rewrite of this list is registered under the name ``own``."""
+    rewrites: list[type[Rewrite]] = []
 
     class Loaded(EntryPoint):
         def load(self) -> Any:
-            return own[-1]
+            return rewrites[-1]
 
     monkeypatch.setattr(registry, "entry_points", lambda group: [Loaded("own", "own:Own", group)])
     registry.rewrite_named.cache_clear()
-    yield own
+    yield rewrites
     registry.rewrite_named.cache_clear()
 
 
 @pytest.mark.parametrize("broken", BROKEN, ids=lambda broken: broken.__name__)
-def test_a_rewrite_that_breaks_a_law_is_found_out_with_an_example(
+def test_a_rewrite_that_breaks_a_law_fails_with_an_example(
     broken: type[Rewrite], registered: list[type[Rewrite]]
 ) -> None:
     broken.name = "own"
@@ -209,18 +209,18 @@ def test_every_law_has_a_rewrite_that_breaks_it() -> None:
     assert set(BROKEN.values()) == set(LAWS)
 
 
-def test_a_rewrite_that_takes_no_site_is_not_passed() -> None:
+def test_a_rewrite_that_takes_no_site_fails() -> None:
     (verdict,) = examine("exact_fold", examples=1, laws=[laws.bytes_are_plausible])
     assert verdict.failure == NEVER_TAKEN
 
 
-def test_the_command_says_what_is_registered_where_a_name_is_not() -> None:
+def test_the_command_refuses_a_name_that_is_not_registered() -> None:
     result = CliRunner().invoke(command, ["no_such_pass"])
     assert result.exit_code == 2
     assert "no rewrite named 'no_such_pass'" in result.stderr
 
 
-def test_the_command_shows_every_law_and_fails_where_one_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_shows_every_law_and_fails_if_one_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
     verdicts = [Verdict("one"), Verdict("other", "a | b", Specimen(Weights(8, 32)))]
     monkeypatch.setattr("tardis_fx.testing.__main__.examine", lambda *_, **__: verdicts)
     result = CliRunner().invoke(command, ["own"])
@@ -231,22 +231,22 @@ def test_the_command_shows_every_law_and_fails_where_one_is_broken(monkeypatch: 
     assert CliRunner().invoke(command, ["own"]).exit_code == 0
 
 
-def test_the_package_needs_no_hypothesis_and_the_kit_says_that_it_does() -> None:
+def test_only_the_kit_needs_hypothesis_and_says_how_to_install_it() -> None:
     code = "import sys; sys.modules['hypothesis'] = None; import tardis_fx; import tardis_fx.testing"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert "pip install 'tardis-fx[testing]'" in result.stderr.splitlines()[-1]
 
 
-# ---- What is drawn
+# ---- Drawn specimens
 
 
 @settings(max_examples=examples(30))
 @given(sites())
-def test_what_is_drawn_is_whole_and_the_same_each_time(specimen: Specimen) -> None:
-    (model,), (again,) = specimen.ffns(), specimen.ffns()
-    for one, other in zip(model.parameters(), again.parameters(), strict=True):
-        assert torch.isfinite(one).all()
-        assert torch.equal(one, other)
+def test_a_specimen_is_finite_and_the_same_each_time(specimen: Specimen) -> None:
+    (model,), (repeated,) = specimen.ffns(), specimen.ffns()
+    for first, second in zip(model.parameters(), repeated.parameters(), strict=True):
+        assert torch.isfinite(first).all()
+        assert torch.equal(first, second)
     x = specimen.unseen(5)
     assert x.dtype == specimen.weights.dtype
     assert model(x).shape == x.shape
@@ -258,8 +258,8 @@ def test_no_two_structures_and_no_two_streams_are_alike() -> None:
     planted = [Weights(8, 32, structure=structure).ffn() for structure in STRUCTURES]
     flat = [torch.cat([p.detach().flatten() for p in model.parameters()]) for model in planted]
     streams = [Calibration(stream=stream).batch(10, 8) for stream in STREAMS]
-    for several in (flat, streams):
-        assert not any(torch.equal(a, b) for i, a in enumerate(several) for b in several[:i])
+    for drawn in (flat, streams):
+        assert not any(torch.equal(a, b) for a, b in itertools.combinations(drawn, 2))
 
 
 @settings(max_examples=examples(5))
@@ -267,35 +267,35 @@ def test_no_two_structures_and_no_two_streams_are_alike() -> None:
 def test_a_site_without_a_model_is_planned_as_the_model_is(specimen: Specimen) -> None:
     models, config = specimen.ffns(), Config(method="low_rank", budget=specimen.budget, progress=False)
     batches = specimen.batches()
-    alone = plan_for(SiteObservation(models, batches), config).sites[0]
+    direct = plan_for(SiteObservation(models, batches), config).sites[0]
     captured = plan_for(BatchObservation(models[0], batches, progress=False), config).sites[0]
-    assert (alone.fingerprint, alone.touched_bytes, alone.shapes) == (
+    assert (direct.fingerprint, direct.touched_bytes, direct.shapes) == (
         captured.fingerprint,
         captured.touched_bytes,
         captured.shapes,
     )
-    assert alone.error == pytest.approx(captured.error, rel=1e-3, abs=1e-6)
+    assert direct.error == pytest.approx(captured.error, rel=1e-3, abs=1e-6)
 
 
 # ---- Assertions
 
 
-def test_equivalent_is_of_one_shape_dtype_and_value() -> None:
+def test_equivalent_tensors_agree_in_shape_dtype_and_values() -> None:
     x = torch.linspace(1, 2, 6).view(2, 3)
     assert_equivalent(x * (1 + 1e-6), x)
-    for other in (x.view(3, 2), x.double(), x * 1.01, x * float("nan")):
+    for different in (x.view(3, 2), x.double(), x * 1.01, x * float("nan")):
         with pytest.raises(AssertionError):
-            assert_equivalent(other, x)
+            assert_equivalent(different, x)
 
 
-def test_an_error_beyond_the_one_told_is_none_within_it() -> None:
+def test_an_error_above_the_reported_one_is_refused() -> None:
     x = torch.ones(10)
     assert_error_within(0.1, 1.1 * x, x)
-    with pytest.raises(AssertionError, match="more than the 0.1 told"):
+    with pytest.raises(AssertionError, match="more than the reported 0.1"):
         assert_error_within(0.1, 1.2 * x, x)
 
 
-def test_the_rewritten_graph_has_what_took_the_ffns_place_and_not_the_activation() -> None:
+def test_the_rewritten_graph_has_the_replacement_and_not_the_activation() -> None:
     specimen = Specimen(Weights(8, 32))
     (model,), x = specimen.ffns(), specimen.unseen(3)
     config = Config(method="linear_replace", budget=0.6, progress=False)
@@ -307,7 +307,7 @@ def test_the_rewritten_graph_has_what_took_the_ffns_place_and_not_the_activation
             assert_matches(graph, **wrong)  # type: ignore[arg-type]
 
 
-def test_a_plan_that_runs_differently_is_no_round_trip() -> None:
+def test_a_plan_that_runs_differently_after_loading_is_refused() -> None:
     specimen = Specimen(Weights(8, 32))
     plan = plan_for(
         SiteObservation(specimen.ffns(), specimen.batches()), Config(method="low_rank", budget=0.5, progress=False)

@@ -19,35 +19,33 @@ def with_adapters(nodes: Iterable[fx.Node], projections: dict[fx.Node, Projectio
         nodes: of the graph, in its order.
         projections: by their nodes.
     """
-    found = dict(projections)
+    merged = dict(projections)
     for node in nodes:
-        if call_name(node) not in ("add", "iadd") or node in found:
+        if call_name(node) not in ("add", "iadd") or node in merged:
             continue
-        operands = [found.get(_behind(operand)) for operand in node.args[:2] if isinstance(operand, fx.Node)]
+        operands = [merged.get(_source(operand)) for operand in node.args[:2] if isinstance(operand, fx.Node)]
         for base, last in (operands, operands[::-1]) if len(operands) == 2 else ():
-            first = found.get(_behind(last.input)) if last else None
+            first = merged.get(_source(last.input)) if last else None
             if base and last and first and _adapts(base, first, last):
                 module = parameter_name(base.weight).removesuffix(".weight").removesuffix(".base_layer")
                 reason = f"an adapter (LoRA) adds to {module}: merge it (merge_and_unload) before calibrating"
-                for own in (base, first, last):
-                    found.pop(own.node, None)
-                found[node] = replace(base, node=node, reason=reason)
+                for part in (base, first, last):
+                    merged.pop(part.node, None)
+                merged[node] = replace(base, node=node, reason=reason)
                 break
-    return found
+    return merged
 
 
 def _adapts(base: Projection, first: Projection, last: Projection) -> bool:
     rank = first.sizes[1]
     fits = (first.sizes[0], last.sizes[1]) == base.sizes and rank == last.sizes[0] and rank < min(base.sizes)
-    return fits and _behind(first.input) is _behind(base.input)
+    return fits and _source(first.input) is _source(base.input)
 
 
-def _behind(node: fx.Node) -> fx.Node:
+def _source(node: fx.Node) -> fx.Node:
     """The node before views, casts, dropout and scalar factors."""
-    while is_transparent(node) or is_training_dropout(node) or _is_scaled(node):
+    while True:
+        scaled = call_name(node) in ("mul", "div", "truediv", "imul") and len(node.all_input_nodes) == 1
+        if not (scaled or is_transparent(node) or is_training_dropout(node)):
+            return node
         node = node.all_input_nodes[0]
-    return node
-
-
-def _is_scaled(node: fx.Node) -> bool:
-    return call_name(node) in ("mul", "div", "truediv", "imul") and len(node.all_input_nodes) == 1

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import inf
-from typing import Any
 
 from torch import fx
 
-from tardis_fx.graph.forms import call_name, is_transparent
+from tardis_fx.graph.forms import bind, call_name, is_transparent
 from tardis_fx.graph.writes import Write, changes
 
 Bounds = tuple[float, float]
@@ -27,20 +26,20 @@ def bounds_of(node: fx.Node, reader: fx.Node, writes: Sequence[Write]) -> Bounds
         reader: the node that reads it.
         writes: all writes of the graph; a tensor that is written to has no bounds.
     """
-    while is_transparent(node) and not changes(writes, node, node, reader):
+    while not changes(writes, node, node, reader):
+        if not is_transparent(node):
+            return _bounds(node)
         node = node.all_input_nodes[0]
-    if changes(writes, node, node, reader):
-        return -inf, inf
+    return -inf, inf
+
+
+def _bounds(node: fx.Node) -> Bounds:
     name = call_name(node)
-    if name in ("clamp", "clip", "hardtanh"):
-        named = ("min", "max") if name != "hardtanh" else ("min_val", "max_val")
-        default = (None, None) if name != "hardtanh" else (-1.0, 1.0)
-        low, high = (
-            node.args[i + 1] if len(node.args) > i + 1 else node.kwargs.get(named[i], default[i]) for i in range(2)
-        )
-        return _number(low, -inf), _number(high, inf)
-    return _BOUNDS.get(name or "", (-inf, inf))
-
-
-def _number(value: Any, otherwise: float) -> float:
-    return float(value) if isinstance(value, (int, float)) else otherwise
+    if name in ("clamp", "clip"):
+        _, low, high = bind(node, "input", "min", "max")
+    elif name == "hardtanh":
+        _, low, high = bind(node, "input", "min_val", "max_val")
+        low, high = -1.0 if low is None else low, 1.0 if high is None else high
+    else:
+        return _BOUNDS.get(name or "", (-inf, inf))
+    return low if isinstance(low, (int, float)) else -inf, high if isinstance(high, (int, float)) else inf

@@ -17,12 +17,15 @@ from tardis_fx.graph.forms import (
     is_number,
     is_training_dropout,
     is_transparent,
+    walk,
 )
 from tardis_fx.graph.nested import called_graph
 from tardis_fx.graph.site import Projection
 
 #: A cone with more nodes than this is not an activation function.
 LARGEST_CONE = 48
+
+NO_ACTIVATION = "the computation between its projections is not an activation function"
 
 
 @dataclass(frozen=True)
@@ -34,12 +37,25 @@ class Cone:
         ups: the projections that they start from, in the same order.
         parameters: the parameters that they read, and nodes computed from parameters alone.
         strangers: all other nodes that they start from.
+        down: the projection.
     """
 
     region: list[fx.Node]
     ups: list[Projection]
     parameters: list[fx.Node]
     strangers: list[fx.Node]
+    down: Projection
+
+    @property
+    def inner(self) -> frozenset[fx.Node]:
+        """The region and the nodes of its projections, without the output."""
+        steps = {node for p in (*self.ups, self.down) for node in (p.product, p.node)}
+        return frozenset({*self.region, *steps} - {self.down.node})
+
+    @property
+    def unsupported(self) -> str | None:
+        """Why no rewrite may take one of the projections, or None."""
+        return next((p.reason for p in (*self.ups, self.down) if p.reason), None)
 
 
 def cone_of(
@@ -59,25 +75,25 @@ def cone_of(
     """
     region: set[fx.Node] = set()
     sources: set[fx.Node] = set()
-    front = [down.input]
-    while front:
-        node = front.pop()
-        if node in region or node in sources or is_number(node) or called_graph(node):
-            continue
+
+    def inputs(node: fx.Node) -> list[fx.Node]:
         if node in projections or not inner(node):
             sources.add(node)
-            continue
+            return []
         region.add(node)
-        front.extend(node.all_input_nodes)
+        return [i for i in node.all_input_nodes if not (is_number(i) or called_graph(i))]
+
+    for _ in walk(down.input, inputs):
         if len(region) > LARGEST_CONE:
             return None
-    others = sorted(node for node in sources if node not in projections)
+    others = sorted(sources - projections.keys())
     parameters = [node for node in others if is_from_parameters(node, constants=constants)]
     return Cone(
         sorted(region),
-        [projections[node] for node in sorted(sources) if node in projections],
+        [projections[node] for node in sorted(sources & projections.keys())],
         parameters,
         [node for node in others if node not in parameters],
+        down,
     )
 
 

@@ -6,6 +6,7 @@ A node is read by the name of its target, whether function (``torch.mul``), oper
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -65,6 +66,13 @@ def call_name(node: fx.Node) -> str | None:
     return None
 
 
+def call(node: fx.Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Runs the function or method that a node calls."""
+    if callable(node.target):
+        return node.target(*args, **kwargs)
+    return getattr(args[0], node.target)(*args[1:], **kwargs)
+
+
 def bind(node: fx.Node, *names: str) -> list[Any]:
     """Values of a node's arguments in the order of ``names``, given by position or keyword; None if absent."""
     return [node.args[i] if i < len(node.args) else node.kwargs.get(name) for i, name in enumerate(names)]
@@ -82,14 +90,24 @@ def shape_of(node: fx.Node) -> torch.Size | None:
     return None if value is None else value.shape
 
 
-def same(one: Any, other: Any) -> bool:
+def same(a: Any, b: Any) -> bool:
     """Whether two sizes, or two shapes, are known to be equal; ``==`` would add a guard to the graph."""
-    return bool(statically_known_true(sym_eq(one, other)))
+    return bool(statically_known_true(sym_eq(a, b)))
 
 
-def same_tokens(one: torch.Size, other: torch.Size) -> bool:
+def same_tokens(a: torch.Size, b: torch.Size) -> bool:
     """Whether two shapes are known to be equal except for the last axis."""
-    return same(tuple(one[:-1]), tuple(other[:-1]))
+    return same(tuple(a[:-1]), tuple(b[:-1]))
+
+
+def walk(start: fx.Node, neighbours: Callable[[fx.Node], Iterable[fx.Node]]) -> Iterator[fx.Node]:
+    """The nodes that can be reached from a node, itself included, each once."""
+    front, seen = [start], {start}
+    while front:
+        yield (node := front.pop())
+        unseen = [neighbour for neighbour in neighbours(node) if neighbour not in seen]
+        front += unseen
+        seen.update(unseen)
 
 
 def is_number(node: fx.Node) -> bool:
@@ -110,15 +128,11 @@ def is_from_parameters(node: fx.Node, *, constants: bool = False) -> bool:
         node: any node.
         constants: whether tensors that the graph makes from numbers count as parameters.
     """
-    front, seen = [node], {node}
-    while front and len(seen) <= LARGEST_WEIGHT:
-        found = front.pop()
-        inputs = found.all_input_nodes
-        if not (inputs or is_parameter(found) or (constants and found.op == "call_function")):
+    for i, source in enumerate(walk(node, lambda n: n.all_input_nodes)):
+        stored = source.all_input_nodes or is_parameter(source) or (constants and source.op == "call_function")
+        if not stored or i == LARGEST_WEIGHT:
             return False
-        front += [i for i in inputs if i not in seen]
-        seen.update(inputs)
-    return not front
+    return True
 
 
 def is_training_dropout(node: fx.Node) -> bool:
@@ -159,17 +173,15 @@ def half(node: fx.Node) -> int | None:
         return None
     if is_halving(source):
         return index % 2 if isinstance(index, int) else None
-    whole = shape_of(source)
-    others: tuple[Any, ...] = index if isinstance(index, tuple) else (index,)
-    *others, last = others  # type: ignore[assignment]
-    if whole is None or not isinstance(last, slice) or any(other not in (..., slice(None)) for other in others):
+    whole, part = value_of(source), value_of(node)
+    if whole is None or part is None or not part.dim():
         return None
-    if (... not in others and len(others) + 1 != len(whole)) or not isinstance(whole[-1], int) or whole[-1] % 2:
+    if not torch._C._is_alias_of(whole, part):  # type: ignore[attr-defined]  # a tensor as index copies
         return None
-    if not all(isinstance(bound, (int, type(None))) for bound in (last.start, last.stop, last.step)):
-        return None  # a bound that the graph computes
-    bounds, middle = last.indices(whole[-1]), whole[-1] // 2
-    return {(0, middle, 1): 0, (middle, whole[-1], 1): 1}.get(bounds)
+    if not same(whole.shape, (*part.shape[:-1], 2 * part.shape[-1])) or not same(whole.stride(), part.stride()):
+        return None
+    offset = part.storage_offset() - whole.storage_offset()
+    return next((i for i in (0, 1) if same(offset, i * part.shape[-1] * part.stride(-1))), None)
 
 
 def is_glu(node: fx.Node) -> bool:

@@ -8,7 +8,7 @@ rewritten sites are still checked at every call (:class:`tardis_fx.passes.weight
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from operator import attrgetter
 
 from torch import Tensor, fx
 
@@ -24,13 +24,13 @@ def lift(gm: fx.GraphModule) -> tuple[fx.GraphModule, list[Tensor]]:
     Returns:
         A copy and the tensors; the graph itself and no tensors if it holds none, or has no input and so no site.
     """
-    if not _held(gm) or not gm.graph.find_nodes(op="placeholder"):
+    if not _tensors(gm) or not gm.graph.find_nodes(op="placeholder"):
         return gm, []
     gm = copy(gm)
     sources = getattr(gm, "_param_name_to_source", {})
     last = next(reversed(gm.graph.find_nodes(op="placeholder")))
     values = []
-    for node, value in _held(gm):
+    for node, value in _tensors(gm):
         with gm.graph.inserting_after(last):
             last = gm.graph.placeholder(node.name)
         last.meta = node.meta | {"tensor_dict": {"_dynamo_static_input_type": "unguarded"}}
@@ -53,22 +53,16 @@ def freeze(gm: fx.GraphModule, values: Sequence[Tensor]) -> None:
         name = f"frozen_{i}"
         gm.register_buffer(name, value)
         with gm.graph.inserting_before(node):
-            held = gm.graph.get_attr(name)
-        held.meta = node.meta
-        node.replace_all_uses_with(held)
+            attribute = gm.graph.get_attr(name)
+        attribute.meta = node.meta
+        node.replace_all_uses_with(attribute)
         gm.graph.erase_node(node)
     if hasattr(gm, "_param_name_to_source"):  # AOTAutograd would look the new ones up there
         del gm._param_name_to_source
     gm.recompile()
 
 
-def _held(gm: fx.GraphModule) -> list[tuple[fx.Node, Tensor]]:
-    """The tensors that a graph holds and the nodes that read them."""
-    found: list[tuple[fx.Node, Tensor]] = []
-    for node in gm.graph.find_nodes(op="get_attr"):
-        value: Any = gm
-        for part in str(node.target).split("."):
-            value = getattr(value, part)
-        if isinstance(value, Tensor):
-            found.append((node, value))
-    return found
+def _tensors(gm: fx.GraphModule) -> list[tuple[fx.Node, Tensor]]:
+    """The nodes that read tensors of the graph module, each with its tensor."""
+    attributes = ((node, attrgetter(str(node.target))(gm)) for node in gm.graph.find_nodes(op="get_attr"))
+    return [(node, value) for node, value in attributes if isinstance(value, Tensor)]

@@ -11,12 +11,12 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves, tree_map
 
 from tardis_fx.graph.activations import Activation
-from tardis_fx.graph.forms import ARITHMETIC, DROPOUT, ELEMENTWISE, call_name, half, is_glu
+from tardis_fx.graph.forms import ARITHMETIC, DROPOUT, ELEMENTWISE, call, call_name, half, is_glu
 from tardis_fx.graph.recognition import recognise, recognise_product
 from tardis_fx.graph.site import Projection
 from tardis_fx.graph.writes import storages_of
 
-#: Have no kink for any numeric arguments.
+#: Operations without a kink for any numeric arguments.
 _SMOOTH = ARITHMETIC | frozenset(
     """
     cos erf erfc exp exp2 expm1 gelu log log1p log2 mish ones_like pow reciprocal rsqrt sigmoid silu sin softsign sqrt
@@ -41,8 +41,7 @@ def activation_of(region: Sequence[fx.Node], up: Projection, down: Projection) -
         up: the projection that they start from.
         down: the projection that they end at.
     """
-    place = lambda z: {up.node: z}  # noqa: E731
-    return recognise(lambda z: _run(region, down, place(z)), **_settings(region, up, down, place))
+    return _recognised(recognise, lambda z: {up.node: z}, region, up, down)
 
 
 def gate_of(
@@ -63,8 +62,7 @@ def gate_of(
             halves = z if gate == 0 else z[::-1]
             return dict(zip((p.node for p in ups), halves, strict=True)) if len(ups) == 2 else {ups[0].node: halves}
 
-        product = lambda *z, place=place: _run(region, down, place(*z))  # noqa: E731
-        if (activation := recognise_product(product, **_settings(region, ups[0], down, place))) is not None:
+        if (activation := _recognised(recognise_product, place, region, ups[0], down)) is not None:
             return ups[0 if gate == 0 else -1], activation, None if len(ups) == 2 else gate
     return None, None, None
 
@@ -72,10 +70,14 @@ def gate_of(
 _Values = dict[fx.Node, Any]
 
 
-def _settings(
-    region: Sequence[fx.Node], up: Projection, down: Projection, place: Callable[..., _Values]
-) -> dict[str, Any]:
-    """Arguments for recognising a region; ``place`` maps tensors to the values of its projections."""
+def _recognised(
+    recogniser: Callable[..., Activation | None],
+    place: Callable[..., _Values],
+    region: Sequence[fx.Node],
+    up: Projection,
+    down: Projection,
+) -> Activation | None:
+    """Applies a recogniser to a region as a function of tensors, which ``place`` gives to its projections."""
 
     def compared(*z: Tensor) -> list[Tensor]:
         differences: list[Tensor] = []
@@ -83,16 +85,14 @@ def _settings(
         return differences
 
     kinked = any(call_name(node) in ELEMENTWISE - _SMOOTH for node in region)
-    return {"compared": compared if kinked else None, "dtype": up.weight.meta["example_value"].dtype}
+    dtype = up.weight.meta["example_value"].dtype
+    return recogniser(lambda *z: _run(region, down, place(*z)), compared=compared if kinked else None, dtype=dtype)
 
 
 def _run(
-    region: Sequence[fx.Node],
-    down: Projection,
-    values: _Values,
-    differences: list[Tensor] | None = None,
+    region: Sequence[fx.Node], down: Projection, values: _Values, differences: list[Tensor] | None = None
 ) -> Tensor:
-    """The value that enters ``down``, computed from those of the projections (a pair of halves for a fused one).
+    """The value that enters ``down``, computed from the values of the projections (a pair of halves for a fused one).
 
     Views are skipped, so that the values may have any shape. In-place operations change the values.
 
@@ -104,9 +104,14 @@ def _run(
     """
     for node in region:
         if call_name(node) in ELEMENTWISE:
-            values[node] = _call(node, lambda n: values[n] if n in values else _number(n), differences)
+            arguments = fx.node.map_arg(
+                (node.args, dict(node.kwargs)), lambda n: values[n] if n in values else _number(n)
+            )
+            if differences is not None:
+                differences += _differences(node, tree_leaves(arguments))
+            values[node] = call(node, *arguments)
             if differences is not None and call_name(node) in _SUMS:
-                differences.append(values[node].clone())  # its square turns where it is 0
+                differences.append(values[node].clone())  # its square has its minimum at 0
             continue
         value = values[source := node.all_input_nodes[0]]
         if is_glu(node):
@@ -129,15 +134,6 @@ def _differences(node: fx.Node, operands: Sequence[Any]) -> list[Tensor]:
     numbers = {*(float(o) for o in operands if isinstance(o, (int, float))), *_BOUNDS.get(name, (0,))}
     pairs = [a - b for a, b in itertools.combinations(tensors, 2)]
     return [] if name in _SMOOTH else pairs + [t - number for t in tensors for number in sorted(numbers)]
-
-
-def _call(node: fx.Node, value: Callable[[fx.Node], Any], differences: list[Tensor] | None) -> Any:
-    args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), value)
-    if differences is not None:
-        differences += _differences(node, tree_leaves((args, kwargs)))
-    if callable(node.target):
-        return node.target(*args, **kwargs)
-    return getattr(args[0], node.target)(*args[1:], **kwargs)
 
 
 def _number(node: fx.Node) -> Any:

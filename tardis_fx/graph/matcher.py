@@ -1,24 +1,21 @@
 """Finds the FFNs of a Dynamo graph.
 
-The matcher walks backwards from each projection over element-wise and transparent nodes. It draws this cone as a small
-labelled DiGraph, with all element-wise nodes as one node, and networkx compares that with the patterns below. The
-activation is then recognised by its values, not by its spelling (:func:`recognition.recognise`). Blocks that only
-resemble an FFN (:mod:`tardis_fx.graph.resemblance`), and FFNs in graphs that the graph calls
-(:mod:`tardis_fx.graph.nested`), are listed with the reason why they are refused.
+The matcher walks backwards from each projection over element-wise and transparent nodes. It compares the edges of this
+cone, with all element-wise nodes as one part, with the patterns below. The activation is then recognised by its
+values, not by its spelling (:func:`recognition.recognise`). Blocks that only resemble an FFN
+(:mod:`tardis_fx.graph.resemblance`), and FFNs in graphs that the graph calls (:mod:`tardis_fx.graph.nested`), are
+listed with the reason why they are refused.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
-import networkx as nx
-from networkx.algorithms.isomorphism import DiGraphMatcher, categorical_node_match
 from torch import fx
 
 from tardis_fx.graph.adapters import with_adapters
 from tardis_fx.graph.bounds import bounds_of
-from tardis_fx.graph.cone import Cone, cone_of, is_inner
+from tardis_fx.graph.cone import NO_ACTIVATION, Cone, cone_of, is_inner
 from tardis_fx.graph.forms import ELEMENTWISE, call_name, half, is_glu, is_halving, is_number, is_training_dropout
 from tardis_fx.graph.function import activation_of, gate_of
 from tardis_fx.graph.naming import named
@@ -29,24 +26,15 @@ from tardis_fx.graph.resemblance import resembling
 from tardis_fx.graph.site import Kind, Projection, Site
 from tardis_fx.graph.writes import Write, writes_of
 
-_SAME_LABEL = categorical_node_match("label", None)
+LINEAR = frozenset({"up>down"})
 
-
-def _pattern(labels: dict[str, str], *edges: str) -> nx.DiGraph:
-    graph = nx.DiGraph(tuple(edge.split(">")) for edge in edges)
-    nx.set_node_attributes(graph, labels, "label")
-    return graph
-
-
-_ROLES = {"up": "projection", "gate": "projection", "act": "elementwise", "down": "projection", "halves": "split"}
-
-#: Patterns of an FFN; the element-wise nodes between its projections are one node, ``act``.
-PATTERNS: dict[str, tuple[Kind, nx.DiGraph]] = {
-    "plain": ("plain", _pattern(_ROLES, "up>act", "act>down")),
-    "linear": ("plain", _pattern(_ROLES, "up>down")),
-    "gated": ("gated", _pattern(_ROLES, "up>act", "gate>act", "act>down")),
-    "gated, fused": ("gated", _pattern(_ROLES, "up>halves", "halves>act", "act>down")),
-    "gated, by one function": ("gated", _pattern(_ROLES, "up>halves", "halves>down")),
+#: Kinds of FFN by the edges between their parts; the element-wise nodes between the projections are one part, ``act``.
+PATTERNS: dict[frozenset[str], Kind] = {
+    frozenset({"up>act", "act>down"}): "plain",
+    LINEAR: "plain",
+    frozenset({"up>act", "gate>act", "act>down"}): "gated",
+    frozenset({"up>halves", "halves>act", "act>down"}): "gated",
+    frozenset({"up>halves", "halves>down"}): "gated",  # by one function, glu
 }
 
 
@@ -61,9 +49,9 @@ def find_sites(graph: fx.Graph) -> list[Site]:
 
 def _sites(graph: fx.Graph) -> list[Site]:
     projections = {p.node: p for node in graph.nodes if (p := projection(node))}
-    for found in list(projections.values()):
-        if found.product is not found.node:  # a step of a projection is not itself a projection
-            for step in found.node.all_input_nodes:
+    for product in list(projections.values()):
+        if product.product is not product.node:  # a step of a projection is not itself a projection
+            for step in product.node.all_input_nodes:
                 projections.pop(step, None)
     projections = with_adapters(graph.nodes, projections)
     sites, writes = list[Site](), writes_of(graph)
@@ -81,64 +69,56 @@ def _sites(graph: fx.Graph) -> list[Site]:
 def _apart(sites: list[Site]) -> list[Site]:
     """Refuses sites that share a projection with another; a site with an affine activation gives way."""
     taken: set[fx.Node] = set()
-    kept: dict[int, Site] = {}
+    apart = list(sites)
     for i, site in sorted(enumerate(sites), key=lambda pair: pair[1].affine is not None):
-        own = {*site.inner, site.output}
-        kept[i] = site if taken.isdisjoint(own) else site.refused("it shares a projection with another FFN")
-        taken |= own if kept[i].reason is None else set()
-    return [kept[i] for i in range(len(sites))]
+        nodes = {*site.inner, site.output}
+        if not taken.isdisjoint(nodes):
+            apart[i] = site.refused("it shares a projection with another FFN")
+        elif site.reason is None:
+            taken |= nodes
+    return apart
 
 
 def _site(down: Projection, projections: dict[fx.Node, Projection], writes: Sequence[Write]) -> Site | None:
     cone = cone_of(down, projections, is_inner)
-    if cone is None or not cone.ups or cone.strangers:
+    if cone is None or cone.strangers or len(cone.ups) not in (1, 2):
         return None
-    matched = _match(down, cone)
-    if matched is None and len(cone.ups) > 2:
-        return None
-    kind = PATTERNS[matched][0] if matched else "plain"
-    region, ups = cone.region, cone.ups
+    edges, region, ups = _edges(cone), cone.region, cone.ups
+    kind = PATTERNS.get(edges)
     if kind == "gated":
         gate, activation, gate_half = gate_of(region, ups, down)
     else:
         gate, activation, gate_half = None, activation_of(region, ups[0], down), None
     up = next((p for p in ups if p is not gate), ups[0])
-    inner = frozenset({*region, *(n for p in ups for n in (p.product, p.node)), down.product} - {down.node})
     name, affine = (activation.name, activation.affine) if activation else (None, None)
     bounds = bounds_of(up.input, up.product, writes)
-    site = Site("", kind, name, up, down, gate, inner, affine=affine, bounds=bounds, gate_half=gate_half)
-    if unread := next((p.reason for p in (*ups, down) if p.reason), None):
-        return site.refused(unread) if matched != "linear" else None
-    entering, hidden = up.sizes
-    if hidden <= entering:
-        named_so = matched not in (None, "linear")  # two consecutive projections that narrow are not an FFN
-        return site.refused("its hidden size does not exceed its input's: not an FFN") if named_so else None
-    if matched is None:
-        return site.refused("what stands between its projections is no activation function")
-    site = checked(site, writes)
-    return None if matched == "linear" and site.reason else site  # nor if other nodes read the value between the two
-
-
-def _match(down: Projection, cone: Cone) -> str | None:
-    """Name of the pattern that a cone matches, or None."""
-    labels: dict[Any, str] = {p.node: "projection" for p in cone.ups} | dict.fromkeys(cone.parameters, "parameter")
-    alias: dict[fx.Node, Any] = {}
-    for node in cone.region:
-        if call_name(node) in ELEMENTWISE or is_training_dropout(node):
-            alias[node] = "act"
-        elif is_halving(node) or is_glu(node) or (half(node) is not None and not is_halving(node.all_input_nodes[0])):
-            alias[node] = "halves"
-        else:  # transparent: drawn as what it views
-            alias[node] = alias.get(node.all_input_nodes[0], node.all_input_nodes[0])
-        if isinstance(alias[node], str):
-            labels[alias[node]] = {"act": "elementwise", "halves": "split"}[alias[node]]
-    drawn = nx.DiGraph()
-    for node in [*cone.region, down.node]:
-        inputs = [down.input] if node is down.node else [i for i in node.all_input_nodes if not is_number(i)]
-        tail = alias.get(node, node)
-        drawn.add_edges_from((head, tail) for i in inputs if (head := alias.get(i, i)) is not tail and head != tail)
-    labels[down.node] = "projection"
-    nx.set_node_attributes(drawn, labels, "label")
-    return next(
-        (name for name, (_, p) in PATTERNS.items() if DiGraphMatcher(drawn, p, _SAME_LABEL).is_isomorphic()), None
+    site = Site(
+        "", kind or "plain", name, up, down, gate, cone.inner, affine=affine, bounds=bounds, gate_half=gate_half
     )
+    if cone.unsupported:
+        return site.refused(cone.unsupported) if edges != LINEAR else None
+    entering, hidden = up.sizes
+    if hidden <= entering:  # without an activation, two consecutive projections are not an FFN
+        is_named = kind is not None and edges != LINEAR
+        return site.refused("its hidden size does not exceed its input size: it is not an FFN") if is_named else None
+    if kind is None:
+        return site.refused(NO_ACTIVATION)
+    site = checked(site, writes)
+    return None if edges == LINEAR and site.reason else site  # nor if other nodes read the value between the two
+
+
+def _edges(cone: Cone) -> frozenset[str]:
+    """The edges between the parts of a cone."""
+    parts = dict(zip((p.node for p in cone.ups), ("up", "gate"), strict=False)) | {cone.down.node: "down"}
+    for node in cone.region:
+        source = node.all_input_nodes[0]
+        if call_name(node) in ELEMENTWISE or is_training_dropout(node):
+            parts[node] = "act"
+        elif is_halving(node) or is_glu(node) or (half(node) is not None and not is_halving(source)):
+            parts[node] = "halves"
+        else:  # transparent: part of what it views
+            parts[node] = parts.get(source, "other")
+    edges = {(cone.down.input, cone.down.node)}
+    edges |= {(i, node) for node in cone.region for i in node.all_input_nodes if not is_number(i)}
+    named = {(parts.get(head, "other"), parts[tail]) for head, tail in edges}
+    return frozenset(f"{head}>{tail}" for head, tail in named if head != tail)

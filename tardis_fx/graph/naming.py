@@ -33,15 +33,11 @@ def parameter_name(node: fx.Node) -> str:
 def named(sites: list[Site]) -> list[Site]:
     """Names the sites by the module path that their weights share, or by the first weight where two sites agree."""
     modules = [[parameter_name(p.weight).split(".")[:-1] for p in (site.up, site.down)] for site in sites]
-    shared = [".".join(_common(*paths)) for paths in modules]
+    common = [takewhile(lambda parts: parts[0] == parts[1], zip(*paths, strict=False)) for paths in modules]
+    shared = [".".join(part for part, _ in parts) for parts in common]
     weights = {(name, site.up.weight, site.down.weight) for name, site in zip(shared, sites, strict=True)}
     owners = Counter(name for name, *_ in weights)  # an FFN that runs twice counts once
     unique = [
         name if name and owners[name] == 1 else ".".join(paths[0]) for name, paths in zip(shared, modules, strict=True)
     ]
     return [replace(site, name=name) for site, name in zip(sites, unique, strict=True)]
-
-
-def _common(one: list[str], other: list[str]) -> list[str]:
-    """The parts that two module paths begin with."""
-    return [a for a, _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))]

@@ -26,26 +26,21 @@ def nested_sites(node: fx.Node, find: Callable[[fx.Graph], list[Site]]) -> list[
     """
     if node.op != "call_function" or node.graph.owning_module is None:
         return []
-    operands = tree_leaves((node.args, node.kwargs))
-    found: list[Site] = []
-    for operand in operands:
-        called = called_graph(operand)
-        if called is None:
-            continue
+    sites: list[Site] = []
+    for called in filter(None, map(called_graph, tree_leaves((node.args, node.kwargs)))):
         inputs = called.graph.find_nodes(op="placeholder")
         values = [o for o in tree_leaves(node.args) if called_graph(o) is None][-len(inputs) :]
         outer = {i: v for i, v in zip(inputs, values, strict=len(values) == len(inputs)) if isinstance(v, fx.Node)}
         reason = f"it is computed inside {call_name(node)}, in a graph of its own"
-        found += [_lifted(replace(site, reason=reason), outer) for site in find(called.graph)]
-    return found
+        sites += [_lifted(replace(site, reason=reason), outer) for site in find(called.graph)]
+    return sites
 
 
 def called_graph(operand: object) -> fx.GraphModule | None:
     """The graph that an operand of a higher-order op stands for, or None."""
     if not (isinstance(operand, fx.Node) and operand.op == "get_attr"):
         return None
-    module = operand.graph.owning_module
-    called = getattr(module, str(operand.target), None)
+    called = getattr(operand.graph.owning_module, str(operand.target), None)
     return called if isinstance(called, fx.GraphModule) else None
 
 
@@ -55,13 +50,9 @@ def _lifted(site: Site, outer: Mapping[fx.Node, fx.Node]) -> Site:
     def lift(p: Projection) -> Projection:
         return replace(p, weight=outer.get(p.weight, p.weight), bias=p.bias and outer.get(p.bias, p.bias))
 
-    gate = site.gate
-    return replace(
-        site,
-        up=(up := lift(site.up)),
-        down=lift(site.down),
-        gate=up if gate is site.up else gate and lift(gate),
-    )
+    up = lift(site.up)
+    gate = up if site.gate is site.up else site.gate and lift(site.gate)
+    return replace(site, up=up, down=lift(site.down), gate=gate)
 
 
 def fused_site(node: fx.Node) -> Site | None:

@@ -16,7 +16,7 @@ from tardis_fx.graph.forms import bind, call_name, is_from_parameters, shape_of
 from tardis_fx.graph.site import Projection
 from tardis_fx.graph.weights import is_weight, stack_of, stored, stored_bias, transposes
 
-STACKED = "its weights are stacked, one matrix an expert: its tokens are routed"
+STACKED = "its weights are stacked, one matrix per expert: its tokens are routed"
 
 
 def projection(node: fx.Node) -> Projection | None:
@@ -36,14 +36,14 @@ def _matmul(node: fx.Node) -> Projection | None:
 
 def _addmm(node: fx.Node) -> Projection | None:
     bias, x, weight, beta, alpha = bind(node, "input", "mat1", "mat2", "beta", "alpha")
-    found = _read(node, x, weight, bias, transposed=True)
-    return found and _unless(found, beta in (None, 1) and alpha in (None, 1), "its addmm scales what it adds")
+    product = _read(node, x, weight, bias, transposed=True)
+    return product and _unless(product, beta in (None, 1) and alpha in (None, 1), "its addmm scales its terms")
 
 
 def _grouped(node: fx.Node) -> Projection | None:
     """One matrix per group of tokens; with a single matrix the groups would be of columns."""
-    found = _matmul(node)
-    return found if found and found.reason == STACKED else None
+    product = _matmul(node)
+    return product if product and product.reason == STACKED else None
 
 
 def _tensordot(node: fx.Node) -> Projection | None:
@@ -53,8 +53,8 @@ def _tensordot(node: fx.Node) -> Projection | None:
         return None
     if isinstance(dims, (tuple, list)) and [len(side) for side in dims] == [1, 1]:
         (last,), (column,) = dims
-        found = _read(node, x, weight, transposed=column in (0, -2))
-        return found and _unless(found, last in (-1, len(shape) - 1), "its tensordot sums over another axis")
+        product = _read(node, x, weight, transposed=column in (0, -2))
+        return product and _unless(product, last in (-1, len(shape) - 1), "its tensordot sums over another axis")
     return _read(node, x, weight, transposed=True) if dims == 1 else None
 
 
@@ -65,15 +65,15 @@ def _einsum(node: fx.Node) -> Projection | None:
     terms, result = equation.replace(" ", "").replace("...", ".").split("->")
     sides = list(zip(terms.split(","), operands, strict=True))
     for (rows, x), (matrix, weight) in (sides, sides[::-1]):
-        own = set(matrix[-2:])  # the first of three letters is the expert
-        ins, outs = (own & set(rows)) - set(result), (own & set(result)) - set(rows)
+        axes = set(matrix[-2:])  # the first of three letters is the expert
+        ins, outs = (axes & set(rows)) - set(result), (axes & set(result)) - set(rows)
         if len(ins) != 1 or len(outs) != 1:
             continue
         (i,), (o,) = ins, outs
         transposed = matrix.index(i) < matrix.index(o)
-        if found := _read(node, x, weight, transposed=transposed):
+        if product := _read(node, x, weight, transposed=transposed):
             plain = rows[-1] == i and result == rows[:-1] + o and len(set(rows)) == len(rows)
-            return _unless(found, plain, f"its einsum {equation!r} does more than multiply by a matrix")
+            return _unless(product, plain, f"its einsum {equation!r} does more than multiply by a matrix")
     return None
 
 
@@ -86,19 +86,18 @@ def _conv1d(node: fx.Node) -> Projection | None:
 
 
 def _biased(node: fx.Node) -> Projection | None:
-    one, other, alpha = bind(node, "input", "other", "alpha")
-    for product, bias in ((one, other), (other, one)):
-        inner = projection(product) if isinstance(product, fx.Node) and call_name(product) not in _ADDS else None
-        if inner and inner.bias is None and len(inner.node.users) == 1 and (bias := _bias_of(inner, bias)):
-            found = replace(inner, node=node, bias=bias)
-            return _unless(found, alpha in (None, 1), "its bias is scaled")
+    left, right, alpha = bind(node, "input", "other", "alpha")
+    for term, bias in ((left, right), (right, left)):
+        product = projection(term) if isinstance(term, fx.Node) and call_name(term) not in _ADDS else None
+        if product and product.bias is None and len(product.node.users) == 1 and (bias := _bias_of(product, bias)):
+            return _unless(replace(product, node=node, bias=bias), alpha in (None, 1), "its bias is scaled")
     return None
 
 
 def _squeezed(node: fx.Node) -> Projection | None:
     """The last step of a product with a matrix selected for each token."""
-    inner = _matmul(node.args[0]) if node.args and isinstance(node.args[0], fx.Node) else None
-    return replace(inner, node=node) if inner and inner.reason else None
+    product = _matmul(node.args[0]) if node.args and isinstance(node.args[0], fx.Node) else None
+    return replace(product, node=node) if product and product.reason else None
 
 
 _ADDS = ("add", "iadd")
@@ -119,8 +118,8 @@ _READERS: Mapping[str, Callable[[fx.Node], Projection | None]] = {
 } | dict.fromkeys(_ADDS, _biased)
 
 
-def _unless(found: Projection, accepted: bool, reason: str) -> Projection:
-    return found if accepted or found.reason else replace(found, reason=reason)
+def _unless(product: Projection, accepted: bool, reason: str) -> Projection:
+    return product if accepted or product.reason else replace(product, reason=reason)
 
 
 def _read(node: fx.Node, x: Any, weight: Any, bias: Any = None, *, transposed: bool) -> Projection | None:
@@ -131,22 +130,22 @@ def _read(node: fx.Node, x: Any, weight: Any, bias: Any = None, *, transposed: b
     weight, reason = stored(weight), None
     if stack := stack_of(weight, dimensions=3):
         weight, reason = stack, STACKED
-    elif shape_of(weight) is None or len(weight.meta["example_value"].shape) != 2 or not is_weight(weight):
+    elif len(shape_of(weight) or ()) != 2 or not is_weight(weight):
         return None
-    found = Projection(node, node, x, weight, None, transposed, reason)
+    product = Projection(node, node, x, weight, None, transposed, reason)
     if bias is None:
-        return found
-    found = replace(found, bias=_bias_of(found, bias))
-    return _unless(found, found.bias is not None, "its bias is not a stored number for each column")
+        return product
+    product = replace(product, bias=_bias_of(product, bias))
+    return _unless(product, product.bias is not None, "its bias is not a stored vector with one value per column")
 
 
 def _by_selected(node: fx.Node, weight: Any, x: Any) -> Projection | None:
     """``bmm(weights of each token's expert, token as a column)``."""
     if not (isinstance(x, fx.Node) and call_name(x) == "unsqueeze" and x.args[1:] in ((-1,), (2,))):
         return None
-    found = _read(node, x.args[0], weight, transposed=False)
-    return found if found and found.reason else None
+    product = _read(node, x.args[0], weight, transposed=False)
+    return product if product and product.reason else None
 
 
-def _bias_of(found: Projection, bias: Any) -> fx.Node | None:
-    return stored_bias(bias, columns=found.sizes[1], stacked=found.reason == STACKED)
+def _bias_of(product: Projection, bias: Any) -> fx.Node | None:
+    return stored_bias(bias, columns=product.sizes[1], stacked=product.reason == STACKED)

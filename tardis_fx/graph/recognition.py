@@ -5,14 +5,16 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 import sympy
 import torch
+from jaxtyping import Float, Float64
 from torch import Tensor
 
-from tardis_fx.graph.activations import ACTIVATIONS, Activation, Array, Z
+from tardis_fx.graph.activations import ACTIVATIONS, Activation, Z
+
+Points = Float64[np.ndarray, " points"]
 
 #: Limits beyond which intermediate values of an activation overflow, in float32 and in float64.
 _LARGEST, _LARGEST_KINK = 1e37, 1e100
@@ -45,35 +47,20 @@ def recognise(
     Returns:
         The activation, or None if none agrees or the function raises, or returns anything but values of the same shape.
     """
-    points = _grid(torch.finfo(dtype).max)
+    largest = torch.finfo(dtype).max
+    points = _grid(largest)
     values = _values(function, points)
     if values is None:
         return None
     if (line := _line(points, values)) is not None:
         activation = ACTIVATIONS["identity"] if line == (1, 0) else _affine(*line)
     else:
-        names = _expected(torch.finfo(dtype).max, tuple(ACTIVATIONS)).items()
-        found = next((name for name, expected in names if _agree(points, values, expected)), None)
-        if found is None:
+        curved = (a for name, a in ACTIVATIONS.items() if name != "identity")
+        agreeing = next((a for a in curved if _agree(points, values, _expected(a, largest))), None)
+        if agreeing is None:
             return None
-        activation = ACTIVATIONS[found]
-    return activation if _is(activation.value, activation.eager, function, compared, dtype) else None
-
-
-def factor(
-    function: Callable[[Tensor], Tensor],
-    *,
-    compared: Callable[[Tensor], Sequence[Tensor]] | None = None,
-    dtype: torch.dtype = torch.float32,
-) -> float | None:
-    """The factor by which a function multiplies its argument, or None if it does anything else; see ``recognise``."""
-    points = _grid(torch.finfo(dtype).max)
-    values = _values(function, points)
-    line = None if values is None else _line(points, values)
-    if line is None or line[1] != 0:
-        return None
-    slope, _ = line
-    return slope if _is(lambda z: slope * np.asarray(z), lambda z: slope * z, function, compared, dtype) else None
+        activation = agreeing
+    return activation if _agrees_off_grid(activation, function, compared, dtype) else None
 
 
 def recognise_product(
@@ -90,65 +77,68 @@ def recognise_product(
         dtype: see :func:`recognise`.
     """
 
-    def along(place: Callable[[Tensor], tuple[Tensor, Tensor]]) -> dict[str, Any]:
-        return {"compared": None if compared is None else (lambda z: compared(*place(z))), "dtype": dtype}
+    def along(place: Callable[[Tensor], tuple[Tensor, Tensor]], divisor: float = 1.0) -> Activation | None:
+        """The activation of the function along a line in the plane of gate and up."""
+        return recognise(
+            lambda z: function(*place(z)) / divisor,
+            compared=None if compared is None else lambda z: compared(*place(z)),
+            dtype=dtype,
+        )
 
-    def scaled(up: float) -> Activation | None:
-        place = lambda gate: (gate, torch.full_like(gate, up))  # noqa: E731
-        return recognise(lambda gate: function(*place(gate)) / up, **along(place))
+    def of_gate(up: float) -> Activation | None:
+        return along(lambda gate: (gate, torch.full_like(gate, up)), up)
 
-    def slope(gate: float) -> float | None:
-        place = lambda up: (torch.full_like(up, gate), up)  # noqa: E731
-        return factor(lambda up: function(*place(up)), **along(place))
+    def is_linear_in_up(gate: float, factor: float) -> bool:
+        activation = along(lambda up: (torch.full_like(up, gate), up))
+        slope, intercept = (activation and activation.affine) or (math.nan, math.nan)
+        return intercept == 0 and math.isclose(slope, factor, rel_tol=1e-6)
 
-    activation = scaled(1.0)
+    activation = of_gate(1.0)
     if activation is None or activation.affine is not None:
         return None
-    # Small and large gates: the function must be linear in up for each.
-    slopes = [(slope(gate), float(activation.value(gate))) for gate in (-0.7, 0.7, 3.0)]
-    alone = all(found is not None and math.isclose(found, value, rel_tol=1e-6) for found, value in slopes)
-    return activation if alone and all(scaled(up) is activation for up in (-2.5, 1e4, -1e4)) else None
+    linear = all(is_linear_in_up(gate, float(activation.value(gate))) for gate in (-0.7, 0.7, 3.0))
+    return activation if linear and all(of_gate(up) is activation for up in (-2.5, 1e4, -1e4)) else None
 
 
-def _is(
-    value: Callable[[Array], Array],
-    eager: Callable[[Tensor], Tensor],
+def _agrees_off_grid(
+    activation: Activation,
     function: Callable[[Tensor], Tensor],
     compared: Callable[[Tensor], Sequence[Tensor]] | None,
     dtype: torch.dtype,
 ) -> bool:
-    """Whether a function that agrees with another on the grid also agrees at its kinks and at the infinities."""
+    """Whether a function that agrees with an activation on the grid also agrees at its kinks and at the infinities."""
     ends = torch.tensor([-torch.inf, torch.inf], dtype=torch.promote_types(dtype, torch.float32), device="cpu")
-    values, expected = _values(function, ends), _values(eager, ends)
+    values, expected = _values(function, ends), _values(activation.eager, ends)
     if values is None or expected is None:
         return False
     if not np.all((values == expected) | np.isnan(values) | np.isnan(expected)):
         return False
     if compared is None:
         return True
-    points = _around(_kinks(compared, _grid(torch.finfo(dtype).max)))
-    points = points[np.abs(points) <= min(torch.finfo(dtype).max, _LARGEST_KINK)]
+    largest = torch.finfo(dtype).max
+    points = _around(_kinks(compared, _grid(largest)))
+    points = points[np.abs(points) <= min(largest, _LARGEST_KINK)]
     values = _values(function, points)
-    return values is not None and _agree(points, values, value(points))
+    return values is not None and _agree(points, values, activation.value(points))
 
 
-def _values(function: Callable[[Tensor], Tensor], points: Tensor | Array) -> Array | None:
+def _values(function: Callable[[Tensor], Tensor], points: Float[Tensor, " points"] | Points) -> Points | None:
     try:
         with torch.no_grad():
-            values: Array = function(torch.as_tensor(points, device="cpu").clone()).to(torch.float64).numpy()
+            values: Points = function(torch.as_tensor(points, device="cpu").clone()).to(torch.float64).numpy()
     except Exception:  # a function of unknown origin may fail in any way
         return None
     return values if values.shape == points.shape else None
 
 
-def _agree(points: Array, values: Array, expected: Array) -> bool:
+def _agree(points: Points, values: Points, expected: Points) -> bool:
     with np.errstate(all="ignore"):
         # A product of very small numbers may come out as 0, or not.
         allowed = 1e-6 * (np.minimum(1, np.abs(points)) + np.abs(expected)) + 1e-300
         return bool(np.all(np.abs(values - expected) <= allowed))
 
 
-def _line(points: Array, values: Array) -> tuple[float, float] | None:
+def _line(points: Points, values: Points) -> tuple[float, float] | None:
     """Slope and intercept of the affine function with these values, if there is one."""
     at = {z: values[np.flatnonzero(points == z)[0]] for z in (0.0, 12.0)}
     with np.errstate(all="ignore"):
@@ -163,8 +153,8 @@ def _affine(slope: float, intercept: float) -> Activation:
 
 
 @functools.cache
-def _grid(largest: float) -> Array:
-    """Grid [points]: dense where activations bend, and up to the largest number of a type."""
+def _grid(largest: float) -> Points:
+    """A grid that is dense where activations bend, and up to the largest number of a type."""
     largest = min(largest, _LARGEST)
     edges = np.outer(_EDGES, [1 - 1e-3, 1, 1 + 1e-3]).ravel()
     far = np.concatenate([[20, 50, 100, largest], edges, np.geomspace(12.1, largest, 400)])
@@ -173,13 +163,13 @@ def _grid(largest: float) -> Array:
 
 
 @functools.cache
-def _expected(largest: float, names: tuple[str, ...]) -> dict[str, Array]:
-    """Values of every activation except the identity on the grid, by name."""
-    return {name: ACTIVATIONS[name].value(_grid(largest)) for name in names if name != "identity"}
+def _expected(activation: Activation, largest: float) -> Points:
+    """Values of an activation on the grid."""
+    return activation.value(_grid(largest))
 
 
-def _kinks(compared: Callable[[Tensor], Sequence[Tensor]], points: Array) -> Array:
-    """Points where a difference changes its sign, to rounding: [kinks]."""
+def _kinks(compared: Callable[[Tensor], Sequence[Tensor]], points: Points) -> Float64[np.ndarray, " kinks"]:
+    """Points where a difference changes its sign, to rounding."""
     kinks = points[:0]
     for _ in range(2):  # a sign change hidden between two points shows once its kinks are among the points
         signs = _signs(compared, points)
@@ -196,14 +186,14 @@ def _kinks(compared: Callable[[Tensor], Sequence[Tensor]], points: Array) -> Arr
     return kinks
 
 
-def _signs(compared: Callable[[Tensor], Sequence[Tensor]], points: Array) -> Array:
-    """Signs of the differences, [differences, points]; 0 for NaN."""
+def _signs(compared: Callable[[Tensor], Sequence[Tensor]], points: Points) -> Float64[np.ndarray, "differences points"]:
+    """Signs of the differences; 0 for NaN."""
     with torch.no_grad():
         differences = [d.double().numpy() for d in compared(torch.from_numpy(points.copy()))]
     return np.asarray(np.nan_to_num(np.sign(np.array(differences).reshape(-1, points.size))))
 
 
-def _around(kinks: Array) -> Array:
+def _around(kinks: Float64[np.ndarray, " kinks"]) -> Float64[np.ndarray, " points"]:
     """Points at the kinks, on both sides of each, and between neighbours."""
     sides = [np.nextafter(kinks, -np.inf), np.nextafter(kinks, np.inf), kinks * (1 - 1e-5), kinks * (1 + 1e-5)]
     return np.concatenate([kinks, *sides, (kinks[1:] + kinks[:-1]) / 2])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import fx
@@ -23,6 +23,7 @@ from tardis_fx.graph.forms import (
     same_tokens,
     shape_of,
     value_of,
+    walk,
 )
 from tardis_fx.graph.site import Site
 from tardis_fx.graph.subclasses import subclass_name
@@ -45,61 +46,62 @@ def checked(site: Site, writes: Sequence[Write]) -> Site:
         site: as matched.
         writes: all writes of its graph.
     """
-    own = {*site.inner, site.output}
-    ups = {site.up, site.gate} - {None}
-    if foreign := _foreign(site):
-        return site.refused(foreign)
+    reason = next(_reasons(site, writes), None)
+    return site if reason is None else site.refused(reason)
+
+
+def _reasons(site: Site, writes: Sequence[Write]) -> Iterator[str]:
+    yield from _foreign(site)
     if any(is_training_dropout(node) for node in site.inner):
-        return site.refused("in training mode: dropout drops")
+        yield "it runs in training mode, where its dropout drops values"
     if site.activation is None:
-        return site.refused(f"its activation, made of {_made_of(site)}, is not in the registry")
-    if any(p is not None and p.input is not site.input for p in ups):
-        return site.refused("gate and up projection read different inputs")
+        yield f"its activation, made of {_made_of(site)}, is not in the registry"
     if site.gate is not None and site.gate is not site.up:
+        if site.gate.input is not site.up.input:
+            yield "gate and up projection read different inputs"
         if site.gate.weight is site.up.weight:
-            return site.refused("gate and up projection have the same weights")
+            yield "gate and up projection have the same weights"
         if site.gate.sizes != site.up.sizes:
-            return site.refused("gate and up projection differ in size")
+            yield "gate and up projection differ in size"
+    inside = {*site.inner, site.output}
     for node in sorted(site.inner, key=lambda n: n.name):
-        if strangers := [user for user in node.users if user not in own]:
-            return site.refused(f"its intermediate value {node.name} is also used by {strangers[0].name}")
+        if outside := [user for user in node.users if user not in inside]:
+            yield f"its intermediate value {node.name} is also used by {outside[0].name}"
     for node in site.parameters:
         if node.op == "get_attr":
-            return site.refused("its weights are part of the graph (freezing): that takes a plan")
+            yield "its weights are part of the graph (freezing): a rewrite of them needs a plan"
         if not is_parameter(node):
-            return site.refused(f"{node.name} is not a parameter of a module, or is computed in the graph")
+            yield f"{node.name} is not a parameter of a module, or is computed in the graph"
         if any(write.reaches([node]) for write in writes):
-            return site.refused(f"the graph writes to its weight {node.name}")
-    if reason := _changed(site, writes):
-        return site.refused(reason)
+            yield f"the graph writes to its weight {node.name}"
+    yield from _changed(site, writes)
     if _is_routed(site):
-        return site.refused("it is an expert of a mixture: its tokens are routed")
+        yield "it is an expert of a mixture: its tokens are routed"
     entering, leaving = (shape_of(node) or torch.Size() for node in (site.input, site.output))
     if any(free_unbacked_symbols(size) for size in entering if isinstance(size, torch.SymInt)):
-        return site.refused("how many tokens it gets depends on the data")
-    if not same(_tokens(entering), _tokens(leaving)):
-        return site.refused("its result has not as many tokens as its input, or it is not known whether it has")
+        yield "its number of tokens depends on the data"
+    if not same(math.prod(entering[:-1]), math.prod(leaving[:-1])):
+        yield "its output does not have as many tokens as its input, or their numbers cannot be compared"
     symbolic = not all(isinstance(size, int) for size in leaving)
     if symbolic and len(leaving) != 2 and not same_tokens(entering, leaving):
-        return site.refused("its shape changes between the projections, and is symbolic")
+        yield "its shape changes between the projections, and is symbolic"
     if _grad_enabled(site.output.graph) and any(_requires_grad(node) for node in (*site.parameters, site.output)):
-        return site.refused("it needs gradients: call the model under torch.no_grad() or torch.inference_mode()")
+        yield "it needs gradients: call the model under torch.no_grad() or torch.inference_mode()"
     if _autocasts(site.output):
-        return site.refused("it runs under autocast, which casts the weights at every call")
-    return site.refused(reason) if (reason := _mixed(site)) else site
+        yield "it runs under autocast, which casts the weights at every call"
+    yield from _mixed(site)
 
 
-def _foreign(site: Site) -> str | None:
-    """Why rewritten code cannot read the site's tensors, or None."""
-    for what, nodes in (("weights", site.parameters), ("inputs", (site.input, site.output))):
+def _foreign(site: Site) -> Iterator[str]:
+    """Reasons why rewritten code cannot read the site's tensors."""
+    for name, nodes in (("weights", site.parameters), ("inputs", (site.input, site.output))):
         for value in map(value_of, nodes):
             if kind := subclass_name(value):
-                return f"its {what} are {kind}: a rewrite reads plain tensors only"
+                yield f"its {name} are {kind}: a rewrite reads plain tensors only"
             if value is not None and value.device.type == "meta":
-                return f"its {what} are on the meta device: there is nothing to read"
+                yield f"its {name} are on the meta device: there is nothing to read"
     if _is_transformed(site.output.graph):
-        return "it runs under forward-mode differentiation or a transform of torch.func, which rewrites know nothing of"
-    return None
+        yield "it runs under forward-mode differentiation or a transform of torch.func, which no rewrite supports"
 
 
 def _is_transformed(graph: fx.Graph) -> bool:
@@ -116,10 +118,6 @@ def _made_of(site: Site) -> str:
     return ", ".join([name for name in names if name not in ARITHMETIC] or names)
 
 
-def _tokens(shape: torch.Size) -> int | torch.SymInt:
-    return math.prod(shape[:-1])
-
-
 def _is_routed(site: Site) -> bool:
     """Whether the site reads tokens that an index picked, and an index puts its results back."""
     source = site.input
@@ -127,14 +125,8 @@ def _is_routed(site: Site) -> bool:
         source = source.all_input_nodes[0]
     if not _picks(source):
         return False
-    front, seen = [site.output], {site.output}
-    while front:
-        users = [user for user in front.pop().users if user not in seen]
-        if any(_picks(user) or call_name(user) in _PUTS for user in users):
-            return True
-        seen.update(users)
-        front += [user for user in users if call_name(user) in _KEEPS]
-    return False
+    keeping = walk(site.output, lambda node: [user for user in node.users if call_name(user) in _KEEPS])
+    return any(_picks(user) or call_name(user) in _PUTS for node in keeping for user in node.users)
 
 
 def _picks(node: fx.Node) -> bool:
@@ -154,48 +146,43 @@ def _autocasts(output: fx.Node) -> bool:
     return bool(inside) or torch.is_autocast_enabled(output.meta["example_value"].device.type)
 
 
-def _changed(site: Site, writes: Sequence[Write]) -> str | None:
-    """Why a site's values may change between their reads, or None.
-
-    A rewrite reads the input once and creates the output.
-    """
+def _changed(site: Site, writes: Sequence[Write]) -> Iterator[str]:
+    """Reasons why a site's values may change between their reads: a rewrite reads the input only once."""
     reads = sorted({p.product for p in (site.up, site.gate) if p is not None})
     if write := changes(writes, site.input, reads[0], reads[-1]):
-        return f"{write.node.name} writes to its input between the reads of its gate and its up projection"
-    own = {*site.inner, site.output}
+        yield f"{write.node.name} writes to its input between the reads of its gate and its up projection"
     for write in (w for w in writes if reads[0] <= w.node <= site.output):
-        if write.node not in own and write.reaches(site.inner):
-            return f"{write.node.name} writes to its intermediate value"
-        if write.node in own and write.reaches(n for n in site.output.graph.nodes if n < reads[0]):
-            return f"{write.node.name} writes to a tensor that is not of the site alone"
-    return None
+        if write.node in site.inner or write.node is site.output:
+            if write.reaches(n for n in site.output.graph.nodes if n < reads[0]):
+                yield f"{write.node.name} writes to a tensor that is used outside the site"
+        elif write.reaches(site.inner):
+            yield f"{write.node.name} writes to its intermediate value"
 
 
-def _mixed(site: Site) -> str | None:
-    """Names a tensor whose dtype or device differs from that of the up projection's weights, or None."""
-    named: dict[str, fx.Node] = {}
+def _mixed(site: Site) -> Iterator[str]:
+    """Names the tensors whose dtype or device differs from that of the up projection's weights."""
+    nodes: dict[str, fx.Node] = {}
     for role, projection in (("gate", site.gate), ("up", site.up), ("down", site.down)):
         parts = () if projection is None else zip(("weight", "bias"), projection.parameters, strict=False)
-        named |= {f"the {part} of its {role} projection": node for part, node in parts}
-    named |= {"its input": site.input, "its result": site.output}
+        nodes |= {f"the {part} of its {role} projection": node for part, node in parts}
+    nodes |= {"its input": site.input, "its output": site.output}
     weight = site.up.weight.meta["example_value"]
     if weight.dtype not in _TYPES:
-        return f"its weights are {weight.dtype}"
-    for name, node in named.items():
+        yield f"its weights are {weight.dtype}"
+    for name, node in nodes.items():
         value = node.meta["example_value"]
-        for one, other in ((value.dtype, weight.dtype), (value.device, weight.device)):
-            if one != other:
-                return f"{name} is {one}, the weight of its up projection {other}"
+        for actual, required in ((value.dtype, weight.dtype), (value.device, weight.device)):
+            if actual != required:
+                yield f"{name} is {actual}, but the weight of its up projection is {required}"
     limits = torch.finfo(weight.dtype)
     for node in sorted(site.inner):
         value = value_of(node)
-        if value is None or not value.is_floating_point():
-            continue
-        if (own := torch.finfo(value.dtype)).eps > limits.eps or own.max < limits.max:
-            return f"its intermediate value {node.name} is {value.dtype}, coarser than its weights, {weight.dtype}"
-    return None
+        if value is not None and value.is_floating_point():
+            precision = torch.finfo(value.dtype)
+            if precision.eps > limits.eps or precision.max < limits.max:
+                yield f"its intermediate value {node.name} is {value.dtype}, coarser than its weights, {weight.dtype}"
 
 
 def _requires_grad(node: fx.Node) -> bool:
-    value = node.meta.get("example_value")
-    return isinstance(value, torch.Tensor) and value.requires_grad
+    value = value_of(node)
+    return value is not None and value.requires_grad

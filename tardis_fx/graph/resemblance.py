@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import fx
 
-from tardis_fx.graph.cone import LARGEST_CONE, Cone, cone_of, is_inner
+from tardis_fx.graph.cone import LARGEST_CONE, NO_ACTIVATION, Cone, cone_of, is_inner
 from tardis_fx.graph.forms import (
     ARITHMETIC,
     CASTS,
@@ -25,8 +25,9 @@ from tardis_fx.graph.forms import (
     is_from_parameters,
     same,
     shape_of,
+    walk,
 )
-from tardis_fx.graph.site import Projection, Site
+from tardis_fx.graph.site import Kind, Projection, Site
 
 _BETWEEN = ELEMENTWISE | VIEWS | CASTS | DROPOUT | SPLIT | MIXING | {"glu"}
 
@@ -51,12 +52,9 @@ def resembling(down: Projection, projections: Mapping[fx.Node, Projection]) -> S
     up = cone.ups[0]
     if any(p.input is not up.input for p in cone.ups) or up.sizes[0] >= up.sizes[1]:
         return None
-    unread = next((p.reason for p in (*cone.ups, down) if p.reason), None)
-    reason = unread or _reason(cone, up, down, projections)
-    if reason is None:
-        return None
-    inner = frozenset({*cone.region, *(n for p in cone.ups for n in (p.product, p.node)), down.product} - {down.node})
-    return Site("", "plain" if len(cone.ups) == 1 else "gated", None, up, down, None, inner, reason)
+    reason = cone.unsupported or _reason(cone, projections)
+    kind: Kind = "plain" if len(cone.ups) == 1 else "gated"
+    return Site("", kind, None, up, down, None, cone.inner, reason) if reason else None
 
 
 def _is_between(node: fx.Node) -> bool:
@@ -81,32 +79,26 @@ def _is_activation(node: fx.Node) -> bool:
     return shape_of(node) is not None and not is_from_parameters(node, constants=True)
 
 
-def _reason(cone: Cone, up: Projection, down: Projection, projections: Mapping[fx.Node, Projection]) -> str | None:
+def _reason(cone: Cone, projections: Mapping[fx.Node, Projection]) -> str | None:
     """Why the cone is not an activation function; None if it is no FFN at all."""
     odd = [node for node in cone.region if not is_inner(node)]
     if not cone.strangers:
         if not odd:
-            return "what stands between its projections is no activation function" if len(cone.ups) > 2 else None
-        own, unknown = {*cone.region, down.product}, [node for node in odd if _is_unknown(node)]
-        if not unknown and any(user not in own for node in cone.region for user in node.users):
+            return NO_ACTIVATION if len(cone.ups) > 2 else None
+        inside, unknown = {*cone.region, cone.down.product}, [node for node in odd if _is_unknown(node)]
+        if not unknown and any(user not in inside for node in cone.region for user in node.users):
             return None  # a value that another branch also reads belongs to more than an FFN: a scan, a memory
         names = [name for node in unknown or odd if (name := call_name(node)) != "getitem"] or ["getitem"]
-        return f"{names[0]} stands between its projections, and is no activation function"
+        return f"{names[0]} stands between its projections and is not an activation function"
     activates = any(call_name(n) not in ARITHMETIC and call_name(n) in ELEMENTWISE for n in cone.region)
     if any(call_name(node) not in _CUTS for node in odd) or not activates:
         return None  # a norm of a residual stream, or only a sum
-    if any(_is_projected(node, up, projections) for node in cone.strangers):
+    if any(_is_projected(node, cone.ups[0].input, projections) for node in cone.strangers):
         return None
-    return f"{cone.strangers[0].name} joins in between its projections"
+    return f"its intermediate value is combined with {cone.strangers[0].name}, which its projections do not compute"
 
 
-def _is_projected(node: fx.Node, up: Projection, projections: Mapping[fx.Node, Projection]) -> bool:
+def _is_projected(node: fx.Node, entering: fx.Node, projections: Mapping[fx.Node, Projection]) -> bool:
     """Whether a node comes from other projections without passing the site's input: attention, a recurrence."""
-    front, seen = [node], {node, up.input}
-    while front:
-        found = front.pop()
-        if found in projections or len(seen) > LARGEST_CONE:
-            return True
-        front += [i for i in found.all_input_nodes if i not in seen]
-        seen.update(found.all_input_nodes)
-    return False
+    ancestors = walk(node, lambda n: [i for i in n.all_input_nodes if i is not entering])
+    return any(ancestor in projections or i == LARGEST_CONE for i, ancestor in enumerate(ancestors, 1))

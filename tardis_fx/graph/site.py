@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from jaxtyping import Float
 from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import optimization_hint
 
@@ -136,52 +137,49 @@ def is_released(weight: Tensor) -> bool:
 class SiteWeights:
     """The weights of a site, each matrix as [out, in] regardless of how it is stored.
 
+    Those of a refused site may have other shapes: stacked experts, convolutions.
+
     Attributes:
-        up: [h, d], of the up projection; its half of a fused matrix.
-        up_bias: [h] or None.
-        down: [d_out, h], of the down projection.
-        down_bias: [d_out] or None.
-        gate: [h, d], the projection with the activation in a gated site; None in a plain one.
-        gate_bias: [h] or None.
+        up: of the up projection; its half of a fused matrix.
+        up_bias: None if the projection has none, like the other biases.
+        down: of the down projection.
+        down_bias: of the down projection.
+        gate: the projection with the activation in a gated site; None in a plain one.
+        gate_bias: of the gate.
     """
 
-    up: Tensor
-    up_bias: Tensor | None
-    down: Tensor
-    down_bias: Tensor | None
-    gate: Tensor | None = None
-    gate_bias: Tensor | None = None
+    up: Float[Tensor, "h d"]
+    up_bias: Float[Tensor, " h"] | None
+    down: Float[Tensor, "d_out h"]
+    down_bias: Float[Tensor, " d_out"] | None
+    gate: Float[Tensor, "h d"] | None = None
+    gate_bias: Float[Tensor, " h"] | None = None
 
     @classmethod
     def from_site(cls, site: Site, parameters: Sequence[Tensor]) -> SiteWeights:
         """Sorts the values of ``site.parameters`` by role, without copies."""
         values = dict(zip(site.parameters, (p.detach() for p in parameters), strict=True))
 
-        def matrix(projection: Projection) -> Tensor:
+        def read(projection: Projection) -> tuple[Tensor, Tensor | None]:
             weight = values[projection.weight]
-            return weight.mT if projection.transposed else weight
+            bias = None if projection.bias is None else values[projection.bias]
+            return weight.mT if projection.transposed else weight, bias
 
-        def bias(projection: Projection) -> Tensor | None:
-            return None if projection.bias is None else values[projection.bias]
-
-        up, up_bias, gate = matrix(site.up), bias(site.up), site.gate
-        if site.gate_half is None:
-            own = (None, None) if gate is None else (matrix(gate), bias(gate))
-            return cls(up, up_bias, matrix(site.down), bias(site.down), *own)
-        seen = site.gate_half
-        matrices, biases = up.tensor_split(2, -2), (None, None) if up_bias is None else up_bias.tensor_split(2, -1)
-        return cls(
-            matrices[1 - seen], biases[1 - seen], matrix(site.down), bias(site.down), matrices[seen], biases[seen]
-        )
+        up, up_bias = read(site.up)
+        gate, gate_bias = (None, None) if site.gate is None else read(site.gate)
+        if site.gate_half is not None:  # both are one matrix
+            order = slice(None, None, -1 if site.gate_half else 1)
+            gate, up = up.tensor_split(2, -2)[order]
+            gate_bias, up_bias = (None, None) if up_bias is None else up_bias.tensor_split(2, -1)[order]
+        return cls(up, up_bias, *read(site.down), gate, gate_bias)
 
     @property
-    def projections(self) -> dict[str, tuple[Tensor, Tensor | None]]:
-        """The projections by name, the gate first: matrices [h, d] and biases [h]."""
+    def projections(self) -> dict[str, tuple[Float[Tensor, "h d"], Float[Tensor, " h"] | None]]:
+        """The matrices and biases of the projections by name, the gate first."""
         gate = {} if self.gate is None else {"gate": (self.gate, self.gate_bias)}
         return {**gate, "up": (self.up, self.up_bias)}
 
     @property
     def bytes(self) -> int:
         """Size of all weights and biases."""
-        every = (self.up, self.up_bias, self.down, self.down_bias, self.gate, self.gate_bias)
-        return sum(w.numel() * w.element_size() for w in every if w is not None)
+        return sum(tensor.nbytes for tensor in vars(self).values() if tensor is not None)

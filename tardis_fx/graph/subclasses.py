@@ -22,12 +22,11 @@ def subclass_name(value: Any) -> str | None:
 
 def stored_tensors(values: Iterable[Tensor]) -> list[Tensor]:
     """The plain tensors that store the values, in a fixed order; a plain tensor stores itself."""
-    found: list[Tensor] = []
+    stored: list[Tensor] = []
     for value in values:
         if is_traceable_wrapper_subclass(value):
-            names, _ = value.__tensor_flatten__()
-            parts = [getattr(value, name) for name in names]
-            found += stored_tensors(part for part in parts if isinstance(part, Tensor))  # a DTensor has its mesh, too
+            parts = [getattr(value, name) for name in value.__tensor_flatten__()[0]]
+            stored += stored_tensors(part for part in parts if isinstance(part, Tensor))  # a DTensor has its mesh, too
         else:
-            found.append(value)
-    return found
+            stored.append(value)
+    return stored

@@ -14,21 +14,19 @@ _FUNCTIONS = ("abs", "cos", "erf", "exp", "log", "sigmoid", "sin", "sqrt")
 _SIGMOID = sympy.Function("sigmoid")
 
 
-def triton_code(expression: sympy.Expr, symbol: sympy.Symbol) -> str:
+def triton_code(expression: sympy.Expr) -> str:
     """Prints an expression as Triton code.
 
     A NaN stays NaN. A tanh in a sum that cancels it becomes a sigmoid; any other is a call of ``tanh``, which the
     kernel's module must define.
 
     Args:
-        expression: with :class:`sympy.Piecewise` instead of Max, Min and the like.
-        symbol: becomes ``z``.
+        expression: of the symbol ``z``, with :class:`sympy.Piecewise` instead of Max, Min and the like.
 
     Raises:
         ConfigError: the expression has an unknown function or power.
     """
-    in_z = expression.subs(symbol, sympy.Symbol("z", real=True))
-    factored = sympy.factor_terms(in_z.replace(lambda e: e.is_Add, _with_sigmoid))
+    factored = sympy.factor_terms(expression.replace(lambda e: e.is_Add, _with_sigmoid))
     rounded = factored.replace(lambda e: e.is_number and not e.is_Integer, lambda e: e.evalf())
     code: str = _Printer().doprint(rounded)
     unknown = {node.id for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Name)} - {"z", "tl", "tanh"}

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, fx
 from torch.nn import functional as F  # noqa: N812
 
-from tardis_fx.graph.forms import call_name
+from tardis_fx.graph.forms import call, call_name
 
 
 def is_fused(node: fx.Node) -> bool:
@@ -32,16 +32,9 @@ def unfuse(graph: fx.Graph) -> None:
             if new not in before:
                 values = fx.node.map_arg((new.args, new.kwargs), lambda n: n.meta["example_value"])
                 with fake_mode:
-                    new.meta["example_value"] = _call(new, *values)
+                    new.meta["example_value"] = call(new, *values)
         node.replace_all_uses_with(result)
         graph.erase_node(node)
-
-
-def _call(node: fx.Node, args: Any, kwargs: Any) -> Any:
-    if node.op == "call_method":
-        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-    assert callable(node.target)
-    return node.target(*args, **kwargs)
 
 
 def _layer(

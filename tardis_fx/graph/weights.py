@@ -9,7 +9,7 @@ from torch import fx
 
 from tardis_fx.graph.forms import CASTS, call_name, is_from_parameters, is_parameter, same, shape_of, value_of
 
-#: Operations that select the weights of some experts from those of all.
+#: Operations that select the weights of some experts.
 _SELECTS = frozenset("contiguous expand getattr getitem index_select to transpose unsqueeze".split())
 
 

@@ -50,8 +50,10 @@ class Write:
 
     def reaches(self, nodes: Iterable[fx.Node]) -> bool:
         """Whether the write may change the value of one of the nodes."""
-        held = storages_of(nodes)
-        return held is None or (bool(held) if self.storages is None else not held.isdisjoint(self.storages))
+        storages = storages_of(nodes)
+        if storages is None or self.storages is None:
+            return storages != frozenset()
+        return not storages.isdisjoint(self.storages)
 
 
 def writes_of(graph: fx.Graph) -> list[Write]:
@@ -136,8 +138,8 @@ def _by_name(node: fx.Node, name: str) -> list[fx.Node]:
     if name in _STATEMENTS or _is_set(node, "inplace"):
         written.append(first)
     elif name.endswith("_"):
-        one = isinstance(first, fx.Node) and not name.startswith("_fused")
-        written.append(first if one else node.all_input_nodes)
+        is_single = isinstance(first, fx.Node) and not name.startswith("_fused")
+        written.append(first if is_single else node.all_input_nodes)
     elif name in _NORMS:
         written.append([n for n in node.all_input_nodes if n is not first])
     elif name in _EMBEDDINGS and (node.args[3:4] or (node.kwargs.get("max_norm"),))[0] is not None:

@@ -18,8 +18,9 @@ from tardis_fx.testing.assertions import (
     assert_plan_roundtrip,
     rewritten,
 )
+from tardis_fx.testing.graphs import graphs
 from tardis_fx.testing.laws import LAWS
-from tardis_fx.testing.strategies import calibration_sets, graphs, sites, weights
+from tardis_fx.testing.strategies import calibration_sets, sites, weights
 from tardis_fx.testing.suite import examine
 
 __all__ = [

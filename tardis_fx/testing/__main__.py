@@ -30,8 +30,9 @@ def table(verdicts: list[Verdict]) -> str:
     """Formats verdicts as a Markdown table."""
     lines = ["| law | result | smallest failing example |", "|---|---|---|"]
     for verdict in verdicts:
-        told = "" if verdict.failure is None else f"{verdict.failure.strip().splitlines()[0]}; {verdict.example}"
-        lines.append(f"| {verdict.law} | {'pass' if verdict.passed else 'FAIL'} | {told.replace('|', chr(92) + '|')} |")
+        failure = "" if verdict.failure is None else f"{verdict.failure.strip().splitlines()[0]}; {verdict.example}"
+        result = "pass" if verdict.passed else "FAIL"
+        lines.append(f"| {verdict.law} | {result} | {failure.replace('|', chr(92) + '|')} |")
     return "\n".join(lines)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, fx, nn
 
 from tardis_fx.graph.matcher import find_sites
@@ -22,29 +23,29 @@ from tardis_fx.testing.capture import capture
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
-def assert_equivalent(found: Tensor, wanted: Tensor, *, tolerance: float | None = None) -> None:
+def assert_equivalent(actual: Tensor, expected: Tensor, *, tolerance: float | None = None) -> None:
     """Asserts that two tensors have the same shape, dtype and, to rounding, values.
 
     Args:
-        found: any shape.
-        wanted: the expected tensor.
-        tolerance: norm of the difference over that of ``wanted``; None takes the dtype's from :data:`TOLERANCES`.
+        actual: any shape.
+        expected: any shape.
+        tolerance: norm of the difference over that of ``expected``; None takes the dtype's from :data:`TOLERANCES`.
 
     Raises:
         AssertionError: they differ, or hold NaN or infinity.
     """
-    assert found.shape == wanted.shape, f"shape {tuple(found.shape)}, not {tuple(wanted.shape)}"
-    assert found.dtype == wanted.dtype, f"{found.dtype}, not {wanted.dtype}"
-    assert torch.isfinite(found).all(), "NaN or infinity"
-    allowed = TOLERANCES.get(wanted.dtype, 0.0) if tolerance is None else tolerance
-    error = relative_error(found, wanted)
-    assert error <= allowed, f"relative error {error:.3g}, more than {allowed:.3g}"
+    assert actual.shape == expected.shape, f"the shape is {tuple(actual.shape)}, not {tuple(expected.shape)}"
+    assert actual.dtype == expected.dtype, f"the dtype is {actual.dtype}, not {expected.dtype}"
+    assert torch.isfinite(actual).all(), "the tensor holds NaN or infinity"
+    allowed = TOLERANCES.get(expected.dtype, 0.0) if tolerance is None else tolerance
+    error = relative_error(actual, expected)
+    assert error <= allowed, f"the relative error is {error:.3g}, more than {allowed:.3g}"
 
 
-def relative_error(found: Tensor, wanted: Tensor) -> float:
-    """Norm of the difference over the norm of ``wanted``, for tensors of one shape."""
-    missed, whole = (float(t.double().norm()) for t in (found.double() - wanted.double(), wanted))
-    return missed / whole if whole else (math.inf if missed else 0.0)
+def relative_error(actual: Float[Tensor, "*shape"], expected: Float[Tensor, "*shape"]) -> float:
+    """Norm of the difference over the norm of ``expected``."""
+    difference, norm = (float(t.double().norm()) for t in (actual.double() - expected.double(), expected))
+    return difference / norm if norm else (math.inf if difference else 0.0)
 
 
 def rewritten(model: nn.Module, inputs: Tensor, plan: Plan) -> Rewritten:
@@ -78,17 +79,15 @@ def assert_matches(
     if isinstance(subject, fx.Graph):
         with torch.no_grad():
             sites = find_sites(subject)
-        graph, found = subject, [site.name for site in sites if site.reason is None]
+        graph, names = subject, [site.name for site in sites if site.reason is None]
         reasons = [f"{site.name}: {site.reason}" for site in sites if site.reason]
     else:
-        graph, found = subject.gm.graph, [guard.name for guard in subject.guards]
+        graph, names = subject.gm.graph, [guard.name for guard in subject.guards]
         reasons = [f"{outcome.site.name}: {outcome.reason}" for outcome in subject.outcomes if outcome.reason]
-    assert len(found) == count, f"{len(found)} sites ({', '.join(found)}), not {count}; refused: {reasons or 'none'}"
+    assert len(names) == count, f"{len(names)} sites ({', '.join(names)}), not {count}; refused: {reasons or 'none'}"
     targets = {node.target for node in graph.nodes}
-    missing = [target for target in present if target not in targets]
-    assert not missing, f"not in the graph: {missing}"
-    left = [target for target in absent if target in targets]
-    assert not left, f"still in the graph: {left}"
+    assert targets.issuperset(present), f"not in the graph: {set(present) - targets}"
+    assert targets.isdisjoint(absent), f"still in the graph: {targets & set(absent)}"
 
 
 def assert_plan_roundtrip(plan: Plan, run: Callable[[Plan], Tensor] | None = None) -> None:
@@ -104,10 +103,10 @@ def assert_plan_roundtrip(plan: Plan, run: Callable[[Plan], Tensor] | None = Non
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "plan.safetensors")
         plan.save(path)
-        again = Plan.load(path)
-    assert contents(again) == contents(plan), "the plan is not what was saved"
+        loaded = Plan.load(path)
+    assert contents(loaded) == contents(plan), "the loaded plan differs from the saved one"
     if run is not None:
-        assert torch.equal(run(again), run(plan)), "the plan runs differently after it was saved"
+        assert torch.equal(run(loaded), run(plan)), "the loaded plan runs differently from the saved one"
 
 
 def contents(plan: Plan) -> list[Any]:
@@ -125,19 +124,26 @@ def _bits(tensor: Tensor) -> tuple[torch.dtype, torch.Size, bytes]:
     return tensor.dtype, tensor.shape, flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
 
 
-def assert_error_within(certificate: SitePlan | float, found: Tensor, wanted: Tensor, *, slack: float = 0.02) -> None:
+def assert_error_within(
+    certificate: SitePlan | float,
+    actual: Float[Tensor, "*batch d_out"],
+    expected: Float[Tensor, "*batch d_out"],
+    *,
+    slack: float = 0.02,
+) -> None:
     """Asserts that the error of a rewritten site does not exceed the error in its plan.
 
     Args:
         certificate: a site's plan with an ``error``, or the relative root-mean-square error itself.
-        found: outputs of the rewritten site, [..., d_out].
-        wanted: outputs of the original site.
+        actual: outputs of the rewritten site.
+        expected: outputs of the original site.
         slack: share by which the error may be exceeded; 0.02 allows for rounding on the tokens of the measurement.
 
     Raises:
         AssertionError: the error is greater, or an output is NaN or infinite.
     """
-    told = certificate if isinstance(certificate, (int, float)) else certificate.error
-    assert torch.isfinite(found).all(), "NaN or infinity"
-    error, rounding = relative_error(found, wanted), TOLERANCES.get(wanted.dtype, 0.0)
-    assert error <= told * (1 + slack) + rounding, f"relative error {error:.4g}, more than the {told:.4g} told"
+    reported = certificate if isinstance(certificate, (int, float)) else certificate.error
+    assert torch.isfinite(actual).all(), "the output holds NaN or infinity"
+    error, rounding = relative_error(actual, expected), TOLERANCES.get(expected.dtype, 0.0)
+    limit = reported * (1 + slack) + rounding
+    assert error <= limit, f"the relative error is {error:.4g}, more than the reported {reported:.4g}"

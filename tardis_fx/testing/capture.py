@@ -46,8 +46,6 @@ def capture(
     return captured
 
 
-def sites_of(
-    model: nn.Module, *args: Any, dynamic: bool | None = None, grad: bool = False, **kwargs: Any
-) -> list[Site]:
-    """The sites of a model, including refused ones."""
-    return capture(model, *args, dynamic=dynamic, grad=grad, **kwargs).sites
+def sites_of(model: nn.Module, *args: Any, **kwargs: Any) -> list[Site]:
+    """The sites of a model, including refused ones; arguments as for :func:`capture`."""
+    return capture(model, *args, **kwargs).sites

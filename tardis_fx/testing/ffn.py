@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from jaxtyping import Float, Float32
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
@@ -14,7 +15,7 @@ class Activation(nn.Module):
         super().__init__()
         self.name = name
 
-    def forward(self, z: Tensor) -> Tensor:
+    def forward(self, z: Float[Tensor, "*batch h"]) -> Float[Tensor, "*batch h"]:
         """Applies the activation elementwise."""
         if self.name == "relu2":
             return F.relu(z).square()
@@ -66,22 +67,20 @@ class GatedFFN(nn.Module):
         """Name of the activation in the registry."""
         return self._activation.name
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Applies the FFN, [..., d] to [..., d_out]."""
+    def forward(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d_out"]:
+        """Applies the FFN."""
         z = [linear(x) for linear in self.gate_up]
         gate, up = z if len(z) == 2 else z[0].chunk(2, -1)
         return self.down(self._activation(gate) * up)  # type: ignore[no-any-return]
 
 
-def _stacked(first: nn.Linear, second: nn.Linear) -> nn.Linear:
+def _stacked(gate: nn.Linear, up: nn.Linear) -> nn.Linear:
     """One projection that concatenates the outputs of two."""
-    bias = first.bias is not None
-    both = nn.Linear(first.in_features, first.out_features + second.out_features, bias=bias)
+    fused = nn.Linear(gate.in_features, 2 * gate.out_features, bias=gate.bias is not None)
     with torch.no_grad():
-        both.weight.copy_(torch.cat([first.weight, second.weight]))
-        if bias:
-            both.bias.copy_(torch.cat([first.bias, second.bias]))
-    return both
+        for parameter, first, second in zip(fused.parameters(), gate.parameters(), up.parameters(), strict=True):
+            parameter.copy_(torch.cat([first, second]))
+    return fused
 
 
 def ffn(d: int = 16, hidden: int = 64, activation: str = "gelu", *, bias: bool = True, seed: int = 0) -> FFN:
@@ -117,11 +116,11 @@ class Block(nn.Module):
         self.norm, self.ffn = nn.LayerNorm(d), inner
         self.eval()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Applies the block, [..., d] to [..., d]."""
+    def forward(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
+        """Applies the block."""
         return x + self.ffn(self.norm(x))  # type: ignore[no-any-return]
 
 
-def inputs(*shape: int, seed: int = 1) -> Tensor:
+def inputs(*shape: int, seed: int = 1) -> Float32[Tensor, "*shape"]:
     """Normally distributed inputs of the given shape."""
     return torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed), dtype=torch.float32, device="cpu")

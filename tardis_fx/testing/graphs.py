@@ -52,55 +52,35 @@ class _Linear(NamedTuple):
 def _linear(g: Graph, x: fx.Node, columns: int, draw: st.DrawFn) -> _Linear:
     """A projection of [..., in] in one of the accepted forms."""
     *batch, rows = x.meta["example_value"].shape
-    form = draw(
-        st.sampled_from(
-            [
-                "linear",
-                "linear, no bias",
-                "matmul",
-                "matmul, biased",
-                "matmul, transposed",
-                "addmm",
-                "einsum",
-                "tensordot",
-            ]
-        )
-    )
+    forms: dict[str, Callable[[], fx.Node]] = {
+        "linear": lambda: g.call(F.linear, x, g.parameter(columns, rows), g.parameter(columns)),
+        "linear, no bias": lambda: g.call(F.linear, x, g.parameter(columns, rows)),
+        "matmul": lambda: g.call(operator.matmul, x, g.parameter(rows, columns)),
+        "matmul, biased": lambda: g.call(operator.add, forms["matmul"](), g.parameter(columns)),
+        "matmul, transposed": lambda: g.call(torch.matmul, x, g.call("t", g.parameter(columns, rows))),
+        "einsum": lambda: g.call(torch.einsum, "...i,oi->...o", x, g.parameter(columns, rows)),
+        "tensordot": lambda: g.call(torch.tensordot, x, g.parameter(rows, columns), 1),
+    }
+    form = draw(st.sampled_from([*forms, "addmm"]))
     if form == "addmm":
         flat = g.call("view", x, -1, rows)
         product = g.call(torch.addmm, g.parameter(columns), flat, g.parameter(rows, columns))
         return _Linear(g.call("view", product, (*batch, columns)), flat, product)
-    if form == "linear":
-        node = g.call(F.linear, x, g.parameter(columns, rows), g.parameter(columns))
-    elif form == "linear, no bias":
-        node = g.call(F.linear, x, g.parameter(columns, rows))
-    elif form == "einsum":
-        node = g.call(torch.einsum, "...i,oi->...o", x, g.parameter(columns, rows))
-    elif form == "tensordot":
-        node = g.call(torch.tensordot, x, g.parameter(rows, columns), 1)
-    elif form == "matmul, transposed":
-        node = g.call(torch.matmul, x, g.call("t", g.parameter(columns, rows)))
-    else:
-        node = g.call(operator.matmul, x, g.parameter(rows, columns))
-        if form == "matmul, biased":
-            node = g.call(operator.add, node, g.parameter(columns))
+    node = forms[form]()
     return _Linear(node, x, node)
 
 
 def _between(g: Graph, h: fx.Node, draw: st.DrawFn) -> fx.Node:
     """Adds nothing, or an operation that does not matter between projections."""
     *batch, columns = h.meta["example_value"].shape
-    return draw(
-        st.sampled_from(
-            [
-                lambda: h,
-                lambda: g.call(F.dropout, h, 0.1, False, False),
-                lambda: g.call("contiguous", h),
-                lambda: g.call("to", h, torch.float32),
-                lambda: g.call("view", g.call("reshape", h, -1, columns), *batch, columns),
-            ]
-        )
-    )()
+    harmless: list[Callable[[], fx.Node]] = [
+        lambda: h,
+        lambda: g.call(F.dropout, h, 0.1, False, False),
+        lambda: g.call("contiguous", h),
+        lambda: g.call("to", h, torch.float32),
+        lambda: g.call("view", g.call("reshape", h, -1, columns), *batch, columns),
+    ]
+    return draw(st.sampled_from(harmless))()
 
 
 def _attention(g: Graph, x: fx.Node, draw: st.DrawFn) -> fx.Node:
@@ -115,14 +95,14 @@ def _norm(g: Graph, x: fx.Node, _draw: st.DrawFn) -> fx.Node:
 
 def _separated(g: Graph, x: fx.Node, draw: st.DrawFn) -> fx.Node:
     """An up and a down projection with more than an activation between them."""
-    hidden = F.relu, _linear(g, x, HIDDEN, draw).result
+    activated = g.call(F.relu, _linear(g, x, HIDDEN, draw).result)
     between: list[Callable[[fx.Node], fx.Node]] = [
         lambda h: g.call(torch.softmax, h, -1),
         lambda h: g.call("flip", h, -1),
         lambda h: g.call(operator.mul, h, g.parameter(HIDDEN)),
         lambda h: g.call("to", g.call("to", h, torch.int32), torch.float32),
     ]
-    return _linear(g, draw(st.sampled_from(between))(g.call(*hidden)), WIDTH, draw).result
+    return _linear(g, draw(st.sampled_from(between))(activated), WIDTH, draw).result
 
 
 #: Blocks other than FFNs, [..., WIDTH] to [..., WIDTH].

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from hypothesis import reject
+from jaxtyping import Float
 from torch import Tensor
 
 from tardis_fx.config import Config
@@ -75,52 +76,51 @@ class Fit:
 
 
 @torch.no_grad()
-def output(site: ObservedSite, entry: SitePlan, x: Tensor) -> Tensor:
-    """Applies the eager specification of a rewritten site, [..., d] to [..., d_out]."""
+def output(site: ObservedSite, entry: SitePlan, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d_out"]:
+    """Applies the eager specification of a rewritten site."""
     rewrite = rewrite_named(entry.method)
     return rewrite.forward(x, rewrite.constants(entry, site.weights), entry)
 
 
-def the_plan_meets_its_budget_or_says_that_it_cannot(method: str, specimen: Specimen) -> None:
+def the_plan_meets_its_budget_or_an_error_is_raised(method: str, specimen: Specimen) -> None:
     """It raises CalibrationError if it cannot, and a budget of all bytes always suffices."""
     fit = Fit(method, specimen, 2)
     try:
         plan = plan_for(fit.observation, fit.config(specimen.budget))
     except CalibrationError:
-        assert specimen.budget < 1, "a budget of all bytes is refused"
+        assert specimen.budget < 1, "a budget of all bytes is out of reach"
         return
-    touched, budget = plan.touched_fraction, specimen.budget
     if len(plan.rewritten) < len(plan.sites):
         reject()
+    touched, budget = plan.touched_fraction, specimen.budget
     assert touched <= budget * 1.01, f"reads {touched:.2%} of the bytes at a budget of {budget:.0%}"
 
 
 def bytes_are_plausible(method: str, specimen: Specimen) -> None:
     """Touched bytes are positive; stored bytes are the constants, with or without the original weights."""
-    for site, entry in (fit := Fit(method, specimen)).taken:
+    for site, entry in Fit(method, specimen).taken:
         assert 0 < entry.touched_bytes <= entry.stored_bytes + entry.dense_bytes, f"touched: {entry.touched_bytes:,}"
-        own = {p.untyped_storage().data_ptr() for p in site.parameters}
+        original_storages = {p.untyped_storage().data_ptr() for p in site.parameters}
         constants = rewrite_named(method).constants(entry, site.weights).values()
-        added = sum(c.nbytes for c in constants if c.untyped_storage().data_ptr() not in own)
-        most = sum(c.nbytes for c in constants) + entry.dense_bytes
-        assert added <= entry.stored_bytes <= most, f"stored: {entry.stored_bytes:,}, constants: {added:,}"
+        added = sum(c.nbytes for c in constants if c.untyped_storage().data_ptr() not in original_storages)
+        limit = sum(c.nbytes for c in constants) + entry.dense_bytes
+        assert added <= entry.stored_bytes <= limit, f"stored: {entry.stored_bytes:,}, constants: {added:,}"
         assert entry.dense_bytes == site.weights.bytes
-    assert fit.plan.sites
 
 
-def forward_is_finite_and_shaped_for_any_number_of_tokens(method: str, specimen: Specimen) -> None:
+def forward_is_finite_and_keeps_the_shape_for_any_number_of_tokens(method: str, specimen: Specimen) -> None:
     """Checks 1, 5 and 40 tokens, and [batch, length, d]."""
     site, entry = Fit(method, specimen).first
     for shape in ((1,), (5,), (40,), (2, 3), (1, 7)):
         x = specimen.unseen(*shape)
-        found = output(site, entry, x)
-        wanted = (*shape, len(site.weights.down))
-        assert found.shape == wanted, f"{tuple(x.shape)} becomes {tuple(found.shape)}, not {wanted}"
-        assert found.dtype == x.dtype, f"{x.dtype} becomes {found.dtype}"
-        assert torch.isfinite(found).all(), f"NaN or infinity for {tuple(x.shape)}"
+        y = output(site, entry, x)
+        expected = (*shape, len(site.weights.down))
+        assert y.shape == expected, f"{tuple(x.shape)} becomes {tuple(y.shape)}, not {expected}"
+        assert y.dtype == x.dtype, f"{x.dtype} becomes {y.dtype}"
+        assert torch.isfinite(y).all(), f"NaN or infinity for {tuple(x.shape)}"
 
 
-def a_token_gives_the_same_in_any_company(method: str, specimen: Specimen) -> None:
+def a_token_does_not_depend_on_other_tokens(method: str, specimen: Specimen) -> None:
     """Compares all tokens at once, in parts, and as [batch, length, d]."""
     site, entry = Fit(method, specimen).first
     x = specimen.unseen(12)
@@ -129,7 +129,7 @@ def a_token_gives_the_same_in_any_company(method: str, specimen: Specimen) -> No
     assert_equivalent(output(site, entry, x.view(3, 4, -1)), whole.view(3, 4, -1))
 
 
-def the_compiled_model_is_the_eager_forward(method: str, specimen: Specimen) -> None:
+def the_compiled_model_equals_the_eager_forward(method: str, specimen: Specimen) -> None:
     """Compiles with the backend in strict mode, for few and for many tokens."""
     fit = Fit(method, specimen)
     site, entry = fit.first
@@ -140,38 +140,37 @@ def the_compiled_model_is_the_eager_forward(method: str, specimen: Specimen) -> 
     for shape in ((1,), (2, 20)):
         x = specimen.unseen(*shape)
         with torch.no_grad():
-            found = compiled(x)
-        assert_equivalent(found, output(site, entry, x))
+            assert_equivalent(compiled(x), output(site, entry, x))
 
 
-def the_error_told_is_the_error_measured(method: str, specimen: Specimen) -> None:
+def the_reported_error_matches_the_measured_error(method: str, specimen: Specimen) -> None:
     """Compares them on the held-back calibration tokens, within 5% and rounding in both directions."""
     site, entry = Fit(method, specimen).first
     x = torch.cat([batch[fitted_tokens(len(batch)) :] for batch in specimen.batches()])
-    found = output(site, entry, x).float()
-    wanted = original(site.weights, str(entry.activation), x).float()
+    actual = output(site, entry, x).float()
+    expected = original(site.weights, str(entry.activation), x).float()
     rounding = TOLERANCES[x.dtype] / 2
-    assert_error_within(entry.error + rounding, found, wanted, slack=0.05)
-    measured = relative_error(found, wanted)
-    assert entry.error <= measured * 1.05 + rounding, f"tells {entry.error:.4g}, and errs {measured:.4g}"
+    assert_error_within(entry.error + rounding, actual, expected, slack=0.05)
+    measured = relative_error(actual, expected)
+    assert entry.error <= measured * 1.05 + rounding, f"reports {entry.error:.4g}, but the error is {measured:.4g}"
 
 
-def a_plan_comes_back_from_its_file_and_runs_alike(method: str, specimen: Specimen) -> None:
+def a_plan_is_the_same_after_saving_and_loading(method: str, specimen: Specimen) -> None:
     """Checks that the loaded plan is equal bit for bit."""
     fit = Fit(method, specimen)
     site, _ = fit.first
     x = specimen.unseen(5)
-    assert_plan_roundtrip(fit.plan, lambda plan: output(site, _entry(plan, site), x))
+
+    def run(plan: Plan) -> Tensor:
+        entry = plan.find(site.fingerprint)
+        assert isinstance(entry, SitePlan)
+        return output(site, entry, x)
+
+    assert_plan_roundtrip(fit.plan, run)
 
 
-def _entry(plan: Plan, site: ObservedSite) -> SitePlan:
-    entry = plan.find(site.fingerprint)
-    assert isinstance(entry, SitePlan)
-    return entry
-
-
-def sites_alike_have_constants_alike(method: str, specimen: Specimen) -> None:
-    """Equal shapes and settings give equal names, shapes and dtypes, because one compiled graph may serve both."""
+def equal_sites_have_constants_of_equal_shapes(method: str, specimen: Specimen) -> None:
+    """Sites of equal shapes and settings: one compiled graph may serve both, so names, shapes and dtypes agree."""
     fit = Fit(method, specimen, 2)
     if len(fit.taken) < 2 or fit.plan.rewritten[0].settings != fit.plan.rewritten[1].settings:
         reject()
@@ -188,7 +187,7 @@ def fitting_twice_gives_the_same_plan(method: str, specimen: Specimen) -> None:
     assert first == second
 
 
-def inputs_and_weights_stay_what_they_are(method: str, specimen: Specimen) -> None:
+def inputs_and_weights_do_not_change(method: str, specimen: Specimen) -> None:
     """Checks that fit, constants and forward do not write to them."""
     fit = Fit(method, specimen)
     site, entry = fit.first
@@ -197,11 +196,11 @@ def inputs_and_weights_stay_what_they_are(method: str, specimen: Specimen) -> No
     output(site, entry, x)
     assert torch.equal(x, before), "the input changed"
     (untouched,) = specimen.ffns()
-    for (name, wanted), found in zip(untouched.named_parameters(), site.parameters, strict=True):
-        assert torch.equal(found, wanted), f"the weight {name} changed"
-    kept = [tensor.clone() for tensor in entry.tensors.values()]
+    for (name, expected), parameter in zip(untouched.named_parameters(), site.parameters, strict=True):
+        assert torch.equal(parameter, expected), f"the weight {name} changed"
+    copies = [tensor.clone() for tensor in entry.tensors.values()]
     output(site, entry, x)
-    assert all(map(torch.equal, kept, entry.tensors.values())), "the plan changed"
+    assert all(map(torch.equal, copies, entry.tensors.values())), "the plan changed"
 
 
 def gated_and_affine_sites_are_refused_with_a_reason_or_handled(method: str, specimen: Specimen) -> None:
@@ -217,22 +216,22 @@ def gated_and_affine_sites_are_refused_with_a_reason_or_handled(method: str, spe
         if not isinstance(entry, SitePlan):
             assert entry.reason.strip(), "kept without a reason"
         else:
-            found = output(site, entry, specimen.calibration.batch(5, d))
-            assert found.shape == (5, len(site.weights.down))
-            assert torch.isfinite(found).all(), "NaN or infinity"
+            y = output(site, entry, specimen.calibration.batch(5, d))
+            assert y.shape == (5, len(site.weights.down))
+            assert torch.isfinite(y).all(), "NaN or infinity"
 
 
 #: Each law takes the name of a registered rewrite and drawn sites, and raises if the rewrite breaks it.
 LAWS: tuple[Callable[[str, Specimen], None], ...] = (
-    the_plan_meets_its_budget_or_says_that_it_cannot,
+    the_plan_meets_its_budget_or_an_error_is_raised,
     bytes_are_plausible,
-    forward_is_finite_and_shaped_for_any_number_of_tokens,
-    a_token_gives_the_same_in_any_company,
-    the_compiled_model_is_the_eager_forward,
-    the_error_told_is_the_error_measured,
-    a_plan_comes_back_from_its_file_and_runs_alike,
-    sites_alike_have_constants_alike,
+    forward_is_finite_and_keeps_the_shape_for_any_number_of_tokens,
+    a_token_does_not_depend_on_other_tokens,
+    the_compiled_model_equals_the_eager_forward,
+    the_reported_error_matches_the_measured_error,
+    a_plan_is_the_same_after_saving_and_loading,
+    equal_sites_have_constants_of_equal_shapes,
     fitting_twice_gives_the_same_plan,
-    inputs_and_weights_stay_what_they_are,
+    inputs_and_weights_do_not_change,
     gated_and_affine_sites_are_refused_with_a_reason_or_handled,
 )

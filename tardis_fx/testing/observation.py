@@ -7,6 +7,7 @@ from operator import getitem
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
@@ -24,12 +25,14 @@ from tardis_fx.testing.spellings import SPELLINGS
 class SiteObservation(RepeatableObservation):
     """Observation of FFNs that all see the same batches, without capture, so that a fit takes milliseconds."""
 
-    def __init__(self, ffns: Sequence[FFN | GatedFFN | ObservedSite], batches: Sequence[Tensor]) -> None:
+    def __init__(
+        self, ffns: Sequence[FFN | GatedFFN | ObservedSite], batches: Sequence[Float[Tensor, "tokens d"]]
+    ) -> None:
         """Matches each FFN in a separate graph.
 
         Args:
             ffns: FFNs or sites; their weights are not copied.
-            batches: each [tokens, d].
+            batches: inputs of every FFN.
         """
         super().__init__()
         self._batches = batches
@@ -78,9 +81,7 @@ def observed(ffn: FFN | GatedFFN) -> ObservedSite:
             z = [g.call(getitem, halves, i) for i in range(2)]
         hidden = g.call("mul", activated(g, z[0]), z[1])
     g.graph.output(linear(hidden, ffn.down))
-    parameters = tuple(parameter.detach() for parameter in ffn.parameters())
-    site = site_of(g)
-    return of(site, parameters, site.function)
+    return observed_site(site_of(g), [parameter.detach() for parameter in ffn.parameters()])
 
 
 def site_of(g: Graph) -> Site:
@@ -90,10 +91,10 @@ def site_of(g: Graph) -> Site:
     return site
 
 
-def of(site: Site, parameters: Sequence[Tensor], function: str | None) -> ObservedSite:
+def observed_site(site: Site, parameters: Sequence[Tensor]) -> ObservedSite:
     """Makes an observed site from values of ``site.parameters``."""
-    identity = fingerprint(parameters, function)
-    return ObservedSite(site, identity, SiteWeights.from_site(site, parameters), tuple(parameters))
+    weights = SiteWeights.from_site(site, parameters)
+    return ObservedSite(site, fingerprint(parameters, site.function), weights, tuple(parameters))
 
 
 def gated(d: int = 8, hidden: int = 32) -> ObservedSite:
@@ -106,12 +107,7 @@ def affine(d: int = 8, hidden: int = 32) -> ObservedSite:
     g = Graph()
     up = g.call(F.linear, g.input(1, d), g.parameter(hidden, d), g.parameter(hidden))
     g.graph.output(g.call(F.linear, up, g.parameter(d, hidden), g.parameter(d)))
-    return _random(site_of(g))
-
-
-def _random(site: Site) -> ObservedSite:
+    site = site_of(g)
     torch.manual_seed(0)
-    values = [
-        torch.randn(node.meta["example_value"].shape, dtype=torch.float32, device="cpu") for node in site.parameters
-    ]
-    return of(site, values, site.function)
+    shapes = [node.meta["example_value"].shape for node in site.parameters]
+    return observed_site(site, [torch.randn(shape, dtype=torch.float32, device="cpu") for shape in shapes])

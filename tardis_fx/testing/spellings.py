@@ -16,7 +16,7 @@ Spelling = Callable[[Graph, fx.Node], fx.Node]
 """Adds an activation of a node to a graph and returns its result."""
 
 
-def _gelu_tanh_spelt(cube: Spelling) -> Spelling:
+def _gelu_tanh(cube: Spelling) -> Spelling:
     def spell(g: Graph, z: fx.Node) -> fx.Node:
         inner = g.call(torch.add, z, g.call(operator.mul, 0.044715, cube(g, z)))
         tanh = g.call(torch.tanh, g.call(operator.mul, math.sqrt(2 / math.pi), inner))
@@ -25,7 +25,7 @@ def _gelu_tanh_spelt(cube: Spelling) -> Spelling:
     return spell
 
 
-def _gelu_erf_spelt(g: Graph, z: fx.Node) -> fx.Node:
+def _gelu_erf(g: Graph, z: fx.Node) -> fx.Node:
     erf = g.call(torch.erf, g.call(operator.truediv, z, math.sqrt(2)))
     return g.call("mul", g.call("mul", z, 0.5), g.call(operator.add, erf, 1.0))
 
@@ -47,11 +47,11 @@ SPELLINGS: dict[str, list[Spelling]] = {
         lambda g, z: g.call(torch.pow, g.call(torch.relu, z), 2),
         lambda g, z: g.call(operator.mul, r := g.call(F.relu, z), r),
     ],
-    "gelu": [lambda g, z: g.call(F.gelu, z), lambda g, z: g.call(F.gelu, z, approximate="none"), _gelu_erf_spelt],
+    "gelu": [lambda g, z: g.call(F.gelu, z), lambda g, z: g.call(F.gelu, z, approximate="none"), _gelu_erf],
     "gelu_tanh": [
         lambda g, z: g.call(F.gelu, z, approximate="tanh"),
-        _gelu_tanh_spelt(lambda g, z: g.call(torch.pow, z, 3.0)),
-        _gelu_tanh_spelt(lambda g, z: g.call(operator.mul, g.call(operator.mul, z, z), z)),
+        _gelu_tanh(lambda g, z: g.call(torch.pow, z, 3.0)),
+        _gelu_tanh(lambda g, z: g.call(operator.mul, g.call(operator.mul, z, z), z)),
     ],
     "gelu_quick": [lambda g, z: g.call(operator.mul, z, g.call(torch.sigmoid, g.call(operator.mul, 1.702, z)))],
     "silu": [

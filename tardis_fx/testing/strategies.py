@@ -1,4 +1,4 @@
-"""Hypothesis strategies: weights with planted structure, calibration sets, sites with both, and whole graphs.
+"""Hypothesis strategies: weights with planted structure, calibration sets, and sites with both.
 
 Every drawn value is a record of a few numbers and names, so that the smallest failing example fits on one line.
 """
@@ -10,23 +10,10 @@ from dataclasses import dataclass, replace
 
 import torch
 from hypothesis import strategies as st
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from tardis_fx.testing.ffn import ACTIVATIONS, FFN, GatedFFN, ffn, gated_ffn, inputs
-from tardis_fx.testing.graphs import graphs
-
-__all__ = [
-    "KINDS",
-    "STREAMS",
-    "STRUCTURES",
-    "Calibration",
-    "Specimen",
-    "Weights",
-    "calibration_sets",
-    "graphs",
-    "sites",
-    "weights",
-]
 
 #: Kinds of FFN: plain, gated, or gated with gate and up projection in one matrix.
 KINDS = ("plain", "gated", "fused")
@@ -72,22 +59,21 @@ class Weights:
             fused = self.kind == "fused"
             model = gated_ffn(self.d, self.hidden, self.activation, bias=self.bias, fused=fused, seed=self.seed)
         linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
-        entering, down = linears[:-1], linears[-1]  # the gate, or its half of a fused matrix, comes first
-        some = slice(0, self.hidden // 4), slice(0, self.hidden // 2)
+        *entering, down = linears  # the gate, or its half of a fused matrix, comes first
+        half = self.hidden // 2
         if self.structure == "low rank":
             for linear in linears:
                 u, s, vt = torch.linalg.svd(linear.weight, full_matrices=False)
                 linear.weight.copy_((u[:, :2] * s[:2]) @ vt[:2])
         elif self.structure == "loud neurons":
-            down.weight[:, some[0]].mul_(30)
+            down.weight[:, : self.hidden // 4].mul_(30)
         elif self.structure == "dead neurons" and self.bias:
-            entering[0].bias[some[1]].sub_(6)
+            entering[0].bias[:half].sub_(6)
         elif self.structure == "nearly affine" and self.bias:
             entering[0].bias[: self.hidden].add_(6)
         elif self.structure == "twins":
-            half = self.hidden // 2
-            tensors = [t for linear in entering for t in linear.parameters()]
-            for tensor in [part for t in tensors for part in t.split(self.hidden)]:
+            parameters = [p for linear in entering for p in linear.parameters()]
+            for tensor in [part for p in parameters for part in p.split(self.hidden)]:
                 tensor[half : 2 * half] = tensor[:half].clone()
         elif self.structure == "sparse":
             for linear in linears:
@@ -112,7 +98,7 @@ class Calibration:
     stream: str = "normal"
     seed: int = 0
 
-    def batch(self, *shape: int, number: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    def batch(self, *shape: int, number: int = 0, dtype: torch.dtype = torch.float32) -> Float[Tensor, "... d"]:
         """Inputs of shape [..., d] for a batch number; numbers from ``batches`` on are not used for calibration."""
         x = inputs(*shape, seed=1000 * self.seed + number)
         if self.stream == "correlated":
@@ -124,8 +110,8 @@ class Calibration:
             x = x + 2
         return x.to(dtype)
 
-    def all(self, d: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-        """The batches, each [tokens, d]."""
+    def all(self, d: int, dtype: torch.dtype = torch.float32) -> list[Float[Tensor, "tokens d"]]:
+        """The calibration batches."""
         return [self.batch(self.tokens, d, number=i, dtype=dtype) for i in range(self.batches)]
 
 
@@ -147,14 +133,14 @@ class Specimen:
         """Makes new copies of the FFNs."""
         return [replace(self.weights, seed=self.weights.seed + i).ffn() for i in range(count)]
 
-    def batches(self) -> list[Tensor]:
+    def batches(self) -> list[Float[Tensor, "tokens d"]]:
         """The calibration batches in the dtype of the weights."""
         return self.calibration.all(self.weights.d, self.weights.dtype)
 
-    def unseen(self, *shape: int) -> Tensor:
-        """Inputs [*shape, d] with the distribution of the calibration inputs, but not among them."""
-        calibration, weights = self.calibration, self.weights
-        return calibration.batch(*shape, weights.d, number=calibration.batches, dtype=weights.dtype)
+    def unseen(self, *shape: int) -> Float[Tensor, "... d"]:
+        """Inputs of [*shape, d] with the distribution of the calibration inputs, but not among them."""
+        number = self.calibration.batches
+        return self.calibration.batch(*shape, self.weights.d, number=number, dtype=self.weights.dtype)
 
 
 def weights(

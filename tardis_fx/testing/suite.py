@@ -12,7 +12,7 @@ from tardis_fx.passes.registry import rewrite_named
 from tardis_fx.testing.laws import LAWS
 from tardis_fx.testing.strategies import Specimen, sites
 
-NEVER_TAKEN = "no drawn site was taken"
+NEVER_TAKEN = "the rewrite took none of the drawn sites"
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def _verdict(method: str, law: Callable[[str, Specimen], None], examples: int) -
         suppress_health_check=list(HealthCheck), phases=(Phase.generate, Phase.shrink),
     )  # fmt: skip
     @given(sites())
-    def tried(specimen: Specimen) -> None:
+    def check(specimen: Specimen) -> None:
         try:
             law(method, specimen)
         except Exception:
@@ -72,7 +72,7 @@ def _verdict(method: str, law: Callable[[str, Specimen], None], examples: int) -
 
     words = law.__name__.replace("_", " ")
     try:
-        tried()
+        check()
     except Unsatisfiable:
         return Verdict(words, NEVER_TAKEN)
     except Exception as error:

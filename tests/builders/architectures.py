@@ -14,7 +14,7 @@ from builders.models import VOCABULARY, tokens
 Found = tuple[str, str, str | None, str | None]
 """Name, kind, activation, and a part of the reason for refusal."""
 
-STACKED = "stacked, one matrix an expert: its tokens are routed"
+STACKED = "stacked, one matrix per expert: its tokens are routed"
 
 _IDS: dict[str, Any] = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 _SHAPE = _IDS | {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 64}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 X = torch.linspace(-3, 3, 2 * 3 * 8).sin().view(2, 3, 8)
-NO_ACTIVATION = "is no activation function"
+NO_ACTIVATION = "is not an activation function"
 
 
 class Model(nn.Module):

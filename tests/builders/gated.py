@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from tardis_fx.observation.site import ObservedSite
 from tardis_fx.testing.building import Graph
-from tardis_fx.testing.observation import of, site_of
+from tardis_fx.testing.observation import observed_site, site_of
 
 FUNCTIONS: dict[str, Callable[..., Any]] = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu, "sigmoid": torch.sigmoid}
 
@@ -57,5 +57,4 @@ def observed(model: Gated) -> ObservedSite:
     g.graph.output(linear(g.call(torch.mul, activated, linear(x, model.up)), model.down))
     modules = model.gate, model.up, model.down
     parameters = [p.detach() for module in modules for p in (module.weight, module.bias) if p is not None]
-    site = site_of(g)
-    return of(site, parameters, site.activation)
+    return observed_site(site_of(g), parameters)

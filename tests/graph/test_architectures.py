@@ -10,13 +10,13 @@ from builders.exact import Exact, assert_same
 
 @pytest.mark.parametrize("name", FAMILIES)
 @torch.no_grad()
-def test_every_ffn_is_found_and_the_rewritten_model_gives_what_the_original_gives(name: str) -> None:
+def test_every_ffn_is_found_and_the_rewritten_model_gives_the_same_output(name: str) -> None:
     family = FAMILIES[name]
     model, backend = made(family), Exact()
     output = torch.compile(model, backend=backend, fullgraph=True)(**family.inputs)
     assert len(backend.sites) == len(family.found), backend.sites
-    for site, (found, kind, activation, reason) in zip(backend.sites, family.found, strict=True):
-        assert (site.name, site.kind, site.activation) == (found, kind, activation)
+    for site, (path, kind, activation, reason) in zip(backend.sites, family.found, strict=True):
+        assert (site.name, site.kind, site.activation) == (path, kind, activation)
         assert reason in str(site.reason) if reason else site.reason is None, site.reason
         assert site.name in dict(model.named_modules())
     assert backend.rewritten == len([site for site in backend.sites if site.reason is None])

@@ -36,7 +36,7 @@ class Model(nn.Module):
         return self._forward(self, x)
 
 
-# ---- What is a site; for whole models see test_architectures.py
+# ---- Sites; for whole models see test_architectures.py
 
 
 def test_the_gate_is_the_projection_that_the_activation_sees() -> None:
@@ -105,10 +105,13 @@ REFUSED: dict[str, tuple[Callable[[Model, Tensor], Any], str]] = {
         "computed in the graph",
     ),
     "the activation is unknown": (lambda m, x: m.down(torch.sin(m.up(x))), "not in the registry"),
-    "the activation is scaled by neuron": (lambda m, x: m.down(F.gelu(m.up(x)) * m.scale), "is no activation function"),
+    "the activation is scaled by neuron": (
+        lambda m, x: m.down(F.gelu(m.up(x)) * m.scale),
+        "is not an activation function",
+    ),
     "the activation is bounded by neuron": (
         lambda m, x: m.down(torch.maximum(m.up(x), m.scale)),
-        "is no activation function",
+        "is not an activation function",
     ),
     "dropout drops": (lambda m, x: m.down(F.dropout(F.gelu(m.up(x)), 0.5, training=True)), "training mode"),
     "the hidden size is not larger": (lambda m, x: m.square(F.gelu(m.square(x))), "hidden size"),
@@ -123,8 +126,7 @@ REFUSED: dict[str, tuple[Callable[[Model, Tensor], Any], str]] = {
 def test_a_site_that_no_rewrite_may_touch_is_listed_with_the_reason(case: str) -> None:
     forward, reason = REFUSED[case]
     (site,) = sites_of(Model(forward), X)
-    assert site.reason is not None
-    assert reason in site.reason
+    assert reason in str(site.reason)
 
 
 def test_a_site_whose_weights_are_inputs_of_the_model_is_refused() -> None:
@@ -132,16 +134,13 @@ def test_a_site_whose_weights_are_inputs_of_the_model_is_refused() -> None:
         return F.linear(F.gelu(F.linear(x, up)), down)
 
     (site,) = capture(forward, X, torch.ones(32, 8), torch.ones(8, 32)).sites
-    assert site.reason is not None
-    assert "not a parameter" in site.reason
+    assert "not a parameter" in str(site.reason)
 
 
 def test_a_site_that_needs_gradients_is_refused() -> None:
     model = ffn()
     (site,) = sites_of(model, X, grad=True)
-    assert site.reason is not None
-    assert "gradients" in site.reason
-    assert "no_grad" in site.reason
+    assert "it needs gradients: call the model under torch.no_grad()" in str(site.reason)
     model.requires_grad_(False)
     (site,) = sites_of(model, X, grad=True)
     assert site.reason is None
@@ -149,8 +148,7 @@ def test_a_site_that_needs_gradients_is_refused() -> None:
 
 def test_a_site_whose_input_needs_gradients_is_refused() -> None:
     (site,) = sites_of(ffn().requires_grad_(False), X.clone().requires_grad_(), grad=True)
-    assert site.reason is not None
-    assert "gradients" in site.reason
+    assert "gradients" in str(site.reason)
 
 
 @pytest.mark.parametrize(("training", "rate", "refused"), [(True, 0.1, True), (True, 0.0, False), (False, 0.1, False)])
@@ -163,8 +161,7 @@ def test_dropout_is_refused_only_where_it_drops(training: bool, rate: float, ref
 def test_a_site_under_autocast_is_refused() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         (site,) = sites_of(ffn(), X)
-    assert site.reason is not None
-    assert "autocast" in site.reason
+    assert "autocast" in str(site.reason)
 
 
 def test_a_site_that_enters_autocast_inside_the_graph_is_refused() -> None:
@@ -173,8 +170,7 @@ def test_a_site_that_enters_autocast_inside_the_graph_is_refused() -> None:
             return m.down(F.gelu(m.up(x)))  # type: ignore[no-any-return]
 
     (site,) = sites_of(Model(forward), X)
-    assert site.reason is not None
-    assert "autocast" in site.reason
+    assert "autocast" in str(site.reason)
 
 
 WRITES: dict[str, Callable[[Tensor], Any]] = {
@@ -198,11 +194,10 @@ def test_a_site_whose_weight_the_graph_writes_to_is_refused(by: str, projection:
         return m.down(F.gelu(m.up(x)))  # type: ignore[no-any-return]
 
     (site,) = sites_of(Model(forward), X)
-    assert site.reason is not None
-    assert "writes to its weight" in site.reason
+    assert "writes to its weight" in str(site.reason)
 
 
-# ---- What is no site
+# ---- Blocks that are not FFNs
 
 NO_FFN: dict[str, Callable[[Model, Tensor], Any]] = {
     "one projection": lambda m, x: F.gelu(m.up(x)),
@@ -215,7 +210,7 @@ NO_FFN: dict[str, Callable[[Model, Tensor], Any]] = {
 
 
 @pytest.mark.parametrize("case", NO_FFN)
-def test_what_is_no_ffn_is_no_site(case: str) -> None:
+def test_a_block_that_is_not_an_ffn_is_not_a_site(case: str) -> None:
     assert sites_of(Model(NO_FFN[case]), X) == []
 
 

@@ -26,7 +26,7 @@ def matched(graph: fx.Graph) -> list[Site]:
 
 
 def summary(site: Site, original: dict[fx.Node, fx.Node] | None = None) -> tuple[object, ...]:
-    """What must not depend on names or order; nodes are those of the original graph."""
+    """A site without names and order; nodes are those of the original graph."""
 
     def named(node: fx.Node) -> str:
         return (original[node] if original else node).name
@@ -82,7 +82,7 @@ def test_sites_come_in_the_order_of_their_outputs(drawn: Drawn) -> None:
 
 
 @given(graphs())
-def test_the_inner_nodes_are_what_only_the_output_needs(drawn: Drawn) -> None:
+def test_only_the_output_reads_the_inner_nodes(drawn: Drawn) -> None:
     for site in matched(drawn.graph):
         assert site.input not in site.inner
         assert site.output not in site.inner

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import pytest
 import torch
 from builders.architectures import FAMILIES, made
@@ -14,10 +12,6 @@ from torch import Tensor, nn
 
 from tardis_fx import calibrate, explain
 from tardis_fx.testing.capture import sites_of
-
-if TYPE_CHECKING:
-    pass
-
 
 X = inputs(2, 3, 16)
 

@@ -66,7 +66,7 @@ def _encoder(**changed: Any) -> nn.Module:
 @pytest.mark.parametrize("norm_first", [False, True])
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_a_fused_encoder_layer_is_taken_apart_and_rewritten(norm_first: bool, activation: str, dynamic: bool) -> None:
+def test_a_fused_encoder_layer_is_unfused_and_rewritten(norm_first: bool, activation: str, dynamic: bool) -> None:
     model = _encoder(norm_first=norm_first, activation=activation)
     backend = run(model, X, dynamic=dynamic)  # asserts that the outputs are eager's
     assert [(s.name, s.activation, s.reason) for s in backend.sites] == [

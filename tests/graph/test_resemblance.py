@@ -1,4 +1,4 @@
-"""What only resembles an FFN is listed with the reason; what is none is not."""
+"""Blocks that only resemble an FFN are listed with the reason; others are not listed."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ RESEMBLING: dict[str, tuple[Form, str]] = {
     ),
     "a convolution": (lambda m, x: m.down(gelu(m.depthwise(m.up(x).mT).mT)), "stands between"),
     "projections that are convolutions": (lambda m, x: m.point2(gelu(m.point1(x.mT))).mT, "is a convolution"),
-    "the input": (lambda m, x: m.down(gelu(m.up(x)) + x.repeat(1, 1, 4)), "joins in"),
-    "a mask that was given": (lambda m, x: m.down(gelu(m.up(x)) * (x[..., :1] > 0)), "joins in"),
+    "the input": (lambda m, x: m.down(gelu(m.up(x)) + x.repeat(1, 1, 4)), "is combined with"),
+    "a mask that was given": (lambda m, x: m.down(gelu(m.up(x)) * (x[..., :1] > 0)), "is combined with"),
     "one number of a parameter": (lambda m, x: m.down(gelu(m.up(x)) * m.b2[0]), NO_ACTIVATION),
     "experts in a batch": (
         lambda m, x: torch.bmm(gelu(torch.bmm(x[:1].expand(4, 3, 8), m.experts1)), m.experts2),
@@ -50,7 +50,7 @@ RESEMBLING: dict[str, tuple[Form, str]] = {
 
 
 @pytest.mark.parametrize("name", RESEMBLING)
-def test_what_resembles_an_ffn_is_listed_with_the_reason(name: str) -> None:
+def test_a_block_that_resembles_an_ffn_is_listed_with_the_reason(name: str) -> None:
     form, reason = RESEMBLING[name]
     (site,) = sites_of(Model(form), X)
     assert reason in str(site.reason)
@@ -74,6 +74,6 @@ NO_FFN: dict[str, Form] = {
 
 
 @pytest.mark.parametrize("name", NO_FFN)
-def test_what_is_none_is_not_listed(name: str) -> None:
+def test_a_block_that_is_not_an_ffn_is_not_listed(name: str) -> None:
     model = Model(NO_FFN[name])
     assert [site.down.weight.name for site in sites_of(model, X) if site.reason] == []

@@ -1,4 +1,4 @@
-"""FFNs in what surrounds them: hooks, computed weights, graph breaks, regional compilation, symbolic sizes."""
+"""FFNs and their surroundings: hooks, computed weights, graph breaks, regional compilation, symbolic sizes."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ X = inputs(2, 3, 16)
 
 
 def test_a_hook_that_keeps_the_intermediate_value_makes_the_site_refused() -> None:
-    model, kept = nn.Sequential(Block(ffn()), Block(ffn(seed=1))), list[Tensor]()
-    ffn_of(model[0])[1].register_forward_hook(lambda module, given, output: kept.append(output))
+    model, outputs = nn.Sequential(Block(ffn()), Block(ffn(seed=1))), list[Tensor]()
+    ffn_of(model[0])[1].register_forward_hook(lambda module, args, output: outputs.append(output))
     backend = run(model, X)
     assert backend.rewritten == 1
     assert "intermediate value" in str(backend.sites[0].reason)
-    torch.testing.assert_close(*kept)
+    torch.testing.assert_close(*outputs)
 
 
 def test_hooks_that_keep_nothing_or_the_output_do_not_matter() -> None:
-    model, kept = Block(ffn()), list[Tensor]()
-    ffn_of(model)[1].register_forward_hook(lambda module, given, output: None)
-    model.ffn.register_forward_hook(lambda module, given, output: kept.append(output))
+    model, outputs = Block(ffn()), list[Tensor]()
+    ffn_of(model)[1].register_forward_hook(lambda module, args, output: None)
+    model.ffn.register_forward_hook(lambda module, args, output: outputs.append(output))
     assert run(model, X).rewritten == 1
-    torch.testing.assert_close(*kept)
+    torch.testing.assert_close(*outputs)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "bert"])
@@ -106,8 +106,8 @@ def test_a_graph_break_hides_only_the_site_that_it_cuts(inside: bool, rewritten:
 def test_blocks_compiled_one_by_one_are_rewritten_in_one_shared_graph(how: str) -> None:
     torch.manual_seed(0)
     model, whole = made(FAMILIES["gpt2"]), Exact()
-    given = FAMILIES["gpt2"].inputs | {"use_cache": False}
-    expected = torch.compile(model, backend=whole)(**given)
+    kwargs = FAMILIES["gpt2"].inputs | {"use_cache": False}
+    expected = torch.compile(model, backend=whole)(**kwargs)
     torch._dynamo.reset()
     options: dict[str, Any] = {"plan": Plan(tuple(whole.plans), config()), "inner": "eager", "strict": True}
     torch._dynamo.utils.counters.clear()
@@ -116,7 +116,7 @@ def test_blocks_compiled_one_by_one_are_rewritten_in_one_shared_graph(how: str) 
             block.compile(backend="tardis", options=options)
         else:
             block.forward = torch.compile(block.forward, backend="tardis", options=options)
-    assert_same(model(**given), expected)
+    assert_same(model(**kwargs), expected)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 

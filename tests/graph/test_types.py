@@ -1,4 +1,4 @@
-"""A site has one number type, and keeps its values in none that is coarser."""
+"""A site has one number type, and its intermediate values have none that is coarser."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ def test_any_one_type_is_accepted(dtype: torch.dtype, gated: bool) -> None:
 @pytest.mark.parametrize("gated", [False, True])
 def test_projections_of_two_types_are_refused_by_name(up: torch.dtype, down: torch.dtype, gated: bool) -> None:
     x = torch.ones(2, 8, dtype=up)
-    told = f"the weight of its down projection is {down}, the weight of its up projection {up}"
-    assert reason(FFN(up, down, up if gated else None), x) == told
+    expected = f"the weight of its down projection is {down}, but the weight of its up projection is {up}"
+    assert reason(FFN(up, down, up if gated else None), x) == expected
 
 
 class Biased(nn.Module):
@@ -61,11 +61,11 @@ class Biased(nn.Module):
 
 
 def test_a_bias_of_another_type_is_refused_by_name() -> None:
-    told = "the bias of its up projection is torch.float32, the weight of its up projection torch.float16"
-    assert reason(Biased(), torch.ones(2, 8).half()) == told
+    expected = "the bias of its up projection is torch.float32, but the weight of its up projection is torch.float16"
+    assert reason(Biased(), torch.ones(2, 8).half()) == expected
 
 
-#: By the weights' type: casts that keep all that it tells, and others.
+#: The weights' type, and casts that keep its precision and range, or do not.
 FINE = [(HALF, SINGLE), (HALF, DOUBLE), (BRAIN, SINGLE), (SINGLE, DOUBLE), (SINGLE, SINGLE)]
 COARSE = [
     (SINGLE, BRAIN),

@@ -1,4 +1,4 @@
-"""Whatever stands between two projections, an FFN is listed, with the op that is not known."""
+"""An FFN is listed whatever its activation is, with the name of the operation that is not known."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def _(x: Tensor, y: Tensor) -> Tensor:
 
 @torch.library.custom_op("tardis_test::gated_halves", mutates_args=())
 def _gated_halves(x: Tensor) -> Tensor:
-    one, other = x.chunk(2, -1)
-    return F.silu(one) * other
+    gate, up = x.chunk(2, -1)
+    return F.silu(gate) * up
 
 
 @_gated_halves.register_fake
@@ -142,7 +142,7 @@ GATES: dict[str, Callable[[Model, Tensor], Tensor]] = {
     "gated_pair": lambda m, x: m.down(_gated_pair(m.up(x), x @ m.w1)),
     "gated_halves": lambda m, x: m.down(_gated_halves(m.fused(x))),
     "prelu": lambda m, x: m.down(torch.prelu(m.up(x), m.b1[:3]) * (x @ m.w1)),
-    "what stands between": lambda m, x: m.down(F.silu(m.up(x)) * (x @ m.w1) * F.linear(x, m.fused.weight[:32])),
+    "the computation between": lambda m, x: m.down(F.silu(m.up(x)) * (x @ m.w1) * F.linear(x, m.fused.weight[:32])),
 }
 
 
@@ -167,7 +167,7 @@ NO_FFN: dict[str, Callable[[Model, Tensor], Any]] = {
 
 
 @pytest.mark.parametrize("name", NO_FFN)
-def test_what_is_none_is_not_listed(name: str) -> None:
+def test_a_block_that_is_not_an_ffn_is_not_listed(name: str) -> None:
     model = Model(NO_FFN[name])
     model.lstm = nn.LSTM(32, 32)
     torch._dynamo.config.allow_rnn = True
@@ -209,17 +209,17 @@ class Gated(nn.Module):
 @pytest.mark.parametrize("adapters", [1, 2])
 @pytest.mark.parametrize("where", ["gate", "up", "down", "gate up", "up down", "gate up down"])
 @pytest.mark.parametrize("training", [False, True])
-def test_an_adapter_is_called_one(where: str, adapters: int, training: bool) -> None:
+def test_an_adapter_is_named_in_the_reason(where: str, adapters: int, training: bool) -> None:
     model = Gated()
     for name in where.split():
         setattr(model, name, Adapted(getattr(model, name), adapters))
     (site,) = sites_of(model.train(training), X)
-    told = [f"an adapter (LoRA) adds to {n}: merge it (merge_and_unload) before calibrating" for n in where.split()]
-    assert site.reason in told
+    reasons = [f"an adapter (LoRA) adds to {n}: merge it (merge_and_unload) before calibrating" for n in where.split()]
+    assert site.reason in reasons
 
 
 @pytest.mark.parametrize("where", ["up", "down"])
-def test_an_adapter_of_a_plain_ffn_is_called_one(where: str) -> None:
+def test_an_adapter_of_a_plain_ffn_is_named_in_the_reason(where: str) -> None:
     model = nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 8)).eval()
     i = {"up": 0, "down": 2}[where]
     model[i] = Adapted(model[i]).eval()  # type: ignore[arg-type]
@@ -240,7 +240,7 @@ def test_apertus_is_listed_with_its_activation() -> None:
     model = hf.ApertusModel(hf.ApertusConfig(**_GROUPED)).eval()
     sites = capture(model, tokens(2, 5) % 61 + 3).sites
     assert [site.name for site in sites] == ["layers.0.mlp", "layers.1.mlp"]
-    assert all("is no activation function" in str(site.reason) for site in sites)
+    assert all("is not an activation function" in str(site.reason) for site in sites)
 
 
 def test_sparse_layers_of_gemma3n_are_listed() -> None:
@@ -250,16 +250,16 @@ def test_sparse_layers_of_gemma3n_are_listed() -> None:
         activation_sparsity_pattern=[0.95, 0.0], layer_types=["full_attention", "full_attention"],
     )  # fmt: skip
     sites = capture(hf.models.gemma3n.modeling_gemma3n.Gemma3nTextModel(config).eval(), tokens(2, 5) % 61 + 3).sites
-    found = {site.name: site.reason for site in sites}
-    assert "mean stands between its projections" in str(found["layers.0.mlp"])
-    assert found["layers.1.mlp"] is None
+    reasons = {site.name: site.reason for site in sites}
+    assert "mean stands between its projections" in str(reasons["layers.0.mlp"])
+    assert reasons["layers.1.mlp"] is None
 
 
 # ---- Activations that differ from a known one where no grid looks
 
 HIDDEN: dict[str, Callable[[Tensor], Tensor]] = {
     "a bump": lambda h: torch.relu(h) + (h > 0.0051).float() * (h < 0.0052).float(),
-    "a bump of what is shifted": lambda h: torch.relu(h) + (2 * h + 1 > 1.0101).float() * (2 * h + 1 < 1.0102).float(),
+    "a bump of a shifted value": lambda h: torch.relu(h) + (2 * h + 1 > 1.0101).float() * (2 * h + 1 < 1.0102).float(),
     "a bump of a square": lambda h: torch.where((h - 1.0061) ** 2 < 1e-8, 7, torch.relu(h)),
     "a bump far out": lambda h: torch.where((h - 3e5).abs() < 1, 0, torch.relu(h)),
     "a clip far out": lambda h: F.silu(h).clamp(max=448.0),
@@ -271,12 +271,12 @@ UP: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 @pytest.mark.parametrize("name", HIDDEN)
-def test_what_the_graph_compares_with_is_looked_at(name: str) -> None:
+def test_values_around_the_comparisons_of_the_graph_are_checked(name: str) -> None:
     (site,) = sites_of(Activated(HIDDEN[name]), X)
     assert "not in the registry" in str(site.reason)
 
 
 @pytest.mark.parametrize("name", UP)
-def test_what_the_graph_compares_the_up_projection_with_is_looked_at(name: str) -> None:
+def test_values_around_the_comparisons_of_the_up_projection_are_checked(name: str) -> None:
     (site,) = sites_of(Model(lambda m, x: m.down(F.silu(m.up(x)) * UP[name](x @ m.w1))), X)
     assert "not in the registry" in str(site.reason)

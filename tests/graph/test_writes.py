@@ -1,4 +1,4 @@
-"""What a graph writes to in place: a site is matched only where every read of its values gives the same."""
+"""In-place writes: a site is matched only if every read of its values gives the same result."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class _Doubled(torch.autograd.Function):
         return x.mul_(2)
 
 
-#: Every one doubles a tensor, or some of it.
+#: Each doubles a tensor, or some of it.
 WRITES: dict[str, Callable[[Tensor], Any]] = {
     "a method": lambda x: x.mul_(2),
     "a statement": lambda x: operator.imul(x, 2),
@@ -131,14 +131,14 @@ def test_a_write_through_the_base_of_a_view_is_refused() -> None:
 
 
 def test_a_write_to_one_input_of_the_graph_may_reach_the_others() -> None:
-    def forward(m: Gated, x: Tensor, other: Tensor) -> Tensor:
+    def forward(m: Gated, x: Tensor, y: Tensor) -> Tensor:
         gate = F.silu(m.gate(x))
-        other.zero_()
+        y.zero_()
         return m.down(gate * m.up(x))  # type: ignore[no-any-return]
 
     class Two(Gated):
-        def forward(self, x: Tensor, other: Tensor) -> Tensor:  # type: ignore[override]  # has a second input
-            return forward(self, x, other)
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:  # type: ignore[override]  # has a second input
+            return forward(self, x, y)
 
     (site,) = sites_of(Two(lambda m, x: x).eval(), X.clone(), X.clone())
     assert "writes to its input" in str(site.reason)
@@ -170,7 +170,7 @@ def test_a_write_that_no_read_sees_is_harmless(name: str) -> None:
     assert backend.rewritten == 1
 
 
-#: Writes by the site itself to what others see.
+#: Writes by the site itself to tensors that are used outside it.
 OWN: dict[str, Callable[[Gated, Tensor], Any]] = {
     "a result that is left in a buffer": lambda m, x: (
         buffer := torch.zeros(6, 8),
@@ -185,13 +185,13 @@ OWN: dict[str, Callable[[Gated, Tensor], Any]] = {
 
 
 @pytest.mark.parametrize("name", OWN)
-def test_a_site_that_writes_to_what_others_see_is_refused(name: str) -> None:
+def test_a_site_that_writes_to_a_tensor_used_outside_it_is_refused(name: str) -> None:
     backend = run(Gated(OWN[name]).eval(), X)
     assert backend.rewritten == 0
-    assert all("writes to a tensor that is not of the site alone" in str(site.reason) for site in backend.sites)
+    assert all("writes to a tensor that is used outside the site" in str(site.reason) for site in backend.sites)
 
 
-def test_a_copy_is_not_reached_by_what_is_computed_in_place() -> None:
+def test_a_copy_is_not_reached_by_later_writes_in_place() -> None:
     """If it were, the difference would be 0 everywhere: an affine function."""
 
     def forward(m: Gated, x: Tensor) -> Tensor:

@@ -118,10 +118,10 @@ def test_a_plan_is_keyed_by_the_original_weights_and_told_against_the_original()
 
 def test_compositions_keep_the_laws_of_rewrites() -> None:
     some = (
-        laws.the_plan_meets_its_budget_or_says_that_it_cannot,
+        laws.the_plan_meets_its_budget_or_an_error_is_raised,
         laws.bytes_are_plausible,
-        laws.the_error_told_is_the_error_measured,
-        laws.sites_alike_have_constants_alike,
+        laws.the_reported_error_matches_the_measured_error,
+        laws.equal_sites_have_constants_of_equal_shapes,
     )
     verdicts = examine("drop_bias+partial_linear+int8_ffn", examples=2, laws=some)
     assert not [str(verdict) for verdict in verdicts if not verdict.passed]

@@ -3,6 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from builders.activations import largest_error
 from builders.compiled import compiled
 from builders.ffns import ACTIVATIONS as NAMES
 from builders.ffns import (
@@ -162,9 +163,9 @@ def test_under_a_calibrated_oracle_exactly_the_true_outliers_are_corrected(
     up_bias = torch.zeros(64) if w.up_bias is None else w.up_bias
     lower, upper = lower + up_bias[guarded], upper + up_bias[guarded]
     some_hot = (lower <= upper).numpy()
-    ends = (torch.minimum(lower, upper), torch.maximum(lower, upper))
-    bound = ACTIVATIONS[activation].max_error(
-        *(v.double().numpy() for v in (slope[guarded], intercept[guarded], *ends))
+    ends = (end.clamp(z.min(), z.max()) for end in (torch.minimum(lower, upper), torch.maximum(lower, upper)))
+    bound = largest_error(
+        ACTIVATIONS[activation], *(v.double().numpy() for v in (slope[guarded], intercept[guarded], *ends))
     )
     assert np.all((error <= bound + 1e-3 * (1 + np.abs(z[:, guarded].numpy())))[hot.numpy() & some_hot])
     assert not hot.numpy()[:, ~some_hot].any(), "a neuron without hot range has no hot token"

@@ -103,7 +103,7 @@ def test_touched_are_all_three_matrices(method: str, kind: str) -> None:
 def test_the_laws_of_the_contract_hold(method: str, kind: str) -> None:
     specimen = Specimen(Weights(8, 32, "silu", kind=kind, dtype=torch.bfloat16), Calibration(2, 100), 0.6)
     for law in LAWS:
-        if law is not laws.the_compiled_model_is_the_eager_forward:  # below, for whole models
+        if law is not laws.the_compiled_model_equals_the_eager_forward:  # below, for whole models
             law(method, specimen)
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from builders.activations import largest_error
 from builders.ffns import Oracle, classes, oracles
 from hypothesis import given
 from hypothesis import strategies as st
@@ -76,9 +77,8 @@ def test_under_an_oracle_predictor_the_error_stays_within_the_largest_on_the_hot
     down_bias = 0 if oracle.weights.down_bias is None else oracle.weights.down_bias
     activation = ACTIVATIONS[oracle.activation]
     error = (oracle.rewritten(range(len(oracle.lower)), []) - down_bias - activation.eager(oracle.z)).abs().double()
-    bound = activation.max_error(
-        *(t.double().numpy() for t in (oracle.slope, oracle.intercept, oracle.lower + up_bias, oracle.upper + up_bias))
-    )
+    ends = ((bound + up_bias).clamp(oracle.z.min(), oracle.z.max()) for bound in (oracle.lower, oracle.upper))
+    bound = largest_error(activation, *(t.double().numpy() for t in (oracle.slope, oracle.intercept, *ends)))
     rounding = BOUNDARY * max(1.0, activation.eager(oracle.z).abs().max().item())
     assert np.all(error.numpy() <= bound + rounding)
 

@@ -12,7 +12,7 @@ from tardis_fx.observation.site import ObservedSite
 from tardis_fx.runtime.fingerprint import fingerprint
 from tardis_fx.serving.forms import forms
 from tardis_fx.testing.building import Graph
-from tardis_fx.testing.observation import of, site_of
+from tardis_fx.testing.observation import observed_site, site_of
 
 PLAIN, GATED, FUSED = ["up", "down"], ["gate", "up", "down"], ["fused", "down"]
 
@@ -42,7 +42,7 @@ def stored(draw: st.DrawFn) -> ObservedSite:
     g.graph.output(project(activated if len(z) == 1 else g.call(torch.mul, activated, z[1]), "down"))
     site = site_of(g)
     values = [torch.randn(node.meta["example_value"].shape) for node in site.parameters]
-    return of(site, values, site.function)
+    return observed_site(site, values)
 
 
 @given(stored())
