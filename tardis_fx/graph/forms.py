@@ -173,15 +173,17 @@ def half(node: fx.Node) -> int | None:
         return None
     if is_halving(source):
         return index % 2 if isinstance(index, int) else None
-    whole, part = value_of(source), value_of(node)
-    if whole is None or part is None or not part.dim():
+    whole = shape_of(source)
+    others: tuple[Any, ...] = index if isinstance(index, tuple) else (index,)
+    *others, last = others  # type: ignore[assignment]
+    if whole is None or not isinstance(last, slice) or any(other not in (..., slice(None)) for other in others):
         return None
-    if not torch._C._is_alias_of(whole, part):  # type: ignore[attr-defined]  # a tensor as index copies
+    if (... not in others and len(others) + 1 != len(whole)) or not isinstance(whole[-1], int) or whole[-1] % 2:
         return None
-    if not same(whole.shape, (*part.shape[:-1], 2 * part.shape[-1])) or not same(whole.stride(), part.stride()):
-        return None
-    offset = part.storage_offset() - whole.storage_offset()
-    return next((i for i in (0, 1) if same(offset, i * part.shape[-1] * part.stride(-1))), None)
+    if not all(isinstance(bound, (int, type(None))) for bound in (last.start, last.stop, last.step)):
+        return None  # a bound that the graph computes
+    bounds, middle = last.indices(whole[-1]), whole[-1] // 2
+    return {(0, middle, 1): 0, (middle, whole[-1], 1): 1}.get(bounds)
 
 
 def is_glu(node: fx.Node) -> bool:

@@ -1,16 +1,19 @@
 """Finds the FFNs of a Dynamo graph.
 
-The matcher walks backwards from each projection over element-wise and transparent nodes. It compares the edges of this
-cone, with all element-wise nodes as one part, with the patterns below. The activation is then recognised by its
-values, not by its spelling (:func:`recognition.recognise`). Blocks that only resemble an FFN
-(:mod:`tardis_fx.graph.resemblance`), and FFNs in graphs that the graph calls (:mod:`tardis_fx.graph.nested`), are
-listed with the reason why they are refused.
+The matcher walks backwards from each projection over element-wise and transparent nodes. It draws this cone as a small
+labelled DiGraph, with all element-wise nodes as one node, and networkx compares that with the patterns below. The
+activation is then recognised by its values, not by its spelling (:func:`recognition.recognise`). Blocks that only
+resemble an FFN (:mod:`tardis_fx.graph.resemblance`), and FFNs in graphs that the graph calls
+(:mod:`tardis_fx.graph.nested`), are listed with the reason why they are refused.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+import networkx as nx
+from networkx.algorithms.isomorphism import DiGraphMatcher, categorical_node_match
 from torch import fx
 
 from tardis_fx.graph.adapters import with_adapters
@@ -26,15 +29,24 @@ from tardis_fx.graph.resemblance import resembling
 from tardis_fx.graph.site import Kind, Projection, Site
 from tardis_fx.graph.writes import Write, writes_of
 
-LINEAR = frozenset({"up>down"})
+_SAME_LABEL = categorical_node_match("label", None)
 
-#: Kinds of FFN by the edges between their parts; the element-wise nodes between the projections are one part, ``act``.
-PATTERNS: dict[frozenset[str], Kind] = {
-    frozenset({"up>act", "act>down"}): "plain",
-    LINEAR: "plain",
-    frozenset({"up>act", "gate>act", "act>down"}): "gated",
-    frozenset({"up>halves", "halves>act", "act>down"}): "gated",
-    frozenset({"up>halves", "halves>down"}): "gated",  # by one function, glu
+
+def _pattern(labels: dict[str, str], *edges: str) -> nx.DiGraph:
+    graph = nx.DiGraph(tuple(edge.split(">")) for edge in edges)
+    nx.set_node_attributes(graph, labels, "label")
+    return graph
+
+
+_ROLES = {"up": "projection", "gate": "projection", "act": "elementwise", "down": "projection", "halves": "split"}
+
+#: Patterns of an FFN; the element-wise nodes between its projections are one node, ``act``.
+PATTERNS: dict[str, tuple[Kind, nx.DiGraph]] = {
+    "plain": ("plain", _pattern(_ROLES, "up>act", "act>down")),
+    "linear": ("plain", _pattern(_ROLES, "up>down")),
+    "gated": ("gated", _pattern(_ROLES, "up>act", "gate>act", "act>down")),
+    "gated, fused": ("gated", _pattern(_ROLES, "up>halves", "halves>act", "act>down")),
+    "gated, by one function": ("gated", _pattern(_ROLES, "up>halves", "halves>down")),
 }
 
 
@@ -83,8 +95,8 @@ def _site(down: Projection, projections: dict[fx.Node, Projection], writes: Sequ
     cone = cone_of(down, projections, is_inner)
     if cone is None or cone.strangers or len(cone.ups) not in (1, 2):
         return None
-    edges, region, ups = _edges(cone), cone.region, cone.ups
-    kind = PATTERNS.get(edges)
+    matched, region, ups = _match(cone), cone.region, cone.ups
+    kind = PATTERNS[matched][0] if matched else None
     if kind == "gated":
         gate, activation, gate_half = gate_of(region, ups, down)
     else:
@@ -96,29 +108,38 @@ def _site(down: Projection, projections: dict[fx.Node, Projection], writes: Sequ
         "", kind or "plain", name, up, down, gate, cone.inner, affine=affine, bounds=bounds, gate_half=gate_half
     )
     if cone.unsupported:
-        return site.refused(cone.unsupported) if edges != LINEAR else None
+        return site.refused(cone.unsupported) if matched != "linear" else None
     entering, hidden = up.sizes
     if hidden <= entering:  # without an activation, two consecutive projections are not an FFN
-        is_named = kind is not None and edges != LINEAR
+        is_named = matched not in (None, "linear")
         return site.refused("its hidden size does not exceed its input size: it is not an FFN") if is_named else None
-    if kind is None:
+    if matched is None:
         return site.refused(NO_ACTIVATION)
     site = checked(site, writes)
-    return None if edges == LINEAR and site.reason else site  # nor if other nodes read the value between the two
+    return None if matched == "linear" and site.reason else site  # nor if other nodes read the value between the two
 
 
-def _edges(cone: Cone) -> frozenset[str]:
-    """The edges between the parts of a cone."""
-    parts = dict(zip((p.node for p in cone.ups), ("up", "gate"), strict=False)) | {cone.down.node: "down"}
+def _match(cone: Cone) -> str | None:
+    """Name of the pattern that a cone matches, or None."""
+    down = cone.down
+    labels: dict[Any, str] = {p.node: "projection" for p in cone.ups} | dict.fromkeys(cone.parameters, "parameter")
+    alias: dict[fx.Node, Any] = {}
     for node in cone.region:
-        source = node.all_input_nodes[0]
         if call_name(node) in ELEMENTWISE or is_training_dropout(node):
-            parts[node] = "act"
-        elif is_halving(node) or is_glu(node) or (half(node) is not None and not is_halving(source)):
-            parts[node] = "halves"
-        else:  # transparent: part of what it views
-            parts[node] = parts.get(source, "other")
-    edges = {(cone.down.input, cone.down.node)}
-    edges |= {(i, node) for node in cone.region for i in node.all_input_nodes if not is_number(i)}
-    named = {(parts.get(head, "other"), parts[tail]) for head, tail in edges}
-    return frozenset(f"{head}>{tail}" for head, tail in named if head != tail)
+            alias[node] = "act"
+        elif is_halving(node) or is_glu(node) or (half(node) is not None and not is_halving(node.all_input_nodes[0])):
+            alias[node] = "halves"
+        else:  # transparent: drawn as what it views
+            alias[node] = alias.get(node.all_input_nodes[0], node.all_input_nodes[0])
+        if isinstance(alias[node], str):
+            labels[alias[node]] = {"act": "elementwise", "halves": "split"}[alias[node]]
+    drawn = nx.DiGraph()
+    for node in [*cone.region, down.node]:
+        inputs = [down.input] if node is down.node else [i for i in node.all_input_nodes if not is_number(i)]
+        tail = alias.get(node, node)
+        drawn.add_edges_from((head, tail) for i in inputs if (head := alias.get(i, i)) is not tail and head != tail)
+    labels[down.node] = "projection"
+    nx.set_node_attributes(drawn, labels, "label")
+    return next(
+        (name for name, (_, p) in PATTERNS.items() if DiGraphMatcher(drawn, p, _SAME_LABEL).is_isomorphic()), None
+    )
