@@ -223,7 +223,7 @@ class PartialLinear(Rewrite):
         of_columns = settled.column_change
         added_weight, added_bias = torch.zeros_like(of_neurons.T), torch.zeros_like(bias)
         if self.regressed:
-            regression = residual.solve(given=of_columns)
+            regression = residual.solve(fixed=of_columns)
             added_weight, added_bias = regression.weight[: len(added_weight)], regression.bias
         folded_weight, folded_bias = settled.store_fold(of_neurons + added_weight.T, bias + added_bias)
         tensors = settled.tensors | {"folded_weight": folded_weight, "folded_bias": folded_bias}

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from tardis_fx.graph.site import SiteWeights
-from tardis_fx.healing.guard import Guard, Interval, Score
+from tardis_fx.healing.guard import TrainableGuard
 from tardis_fx.partial_linear.costs import Costs
 from tardis_fx.passes.base import Rewrite
 from tardis_fx.plan import SitePlan
@@ -64,10 +64,8 @@ class TrainableSite(nn.Module):
             self._projection(constants, name, predictor)
             for name, predictor in zip(weights.projections, self._predictors, strict=True)
         ]
-        guard = constants["guard"][: self._guarded]
-        self._guard: Guard = (
-            Interval(guard) if len(self._projections) == 1 else Score(guard, self._biases, self._activation)
-        )
+        guard, k = constants["guard"][: self._guarded], len(self._projections)
+        self._guard = TrainableGuard(guard, self._biases, self._activation, k)
         width = self._guard.width
         self._width = torch.where(width.isfinite() & (width > 0), width, 0)  # an empty range remains empty
         real = {name: constants[name].to(self._dtype) for name in ("surrogate", "folded_bias")}
@@ -77,8 +75,7 @@ class TrainableSite(nn.Module):
         self._unit = {name: tensor.square().mean().sqrt() if tensor.numel() else 0 for name, tensor in real.items()}
         if self._listed:
             self._unit["surrogate"] = real["surrogate"].square().mean(0).sqrt()
-        outwards = torch.tensor(self._guard.outwards, dtype=width.dtype, device=width.device)
-        self._unit["bounds"] = outwards * BOUND_UNIT * self._width[:, None]
+        self._unit["bounds"] = self._guard.outwards * BOUND_UNIT * self._width[:, None]
         for name, tensor in self._base.items():
             self.register_parameter(name, nn.Parameter(torch.zeros_like(tensor)))
         self.eval()
@@ -117,7 +114,7 @@ class TrainableSite(nn.Module):
         outlier = self._outliers(tokens)
         self.corrected = self.corrected + outlier.sum()
         z = reference.biased([tokens @ rows.T for rows in self._projections], self._biases, self._listed)
-        residual = reference.surrogate_error(z, self._now("surrogate"), self._activation)
+        residual = reference.surrogate_error(z, self._now("surrogate"), reference.response(z, self._activation))
         added = (outlier * residual) @ self._columns
         weight, bias = self._rounded(self._now("folded_weight")), self._now("folded_bias").to(x.dtype)
         if self._fold_bits == 16:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+from jaxtyping import Float, Float32
 from torch import Tensor
 
 from tardis_fx.config import Rounding
@@ -28,8 +29,8 @@ class DraftObserver:
         self.inputs = Moments(site.weights.up.shape[1])
         self.surrogates = [] if site.weights.gate is None else [SurrogateSums(site)]
 
-    def update(self, x: Tensor) -> None:
-        """Adds tokens, [tokens, d], float32."""
+    def update(self, x: Float32[Tensor, "tokens d"]) -> None:
+        """Adds tokens."""
         self.inputs.update(x)
         for observer in self.surrogates:
             observer.update(x)
@@ -86,8 +87,8 @@ class Draft:
             guard = Interval.from_inputs(inputs, predictors[0])
         return cls(site, quantisation, inputs, neurons, predictors, guard)
 
-    def estimates(self, x: Tensor) -> list[Tensor]:
-        """The predictor's estimates without biases, k times [tokens, h], of inputs [tokens, d]."""
+    def estimates(self, x: Float32[Tensor, "tokens d"]) -> list[Float32[Tensor, "tokens h"]]:
+        """The predictor's k estimates without biases."""
         return [predictor(x) for predictor in self.predictors]
 
     def refinements(self, row_bits: int) -> tuple[Quantised, ...]:
@@ -102,7 +103,7 @@ class Draft:
         return self._refinements[bits]
 
     def columns(self, row_bits: int) -> Quantised:
-        """The columns of down, [h, d_out], rounded to nearest."""
+        """The columns of down, rounded to nearest."""
         if row_bits not in self._columns:
             self._columns[row_bits] = quantise(self.neurons.down.T, None, row_bits, self.quantisation.group_size)
         return self._columns[row_bits]
@@ -123,7 +124,9 @@ class Draft:
         )
 
 
-def quantise_projection(matrix: Tensor, inputs: Moments, quantisation: Quantisation, bits: int) -> Quantised:
-    """Quantises a matrix, [rows, d], that multiplies the site's inputs."""
+def quantise_projection(
+    matrix: Float[Tensor, "rows d"], inputs: Moments, quantisation: Quantisation, bits: int
+) -> Quantised:
+    """Quantises a matrix that multiplies the site's inputs."""
     gram = inputs.gram if quantisation.rounding == "gptq" else None
     return quantise(matrix, gram, bits, quantisation.group_size)

@@ -34,7 +34,8 @@ def correct(call: Correction) -> Tensor:
         width = low_bits(call.bits, call.row_bits)
         low = [tokens @ rows_of(projection[rows], width, d, dtype).T for projection in call.projections]
         z = [high + rest for high, rest in zip(estimates(call, tokens, listed), low, strict=True)]
-    error = surrogate_error(biased(z, call.biases, listed), call.surrogate[:listed], call.activation)
+    preactivations = biased(z, call.biases, listed)
+    error = surrogate_error(preactivations, call.surrogate[:listed], response(preactivations, call.activation))
     residual = torch.where(outlier, error, 0)
     added = residual @ rows_of(call.columns[rows], call.row_bits, call.folded.shape[-1], dtype)
     if call.fold is not None:
@@ -64,7 +65,8 @@ def outside(z_hat: Sequence[Tensor], biases: Tensor | None, guard: Tensor, activ
     if len(z_hat) == 1:
         lower, upper = guard.unbind(1)
         return (z_hat[0] < lower) | (z_hat[0] > upper)
-    score = surrogate_error(biased(z_hat, biases, len(guard)), guard[:, :-1], activation).abs()
+    z = biased(z_hat, biases, len(guard))
+    score = surrogate_error(z, guard[:, :-1], response(z, activation)).abs()
     return score > guard[:, -1].to(score.dtype)
 
 
@@ -85,17 +87,18 @@ def biased(z: Sequence[Tensor], biases: Tensor | None, count: int) -> Sequence[T
     return z if biases is None else [p + biases[:count, i].to(p.dtype) for i, p in enumerate(z)]
 
 
-def surrogate_error(z: Sequence[Tensor], surrogate: Tensor, activation: str) -> Tensor:
+def surrogate_error(z: Sequence[Tensor], surrogate: Tensor, responses: Tensor) -> Tensor:
     """Responses minus their affine surrogates, [tokens, neurons].
 
     Args:
         z: pre-activations, k of [tokens, neurons].
         surrogate: [neurons, k + 1]: slopes and intercept.
-        activation: name in the registry.
+        responses: [tokens, neurons].
     """
     *slopes, intercept = surrogate.to(z[0].dtype).unbind(1)
-    affine = sum(slope * p for slope, p in zip(slopes, z, strict=True)) + intercept
-    return response(z, activation) - affine
+    for slope, p in zip(slopes, z, strict=True):
+        responses = responses - slope * p
+    return responses - intercept
 
 
 def response(z: Sequence[Tensor], activation: str) -> Tensor:

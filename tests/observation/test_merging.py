@@ -52,7 +52,7 @@ def settled(draft: Draft, bits: int) -> Settled:
     hot = torch.zeros_like(histogram.sums.count, dtype=torch.bool)
     hot[24:72] = True
     guarded = torch.arange(hot.shape[1]) % 2 == 0
-    importance, costs = torch.ones(hot.shape[1]), draft.costs(bits, bits)
+    importance, costs = torch.ones(hot.shape[1], dtype=torch.float64), draft.costs(bits, bits)
     site = PricedSite.from_sums(histogram.sums, draft.guard, importance, costs).refit(hot)
     ranges = Ranges(hot, guarded, torch.zeros_like(guarded), 0)
     return Settled.from_choice(draft, (bits, bits), site, ranges, histogram.edges)
