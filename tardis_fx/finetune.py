@@ -190,7 +190,7 @@ class _Split:
         entries = {key: modules[key].trained(check.error) for key, check in checks.items()}  # type: ignore[operator]
         return replace(self._plan, sites=tuple(entries.get(site.fingerprint, site) for site in self._plan.sites))
 
-    def _grafted(self, gm: fx.GraphModule, example_inputs: list[Tensor]) -> Callable[..., Any]:
+    def _grafted(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         self._outcomes += graft(gm, example_inputs, self._plan, self._site)
         return gm.forward
 

@@ -27,7 +27,13 @@ sys.path.insert(0, str(Path(__file__).parent))  # for `builders`: pytest's impor
 
 # Types and shapes in these modules' annotations are checked at every call.
 importlib.import_module("builders.typechecker")  # jaxtyping imports the first of these names alone
-CHECKED = ("quantisation", "statistics", "partial_linear")
+CHECKED = (
+    "quantisation",
+    "statistics",
+    "partial_linear",
+    # Not capture, which compiles copies of its functions' code, and not batches, which takes users' wrong input.
+    *(f"observation.{name}" for name in ("checkpoint", "merging", "observe", "ranks", "run", "site")),
+)
 install_import_hook([f"tardis_fx.{room}" for room in CHECKED], "builders.typechecker.typechecker")
 
 # Of Hypothesis's plain profile: where it sees a CI it would draw the same examples in every run.

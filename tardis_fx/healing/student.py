@@ -71,7 +71,7 @@ class Student:
         for site in self.sites.values():
             site.train(mode)
 
-    def _rewrite(self, gm: fx.GraphModule, example_inputs: list[Tensor]) -> Callable[..., Any]:
+    def _rewrite(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         self._outcomes += graft(gm, example_inputs, self._plan, self._site)
         return gm.forward
 

@@ -39,15 +39,7 @@ class Checkpoint:
             raise CheckpointError(f"cannot keep checkpoints in {folder}: {error}") from error
 
     def restore(self, run: int, title: str, observers: Mapping[str, Any]) -> bool:
-        """Loads the statistics of a finished run into new observers.
-
-        Args:
-            run: number of the run.
-            title: of the run.
-            observers: by the fingerprints of their sites.
-
-        Returns:
-            Whether the run was stored.
+        """Loads the statistics of a finished run into new observers; returns whether the run was stored.
 
         Raises:
             CheckpointError: the file is damaged or belongs to another calibration.

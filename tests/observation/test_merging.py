@@ -151,5 +151,5 @@ def test_an_observer_that_does_not_say_how_it_is_merged_is_named() -> None:
     class Silent:
         def update(self, x: Tensor) -> None: ...
 
-    with pytest.raises(CalibrationError, match="Silent cannot be kept or shared"):
+    with pytest.raises(CalibrationError, match="Silent cannot be stored or shared"):
         statistics({"a": Silent()})
