@@ -9,15 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tardis_fx.graph import feed_forward
 from tardis_fx.healing.site import TrainableSite
 from tardis_fx.healing.student import Student, divergence
 from tardis_fx.observation.batches import Batch
 from tardis_fx.observation.capture import arguments
 from tardis_fx.observation.observe import BatchObservation
 from tardis_fx.observation.run import Run
-from tardis_fx.observation.site import ObservedSite
 from tardis_fx.plan import Plan, SitePlan
+from tardis_fx.statistics.check import Check
 
 
 class Evaluation:
@@ -28,13 +27,7 @@ class Evaluation:
     """
 
     def __init__(self, model: nn.Module, student: Student, batches: Sequence[Batch]) -> None:
-        """Measures the loss and the corrections of the unhealed plan.
-
-        Args:
-            model: the dense model.
-            student: not yet trained.
-            batches: the tuning split.
-        """
+        """Measures the loss and the corrections of the unhealed plan with an untrained student."""
         self._model, self._student, self._batches = model, student, batches
         self._promised = {key: s.entry.outlier_rate * s.weights.up.shape[0] for key, s in student.sites.items()}
         self.before = self._run()
@@ -78,8 +71,8 @@ class Evaluation:
         entries = {key: self._figures(key, site) for key, site in self._student.sites.items()}
         observation = BatchObservation(self._model, self._batches, progress=False)
         sites = [site for site in observation.sites if site.fingerprint in entries]
-        missed = observation.answer(Run("errors", lambda s: _Missed(s, self._student.sites[s.fingerprint]), sites))
-        entries = {key: replace(entry, error=missed[key].error) for key, entry in entries.items()}
+        checks = observation.answer(Run("errors", lambda s: Check(s, self._student.sites[s.fingerprint]), sites))
+        entries = {key: replace(entry, error=checks[key].error) for key, entry in entries.items()}
         return replace(plan, sites=tuple(entries.get(entry.fingerprint, entry) for entry in plan.sites))
 
     def _figures(self, key: str, site: TrainableSite) -> SitePlan:
@@ -93,24 +86,3 @@ def dense(model: nn.Module, batch: Batch) -> Any:
     args, kwargs = arguments(batch)
     with torch.no_grad():
         return model(*args, **kwargs)
-
-
-class _Missed:
-    """Observer of a healed site's error against the original on the inputs from the dense model."""
-
-    def __init__(self, observed: ObservedSite, site: TrainableSite) -> None:
-        self._site, self._activation = site, str(observed.site.activation)
-        self._tensors = feed_forward.matrices(site.weights) | feed_forward.biases(site.weights)
-        self._missed = self._output = 0.0
-
-    @property
-    def error(self) -> float:
-        """Root-mean-square error relative to the output."""
-        return (self._missed / self._output) ** 0.5 if self._output else 0.0
-
-    def update(self, x: Tensor) -> None:
-        """Adds tokens, [tokens, d], float32."""
-        x = x.to(self._site.weights.up)
-        output = feed_forward.dense(x, self._tensors, self._activation).double()
-        self._missed += float((self._site(x).double() - output).square().sum())
-        self._output += float(output.square().sum())

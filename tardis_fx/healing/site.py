@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
@@ -43,13 +44,6 @@ class TrainableSite(nn.Module):
     bounds: nn.Parameter
 
     def __init__(self, entry: SitePlan, weights: SiteWeights, rewrite: Rewrite) -> None:
-        """Decodes the tensors of an entry.
-
-        Args:
-            entry: of the site.
-            weights: of the site.
-            rewrite: that the entry names.
-        """
         super().__init__()
         self.entry, self.weights, self._rewrite = entry, weights, rewrite
         self._fold_bits: int = entry.settings["fold_bits"]
@@ -83,18 +77,8 @@ class TrainableSite(nn.Module):
     @property
     def costs(self) -> Costs:
         """Bytes that the site reads."""
-        settings, w = self.entry.settings, self.weights
-        return Costs.from_sizes(
-            w.up.shape[1],
-            len(w.down),
-            settings["bits"],
-            w.up.element_size(),
-            self._fold_bits,
-            settings["row_bits"],
-            group_size=settings["group_size"],
-            bias=w.up_bias is not None or w.gate_bias is not None,
-            k=1 if w.gate is None else 2,
-        )
+        bits, row_bits, group_size = (self.entry.settings[name] for name in ("bits", "row_bits", "group_size"))
+        return Costs.from_weights(self.weights, bits, self._fold_bits, row_bits, group_size)
 
     def train(self, mode: bool = True) -> TrainableSite:
         """Sets the mode of ``forward`` and resets the counters; leaving training mode fixes the stored plan."""
@@ -105,8 +89,8 @@ class TrainableSite(nn.Module):
             self.tokens, self._counted = 0, torch.zeros(_STEPS, dtype=torch.float32, device=self.weights.up.device)
         return self
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Applies the site, [..., d] to [..., d_out]."""
+    def forward(self, x: Float[Tensor, "*tokens d"]) -> Float[Tensor, "*tokens d_out"]:
+        """Applies the site."""
         tokens = x.reshape(-1, x.shape[-1]).to(self._dtype)
         if not self.training:
             self._count(tokens)
@@ -123,8 +107,8 @@ class TrainableSite(nn.Module):
             folded, added = bias, added + tokens @ weight.T
         return (folded.to(self._dtype) + added.view(*x.shape[:-1], len(bias))).to(x.dtype)
 
-    def corrections(self) -> Tensor:
-        """Corrections per token since training mode was left, for ever wider ranges: [widenings]."""
+    def corrections(self) -> Float[Tensor, " widenings"]:
+        """Corrections per token since training mode was left, for ever wider ranges."""
         always: int = self._listed - self._guarded
         return always + self._counted.flip(0).cumsum(0).flip(0) / max(1, self.tokens)
 
@@ -149,24 +133,28 @@ class TrainableSite(nn.Module):
         stored = {name: t.to(dtype=old[name].dtype, device=old[name].device) for name, t in tensors.items()}
         return replace(self.entry, tensors={**old, **stored})
 
-    def _rows(self, constants: Mapping[str, Tensor], name: str, columns: int, bits: int) -> Tensor:
+    def _rows(
+        self, constants: Mapping[str, Tensor], name: str, columns: int, bits: int
+    ) -> Float[Tensor, "listed columns"]:
         """Rows of a matrix for the listed neurons."""
         neurons = constants["neurons"][: self._listed].long()
         return reference.rows_of(constants[name][neurons], bits, columns, self._dtype)
 
-    def _predictor(self, constants: Mapping[str, Tensor], projection: int) -> Tensor:
-        """Decoded rows of a predictor, [guarded, d]."""
+    def _predictor(self, constants: Mapping[str, Tensor], projection: int) -> Float[Tensor, "guarded d"]:
+        """Decoded rows of a predictor."""
         codes, scale, zero = (constants[name][: self._guarded, projection] for name in ("codes", "scale", "zero"))
         bits, columns = self.entry.settings["bits"], self.weights.up.shape[1]
         return reference.dequantise(codes, scale, zero, bits, columns, self._dtype)
 
-    def _projection(self, constants: Mapping[str, Tensor], name: str, predictor: Tensor) -> Tensor:
-        """Rows of a projection, [listed, d]: plain, or nested in the predictor."""
+    def _projection(
+        self, constants: Mapping[str, Tensor], name: str, predictor: Float[Tensor, "guarded d"]
+    ) -> Float[Tensor, "listed d"]:
+        """Rows of a projection: plain, or nested in the predictor."""
         bits, row_bits = self.entry.settings["bits"], self.entry.settings["row_bits"]
         rows = self._rows(constants, name, predictor.shape[1], 16 if row_bits == 16 else low_bits(bits, row_bits))
         return rows if row_bits == 16 else predictor + rows
 
-    def _folded_weight(self, stored: Tensor) -> Tensor:
+    def _folded_weight(self, stored: Shaped[Tensor, "d_out stored"]) -> Float[Tensor, "d_out d"]:
         if self._fold_bits == 16:
             return stored.to(self._dtype)
         columns = self.weights.up.shape[1]
@@ -178,38 +166,34 @@ class TrainableSite(nn.Module):
     def _now(self, name: str) -> Tensor:
         return self._base[name] + self._unit[name] * self.get_parameter(name)
 
-    def _codes(self, weight: Tensor) -> Tensor:
+    def _codes(self, weight: Float[Tensor, "d_out d"]) -> Float[Tensor, "d_out d"]:
         scale, zero = self._grid
         code = (weight / scale + zero).round().clamp(0, 2**self._fold_bits - 1)
         return torch.where(scale > 0, code, zero)
 
-    def _rounded(self, weight: Tensor) -> Tensor:
+    def _rounded(self, weight: Float[Tensor, "d_out d"]) -> Float[Tensor, "d_out d"]:
         """The weight rounded as when stored, straight-through."""
         if self._fold_bits == 16:
             return weight
         scale, zero = self._grid
         return (self._codes(weight) - zero) * scale + (weight - weight.detach())
 
-    def _excess(self, tokens: Tensor) -> list[Tensor]:
-        """Distance of the estimates past each bound, [tokens, guarded], with gradients to the bounds."""
+    def _excess(self, tokens: Float[Tensor, "tokens d"]) -> list[Float[Tensor, "tokens guarded"]]:
+        """Distance of the estimates past each bound, with gradients to the bounds."""
         z_hat = [tokens.detach() @ predictor.T for predictor in self._predictors]
         return self._guard.excess(z_hat, self._now("bounds"))
 
-    def _outliers(self, tokens: Tensor) -> Tensor:
-        """Mask of corrected listed neurons, [tokens, listed], as straight-through numbers."""
+    def _outliers(self, tokens: Float[Tensor, "tokens d"]) -> Float[Tensor, "tokens listed"]:
+        """Mask of corrected listed neurons as straight-through numbers."""
         spread = torch.where(self._width > 0, TEMPERATURE * self._width, 1)
-        hard, soft = (
-            torch.zeros((), dtype=torch.bool, device=tokens.device),
-            torch.zeros((), dtype=torch.float32, device=tokens.device),
-        )
-        for excess in self._excess(tokens):
-            hard, soft = hard | (excess > 0), soft + torch.sigmoid(excess / spread)
+        excesses = self._excess(tokens)
+        hard = torch.stack(excesses).amax(0) > 0
+        soft = torch.stack([torch.sigmoid(excess / spread) for excess in excesses]).sum(0)
         return F.pad(hard + (soft - soft.detach()), (0, self._listed - self._guarded), value=1.0)
 
     @torch.no_grad()
-    def _count(self, tokens: Tensor) -> None:
+    def _count(self, tokens: Float[Tensor, "tokens d"]) -> None:
         excess = torch.stack(self._excess(tokens)).amax(0)
-        some = excess > 0
-        share = (excess / self._width)[some].float().clamp(max=_WIDEST)
+        share = (excess / self._width)[excess > 0].float().clamp(max=_WIDEST)
         self._counted += torch.histc(share, _STEPS, 0, _WIDEST)
         self.tokens += len(tokens)

@@ -110,18 +110,8 @@ class Draft:
 
     def costs(self, fold_bits: int, row_bits: int) -> Costs:
         """Bytes read by a plan with these widths."""
-        weights, quantisation = self.site.weights, self.quantisation
-        return Costs.from_sizes(
-            weights.up.shape[1],
-            len(weights.down),
-            quantisation.bits,
-            weights.up.element_size(),
-            fold_bits,
-            row_bits,
-            k=len(self.predictors),
-            group_size=quantisation.group_size,
-            bias=self.neurons.biased,
-        )
+        bits, group_size = self.quantisation.bits, self.quantisation.group_size
+        return Costs.from_weights(self.site.weights, bits, fold_bits, row_bits, group_size)
 
 
 def quantise_projection(

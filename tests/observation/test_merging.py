@@ -140,7 +140,7 @@ def test_a_damaged_or_impossible_checkpoint_is_told(tmp_path: Path) -> None:
         path.write_bytes(damaged)
         with pytest.raises(CheckpointError, match="damaged"):
             checkpoint.restore(1, "what", {"a": Moments(D)})
-    with pytest.raises(CheckpointError, match="cannot keep"):
+    with pytest.raises(CheckpointError, match="cannot store"):
         Checkpoint(path, "owner")
     tmp_path.joinpath("run-002.safetensors").mkdir()
     with pytest.raises(CheckpointError, match="cannot write"):
