@@ -213,7 +213,7 @@ class PartialLinear(Rewrite):
         fitted = self._folded(settled, observer)
         if not self.regressed or settled.row_bits == 16:
             return fitted
-        other = self._folded(settled.with_columns(fit_columns(settled, observer.residual)), observer)
+        other = self._folded(replace(settled, columns=fit_columns(settled, observer.residual)), observer)
         return min(fitted, other, key=lambda fit: fit.error)
 
     def _folded(self, settled: Settled, observer: ResidualObserver) -> Fitted:

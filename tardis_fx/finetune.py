@@ -137,12 +137,12 @@ class _Tuned(Grafted[DenseSite]):
         self._observation.answer(Run("sites of the batches held back", lambda site: Check(site, nn.Identity()), []))
         self._chosen = [site for site in self._observation.sites if site.fingerprint in trained_on]
         chosen = {site.fingerprint for site in self._chosen}
-        left = ", ".join(site.name or "an FFN" for site in known if site.fingerprint not in chosen)
+        skipped = ", ".join(site.name or "an FFN" for site in known if site.fingerprint not in chosen)
         reason = "no training batch or no held-back batch reaches them"
         if not chosen:
-            raise CalibrationError(f"no site can be fine-tuned, {left}: {reason}")
-        if left:
-            _log.warning("the plan's entries of %s are not fine-tuned: %s", left, reason)
+            raise CalibrationError(f"no site can be fine-tuned, {skipped}: {reason}")
+        if skipped:
+            _log.warning("the plan's entries of %s are not fine-tuned: %s", skipped, reason)
         self.modules = nn.ModuleDict(self.sites)
         for identity, module in self.sites.items():
             module.requires_grad_(identity in chosen)

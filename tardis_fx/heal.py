@@ -114,7 +114,7 @@ def check_settings(count_name: str, count: Any, learning_rate: Any) -> None:
 
 
 def split(batches: list[Batch]) -> tuple[list[Batch], list[Batch]]:
-    """Splits batches into those to train on and the tuning split.
+    """Splits batches into training batches and the tuning split.
 
     Raises:
         CalibrationError: there are fewer than two.

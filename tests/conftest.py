@@ -31,8 +31,11 @@ CHECKED = (
     "quantisation",
     "statistics",
     "partial_linear",
-    # Not capture, which compiles copies of its functions' code, and not batches, which takes users' wrong input.
-    *(f"observation.{name}" for name in ("checkpoint", "merging", "observe", "ranks", "run", "site")),
+    # Capture compiles copies of its functions' code; batches and observe take users' wrong input.
+    *(f"observation.{name}" for name in ("checkpoint", "merging", "ranks", "run", "site")),
+    "planning",
+    "live",
+    "healing",
 )
 install_import_hook([f"tardis_fx.{room}" for room in CHECKED], "builders.typechecker.typechecker")
 

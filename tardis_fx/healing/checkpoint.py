@@ -25,12 +25,8 @@ class State:
     """State of healing after some steps.
 
     Attributes:
-        step: number of steps taken.
         best: loss of the best evaluation.
         best_step: step of the best evaluation; 0 is the unhealed plan.
-        best_parameters: the parameters at the best evaluation.
-        parameters: the current parameters.
-        optimiser: state of the optimiser.
     """
 
     step: int

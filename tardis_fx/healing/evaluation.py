@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from tardis_fx.healing.site import TrainableSite
@@ -29,9 +30,11 @@ class Evaluation:
     def __init__(self, model: nn.Module, student: Student, batches: Sequence[Batch]) -> None:
         """Measures the loss and the corrections of the unhealed plan with an untrained student."""
         self._model, self._student, self._batches = model, student, batches
-        self._promised = {key: s.entry.outlier_rate * s.weights.up.shape[0] for key, s in student.sites.items()}
+        sites = student.sites.items()
+        self._promised = {key: site.entry.outlier_rate * len(site.weights.up) for key, site in sites}
         self.before = self._run()
-        self._corrected = {key: float(s.corrections()[0]) for key, s in student.sites.items()}
+        self._corrected = {key: float(site.corrections()[0]) for key, site in sites}
+        self._allowed = sum(site.costs.row * self._promised[key] for key, site in sites) * (1 + 1e-6)
 
     def __call__(self) -> float:
         """The loss after widening all hot ranges equally until the plan's bytes are met."""
@@ -50,17 +53,12 @@ class Evaluation:
             losses = [float(divergence(self._student(b), dense(self._model, b), b)) for b in self._batches]
         return sum(losses) / len(losses)
 
-    def _bytes(self) -> Tensor:
-        return sum(
-            (site.costs.row * self._healed(key, site) for key, site in self._student.sites.items()),
-            torch.zeros(1, dtype=torch.float32, device="cpu"),
+    def _bytes(self) -> Float[Tensor, " widenings"]:
+        return torch.stack([site.costs.row * self._healed(key, site) for key, site in self._student.sites.items()]).sum(
+            0
         )
 
-    @property
-    def _allowed(self) -> float:
-        return sum(site.costs.row * self._promised[key] for key, site in self._student.sites.items()) * (1 + 1e-6)
-
-    def _healed(self, key: str, site: TrainableSite) -> Tensor:
+    def _healed(self, key: str, site: TrainableSite) -> Float[Tensor, " widenings"]:
         """Corrections per token at every widening: the plan's number, scaled by the change on these tokens."""
         before = self._corrected[key]
         return site.corrections().cpu() * (self._promised[key] / before if before else 1)
@@ -78,7 +76,7 @@ class Evaluation:
     def _figures(self, key: str, site: TrainableSite) -> SitePlan:
         entry, now = site.planned(), float(self._healed(key, site)[0])
         touched = entry.touched_bytes + site.costs.row * (now - self._promised[key])
-        return replace(entry, touched_bytes=touched, outlier_rate=now / site.weights.up.shape[0])
+        return replace(entry, touched_bytes=touched, outlier_rate=now / len(site.weights.up))
 
 
 def dense(model: nn.Module, batch: Batch) -> Any:

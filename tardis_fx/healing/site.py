@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -48,16 +47,24 @@ class TrainableSite(nn.Module):
         self.entry, self.weights, self._rewrite = entry, weights, rewrite
         self._fold_bits: int = entry.settings["fold_bits"]
         self._activation: str = entry.settings["activation"]
-        self._dtype = reference.compute_dtype(weights.up.dtype)
-        constants = rewrite.constants(entry, weights)
+        self._dtype = dtype = reference.compute_dtype(weights.up.dtype)
+        constants, d = rewrite.constants(entry, weights), weights.up.shape[1]
         self._listed, self._guarded = constants["counts"].tolist()
-        self._columns = self._rows(constants, "columns", len(weights.down), entry.settings["row_bits"])
         self._biases = constants.get("biases")
-        self._predictors = [self._predictor(constants, i) for i in range(len(weights.projections))]
+        bits, row_bits, neurons = (
+            entry.settings["bits"],
+            entry.settings["row_bits"],
+            constants["neurons"][: self._listed],
+        )
+        codes = (constants[name][: self._guarded].unbind(1) for name in ("codes", "scale", "zero"))
+        self._predictors = [reference.dequantise(c, s, z, bits, d, dtype) for c, s, z in zip(*codes, strict=True)]
+        self._columns = reference.rows_of(constants["columns"][neurons.long()], row_bits, len(weights.down), dtype)
+        stored_bits = 16 if row_bits == 16 else low_bits(bits, row_bits)
         self._projections = [
-            self._projection(constants, name, predictor)
-            for name, predictor in zip(weights.projections, self._predictors, strict=True)
+            reference.rows_of(constants[name][neurons.long()], stored_bits, d, dtype) for name in weights.projections
         ]
+        if row_bits < 16:  # nested in the predictors
+            self._projections = [high + low for high, low in zip(self._predictors, self._projections, strict=True)]
         guard, k = constants["guard"][: self._guarded], len(self._projections)
         self._guard = TrainableGuard(guard, self._biases, self._activation, k)
         width = self._guard.width
@@ -120,39 +127,14 @@ class TrainableSite(nn.Module):
     @torch.no_grad()
     def planned(self) -> SitePlan:
         """The entry with the current tensors; its figures are not updated."""
-        dtype = self.weights.up.dtype
-        tensors = {name: self._now(name) for name in ("surrogate", "folded_bias")}
+        tensors = {name: self._now(name) for name in ("surrogate", "folded_bias", "folded_weight")}
         tensors["guard"] = self._guard.tensor(self._now("bounds"))
-        weight = self._now("folded_weight")
-        if self._fold_bits == 16:
-            tensors["folded_weight"] = weight.to(dtype)
-        else:
-            codes = pack(self._codes(weight).to(torch.uint8), self._fold_bits)
+        if self._fold_bits < 16:
+            codes = pack(self._codes(tensors["folded_weight"]).to(torch.uint8), self._fold_bits)
             tensors["folded_weight"] = join(codes, self._scale, self._zero)
         old = self.entry.tensors
         stored = {name: t.to(dtype=old[name].dtype, device=old[name].device) for name, t in tensors.items()}
         return replace(self.entry, tensors={**old, **stored})
-
-    def _rows(
-        self, constants: Mapping[str, Tensor], name: str, columns: int, bits: int
-    ) -> Float[Tensor, "listed columns"]:
-        """Rows of a matrix for the listed neurons."""
-        neurons = constants["neurons"][: self._listed].long()
-        return reference.rows_of(constants[name][neurons], bits, columns, self._dtype)
-
-    def _predictor(self, constants: Mapping[str, Tensor], projection: int) -> Float[Tensor, "guarded d"]:
-        """Decoded rows of a predictor."""
-        codes, scale, zero = (constants[name][: self._guarded, projection] for name in ("codes", "scale", "zero"))
-        bits, columns = self.entry.settings["bits"], self.weights.up.shape[1]
-        return reference.dequantise(codes, scale, zero, bits, columns, self._dtype)
-
-    def _projection(
-        self, constants: Mapping[str, Tensor], name: str, predictor: Float[Tensor, "guarded d"]
-    ) -> Float[Tensor, "listed d"]:
-        """Rows of a projection: plain, or nested in the predictor."""
-        bits, row_bits = self.entry.settings["bits"], self.entry.settings["row_bits"]
-        rows = self._rows(constants, name, predictor.shape[1], 16 if row_bits == 16 else low_bits(bits, row_bits))
-        return rows if row_bits == 16 else predictor + rows
 
     def _folded_weight(self, stored: Shaped[Tensor, "d_out stored"]) -> Float[Tensor, "d_out d"]:
         if self._fold_bits == 16:

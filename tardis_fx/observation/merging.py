@@ -27,13 +27,7 @@ from tardis_fx.observation.site import Merge
 
 @dataclass(frozen=True)
 class Statistic:
-    """One attribute of an observer that batches change.
-
-    Attributes:
-        owner: the observer.
-        attribute: name of the attribute.
-        how: rule by which it is merged.
-    """
+    """One attribute of an observer that batches change, and the rule by which it is merged."""
 
     owner: Any
     attribute: str

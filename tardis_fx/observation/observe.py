@@ -118,7 +118,7 @@ class BatchObservation(RepeatableObservation):
         return self._seen.get(site.fingerprint)
 
     def _show(self, run: Run, observers: Mapping[str, SiteObserver]) -> dict[str, list[int]]:
-        """Runs this rank's batches; returns numbers of tokens and of held-back tokens by fingerprint."""
+        """Runs this rank's batches; returns the numbers of tokens and of held-back tokens by fingerprint."""
         self._observers, self._replaced, self._counts = observers, run.replaced, {}
         share = self._ranks.share(range(len(self._batches)))
         try:
@@ -159,9 +159,9 @@ class BatchObservation(RepeatableObservation):
                 entering = moved.get(site.input, site.input)
                 entered = gm.graph.call_module(f"tardis_enter_{i}", (entering, *site.parameters))
             with gm.graph.inserting_after(site.output):
-                left = gm.graph.call_module(f"tardis_leave_{i}", (site.output, entered, *site.parameters))
-            moved[site.output] = left
-            site.output.replace_all_uses_with(left, delete_user_cb=lambda user, left=left: user is not left)  # type: ignore[misc]
+                leaving = gm.graph.call_module(f"tardis_leave_{i}", (site.output, entered, *site.parameters))
+            moved[site.output] = leaving
+            site.output.replace_all_uses_with(leaving, delete_user_cb=lambda user, tap=leaving: user is not tap)  # type: ignore[misc]
         gm.recompile()
         return gm.forward
 
@@ -169,7 +169,12 @@ class BatchObservation(RepeatableObservation):
         stored = stored_tensors(parameters)
         identity = fingerprint(stored, site.function)
         if len(parameters) == len(site.parameters) and identity not in self._sites:
-            weights = SiteWeights.from_site(site, [_dense(p) for p in parameters])
+            # A site with a tensor subclass is refused, and needs only shapes.
+            dense = [
+                p if subclass_name(p) is None else torch.empty(p.shape, dtype=p.dtype, device="meta")
+                for p in parameters
+            ]
+            weights = SiteWeights.from_site(site, dense)
             self._sites[identity] = ObservedSite(site, identity, weights, tuple(stored))
         return identity
 
@@ -177,11 +182,9 @@ class BatchObservation(RepeatableObservation):
         """Refuses sites whose weights exist only during a forward pass, as with FSDP and offloaders."""
         for identity, observed in self._sites.items():
             if any(map(is_freed, observed.parameters)):
-                reason = (
-                    "its weights are freed after every forward pass: calibrate before the model is sharded or offloaded"
-                )
+                reason = "its weights are freed after every forward pass: calibrate before sharding or offloading"
             elif fingerprint(observed.parameters, observed.site.function) != identity:
-                reason = "other weights took the place of its own: calibrate before the model is offloaded"
+                reason = "other weights took the place of its own: calibrate before offloading"
             else:
                 continue
             self._sites[identity] = replace(observed, site=observed.site.refused(reason))
@@ -230,10 +233,3 @@ class _Tap(nn.Module):
         method = self._method()
         assert method is not None  # its owner makes the call
         return method(self._site, *values)
-
-
-def _dense(parameter: Tensor) -> Tensor:
-    """The parameter, or a meta tensor of its shape for a tensor subclass, whose site is refused."""
-    if subclass_name(parameter) is None:
-        return parameter
-    return torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")

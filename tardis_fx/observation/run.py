@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Generic, TypeVar, overload
+from typing import Any, Generic, TypeVar
 
 from torch import Tensor
 from tqdm import tqdm
@@ -127,22 +127,8 @@ def advance(fit: Fit[T], answer: Mapping[str, Any] | Exception | None = None) ->
         return Finished(done.value)
 
 
-@overload
-def drive(observation: RepeatableObservation, fit: Fit[list[T]] | list[T]) -> list[T]: ...
-
-
-@overload
-def drive(observation: RepeatableObservation, fit: Fit[T]) -> T: ...
-
-
-def drive(observation: RepeatableObservation, fit: Any) -> Any:
-    """Makes every run that a fit requests and returns its result; an error of a run is raised inside the fit.
-
-    Args:
-        observation: of the sites.
-        fit: a generator, or its result if it makes no runs.
-    """
-    fit = steps(fit)
+def drive(observation: RepeatableObservation, fit: Fit[T]) -> T:
+    """Makes every run that a fit requests and returns its result; an error of a run is raised inside the fit."""
     step = advance(fit)
     while isinstance(step, Run):
         answer: Mapping[str, Any] | Exception

@@ -1,4 +1,4 @@
-"""Observed sites, and what an observer of their inputs is."""
+"""Observed sites, and the protocol of their observers."""
 
 from __future__ import annotations
 

@@ -19,12 +19,7 @@ SHRINKAGE = 0.1
 
 
 def fit_columns(settled: Settled, residual: Residual) -> Quantised:
-    """All columns of down; copied ones are fitted, and rounded with mutual compensation.
-
-    Args:
-        settled: with rows of fewer than 16 bits.
-        residual: of the site; see :class:`tardis_fx.partial_linear.residuals.ResidualObserver`.
-    """
+    """All columns of down; copied ones are fitted to the residual of the site, and rounded with mutual compensation."""
     neurons, quantisation = settled.draft.neurons, settled.draft.quantisation
     d, copied, columns = neurons.projections[0].shape[1], settled.copied, neurons.down.T.clone()
     if not len(copied):

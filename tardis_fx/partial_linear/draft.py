@@ -53,16 +53,7 @@ class Quantisation:
 
 @dataclass(frozen=True, eq=False)
 class Draft:
-    """A site before its budget is known, in float32 on the CPU.
-
-    Attributes:
-        site: the site.
-        quantisation: of its plan.
-        inputs: moments of the inputs.
-        neurons: of the site.
-        predictors: k projections in few bits.
-        guard: decides which neurons to correct.
-    """
+    """A site before its budget is known, in float32 on the CPU, with a predictor for each of its k projections."""
 
     site: ObservedSite
     quantisation: Quantisation

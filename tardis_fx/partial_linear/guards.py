@@ -27,6 +27,8 @@ class Guard(ABC):
 
     #: Number of bins of the level.
     bins: ClassVar[int]
+    #: Whether a hot range may be any run of bins; if not, it starts at the first bin.
+    two_sided: ClassVar[bool]
 
     @abstractmethod
     def level(self, estimates: Sequence[Float[Tensor, "tokens h"]]) -> Float[Tensor, "tokens h"]:
@@ -40,24 +42,40 @@ class Guard(ABC):
     def edges(self, least: Float32[Tensor, " h"], greatest: Float32[Tensor, " h"]) -> Float32[Tensor, "edges h"]:
         """The edges of the bins, from the smallest and the largest level of each neuron."""
 
-    @abstractmethod
     def cheapest(self, values: Float[Tensor, "bins h"]) -> Bool[Tensor, "bins h"]:
-        """The bins of the possible hot range with the smallest sum of values."""
+        """The possible hot range, a run of adjacent bins, with the smallest sum of values.
+
+        This is a minimum-subarray problem, solved for all neurons by prefix sums.
+        """
+        prefix = torch.cat([torch.zeros_like(values[:1]), values.cumsum(0)])
+        highest, position = prefix.cummax(0) if self.two_sided else (0, torch.zeros_like(prefix, dtype=torch.int64))
+        stop = (prefix - highest).argmin(0)
+        start = position.gather(0, stop[None])[0]
+        number = torch.arange(len(values), dtype=torch.int64, device="cpu")[:, None]
+        return (number >= start) & (number < stop)
+
+    def limits(self, hot: Bool[Tensor, "bins h"], edges: Float32[Tensor, "bins+1 h"]) -> Float32[Tensor, "h 2"]:
+        """Lower and upper bound of the hot bins, a run for each neuron; bounds that no level meets without hot bins."""
+        some, start = hot.any(0), hot.byte().argmax(0)
+        stop = start + hot.sum(0)
+        lower = torch.where(some, edges.gather(0, start[None])[0], torch.inf)
+        upper = torch.where(some, edges.gather(0, stop[None])[0], -torch.inf)
+        return torch.stack([lower, upper], 1)
+
+    def quantiles(self, level: Float[Tensor, "tokens h"], rate: float) -> Float[Tensor, "h 2"]:
+        """Bounds that leave out a share ``rate`` of each neuron's levels, half of it on either side if two-sided."""
+        share = rate / 2 if self.two_sided else rate
+        upper = _quantile(level, 1 - share)
+        lower = _quantile(level, share) if self.two_sided else torch.full_like(upper, -torch.inf)
+        return torch.stack([lower, upper], 1)
+
+    def leaves(self, level: Float[Tensor, "tokens h"], limits: Float[Tensor, "h 2"]) -> Bool[Tensor, "tokens h"]:
+        """Whether levels are outside the bounds."""
+        lower, upper = limits.unbind(1)
+        return (level < lower) | (level > upper)
 
     @abstractmethod
-    def limits(self, hot: Bool[Tensor, "bins h"], edges: Float32[Tensor, "bins+1 h"]) -> Float32[Tensor, "h limits"]:
-        """Limits of the level for the hot bins of :meth:`cheapest`, or for all or none of a neuron's bins."""
-
-    @abstractmethod
-    def quantiles(self, level: Float[Tensor, "tokens h"], rate: float) -> Float[Tensor, "h limits"]:
-        """Limits that a share ``rate`` of each neuron's levels exceeds."""
-
-    @abstractmethod
-    def leaves(self, level: Float[Tensor, "tokens h"], limits: Float[Tensor, "h limits"]) -> Bool[Tensor, "tokens h"]:
-        """Whether levels leave the hot range."""
-
-    @abstractmethod
-    def tensor(self, limits: Float32[Tensor, "h limits"]) -> Float32[Tensor, "h numbers"]:
+    def tensor(self, limits: Float32[Tensor, "h 2"]) -> Float32[Tensor, "h numbers"]:
         """The guard tensor of the op: see :class:`tardis_fx.runtime.correction.Correction`."""
 
 
@@ -75,6 +93,7 @@ class Interval(Guard):
 
     #: Bins over ``SPREAD`` standard deviations of the estimate on both sides of its mean; the outer two are open.
     bins: ClassVar[int] = 96
+    two_sided: ClassVar[bool] = True
     SPREAD: ClassVar[float] = 6.0
 
     @classmethod
@@ -98,30 +117,6 @@ class Interval(Guard):
         edges = self.low + torch.arange(self.bins + 1, dtype=torch.int64, device="cpu")[:, None] * self.width
         edges[0], edges[-1] = torch.minimum(least, edges[0]), torch.maximum(greatest, edges[-1])
         return edges
-
-    def cheapest(self, values: Float[Tensor, "bins h"]) -> Bool[Tensor, "bins h"]:
-        """The cheapest run of adjacent bins: a minimum-subarray problem, solved for all neurons by prefix sums."""
-        prefix = torch.cat([torch.zeros_like(values[:1]), values.cumsum(0)])
-        highest, position = prefix.cummax(0)
-        stop = (prefix - highest).argmin(0)
-        return _run(position.gather(0, stop[None])[0], stop, len(values))
-
-    def limits(self, hot: Bool[Tensor, "bins h"], edges: Float32[Tensor, "bins+1 h"]) -> Float32[Tensor, "h 2"]:
-        """Lower and upper bound; bounds that no estimate satisfies for a neuron without hot bins."""
-        some, start = hot.any(0), hot.byte().argmax(0)
-        stop = start + hot.sum(0)
-        lower = torch.where(some, edges.gather(0, start[None])[0], torch.inf)
-        upper = torch.where(some, edges.gather(0, stop[None])[0], -torch.inf)
-        return torch.stack([lower, upper], 1)
-
-    def quantiles(self, level: Float[Tensor, "tokens h"], rate: float) -> Float[Tensor, "h 2"]:
-        """Bounds with half of the share outside on either side."""
-        return torch.stack([_quantile(level, rate / 2), _quantile(level, 1 - rate / 2)], 1)
-
-    def leaves(self, level: Float[Tensor, "tokens h"], limits: Float[Tensor, "h 2"]) -> Bool[Tensor, "tokens h"]:
-        """Whether estimates are outside the bounds."""
-        lower, upper = limits.unbind(1)
-        return (level < lower) | (level > upper)
 
     def tensor(self, limits: Float32[Tensor, "h 2"]) -> Float32[Tensor, "h numbers"]:
         """The bounds."""
@@ -147,6 +142,7 @@ class Score(Guard):
 
     #: Each bin is ``GROWTH`` times as wide as the one before; the first and the last are open.
     bins: ClassVar[int] = 40
+    two_sided: ClassVar[bool] = False
     GROWTH: ClassVar[float] = 1.25
     #: Upper edge of the first bin, as a share of the surrogate's root mean square error.
     LEAST: ClassVar[float] = 1 / 128
@@ -176,35 +172,12 @@ class Score(Guard):
         edges[0], edges[-1] = -torch.inf, torch.maximum(greatest, edges[-1])
         return edges
 
-    def cheapest(self, values: Float[Tensor, "bins h"]) -> Bool[Tensor, "bins h"]:
-        """The cheapest run of bins that starts at the first."""
-        stop = torch.cat([torch.zeros_like(values[:1]), values.cumsum(0)]).argmin(0)
-        return _run(torch.zeros_like(stop), stop, len(values))
-
-    def limits(self, hot: Bool[Tensor, "bins h"], edges: Float32[Tensor, "bins+1 h"]) -> Float32[Tensor, "h 1"]:
-        """The threshold; one that every level exceeds for a neuron without hot bins."""
-        return edges.gather(0, hot.sum(0)[None]).T
-
-    def quantiles(self, level: Float[Tensor, "tokens h"], rate: float) -> Float[Tensor, "h 1"]:
-        """Threshold that the share exceeds."""
-        return _quantile(level, 1 - rate)[:, None]
-
-    def leaves(self, level: Float[Tensor, "tokens h"], limits: Float[Tensor, "h 1"]) -> Bool[Tensor, "tokens h"]:
-        """Whether levels are above the threshold."""
-        return level > limits[:, 0]
-
-    def tensor(self, limits: Float32[Tensor, "h 1"]) -> Float32[Tensor, "h numbers"]:
+    def tensor(self, limits: Float32[Tensor, "h 2"]) -> Float32[Tensor, "h numbers"]:
         """The surrogate of the score, then the threshold."""
-        return torch.cat([self.surrogate, limits], 1)
+        return torch.cat([self.surrogate, limits[:, 1:]], 1)
 
 
 def _quantile(level: Float[Tensor, "tokens h"], share: float) -> Float[Tensor, " h"]:
     """Quantile between two of each neuron's levels, with at least one level on either side."""
     below = min(max(1, round(share * len(level))), len(level) - 1)
     return level.sort(0).values[below - 1 : below + 1].mean(0)
-
-
-def _run(start: Int64[Tensor, " h"], stop: Int64[Tensor, " h"], bins: int) -> Bool[Tensor, "bins h"]:
-    """The bins from start to stop of every neuron."""
-    number = torch.arange(bins, dtype=torch.int64, device="cpu")[:, None]
-    return (number >= start) & (number < stop)

@@ -33,8 +33,7 @@ class Ranges:
 
     Attributes:
         hot: all bins of a folded neuron are hot, and none of an exact one.
-        guarded: mask of the guarded neurons.
-        exact: mask of the neurons that are always corrected.
+        exact: neurons that are always corrected.
         touched: expected bytes per token.
     """
 
@@ -52,7 +51,6 @@ class PricedSite:
         sums: of the neurons, by bins.
         guard: determines the possible hot ranges.
         importance: weights of the neurons' squared errors.
-        costs: bytes read.
         surrogate: k slopes and the intercept.
     """
 

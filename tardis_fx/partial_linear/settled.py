@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -57,13 +57,10 @@ class Settled:
     """A draft with its widths, hot ranges, classes and uncorrected values.
 
     Attributes:
-        draft: of the site.
         fold_bits: of the folded weight, 16 for the model's own dtype.
         row_bits: of the rows and columns that corrections read; likewise.
         uncorrected: value of the neurons while they are not corrected.
-        limits: of the guard.
-        guarded: mask of the guarded neurons.
-        exact: mask of the neurons that are always corrected.
+        limits: bounds of the guard's level.
         columns: the columns of down that corrections read, in codes; None for the original weights.
     """
 
@@ -71,7 +68,7 @@ class Settled:
     fold_bits: int
     row_bits: int
     uncorrected: AffineValue
-    limits: Float32[Tensor, "h limits"]
+    limits: Float32[Tensor, "h 2"]
     guarded: Bool[Tensor, " h"]
     exact: Bool[Tensor, " h"]
     columns: Quantised | None
@@ -85,22 +82,10 @@ class Settled:
         ranges: Ranges,
         edges: Float32[Tensor, "edges h"],
     ) -> Settled:
-        """Makes a settled site from the chosen widths and ranges.
-
-        Args:
-            draft: of the site.
-            widths: bits of fold and rows.
-            site: with the surrogates that fit the ranges.
-            ranges: hot bins and classes.
-            edges: of the bins.
-        """
+        """Makes a settled site from the widths of fold and rows, and the ranges with their surrogates."""
         columns = None if widths[1] == 16 else draft.columns(widths[1])
         uncorrected, limits = AffineValue(site.surrogate.float()), draft.guard.limits(ranges.hot, edges)
         return cls(draft, *widths, uncorrected, limits, ranges.guarded, ranges.exact, columns)
-
-    def with_columns(self, columns: Quantised) -> Settled:
-        """A copy of the site with other columns of down."""
-        return replace(self, columns=columns)
 
     @property
     def costs(self) -> Costs:

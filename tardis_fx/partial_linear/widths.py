@@ -15,8 +15,6 @@ class Fitted:
     """A site fitted at one pair of widths.
 
     Attributes:
-        settled: the fitted site.
-        plan: the plan entry.
         error: mean squared error of the site's output, summed over its features, on held-back tokens.
     """
 

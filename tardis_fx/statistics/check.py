@@ -21,13 +21,7 @@ class Check:
     merged: ClassVar[Mapping[str, Merge]] = {"_missed": "sum", "_total": "sum", "_tokens": "sum"}
 
     def __init__(self, site: ObservedSite, replacement: Callable[[Tensor], Tensor], *, held_back: bool = False) -> None:
-        """Prepares the measurement of a replacement.
-
-        Args:
-            site: the original.
-            replacement: [tokens, d] to [tokens, d_out].
-            held_back: only measure tokens that :mod:`tardis_fx.statistics.regression` holds back.
-        """
+        """Prepares the measurement of a replacement of a site, with ``held_back`` only on tokens that no fit uses."""
         self._site, self._replacement, self._held_back = site, replacement, held_back
         self._missed, self._total, self._tokens = 0.0, 0.0, 0
 

@@ -47,11 +47,6 @@ class Neurons:
     def __len__(self) -> int:
         return len(self.projections[0])
 
-    @property
-    def biased(self) -> bool:
-        """Whether any projection has a bias."""
-        return any(bias is not None for bias in self.biases)
-
     def preactivations(self, x: Float[Tensor, "tokens d"]) -> list[Float[Tensor, "tokens h"]]:
         """The k pre-activations of every neuron."""
         return self.add_biases([x @ matrix.T for matrix in self.projections])

@@ -11,22 +11,12 @@ from tardis_fx.plan import Planned
 
 #: Accepted relative distance of the error below its target.
 SLACK = 0.03
-
 #: Maximum number of fits.
 TRIES = 8
 
 
 def fit_to_target(fit: Callable[[float], Fit[list[Planned]]], floor: float, target: float) -> Fit[list[Planned]]:
-    """Plans at the budget of :func:`minimum_budget` for the root mean square of the sites' errors.
-
-    Args:
-        fit: makes the plans of all sites at a budget.
-        floor: the smallest possible budget.
-        target: error wanted.
-
-    Raises:
-        CalibrationError: as :func:`minimum_budget`.
-    """
+    """The plans of a fit at its :func:`minimum_budget`; the error is the root mean square of the sites' errors."""
     tried: dict[float, list[Planned]] = {}
 
     def error(budget: float) -> Fit[float]:
