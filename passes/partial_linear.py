@@ -213,7 +213,7 @@ class PartialLinear(Rewrite):
         fitted = self._folded(settled, observer)
         if not self.regressed or settled.row_bits == 16:
             return fitted
-        other = self._folded(settled.with_columns(fit_columns(settled, observer.residual)), observer)
+        other = self._folded(replace(settled, columns=fit_columns(settled, observer.residual)), observer)
         return min(fitted, other, key=lambda fit: fit.error)
 
     def _folded(self, settled: Settled, observer: ResidualObserver) -> Fitted:
@@ -223,7 +223,7 @@ class PartialLinear(Rewrite):
         of_columns = settled.column_change
         added_weight, added_bias = torch.zeros_like(of_neurons.T), torch.zeros_like(bias)
         if self.regressed:
-            regression = residual.solve(given=of_columns)
+            regression = residual.solve(fixed=of_columns)
             added_weight, added_bias = regression.weight[: len(added_weight)], regression.bias
         folded_weight, folded_bias = settled.store_fold(of_neurons + added_weight.T, bias + added_bias)
         tensors = settled.tensors | {"folded_weight": folded_weight, "folded_bias": folded_bias}

@@ -11,7 +11,7 @@ from typing import Any
 from tardis_fx.config import Config
 from tardis_fx.errors import ConfigError
 from tardis_fx.observation.foreign import raising_typed
-from tardis_fx.observation.run import Fit, steps
+from tardis_fx.observation.run import Fit, Run, advance, steps
 from tardis_fx.observation.site import ObservedSite
 from tardis_fx.passes.base import Rewrite
 from tardis_fx.passes.composed import Composed
@@ -100,15 +100,12 @@ def _typed_fit(
         where = f"the rewrite {name!r}: fit{_of_sites([sites])}"
         with raising_typed(where):
             fit = steps(method(sites, config))
-        answer: Any = None
-        while True:
+            step = advance(fit)
+        while isinstance(step, Run):
+            answer = yield replace(step, make=_typed(name, "fit", step.make), finish=_typed(name, "fit", step.finish))
             with raising_typed(where):
-                try:
-                    run = fit.send(answer)
-                except StopIteration as done:
-                    plans: list[Planned] = done.value
-                    return plans
-            answer = yield replace(run, make=_typed(name, "fit", run.make), finish=_typed(name, "fit", run.finish))
+                step = advance(fit, answer)
+        return step.result
 
     return fit
 

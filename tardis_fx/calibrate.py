@@ -73,44 +73,32 @@ def calibrate(
         config = _by_site(config)
     ranks = Ranks.initialised()
     with ranks.together():
-        return _calibrated(uncompiled(model), batches, config, checkpoint, ranks, offload=offload)
-
-
-def _calibrated(
-    model: nn.Module,
-    batches: Iterable[Batch],
-    config: Config,
-    checkpoint: str | os.PathLike[str] | None,
-    ranks: Ranks,
-    *,
-    offload: bool,
-) -> Plan:
-    """Calibrates on all ranks, and returns the common plan."""
-    given, owner = checked(model, batches), ""
-    if ranks.count > 1 or checkpoint is not None:
-        owner = digest(dict(model.state_dict()), given, asdict(replace(config, progress=False)), offload)
-    ranks.agree("arithmetic", arithmetic())
-    ranks.agree("hashes of model, batches and config", owner)
-    kept = ranks.attempt(lambda: Checkpoint(checkpoint, owner) if checkpoint is not None and ranks.rank == 0 else None)
-    observation = BatchObservation(
-        model, given, progress=config.progress and ranks.rank == 0, ranks=ranks, checkpoint=kept[ranks.rank]
-    )
-    names = [site.site.name for site in observation.sites]
-    for pattern, _ in config.methods:
-        if not any(fnmatchcase(name, pattern) for name in names):
-            raise ConfigError(f"method: {pattern!r} matches no site; there are {', '.join(names)}")
-    plan = plan_for(observation, config, offload=offload)
-    if ranks.count > 1:
-        ranks.agree("hashes of the plans", digest(*map(vars, plan.sites)))
-    return plan
+        model, owner, first = uncompiled(model), "", ranks.rank == 0
+        batches = checked(model, batches)
+        if ranks.count > 1 or checkpoint is not None:
+            owner = digest(dict(model.state_dict()), batches, asdict(replace(config, progress=False)), offload)
+        ranks.agree("arithmetic", arithmetic())
+        ranks.agree("hashes of model, batches and config", owner)
+        folders = ranks.attempt(lambda: Checkpoint(checkpoint, owner) if checkpoint is not None and first else None)
+        observation = BatchObservation(
+            model, batches, progress=config.progress and first, ranks=ranks, checkpoint=folders[ranks.rank]
+        )
+        names = [site.site.name for site in observation.sites]
+        for pattern, _ in config.methods:
+            if not any(fnmatchcase(name, pattern) for name in names):
+                raise ConfigError(f"method: {pattern!r} matches no site; there are {', '.join(names)}")
+        plan = plan_for(observation, config, offload=offload)
+        if ranks.count > 1:
+            ranks.agree("hashes of the plans", digest(*map(vars, plan.sites)))
+        return plan
 
 
 def _misplaced(unknown: dict[str, Any]) -> str:
     """Error message for unknown arguments."""
     if moved := {name: value for name, value in unknown.items() if name in MOVED}:
         return f"{', '.join(moved)}: give calibrate config=Config(options={moved!r})"
-    if own := [f"{name}={value!r}" for name, value in unknown.items() if name in {f.name for f in fields(Config)}]:
-        return f"{', '.join(own)}: give calibrate config=Config({', '.join(own)})"
+    if known := [f"{name}={value!r}" for name, value in unknown.items() if name in {f.name for f in fields(Config)}]:
+        return f"{', '.join(known)}: give calibrate config=Config({', '.join(known)})"
     return f"calibrate has no argument {', '.join(unknown)}: it has model, batches, config, checkpoint and offload"
 
 
@@ -121,8 +109,8 @@ def _by_site(config: Config) -> Config:
         ConfigError: the config needs all FFNs at once.
     """
     if config.sequential or config.target_error is not None:
-        what = "sequential" if config.sequential else "target_error"
-        raise ConfigError(f"{what} needs all FFNs at once, and offload has one at a time: leave one of them out")
+        option = "sequential" if config.sequential else "target_error"
+        raise ConfigError(f"{option} needs all FFNs at once, and offload has one at a time: leave one of them out")
     for _, method in config.methods:
         if method is not None and rewrite_named(method).compares_sites:
             raise ConfigError(f"{method} compares all FFNs before it replaces one: calibrate without offload")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -76,16 +77,10 @@ def heal(
         CheckpointError: the checkpoint is damaged, or belongs to another plan, other batches or other settings.
     """
     plan = resolve(plan)
-    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
-        raise ConfigError(f"steps must be a positive number of steps, not {steps!r}")
-    if isinstance(learning_rate, bool) or not isinstance(learning_rate, (int, float)) or not 0 < learning_rate < 1:
-        raise ConfigError(f"learning_rate must lie in (0, 1), not {learning_rate!r}")
-    given = checked(model, batches)
-    if len(given) < 2:
-        raise CalibrationError("healing needs two batches at the least, one of them to evaluate on")
-    held = max(1, int(len(given) * TUNING))
-    training, tuning = given[:-held], given[-held:]
-    owner = "" if checkpoint is None else checkpoints.identity(plan, given, steps=steps, learning_rate=learning_rate)
+    check_settings("steps", steps, learning_rate)
+    training, tuning = split(checked(model, batches))
+    settings = {"steps": steps, "learning_rate": learning_rate}
+    owner = "" if checkpoint is None else checkpoints.identity(plan, training + tuning, **settings)
     state = None if checkpoint is None else checkpoints.load(checkpoint, owner)
     with frozen(model):
         student = Student(model, plan, tuning[0])
@@ -93,14 +88,38 @@ def heal(
         run = Training(model, student, evaluation, training, steps, learning_rate, state)
         with tqdm(total=steps, initial=run.state.step, desc="healing", unit="step", disable=not progress) as bar:
             while not run.finished:
-                run.go_on()
+                run.advance()
                 bar.update(run.state.step - bar.n)
                 bar.set_postfix(loss=f"{run.state.best:.3g}", before=f"{evaluation.before:.3g}")
                 if checkpoint is not None:
                     checkpoints.save(checkpoint, owner, run.state)
         if not run.state.best_step:
-            _log.warning("healing made nothing better on the tuning split: the plan stays as it was")
+            _log.warning("healing did not improve the plan on the tuning split: it is returned unchanged")
             return plan
         _log.info("healed: loss on the tuning split %.4g, %.4g before", run.state.best, evaluation.before)
         run.restore()
         return evaluation.plan(plan)
+
+
+def check_settings(count_name: str, count: Any, learning_rate: Any) -> None:
+    """Checks the settings of a training.
+
+    Raises:
+        ConfigError: the named count is not a positive integer, or the learning rate is not in (0, 1).
+    """
+    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+        raise ConfigError(f"{count_name} must be a positive integer, not {count!r}")
+    if isinstance(learning_rate, bool) or not isinstance(learning_rate, (int, float)) or not 0 < learning_rate < 1:
+        raise ConfigError(f"learning_rate must lie in (0, 1), not {learning_rate!r}")
+
+
+def split(batches: list[Batch]) -> tuple[list[Batch], list[Batch]]:
+    """Splits batches into training batches and the tuning split.
+
+    Raises:
+        CalibrationError: there are fewer than two.
+    """
+    if len(batches) < 2:
+        raise CalibrationError("training needs at least two batches, one of them to evaluate on")
+    held_back = max(1, int(len(batches) * TUNING))
+    return batches[:-held_back], batches[-held_back:]

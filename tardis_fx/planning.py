@@ -17,7 +17,7 @@ from tardis_fx.observation.run import Fit, Observation, RepeatableObservation, c
 from tardis_fx.observation.site import ObservedSite
 from tardis_fx.passes.exact_fold import ExactFold
 from tardis_fx.passes.registry import rewrite_named
-from tardis_fx.plan import KeptSite, Plan, Planned
+from tardis_fx.plan import KeptSite, Plan, Planned, SitePlan
 
 _log = logging.getLogger("tardis_fx")
 
@@ -26,27 +26,24 @@ FEW_TOKENS = 2048
 
 
 def plan_for(observation: RepeatableObservation, config: Config, *, offload: bool = False) -> Plan:
-    """Makes a plan from an observation; plans of one observation share results that do not depend on the config.
-
-    Arguments and errors are those of :func:`fit_plan`.
-    """
+    """Makes the plan of :func:`fit_plan`; plans of one observation share results that do not depend on the config."""
     return drive(observation, fit_plan(observation, config, offload=offload))
 
 
 def fit_plan(observation: Observation, config: Config, *, offload: bool = False) -> Fit[Plan]:
     """Fits all sites and returns a plan.
 
-    Args:
-        observation: of the sites.
-        config: how to fit.
-        offload: fit the sites one at a time, each as if it were the only one, and keep no statistics.
+    With ``offload``, the sites are fitted one at a time, each as if it were the only one, without keeping statistics.
 
     Raises:
         ConfigError: as :func:`calibrate`.
         CalibrationError: as :func:`calibrate`. An error of a rewrite is its cause.
     """
     sites = tuple(observation.sites)
-    methods = {s.fingerprint: _method_of(s.site.name, config) for s in sites}
+    methods = {
+        s.fingerprint: next((method for pattern, method in config.methods if fnmatchcase(s.site.name, pattern)), None)
+        for s in sites
+    }
     fold = ExactFold()
     planned: dict[str, Planned] = {
         s.fingerprint: plan
@@ -57,8 +54,8 @@ def fit_plan(observation: Observation, config: Config, *, offload: bool = False)
     groups: dict[str, list[ObservedSite]] = {}
     for site in sites:
         method = methods[site.fingerprint]
-        left = "left as it is by Config.method" if method is None else rewrite_named(method).refuse(site.site)
-        reasons[site.fingerprint] = site.site.reason or left
+        refusal = "left as it is by Config.method" if method is None else rewrite_named(method).refuse(site.site)
+        reasons[site.fingerprint] = site.site.reason or refusal
         if method is not None and reasons[site.fingerprint] is None and site.fingerprint not in planned:
             groups.setdefault(method, []).append(site)
     for site in (site for group in groups.values() for site in group):
@@ -106,19 +103,22 @@ def _fault(plan: Planned, observation: Observation, site: ObservedSite) -> str |
     """Why the error of a plan is not valid, or None."""
     if isinstance(plan, KeptSite):
         return None
+    seen, amount = observation.seen(site), _amount(observation, [site])
     if not math.isfinite(plan.error):
-        return f"the error of {plan.method} is {plan.error} ({_amount(observation, [site])}): values may be too large"
-    seen = observation.seen(site)
+        return f"the error of {plan.method} is {plan.error} ({amount}): values may be too large"
     if seen is not None and not seen.held_back:
-        amount = _amount(observation, [site])
         return f"no token is held back to measure the error of {plan.method} ({amount}): batches need 8 tokens or more"
     return None
 
 
+def _counts(observation: Observation, sites: Sequence[ObservedSite]) -> list[int]:
+    """Numbers of tokens seen at the sites where they are known."""
+    return [seen.tokens for site in sites if (seen := observation.seen(site)) is not None]
+
+
 def _amount(observation: Observation, sites: Sequence[ObservedSite]) -> str:
     """Describes the tokens, their maximum rank, and the inputs of the site with the fewest tokens."""
-    columns = max(site.weights.up.shape[1] for site in sites)
-    counts = [seen.tokens for site in sites if (seen := observation.seen(site)) is not None]
+    columns, counts = max(site.weights.up.shape[1] for site in sites), _counts(observation, sites)
     if not counts:
         return f"{columns:,} inputs"
     return f"{min(counts):,} tokens, so a rank of {min(*counts, columns):,} at most, for {columns:,} inputs"
@@ -126,15 +126,13 @@ def _amount(observation: Observation, sites: Sequence[ObservedSite]) -> str:
 
 def _warn_of_few(observation: Observation, sites: Sequence[ObservedSite]) -> None:
     """Warns once per observation if there are few tokens."""
-    counts = [seen.tokens for site in sites if (seen := observation.seen(site)) is not None]
-    wanted = max(FEW_TOKENS, *(max(site.weights.up.shape) for site in sites))
-    if counts and max(counts) < wanted and not observation.warned:
+    tokens = max(_counts(observation, sites), default=None)
+    needed = max(FEW_TOKENS, *(max(site.weights.up.shape) for site in sites))
+    if tokens is not None and tokens < needed and not observation.warned:
         observation.warned = True
         _log.warning(
-            "calibrated on %s tokens: with fewer than %s the error on other text may be higher than the plan says; "
-            "16,000 are a good number",
-            f"{max(counts):,}",
-            f"{wanted:,}",
+            f"calibrated on {tokens:,} tokens: with fewer than {needed:,} the error on other text may be higher than "
+            "the plan says; 16,000 are a good number"
         )
 
 
@@ -142,17 +140,12 @@ def _stored_once(entries: Sequence[Planned]) -> Iterator[Planned]:
     """The entries, with shared tensors counted as stored only at the first entry that holds them."""
     counted: set[int] = set()
     for entry in entries:
-        if isinstance(entry, KeptSite):
-            yield entry
-            continue
-        again = sum(t.nbytes for t in entry.tensors.values() if id(t) in counted)
-        counted |= {id(t) for t in entry.tensors.values()}
-        yield replace(entry, stored_bytes=entry.stored_bytes - again) if again else entry
-
-
-def _method_of(name: str, config: Config) -> str | None:
-    """The method for the site of this name, or None to leave it unchanged."""
-    return next((method for pattern, method in config.methods if fnmatchcase(name, pattern)), None)
+        if isinstance(entry, SitePlan):
+            tensors = entry.tensors.values()
+            again = sum(t.nbytes for t in tensors if id(t) in counted)
+            counted |= set(map(id, tensors))
+            entry = replace(entry, stored_bytes=entry.stored_bytes - again) if again else entry
+        yield entry
 
 
 def refused(site: ObservedSite, reason: str) -> KeptSite:

@@ -24,15 +24,7 @@ BLOCK = 128
 
 @dataclass(frozen=True)
 class Quantised:
-    """A matrix with a few bits per weight.
-
-    Attributes:
-        codes: in the layout of :mod:`tardis_fx.runtime.packing`.
-        scale: of each group of columns.
-        zero: point of each group of columns.
-        bits: of a code.
-        columns: of the matrix.
-    """
+    """A matrix with a few bits per weight, in the layout of :mod:`tardis_fx.runtime.packing`."""
 
     codes: UInt8[Tensor, "rows packed"]
     scale: Float16[Tensor, "rows groups"]

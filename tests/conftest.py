@@ -30,6 +30,12 @@ importlib.import_module("builders.typechecker")  # jaxtyping imports the first o
 CHECKED = (
     "graph.activations",
     "graph.recognition",
+    "healing",
+    "live",
+    # Capture compiles copies of its functions' code; batches and observe take users' wrong input.
+    *(f"observation.{name}" for name in ("checkpoint", "merging", "ranks", "run", "site")),
+    "partial_linear",
+    "planning",
     "quantisation",
     "resident",
     "runtime.cpu.op",

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -319,78 +318,6 @@ def test_a_batch_on_another_device_names_both() -> None:
 @pytest.mark.parametrize("wrong", [{"budget": 0.2}, 0.2, "partial_linear"], ids=repr)
 def test_a_config_of_the_wrong_type(wrong: Any) -> None:
     refused("config must be a tardis_fx.Config", lambda: calibrate(ffn(), batches(), config=wrong), ConfigError)
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        {"budget": 0}, {"budget": -0.1}, {"budget": 1.01}, {"budget": torch.nan}, {"budget": torch.inf}, {"budget": "0.2"},
-        {"budget": True}, {"budget": None}, {"method": ""}, {"method": 3}, {"prefill": "exact"}, {"prefill": None},
-        {"sequential": 1}, {"sequential": None}, {"progress": "no"}, {"options": 3}, {"options": {"partial_linear": 3, "a": {}}},
-        {"options": {3: 2}}, {"options": ["fold_bits"]}, {"options": {"paper": {"fold_bits": 3}}},
-        {"options": {"partial_linear": {"fold_bits": [3]}}},
-    ],
-    ids=str,
-)  # fmt: skip
-def test_a_value_out_of_its_range_is_a_config_error_that_names_field_and_value(wrong: dict[str, Any]) -> None:
-    ((name, value),) = wrong.items()
-    with pytest.raises(ConfigError, match=name) as raised:
-        Config(**wrong)
-    assert str(value) in str(raised.value) or name == "options"
-
-
-class Untouched(nn.Module):
-    """Must not run."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        raise AssertionError("the model runs")
-
-
-WRONG_OPTIONS: list[dict[str, Any]] = [
-    {"predictor_bits": 0}, {"predictor_bits": 9}, {"predictor_bits": 16}, {"predictor_bits": True}, {"predictor_bits": "2"},
-    {"fold_bits": 2}, {"fold_bits": 32}, {"row_bits": 2}, {"row_bits": True}, {"group_size": 16}, {"group_size": 256},
-    {"rounding": "up"}, {"rounding": None},
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("wrong", WRONG_OPTIONS, ids=str)
-@pytest.mark.parametrize("method", ["partial_linear", "paper"])
-def test_so_is_an_option_of_a_rewrite_before_the_model_runs(method: str, wrong: dict[str, Any]) -> None:
-    ((name, value),) = wrong.items()
-    with pytest.raises(ConfigError, match=name) as raised:
-        calibrate(Untouched(), batches(), config=Config(method=method, options=wrong))
-    assert str(value) in str(raised.value)
-
-
-@pytest.mark.parametrize(
-    ("given", "said"),
-    [
-        ({"options": {"bits": 3}}, "partial_linear has no option 'bits': it has predictor_bits, fold_bits"),
-        ({"method": "wanda", "options": {"fold_bits": 3}}, "wanda has no option 'fold_bits': it has none"),
-        ({"method": "drop_bias+low_rank", "options": {"fold_bits": 3}}, "go by rewrite unless method names one"),
-        ({"method": {"*": None}, "options": {"fold_bits": 3}}, "go by rewrite unless method names one"),
-        ({"method": "wanda", "options": {"ria": {}}}, "'ria' is no rewrite of method, which names wanda"),
-        ({"fold_bits": 3, "group_size": 64}, "give options={'fold_bits': 3, 'group_size': 64}"),
-    ],
-)
-def test_an_option_that_nobody_has_is_refused(given: dict[str, Any], said: str) -> None:
-    with pytest.raises(ConfigError, match=re.escape(said)):
-        calibrate(Untouched(), batches(), config=Config(**given))
-
-
-def test_options_go_by_rewrite_where_there_are_several() -> None:
-    given = Config(method={"0": "drop_bias+partial_linear", "*": "paper"}, options={"partial_linear": {"fold_bits": 3}})
-    assert given.options_of("partial_linear") == {"fold_bits": 3}
-    assert given.options_of("paper") == given.options_of("drop_bias") == {}
-    assert given.with_options("paper", row_bits=8).options_of("paper") == {"row_bits": 8}
-    assert Config(options={"row_bits": 3}) == Config(options={"partial_linear": {"row_bits": 3}})
-    assert hash(given) == hash(Config(**asdict(given)))
-
-
-def test_configs_take_keywords_only() -> None:
-    with pytest.raises(TypeError):
-        Config(0.2)  # type: ignore[misc]
-    assert Config(budget=1).budget == 1
 
 
 def test_only_subclasses_of_rewrite_are_rewrites(monkeypatch: pytest.MonkeyPatch) -> None:

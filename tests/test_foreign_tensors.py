@@ -263,7 +263,7 @@ def test_a_model_that_is_sharded_after_its_plan_was_made_is_rewritten(calls: Cal
 def test_a_sharded_model_is_not_calibrated_and_says_what_to_do(calls: Callable[[], int]) -> None:
     plan = calibrate(_sharded(blocks()), [MANY], config=config())
     assert {site.reason for site in plan.sites} == {
-        "its weights are freed after every forward pass: calibrate before the model is sharded or offloaded"
+        "its weights are freed after every forward pass: calibrate before sharding or offloading"
     }
 
 

@@ -25,18 +25,14 @@ class State:
     """State of healing after some steps.
 
     Attributes:
-        step: number of steps taken.
         best: loss of the best evaluation.
         best_step: step of the best evaluation; 0 is the unhealed plan.
-        kept: the parameters at the best evaluation.
-        parameters: the current parameters.
-        optimiser: state of the optimiser.
     """
 
     step: int
     best: float
     best_step: int
-    kept: list[Tensor]
+    best_parameters: list[Tensor]
     parameters: list[Tensor]
     optimiser: dict[str, Any]
 
@@ -70,12 +66,12 @@ def load(path: str | os.PathLike[str], owner: str) -> State | None:
         return None
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-        found = content.pop("identity")
+        stored_owner = content.pop("identity")
         state = State(**content)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, AttributeError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} is damaged or no checkpoint: {type(error).__name__}: {error}") from error
-    if found != owner:
+        raise CheckpointError(f"{path} is damaged or not a checkpoint: {type(error).__name__}: {error}") from error
+    if stored_owner != owner:
         raise CheckpointError(
-            f"{path} is of another plan, other batches or other settings: delete it, or name another checkpoint"
+            f"{path} belongs to another plan, other batches or other settings: delete it, or name another checkpoint"
         )
     return state

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from tardis_fx.errors import ConfigError
@@ -20,11 +21,6 @@ class DenseSite(nn.Module):
     def __init__(self, entry: SitePlan, weights: SiteWeights, rewrite: Rewrite) -> None:
         """Copies the constants of an entry into parameters.
 
-        Args:
-            entry: of the site.
-            weights: of the site.
-            rewrite: that the entry names.
-
         Raises:
             ConfigError: some constants are not weights or biases of linear layers that every token reads.
         """
@@ -36,7 +32,7 @@ class DenseSite(nn.Module):
         if loose or set(shares.values()) != {1.0} or not all(c.is_floating_point() for c in constants.values()):
             raise ConfigError(
                 f"{entry.name} is rewritten by {entry.method!r}, whose constants are not all weights of dense layers: "
-                f"those of 'ffsplit', 'low_rank' and 'hot_fold' can be fine-tuned; heal is for 'partial_linear'"
+                f"plans of 'ffsplit', 'low_rank' and 'hot_fold' can be fine-tuned; heal is for 'partial_linear'"
             )
         for name, tensor in constants.items():
             self.register_parameter(name, nn.Parameter(tensor.float().clone()))
@@ -45,17 +41,13 @@ class DenseSite(nn.Module):
         """The current weights in the model's dtype."""
         return {name: parameter.to(self._weights.up.dtype) for name, parameter in self.named_parameters()}
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Applies the rewritten site, [..., d] to [..., d_out], with gradients to its weights."""
+    def forward(self, x: Float[Tensor, "*tokens d"]) -> Float[Tensor, "*tokens d_out"]:
+        """Applies the rewritten site, with gradients to its weights."""
         return self._rewrite.forward(x, self.constants(), self.entry)
 
     @torch.no_grad()
     def trained(self, error: float) -> SitePlan:
-        """The entry with the current weights; an entry that was already fine-tuned keeps its method.
-
-        Args:
-            error: the measured error.
-        """
+        """The entry with the current weights and their error; an entry that was already fine-tuned keeps its method."""
         tensors = {name: tensor.clone() for name, tensor in self.constants().items()}
         again = self._rewrite.trained
         return replace(

@@ -7,17 +7,17 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from tardis_fx.graph import feed_forward
 from tardis_fx.healing.site import TrainableSite
 from tardis_fx.healing.student import Student, divergence
 from tardis_fx.observation.batches import Batch
 from tardis_fx.observation.capture import arguments
 from tardis_fx.observation.observe import BatchObservation
 from tardis_fx.observation.run import Run
-from tardis_fx.observation.site import ObservedSite
 from tardis_fx.plan import Plan, SitePlan
+from tardis_fx.statistics.check import Check
 
 
 class Evaluation:
@@ -28,17 +28,13 @@ class Evaluation:
     """
 
     def __init__(self, model: nn.Module, student: Student, batches: Sequence[Batch]) -> None:
-        """Measures the loss and the corrections of the unhealed plan.
-
-        Args:
-            model: the dense model.
-            student: not yet trained.
-            batches: the tuning split.
-        """
+        """Measures the loss and the corrections of the unhealed plan with an untrained student."""
         self._model, self._student, self._batches = model, student, batches
-        self._promised = {key: s.entry.outlier_rate * s.weights.up.shape[0] for key, s in student.sites.items()}
+        sites = student.sites.items()
+        self._promised = {key: site.entry.outlier_rate * len(site.weights.up) for key, site in sites}
         self.before = self._run()
-        self._corrected = {key: float(s.corrections()[0]) for key, s in student.sites.items()}
+        self._corrected = {key: float(site.corrections()[0]) for key, site in sites}
+        self._allowed = sum(site.costs.row * self._promised[key] for key, site in sites) * (1 + 1e-6)
 
     def __call__(self) -> float:
         """The loss after widening all hot ranges equally until the plan's bytes are met."""
@@ -57,17 +53,12 @@ class Evaluation:
             losses = [float(divergence(self._student(b), dense(self._model, b), b)) for b in self._batches]
         return sum(losses) / len(losses)
 
-    def _bytes(self) -> Tensor:
-        return sum(
-            (site.costs.row * self._healed(key, site) for key, site in self._student.sites.items()),
-            torch.zeros(1, dtype=torch.float32, device="cpu"),
+    def _bytes(self) -> Float[Tensor, " widenings"]:
+        return torch.stack([site.costs.row * self._healed(key, site) for key, site in self._student.sites.items()]).sum(
+            0
         )
 
-    @property
-    def _allowed(self) -> float:
-        return sum(site.costs.row * self._promised[key] for key, site in self._student.sites.items()) * (1 + 1e-6)
-
-    def _healed(self, key: str, site: TrainableSite) -> Tensor:
+    def _healed(self, key: str, site: TrainableSite) -> Float[Tensor, " widenings"]:
         """Corrections per token at every widening: the plan's number, scaled by the change on these tokens."""
         before = self._corrected[key]
         return site.corrections().cpu() * (self._promised[key] / before if before else 1)
@@ -78,14 +69,14 @@ class Evaluation:
         entries = {key: self._figures(key, site) for key, site in self._student.sites.items()}
         observation = BatchObservation(self._model, self._batches, progress=False)
         sites = [site for site in observation.sites if site.fingerprint in entries]
-        missed = observation.answer(Run("errors", lambda s: _Missed(s, self._student.sites[s.fingerprint]), sites))
-        entries = {key: replace(entry, error=missed[key].error) for key, entry in entries.items()}
+        checks = observation.answer(Run("errors", lambda s: Check(s, self._student.sites[s.fingerprint]), sites))
+        entries = {key: replace(entry, error=checks[key].error) for key, entry in entries.items()}
         return replace(plan, sites=tuple(entries.get(entry.fingerprint, entry) for entry in plan.sites))
 
     def _figures(self, key: str, site: TrainableSite) -> SitePlan:
         entry, now = site.planned(), float(self._healed(key, site)[0])
         touched = entry.touched_bytes + site.costs.row * (now - self._promised[key])
-        return replace(entry, touched_bytes=touched, outlier_rate=now / site.weights.up.shape[0])
+        return replace(entry, touched_bytes=touched, outlier_rate=now / len(site.weights.up))
 
 
 def dense(model: nn.Module, batch: Batch) -> Any:
@@ -93,24 +84,3 @@ def dense(model: nn.Module, batch: Batch) -> Any:
     args, kwargs = arguments(batch)
     with torch.no_grad():
         return model(*args, **kwargs)
-
-
-class _Missed:
-    """Observer of a healed site's error against the original on the inputs from the dense model."""
-
-    def __init__(self, observed: ObservedSite, site: TrainableSite) -> None:
-        self._site, self._activation = site, str(observed.site.activation)
-        self._tensors = feed_forward.matrices(site.weights) | feed_forward.biases(site.weights)
-        self._missed = self._output = 0.0
-
-    @property
-    def error(self) -> float:
-        """Root-mean-square error relative to the output."""
-        return (self._missed / self._output) ** 0.5 if self._output else 0.0
-
-    def update(self, x: Tensor) -> None:
-        """Adds tokens, [tokens, d], float32."""
-        x = x.to(self._site.weights.up)
-        output = feed_forward.dense(x, self._tensors, self._activation).double()
-        self._missed += float((self._site(x).double() - output).square().sum())
-        self._output += float(output.square().sum())

@@ -3,70 +3,49 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
-from tardis_fx.runtime.reference import biased, surrogate_error
+from tardis_fx.runtime.reference import biased, response, surrogate_error
 
 
-@runtime_checkable
-class Guard(Protocol):
-    """The guard of a site's guarded neurons."""
+class TrainableGuard:
+    """The guard of a site's guarded neurons, with bounds that can be changed.
 
-    #: For each bound, 1 if increasing it widens the hot range, or -1 if decreasing it does.
-    outwards: ClassVar[tuple[int, ...]]
-    #: [guarded, bounds], from the plan.
-    bounds: Tensor
-    #: [guarded], width of the hot ranges.
-    width: Tensor
+    With one pre-activation, the bounds are the lower and the upper bound of the estimate; with several, the only bound
+    is the threshold of the score, whose plane stays.
 
-    def excess(self, z_hat: Sequence[Tensor], bounds: Tensor) -> list[Tensor]:
-        """Distance of neurons past each bound, [tokens, guarded]; positive values are outside.
+    Attributes:
+        bounds: from the plan.
+        outwards: of each bound, 1 if increasing it widens the hot range, or -1 if decreasing it does.
+        width: of the hot ranges.
+    """
 
-        Args:
-            z_hat: estimates without biases, k of [tokens, guarded].
-            bounds: [guarded, bounds].
-        """
-
-    def tensor(self, bounds: Tensor) -> Tensor:
-        """The guard tensor of a plan with other bounds."""
-
-
-class Interval:
-    """A lower and an upper bound of one estimate."""
-
-    outwards: ClassVar[tuple[int, ...]] = (-1, 1)
-
-    def __init__(self, guard: Tensor) -> None:
-        self.bounds, self.width = guard, guard[:, 1] - guard[:, 0]
-
-    def excess(self, z_hat: Sequence[Tensor], bounds: Tensor) -> list[Tensor]:
-        """See :meth:`Guard.excess`."""
-        lower, upper = bounds.unbind(1)
-        return [lower - z_hat[0], z_hat[0] - upper]
-
-    def tensor(self, bounds: Tensor) -> Tensor:
-        """See :meth:`Guard.tensor`."""
-        return bounds
-
-
-class Score:
-    """Threshold on the distance between the response and a fixed plane of several estimates."""
-
-    outwards: ClassVar[tuple[int, ...]] = (1,)
-
-    def __init__(self, guard: Tensor, biases: Tensor | None, activation: str) -> None:
-        """Takes planes and thresholds, [guarded, k + 2], and biases, [guarded, k], of an activation."""
-        self._plane, self.bounds, self.width = guard[:, :-1], guard[:, -1:], guard[:, -1]
+    def __init__(
+        self,
+        guard: Float[Tensor, "guarded numbers"],
+        biases: Float[Tensor, "capacity k"] | None,
+        activation: str,
+        k: int,
+    ) -> None:
+        """Takes the guard tensor of a plan, and the biases and the activation of neurons with k pre-activations."""
+        self.outwards = torch.tensor([-1, 1] if k == 1 else [1], dtype=guard.dtype, device=guard.device)
+        self._plane, self.bounds = guard[:, : -len(self.outwards)], guard[:, -len(self.outwards) :]
+        self.width = (self.outwards * self.bounds).sum(1)
         self._biases, self._activation = biases, activation
 
-    def excess(self, z_hat: Sequence[Tensor], bounds: Tensor) -> list[Tensor]:
-        """See :meth:`Guard.excess`."""
-        z_hat = biased(z_hat, self._biases, len(self._plane))
-        return [surrogate_error(z_hat, self._plane, self._activation).abs() - bounds[:, 0]]
+    def excess(
+        self, z_hat: Sequence[Float[Tensor, "tokens guarded"]], bounds: Float[Tensor, "guarded bounds"]
+    ) -> list[Float[Tensor, "tokens guarded"]]:
+        """Distance past each bound of k estimates without biases; positive values are outside."""
+        level = z_hat[0]
+        if len(z_hat) > 1:
+            z = biased(z_hat, self._biases, len(self._plane))
+            level = surrogate_error(z, self._plane, response(z, self._activation)).abs()
+        return [sign * (level - bound) for sign, bound in zip(self.outwards, bounds.unbind(1), strict=True)]
 
-    def tensor(self, bounds: Tensor) -> Tensor:
-        """See :meth:`Guard.tensor`."""
+    def tensor(self, bounds: Float[Tensor, "guarded bounds"]) -> Float[Tensor, "guarded numbers"]:
+        """The guard tensor of a plan with other bounds."""
         return torch.cat([self._plane, bounds], 1)

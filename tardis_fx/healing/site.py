@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from tardis_fx.graph.site import SiteWeights
-from tardis_fx.healing.guard import Guard, Interval, Score
+from tardis_fx.healing.guard import TrainableGuard
 from tardis_fx.partial_linear.costs import Costs
 from tardis_fx.passes.base import Rewrite
 from tardis_fx.plan import SitePlan
@@ -43,31 +43,30 @@ class TrainableSite(nn.Module):
     bounds: nn.Parameter
 
     def __init__(self, entry: SitePlan, weights: SiteWeights, rewrite: Rewrite) -> None:
-        """Decodes the tensors of an entry.
-
-        Args:
-            entry: of the site.
-            weights: of the site.
-            rewrite: that the entry names.
-        """
         super().__init__()
         self.entry, self.weights, self._rewrite = entry, weights, rewrite
         self._fold_bits: int = entry.settings["fold_bits"]
         self._activation: str = entry.settings["activation"]
-        self._dtype = reference.compute_dtype(weights.up.dtype)
-        constants = rewrite.constants(entry, weights)
+        self._dtype = dtype = reference.compute_dtype(weights.up.dtype)
+        constants, d = rewrite.constants(entry, weights), weights.up.shape[1]
         self._listed, self._guarded = constants["counts"].tolist()
-        self._columns = self._rows(constants, "columns", len(weights.down), entry.settings["row_bits"])
         self._biases = constants.get("biases")
-        self._predictors = [self._predictor(constants, i) for i in range(len(weights.projections))]
-        self._projections = [
-            self._projection(constants, name, predictor)
-            for name, predictor in zip(weights.projections, self._predictors, strict=True)
-        ]
-        guard = constants["guard"][: self._guarded]
-        self._guard: Guard = (
-            Interval(guard) if len(self._projections) == 1 else Score(guard, self._biases, self._activation)
+        bits, row_bits, neurons = (
+            entry.settings["bits"],
+            entry.settings["row_bits"],
+            constants["neurons"][: self._listed],
         )
+        codes = (constants[name][: self._guarded].unbind(1) for name in ("codes", "scale", "zero"))
+        self._predictors = [reference.dequantise(c, s, z, bits, d, dtype) for c, s, z in zip(*codes, strict=True)]
+        self._columns = reference.rows_of(constants["columns"][neurons.long()], row_bits, len(weights.down), dtype)
+        stored_bits = 16 if row_bits == 16 else low_bits(bits, row_bits)
+        self._projections = [
+            reference.rows_of(constants[name][neurons.long()], stored_bits, d, dtype) for name in weights.projections
+        ]
+        if row_bits < 16:  # nested in the predictors
+            self._projections = [high + low for high, low in zip(self._predictors, self._projections, strict=True)]
+        guard, k = constants["guard"][: self._guarded], len(self._projections)
+        self._guard = TrainableGuard(guard, self._biases, self._activation, k)
         width = self._guard.width
         self._width = torch.where(width.isfinite() & (width > 0), width, 0)  # an empty range remains empty
         real = {name: constants[name].to(self._dtype) for name in ("surrogate", "folded_bias")}
@@ -77,8 +76,7 @@ class TrainableSite(nn.Module):
         self._unit = {name: tensor.square().mean().sqrt() if tensor.numel() else 0 for name, tensor in real.items()}
         if self._listed:
             self._unit["surrogate"] = real["surrogate"].square().mean(0).sqrt()
-        outwards = torch.tensor(self._guard.outwards, dtype=width.dtype, device=width.device)
-        self._unit["bounds"] = outwards * BOUND_UNIT * self._width[:, None]
+        self._unit["bounds"] = self._guard.outwards * BOUND_UNIT * self._width[:, None]
         for name, tensor in self._base.items():
             self.register_parameter(name, nn.Parameter(torch.zeros_like(tensor)))
         self.eval()
@@ -86,18 +84,8 @@ class TrainableSite(nn.Module):
     @property
     def costs(self) -> Costs:
         """Bytes that the site reads."""
-        settings, w = self.entry.settings, self.weights
-        return Costs.from_sizes(
-            w.up.shape[1],
-            len(w.down),
-            settings["bits"],
-            w.up.element_size(),
-            self._fold_bits,
-            settings["row_bits"],
-            group_size=settings["group_size"],
-            bias=w.up_bias is not None or w.gate_bias is not None,
-            k=1 if w.gate is None else 2,
-        )
+        bits, row_bits, group_size = (self.entry.settings[name] for name in ("bits", "row_bits", "group_size"))
+        return Costs.from_weights(self.weights, bits, self._fold_bits, row_bits, group_size)
 
     def train(self, mode: bool = True) -> TrainableSite:
         """Sets the mode of ``forward`` and resets the counters; leaving training mode fixes the stored plan."""
@@ -108,8 +96,8 @@ class TrainableSite(nn.Module):
             self.tokens, self._counted = 0, torch.zeros(_STEPS, dtype=torch.float32, device=self.weights.up.device)
         return self
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Applies the site, [..., d] to [..., d_out]."""
+    def forward(self, x: Float[Tensor, "*tokens d"]) -> Float[Tensor, "*tokens d_out"]:
+        """Applies the site."""
         tokens = x.reshape(-1, x.shape[-1]).to(self._dtype)
         if not self.training:
             self._count(tokens)
@@ -117,7 +105,7 @@ class TrainableSite(nn.Module):
         outlier = self._outliers(tokens)
         self.corrected = self.corrected + outlier.sum()
         z = reference.biased([tokens @ rows.T for rows in self._projections], self._biases, self._listed)
-        residual = reference.surrogate_error(z, self._now("surrogate"), self._activation)
+        residual = reference.surrogate_error(z, self._now("surrogate"), reference.response(z, self._activation))
         added = (outlier * residual) @ self._columns
         weight, bias = self._rounded(self._now("folded_weight")), self._now("folded_bias").to(x.dtype)
         if self._fold_bits == 16:
@@ -126,8 +114,8 @@ class TrainableSite(nn.Module):
             folded, added = bias, added + tokens @ weight.T
         return (folded.to(self._dtype) + added.view(*x.shape[:-1], len(bias))).to(x.dtype)
 
-    def corrections(self) -> Tensor:
-        """Corrections per token since training mode was left, for ever wider ranges: [widenings]."""
+    def corrections(self) -> Float[Tensor, " widenings"]:
+        """Corrections per token since training mode was left, for ever wider ranges."""
         always: int = self._listed - self._guarded
         return always + self._counted.flip(0).cumsum(0).flip(0) / max(1, self.tokens)
 
@@ -139,37 +127,16 @@ class TrainableSite(nn.Module):
     @torch.no_grad()
     def planned(self) -> SitePlan:
         """The entry with the current tensors; its figures are not updated."""
-        dtype = self.weights.up.dtype
-        tensors = {name: self._now(name) for name in ("surrogate", "folded_bias")}
+        tensors = {name: self._now(name) for name in ("surrogate", "folded_bias", "folded_weight")}
         tensors["guard"] = self._guard.tensor(self._now("bounds"))
-        weight = self._now("folded_weight")
-        if self._fold_bits == 16:
-            tensors["folded_weight"] = weight.to(dtype)
-        else:
-            codes = pack(self._codes(weight).to(torch.uint8), self._fold_bits)
+        if self._fold_bits < 16:
+            codes = pack(self._codes(tensors["folded_weight"]).to(torch.uint8), self._fold_bits)
             tensors["folded_weight"] = join(codes, self._scale, self._zero)
         old = self.entry.tensors
         stored = {name: t.to(dtype=old[name].dtype, device=old[name].device) for name, t in tensors.items()}
         return replace(self.entry, tensors={**old, **stored})
 
-    def _rows(self, constants: Mapping[str, Tensor], name: str, columns: int, bits: int) -> Tensor:
-        """Rows of a matrix for the listed neurons."""
-        neurons = constants["neurons"][: self._listed].long()
-        return reference.rows_of(constants[name][neurons], bits, columns, self._dtype)
-
-    def _predictor(self, constants: Mapping[str, Tensor], projection: int) -> Tensor:
-        """Decoded rows of a predictor, [guarded, d]."""
-        codes, scale, zero = (constants[name][: self._guarded, projection] for name in ("codes", "scale", "zero"))
-        bits, columns = self.entry.settings["bits"], self.weights.up.shape[1]
-        return reference.dequantise(codes, scale, zero, bits, columns, self._dtype)
-
-    def _projection(self, constants: Mapping[str, Tensor], name: str, predictor: Tensor) -> Tensor:
-        """Rows of a projection, [listed, d]: plain, or nested in the predictor."""
-        bits, row_bits = self.entry.settings["bits"], self.entry.settings["row_bits"]
-        rows = self._rows(constants, name, predictor.shape[1], 16 if row_bits == 16 else low_bits(bits, row_bits))
-        return rows if row_bits == 16 else predictor + rows
-
-    def _folded_weight(self, stored: Tensor) -> Tensor:
+    def _folded_weight(self, stored: Shaped[Tensor, "d_out stored"]) -> Float[Tensor, "d_out d"]:
         if self._fold_bits == 16:
             return stored.to(self._dtype)
         columns = self.weights.up.shape[1]
@@ -181,38 +148,34 @@ class TrainableSite(nn.Module):
     def _now(self, name: str) -> Tensor:
         return self._base[name] + self._unit[name] * self.get_parameter(name)
 
-    def _codes(self, weight: Tensor) -> Tensor:
+    def _codes(self, weight: Float[Tensor, "d_out d"]) -> Float[Tensor, "d_out d"]:
         scale, zero = self._grid
         code = (weight / scale + zero).round().clamp(0, 2**self._fold_bits - 1)
         return torch.where(scale > 0, code, zero)
 
-    def _rounded(self, weight: Tensor) -> Tensor:
+    def _rounded(self, weight: Float[Tensor, "d_out d"]) -> Float[Tensor, "d_out d"]:
         """The weight rounded as when stored, straight-through."""
         if self._fold_bits == 16:
             return weight
         scale, zero = self._grid
         return (self._codes(weight) - zero) * scale + (weight - weight.detach())
 
-    def _excess(self, tokens: Tensor) -> list[Tensor]:
-        """Distance of the estimates past each bound, [tokens, guarded], with gradients to the bounds."""
+    def _excess(self, tokens: Float[Tensor, "tokens d"]) -> list[Float[Tensor, "tokens guarded"]]:
+        """Distance of the estimates past each bound, with gradients to the bounds."""
         z_hat = [tokens.detach() @ predictor.T for predictor in self._predictors]
         return self._guard.excess(z_hat, self._now("bounds"))
 
-    def _outliers(self, tokens: Tensor) -> Tensor:
-        """Mask of corrected listed neurons, [tokens, listed], as straight-through numbers."""
+    def _outliers(self, tokens: Float[Tensor, "tokens d"]) -> Float[Tensor, "tokens listed"]:
+        """Mask of corrected listed neurons as straight-through numbers."""
         spread = torch.where(self._width > 0, TEMPERATURE * self._width, 1)
-        hard, soft = (
-            torch.zeros((), dtype=torch.bool, device=tokens.device),
-            torch.zeros((), dtype=torch.float32, device=tokens.device),
-        )
-        for excess in self._excess(tokens):
-            hard, soft = hard | (excess > 0), soft + torch.sigmoid(excess / spread)
+        excesses = self._excess(tokens)
+        hard = torch.stack(excesses).amax(0) > 0
+        soft = torch.stack([torch.sigmoid(excess / spread) for excess in excesses]).sum(0)
         return F.pad(hard + (soft - soft.detach()), (0, self._listed - self._guarded), value=1.0)
 
     @torch.no_grad()
-    def _count(self, tokens: Tensor) -> None:
+    def _count(self, tokens: Float[Tensor, "tokens d"]) -> None:
         excess = torch.stack(self._excess(tokens)).amax(0)
-        some = excess > 0
-        share = (excess / self._width)[some].float().clamp(max=_WIDEST)
+        share = (excess / self._width)[excess > 0].float().clamp(max=_WIDEST)
         self._counted += torch.histc(share, _STEPS, 0, _WIDEST)
         self.tokens += len(tokens)

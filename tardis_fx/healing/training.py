@@ -40,17 +40,7 @@ class Training:
         learning_rate: float,
         state: State | None,
     ) -> None:
-        """Starts training, or resumes it from a state.
-
-        Args:
-            model: the dense model.
-            student: the model to train.
-            evaluation: of the student, on the tuning split.
-            batches: training data, shuffled in each pass.
-            steps: maximum number.
-            learning_rate: its maximum.
-            state: of an interrupted training, or None.
-        """
+        """Starts training on batches that are shuffled in each pass, or resumes it from a state."""
         self._model, self._student, self._evaluation, self._batches = model, student, evaluation, batches
         self._steps, self._rate = steps, learning_rate
         self._optimiser = torch.optim.Adam(student.parameters, betas=(0.9, 0.99))
@@ -67,7 +57,7 @@ class Training:
         """Whether all steps are taken, or the last evaluations brought no improvement."""
         return self.state.step >= self._steps or self.state.step - self.state.best_step >= PATIENCE * INTERVAL
 
-    def go_on(self) -> None:
+    def advance(self) -> None:
         """Takes the steps up to the next evaluation, then evaluates."""
         state = self.state
         while state.step < self._steps:
@@ -79,11 +69,11 @@ class Training:
         _log.debug("healing, step %d: loss on the tuning split %.4g", state.step, loss)
         state.parameters, state.optimiser = self._copies(), self._optimiser.state_dict()
         if loss < state.best:
-            state.best, state.best_step, state.kept = loss, state.step, state.parameters
+            state.best, state.best_step, state.best_parameters = loss, state.step, state.parameters
 
     def restore(self) -> None:
         """Restores the parameters of the best evaluation."""
-        self._put(self.state.kept)
+        self._put(self.state.best_parameters)
 
     def _step(self, step: int) -> None:
         for group in self._optimiser.param_groups:
@@ -113,11 +103,11 @@ class Training:
         bounds = [site.bounds for site in sites]
         read = torch.stack([site.costs.row * site.corrected for site in sites]).sum()
         slopes = torch.autograd.grad(read, bounds)
-        found = [bound.grad for bound in bounds if bound.grad is not None]
-        gained = sum(float((gradient * slope).sum()) for gradient, slope in zip(found, slopes, strict=True))
-        paid = sum(float(slope.square().sum()) for slope in slopes)
-        for bound, gradient, slope in zip(bounds, found, slopes, strict=True):
-            bound.grad = gradient - slope * (gained / paid if paid else 0)
+        gradients = [bound.grad for bound in bounds if bound.grad is not None]
+        product = sum(float((gradient * slope).sum()) for gradient, slope in zip(gradients, slopes, strict=True))
+        square = sum(float(slope.square().sum()) for slope in slopes)
+        for bound, gradient, slope in zip(bounds, gradients, slopes, strict=True):
+            bound.grad = gradient - slope * (product / square if square else 0)
 
     def _copies(self) -> list[torch.Tensor]:
         return [parameter.detach().cpu().clone() for parameter in self._student.parameters]
@@ -131,6 +121,6 @@ class Training:
 def _finite(loss: float, where: str) -> float:
     if not math.isfinite(loss):
         raise CalibrationError(
-            f"the loss on {where} is {loss}: look at the batch, or lower the learning rate if it came in mid-training"
+            f"the loss on {where} is {loss}: look at the batch, or lower the learning rate if it diverged in training"
         )
     return loss

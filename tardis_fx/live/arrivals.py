@@ -6,16 +6,16 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from jaxtyping import Float, Float32
 from torch import Tensor
 
 from tardis_fx.errors import CalibrationError
-from tardis_fx.observation.run import Fit, Observation, Run
+from tardis_fx.observation.run import Fit, Observation, Run, advance
 from tardis_fx.observation.site import ObservedSite, SiteObserver
 from tardis_fx.plan import Plan
 
 #: Number of a site's tokens that are collected before the observer gets them.
 TOGETHER = 512
-
 #: A site is abandoned if it lacks distinct tokens after this many times the needed number, repeats included.
 PATIENCE = 16
 
@@ -31,13 +31,7 @@ class LiveObservation(Observation):
     """
 
     def __init__(self, sites: Sequence[ObservedSite], tokens: int, fit: Callable[[LiveObservation], Fit[Plan]]) -> None:
-        """Starts without any run.
-
-        Args:
-            sites: the sites.
-            tokens: number of tokens that each run shows at every site.
-            fit: makes plans from this observation.
-        """
+        """Prepares a fit whose runs each show a number of tokens at every site; the first update starts it."""
         super().__init__()
         self._sites, self._tokens, self._fit = list(sites), tokens, fit(self)
         self.title, self.count = "", 0
@@ -49,42 +43,20 @@ class LiveObservation(Observation):
         """All sites."""
         return self._sites
 
-    @property
-    def waits(self) -> bool:
-        """Whether a run waits for tokens."""
-        return self._run is not None
-
-    def advance(self, answer: Mapping[str, Any] | None = None) -> Plan | None:
-        """Continues the fit until it needs tokens, and returns None, or until its end, and returns the plan.
-
-        Args:
-            answer: returned by :meth:`update`; None at the beginning.
-        """
-        while True:
-            try:
-                run = self._fit.send(answer)  # type: ignore[arg-type]
-            except StopIteration as done:
-                plan: Plan = done.value
-                return plan
-            answer = self.recall(run)
-            if answer is None:
-                assert not run.replaced  # Options refuses sequential fits
-                self._arrivals = {s.fingerprint: _Arrivals(run.make(s), s.weights.up.shape[1]) for s in run.sites}
-                self._run, self.title, self.count = run, run.title, 0
-                return None
-
-    def update(self, inputs: Sequence[tuple[str, Tensor]]) -> Mapping[str, Any] | None:
+    def update(self, inputs: Sequence[tuple[str, Float[Tensor, "tokens d"]]]) -> Plan | None:
         """Shows the inputs of one call to the observers of the current run.
 
         Args:
-            inputs: fingerprints and inputs, [tokens, d].
+            inputs: fingerprints of sites and their inputs.
 
         Returns:
-            The result of the run, or None if it needs more tokens.
+            The plan, or None if the fit needs more tokens.
 
         Raises:
             CalibrationError: an input is NaN or infinite.
         """
+        if self._run is None and (plan := self._advance(None)) is not None:
+            return plan
         for identity, x in inputs:
             if identity in self._arrivals and len(x):
                 if not torch.isfinite(x).all():
@@ -97,7 +69,20 @@ class LiveObservation(Observation):
             arrivals.show()
         run, observers = self._run, {identity: arrivals.observer for identity, arrivals in self._arrivals.items()}
         self._run, self._arrivals = None, {}
-        return self.conclude(run, observers)
+        return self._advance(self.conclude(run, observers))
+
+    def _advance(self, answer: Mapping[str, Any] | None) -> Plan | None:
+        """Continues the fit until it needs tokens or ends."""
+        step = advance(self._fit, answer)
+        while isinstance(step, Run):
+            answer = self.recall(step)
+            if answer is None:
+                assert not step.replaced  # Options refuses sequential fits
+                self._arrivals = {s.fingerprint: _Arrivals(step.make(s), s.weights.up.shape[1]) for s in step.sites}
+                self._run, self.title, self.count = step, step.title, 0
+                return None
+            step = advance(self._fit, answer)
+        return step.result
 
     def monotonous(self) -> list[ObservedSite]:
         """Sites that keep repeating their inputs although another site has enough tokens."""
@@ -114,22 +99,22 @@ class _Arrivals:
     def __init__(self, observer: SiteObserver, d: int) -> None:
         self.observer, self._repeats = observer, Repeats(d)
         self.arrived, self.count = 0, 0
-        self._kept: list[Tensor] = []
+        self._collected: list[Tensor] = []
 
-    def add(self, x: Tensor) -> None:
-        """Collects new tokens of [tokens, d], float32, and shows them once there are enough."""
+    def add(self, x: Float32[Tensor, "tokens d"]) -> None:
+        """Collects new tokens and shows them once there are enough."""
         self.arrived += len(x)
         x = self._repeats.dropped(x)
         self.count += len(x)
-        self._kept.append(x)
-        if sum(map(len, self._kept)) >= TOGETHER:
+        self._collected.append(x)
+        if sum(map(len, self._collected)) >= TOGETHER:
             self.show()
 
     def show(self) -> None:
         """Shows the collected tokens to the observer."""
-        kept, self._kept = self._kept, []
-        if any(map(len, kept)):
-            self.observer.update(torch.cat(kept))
+        collected, self._collected = self._collected, []
+        if any(map(len, collected)):
+            self.observer.update(torch.cat(collected))
 
 
 class Repeats:
@@ -140,14 +125,13 @@ class Repeats:
     """
 
     def __init__(self, d: int) -> None:
-        """Draws the random projections; tokens are [tokens, d]."""
         generator = torch.Generator().manual_seed(0)
         self._projection = torch.randn(d, 8, generator=generator, dtype=torch.float32, device="cpu")
         self._weights = torch.randint(1, 1 << 62, (8,), generator=generator, dtype=torch.int64, device="cpu")
         self._known: set[int] = set()
 
-    def dropped(self, x: Tensor) -> Tensor:
-        """Drops repeats, also within x: [tokens, d], float32, to [distinct, d]."""
+    def dropped(self, x: Float32[Tensor, "tokens d"]) -> Float32[Tensor, "distinct d"]:
+        """Drops repeats, also within x."""
         directions = x / x.norm(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
         cells = (directions @ self._projection * 64).round().long()
         new = []

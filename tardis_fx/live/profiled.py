@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, fx
 
 from tardis_fx.graph.site import Site, SiteWeights
@@ -25,15 +26,15 @@ TOKENS = 1024
 
 def return_inputs(gm: fx.GraphModule, sites: Sequence[Site]) -> None:
     """Makes a graph return the inputs of sites, [tokens, d] each, after its own outputs."""
-    seen = []
+    inputs = []
     for site in sites:
         with gm.graph.inserting_before(site.up.product):  # before any later write
             width = site.input.meta["example_value"].shape[-1]
             tokens = gm.graph.call_function(torch.reshape, (site.input, (-1, width)))
-            some = gm.graph.call_function(operator.getitem, (tokens, slice(TOKENS)))
-            seen.append(gm.graph.call_function(torch.clone, (some,)))
+            first = gm.graph.call_function(operator.getitem, (tokens, slice(TOKENS)))
+            inputs.append(gm.graph.call_function(torch.clone, (first,)))
     output = gm.graph.output_node()
-    output.args = ((*output.args[0], *seen),)  # type: ignore[misc]
+    output.args = ((*output.args[0], *inputs),)  # type: ignore[misc]
     gm.graph.lint()
     gm.recompile()
 
@@ -54,12 +55,8 @@ class ProfiledGraph:
     ) -> None:
         """Combines a graph made by :func:`return_inputs` with the profiles of its sites.
 
-        Args:
-            compiled: the graph.
-            sites: as passed to :func:`return_inputs`.
-            positions: of each site's parameters among the graph's inputs.
-            settings: of the profiles.
-            finished: called once when all profiles are finished; the function that it returns runs from then on.
+        ``positions`` are those of each site's parameters among the graph's inputs. ``finished`` is called once when all
+        profiles are finished; the function that it returns runs from then on.
         """
         self._compiled, self._sites, self._positions = compiled, list(sites), positions
         self._settings, self._finished = settings, finished
@@ -77,23 +74,27 @@ class ProfiledGraph:
         if self._observes and OBSERVING.acquire(blocking=False):
             try:
                 with torch.inference_mode(mode=False), torch.no_grad():
-                    done = self._observe([[inputs[i] for i in own] for own in self._positions], seen)
+                    done = self._observe([[inputs[i] for i in positions] for positions in self._positions], seen)
                 self._observes = not done
             except Exception as error:
                 self._observes = done = False
                 names = ", ".join(site.name for site in self._sites)
-                _log.error("%s: nothing is fitted, for observing fails: %s: %s", names, type(error).__name__, error)
+                _log.error(
+                    "%s: nothing is fitted, because the observation failed: %s: %s", names, type(error).__name__, error
+                )
             finally:
                 OBSERVING.release()
             if done:
                 self._successor = self._finished()
         return outputs
 
-    def _observe(self, parameters: list[list[Tensor]], seen: Sequence[Tensor]) -> bool:
-        """Whether all profiles are finished."""
+    def _observe(self, parameters: list[list[Tensor]], seen: Sequence[Float[Tensor, "_ _"]]) -> bool:
+        """Adds inputs of the sites to their profiles; returns whether all profiles are finished."""
         sites = [
-            ObservedSite(site, fingerprint(own, site.function), SiteWeights.from_site(site, own), tuple(own))
-            for site, own in zip(self._sites, parameters, strict=True)
+            ObservedSite(
+                site, fingerprint(weights, site.function), SiteWeights.from_site(site, weights), tuple(weights)
+            )
+            for site, weights in zip(self._sites, parameters, strict=True)
         ]
         profiles = profiles_of(sites, self._settings)
         self._profiles = {k: p for k, p in self._profiles.items() if p.alive} | profiles

@@ -11,11 +11,10 @@ from __future__ import annotations
 import logging
 import threading
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
+from jaxtyping import Float
 from torch import Tensor
 
 from tardis_fx.config import Config
@@ -53,7 +52,7 @@ class Profile:
 
     def __init__(self, sites: Sequence[ObservedSite], settings: Settings) -> None:
         self.plan: Plan | None = None
-        self._settings, self._left = settings, list[KeptSite]()
+        self._settings, self._repeating = settings, list[KeptSite]()
         self._weights = [weakref.ref(weight) for site in sites for weight in site.parameters]
         self._observation: LiveObservation | None = None
         self._begin(sites)
@@ -71,57 +70,42 @@ class Profile:
             return "fitted"
         return f"profiling: {observation.title}, {observation.count:,} of {self._settings.profile_tokens:,} tokens"
 
-    def update(self, inputs: Sequence[tuple[str, Tensor]]) -> None:
+    def update(self, inputs: Sequence[tuple[str, Float[Tensor, "tokens d"]]]) -> None:
         """Adds the inputs of one call, with fingerprints; fits and checks once there are enough.
 
         An error ends the profile, not the call; after an interruption by the user, observation starts again.
         """
-        observation = self._observation
-        if observation is None:
+        if (observation := self._observation) is None:
             return
-        with self._guarded(observation):
-            if not observation.waits:
-                self._advance(observation)  # to the first run
-            if (found := observation.update(inputs)) is not None:
-                self._advance(observation, found)
+        try:
+            if (plan := observation.update(inputs)) is not None:
+                self._finish(plan.sites)
             elif late := observation.monotonous():
                 self._leave(observation, late)
-
-    def _begin(self, sites: Sequence[ObservedSite]) -> None:
-        observation = self._observation = LiveObservation(sites, self._settings.profile_tokens, self._fit)
-        with self._guarded(observation):
-            self._advance(observation)
-
-    @contextmanager
-    def _guarded(self, observation: LiveObservation) -> Iterator[None]:
-        try:
-            yield
         except Exception as error:
-            said = str(error) if isinstance(error, TardisError) else f"{type(error).__name__}: {error}"
-            _log.error("the feed-forward networks stay as they are: %s", said)
-            self._finish(refused(site, said) for site in observation.sites)
+            reason = str(error) if isinstance(error, TardisError) else f"{type(error).__name__}: {error}"
+            _log.error("the feed-forward networks stay as they are: %s", reason)
+            self._finish(refused(site, reason) for site in observation.sites)
         except BaseException:
             self._observation = LiveObservation(observation.sites, self._settings.profile_tokens, self._fit)
             raise
 
-    def _advance(self, observation: LiveObservation, found: Mapping[str, Any] | None = None) -> None:
-        plan = observation.advance(found)
-        if plan is not None:
-            self._finish(plan.sites)
+    def _begin(self, sites: Sequence[ObservedSite]) -> None:
+        self._observation = LiveObservation(sites, self._settings.profile_tokens, self._fit)
+        self.update([])  # to the first run
 
     def _finish(self, entries: Iterable[Planned]) -> None:
-        self.plan = Plan((*entries, *self._left), self._settings.config)
+        self.plan = Plan((*entries, *self._repeating), self._settings.config)
         self._observation = None
 
     def _leave(self, observation: LiveObservation, late: Sequence[ObservedSite]) -> None:
         """Restarts without some sites, which might delay the others forever."""
+        tokens = self._settings.profile_tokens
+        reason = f"its inputs repeat: fewer than {tokens:,} different ones in {PATIENCE * tokens:,}"
         for site in late:
-            wanted = self._settings.profile_tokens
-            reason = f"its inputs repeat: fewer than {wanted:,} different ones in {PATIENCE * wanted:,}"
             _log.warning("%s is not rewritten: %s", site.site.name, reason)
-            self._left.append(refused(site, reason))
-        left = {site.fingerprint for site in late}
-        self._begin([site for site in observation.sites if site.fingerprint not in left])
+            self._repeating.append(refused(site, reason))
+        self._begin([site for site in observation.sites if site not in late])
 
     def _fit(self, observation: LiveObservation) -> Fit[Plan]:
         """Fits a plan, and drops sites whose error on held-back calls exceeds the tolerance."""
@@ -163,10 +147,9 @@ def profiles_of(sites: Iterable[ObservedSite], settings: Settings) -> dict[str, 
     global _profiles
     sites, known = list(sites), _profiles
     if new := {site.fingerprint: site for site in sites if (site.fingerprint, settings) not in known}:
-        begun = Profile(list(new.values()), settings)
+        profile = Profile(list(new.values()), settings)
         alive = {key: profile for key, profile in known.items() if profile.alive}
-        known = alive | {(identity, settings): begun for identity in new}
-        _profiles = known
+        _profiles = known = alive | {(identity, settings): profile for identity in new}
     return {site.fingerprint: known[site.fingerprint, settings] for site in sites}
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor, nn
 
 from tardis_fx.errors import CalibrationError
@@ -60,35 +61,31 @@ def checked(model: nn.Module, batches: Iterable[Batch]) -> list[Batch]:
     parameters = list(model.parameters())
     if parameters and all(parameter.is_meta for parameter in parameters):
         raise CalibrationError("the model is on the meta device, where tensors hold no numbers: load its weights first")
-    given = _listed(batches)
+    listed = _listed(batches)
     vocabulary = _vocabulary(model)
-    for number, batch in enumerate(given):
+    for number, batch in enumerate(listed):
         _check(number, batch, vocabulary)
-    if ignored := sorted({name for batch in given for name, mask in _masks(batch) if not _understood(mask)}):
+    if ignored := sorted({name for batch in listed for name, mask in _masks(batch) if not _understood(mask)}):
         _log.warning(
             "%s is not [batch, tokens] with 0 at padding and 1 elsewhere: padding counts as text", ", ".join(ignored)
         )
-    return given
+    return listed
 
 
-def real_tokens(batch: Batch, shape: Sequence[int]) -> Tensor | None:
-    """Mask of the tokens of a tensor [*shape, features] that are not padding: [*shape], bool; else None.
+def real_tokens(batch: Batch, shape: Sequence[int]) -> Bool[Tensor, "*tokens"] | None:
+    """Mask of the tokens of a tensor [*shape, features] that are not padding, or None if the batch has none for it.
 
     It comes from an attention mask of this shape, or of as many tokens if the shape is flat. Two different masks give
     None.
-
-    Args:
-        batch: input of the model.
-        shape: of the tensor, without its last dimension.
     """
-    found = [
+    masks = [
         mask != 0
         for _, mask in _masks(batch)
         if _understood(mask) and tuple(shape) in (tuple(mask.shape), (mask.numel(),))
     ]
-    if not found or any(not torch.equal(found[0], other) for other in found[1:]):
+    if not masks or any(not torch.equal(masks[0], mask) for mask in masks[1:]):
         return None
-    real: Tensor = found[0].reshape(tuple(shape))
+    real: Tensor = masks[0].reshape(tuple(shape))
     return real
 
 
@@ -101,12 +98,10 @@ def _listed(batches: Iterable[Batch]) -> list[Batch]:
         iterator = iter(batches)
     except TypeError:
         raise CalibrationError(f"batches must be an iterable of batches, not {type(batches).__name__}") from None
-    given = list(iterator)
-    if not given:
-        once = iterator is batches
-        hint = ": a generator gives its batches once, and this one has given them: pass a list" if once else ""
-        raise CalibrationError(f"no calibration batches{hint}")
-    return given
+    if listed := list(iterator):
+        return listed
+    hint = ": this generator is exhausted, pass a list" if iterator is batches else ""
+    raise CalibrationError(f"no calibration batches{hint}")
 
 
 def _check(number: int, batch: Batch, vocabulary: int | None) -> None:

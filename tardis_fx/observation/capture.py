@@ -40,9 +40,7 @@ class Capture:
     that it leaves the cache of the model's other compiled forms unchanged.
     """
 
-    def __init__(
-        self, model: nn.Module, observer: Callable[[fx.GraphModule, list[Tensor]], Callable[..., Any]]
-    ) -> None:
+    def __init__(self, model: nn.Module, observer: Callable[[fx.GraphModule, list[Any]], Callable[..., Any]]) -> None:
         """Prepares the capture; nothing is traced before the first call.
 
         Args:
@@ -142,7 +140,7 @@ class _Graph:
     def _weights(self, inputs: Sequence[Any], capture: Capture) -> Hashable:
         """Key of a set of weights: their names, as two modules may have equal weights, and the sites' contents."""
         names = tuple(tuple(capture.names.get(id(value), ())) for value in inputs if isinstance(value, Tensor))
-        return names, *(identity([inputs[p] for p in own], function) for function, own in self._sites)
+        return names, *(identity([inputs[i] for i in positions], function) for function, positions in self._sites)
 
 
 def identity(weights: Sequence[Tensor], function: str | None) -> Hashable:
@@ -154,7 +152,7 @@ def identity(weights: Sequence[Tensor], function: str | None) -> Hashable:
 
 
 def arguments(batch: Tensor | Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Converts a batch to positional and keyword arguments of the model.
+    """Positional and keyword arguments of the model for a batch.
 
     Raises:
         CalibrationError: the batch is neither a tensor nor a mapping.

@@ -36,18 +36,10 @@ class Checkpoint:
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise CheckpointError(f"cannot keep checkpoints in {folder}: {error}") from error
+            raise CheckpointError(f"cannot store checkpoints in {folder}: {error}") from error
 
     def restore(self, run: int, title: str, observers: Mapping[str, Any]) -> bool:
-        """Loads the statistics of a finished run into new observers.
-
-        Args:
-            run: number of the run.
-            title: of the run.
-            observers: by the fingerprints of their sites.
-
-        Returns:
-            Whether the run was stored.
+        """Loads the statistics of a finished run into new observers; returns whether the run was stored.
 
         Raises:
             CheckpointError: the file is damaged or belongs to another calibration.
@@ -59,11 +51,11 @@ class Checkpoint:
             stored, header = read(path)
             check_digest(stored, header)
         except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{path} is damaged or no checkpoint: {error}") from error
+            raise CheckpointError(f"{path} is damaged or not a checkpoint: {error}") from error
         wanted = statistics(observers)
         if not self._header(title).items() <= header.items() or stored.keys() != wanted.keys():
             raise CheckpointError(
-                f"{path} is of another model, other batches or another config: delete {self._folder}, or name another"
+                f"{path} belongs to another model, batches or config: delete {self._folder}, or name another folder"
             )
         for name, statistic in wanted.items():
             if statistic.how != "joined" and stored[name].shape != statistic.value.shape:

@@ -27,13 +27,7 @@ from tardis_fx.observation.site import Merge
 
 @dataclass(frozen=True)
 class Statistic:
-    """One attribute of an observer that batches change.
-
-    Attributes:
-        owner: the observer.
-        attribute: name of the attribute.
-        how: rule by which it is merged.
-    """
+    """One attribute of an observer that batches change, and the rule by which it is merged."""
 
     owner: Any
     attribute: str
@@ -42,20 +36,20 @@ class Statistic:
     @property
     def value(self) -> Tensor:
         """The value as a tensor: the attribute itself if it is one."""
-        held = getattr(self.owner, self.attribute)
+        value = getattr(self.owner, self.attribute)
         if self.how == "joined":
-            return torch.cat(held) if held else torch.zeros(0, dtype=torch.float32, device="cpu")
-        if isinstance(held, Tensor):
-            return held
-        return torch.tensor(held, dtype=torch.float64 if isinstance(held, float) else torch.int64, device="cpu")
+            return torch.cat(value) if value else torch.zeros(0, dtype=torch.float32, device="cpu")
+        if isinstance(value, Tensor):
+            return value
+        return torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else torch.int64, device="cpu")
 
     def assign(self, value: Tensor) -> None:
         """Replaces the value by one of the same form."""
-        held = getattr(self.owner, self.attribute)
+        current = getattr(self.owner, self.attribute)
         if self.how == "joined":
-            held[:] = [value]
-        elif isinstance(held, Tensor):
-            held.copy_(value)
+            current[:] = [value]
+        elif isinstance(current, Tensor):
+            current.copy_(value)
         else:
             setattr(self.owner, self.attribute, value.item())
 
@@ -71,19 +65,19 @@ def statistics(observers: Mapping[str, Any]) -> dict[str, Statistic]:
     Raises:
         CalibrationError: an observer has no ``merged``.
     """
-    return {name: each for key, observer in observers.items() for name, each in _walk(key, observer)}
+    return {name: stat for key, observer in observers.items() for name, stat in _walk(key, observer)}
 
 
 def _walk(name: str, observer: Any) -> Iterator[tuple[str, Statistic]]:
     if not hasattr(observer, "merged"):
         raise CalibrationError(
-            f"{type(observer).__name__} cannot be kept or shared with other processes: it has no `merged`, "
+            f"{type(observer).__name__} cannot be stored or shared with other processes: it has no `merged`, "
             "see tardis_fx.observation.merging"
         )
     for attribute, how in observer.merged.items():
         if how == "parts":
-            held = getattr(observer, attribute)
-            for i, part in enumerate(held if isinstance(held, list) else [held]):
+            parts = getattr(observer, attribute)
+            for i, part in enumerate(parts if isinstance(parts, list) else [parts]):
                 yield from _walk(f"{name}.{attribute}.{i}", part)
         else:
             yield f"{name}.{attribute}", Statistic(observer, attribute, how)
@@ -95,7 +89,7 @@ def merge(observers: Mapping[str, Any], ranks: Ranks) -> None:
     Raises:
         CalibrationError: an observer has no ``merged``, the observers of two ranks differ in form, or a rank died.
     """
-    found = statistics(observers)
-    ranks.agree("statistics", {name: each.form for name, each in found.items()})
-    for each in found.values():
-        each.assign(ranks.merged(each.value, each.how))
+    by_name = statistics(observers)
+    ranks.agree("statistics", {name: statistic.form for name, statistic in by_name.items()})
+    for statistic in by_name.values():
+        statistic.assign(ranks.merged(statistic.value, statistic.how))

@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, fx, nn
 from tqdm import tqdm
 
@@ -17,9 +18,7 @@ from tardis_fx.graph.matcher import find_sites
 from tardis_fx.graph.site import Site, SiteWeights, is_freed
 from tardis_fx.graph.subclasses import stored_tensors, subclass_name
 from tardis_fx.graph.unfuse import unfuse
-from tardis_fx.observation.batches import Batch as Batch
-from tardis_fx.observation.batches import checked as checked
-from tardis_fx.observation.batches import real_tokens, uncompiled
+from tardis_fx.observation.batches import Batch, checked, real_tokens, uncompiled
 from tardis_fx.observation.capture import Capture
 from tardis_fx.observation.checkpoint import Checkpoint
 from tardis_fx.observation.foreign import raising_typed
@@ -94,16 +93,13 @@ class BatchObservation(RepeatableObservation):
         """
         observers = {site.fingerprint: run.make(site) for site in run.sites}
         self._runs += 1
-        checkpoint, number = self._checkpoint, self._runs
+        checkpoint, contents = self._checkpoint, (self._runs, run.title, observers)
 
-        def keep() -> None:
+        def store() -> None:
             if checkpoint is not None:
-                checkpoint.store(number, run.title, observers)
+                checkpoint.store(*contents)
 
-        def restore() -> bool:
-            return checkpoint is not None and checkpoint.restore(number, run.title, observers)
-
-        restored = any(self._ranks.attempt(restore))
+        restored = any(self._ranks.attempt(lambda: checkpoint is not None and checkpoint.restore(*contents)))
         if not restored:
             shown = self._ranks.attempt(lambda: self._show(run, observers))
             for identity in observers:
@@ -114,7 +110,7 @@ class BatchObservation(RepeatableObservation):
         if self._ranks.count > 1:
             merge(observers, self._ranks)  # also sends restored statistics to all ranks
         if not restored:
-            self._ranks.attempt(keep)
+            self._ranks.attempt(store)
         return observers
 
     def seen(self, site: ObservedSite) -> Seen | None:
@@ -122,11 +118,11 @@ class BatchObservation(RepeatableObservation):
         return self._seen.get(site.fingerprint)
 
     def _show(self, run: Run, observers: Mapping[str, SiteObserver]) -> dict[str, list[int]]:
-        """Runs this rank's batches; returns numbers of tokens and of held-back tokens by fingerprint."""
+        """Runs this rank's batches; returns the numbers of tokens and of held-back tokens by fingerprint."""
         self._observers, self._replaced, self._counts = observers, run.replaced, {}
-        shared = self._ranks.share(range(len(self._batches)))
+        share = self._ranks.share(range(len(self._batches)))
         try:
-            for number in tqdm(shared, desc=run.title, unit="batch", disable=not self._progress, leave=False):
+            for number in tqdm(share, desc=run.title, unit="batch", disable=not self._progress, leave=False):
                 self._call(number)
         finally:
             self._observers, self._replaced = {}, {}
@@ -146,7 +142,7 @@ class BatchObservation(RepeatableObservation):
         except Exception as error:
             raise CalibrationError(f"the model fails on batch {number}: {type(error).__name__}: {error}") from error
 
-    def _instrument(self, gm: fx.GraphModule, example_inputs: list[Tensor]) -> Callable[..., Any]:
+    def _instrument(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         """Inserts taps around every site, and records the sites and their weights."""
         unfuse(gm.graph)
         values = dict(zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True))
@@ -157,15 +153,15 @@ class BatchObservation(RepeatableObservation):
                 if self._admit(site, parameters) not in self._sites:
                     self._refused.append(f"{site.name}: {site.reason}")
                 continue
-            gm.add_submodule(f"tardis_enter_{i}", _Enter(weakref.proxy(self), site))
-            gm.add_submodule(f"tardis_leave_{i}", _Leave(weakref.proxy(self), site))
+            gm.add_submodule(f"tardis_enter_{i}", _Tap(site, weakref.WeakMethod(self._enter)))
+            gm.add_submodule(f"tardis_leave_{i}", _Tap(site, weakref.WeakMethod(self._leave)))
             with gm.graph.inserting_before(site.up.product):
                 entering = moved.get(site.input, site.input)
                 entered = gm.graph.call_module(f"tardis_enter_{i}", (entering, *site.parameters))
             with gm.graph.inserting_after(site.output):
-                left = gm.graph.call_module(f"tardis_leave_{i}", (site.output, entered, *site.parameters))
-            moved[site.output] = left
-            site.output.replace_all_uses_with(left, delete_user_cb=lambda user, left=left: user is not left)  # type: ignore[misc]
+                leaving = gm.graph.call_module(f"tardis_leave_{i}", (site.output, entered, *site.parameters))
+            moved[site.output] = leaving
+            site.output.replace_all_uses_with(leaving, delete_user_cb=lambda user, tap=leaving: user is not tap)  # type: ignore[misc]
         gm.recompile()
         return gm.forward
 
@@ -173,26 +169,38 @@ class BatchObservation(RepeatableObservation):
         stored = stored_tensors(parameters)
         identity = fingerprint(stored, site.function)
         if len(parameters) == len(site.parameters) and identity not in self._sites:
-            weights = SiteWeights.from_site(site, [_dense(p) for p in parameters])
+            # A site with a tensor subclass is refused, and needs only shapes.
+            dense = [
+                p if subclass_name(p) is None else torch.empty(p.shape, dtype=p.dtype, device="meta")
+                for p in parameters
+            ]
+            weights = SiteWeights.from_site(site, dense)
             self._sites[identity] = ObservedSite(site, identity, weights, tuple(stored))
         return identity
 
     def _refuse_absent(self) -> None:
         """Refuses sites whose weights exist only during a forward pass, as with FSDP and offloaders."""
-        for identity, found in self._sites.items():
-            if any(map(is_freed, found.parameters)):
-                reason = (
-                    "its weights are freed after every forward pass: calibrate before the model is sharded or offloaded"
-                )
-            elif fingerprint(found.parameters, found.site.function) != identity:
-                reason = "other weights took the place of its own: calibrate before the model is offloaded"
+        for identity, observed in self._sites.items():
+            if any(map(is_freed, observed.parameters)):
+                reason = "its weights are freed after every forward pass: calibrate before sharding or offloading"
+            elif fingerprint(observed.parameters, observed.site.function) != identity:
+                reason = "other weights took the place of its own: calibrate before offloading"
             else:
                 continue
-            self._sites[identity] = replace(found, site=found.site.refused(reason))
+            self._sites[identity] = replace(observed, site=observed.site.refused(reason))
 
-    def observe(self, site: Site, parameters: list[Tensor], x: Tensor) -> None:
-        """Shows the inputs of one call to the site's observer; called by a tap."""
-        identity = self._admit(site, parameters)
+    def _enter(self, site: Site, x: Float[Tensor, "*tokens d"], *parameters: Tensor) -> Tensor | None:
+        """Shows a site's inputs to its observer; returns a copy of them if the site's output will be replaced."""
+        identity = self._admit(site, list(parameters))
+        self._observe(site, identity, x)
+        return x.clone() if identity in self._replaced else None
+
+    def _leave(self, site: Site, output: Tensor, x: Tensor | None, *parameters: Tensor) -> Tensor:
+        """The site's output or its replacement."""
+        function = self._replaced.get(self._admit(site, list(parameters)))
+        return output if function is None or x is None else function(x).view_as(output)
+
+    def _observe(self, site: Site, identity: str, x: Float[Tensor, "*tokens d"]) -> None:
         observer = self._observers.get(identity)
         if observer is None or x.numel() == 0:
             return
@@ -213,39 +221,15 @@ class BatchObservation(RepeatableObservation):
         with raising_typed(f"{type(observer).__qualname__} at {site.name}"):
             observer.update(tokens)
 
-    def replaced(self, site: Site, parameters: list[Tensor]) -> Callable[[Tensor], Tensor] | None:
-        """The function that replaces a site's output in the current run, or None."""
-        return self._replaced.get(self._admit(site, parameters))
 
+class _Tap(nn.Module):
+    """Calls a method of an observation, which it does not keep alive, with a site and the values at it."""
 
-class _Enter(nn.Module):
-    """Shows a site's inputs to the observation; keeps a copy only if the output will be replaced."""
-
-    def __init__(self, observation: BatchObservation, site: Site) -> None:
+    def __init__(self, site: Site, method: weakref.WeakMethod[Callable[..., Tensor | None]]) -> None:
         super().__init__()
-        self._observation, self._site = observation, site
+        self._site, self._method = site, method
 
-    def forward(self, x: Tensor, *parameters: Tensor) -> Tensor | None:
-        """Observes the inputs, and returns a copy if the site's output will be replaced."""
-        self._observation.observe(self._site, list(parameters), x)
-        return x.clone() if self._observation.replaced(self._site, list(parameters)) else None
-
-
-class _Leave(nn.Module):
-    """Passes on a site's output or its replacement."""
-
-    def __init__(self, observation: BatchObservation, site: Site) -> None:
-        super().__init__()
-        self._observation, self._site = observation, site
-
-    def forward(self, output: Tensor, x: Tensor | None, *parameters: Tensor) -> Tensor:
-        """Returns the site's output or its replacement."""
-        function = self._observation.replaced(self._site, list(parameters))
-        return output if function is None or x is None else function(x).view_as(output)
-
-
-def _dense(parameter: Tensor) -> Tensor:
-    """The parameter, or a meta tensor of its shape for a tensor subclass, whose site is refused."""
-    if subclass_name(parameter) is None:
-        return parameter
-    return torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
+    def forward(self, *values: Tensor | None) -> Tensor | None:
+        method = self._method()
+        assert method is not None  # its owner makes the call
+        return method(self._site, *values)

@@ -31,7 +31,7 @@ class Ranks:
 
     rank: int = 0
     count: int = 1
-    _told: list[BaseException] = field(default_factory=list, compare=False, repr=False)  # errors that all ranks know
+    _shared: list[BaseException] = field(default_factory=list, compare=False, repr=False)  # errors that all ranks know
 
     @classmethod
     def initialised(cls) -> Ranks:
@@ -55,12 +55,12 @@ class Ranks:
             return [function()]
         raised: Exception | None = None
         try:
-            mine: Any = function()
+            result: Any = function()
         except Exception as error:
-            mine, raised = _typed(error), error
+            result, raised = _typed(error), error
         results: list[Any] = [None] * self.count
         with self._answered():
-            dist.all_gather_object(results, mine)
+            dist.all_gather_object(results, result)
         if raised is not None:
             raise self._known(raised)
         for rank, result in enumerate(results):
@@ -77,23 +77,24 @@ class Ranks:
         try:
             yield
         except BaseException as error:
-            if self.count > 1 and not any(error is known or error.__cause__ is known for known in self._told):
+            if self.count > 1 and not any(error is known or error.__cause__ is known for known in self._shared):
                 with suppress(CalibrationError), self._answered():  # another rank may also have died
                     dist.all_gather_object([None] * self.count, _typed(error))
             raise
         finally:
-            self._told.clear()
+            self._shared.clear()
 
-    def agree(self, what: str, value: Any) -> None:
+    def agree(self, title: str, value: Any) -> None:
         """Checks that a value is the same on all ranks.
 
         Raises:
             CalibrationError: a rank has another value.
         """
-        for rank, other in enumerate(found := self.attempt(lambda: value)):
-            if other != found[0]:
+        first, *others = self.attempt(lambda: value)
+        for rank, other in enumerate(others, 1):
+            if other != first:
                 raise self._known(
-                    CalibrationError(f"{what} of rank {rank} and of rank 0 differ: {_difference(other, found[0])}")
+                    CalibrationError(f"{title} of rank {rank} and of rank 0 differ: {_difference(other, first)}")
                 )
 
     def merged(self, tensor: Tensor, how: Merge) -> Tensor:
@@ -107,13 +108,13 @@ class Ranks:
         if how == "joined":
             return torch.cat(self.attempt(lambda: tensor))
         operation = {"sum": dist.ReduceOp.SUM, "least": dist.ReduceOp.MIN, "greatest": dist.ReduceOp.MAX}[how]
-        moved = tensor.to(_device()).clone()
+        merged = tensor.to(_device()).clone()
         with self._answered():
-            dist.all_reduce(moved, operation)
-        return moved.to(tensor.device)
+            dist.all_reduce(merged, operation)
+        return merged.to(tensor.device)
 
     def _known(self, error: Exception) -> Exception:
-        self._told.append(error)
+        self._shared.append(error)
         return error
 
     @contextmanager
@@ -146,8 +147,8 @@ def _device() -> torch.device:
     return torch.device("cpu") if takes_cpu else torch.device("cuda", torch.cuda.current_device())
 
 
-def _difference(one: Any, other: Any) -> str:
-    if isinstance(one, dict) and isinstance(other, dict):
-        names = [name for name in {**one, **other} if one.get(name) != other.get(name)]
-        return "; ".join(f"{name}: {one.get(name)} and {other.get(name)}" for name in names[:4])
-    return f"{one} and {other}"
+def _difference(left: Any, right: Any) -> str:
+    if isinstance(left, dict) and isinstance(right, dict):
+        names = [name for name in {**left, **right} if left.get(name) != right.get(name)]
+        return "; ".join(f"{name}: {left.get(name)} and {right.get(name)}" for name in names[:4])
+    return f"{left} and {right}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar, overload
+from typing import Any, Generic, TypeVar
 
 from torch import Tensor
 from tqdm import tqdm
@@ -50,7 +50,7 @@ class Seen:
 
     Attributes:
         tokens: number of tokens without padding.
-        held_back: number of these that are not used to fit.
+        held_back: number of tokens that are not used to fit.
     """
 
     tokens: int
@@ -65,11 +65,6 @@ class Observation(ABC):
     """
 
     def __init__(self, *, progress: bool = False) -> None:
-        """Starts without any runs.
-
-        Args:
-            progress: show progress bars.
-        """
         self.warned, self._progress = False, progress
         self._memory: dict[tuple[Hashable, ...], Mapping[str, Any]] = {}
 
@@ -112,36 +107,37 @@ class RepeatableObservation(Observation):
         """Observers of a run, by fingerprint, that have seen all inputs of their sites."""
 
 
-@overload
-def drive(observation: RepeatableObservation, fit: Fit[list[T]] | list[T]) -> list[T]: ...
+@dataclass(frozen=True)
+class Finished(Generic[T]):
+    """The end of a fit."""
+
+    result: T
 
 
-@overload
-def drive(observation: RepeatableObservation, fit: Fit[T]) -> T: ...
-
-
-def drive(observation: RepeatableObservation, fit: Any) -> Any:
-    """Makes every run that a fit requests and returns its result; an error of a run is raised inside the fit.
+def advance(fit: Fit[T], answer: Mapping[str, Any] | Exception | None = None) -> Run | Finished[T]:
+    """Continues a fit up to its next run or its end.
 
     Args:
-        observation: of the sites.
-        fit: a generator, or its result if it makes no runs.
-
-    Raises:
-        CalibrationError: as in :meth:`RepeatableObservation.answer`.
-        Exception: raised by the fit.
+        fit: the fit.
+        answer: the result of the last run, or an error to raise inside the fit; None at the beginning.
     """
-    fit, answer = steps(fit), None
-    failure: Exception | None = None
-    while True:
+    try:
+        return fit.throw(answer) if isinstance(answer, Exception) else fit.send(answer)  # type: ignore[arg-type]
+    except StopIteration as done:
+        return Finished(done.value)
+
+
+def drive(observation: RepeatableObservation, fit: Fit[T]) -> T:
+    """Makes every run that a fit requests and returns its result; an error of a run is raised inside the fit."""
+    step = advance(fit)
+    while isinstance(step, Run):
+        answer: Mapping[str, Any] | Exception
         try:
-            run = fit.send(answer) if failure is None else fit.throw(failure)
-        except StopIteration as done:
-            return done.value
-        try:
-            answer, failure = observation.answer(run), None
+            answer = observation.answer(step)
         except Exception as error:
-            failure = error
+            answer = error
+        step = advance(fit, answer)
+    return step.result
 
 
 def steps(fit: Fit[T] | T) -> Fit[T]:
@@ -151,14 +147,10 @@ def steps(fit: Fit[T] | T) -> Fit[T]:
 
 def changed(fit: Fit[T], change: Callable[[Run], Run]) -> Fit[T]:
     """Changes the runs of a fit before they are made."""
-    answer: Any = None
-    while True:
-        try:
-            run = fit.send(answer)
-        except StopIteration as done:
-            result: T = done.value
-            return result
-        answer = yield change(run)
+    step = advance(fit)
+    while isinstance(step, Run):
+        step = advance(fit, (yield change(step)))
+    return step.result
 
 
 def forgotten(run: Run) -> Run:

@@ -1,10 +1,11 @@
-"""Observed sites, and what an observer of their inputs is."""
+"""Observed sites, and the protocol of their observers."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
+from jaxtyping import Float32
 from torch import Tensor
 
 from tardis_fx.graph.site import Site, SiteWeights
@@ -24,8 +25,8 @@ class SiteObserver(Protocol):
     :mod:`tardis_fx.observation.merging`.
     """
 
-    def update(self, x: Tensor) -> None:
-        """Adds the site's inputs, [tokens, d], float32."""
+    def update(self, x: Float32[Tensor, "tokens d"]) -> None:
+        """Adds inputs of the site."""
 
 
 @dataclass(frozen=True, eq=False)

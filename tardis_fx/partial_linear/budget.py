@@ -36,13 +36,7 @@ def allocate(sites: Sequence[PricedSite], allowed: float) -> list[tuple[PricedSi
 
 
 def _price(sites: Sequence[PricedSite], allowed: float, near: float) -> float:
-    """The lowest price that meets the budget, to a thousandth, by bisection on its logarithm.
-
-    Args:
-        sites: the sites.
-        allowed: bytes per token.
-        near: the price of the last round, or 0.
-    """
+    """The lowest price that meets the budget, to a thousandth, by bisection on its logarithm from ``near`` (or 0)."""
 
     def meets(price: float) -> bool:
         return sum(site.at(price).touched for site in sites) <= allowed

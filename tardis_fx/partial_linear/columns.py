@@ -12,19 +12,14 @@ import torch
 
 from tardis_fx.partial_linear.settled import Settled
 from tardis_fx.quantisation import Quantised, quantise, quantise_in_turn
-from tardis_fx.statistics.regression import RIDGE, Residual, least_ridge
+from tardis_fx.statistics.regression import RIDGE, Residual, minimum_ridge
 
 #: Ridge on the change of the columns, as a share of the mean variance of their factors.
 SHRINKAGE = 0.1
 
 
 def fit_columns(settled: Settled, residual: Residual) -> Quantised:
-    """All columns of down, [h, d_out]; copied ones are fitted, and rounded with mutual compensation.
-
-    Args:
-        settled: with rows of fewer than 16 bits.
-        residual: of the site; see :class:`tardis_fx.partial_linear.residuals.ResidualObserver`.
-    """
+    """All columns of down; copied ones are fitted to the residual of the site, and rounded with mutual compensation."""
     neurons, quantisation = settled.draft.neurons, settled.draft.quantisation
     d, copied, columns = neurons.projections[0].shape[1], settled.copied, neurons.down.T.clone()
     if not len(copied):
@@ -33,7 +28,7 @@ def fit_columns(settled: Settled, residual: Residual) -> Quantised:
     parts = zip(
         (RIDGE, SHRINKAGE), covariance.diagonal().split(sizes), residual.inputs.noise.split(sizes), sizes, strict=True
     )
-    ridge = torch.cat([least_ridge(share * part, noise).expand(size) for share, part, noise, size in parts])
+    ridge = torch.cat([minimum_ridge(share * part, noise).expand(size) for share, part, noise, size in parts])
     columns[copied] += residual.solve(ridge).weight[d:].float()
     if quantisation.rounding == "nearest":
         return quantise(columns, None, settled.row_bits, quantisation.group_size)

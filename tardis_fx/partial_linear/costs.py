@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from tardis_fx.graph.site import SiteWeights
 from tardis_fx.runtime.packing import low_bits, row_bytes
 
 
@@ -27,6 +28,15 @@ class Costs:
     def exact(self) -> int:
         """Bytes read by a neuron that is always corrected."""
         return self.row + self.nested * self.predictor
+
+    @classmethod
+    def from_weights(cls, weights: SiteWeights, bits: int, fold_bits: int, row_bits: int, group_size: int) -> Costs:
+        """Costs of a site with these weights; the other arguments are those of :meth:`from_sizes`."""
+        (_, d), size, k = weights.up.shape, weights.up.element_size(), len(weights.projections)
+        bias = weights.up_bias is not None or weights.gate_bias is not None
+        return cls.from_sizes(
+            d, len(weights.down), bits, size, fold_bits, row_bits, k=k, group_size=group_size, bias=bias
+        )
 
     @classmethod
     def from_sizes(

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+from jaxtyping import Float, Float32
 from torch import Tensor
 
 from tardis_fx.config import Rounding
@@ -28,8 +29,8 @@ class DraftObserver:
         self.inputs = Moments(site.weights.up.shape[1])
         self.surrogates = [] if site.weights.gate is None else [SurrogateSums(site)]
 
-    def update(self, x: Tensor) -> None:
-        """Adds tokens, [tokens, d], float32."""
+    def update(self, x: Float32[Tensor, "tokens d"]) -> None:
+        """Adds tokens."""
         self.inputs.update(x)
         for observer in self.surrogates:
             observer.update(x)
@@ -52,16 +53,7 @@ class Quantisation:
 
 @dataclass(frozen=True, eq=False)
 class Draft:
-    """A site before its budget is known, in float32 on the CPU.
-
-    Attributes:
-        site: the site.
-        quantisation: of its plan.
-        inputs: moments of the inputs.
-        neurons: of the site.
-        predictors: k projections in few bits.
-        guard: decides which neurons to correct.
-    """
+    """A site before its budget is known, in float32 on the CPU, with a predictor for each of its k projections."""
 
     site: ObservedSite
     quantisation: Quantisation
@@ -86,8 +78,8 @@ class Draft:
             guard = Interval.from_inputs(inputs, predictors[0])
         return cls(site, quantisation, inputs, neurons, predictors, guard)
 
-    def estimates(self, x: Tensor) -> list[Tensor]:
-        """The predictor's estimates without biases, k times [tokens, h], of inputs [tokens, d]."""
+    def estimates(self, x: Float32[Tensor, "tokens d"]) -> list[Float32[Tensor, "tokens h"]]:
+        """The predictor's k estimates without biases."""
         return [predictor(x) for predictor in self.predictors]
 
     def refinements(self, row_bits: int) -> tuple[Quantised, ...]:
@@ -102,28 +94,20 @@ class Draft:
         return self._refinements[bits]
 
     def columns(self, row_bits: int) -> Quantised:
-        """The columns of down, [h, d_out], rounded to nearest."""
+        """The columns of down, rounded to nearest."""
         if row_bits not in self._columns:
             self._columns[row_bits] = quantise(self.neurons.down.T, None, row_bits, self.quantisation.group_size)
         return self._columns[row_bits]
 
     def costs(self, fold_bits: int, row_bits: int) -> Costs:
         """Bytes read by a plan with these widths."""
-        weights, quantisation = self.site.weights, self.quantisation
-        return Costs.from_sizes(
-            weights.up.shape[1],
-            len(weights.down),
-            quantisation.bits,
-            weights.up.element_size(),
-            fold_bits,
-            row_bits,
-            k=len(self.predictors),
-            group_size=quantisation.group_size,
-            bias=self.neurons.biased,
-        )
+        bits, group_size = self.quantisation.bits, self.quantisation.group_size
+        return Costs.from_weights(self.site.weights, bits, fold_bits, row_bits, group_size)
 
 
-def quantise_projection(matrix: Tensor, inputs: Moments, quantisation: Quantisation, bits: int) -> Quantised:
-    """Quantises a matrix, [rows, d], that multiplies the site's inputs."""
+def quantise_projection(
+    matrix: Float[Tensor, "rows d"], inputs: Moments, quantisation: Quantisation, bits: int
+) -> Quantised:
+    """Quantises a matrix that multiplies the site's inputs."""
     gram = inputs.gram if quantisation.rounding == "gptq" else None
     return quantise(matrix, gram, bits, quantisation.group_size)

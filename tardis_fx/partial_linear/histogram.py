@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
+from jaxtyping import Float32
 from torch import Tensor
 
 from tardis_fx.observation.site import Merge
@@ -28,8 +29,8 @@ class Histogram:
         self.least = torch.full((h,), torch.inf, dtype=torch.float32, device="cpu")
         self.greatest = torch.full((h,), -torch.inf, dtype=torch.float32, device="cpu")
 
-    def update(self, x: Tensor) -> None:
-        """Adds tokens, [tokens, d], float32."""
+    def update(self, x: Float32[Tensor, "tokens d"]) -> None:
+        """Adds tokens."""
         level, (z, response) = self._draft.guard.level(self._draft.estimates(x)), self._draft.neurons.evaluate(x)
         self.least = torch.minimum(self.least, level.amin(0))
         self.greatest = torch.maximum(self.greatest, level.amax(0))
@@ -40,10 +41,10 @@ class Histogram:
 
     @property
     def sums(self) -> Sums:
-        """The sums so far, [products, bins, h]."""
+        """The sums so far."""
         return Sums(self._table.view(len(self._table), self._draft.guard.bins, -1), len(self._draft.predictors))
 
     @property
-    def edges(self) -> Tensor:
-        """Edges of the bins, [bins + 1, h], float32."""
+    def edges(self) -> Float32[Tensor, "edges h"]:
+        """Edges of the bins."""
         return self._draft.guard.edges(self.least, self.greatest)

@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
+from jaxtyping import Bool, Float64
 from torch import Tensor
 
 from tardis_fx.partial_linear.costs import Costs
@@ -31,15 +32,14 @@ class Ranges:
     """Hot ranges and classes of the neurons of one site.
 
     Attributes:
-        hot: [bins, h], bool; all bins of a folded neuron are hot, and none of an exact one.
-        guarded: [h], bool.
-        exact: [h], bool.
+        hot: all bins of a folded neuron are hot, and none of an exact one.
+        exact: neurons that are always corrected.
         touched: expected bytes per token.
     """
 
-    hot: Tensor
-    guarded: Tensor
-    exact: Tensor
+    hot: Bool[Tensor, "bins h"]
+    guarded: Bool[Tensor, " h"]
+    exact: Bool[Tensor, " h"]
     touched: float
 
 
@@ -50,19 +50,18 @@ class PricedSite:
     Attributes:
         sums: of the neurons, by bins.
         guard: determines the possible hot ranges.
-        importance: [h], float64, weights of the neurons' squared errors.
-        costs: bytes read.
-        surrogate: [h, k + 1], float64.
+        importance: weights of the neurons' squared errors.
+        surrogate: k slopes and the intercept.
     """
 
     sums: Sums
     guard: Guard
-    importance: Tensor
+    importance: Float64[Tensor, " h"]
     costs: Costs
-    surrogate: Tensor
+    surrogate: Float64[Tensor, "h coefficients"]
 
     @classmethod
-    def from_sums(cls, sums: Sums, guard: Guard, importance: Tensor, costs: Costs) -> PricedSite:
+    def from_sums(cls, sums: Sums, guard: Guard, importance: Float64[Tensor, " h"], costs: Costs) -> PricedSite:
         """Makes a priced site with the surrogates that fit all tokens."""
         return cls(sums, guard, importance, costs, sums.total.regress())
 
@@ -71,13 +70,13 @@ class PricedSite:
         """Number of tokens seen."""
         return float(self.sums.count[:, 0].sum())
 
-    def refit(self, hot: Tensor) -> PricedSite:
-        """Refits the surrogates to the hot bins, [bins, h]; the surrogate of an exact neuron is zero."""
+    def refit(self, hot: Bool[Tensor, "bins h"]) -> PricedSite:
+        """Refits the surrogates to the hot bins; the surrogate of an exact neuron is zero."""
         return replace(self, surrogate=self.sums.within(hot).regress())
 
     @cached_property
-    def error(self) -> Tensor:
-        """Squared error that the surrogates leave in the site's output, [bins, h]."""
+    def error(self) -> Float64[Tensor, "bins h"]:
+        """Squared error that the surrogates leave in the site's output."""
         return self.sums.error(self.surrogate) * self.importance
 
     def at(self, price: float) -> Ranges:
@@ -91,7 +90,7 @@ class PricedSite:
         choice = torch.stack([folded_cost, exact_cost, guarded_cost]).argmin(0)
         return self.touching((hot | (choice == 0)) & (choice != 1), choice == 2, choice == 1)
 
-    def touching(self, hot: Tensor, guarded: Tensor, exact: Tensor) -> Ranges:
+    def touching(self, hot: Bool[Tensor, "bins h"], guarded: Bool[Tensor, " h"], exact: Bool[Tensor, " h"]) -> Ranges:
         """Makes ranges with the bytes that they read."""
         corrected = torch.where(hot, 0, self.sums.count).sum().item() / self.tokens
         read = guarded | exact & self.costs.nested

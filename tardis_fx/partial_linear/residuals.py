@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import ClassVar
 
 import torch
+from jaxtyping import Bool, Float32
 from torch import Tensor
 
 from tardis_fx.observation.site import Merge
@@ -29,10 +30,10 @@ class WidthResiduals:
 
     def __init__(self, settled: Sequence[Settled]) -> None:
         self._draft = settled[0].draft
-        self.observers = [ResidualObserver(one) for one in settled]
+        self.observers = [ResidualObserver(site) for site in settled]
 
-    def update(self, x: Tensor) -> None:
-        """Shows tokens, [tokens, d], float32, to the observers of all widths."""
+    def update(self, x: Float32[Tensor, "tokens d"]) -> None:
+        """Shows tokens to the observers of all widths."""
         tokens = Tokens(self._draft, x)
         for observer in self.observers:
             observer.add(tokens)
@@ -41,32 +42,32 @@ class WidthResiduals:
 class Tokens:
     """Tokens at a site, with the values that several widths share."""
 
-    def __init__(self, draft: Draft, x: Tensor) -> None:
+    def __init__(self, draft: Draft, x: Float32[Tensor, "tokens d"]) -> None:
         self.x, self._draft = x, draft
         self._refined: dict[int, tuple[list[Tensor], Tensor]] = {}
 
     @cached_property
-    def estimates(self) -> list[Tensor]:
-        """The predictor's estimates without biases, k times [tokens, h]."""
+    def estimates(self) -> list[Float32[Tensor, "tokens h"]]:
+        """The predictor's k estimates without biases."""
         return self._draft.estimates(self.x)
 
     @cached_property
-    def level(self) -> Tensor:
-        """The level that the guard compares with its limits, [tokens, h]."""
+    def level(self) -> Float32[Tensor, "tokens h"]:
+        """The level that the guard compares with its limits."""
         return self._draft.guard.level(self.estimates)
 
     @cached_property
-    def exact(self) -> tuple[list[Tensor], Tensor]:
-        """Exact pre-activations, k times [tokens, h], and responses, [tokens, h]."""
+    def exact(self) -> tuple[list[Float32[Tensor, "tokens h"]], Float32[Tensor, "tokens h"]]:
+        """The k exact pre-activations, and the responses."""
         return self._draft.neurons.evaluate(self.x)
 
     @cached_property
-    def output(self) -> Tensor:
-        """Output of the original site, [tokens, d_out]."""
+    def output(self) -> Float32[Tensor, "tokens d_out"]:
+        """Output of the original site."""
         return self._draft.neurons.output(self.exact[1])
 
-    def refined(self, row_bits: int) -> tuple[list[Tensor], Tensor]:
-        """Pre-activations and responses computed from coded rows."""
+    def refined(self, row_bits: int) -> tuple[list[Float32[Tensor, "tokens h"]], Float32[Tensor, "tokens h"]]:
+        """The k pre-activations, and the responses, computed from coded rows."""
         refinements, neurons = self._draft.refinements(row_bits), self._draft.neurons
         bits = refinements[0].bits
         if bits not in self._refined:
@@ -75,14 +76,16 @@ class Tokens:
             self._refined[bits] = z, neurons.response(z)
         return self._refined[bits]
 
-    def residuals(self, settled: Settled) -> tuple[Tensor, Tensor, Tensor]:
-        """Residuals of uncorrected values, the corrections made, and the mask of outliers: [tokens, h] each."""
+    def residuals(
+        self, settled: Settled
+    ) -> tuple[Float32[Tensor, "tokens h"], Float32[Tensor, "tokens h"], Bool[Tensor, "tokens h"]]:
+        """Residuals of uncorrected values, the corrections made, and the mask of outliers."""
         leaves = self._draft.guard.leaves(self.level, settled.limits)
         outlier = settled.exact | settled.guarded & leaves
-        missing = added = settled.uncorrected.residual(*self.exact)
+        residual = correction = settled.uncorrected.residual(*self.exact)
         if settled.row_bits < 16:
-            added = settled.uncorrected.residual(*self.refined(settled.row_bits))
-        return missing, torch.where(outlier, added, 0), outlier
+            correction = settled.uncorrected.residual(*self.refined(settled.row_bits))
+        return residual, torch.where(outlier, correction, 0), outlier
 
 
 class ResidualObserver:
@@ -104,22 +107,22 @@ class ResidualObserver:
 
     def add(self, tokens: Tokens) -> None:
         """Adds the residuals of tokens."""
-        missing, corrected, outlier = tokens.residuals(self.settled)
+        residual, corrected, outlier = tokens.residuals(self.settled)
         terms = torch.cat([tokens.x, corrected[:, self._copied]], 1)
-        self.residual.update(terms, (missing - corrected) @ self.settled.draft.neurons.down.T, tokens.output)
+        self.residual.update(terms, (residual - corrected) @ self.settled.draft.neurons.down.T, tokens.output)
         self.outliers += int(outlier.sum())
         self.tokens += len(tokens.x)
 
 
 def within_memory(settled: Iterable[Settled]) -> Iterator[dict[str, list[Settled]]]:
     """Groups sites so that the sums of each group's residuals fit in :data:`MEMORY`, by fingerprint."""
-    part: dict[str, list[Settled]] = {}
-    held = 0
-    for one in settled:
-        size = 16 * (one.draft.neurons.projections[0].shape[1] + len(one.copied)) ** 2
-        if part and held + size > MEMORY:
-            yield part
-            part, held = {}, 0
-        part.setdefault(one.draft.site.fingerprint, []).append(one)
-        held += size
-    yield part
+    group: dict[str, list[Settled]] = {}
+    total = 0
+    for site in settled:
+        size = 16 * (site.draft.neurons.projections[0].shape[1] + len(site.copied)) ** 2
+        if group and total + size > MEMORY:
+            yield group
+            group, total = {}, 0
+        group.setdefault(site.draft.site.fingerprint, []).append(site)
+        total += size
+    yield group

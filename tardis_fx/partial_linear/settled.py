@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Bool, Float, Float32, Float64, Int64, Shaped
 from torch import Tensor
 
 from tardis_fx.partial_linear.costs import Costs
 from tardis_fx.partial_linear.draft import Draft, quantise_projection
-from tardis_fx.partial_linear.guards import surrogate_error
 from tardis_fx.partial_linear.ranges import PricedSite, Ranges
 from tardis_fx.quantisation import Quantised
-from tardis_fx.runtime.reference import rows_of
+from tardis_fx.runtime.reference import rows_of, surrogate_error
 from tardis_fx.statistics.neurons import Neurons
 
 
@@ -23,17 +23,19 @@ class AffineValue:
     """Uncorrected value of neurons: an affine function of their pre-activations, which is part of the fold.
 
     Attributes:
-        surrogate: [h, k + 1], float32: slopes, then the intercept.
+        surrogate: k slopes, then the intercept.
     """
 
-    surrogate: Tensor
+    surrogate: Float32[Tensor, "h coefficients"]
 
-    def residual(self, z: Sequence[Tensor], response: Tensor) -> Tensor:
-        """The difference, [tokens, h], that a correction adds to replace this value by the response."""
-        return surrogate_error(self.surrogate, z, response)
+    def residual(
+        self, z: Sequence[Float32[Tensor, "tokens h"]], response: Float32[Tensor, "tokens h"]
+    ) -> Float32[Tensor, "tokens h"]:
+        """The difference that a correction adds to replace this value by the response."""
+        return surrogate_error(z, self.surrogate, response)
 
-    def fold(self, neurons: Neurons) -> tuple[Tensor, Tensor]:
-        """Fold of all neurons and the site's bias: weight [d_out, d] and bias [d_out], float64."""
+    def fold(self, neurons: Neurons) -> tuple[Float64[Tensor, "d_out d"], Float64[Tensor, " d_out"]]:
+        """Weight and bias of the fold of all neurons, including the site's bias."""
         *slopes, shift = self.surrogate.double().unbind(1)
         down = neurons.down.double()
         weights = []
@@ -45,8 +47,8 @@ class AffineValue:
             folded = folded + neurons.down_bias.double()
         return sum(weights[1:], weights[0]), folded
 
-    def tensors(self, listed: Tensor) -> dict[str, Tensor]:
-        """Tensors for a plan, restricted to the listed neurons, [listed] int64."""
+    def tensors(self, listed: Int64[Tensor, " listed"]) -> dict[str, Tensor]:
+        """Tensors for a plan, restricted to the listed neurons."""
         return {"surrogate": self.surrogate[listed]}
 
 
@@ -55,45 +57,35 @@ class Settled:
     """A draft with its widths, hot ranges, classes and uncorrected values.
 
     Attributes:
-        draft: of the site.
         fold_bits: of the folded weight, 16 for the model's own dtype.
         row_bits: of the rows and columns that corrections read; likewise.
         uncorrected: value of the neurons while they are not corrected.
-        limits: of the guard, [h, limits].
-        guarded: [h], bool.
-        exact: [h], bool.
-        columns: [h, d_out], the columns of down that corrections read, in codes; None for the original weights.
+        limits: bounds of the guard's level.
+        columns: the columns of down that corrections read, in codes; None for the original weights.
     """
 
     draft: Draft
     fold_bits: int
     row_bits: int
     uncorrected: AffineValue
-    limits: Tensor
-    guarded: Tensor
-    exact: Tensor
+    limits: Float32[Tensor, "h 2"]
+    guarded: Bool[Tensor, " h"]
+    exact: Bool[Tensor, " h"]
     columns: Quantised | None
 
     @classmethod
     def from_choice(
-        cls, draft: Draft, widths: tuple[int, int], site: PricedSite, ranges: Ranges, edges: Tensor
+        cls,
+        draft: Draft,
+        widths: tuple[int, int],
+        site: PricedSite,
+        ranges: Ranges,
+        edges: Float32[Tensor, "edges h"],
     ) -> Settled:
-        """Makes a settled site from the chosen widths and ranges.
-
-        Args:
-            draft: of the site.
-            widths: bits of fold and rows.
-            site: with the surrogates that fit the ranges.
-            ranges: hot bins and classes.
-            edges: [bins + 1, h] of the bins.
-        """
+        """Makes a settled site from the widths of fold and rows, and the ranges with their surrogates."""
         columns = None if widths[1] == 16 else draft.columns(widths[1])
         uncorrected, limits = AffineValue(site.surrogate.float()), draft.guard.limits(ranges.hot, edges)
         return cls(draft, *widths, uncorrected, limits, ranges.guarded, ranges.exact, columns)
-
-    def with_columns(self, columns: Quantised) -> Settled:
-        """A copy of the site with other columns of down."""
-        return replace(self, columns=columns)
 
     @property
     def costs(self) -> Costs:
@@ -106,14 +98,14 @@ class Settled:
         return None if self.row_bits == 16 else self.draft.refinements(self.row_bits)
 
     @property
-    def copied(self) -> Tensor:
+    def copied(self) -> Int64[Tensor, " copied"]:
         """Neurons whose columns of down the plan copies: with coded rows, those that may be corrected."""
         none = torch.zeros_like(self.exact)
         return (none if self.columns is None else self.guarded | self.exact).nonzero()[:, 0]
 
     @property
-    def column_change(self) -> Tensor:
-        """Difference of the copied columns from those of down, [copied, d_out], float64."""
+    def column_change(self) -> Float64[Tensor, "copied d_out"]:
+        """Difference of the copied columns from those of down."""
         down = self.draft.neurons.down.T
         return ((down if self.columns is None else self.columns.weight) - down)[self.copied].double()
 
@@ -153,12 +145,10 @@ class Settled:
             **self.uncorrected.tensors(neurons),
         }
 
-    def store_fold(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    def store_fold(
+        self, weight: Float64[Tensor, "d_out d"], bias: Float64[Tensor, " d_out"]
+    ) -> tuple[Shaped[Tensor, "d_out stored"], Float[Tensor, " d_out"]]:
         """Quantises a fold for the plan; the bias compensates for the mean error of quantisation.
-
-        Args:
-            weight: [d_out, d], float64.
-            bias: [d_out], float64.
 
         Returns:
             The weight, in the model's dtype or as rows of :func:`tardis_fx.runtime.packing.join`; the bias.
@@ -171,6 +161,6 @@ class Settled:
         bias = bias + (weight - quantised.weight.double()) @ inputs.mean
         return quantised.rows, bias.to(dtype)
 
-    def load_fold(self, stored: Tensor) -> Tensor:
-        """The folded weight that :meth:`store_fold` made, [d_out, d], float64."""
+    def load_fold(self, stored: Shaped[Tensor, "d_out stored"]) -> Float64[Tensor, "d_out d"]:
+        """The folded weight that :meth:`store_fold` made."""
         return rows_of(stored, self.fold_bits, self.draft.neurons.projections[0].shape[1], torch.float64)

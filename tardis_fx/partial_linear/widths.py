@@ -15,8 +15,6 @@ class Fitted:
     """A site fitted at one pair of widths.
 
     Attributes:
-        settled: the fitted site.
-        plan: the plan entry.
         error: mean squared error of the site's output, summed over its features, on held-back tokens.
     """
 
@@ -38,10 +36,10 @@ def choose_widths(fitted: Sequence[Sequence[Fitted]]) -> list[Fitted]:
     allowed = max(_touched(fits) for fits in uniform)
     prices = {0.0}
     for fits in fitted:
-        for one, other in combinations(fits, 2):
-            difference = one.plan.touched_bytes - other.plan.touched_bytes
-            if difference and (other.error - one.error) / difference > 0:
-                prices.add((other.error - one.error) / difference)
+        for first, second in combinations(fits, 2):
+            difference = first.plan.touched_bytes - second.plan.touched_bytes
+            if difference and (price := (second.error - first.error) / difference) > 0:
+                prices.add(price)
     mixed = (
         [min(fits, key=lambda f: f.error + price * (1 + 1e-9) * f.plan.touched_bytes) for fits in fitted]
         for price in prices

@@ -32,7 +32,8 @@ def correct(call: Correction) -> Float[Tensor, "*tokens d_out"]:
         width = low_bits(call.bits, call.row_bits)
         low = [tokens @ rows_of(projection[rows], width, d, dtype).T for projection in call.projections]
         z = [high + rest for high, rest in zip(estimates(call, tokens, listed), low, strict=True)]
-    error = surrogate_error(biased(z, call.biases, listed), call.surrogate[:listed], call.activation)
+    preactivations = biased(z, call.biases, listed)
+    error = surrogate_error(preactivations, call.surrogate[:listed], response(preactivations, call.activation))
     residual = torch.where(outlier, error, 0)
     added = residual @ rows_of(call.columns[rows], call.row_bits, call.folded.shape[-1], dtype)
     if call.fold is not None:
@@ -58,7 +59,8 @@ def outside(
     if len(z_hat) == 1:
         lower, upper = guard.unbind(1)
         return (z_hat[0] < lower) | (z_hat[0] > upper)
-    score = surrogate_error(biased(z_hat, biases, len(guard)), guard[:, :-1], activation).abs()
+    z = biased(z_hat, biases, len(guard))
+    score = surrogate_error(z, guard[:, :-1], response(z, activation)).abs()
     return score > guard[:, -1].to(score.dtype)
 
 
@@ -76,13 +78,20 @@ def biased(
 
 
 def surrogate_error(
-    z: Sequence[Float[Tensor, "tokens listed"]], surrogate: Float[Tensor, "listed coefficients"], activation: str
+    z: Sequence[Float[Tensor, "tokens listed"]],
+    surrogate: Float[Tensor, "listed coefficients"],
+    responses: Float[Tensor, "tokens listed"],
 ) -> Float[Tensor, "tokens listed"]:
     """Responses to the k pre-activations minus their affine surrogates, given as slopes and intercept."""
     *slopes, intercept = surrogate.to(z[0].dtype).unbind(1)
-    affine = sum(slope * p for slope, p in zip(slopes, z, strict=True)) + intercept
-    response: Tensor = math.prod(z[1:], start=ACTIVATIONS[activation].eager(z[0]))
-    return response - affine
+    for slope, p in zip(slopes, z, strict=True):
+        responses = responses - slope * p
+    return responses - intercept
+
+
+def response(z: Sequence[Float[Tensor, "*tokens h"]], activation: str) -> Float[Tensor, "*tokens h"]:
+    """Responses of neurons to their k pre-activations."""
+    return math.prod(z[1:], start=ACTIVATIONS[activation].eager(z[0]))
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar
 
+from jaxtyping import Bool, Float32
 from torch import Tensor
 
 from tardis_fx.observation.site import Merge, ObservedSite
@@ -20,18 +21,18 @@ class Outputs:
 
     merged: ClassVar[Mapping[str, Merge]] = {"residual": "parts"}
 
-    def __init__(self, site: ObservedSite, exact: Tensor | None = None) -> None:
+    def __init__(self, site: ObservedSite, exact: Bool[Tensor, " h"] | None = None) -> None:
         """Allocates the sums of the regression.
 
         Args:
             site: the site.
-            exact: [h], bool, neurons whose contribution is excluded from the regression; None for none.
+            exact: neurons whose contribution is excluded from the regression; None for none.
         """
         self._neurons, self._exact = Neurons.from_site(site), exact
         self.residual = Residual(site.weights.up.shape[1], len(site.weights.down))
 
-    def update(self, x: Tensor) -> None:
-        """Adds tokens, [tokens, d], float32."""
+    def update(self, x: Float32[Tensor, "tokens d"]) -> None:
+        """Adds tokens."""
         _, response = self._neurons.evaluate(x)
         output = self._neurons.output(response)
         rest = output if self._exact is None else self._neurons.output(response.masked_fill(self._exact, 0))

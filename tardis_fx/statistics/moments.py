@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
+from jaxtyping import Float, Float64
 from torch import Tensor
 
 from tardis_fx.observation.site import Merge
@@ -31,31 +32,31 @@ class Moments:
         self.total = torch.zeros(d, dtype=torch.float64, device="cpu")
         self.gram = torch.zeros(d, d, dtype=torch.float64, device="cpu")
 
-    def update(self, x: Tensor) -> None:
-        """Adds tokens, [tokens, d], float32."""
+    def update(self, x: Float[Tensor, "tokens d"]) -> None:
+        """Adds tokens."""
         self.tokens += len(x)
         self.total += x.sum(0, dtype=torch.float64)
         x = precise(x)
         self.gram += x.T @ x
 
     @property
-    def mean(self) -> Tensor:
-        """Mean input, [d], float64."""
+    def mean(self) -> Float64[Tensor, " d"]:
+        """Mean input."""
         return self.total / self.tokens
 
     @property
-    def covariance(self) -> Tensor:
-        """Covariance of the inputs, [d, d], float64."""
+    def covariance(self) -> Float64[Tensor, "d d"]:
+        """Covariance of the inputs."""
         return self.gram / self.tokens - torch.outer(self.mean, self.mean)
 
     @property
-    def noise(self) -> Tensor:
-        """Possible rounding error of each variance, [d], float64; smaller variances carry no information."""
+    def noise(self) -> Float64[Tensor, " d"]:
+        """Possible rounding error of each variance; smaller variances carry no information."""
         return ROUNDING * self.gram.diagonal() / self.tokens
 
 
-def precise(x: Tensor) -> Tensor:
-    """Tokens, [tokens, d], in float64 if sums of float32 products would lose the variance of a column, or overflow.
+def precise(x: Float[Tensor, "tokens d"]) -> Float[Tensor, "tokens d"]:
+    """Tokens in float64 if sums of float32 products would lose the variance of a column, or overflow.
 
     A float32 product has a relative rounding error of 2^-24. If the mean of a column is more than a hundred times its
     standard deviation, that exceeds a thousandth of the variance. This includes constant columns.

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import prod
 
 from jaxtyping import Float
 from torch import Tensor
 
 from tardis_fx.graph.activations import ACTIVATIONS, Activation
 from tardis_fx.observation.site import ObservedSite
+from tardis_fx.runtime.reference import response
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,11 +47,6 @@ class Neurons:
     def __len__(self) -> int:
         return len(self.projections[0])
 
-    @property
-    def biased(self) -> bool:
-        """Whether any projection has a bias."""
-        return any(bias is not None for bias in self.biases)
-
     def preactivations(self, x: Float[Tensor, "tokens d"]) -> list[Float[Tensor, "tokens h"]]:
         """The k pre-activations of every neuron."""
         return self.add_biases([x @ matrix.T for matrix in self.projections])
@@ -63,7 +58,7 @@ class Neurons:
 
     def response(self, z: Sequence[Float[Tensor, "tokens h"]]) -> Float[Tensor, "tokens h"]:
         """Responses of the neurons: the activation of the first pre-activation times the others."""
-        return prod(z[1:], start=self.activation.eager(z[0]))
+        return response(z, self.activation.name)
 
     def evaluate(
         self, x: Float[Tensor, "tokens d"]

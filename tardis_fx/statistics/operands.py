@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
+from jaxtyping import Float32, Float64
 from torch import Tensor
 
 from tardis_fx.observation.site import Merge, ObservedSite, fitted_tokens
@@ -27,13 +28,13 @@ class Operands:
     def __init__(self, site: ObservedSite) -> None:
         self.neurons = Neurons.from_site(site)
 
-    def update(self, x: Tensor) -> None:
-        """Adds tokens, [tokens, d], float32."""
+    def update(self, x: Float32[Tensor, "tokens d"]) -> None:
+        """Adds tokens."""
         x = x[: fitted_tokens(len(x))]
         self.add(x, self.neurons.evaluate(x)[1])
 
-    def add(self, x: Tensor, hidden: Tensor) -> None:
-        """Adds inputs, [tokens, d], and responses, [tokens, h], both float32."""
+    def add(self, x: Float32[Tensor, "tokens d"], hidden: Float32[Tensor, "tokens h"]) -> None:
+        """Adds inputs and responses."""
         raise NotImplementedError
 
 
@@ -50,7 +51,7 @@ class ColumnNorms(ByMatrix):
 
     Attributes:
         tokens: number of tokens seen.
-        magnitude: [h], sum of the absolute responses of the neurons.
+        magnitude: sum of the absolute responses of each neuron.
     """
 
     merged: ClassVar[Mapping[str, Merge]] = {"tokens": "sum", "_inputs": "sum", "_hidden": "sum", "magnitude": "sum"}
@@ -62,15 +63,15 @@ class ColumnNorms(ByMatrix):
             torch.zeros(n, dtype=torch.float64, device="cpu") for n in (d, h, h)
         )
 
-    def add(self, x: Tensor, hidden: Tensor) -> None:
+    def add(self, x: Float32[Tensor, "tokens d"], hidden: Float32[Tensor, "tokens h"]) -> None:
         """Adds sums of squares and of absolute values."""
         self.tokens += len(x)
         self._inputs += x.square().sum(0, dtype=torch.float64)
         self._hidden += hidden.square().sum(0, dtype=torch.float64)
         self.magnitude += hidden.abs().sum(0, dtype=torch.float64)
 
-    def for_matrix(self, name: str) -> Tensor:
-        """Norms of the columns of a matrix's operand, [columns]."""
+    def for_matrix(self, name: str) -> Float64[Tensor, " columns"]:
+        """Norms of the columns of a matrix's operand."""
         return (self._hidden if name == "down" else self._inputs).sqrt()
 
 
@@ -87,11 +88,11 @@ class Grams(ByMatrix):
         h, d = site.weights.up.shape
         self._inputs, self._hidden = Moments(d), Moments(h)
 
-    def add(self, x: Tensor, hidden: Tensor) -> None:
+    def add(self, x: Float32[Tensor, "tokens d"], hidden: Float32[Tensor, "tokens h"]) -> None:
         """Adds tokens to both Gram matrices."""
         self._inputs.update(x)
         self._hidden.update(hidden)
 
-    def for_matrix(self, name: str) -> Tensor:
-        """The Gram matrix of a matrix's operand, [columns, columns]."""
+    def for_matrix(self, name: str) -> Float64[Tensor, "columns columns"]:
+        """The Gram matrix of a matrix's operand."""
         return (self._hidden if name == "down" else self._inputs).gram

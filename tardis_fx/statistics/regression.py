@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from jaxtyping import Float, Float64
 from torch import Tensor
 
 from tardis_fx.observation.site import Merge, fitted_tokens
@@ -27,8 +28,8 @@ def relative_error(missed: float, total: float) -> float:
     return math.sqrt(missed / total) if missed / total >= 0 else math.nan
 
 
-def least_ridge(shares: Tensor, noise: Tensor) -> Tensor:
-    """The mean of shares of variances, at least their mean rounding error: a scalar, float64."""
+def minimum_ridge(shares: Float64[Tensor, " d"], noise: Float64[Tensor, " d"]) -> Float64[Tensor, ""]:
+    """The mean of shares of variances, at least their mean rounding error."""
     return torch.maximum(shares.mean(), noise.mean()).clamp(min=1e-30)
 
 
@@ -43,70 +44,66 @@ class Residual:
     def __init__(self, d: int, d_out: int) -> None:
         self._fitted, self._held = _Half(d, d_out), _Half(d, d_out)
 
-    def update(self, x: Tensor, residual: Tensor, output: Tensor) -> None:
-        """Adds the residuals of tokens.
-
-        Args:
-            x: [tokens, d].
-            residual: [tokens, d_out], the exact output minus the current approximation.
-            output: [tokens, d_out], the exact output.
-        """
+    def update(
+        self,
+        x: Float[Tensor, "tokens d"],
+        residual: Float[Tensor, "tokens d_out"],
+        output: Float[Tensor, "tokens d_out"],
+    ) -> None:
+        """Adds tokens, their residuals (the exact output minus the current approximation) and their exact outputs."""
         cut = fitted_tokens(len(x))
         self._fitted.update(x[:cut], residual[:cut], output[:cut])
         self._held.update(x[cut:], residual[cut:], output[cut:])
 
-    def solve(self, ridge: Tensor | None = None, given: Tensor | None = None) -> AffineMap:
+    def solve(
+        self, ridge: Float64[Tensor, " free"] | None = None, fixed: Float64[Tensor, "fixed d_out"] | None = None
+    ) -> AffineMap:
         """Ridge regression of the residual on the inputs of the fitted tokens.
 
         Args:
-            ridge: [d], added to the variances of the inputs; None means :data:`RIDGE` times their mean.
-            given: [k, d_out], float64, fixed last rows of the map.
+            ridge: added to the variances of the inputs; None means :data:`RIDGE` times their mean.
+            fixed: last rows of the map.
         """
         fitted = self._fitted
-        free = len(fitted.cross) - (0 if given is None else len(given))
+        free = len(fitted.cross) - (0 if fixed is None else len(fixed))
         mean, target, covariance = fitted.inputs.mean, fitted.total / fitted.inputs.tokens, fitted.inputs.covariance
         cross = (fitted.cross / fitted.inputs.tokens - torch.outer(mean, target))[:free]
-        if given is not None:
-            cross -= covariance[:free, free:] @ given
+        if fixed is not None:
+            cross -= covariance[:free, free:] @ fixed
         covariance = covariance[:free, :free]
         if ridge is None:
-            ridge = least_ridge(RIDGE * covariance.diagonal(), fitted.inputs.noise[:free])
+            ridge = minimum_ridge(RIDGE * covariance.diagonal(), fitted.inputs.noise[:free])
         covariance.diagonal().add_(ridge)
         weight = torch.linalg.solve(covariance, cross, left=True)
-        if given is not None:
-            weight = torch.cat([weight, given])
+        if fixed is not None:
+            weight = torch.cat([weight, fixed])
         return AffineMap(weight, target - mean @ weight)
 
     @property
     def energy(self) -> float:
         """Mean square of the exact output, summed over its features, on the held-back tokens."""
-        held = self._held if self._held.inputs.tokens else self._fitted
-        return held.output_square / max(1, held.inputs.tokens)
+        half = self._measuring
+        return half.output_square / max(1, half.inputs.tokens)
 
-    def error(self, weight: Tensor, bias: Tensor) -> float:
-        """Root-mean-square error that a map leaves on the held-back tokens, relative to the output.
-
-        Args:
-            weight: [d, d_out], float64.
-            bias: [d_out], float64.
-        """
+    def error(self, weight: Float64[Tensor, "d d_out"], bias: Float64[Tensor, " d_out"]) -> float:
+        """Root-mean-square error that a map leaves on the held-back tokens, relative to the output."""
         half = self._measuring
         return relative_error(half.missed(weight, bias), half.output_square)
 
-    def missed(self, weight: Tensor, bias: Tensor) -> float:
-        """Mean squared error that a map leaves on the held-back tokens; arguments as in :meth:`error`."""
+    def missed(self, weight: Float64[Tensor, "d d_out"], bias: Float64[Tensor, " d_out"]) -> float:
+        """Mean squared error that a map leaves on the held-back tokens."""
         half = self._measuring
         return half.missed(weight, bias) / max(1, half.inputs.tokens)
 
-    def explained(self, weight: Tensor, bias: Tensor) -> float:
+    def explained(self, weight: Float64[Tensor, "d d_out"], bias: Float64[Tensor, " d_out"]) -> float:
         """R²: share of the residual's variance on the held-back tokens that a map explains."""
         half = self._measuring
         variance = half.square - float(half.total.square().sum()) / max(1, half.inputs.tokens)
         return 1.0 if variance <= 0 else 1 - half.missed(weight, bias) / variance
 
     @property
-    def mean(self) -> Tensor:
-        """Mean residual of the fitted tokens, [d_out], float64."""
+    def mean(self) -> Float64[Tensor, " d_out"]:
+        """Mean residual of the fitted tokens."""
         return self._fitted.total / self._fitted.inputs.tokens
 
     @property
@@ -133,7 +130,12 @@ class _Half:
         self.square = 0.0
         self.output_square = 0.0
 
-    def update(self, x: Tensor, residual: Tensor, output: Tensor) -> None:
+    def update(
+        self,
+        x: Float[Tensor, "tokens d"],
+        residual: Float[Tensor, "tokens d_out"],
+        output: Float[Tensor, "tokens d_out"],
+    ) -> None:
         self.inputs.update(x)
         x = precise(x)
         self.cross += x.T @ residual.to(x.dtype)
@@ -141,7 +143,7 @@ class _Half:
         self.square += residual.double().square().sum().item()
         self.output_square += output.double().square().sum().item()
 
-    def missed(self, weight: Tensor, bias: Tensor) -> float:
+    def missed(self, weight: Float64[Tensor, "d d_out"], bias: Float64[Tensor, " d_out"]) -> float:
         """Sum of the squares of residual - (x weight + bias), from the sums."""
         count, inputs = self.inputs.tokens, self.inputs.total
         predicted = ((self.inputs.gram @ weight) * weight).sum() + 2 * (inputs @ weight) @ bias + count * bias @ bias
@@ -152,12 +154,7 @@ class _Half:
 
 @dataclass(frozen=True)
 class AffineMap:
-    """A fitted affine map, ``x weight + bias``.
+    """A fitted affine map, ``x weight + bias``."""
 
-    Attributes:
-        weight: [d, d_out], float64.
-        bias: [d_out], float64.
-    """
-
-    weight: Tensor
-    bias: Tensor
+    weight: Float64[Tensor, "d d_out"]
+    bias: Float64[Tensor, " d_out"]

@@ -8,6 +8,7 @@ from itertools import combinations, combinations_with_replacement
 from typing import ClassVar
 
 import torch
+from jaxtyping import Bool, Float, Float32, Float64
 from torch import Tensor
 
 from tardis_fx.observation.site import Merge, ObservedSite, fitted_tokens
@@ -19,11 +20,13 @@ CONSTANT = 1e-12
 COLLINEAR = 1e-4
 
 
-def products(z: Sequence[Tensor], response: Tensor) -> Iterator[Tensor]:
+def products(
+    z: Sequence[Float[Tensor, "tokens h"]], response: Float[Tensor, "tokens h"]
+) -> Iterator[Float[Tensor, "tokens h"]]:
     """The terms of :class:`Sums` in order: products of any two of 1, the pre-activations and the response."""
     yield torch.ones_like(response)
     yield from (*z, response)
-    yield from (one * other for one, other in combinations_with_replacement((*z, response), 2))
+    yield from (left * right for left, right in combinations_with_replacement((*z, response), 2))
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,11 +34,11 @@ class Sums:
     """Sums over tokens that determine the affine surrogates of neurons and their errors.
 
     Attributes:
-        table: [products, ..., h], float64, in the order of :func:`products`; the middle axes are bins.
+        table: in the order of :func:`products`.
         k: number of pre-activations of a neuron.
     """
 
-    table: Tensor
+    table: Float64[Tensor, "products *bins h"]
     k: int
 
     @classmethod
@@ -44,36 +47,36 @@ class Sums:
         return cls(torch.zeros((k + 2) * (k + 3) // 2, *shape, dtype=torch.float64, device="cpu"), k)
 
     @property
-    def count(self) -> Tensor:
-        """Tokens in each bin, [..., h]."""
+    def count(self) -> Float64[Tensor, "*bins h"]:
+        """Tokens in each bin."""
         return self.table[0]
 
     @property
     def total(self) -> Sums:
-        """The sums over all bins of [bins, h]."""
+        """The sums over all bins."""
         return Sums(self.table.sum(1), self.k)
 
-    def within(self, chosen: Tensor) -> Sums:
-        """The sums over the chosen bins, [bins, h] bool."""
+    def within(self, chosen: Bool[Tensor, "bins h"]) -> Sums:
+        """The sums over the chosen bins."""
         return Sums(torch.where(chosen, self.table, 0).sum(1), self.k)
 
-    def error(self, surrogate: Tensor) -> Tensor:
-        """Sum of the squared errors of surrogates, [h, k + 1], in each bin: [..., h]."""
+    def error(self, surrogate: Float[Tensor, "h coefficients"]) -> Float64[Tensor, "*bins h"]:
+        """Sum of the squared errors of surrogates (k slopes and an intercept) in each bin."""
         *slopes, intercept = surrogate.double().unbind(1)
         numbered = list(enumerate(slopes, 1))
         squares, crossed = self._sum(-1, -1), torch.zeros_like(self.count)
         for i, slope in numbered:
             squares = squares + slope**2 * self._sum(i, i)
             crossed = crossed + slope * intercept * self._sum(0, i)
-        for (i, slope), (j, other) in combinations(numbered, 2):
-            crossed = crossed + slope * other * self._sum(i, j)
+        for (i, slope), (j, later) in combinations(numbered, 2):
+            crossed = crossed + slope * later * self._sum(i, j)
         for i, slope in numbered:
             crossed = crossed - slope * self._sum(i, -1)
         squares = squares + intercept**2 * self.count
         return (squares + 2 * (crossed - intercept * self._sum(0, -1))).clamp(min=0)
 
-    def regress(self) -> Tensor:
-        """Least-squares surrogates of the response, [h, k + 1], float64, from sums without bins.
+    def regress(self) -> Float64[Tensor, "h coefficients"]:
+        """Least-squares surrogates of the response, from sums without bins.
 
         The pre-activations are eliminated in order. One that is constant, or explained by earlier ones, gets the slope
         0. A neuron without tokens gets slopes and intercept 0.
@@ -88,9 +91,9 @@ class Sums:
             square = self._sum(i + 1, i + 1) / some
             variance = square - means[i] ** 2
             pivots.append((row[i] > CONSTANT * (1 + square)) & (row[i] > COLLINEAR * variance))
-            for other in rows[i + 1 :]:
-                factor = torch.where(pivots[i], other[i] / row[i].clamp(min=1e-30), 0)
-                other[:] = [one - factor * above for one, above in zip(other, row, strict=True)]
+            for below in rows[i + 1 :]:
+                factor = torch.where(pivots[i], below[i] / row[i].clamp(min=1e-30), 0)
+                below[:] = [entry - factor * above for entry, above in zip(below, row, strict=True)]
         slopes: list[Tensor] = []
         for i in reversed(range(self.k)):
             explained = sum((rows[i][i + 1 + n] * slope for n, slope in enumerate(slopes)), torch.zeros_like(some))
@@ -98,7 +101,7 @@ class Sums:
         fitted = sum((slope * mean for slope, mean in zip(slopes, means, strict=False)), torch.zeros_like(some))
         return torch.stack([*slopes, means[-1] - fitted], 1)
 
-    def _sum(self, i: int, j: int) -> Tensor:
+    def _sum(self, i: int, j: int) -> Float64[Tensor, "*bins h"]:
         """Sum of the products of terms i and j: term 0 is 1, then come the pre-activations; term -1 is the response."""
         size = self.k + 2
         i, j = sorted((i % size, j % size))
@@ -114,18 +117,18 @@ class SurrogateSums:
         self._neurons = Neurons.from_site(site)
         self._table = Sums.zeros(len(self._neurons.projections), len(self._neurons)).table
 
-    def update(self, x: Tensor) -> None:
-        """Adds tokens, [tokens, d], float32."""
+    def update(self, x: Float32[Tensor, "tokens d"]) -> None:
+        """Adds tokens."""
         z, response = self._neurons.evaluate(x[: fitted_tokens(len(x))])
-        for total, product in zip(self._table, products([one.double() for one in z], response.double()), strict=True):
+        for total, product in zip(self._table, products([p.double() for p in z], response.double()), strict=True):
             total += product.sum(0)
 
     @property
     def sums(self) -> Sums:
-        """The sums so far, [products, h]."""
+        """The sums so far."""
         return Sums(self._table, len(self._neurons.projections))
 
     @property
-    def output_error(self) -> Tensor:
-        """Squared error of each neuron's surrogate in the site's output, [h], summed over the tokens."""
+    def output_error(self) -> Float64[Tensor, " h"]:
+        """Squared error of each neuron's surrogate in the site's output, summed over the tokens."""
         return self.sums.error(self.sums.regress()) * self._neurons.down.double().square().sum(0)

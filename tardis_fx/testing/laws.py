@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tardis_fx.config import Config
 from tardis_fx.errors import CalibrationError
-from tardis_fx.observation.run import drive
+from tardis_fx.observation.run import drive, steps
 from tardis_fx.observation.site import ObservedSite, fitted_tokens
 from tardis_fx.passes.registry import rewrite_named
 from tardis_fx.plan import Plan, SitePlan
@@ -212,7 +212,7 @@ def gated_and_affine_sites_are_refused_with_a_reason_or_handled(method: str, spe
             assert reason.strip(), "refused without a reason"
             continue
         observation = SiteObservation([site], [specimen.calibration.batch(256, d)])
-        (entry,) = drive(observation, rewrite.fit([site], Fit(method, specimen).config(1.0)))
+        (entry,) = drive(observation, steps(rewrite.fit([site], Fit(method, specimen).config(1.0))))
         if not isinstance(entry, SitePlan):
             assert entry.reason.strip(), "kept without a reason"
         else:

@@ -120,7 +120,7 @@ def thresholds(call: Correction, outliers: float, random: torch.Generator) -> No
     guarded, width = int(call.counts[1]), call.guard.shape[1]
     call.guard[:guarded] = torch.randn(guarded, width, generator=random)
     z = reference.biased(estimates(call), call.biases, guarded)
-    scores = reference.surrogate_error(z, call.guard[:guarded, :-1], call.activation).abs()
+    scores = reference.surrogate_error(z, call.guard[:guarded, :-1], reference.response(z, call.activation)).abs()
     if not scores.numel() or outliers in (0, 1):
         call.guard[:guarded, -1] = -math.inf if outliers else math.inf
         return

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from tardis_fx import Config, Plan, calibrate
 from tardis_fx.config import MOVED
 from tardis_fx.graph.site import SiteWeights
-from tardis_fx.observation.run import RepeatableObservation, drive
+from tardis_fx.observation.run import RepeatableObservation, drive, steps
 from tardis_fx.passes.base import Rewrite
 from tardis_fx.passes.partial_linear import PartialLinear
 from tardis_fx.passes.registry import rewrite_named
@@ -72,7 +72,7 @@ def entries(plan: Plan) -> tuple[SitePlan, ...]:
 
 def fitted(observation: RepeatableObservation, rewrite: Rewrite, config: Config) -> list[SitePlan]:
     """The plans of a rewrite that takes every site."""
-    plans = drive(observation, rewrite.fit(observation.sites, config))
+    plans = drive(observation, steps(rewrite.fit(observation.sites, config)))
     rewritten = [plan for plan in plans if isinstance(plan, SitePlan)]
     assert len(rewritten) == len(plans)
     return rewritten

@@ -66,7 +66,7 @@ BATCHES: dict[str, tuple[Any, str]] = {
     "texts": (["some text", "more"], "not str: tokenize the text"),
     "unknown ids": ([IDS, IDS + 10**6], "batch 1 holds ids from"),
     "negative ids": ([IDS - 100], "use the model's own tokenizer"),
-    "a used generator": (used(), "a generator gives its batches once"),
+    "a used generator": (used(), "this generator is exhausted"),
     "no batches": ([], "no calibration batches"),
     "on the meta device": ([IDS.to("meta")], "the batch is on meta, the model on cpu"),
     "an argument that the model does not have": ([{"tokens": IDS}], "the model fails on batch 0: ValueError"),

@@ -52,7 +52,7 @@ def settled(draft: Draft, bits: int) -> Settled:
     hot = torch.zeros_like(histogram.sums.count, dtype=torch.bool)
     hot[24:72] = True
     guarded = torch.arange(hot.shape[1]) % 2 == 0
-    importance, costs = torch.ones(hot.shape[1]), draft.costs(bits, bits)
+    importance, costs = torch.ones(hot.shape[1], dtype=torch.float64), draft.costs(bits, bits)
     site = PricedSite.from_sums(histogram.sums, draft.guard, importance, costs).refit(hot)
     ranges = Ranges(hot, guarded, torch.zeros_like(guarded), 0)
     return Settled.from_choice(draft, (bits, bits), site, ranges, histogram.edges)
@@ -140,7 +140,7 @@ def test_a_damaged_or_impossible_checkpoint_is_told(tmp_path: Path) -> None:
         path.write_bytes(damaged)
         with pytest.raises(CheckpointError, match="damaged"):
             checkpoint.restore(1, "what", {"a": Moments(D)})
-    with pytest.raises(CheckpointError, match="cannot keep"):
+    with pytest.raises(CheckpointError, match="cannot store"):
         Checkpoint(path, "owner")
     tmp_path.joinpath("run-002.safetensors").mkdir()
     with pytest.raises(CheckpointError, match="cannot write"):
@@ -151,5 +151,5 @@ def test_an_observer_that_does_not_say_how_it_is_merged_is_named() -> None:
     class Silent:
         def update(self, x: Tensor) -> None: ...
 
-    with pytest.raises(CalibrationError, match="Silent cannot be kept or shared"):
+    with pytest.raises(CalibrationError, match="Silent cannot be stored or shared"):
         statistics({"a": Silent()})

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from itertools import product
 from types import SimpleNamespace
-from typing import cast
+from unittest.mock import Mock
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -18,11 +18,8 @@ sites = st.integers(1, 4).flatmap(
 
 
 def fitted(table: list[list[tuple[float, float]]]) -> list[list[Fitted]]:
-    """Fits that miss and touch what the table says."""
-    return [
-        [cast(Fitted, SimpleNamespace(error=m, plan=SimpleNamespace(touched_bytes=t))) for m, t in site]
-        for site in table
-    ]
+    """Fits with the errors and the touched bytes of a table."""
+    return [[Mock(Fitted, error=error, plan=SimpleNamespace(touched_bytes=t)) for error, t in site] for site in table]
 
 
 def total(fits: list[Fitted]) -> tuple[float, float]:

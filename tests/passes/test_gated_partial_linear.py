@@ -53,9 +53,8 @@ def settled(draft: Draft, guarded: list[int], exact: list[int], threshold: Tenso
         for own in (guarded, exact)
     )
     assert isinstance(draft.guard, Score)
-    return Settled(
-        draft, 16, 16, AffineValue(draft.guard.surrogate.flip(0)), threshold[:, None], is_guarded, is_exact, None
-    )
+    limits = torch.stack([torch.full_like(threshold, -torch.inf), threshold], 1)
+    return Settled(draft, 16, 16, AffineValue(draft.guard.surrogate.flip(0)), limits, is_guarded, is_exact, None)
 
 
 def output(settled: Settled, x: Tensor) -> Tensor:

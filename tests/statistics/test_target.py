@@ -10,17 +10,17 @@ from hypothesis import strategies as st
 
 from tardis_fx import CalibrationError, Config, calibrate
 from tardis_fx.observation.run import drive, steps
-from tardis_fx.statistics.target import SLACK, TRIES, least_budget
+from tardis_fx.statistics.target import SLACK, TRIES, minimum_budget
 from tardis_fx.testing.observation import SiteObservation
 
 
 def searched(error: Callable[[float], float], floor: float, target: float) -> float:
     """What the search finds where nothing has to be measured for an error."""
-    return drive(SiteObservation([], []), least_budget(lambda budget: steps(error(budget)), floor, target))
+    return drive(SiteObservation([], []), minimum_budget(lambda budget: steps(error(budget)), floor, target))
 
 
 @given(st.floats(0.05, 0.5), st.floats(1.0, 30.0), st.floats(0.01, 0.6), st.floats(0.5, 2.0))
-def test_the_least_budget_meets_a_target_that_falls_with_the_bytes(
+def test_the_minimum_budget_meets_a_target_that_falls_with_the_bytes(
     floor: float, steepness: float, target: float, bend: float
 ) -> None:
     tried = {}

@@ -1,0 +1,55 @@
+"""A language model of two FFNs, its plans, and how they are healed."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import CausalLMOutput
+
+from builders import models
+from builders.ffns import Block, config, entries, ffn
+from builders.gated import Gated
+from tardis_fx import Plan, calibrate, heal
+
+STEPS = 40  # two evaluations
+
+
+class Language(nn.Module):
+    """Token numbers to logits, with two FFNs between."""
+
+    def __init__(self, kind: str = "plain") -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.head = nn.Embedding(models.VOCABULARY, 16), nn.Linear(16, models.VOCABULARY)
+        made: Any = Gated if kind == "gated" else ffn
+        self.blocks = nn.Sequential(*(Block(made(seed=i)) for i in range(2)))
+        self.eval()
+
+    def forward(self, ids: Tensor) -> CausalLMOutput:
+        return CausalLMOutput(logits=self.head(self.blocks(self.embedding(ids))))
+
+
+TEXT = [models.tokens(4, 32, seed=i) for i in range(8)]
+
+
+@cache
+def language_plan(bits: int = 16, dtype: torch.dtype = torch.float32, kind: str = "plain") -> Plan:
+    """Of any :class:`Language` of this kind: all have the same weights."""
+    return calibrate(Language(kind).to(dtype), TEXT, config=config(fold_bits=bits, row_bits=bits))
+
+
+def healed(model: nn.Module, plan: Plan, given: Any = TEXT, **changed: Any) -> Plan:
+    chosen: dict[str, Any] = {"steps": STEPS, "learning_rate": 1e-2, "progress": False}
+    return heal(model, plan, given, **(chosen | changed))
+
+
+def same(a: Plan, b: Plan) -> bool:
+    return all(
+        x.touched_bytes == y.touched_bytes
+        and x.error == y.error
+        and all(torch.equal(tensor, y.tensors[name]) for name, tensor in x.tensors.items())
+        for x, y in zip(entries(a), entries(b), strict=True)
+    )
