@@ -43,7 +43,7 @@ class LiveObservation(Observation):
         """All sites."""
         return self._sites
 
-    def update(self, inputs: Sequence[tuple[str, Float[Tensor, "tokens d"]]]) -> Plan | None:
+    def update(self, inputs: Sequence[tuple[str, Float[Tensor, "_ _"]]]) -> Plan | None:
         """Shows the inputs of one call to the observers of the current run.
 
         Args:

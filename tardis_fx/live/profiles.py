@@ -70,7 +70,7 @@ class Profile:
             return "fitted"
         return f"profiling: {observation.title}, {observation.count:,} of {self._settings.profile_tokens:,} tokens"
 
-    def update(self, inputs: Sequence[tuple[str, Float[Tensor, "tokens d"]]]) -> None:
+    def update(self, inputs: Sequence[tuple[str, Float[Tensor, "_ _"]]]) -> None:
         """Adds the inputs of one call, with fingerprints; fits and checks once there are enough.
 
         An error ends the profile, not the call; after an interruption by the user, observation starts again.

@@ -26,7 +26,7 @@ class SiteObservation(RepeatableObservation):
     """Observation of FFNs that all see the same batches, without capture, so that a fit takes milliseconds."""
 
     def __init__(
-        self, ffns: Sequence[FFN | GatedFFN | ObservedSite], batches: Sequence[Float[Tensor, "tokens d"]]
+        self, ffns: Sequence[FFN | GatedFFN | ObservedSite], batches: Sequence[Float[Tensor, "_ d"]]
     ) -> None:
         """Matches each FFN in a separate graph.
 

@@ -110,7 +110,7 @@ class Calibration:
             x = x + 2
         return x.to(dtype)
 
-    def all(self, d: int, dtype: torch.dtype = torch.float32) -> list[Float[Tensor, "tokens d"]]:
+    def all(self, d: int, dtype: torch.dtype = torch.float32) -> list[Float[Tensor, "_ {d}"]]:
         """The calibration batches."""
         return [self.batch(self.tokens, d, number=i, dtype=dtype) for i in range(self.batches)]
 
@@ -133,7 +133,7 @@ class Specimen:
         """Makes new copies of the FFNs."""
         return [replace(self.weights, seed=self.weights.seed + i).ffn() for i in range(count)]
 
-    def batches(self) -> list[Float[Tensor, "tokens d"]]:
+    def batches(self) -> list[Float[Tensor, "_ d"]]:
         """The calibration batches in the dtype of the weights."""
         return self.calibration.all(self.weights.d, self.weights.dtype)
 
