@@ -20,12 +20,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from tardis_fx.config import Config, Rounding, one_of
+from tardis_fx.config import Config, Rounding, checked
 from tardis_fx.errors import CalibrationError
 from tardis_fx.graph.feed_forward import multiply
 from tardis_fx.graph.site import Site, SiteWeights
@@ -50,6 +51,7 @@ from tardis_fx.runtime.packing import GROUP_SIZES, low_bits
 from tardis_fx.statistics.target import fit_to_target
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class PartialLinearOptions:
     """Options of partial linearity.
@@ -67,18 +69,11 @@ class PartialLinearOptions:
         ConfigError: a value is out of range.
     """
 
-    predictor_bits: int = 2
-    fold_bits: int | None = None
-    row_bits: int | None = None
-    group_size: int = 128
+    predictor_bits: Annotated[int, Field(ge=1, le=8)] = 2
+    fold_bits: Literal[3, 4, 8, 16] | None = None
+    row_bits: Literal[3, 4, 8, 16] | None = None
+    group_size: Literal[32, 64, 128] = 128
     rounding: Rounding = "gptq"
-
-    def __post_init__(self) -> None:
-        one_of("predictor_bits", self.predictor_bits, tuple(range(1, 9)))
-        one_of("fold_bits", self.fold_bits, (3, 4, 8, 16, None))
-        one_of("row_bits", self.row_bits, (3, 4, 8, 16, None))
-        one_of("group_size", self.group_size, GROUP_SIZES)
-        one_of("rounding", self.rounding, ("gptq", "nearest"))
 
 
 class PartialLinear(Rewrite):
