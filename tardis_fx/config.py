@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
 from pydantic import ConfigDict, Field, SkipValidation, ValidationError, create_model
 
-from tardis_fx.errors import ConfigError
+from tardis_fx.errors import ConfigError, reasons
 
 Prefill = Literal["original", "rewritten"]
 Rounding = Literal["gptq", "nearest"]
@@ -28,29 +28,23 @@ def checked(cls: type[T]) -> type[T]:
 
     A wrong value or an unknown name raises a ConfigError that names the field, the value and the allowed values.
     """
-    hints, config = get_type_hints(cls, include_extras=True), ConfigDict(strict=True, extra="forbid")
-    specs: dict[str, Any] = {field.name: (hints[field.name], field.default) for field in fields(cls)}  # type: ignore[arg-type]
-    model = create_model(cls.__name__, __config__=config | {"arbitrary_types_allowed": True}, **specs)
+    hints, known = get_type_hints(cls, include_extras=True), {field.name: field.default for field in fields(cls)}  # type: ignore[arg-type]
+    specs: dict[str, Any] = {name: (hints[name], default) for name, default in known.items()}
+    model = create_model(cls.__name__, __config__=ConfigDict(strict=True, arbitrary_types_allowed=True), **specs)
     assign: Any = cls.__init__
 
     @wraps(assign)
     def init(self: Any, **values: Any) -> None:
+        if unknown := [name for name in values if name not in known]:
+            raise ConfigError(f"unknown option {', '.join(map(repr, unknown))}: {cls.__name__} has {', '.join(known)}")
         try:
             model(**values)
         except ValidationError as error:
-            raise ConfigError("; ".join(_explained(cls, dict(detail)) for detail in error.errors())) from None
+            raise ConfigError(reasons(error)) from None
         assign(self, **values)
 
     cls.__init__ = init  # type: ignore[assignment, method-assign]
     return cls
-
-
-def _explained(cls: type[Any], detail: dict[str, Any]) -> str:
-    """An error of pydantic in a user's words."""
-    (name, *_), wrong = detail["loc"], repr(detail["input"])
-    if detail["type"] == "extra_forbidden":
-        return f"unknown option {name!r}: {cls.__name__} has {', '.join(field.name for field in fields(cls))}"
-    return f"{name} {detail['msg'].replace('Input should', 'must')}, not {wrong:.200}"
 
 
 @checked
