@@ -84,14 +84,14 @@ class Int8Ffn(Wrapper):
             error = math.sqrt(sum(plan.error**2 for plan in plans) / len(plans))
             if error > config.target_error:
                 raise CalibrationError(
-                    f"target_error {config.target_error}: out of reach of {self.name}, the error is {error:.3g} always"
+                    f"target_error {config.target_error}: out of reach of {self.name}, whose error is {error:.3g}"
                 )
             return
         for plan in plans:
             share, name = plan.touched_bytes / plan.dense_bytes, plan.name or "an FFN"
             if share > config.budget:
                 raise CalibrationError(
-                    f"a budget of {config.budget:.2%} is too small for {self.name}: {name} reads {share:.2%} always"
+                    f"a budget of {config.budget:.2%} is too small for {self.name}: {name} always reads {share:.2%}"
                 )
 
     def _around(self, site: ObservedSite, inner: SitePlan) -> SitePlan:

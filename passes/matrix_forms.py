@@ -21,7 +21,7 @@ from tardis_fx.runtime.packing import pack, packed_bytes, unpack
 
 Weight = Float[Tensor, "rows columns"]
 #: Of a matrix's operand.
-Gram = Float64[Tensor, "columns columns"]
+Gram = Float[Tensor, "columns columns"]
 
 
 @dataclass(frozen=True, eq=False)

@@ -31,7 +31,7 @@ def rewrite_named(method: str) -> Rewrite:
     names = method.split("+")
     for i, name in enumerate(names):
         if name in names[:i]:
-            raise ConfigError(f"{name} stands twice in {method}: name each rewrite once")
+            raise ConfigError(f"{name} appears twice in {method}: name each rewrite once")
     rewrite, *following = map(_registered, names)
     for second in following:
         rewrite = second.applied_after(rewrite) or Composed(rewrite, second)

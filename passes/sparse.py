@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Bool, Float, Float64
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tardis_fx.graph.feed_forward import biases, matrices
@@ -36,7 +36,7 @@ class Sparse(Represented):
     two_of_four: ClassVar[bool] = False
 
     @abstractmethod
-    def pruned(self, weight: Float[Tensor, "rows columns"], operand: Float64[Tensor, "*columns"], share: float) -> Form:
+    def pruned(self, weight: Weight, operand: Float[Tensor, "*columns"], share: float) -> Form:
         """Prunes a matrix by the statistic of its operand, :attr:`operands`, so that a share of the weights is kept."""
 
     def refuse(self, site: Site) -> str | None:

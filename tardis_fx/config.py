@@ -165,63 +165,64 @@ class Options:
         return self.plan is None or self.on_change == "refit"
 
 
-def _method(given: Any) -> str | tuple[tuple[str, str | None], ...]:
-    """The stored form of a method, from what the user gave or from JSON.
+def _method(method: Any) -> str | tuple[tuple[str, str | None], ...]:
+    """The stored form of a method, from a user's value or from JSON.
 
     Raises:
         ConfigError: it is not a method.
     """
-    if isinstance(given, str) or not isinstance(given, (Mapping, Sequence)):
-        return _chain(given)
-    pairs: list[Any] = list(given.items() if isinstance(given, Mapping) else given)
+    if isinstance(method, str) or not isinstance(method, (Mapping, Sequence)):
+        return _chain(method)
+    pairs: list[Any] = list(method.items() if isinstance(method, Mapping) else method)
     if not pairs:
-        raise ConfigError(f"method names no rewrite: {given!r}")
+        raise ConfigError(f"method names no rewrite: {method!r}")
     if all(isinstance(name, str) for name in pairs):
         return _chain("+".join(pairs))
-    found = []
+    methods = []
     for pair in pairs:
         if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not isinstance(pair[0], str):
-            raise ConfigError(f"method must map patterns of site names to rewrites, which {pair!r} does not")
-        pattern, method = pair
-        chain = method if method is None or isinstance(method, str) else _method(method)
-        found.append((pattern, None if chain is None else _chain(chain)))
-    return tuple(found)
+            raise ConfigError(f"method must map patterns of site names to rewrites, not {pair!r}")
+        pattern, value = pair
+        chain = value if value is None or isinstance(value, str) else _method(value)
+        methods.append((pattern, None if chain is None else _chain(chain)))
+    return tuple(methods)
 
 
 def _chain(method: Any) -> str:
     if not isinstance(method, str) or not all(method.split("+")):
-        raise ConfigError(f"method must be the name of a rewrite, or names with + between, not {method!r}")
+        raise ConfigError(f"method must be the name of a rewrite, or names joined with +, not {method!r}")
     return method
 
 
-def _options(given: Any, rewrites: tuple[str, ...]) -> tuple[tuple[str, tuple[tuple[str, Any], ...]], ...]:
-    """The stored form of options, from what the user gave or from JSON.
+def _options(options: Any, rewrites: tuple[str, ...]) -> tuple[tuple[str, tuple[tuple[str, Any], ...]], ...]:
+    """The stored form of options, from a user's value or from JSON.
 
     Raises:
         ConfigError: they are not options, or belong to a rewrite that ``method`` does not name.
     """
-    found = _pairs(given)
-    if found and not any(isinstance(value, (Mapping, list, tuple)) for value in found.values()):
+    by_rewrite = _pairs(options)
+    if by_rewrite and not any(isinstance(value, (Mapping, list, tuple)) for value in by_rewrite.values()):
         if len(rewrites) != 1:
-            raise ConfigError(f"options go by rewrite unless method names one: {{{(*rewrites, '?')[0]!r}: {given!r}}}")
-        found = {rewrites[0]: given}
-    for rewrite, own in found.items():
+            example = f"{{{(*rewrites, '?')[0]!r}: {options!r}}}"
+            raise ConfigError(f"options go by rewrite unless method names one: {example}")
+        by_rewrite = {rewrites[0]: options}
+    for rewrite, values in by_rewrite.items():
         if rewrite not in rewrites:
-            raise ConfigError(f"options: {rewrite!r} is no rewrite of method, which names {', '.join(rewrites)}")
-        found[rewrite] = tuple(_pairs(own).items())
-        if wrong := [v for _, v in found[rewrite] if not isinstance(v, (str, int, float, type(None)))]:
+            raise ConfigError(f"options: {rewrite!r} is not a rewrite of method, which names {', '.join(rewrites)}")
+        by_rewrite[rewrite] = tuple(_pairs(values).items())
+        if wrong := [v for _, v in by_rewrite[rewrite] if not isinstance(v, (str, int, float, type(None)))]:
             raise ConfigError(f"options of {rewrite} must be a number, a string, a bool or None, not {wrong[0]!r}")
-    return tuple(found.items())
+    return tuple(by_rewrite.items())
 
 
-def _pairs(given: Any) -> dict[str, Any]:
+def _pairs(options: Any) -> dict[str, Any]:
     try:
-        found = dict(given)
+        pairs = dict(options)
     except (TypeError, ValueError):
-        found = {None: None}
-    if not all(isinstance(name, str) for name in found):
-        raise ConfigError(f"options must map names of options to values, or rewrites to such mappings, not {given!r}")
-    return found
+        pairs = {None: None}
+    if not all(isinstance(name, str) for name in pairs):
+        raise ConfigError(f"options must map names of options to values, or rewrites to such mappings, not {options!r}")
+    return pairs
 
 
 def one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
