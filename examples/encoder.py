@@ -25,16 +25,16 @@ from tardis_fx.demo.corpus import Split, modules
 
 def sentences(split: Split, count: int, seed: int = 0) -> list[str]:
     """First paragraphs of docstrings of a split's modules, long ones only; evenly spread for seed 0, else drawn."""
-    found = []
+    texts = []
     for _, source in modules(split):
         for node in ast.walk(ast.parse(source)):
             if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and (text := ast.get_docstring(node)):
-                found.append(" ".join(text.split("\n\n")[0].split()))
-    found = [text for text in dict.fromkeys(found) if len(text) > 60]
+                texts.append(" ".join(text.split("\n\n")[0].split()))
+    texts = [text for text in dict.fromkeys(texts) if len(text) > 60]
     if seed:
-        order = torch.randperm(len(found), generator=torch.Generator().manual_seed(seed))
-        return [found[i] for i in order[:count].tolist()]
-    return found[:: max(1, len(found) // count)][:count]
+        order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed))
+        return [texts[i] for i in order[:count].tolist()]
+    return texts[:: max(1, len(texts) // count)][:count]
 
 
 @torch.no_grad()

@@ -58,12 +58,12 @@ def batches(split: Split, count: int, seed: int = 0) -> list[Batch]:
     ]
 
 
-def train(model: BertForSequenceClassification, given: list[Batch], rate: float = 5e-4) -> None:
+def train(model: BertForSequenceClassification, batches: list[Batch], rate: float = 5e-4) -> None:
     """One pass of AdamW over the batches; leaves the model in eval mode."""
     optimiser = torch.optim.AdamW(model.parameters(), lr=rate)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, rate, total_steps=len(given))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, rate, total_steps=len(batches))
     model.train()
-    for batch in tqdm(given, desc="training", unit="step"):
+    for batch in tqdm(batches, desc="training", unit="step"):
         model(**batch).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
@@ -73,10 +73,10 @@ def train(model: BertForSequenceClassification, given: list[Batch], rate: float 
 
 
 @torch.no_grad()
-def accuracy(run: Callable[..., Any], given: list[Batch]) -> float:
+def accuracy(run: Callable[..., Any], batches: list[Batch]) -> float:
     """Share of snippets that are classified correctly."""
-    right = sum(int((run(input_ids=b["input_ids"]).logits.argmax(-1) == b["labels"]).sum()) for b in given)
-    return right / (BATCH * len(given))
+    correct = sum(int((run(input_ids=b["input_ids"]).logits.argmax(-1) == b["labels"]).sum()) for b in batches)
+    return correct / (BATCH * len(batches))
 
 
 def main(steps: int = 160, tuning_steps: int = 64, snippets: int = 1024, width: int = 256) -> dict[str, float]:
@@ -87,42 +87,40 @@ def main(steps: int = 160, tuning_steps: int = 64, snippets: int = 1024, width: 
         intermediate_size=4 * width, max_position_embeddings=LENGTH, num_labels=2,
     )  # fmt: skip
     model = BertForSequenceClassification(shape)
-    given, test = batches("train", steps), batches("test", snippets // BATCH, seed=1)
-    train(model, given)
+    test = batches("test", snippets // BATCH, seed=1)
+    train(model, batches("train", steps))
 
     config = tardis_fx.Config(method="ffsplit", budget=BUDGET, prefill="rewritten")
     plan = tardis_fx.calibrate(model, batches("calibration", 16), config=config)
     tuned = tardis_fx.finetune(model, plan, batches("train", tuning_steps, seed=2), epochs=1, learning_rate=3e-4)
 
-    found = {}
     runs = {"dense": torch.compile(model)}
-    for name, own in (("split", plan), ("split and fine-tuned", tuned)):
-        options: Any = {"plan": own}
+    for name, rewritten in (("split", plan), ("split and fine-tuned", tuned)):
+        options: Any = {"plan": rewritten}
         runs[name] = torch.compile(model, backend="tardis", options=options)
-    for name, run in runs.items():
-        found[f"accuracy, {name}"] = accuracy(run, test)
+    figures = {f"accuracy, {name}": accuracy(run, test) for name, run in runs.items()}
     with torch.no_grad():
         ids = test[0]["input_ids"]
         timed = {name: partial(seconds, partial(run, ids)) for name, run in runs.items() if name != "split"}
         times = interleave(timed, ROUNDS)
-    found["faster"] = Ratio.between(times["dense"], times["split and fine-tuned"]).median
+    figures["faster"] = Ratio.between(times["dense"], times["split and fine-tuned"]).median
     encoder = sum(p.numel() * p.element_size() for p in model.bert.encoder.parameters())
-    found["smaller"] = sum(site.dense_bytes - site.touched_bytes for site in tuned.sites if site.method) / encoder
-    report(found, len(test) * BATCH)
-    return found
+    figures["smaller"] = sum(site.dense_bytes - site.touched_bytes for site in tuned.sites if site.method) / encoder
+    report(figures, len(test) * BATCH)
+    return figures
 
 
-def report(found: Mapping[str, float], snippets: int) -> None:
+def report(figures: Mapping[str, float], snippets: int) -> None:
     """Prints the figures with those of the paper."""
-    lost = found["accuracy, dense"] - found["accuracy, split and fine-tuned"]
-    error = (found["accuracy, dense"] * (1 - found["accuracy, dense"]) / snippets) ** 0.5
+    lost = figures["accuracy, dense"] - figures["accuracy, split and fine-tuned"]
+    error = (figures["accuracy, dense"] * (1 - figures["accuracy, dense"]) / snippets) ** 0.5
     print(f"{snippets} snippets of modules never trained on; standard error of an accuracy {error:.1%}")
     for name in ("dense", "split", "split and fine-tuned"):
-        print(f"accuracy, {name:<21} {found[f'accuracy, {name}']:.1%}")
+        print(f"accuracy, {name:<21} {figures[f'accuracy, {name}']:.1%}")
     print(f"{'':<31} {'here':>8}   paper, BERT-base on GLUE")
     print(f"{'accuracy lost':<31} {lost:>8.1%}   {PAPER['accuracy lost']}")
-    print(f"{'layers smaller, without embeddings':<31} {found['smaller']:>5.1%}   {PAPER['smaller']}")
-    print(f"{f'faster than Inductor, {BATCH} texts':<31} {found['faster']:>7.2f}x   {PAPER['faster']}")
+    print(f"{'layers smaller, without embeddings':<31} {figures['smaller']:>5.1%}   {PAPER['smaller']}")
+    print(f"{f'faster than Inductor, {BATCH} texts':<31} {figures['faster']:>7.2f}x   {PAPER['faster']}")
     print(f"on {torch.get_num_threads()} threads; stored besides, for recognising the model: its own FFN weights")
 
 

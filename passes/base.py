@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any, ClassVar
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from tardis_fx.config import Config
@@ -16,7 +17,7 @@ from tardis_fx.errors import ConfigError
 from tardis_fx.graph.site import Site, SiteWeights
 from tardis_fx.observation.run import Fit, Run
 from tardis_fx.observation.site import ObservedSite
-from tardis_fx.passes.layout import Layout, check
+from tardis_fx.passes.layout import Layout, Tensors, check
 from tardis_fx.plan import Planned, SitePlan
 from tardis_fx.statistics.check import Check
 
@@ -61,11 +62,11 @@ class Rewrite(ABC):
         Raises:
             ConfigError: an option is unknown or out of range.
         """
-        given, known = config.options_of(self.name), [each.name for each in fields(self.Options)]
-        if unknown := [name for name in given if name not in known]:
-            listed = f"it has {', '.join(known)}" if known else "it has none"
-            raise ConfigError(f"{self.name} has no option {', '.join(map(repr, unknown))}: {listed}")
-        return self.Options(**given)
+        options, known = config.options_of(self.name), [field.name for field in fields(self.Options)]
+        if unknown := [name for name in options if name not in known]:
+            listed = ", ".join(known) or "none"
+            raise ConfigError(f"{self.name} has no option {', '.join(map(repr, unknown))}: it has {listed}")
+        return self.Options(**options)
 
     @abstractmethod
     def refuse(self, site: Site) -> str | None:
@@ -79,16 +80,18 @@ class Rewrite(ABC):
         decisions depend only on these results, so that an interrupted calibration can be resumed.
         """
 
-    @abstractmethod
     def constants(self, plan: SitePlan, weights: SiteWeights) -> dict[str, Tensor]:
-        """The tensors that :meth:`forward` reads, on the weights' device."""
+        """The tensors that :meth:`forward` reads, on the weights' device; by default, those of the plan."""
+        return {name: tensor.to(weights.up.device) for name, tensor in plan.tensors.items()}
 
     @abstractmethod
-    def forward(self, x: Tensor, constants: Mapping[str, Tensor], plan: SitePlan) -> Tensor:
-        """The rewritten site: x [..., d] to [..., d_out]. Traced with ``torch.fx``: no branches on values or shapes."""
+    def forward(self, x: Float[Tensor, "... d"], constants: Tensors, plan: SitePlan) -> Float[Tensor, "... d_out"]:
+        """The rewritten site. Traced with ``torch.fx``: no branches on values or shapes."""
 
-    def replacement(self, plan: SitePlan, weights: SiteWeights) -> Callable[[Tensor], Tensor]:
-        """The eager function that replaces a site, [..., d] to [..., d_out]."""
+    def replacement(
+        self, plan: SitePlan, weights: SiteWeights
+    ) -> Callable[[Float[Tensor, "*batch d"]], Float[Tensor, "*batch d_out"]]:
+        """The eager function that replaces a site."""
         return partial(self.forward, constants=self.constants(plan, weights), plan=plan)
 
     def layout(self, plan: SitePlan, weights: SiteWeights) -> Layout | None:
@@ -154,10 +157,10 @@ def trial_run(rewrite: Rewrite, plan: SitePlan, weights: SiteWeights) -> None:
         ValueError: the output does not have the shape or dtype of the site's output.
         Exception: raised by the rewrite.
     """
-    own: dict[str, Any] = {name: None if t is None else t.cpu() for name, t in vars(weights).items()}
+    on_cpu: dict[str, Any] = {name: None if t is None else t.cpu() for name, t in vars(weights).items()}
     with torch.no_grad():
         x = torch.zeros(2, weights.up.shape[1], dtype=weights.up.dtype, device="cpu")
-        output = rewrite.forward(x, rewrite.constants(plan, replace(weights, **own)), plan)
+        output = rewrite.replacement(plan, replace(weights, **on_cpu))(x)
     if (output.dtype, tuple(output.shape)) != (x.dtype, (2, len(weights.down))):
         raise ValueError(f"it gives {output.dtype} {tuple(output.shape)} for x {x.dtype} {tuple(x.shape)}")
 
@@ -166,18 +169,17 @@ def with_errors(
     rewrite: Rewrite, sites: Sequence[ObservedSite], plans: Sequence[Planned], config: Config
 ) -> Fit[list[Planned]]:
     """Measures the errors of plans against the original FFNs on the held-back tokens, in one run."""
-    known: dict[str, Planned] = {plan.fingerprint: plan for plan in plans}
-    own = {p.fingerprint: p for p in plans if isinstance(p, SitePlan) and p.method == rewrite.method}
-    chosen = [site for site in sites if site.fingerprint in own]
+    entries: dict[str, Any] = {plan.fingerprint: plan for plan in plans}
+    chosen = [site for site in sites if entries[site.fingerprint].method == rewrite.method]
     if chosen:
-        functions = {s.fingerprint: rewrite.replacement(own[s.fingerprint], s.weights) for s in chosen}
+        functions = {s.fingerprint: rewrite.replacement(entries[s.fingerprint], s.weights) for s in chosen}
         checks = yield Run(
             f"error of {rewrite.method} at a budget of {config.budget}",
             lambda s: Check(s, functions[s.fingerprint], held_back=True),
             chosen,
         )
-        known |= {identity: replace(own[identity], error=check.error) for identity, check in checks.items()}
-    return [known[site.fingerprint] for site in sites]
+        entries |= {identity: replace(entries[identity], error=check.error) for identity, check in checks.items()}
+    return [entries[site.fingerprint] for site in sites]
 
 
 def matrices_of(plan: SitePlan) -> tuple[str, ...]:
@@ -185,7 +187,7 @@ def matrices_of(plan: SitePlan) -> tuple[str, ...]:
     return ("gate", "up", "down") if plan.kind == "gated" else ("up", "down")
 
 
-def stored_bytes(site: ObservedSite, constants: Mapping[str, Tensor]) -> int:
+def stored_bytes(site: ObservedSite, constants: Tensors) -> int:
     """Size of a site's weights, which are kept, and of all constants that do not share their memory."""
-    own = {p.untyped_storage().data_ptr() for p in site.parameters}  # halves of a fused matrix share it
-    return site.weights.bytes + sum(c.nbytes for c in constants.values() if c.untyped_storage().data_ptr() not in own)
+    kept = {p.untyped_storage().data_ptr() for p in site.parameters}  # halves of a fused matrix share it
+    return site.weights.bytes + sum(c.nbytes for c in constants.values() if c.untyped_storage().data_ptr() not in kept)

@@ -9,10 +9,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import ClassVar
 
+from jaxtyping import Float
 from torch import Tensor
 
 from tardis_fx.config import Config
@@ -21,6 +22,7 @@ from tardis_fx.graph.site import Site, SiteWeights
 from tardis_fx.observation.run import Fit, changed, forgotten, steps
 from tardis_fx.observation.site import ObservedSite
 from tardis_fx.passes.base import Rewrite, stored_bytes, with_errors
+from tardis_fx.passes.layout import Tensors, check_settings
 from tardis_fx.plan import KeptSite, Planned, SitePlan
 
 
@@ -36,11 +38,11 @@ class Composed(Rewrite):
             ConfigError: the first leaves no FFN, or the second needs the original FFN.
         """
         if second.exact:
-            raise ConfigError(f"{second.method} folds what is affine as it is, and composes with nothing")
+            raise ConfigError(f"{second.method} folds FFNs that are affine already, and cannot follow another rewrite")
         if not first.leaves_ffn:
             raise ConfigError(
                 f"{first.method} leaves no feed-forward network that {second.method} could be fitted to: "
-                f"it can only stand last, or in front of int8_ffn and int4_ffn"
+                f"put it last, or directly before int8_ffn or int4_ffn"
             )
         self.first, self.second = first, second
         self.leaves_ffn, self.leaves_matrices = second.leaves_ffn, second.leaves_matrices
@@ -62,13 +64,13 @@ class Composed(Rewrite):
     def fit(self, sites: Sequence[ObservedSite], config: Config) -> Fit[list[Planned]]:
         """Fits the first rewrite, then the second, then measures the error of both together."""
         firsts = yield from steps(self.first.fit(sites, replace(config, budget=1.0)))
-        left = [replace(s, weights=self._weights(e, s.weights)) for s, e in zip(sites, firsts, strict=True)]
+        left = [
+            replace(site, weights=self.first.weights(first, site.weights)) if isinstance(first, SitePlan) else site
+            for site, first in zip(sites, firsts, strict=True)
+        ]
         seconds = yield from changed(steps(self.second.fit(left, config)), forgotten)  # no other fit has these sites
-        plans = [self._joined(s, *own) for s, *own in zip(sites, firsts, seconds, strict=True)]
+        plans = [self._joined(*entries) for entries in zip(sites, firsts, seconds, strict=True)]
         return (yield from with_errors(self, sites, plans, config))
-
-    def _weights(self, first: Planned, weights: SiteWeights) -> SiteWeights:
-        return self.first.weights(first, weights) if isinstance(first, SitePlan) else weights
 
     def _joined(self, site: ObservedSite, first: Planned, second: Planned) -> Planned:
         if not (isinstance(first, SitePlan) and isinstance(second, SitePlan)):
@@ -77,9 +79,8 @@ class Composed(Rewrite):
             second,
             method=self.method,
             settings={"first": first.settings, "second": second.settings},
-            tensors={
-                f"{part}.{n}": t for part, e in (("first", first), ("second", second)) for n, t in e.tensors.items()
-            },
+            tensors={f"first.{n}": t for n, t in first.tensors.items()}
+            | {f"second.{n}": t for n, t in second.tensors.items()},
         )
         return replace(plan, stored_bytes=stored_bytes(site, self.constants(plan, site.weights)))
 
@@ -98,11 +99,10 @@ class Composed(Rewrite):
 
     def validate(self, plan: SitePlan, weights: SiteWeights) -> None:
         """Lets each rewrite check its part of the entry."""
-        if plan.settings.keys() != {"first", "second"}:
-            raise ValueError(f"it has the settings {', '.join(plan.settings)}, not those of two rewrites")
+        check_settings(plan, "first", "second")
         first, second = self._entries(plan)
         if len(first.tensors) + len(second.tensors) != len(plan.tensors):
-            raise ValueError("it has tensors of neither of two rewrites")
+            raise ValueError("it has tensors that belong to neither rewrite")
         self.first.validate(first, weights)
         self.second.validate(second, self.first.weights(first, weights))
 
@@ -120,6 +120,6 @@ class Composed(Rewrite):
         first, second = self._entries(plan)
         return self.second.constants(second, self.first.weights(first, weights))
 
-    def forward(self, x: Tensor, constants: Mapping[str, Tensor], plan: SitePlan) -> Tensor:
+    def forward(self, x: Float[Tensor, "... d"], constants: Tensors, plan: SitePlan) -> Float[Tensor, "... d_out"]:
         """Runs the second rewrite."""
         return self.second.forward(x, constants, self._entries(plan)[1])

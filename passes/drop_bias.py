@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import ClassVar
 
 import torch
+from jaxtyping import Float, Float32
 from torch import Tensor
 
 from tardis_fx.config import Config
@@ -18,7 +19,7 @@ from tardis_fx.graph.site import Site, SiteWeights
 from tardis_fx.observation.run import Fit
 from tardis_fx.observation.site import Merge, ObservedSite
 from tardis_fx.passes.base import matrices_of
-from tardis_fx.passes.layout import Expected, Layout
+from tardis_fx.passes.layout import Expected, Layout, Tensors
 from tardis_fx.passes.static import Choice, StaticRewrite, bias_bytes, measured
 from tardis_fx.plan import SitePlan
 from tardis_fx.statistics.neurons import Neurons
@@ -61,16 +62,16 @@ class DropBias(StaticRewrite):
 
     def constants(self, plan: SitePlan, weights: SiteWeights) -> dict[str, Tensor]:
         """Matrices and bias of :meth:`weights`."""
-        left = self.weights(plan, weights)
-        return matrices(left) | biases(left)
+        changed = self.weights(plan, weights)
+        return matrices(changed) | biases(changed)
 
-    def forward(self, x: Tensor, constants: Mapping[str, Tensor], plan: SitePlan) -> Tensor:
+    def forward(self, x: Float[Tensor, "... d"], constants: Tensors, plan: SitePlan) -> Float[Tensor, "... d_out"]:
         """Applies the FFN with only the last bias."""
         return dense(x, constants, str(plan.activation))
 
 
 class BiasEffect(Operands):
-    """Observer of the mean effect of the biases before the activation on each response, [h], float64."""
+    """Observer of the mean effect of the biases before the activation on each response."""
 
     merged: ClassVar[Mapping[str, Merge]] = {"_sum": "sum", "_tokens": "sum"}
 
@@ -79,13 +80,13 @@ class BiasEffect(Operands):
         self._bare = Neurons.from_site(replace(site, weights=bare(site.weights)))
         self._sum, self._tokens = torch.zeros(len(site.weights.up), dtype=torch.float64, device="cpu"), 0
 
-    def add(self, x: Tensor, hidden: Tensor) -> None:
+    def add(self, x: Float32[Tensor, "tokens d"], hidden: Float32[Tensor, "tokens h"]) -> None:
         """Adds the effect of the biases on the responses."""
         self._sum += (hidden - self._bare.evaluate(x)[1]).sum(0, dtype=torch.float64)
         self._tokens += len(x)
 
-    def bias(self, weights: SiteWeights) -> Tensor:
-        """The last bias that compensates for the effect, [d_out], in the dtype of the weights."""
+    def bias(self, weights: SiteWeights) -> Float[Tensor, " d_out"]:
+        """The last bias that compensates for the effect, in the dtype of the weights."""
         bias = weights.down.double().cpu() @ (self._sum / max(1, self._tokens))
         if weights.down_bias is not None:
             bias = bias + weights.down_bias.double().cpu()

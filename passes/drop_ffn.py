@@ -7,14 +7,14 @@ saved. The mean remains as a bias.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from tardis_fx.graph.site import SiteWeights
-from tardis_fx.passes.layout import Expected, Layout
+from tardis_fx.passes.layout import Expected, Layout, Tensors
 from tardis_fx.passes.whole import WholeSites
 from tardis_fx.plan import SitePlan
 from tardis_fx.statistics.regression import Residual
@@ -36,10 +36,10 @@ class DropFfn(WholeSites):
     def replaced(self, output: Residual, weights: SiteWeights) -> tuple[float, str, dict[str, Tensor]]:
         """The loss is the variance of the output per byte saved."""
         mean = output.mean
-        missed = output.missed(torch.zeros(weights.up.shape[1], len(mean), dtype=mean.dtype, device=mean.device), mean)
+        missed = output.missed(mean.new_zeros(weights.up.shape[1], len(mean)), mean)
         loss = missed / (weights.bytes - self.floor(weights))
         return loss, f"its output varies by {missed:.3g}", {"mean": mean.to(weights.down.dtype)}
 
-    def forward(self, x: Tensor, constants: Mapping[str, Tensor], plan: SitePlan) -> Tensor:
+    def forward(self, x: Float[Tensor, "... d"], constants: Tensors, plan: SitePlan) -> Float[Tensor, "... d_out"]:
         """Returns the mean for every token."""
         return torch.zeros_like(x[..., :1]) + constants["mean"]

@@ -31,15 +31,11 @@ def check_site(entry: SitePlan, site: Site, parameters: Sequence[Tensor]) -> Non
     Raises:
         PlanMismatchError: it is not.
     """
-    found = {
-        "kind": site.kind,
-        "activation": site.activation,
-        "shapes": tuple(tuple(parameter.shape) for parameter in parameters),
-    }
-    for name, value in found.items():
+    shapes = tuple(tuple(parameter.shape) for parameter in parameters)
+    for name, value in (("kind", site.kind), ("activation", site.activation), ("shapes", shapes)):
         if (planned := getattr(entry, name)) != value:
             raise PlanMismatchError(
-                f"{site.name or 'an FFN'}: the plan's entry of these weights says {name} {planned!r:.200}, and the "
+                f"{site.name or 'an FFN'}: the plan's entry for these weights has {name} {planned!r:.200}, and the "
                 f"model has {value!r}: the plan was changed, calibrate again"
             )
 
@@ -54,7 +50,7 @@ def rewrite_of(entry: SitePlan) -> Rewrite:
         return rewrite_named(entry.method)
     except ConfigError as error:
         name = entry.name or "an FFN"
-        raise PlanFileError(f"the plan's entry of {name} names a rewrite that is not there: {error!s:.300}") from error
+        raise PlanFileError(f"the plan's entry for {name} names an unknown rewrite: {error!s:.300}") from error
 
 
 def check_entry(entry: SitePlan, weights: SiteWeights) -> None:
@@ -70,14 +66,10 @@ def check_entry(entry: SitePlan, weights: SiteWeights) -> None:
     """
     name = entry.name or "an FFN"
     if entry.dtype != str(weights.up.dtype):
-        raise PlanMismatchError(f"{name}: the plan's entry says dtype {entry.dtype!r:.80}, not {weights.up.dtype}")
-    shapes = (
-        weights.up.shape,
-        weights.down.shape,
-        weights.gate is None,
-        weights.up_bias is None,
-        weights.down_bias is None,
-    )
+        raise PlanMismatchError(
+            f"{name}: the plan's entry is for dtype {entry.dtype!r:.80}, the weights are {weights.up.dtype}"
+        )
+    shapes = tuple(None if tensor is None else tensor.shape for tensor in vars(weights).values())
     if shapes in _CHECKED.get(entry, ()):
         return
     rewrite = rewrite_of(entry)
@@ -85,7 +77,7 @@ def check_entry(entry: SitePlan, weights: SiteWeights) -> None:
         rewrite.validate(entry, weights)
     except Exception as error:
         raise PlanFileError(
-            f"the plan's entry of {name} cannot be used by its rewrite, {rewrite.method}: "
+            f"the plan's entry for {name} cannot be used by its rewrite, {rewrite.method}: "
             f"{error if isinstance(error, ValueError) else f'{type(error).__name__}: {error}'}"
         ) from error
     _CHECKED.setdefault(entry, set()).add(shapes)

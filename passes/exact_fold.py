@@ -3,23 +3,25 @@
 1. The activation is an affine function ``s z + t``: none at all, a scale, ``leaky_relu(1)``.
 2. Or it is a ReLU, and the sign of every neuron's pre-activation follows from the weights and the bounds of the input
    (for example, the output of a ReLU or a softmax): then ``s`` is 1 or 0 for each neuron.
-3. ``C = W2 diag(s) W1``, ``B = W2 (s * up_bias + t) + down_bias``, in float64.
+3. The lines fold as in :func:`tardis_fx.passes.affine.fold`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
+from jaxtyping import Float, Float64
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from tardis_fx.config import Config
 from tardis_fx.graph.site import Site, SiteWeights
 from tardis_fx.observation.site import ObservedSite
+from tardis_fx.passes.affine import fold
 from tardis_fx.passes.base import Rewrite
-from tardis_fx.passes.layout import Expected, Layout, setting
+from tardis_fx.passes.layout import Expected, Layout, Tensors, setting
 from tardis_fx.plan import KeptSite, Planned, SitePlan
 
 
@@ -72,24 +74,20 @@ class ExactFold(Rewrite):
         return {"slope": line, "intercept": line}
 
     def constants(self, plan: SitePlan, weights: SiteWeights) -> dict[str, Tensor]:
-        """Folded weight [d_out, d] and, if there is one, bias [d_out]."""
-        up, down = weights.up.double(), weights.down.double()
-        slope, shift = (plan.tensors[name].to(up.device) for name in ("slope", "intercept"))
-        if weights.up_bias is not None:
-            shift = shift + slope * weights.up_bias.double()
-        constants = {"folded_weight": ((down * slope) @ up).to(weights.up.dtype)}
-        if plan.settings["bias"]:
-            bias = down @ shift if weights.down_bias is None else down @ shift + weights.down_bias.double()
-            constants["folded_bias"] = bias.to(weights.up.dtype)
+        """Folded weight and, if there is one, bias."""
+        slope, intercept = (plan.tensors[name].to(weights.up.device) for name in ("slope", "intercept"))
+        constants = fold(weights, slope, intercept)
+        if not plan.settings["bias"]:
+            del constants["folded_bias"]
         return constants
 
-    def forward(self, x: Tensor, constants: Mapping[str, Tensor], plan: SitePlan) -> Tensor:
+    def forward(self, x: Float[Tensor, "... d"], constants: Tensors, plan: SitePlan) -> Float[Tensor, "... d_out"]:
         """Applies the fold as one linear layer."""
         return F.linear(x, constants["folded_weight"], constants.get("folded_bias"))
 
 
-def _line(site: Site, weights: SiteWeights) -> tuple[Tensor, Tensor] | None:
-    """Slope and intercept of every neuron, [h] each, float64; None if the activation is not affine for each."""
+def _line(site: Site, weights: SiteWeights) -> tuple[Float64[Tensor, " h"], Float64[Tensor, " h"]] | None:
+    """Slope and intercept of every neuron; None if the activation is not affine for each."""
     ones = torch.ones(len(weights.up), dtype=torch.float64, device="cpu")
     if site.affine is not None:
         return site.affine[0] * ones, site.affine[1] * ones
@@ -98,12 +96,12 @@ def _line(site: Site, weights: SiteWeights) -> tuple[Tensor, Tensor] | None:
     return (positive.double(), 0 * ones) if bool((positive | negative).all()) else None
 
 
-def _range(weights: SiteWeights, bounds: tuple[float, float]) -> tuple[Tensor, Tensor]:
-    """Lowest and highest pre-activation of every neuron, [h] each, up to rounding."""
+def _range(weights: SiteWeights, bounds: tuple[float, float]) -> tuple[Float64[Tensor, " h"], Float64[Tensor, " h"]]:
+    """Lowest and highest pre-activation of every neuron, up to rounding."""
     up = weights.up.double().cpu()
     up_bias = torch.zeros_like(up[:, 0]) if weights.up_bias is None else weights.up_bias.double().cpu()
 
-    def least(weight: Tensor) -> Tensor:
+    def least(weight: Float64[Tensor, "h d"]) -> Float64[Tensor, " h"]:
         rise, fall = weight.clamp(min=0), weight.clamp(max=0)
         return (torch.where(rise == 0, 0, rise * bounds[0]) + torch.where(fall == 0, 0, fall * bounds[1])).sum(1)
 

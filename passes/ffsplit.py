@@ -9,9 +9,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import ClassVar
 
+from jaxtyping import Float, Float64
 from torch import Tensor
 
 from tardis_fx.config import Config
@@ -20,7 +21,7 @@ from tardis_fx.graph.site import SiteWeights
 from tardis_fx.observation.run import Fit
 from tardis_fx.observation.site import ObservedSite
 from tardis_fx.passes.base import matrices_of
-from tardis_fx.passes.layout import Layout, indices, setting
+from tardis_fx.passes.layout import Layout, Tensors, indices, setting
 from tardis_fx.passes.matrix_forms import Factored
 from tardis_fx.passes.static import Choice, StaticRewrite, bias_bytes, measured
 from tardis_fx.plan import SitePlan
@@ -45,7 +46,7 @@ class FFSplit(StaticRewrite):
         norms = yield measured(ColumnNorms, sites)
         return [self._split(site.weights, norms[site.fingerprint].magnitude, config.budget) for site in sites]
 
-    def _split(self, weights: SiteWeights, magnitude: Tensor, budget: float) -> Choice:
+    def _split(self, weights: SiteWeights, magnitude: Float64[Tensor, " h"], budget: float) -> Choice:
         h = len(weights.up)
         heavy = max(k for k in range(1, h + 1) if _bytes(weights, k) <= budget * weights.bytes)
         order = (magnitude * weights.down.double().cpu().norm(dim=0)).argsort(descending=True, stable=True)
@@ -60,38 +61,37 @@ class FFSplit(StaticRewrite):
         """The order of the neurons, and factors of the neurons that are not heavy hitters."""
         hidden = len(weights.up)
         heavy = setting(plan, "heavy", range(1, hidden + 1))
-        found = {"neurons": indices(hidden, hidden)}
+        layout = {"neurons": indices(hidden, hidden)}
         if heavy < hidden:
             for (name, weight), rank in zip(matrices(weights).items(), _ranks(weights, heavy), strict=True):
                 (rows, columns), rest = weight.shape, hidden - heavy
                 sizes = (rows, rest) if name == "down" else (rest, columns)
-                found |= Factored.layout(name, sizes, rank, weight.dtype)
-        return found
+                layout |= Factored.layout(name, sizes, rank, weight.dtype)
+        return layout
 
     def matrices(self, plan: SitePlan) -> dict[str, float]:
         """Matrices of the heavy hitters and factors of the rest."""
         return dict.fromkeys([*matrices_of(plan), *(name for name in plan.tensors if name != "neurons")], 1.0)
 
     def constants(self, plan: SitePlan, weights: SiteWeights) -> dict[str, Tensor]:
-        """Heavy hitters ``up`` [k, d], ``down`` [d_out, k], ...; factors of the rest; biases are split likewise."""
-        device, heavy = weights.up.device, plan.settings["heavy"]
-        order = plan.tensors["neurons"].long().to(device)
-        found = {name: tensor.to(device) for name, tensor in plan.tensors.items() if name != "neurons"}
+        """The heavy hitters' ``up``, ``down``, ...; factors of the rest; biases are split likewise."""
+        factors, heavy = super().constants(plan, weights), plan.settings["heavy"]
+        order = factors.pop("neurons").long()
         kept, rest = (narrowed(weights, part) for part in (order[:heavy], order[heavy:]))
-        found |= {f"{name}_rest": bias for name, bias in biases(rest).items() if name != BIASES["down"]}
-        return found | matrices(kept) | biases(kept)
+        rest_biases = {f"{name}_rest": bias for name, bias in biases(rest).items() if name != BIASES["down"]}
+        return factors | rest_biases | matrices(kept) | biases(kept)
 
-    def forward(self, x: Tensor, constants: Mapping[str, Tensor], plan: SitePlan) -> Tensor:
+    def forward(self, x: Float[Tensor, "... d"], constants: Tensors, plan: SitePlan) -> Float[Tensor, "... d_out"]:
         """Adds a narrow FFN and one of thin matrices."""
         activation = str(plan.activation)
-        found = dense(x, constants, activation)
+        output = dense(x, constants, activation)
         if "up_a" not in constants:
-            return found
+            return output
 
         def project(x: Tensor, name: str) -> Tensor:
             return Factored.from_tensors(constants, name).apply(x, constants.get(f"{BIASES[name]}_rest"))
 
-        return found + feed_forward(x, project, activation, gated=plan.kind == "gated")
+        return output + feed_forward(x, project, activation, gated=plan.kind == "gated")
 
 
 def _ranks(weights: SiteWeights, heavy: int) -> list[int]:

@@ -11,12 +11,13 @@ This is the fold of :mod:`tardis_fx.passes.partial_linear` without guards.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import ClassVar
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from tardis_fx.config import Config
@@ -24,11 +25,13 @@ from tardis_fx.graph.feed_forward import biases, dense, matrices, multiply, narr
 from tardis_fx.graph.site import SiteWeights
 from tardis_fx.observation.run import Fit, Run
 from tardis_fx.observation.site import ObservedSite
+from tardis_fx.passes.affine import folded, map_bytes, map_layout
 from tardis_fx.passes.base import matrices_of
-from tardis_fx.passes.layout import Expected, Layout, indices, setting
+from tardis_fx.passes.layout import Layout, Tensors, indices, setting
 from tardis_fx.passes.static import Choice, StaticRewrite, measured
 from tardis_fx.plan import SitePlan
 from tardis_fx.statistics.affine import Outputs
+from tardis_fx.statistics.regression import AffineMap
 from tardis_fx.statistics.surrogates import SurrogateSums
 
 
@@ -51,13 +54,7 @@ class HotFold(StaticRewrite):
                 Choice(s.weights.bytes, {"kept": kept[s.fingerprint].int()}, {"kept": len(s.weights.up)}) for s in sites
             ]
         rest = yield Run(f"what is not kept by hot_fold at a budget of {config.budget}", partial(_rest, kept), sites)
-        found = []
-        for site in sites:
-            fitted, own = rest[site.fingerprint].residual.solve(), kept[site.fingerprint]
-            tensors = folded(fitted.weight, fitted.bias, site.weights) | {"kept": own.int()}
-            touched = map_bytes(site.weights) + len(own) * _row_bytes(site.weights)
-            found.append(Choice(touched, tensors, {"kept": len(own)}))
-        return found
+        return [_choice(s.weights, kept[s.fingerprint], rest[s.fingerprint].residual.solve()) for s in sites]
 
     def layout(self, plan: SitePlan, weights: SiteWeights) -> Layout:
         """The kept neurons and, unless all are kept, the map."""
@@ -68,18 +65,15 @@ class HotFold(StaticRewrite):
 
     def matrices(self, plan: SitePlan) -> dict[str, float]:
         """Matrices of the kept neurons, and the map."""
-        return dict.fromkeys([*matrices_of(plan), *(name for name in plan.tensors if name == "folded_weight")], 1.0)
+        return dict.fromkeys([*matrices_of(plan), *plan.tensors.keys() & {"folded_weight"}], 1.0)
 
     def constants(self, plan: SitePlan, weights: SiteWeights) -> dict[str, Tensor]:
-        """Kept neurons ``up`` [k, d], ``down`` [d_out, k], ...; ``folded_weight`` and ``folded_bias`` of the others."""
-        device = weights.up.device
-        kept = narrowed(weights, plan.tensors["kept"].long().to(device))
-        if "folded_weight" not in plan.tensors:
-            return matrices(kept) | biases(kept)
-        affine = {name: plan.tensors[name].to(device) for name in ("folded_weight", "folded_bias")}
-        return matrices(kept) | biases(replace(kept, down_bias=None)) | affine
+        """The kept neurons' ``up``, ``down``, ...; ``folded_weight`` and ``folded_bias`` of the others."""
+        affine = super().constants(plan, weights)
+        kept = narrowed(weights, affine.pop("kept").long())
+        return matrices(kept) | biases(replace(kept, down_bias=None) if affine else kept) | affine
 
-    def forward(self, x: Tensor, constants: Mapping[str, Tensor], plan: SitePlan) -> Tensor:
+    def forward(self, x: Float[Tensor, "... d"], constants: Tensors, plan: SitePlan) -> Float[Tensor, "... d_out"]:
         """Adds a narrow FFN and a linear layer."""
         exact = dense(x, constants, str(plan.activation))
         if "folded_weight" not in constants:
@@ -87,38 +81,23 @@ class HotFold(StaticRewrite):
         return exact + multiply(x, constants["folded_weight"], constants["folded_bias"])
 
 
-def map_bytes(weights: SiteWeights) -> int:
-    """Size of an affine map from a site's input to its output."""
-    return len(weights.down) * (weights.up.shape[1] + 1) * weights.up.element_size()
+def _kept(weights: SiteWeights, error: Float[Tensor, " h"], budget: float) -> Int[Tensor, " kept"]:
+    """Indices of the neurons that stay exact, ascending, by the errors of their surrogates."""
+    allowed = len(error) if budget == 1 else int((budget * weights.bytes - map_bytes(weights)) / _row_bytes(weights))
+    return error.topk(min(allowed, len(error))).indices.sort().values
 
 
-def map_layout(weights: SiteWeights) -> Layout:
-    """Layout of the tensors of :func:`folded`."""
-    dtype, d_out = weights.up.dtype, len(weights.down)
-    return {
-        "folded_weight": Expected(dtype, (d_out, weights.up.shape[1])),
-        "folded_bias": Expected(dtype, (d_out,)),
-    }
-
-
-def folded(weight: Tensor, bias: Tensor, weights: SiteWeights) -> dict[str, Tensor]:
-    """Tensors of a plan for an affine map, [d, d_out] and [d_out], in the model's dtype."""
-    dtype = weights.up.dtype
-    return {"folded_weight": weight.T.to(dtype).contiguous(), "folded_bias": bias.to(dtype)}
-
-
-def _kept(weights: SiteWeights, missed: Tensor, budget: float) -> Tensor:
-    """Indices of the neurons that stay exact, ascending."""
-    allowed = len(missed) if budget == 1 else int((budget * weights.bytes - map_bytes(weights)) / _row_bytes(weights))
-    return missed.topk(min(allowed, len(missed))).indices.sort().values
+def _choice(weights: SiteWeights, kept: Int[Tensor, " kept"], affine: AffineMap) -> Choice:
+    touched = map_bytes(weights) + len(kept) * _row_bytes(weights)
+    return Choice(touched, folded(affine, weights) | {"kept": kept.int()}, {"kept": len(kept)})
 
 
 def _row_bytes(weights: SiteWeights) -> int:
-    own = [*matrices(weights).values(), *biases(replace(weights, down_bias=None)).values()]
-    return sum(tensor.numel() for tensor in own) // len(weights.up) * weights.up.element_size()
+    of_neurons = matrices(weights) | biases(replace(weights, down_bias=None))
+    return sum(tensor.numel() for tensor in of_neurons.values()) // len(weights.up) * weights.up.element_size()
 
 
-def _rest(kept: Mapping[str, Tensor], site: ObservedSite) -> Outputs:
+def _rest(kept: Tensors, site: ObservedSite) -> Outputs:
     exact = torch.zeros(len(site.weights.up), dtype=torch.bool, device="cpu")
     exact[kept[site.fingerprint]] = True
     return Outputs(site, exact)

@@ -15,39 +15,31 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from tardis_fx.config import Config
 from tardis_fx.errors import CalibrationError, ConfigError
-from tardis_fx.graph.site import Site, SiteWeights
+from tardis_fx.graph.site import SiteWeights
 from tardis_fx.observation.run import Fit, steps
 from tardis_fx.observation.site import ObservedSite
 from tardis_fx.passes.base import Rewrite, stored_bytes, with_errors
+from tardis_fx.passes.layout import Tensors, check_settings
 from tardis_fx.passes.matrix_forms import Coded, Int8
-from tardis_fx.passes.original import Original
+from tardis_fx.passes.wrapper import Original, Wrapper
 from tardis_fx.plan import KeptSite, Planned, SitePlan
 from tardis_fx.runtime.packing import BLOCK
 
 
-class Int8Ffn(Rewrite):
+class Int8Ffn(Wrapper):
     """Quantises the matrices of an FFN or of another rewrite to 8 bits."""
 
     name: ClassVar[str] = "int8_ffn"
-
-    def __init__(self, inner: Rewrite | None = None) -> None:
-        """Wraps the rewrite whose matrices are quantised; None for the original FFN."""
-        self._alone, self.inner = inner is None, inner or Original()
-        self.compares_sites = self.inner.compares_sites
-
-    @property
-    def method(self) -> str:
-        """Its own name, after that of the other rewrite and ``+``."""
-        return self.name if self._alone else f"{self.inner.method}+{self.name}"
 
     def applied_after(self, previous: Rewrite) -> Rewrite:
         """Wraps the previous rewrite.
@@ -57,11 +49,7 @@ class Int8Ffn(Rewrite):
         """
         if not previous.leaves_matrices:
             raise ConfigError(f"{previous.method} leaves no dense matrix that {self.name} could quantise")
-        return type(self)(previous)
-
-    def refuse(self, site: Site) -> str | None:
-        """Why the other rewrite refuses a site, or None."""
-        return self.inner.refuse(site)
+        return super().applied_after(previous)
 
     def fit(self, sites: Sequence[ObservedSite], config: Config) -> Fit[list[Planned]]:
         """Fits the other rewrite, then measures the error of both together.
@@ -71,24 +59,24 @@ class Int8Ffn(Rewrite):
                 error exceeds the target.
             ConfigError: the other rewrite has already quantised all its matrices.
         """
+        alone = type(self)()
         if self._alone:
-            plans = yield from with_errors(self, sites, [self._around(site, _whole(site)) for site in sites], config)
-            _check_finite(plans)
-            self._check(plans, config)
-            return plans
-        inner = yield from steps(self.inner.fit(sites, self.inner.for_matrices(config)))
+            inner: list[Planned] = [_whole(site) for site in sites]
+        else:
+            inner = yield from steps(self.inner.fit(sites, self.inner.for_matrices(config)))
         if not any(isinstance(plan, KeptSite) or self.inner.matrices(plan) for plan in inner):
             raise ConfigError(
                 f"{self.inner.method} leaves no dense matrix to {self.name}: its fold is in few bits already"
             )
-        alone = type(self)()
-        plans = [
+        plans: list[Planned] = [
             self._around(site, plan) if isinstance(plan, SitePlan) else alone._around(site, _whole(site))
             for site, plan in zip(sites, inner, strict=True)
         ]
-        for rewrite in (self, alone):
+        for rewrite in {self.method: self, alone.method: alone}.values():
             plans = yield from with_errors(rewrite, sites, plans, config)
         _check_finite(plans)
+        if self._alone:
+            self._check(plans, config)
         return plans
 
     def _check(self, plans: Sequence[Planned], config: Config) -> None:
@@ -96,14 +84,14 @@ class Int8Ffn(Rewrite):
             error = math.sqrt(sum(plan.error**2 for plan in plans) / len(plans))
             if error > config.target_error:
                 raise CalibrationError(
-                    f"target_error {config.target_error}: out of reach of {self.name}, the error is {error:.3g} always"
+                    f"target_error {config.target_error}: out of reach of {self.name}, whose error is {error:.3g}"
                 )
             return
         for plan in plans:
             share, name = plan.touched_bytes / plan.dense_bytes, plan.name or "an FFN"
             if share > config.budget:
                 raise CalibrationError(
-                    f"a budget of {config.budget:.2%} is too small for {self.name}: {name} reads {share:.2%} always"
+                    f"a budget of {config.budget:.2%} is too small for {self.name}: {name} always reads {share:.2%}"
                 )
 
     def _around(self, site: ObservedSite, inner: SitePlan) -> SitePlan:
@@ -111,8 +99,8 @@ class Int8Ffn(Rewrite):
         constants, touched, chosen = self.inner.constants(inner, site.weights), inner.touched_bytes, {}
         for name, share in self.inner.matrices(inner).items():
             matrix, form = constants[name], self.quantise(constants[name])
-            beside = sum(part.nbytes for part in form.tensors(name).values()) - form.codes.nbytes
-            saved = share * (matrix.nbytes - form.codes.nbytes) - beside
+            scales = sum(tensor.nbytes for tensor in form.tensors(name).values()) - form.codes.nbytes
+            saved = share * (matrix.nbytes - form.codes.nbytes) - scales
             if saved > 0:
                 chosen[name] = matrix.shape[1]
                 touched -= saved
@@ -121,19 +109,18 @@ class Int8Ffn(Rewrite):
         )
         return replace(plan, stored_bytes=stored_bytes(site, self.constants(plan, site.weights)))
 
-    def quantise(self, matrix: Tensor) -> Int8 | Coded:
-        """Quantises a matrix, [out, in], to integers."""
+    def quantise(self, matrix: Float[Tensor, "rows columns"]) -> Int8 | Coded:
+        """Quantises a matrix to integers."""
         return Int8.from_matrix(matrix)
 
-    def opened(self, name: str, constants: Mapping[str, Tensor], columns: int, dtype: torch.dtype) -> Int8 | Coded:
+    def opened(self, name: str, constants: Tensors, columns: int, dtype: torch.dtype) -> Int8 | Coded:
         """Reads a matrix from :meth:`quantise` out of the constants."""
         return Int8.from_tensors(constants, name, dtype)
 
     def validate(self, plan: SitePlan, weights: SiteWeights) -> None:
         """Lets the other rewrite check its part, then checks the names and columns of the matrices."""
-        if plan.settings.keys() != {"inner", "matrices"}:
-            raise ValueError(f"it has the settings {', '.join(plan.settings)}, not inner and matrices")
-        inner, chosen = self._inner(plan), plan.settings["matrices"]
+        check_settings(plan, "inner", "matrices")
+        inner, chosen = self.inner_entry(plan), plan.settings["matrices"]
         self.inner.validate(inner, weights)
         names, constants = self.inner.matrices(inner), self.inner.constants(inner, weights)
         for name, columns in chosen.items():
@@ -142,21 +129,18 @@ class Int8Ffn(Rewrite):
 
     def constants(self, plan: SitePlan, weights: SiteWeights) -> dict[str, Tensor]:
         """Constants of the other rewrite, with each matrix replaced by ``<name>_codes`` and ``<name>_scale``."""
-        found = self.inner.constants(self._inner(plan), weights)
+        constants = self.inner.constants(self.inner_entry(plan), weights)
         for name in plan.settings["matrices"]:
-            found |= self.quantise(found.pop(name)).tensors(name)
-        return found
+            constants |= self.quantise(constants.pop(name)).tensors(name)
+        return constants
 
-    def forward(self, x: Tensor, constants: Mapping[str, Tensor], plan: SitePlan) -> Tensor:
+    def forward(self, x: Float[Tensor, "... d"], constants: Tensors, plan: SitePlan) -> Float[Tensor, "... d_out"]:
         """Runs the other rewrite with quantised matrices."""
         decoded: dict[str, Any] = dict(constants)
         dtype = getattr(torch, plan.dtype.removeprefix("torch."))
         for name, columns in plan.settings["matrices"].items():
             decoded[name] = self.opened(name, constants, columns, dtype)
-        return self.inner.forward(x, decoded, self._inner(plan))
-
-    def _inner(self, plan: SitePlan) -> SitePlan:
-        return replace(plan, method=self.inner.method, settings=plan.settings["inner"])
+        return self.inner.forward(x, decoded, self.inner_entry(plan))
 
 
 class Int4Ffn(Int8Ffn):
@@ -164,11 +148,11 @@ class Int4Ffn(Int8Ffn):
 
     name: ClassVar[str] = "int4_ffn"
 
-    def quantise(self, matrix: Tensor) -> Coded:
-        """Quantises a matrix, [out, in], to 4-bit codes, rounded to nearest."""
+    def quantise(self, matrix: Float[Tensor, "rows columns"]) -> Coded:
+        """Quantises a matrix to 4-bit codes, rounded to nearest."""
         return Coded.from_matrix(matrix, None, 4, BLOCK)
 
-    def opened(self, name: str, constants: Mapping[str, Tensor], columns: int, dtype: torch.dtype) -> Coded:
+    def opened(self, name: str, constants: Tensors, columns: int, dtype: torch.dtype) -> Coded:
         """Reads a matrix from :meth:`quantise` out of the constants."""
         return Coded.from_tensors(constants, name, 4, columns, dtype)
 

@@ -36,6 +36,9 @@ class Expected:
     row: tuple[int, int] | None = None
 
 
+#: Tensors by name: of an entry, or read by the rewritten site.
+Tensors = Mapping[str, Tensor]
+
 #: The expected tensors of an entry, by name.
 Layout = dict[str, Expected]
 
@@ -60,7 +63,7 @@ def coded_rows(rows: int, columns: int, bits: int, group_size: int) -> Expected:
     return Expected(torch.uint8, (rows, row_bytes(columns, bits, group_size)), row=(bits, columns))
 
 
-def like(tensors: Mapping[str, Tensor]) -> Layout:
+def like(tensors: Tensors) -> Layout:
     """Layout with the dtypes and shapes of the given tensors."""
     return {name: Expected(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
 
@@ -78,7 +81,17 @@ def setting(plan: SitePlan, name: str, allowed: Collection[Any]) -> Any:
     return value
 
 
-def check(tensors: Mapping[str, Tensor], layout: Layout) -> None:
+def check_settings(plan: SitePlan, *names: str) -> None:
+    """Checks that an entry has settings of these names and no others.
+
+    Raises:
+        ValueError: it has others.
+    """
+    if plan.settings.keys() != set(names):
+        raise ValueError(f"it has the settings {', '.join(plan.settings)[:200]}, not {', '.join(names)}")
+
+
+def check(tensors: Tensors, layout: Layout) -> None:
     """Checks tensors against a layout.
 
     Raises:

@@ -12,34 +12,18 @@ from typing import ClassVar
 from torch import Tensor
 
 from tardis_fx.graph.site import SiteWeights
-from tardis_fx.passes.hot_fold import folded, map_bytes, map_layout
-from tardis_fx.passes.layout import Layout
+from tardis_fx.passes.affine import AffineRewrite, folded
 from tardis_fx.passes.whole import WholeSites
-from tardis_fx.plan import SitePlan
 from tardis_fx.statistics.regression import Residual
 
 
-class LinearReplace(WholeSites):
+class LinearReplace(AffineRewrite, WholeSites):
     """Replaces whole FFNs by their best affine map."""
 
     name: ClassVar[str] = "linear_replace"
-    leaves_matrices = True
-
-    def floor(self, weights: SiteWeights) -> int:
-        """Bytes of the affine map."""
-        return map_bytes(weights)
-
-    def layout(self, plan: SitePlan, weights: SiteWeights) -> Layout:
-        """Weight and bias of the affine map."""
-        return map_layout(weights)
-
-    def matrices(self, plan: SitePlan) -> dict[str, float]:
-        """Weight of the affine map, read whole."""
-        return {"folded_weight": 1.0}
 
     def replaced(self, output: Residual, weights: SiteWeights) -> tuple[float, str, dict[str, Tensor]]:
         """The loss is the variance that the map does not explain."""
-        fitted = output.solve()
-        explained = output.explained(fitted.weight, fitted.bias)
-        words = f"R² of its best affine map {explained:.3f}"
-        return 1 - explained, words, folded(fitted.weight, fitted.bias, weights)
+        affine = output.solve()
+        explained = output.explained(affine.weight, affine.bias)
+        return 1 - explained, f"R² of its best affine map {explained:.3f}", folded(affine, weights)

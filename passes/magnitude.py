@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from jaxtyping import Float
 from torch import Tensor
 
+from tardis_fx.passes.matrix_forms import Weight
 from tardis_fx.passes.sparse import Scored
 
 
@@ -17,7 +19,7 @@ class Magnitude(Scored):
 
     name: ClassVar[str] = "magnitude"
 
-    def score(self, weight: Tensor, norms: Tensor) -> Tensor:
+    def score(self, weight: Weight, norms: Float[Tensor, " columns"]) -> Weight:
         """Magnitude of each weight, ``|W|``."""
         return weight.abs()
 

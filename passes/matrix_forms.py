@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Self
 
+import jaxtyping
 import torch
+from jaxtyping import Bool, Float, Float16, Float64, UInt8
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from tardis_fx.graph.feed_forward import Matrix, multiply
-from tardis_fx.passes.layout import Expected, Layout
+from tardis_fx.passes.layout import Expected, Layout, Tensors
 from tardis_fx.passes.layout import codes as coded_layout
 from tardis_fx.quantisation import factor, quantise
 from tardis_fx.runtime import ops  # noqa: F401 - registers torch.ops.tardis
 from tardis_fx.runtime.packing import pack, packed_bytes, unpack
+
+Weight = Float[Tensor, "rows columns"]
+#: Of a matrix's operand.
+Gram = Float[Tensor, "columns columns"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,9 +36,9 @@ class Form(Matrix):
         return dict(zip(self._names(name), (getattr(self, f.name) for f in fields(self)), strict=False))
 
     @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor], name: str, *rest: Any) -> Self:
+    def from_tensors(cls, tensors: Tensors, name: str, *rest: Any) -> Self:
         """Reads the matrix of this name from tensors; other fields follow as ``rest``."""
-        return cls(*(tensors[each] for each in cls._names(name)), *rest)
+        return cls(*(tensors[key] for key in cls._names(name)), *rest)
 
     @classmethod
     def _names(cls, name: str) -> list[str]:
@@ -43,9 +49,11 @@ class Form(Matrix):
 class Dense(Form):
     """A dense matrix, unchanged."""
 
-    weight: Tensor
+    weight: Weight
 
-    def apply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def apply(
+        self, x: Float[Tensor, "*batch columns"], bias: Float[Tensor, " rows"] | None = None
+    ) -> Float[Tensor, "*batch rows"]:
         """Applies the matrix as a linear layer."""
         return multiply(x, self.weight, bias)
 
@@ -55,9 +63,9 @@ class Coded(Form):
     """A matrix in a few bits, in the layout of :mod:`tardis_fx.quantisation`.
 
     Attributes:
-        codes: [rows, packed columns], uint8.
-        scale: [rows, groups], float16.
-        zero: [rows, groups], uint8.
+        codes: in the layout of :mod:`tardis_fx.runtime.packing`.
+        scale: of each group of columns.
+        zero: point of each group of columns.
         bits: of a code.
         columns: of the matrix.
         dtype: of the matrix.
@@ -65,25 +73,27 @@ class Coded(Form):
 
     endings: ClassVar[tuple[str, ...]] = ("_codes", "_scale", "_zero")
 
-    codes: Tensor
-    scale: Tensor
-    zero: Tensor
+    codes: UInt8[Tensor, "rows packed"]
+    scale: Float16[Tensor, "rows groups"]
+    zero: UInt8[Tensor, "rows groups"]
     bits: int
     columns: int
     dtype: torch.dtype
 
     @classmethod
-    def from_matrix(cls, weight: Tensor, gram: Tensor | None, bits: int, group_size: int) -> Self:
-        """Quantises by GPTQ with the operand's Gram matrix, [columns, columns], or to nearest without one."""
-        found = quantise(weight.float(), gram, bits, group_size)
-        return cls(found.codes, found.scale, found.zero, bits, found.columns, weight.dtype)
+    def from_matrix(cls, weight: Weight, gram: Gram | None, bits: int, group_size: int) -> Self:
+        """Quantises by GPTQ with the operand's Gram matrix, or to nearest without one."""
+        quantised = quantise(weight.float(), gram, bits, group_size)
+        return cls(quantised.codes, quantised.scale, quantised.zero, bits, quantised.columns, weight.dtype)
 
     @staticmethod
     def layout(name: str, shape: Sequence[int], bits: int, group_size: int) -> Layout:
         """Tensors that a plan holds for the matrix."""
         return coded_layout(f"{name}_", tuple(shape[:1]), shape[1], bits, group_size)
 
-    def apply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def apply(
+        self, x: Float[Tensor, "*batch columns"], bias: Float[Tensor, " rows"] | None = None
+    ) -> Float[Tensor, "*batch rows"]:
         """Dequantises the matrix and applies it as a linear layer."""
         weight = torch.ops.tardis.dequantise(self.codes, self.scale, self.zero, self.bits, self.columns, self.dtype)
         return F.linear(x, weight, bias)
@@ -94,25 +104,27 @@ class Int8(Form):
     """Symmetric codes of 8 bits, rounded to nearest.
 
     Attributes:
-        codes: [rows, columns], int8.
-        scale: [rows], in the dtype of the matrix.
+        codes: of the weights.
+        scale: of each row, in the dtype of the matrix.
         dtype: of the matrix.
     """
 
     endings: ClassVar[tuple[str, ...]] = ("_codes", "_scale")
 
-    codes: Tensor
-    scale: Tensor
+    codes: jaxtyping.Int8[Tensor, "rows columns"]
+    scale: Float[Tensor, " rows"]
     dtype: torch.dtype
 
     @classmethod
-    def from_matrix(cls, weight: Tensor) -> Self:
+    def from_matrix(cls, weight: Weight) -> Self:
         """Quantises a matrix by rounding to nearest."""
         scale = (weight.float().abs().amax(1) / 127).to(weight.dtype)
         codes = (weight.float() / scale.float()[:, None]).nan_to_num(0).round().clamp(-127, 127)  # 0 / 0 of empty rows
         return cls(codes.to(torch.int8), scale, weight.dtype)
 
-    def apply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def apply(
+        self, x: Float[Tensor, "*batch columns"], bias: Float[Tensor, " rows"] | None = None
+    ) -> Float[Tensor, "*batch rows"]:
         """Applies the matrix as a linear layer; scales it first in float16, where products with codes overflow."""
         if self.dtype == torch.float16:
             return F.linear(x, self.codes.to(self.dtype) * self.scale[:, None], bias)
@@ -122,20 +134,15 @@ class Int8(Form):
 
 @dataclass(frozen=True, eq=False)
 class Factored(Form):
-    """A product of two thin matrices.
-
-    Attributes:
-        a: [rows, rank].
-        b: [rank, columns].
-    """
+    """A product of two thin matrices, ``a @ b``."""
 
     endings: ClassVar[tuple[str, ...]] = ("_a", "_b")
 
-    a: Tensor
-    b: Tensor
+    a: Float[Tensor, "rows rank"] | Matrix
+    b: Float[Tensor, "rank columns"] | Matrix
 
     @classmethod
-    def from_matrix(cls, weight: Tensor, rank: int, gram: Tensor | None = None) -> Self:
+    def from_matrix(cls, weight: Weight, rank: int, gram: Gram | None = None) -> Self:
         """Factors a matrix by :func:`truncated`."""
         a, b = truncated(weight.double().cpu(), rank, gram)
         return cls(a.to(weight.dtype), b.to(weight.dtype))
@@ -145,7 +152,9 @@ class Factored(Form):
         """Tensors that a plan holds for the matrix."""
         return {f"{name}_a": Expected(dtype, (shape[0], rank)), f"{name}_b": Expected(dtype, (rank, shape[1]))}
 
-    def apply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def apply(
+        self, x: Float[Tensor, "*batch columns"], bias: Float[Tensor, " rows"] | None = None
+    ) -> Float[Tensor, "*batch rows"]:
         """Applies two thin linear layers."""
         return multiply(multiply(x, self.b), self.a, bias)
 
@@ -155,16 +164,16 @@ class Masked(Form):
     """A pruned matrix: the original and a mask of the kept weights.
 
     Attributes:
-        kept: mask with one bit per weight, [rows, packed columns], uint8.
+        kept: mask with one bit per weight.
         whole: the original matrix.
     """
 
-    kept: Tensor
-    whole: Tensor
+    kept: UInt8[Tensor, "rows packed"]
+    whole: Weight
 
     @classmethod
-    def from_matrix(cls, weight: Tensor, kept: Tensor) -> Self:
-        """Prunes a matrix by a mask of kept weights, [rows, columns], bool."""
+    def from_matrix(cls, weight: Weight, kept: Bool[Tensor, "rows columns"]) -> Self:
+        """Prunes a matrix by a mask of kept weights."""
         return cls(pack(kept.byte(), 1), weight)
 
     @staticmethod
@@ -173,23 +182,27 @@ class Masked(Form):
         return {name: Expected(torch.uint8, (shape[0], packed_bytes(shape[1], 1)))}
 
     @property
-    def weight(self) -> Tensor:
+    def weight(self) -> Weight:
         """The pruned matrix, with zeros."""
         mask = unpack(self.kept, 1, self.whole.shape[1]).bool()
         return torch.where(mask.to(self.whole.device), self.whole, 0).contiguous()
 
-    def apply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def apply(
+        self, x: Float[Tensor, "*batch columns"], bias: Float[Tensor, " rows"] | None = None
+    ) -> Float[Tensor, "*batch rows"]:
         """Applies the pruned matrix as a linear layer."""
         return F.linear(x, self.weight, bias)
 
 
-def truncated(weight: Tensor, rank: int, gram: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Low-rank factors [rows, rank] and [rank, columns], with the singular values split evenly between them.
+def truncated(
+    weight: Float64[Tensor, "rows columns"], rank: int, gram: Gram | None = None
+) -> tuple[Float64[Tensor, "rows rank"], Float64[Tensor, "rank columns"]]:
+    """Low-rank factors, with the singular values split evenly between them.
 
     Args:
-        weight: [rows, columns], float64.
+        weight: the matrix.
         rank: of the product.
-        gram: [columns, columns], of the matrix's operand; None minimises the error of the weights.
+        gram: weighs the errors; None minimises the error of the weights.
     """
     lower = None if gram is None else factor(gram)
     u, s, vt = torch.linalg.svd(weight if lower is None else weight @ lower, full_matrices=False)

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
+from jaxtyping import Float64, Int64
 from torch import Tensor
 
 from tardis_fx.errors import CalibrationError
@@ -45,7 +46,7 @@ class Paper(PartialLinear):
         rate = (allowed - fixed) / sum(site.costs.row * len(site.importance) for site in sites)
         if rate < 0:
             raise CalibrationError(
-                f"the budget allows {allowed:,.0f} bytes per token, fold and predictor alone read {fixed:,}"
+                f"the budget allows {allowed:,.0f} bytes per token; the fold and the predictor alone read {fixed:,}"
             )
         return [_frequent(site, rate) for site in sites]
 
@@ -56,17 +57,17 @@ def _frequent(site: PricedSite, rate: float) -> tuple[PricedSite, Ranges]:
     start, stop = _narrowest(count, (1 - rate) * count.sum(0))
     bins = torch.arange(len(count), dtype=torch.int64, device="cpu")[:, None]
     hot = (bins >= start) & (bins < stop)
-    every = torch.ones(count.shape[1], dtype=torch.bool, device="cpu")
-    return site.refit(hot), site.touching(hot, every, ~every)
+    guarded = torch.ones(count.shape[1], dtype=torch.bool, device="cpu")
+    return site.refit(hot), site.touching(hot, guarded, ~guarded)
 
 
-def _narrowest(count: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-    """Start and stop of the shortest run of bins of every column of [bins, h] that holds ``wanted``, [h]."""
+def _narrowest(
+    count: Float64[Tensor, "bins h"], wanted: Float64[Tensor, " h"]
+) -> tuple[Int64[Tensor, " h"], Int64[Tensor, " h"]]:
+    """Start and stop of each neuron's shortest run of bins that holds ``wanted`` tokens."""
     prefix = torch.cat([torch.zeros_like(count[:1]), count.cumsum(0)]).T.contiguous()
-    best_start, best_stop = (
-        torch.zeros_like(prefix[:, 0], dtype=torch.int64),
-        torch.full_like(prefix[:, 0], len(count), dtype=torch.int64),
-    )
+    best_start = torch.zeros_like(prefix[:, 0], dtype=torch.int64)
+    best_stop = torch.full_like(best_start, len(count))
     for start in range(len(count)):
         target = (prefix[:, start] + wanted - 0.5)[:, None]
         stop = torch.searchsorted(prefix, target)[:, 0]

@@ -20,12 +20,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
+from jaxtyping import Float
+from pydantic import Field
 from torch import Tensor
 
-from tardis_fx.config import Config, Rounding, one_of
+from tardis_fx.config import Config, Rounding, checked
 from tardis_fx.errors import CalibrationError
 from tardis_fx.graph.feed_forward import multiply
 from tardis_fx.graph.site import Site, SiteWeights
@@ -39,8 +41,9 @@ from tardis_fx.partial_linear.ranges import PricedSite, Ranges
 from tardis_fx.partial_linear.residuals import ResidualObserver, WidthResiduals, within_memory
 from tardis_fx.partial_linear.settled import Settled
 from tardis_fx.partial_linear.widths import Fitted, choose_widths
+from tardis_fx.passes.affine import map_layout
 from tardis_fx.passes.base import Rewrite, stored_bytes
-from tardis_fx.passes.layout import Expected, Layout, coded_rows, codes, indices, setting
+from tardis_fx.passes.layout import Expected, Layout, Tensors, coded_rows, codes, indices, setting
 from tardis_fx.plan import Planned, SitePlan
 from tardis_fx.runtime import ops  # noqa: F401 - registers torch.ops.tardis
 from tardis_fx.runtime.correction import Correction, guard_width
@@ -50,6 +53,7 @@ from tardis_fx.runtime.packing import GROUP_SIZES, low_bits
 from tardis_fx.statistics.target import fit_to_target
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class PartialLinearOptions:
     """Options of partial linearity.
@@ -67,18 +71,11 @@ class PartialLinearOptions:
         ConfigError: a value is out of range.
     """
 
-    predictor_bits: int = 2
-    fold_bits: int | None = None
-    row_bits: int | None = None
-    group_size: int = 128
+    predictor_bits: Annotated[int, Field(ge=1, le=8)] = 2
+    fold_bits: Literal[3, 4, 8, 16] | None = None
+    row_bits: Literal[3, 4, 8, 16] | None = None
+    group_size: Literal[32, 64, 128] = 128
     rounding: Rounding = "gptq"
-
-    def __post_init__(self) -> None:
-        one_of("predictor_bits", self.predictor_bits, tuple(range(1, 9)))
-        one_of("fold_bits", self.fold_bits, (3, 4, 8, 16, None))
-        one_of("row_bits", self.row_bits, (3, 4, 8, 16, None))
-        one_of("group_size", self.group_size, GROUP_SIZES)
-        one_of("rounding", self.rounding, ("gptq", "nearest"))
 
 
 class PartialLinear(Rewrite):
@@ -95,9 +92,7 @@ class PartialLinear(Rewrite):
 
     def refuse(self, site: Site) -> str | None:
         """Refuses sites without an activation."""
-        if site.affine is not None:
-            return "no activation between its projections"
-        return None
+        return "no activation between its projections" if site.affine is not None else None
 
     def fit(self, sites: Sequence[ObservedSite], config: Config) -> Fit[list[Planned]]:
         """Fits in three runs: input moments, histograms of the guards' levels, residuals at every width.
@@ -147,11 +142,11 @@ class PartialLinear(Rewrite):
                 run = _residual_run(title, part, self._fitted)
                 for key, fits in (yield run).items():
                     fitted[key] += fits
-            every = list(fitted.values())
+            candidates = list(fitted.values())
             best = (
-                choose_widths(every)
+                choose_widths(candidates)
                 if config.allocation == "joint"
-                else [min(fits, key=lambda fit: fit.error) for fits in every]
+                else [min(fits, key=lambda fit: fit.error) for fits in candidates]
             )
             if not config.sequential:
                 return [fit.plan for fit in best]
@@ -210,24 +205,24 @@ class PartialLinear(Rewrite):
     def _fitted(self, observer: ResidualObserver) -> Fitted:
         """Fits with fitted or with original columns of down, whichever has less error on the held-back tokens."""
         settled = observer.settled
-        fitted = self._folded(settled, observer)
-        if not self.regressed or settled.row_bits == 16:
-            return fitted
-        other = self._folded(replace(settled, columns=fit_columns(settled, observer.residual)), observer)
-        return min(fitted, other, key=lambda fit: fit.error)
+        fits = [self._folded(settled, observer)]
+        if self.regressed and settled.row_bits < 16:
+            fits.append(self._folded(replace(settled, columns=fit_columns(settled, observer.residual)), observer))
+        return min(fits, key=lambda fit: fit.error)
 
     def _folded(self, settled: Settled, observer: ResidualObserver) -> Fitted:
         """Makes the plan of a settled site, with the fold regressed on the residual."""
         site, residual, costs = settled.draft.site, observer.residual, settled.costs
-        of_neurons, bias = settled.uncorrected.fold(settled.draft.neurons)
-        of_columns = settled.column_change
-        added_weight, added_bias = torch.zeros_like(of_neurons.T), torch.zeros_like(bias)
+        weight, bias = settled.uncorrected.fold(settled.draft.neurons)
+        column_change = settled.column_change
+        regressed_weight, regressed_bias = weight, bias
         if self.regressed:
-            regression = residual.solve(fixed=of_columns)
-            added_weight, added_bias = regression.weight[: len(added_weight)], regression.bias
-        folded_weight, folded_bias = settled.store_fold(of_neurons + added_weight.T, bias + added_bias)
+            regression = residual.solve(fixed=column_change)
+            regressed_weight = weight + regression.weight[: weight.shape[1]].T
+            regressed_bias = bias + regression.bias
+        folded_weight, folded_bias = settled.store_fold(regressed_weight, regressed_bias)
         tensors = settled.tensors | {"folded_weight": folded_weight, "folded_bias": folded_bias}
-        change = torch.cat([(settled.load_fold(folded_weight) - of_neurons).T, of_columns])
+        change = torch.cat([(settled.load_fold(folded_weight) - weight).T, column_change])
         error = residual.error(change, folded_bias.double() - bias)
         corrected = observer.outliers / max(1, observer.tokens)  # neurons per token, always exact ones included
         plan = SitePlan.from_site(
@@ -255,15 +250,13 @@ class PartialLinear(Rewrite):
         setting(plan, "activation", (plan.activation,))
         listed, guarded = len(plan.tensors["neurons"]), len(plan.tensors["codes"])
         if guarded > listed or (row_bits < 16 and guarded < listed):
-            raise ValueError(f"it guards {guarded} neurons of {listed} that it lists")
-        expected = codes("", (guarded, k), d, bits, group_size)
+            raise ValueError(f"it guards {guarded} neurons and lists {listed}")
+        expected = codes("", (guarded, k), d, bits, group_size) | map_layout(weights)
         expected["neurons"] = indices(listed, hidden)
         expected["guard"] = Expected(torch.float32, (guarded, guard_width(k)), unbounded=True)
         expected["surrogate"] = Expected(torch.float32, (listed, k + 1))
-        expected["folded_bias"] = Expected(weights.up.dtype, (d_out,))
-        expected["folded_weight"] = (
-            Expected(weights.up.dtype, (d_out, d)) if fold_bits == 16 else coded_rows(d_out, d, fold_bits, group_size)
-        )
+        if fold_bits < 16:
+            expected["folded_weight"] = coded_rows(d_out, d, fold_bits, group_size)
         if row_bits < 16:
             low = coded_rows(listed, d, low_bits(bits, row_bits), group_size)
             expected |= dict.fromkeys(weights.projections, low)
@@ -277,7 +270,7 @@ class PartialLinear(Rewrite):
         prepared = prepare(plan.tensors, weights.projections, weights.down.T, plan.settings["row_bits"])
         return prepared | {name: plan.tensors[name].to(device) for name in ("folded_weight", "folded_bias")}
 
-    def forward(self, x: Tensor, constants: Mapping[str, Tensor], plan: SitePlan) -> Tensor:
+    def forward(self, x: Float[Tensor, "... d"], constants: Tensors, plan: SitePlan) -> Float[Tensor, "... d_out"]:
         """Applies the folded map as a linear layer for Inductor, then the corrections in one op.
 
         A quantised fold is part of the op.
@@ -286,9 +279,9 @@ class PartialLinear(Rewrite):
         quantised = settings["fold_bits"] != 16
         folded, fold = (bias, weight) if quantised else (multiply(x, weight, bias), None)
         projections = [constants[name] for name in ("gate", "up") if name in constants]
-        named: dict[str, Any] = {name: constants[name] for name in _CONSTANTS}
-        named |= {name: settings[name] for name in ("bits", "activation", "fold_bits", "row_bits")}
-        call = Correction(folded, x, projections, biases=constants.get("biases"), fold=fold, **named)
+        arguments: dict[str, Any] = {name: constants[name] for name in _CONSTANTS}
+        arguments |= {name: settings[name] for name in ("bits", "activation", "fold_bits", "row_bits")}
+        call = Correction(folded, x, projections, biases=constants.get("biases"), fold=fold, **arguments)
         corrected: Tensor = torch.ops.tardis.correct(*call)
         return corrected
 

@@ -31,10 +31,10 @@ def rewrite_named(method: str) -> Rewrite:
     names = method.split("+")
     for i, name in enumerate(names):
         if name in names[:i]:
-            raise ConfigError(f"{name} stands twice in {method}")
-    rewrite, *others = map(_registered, names)
-    for other in others:
-        rewrite = other.applied_after(rewrite) or Composed(rewrite, other)
+            raise ConfigError(f"{name} appears twice in {method}: name each rewrite once")
+    rewrite, *following = map(_registered, names)
+    for second in following:
+        rewrite = second.applied_after(rewrite) or Composed(rewrite, second)
     return rewrite
 
 
@@ -57,11 +57,11 @@ def owners_of_options(method: str) -> dict[str, list[str]]:
     Raises:
         ConfigError: as :func:`rewrite_named`.
     """
-    found: dict[str, list[str]] = {}
+    owners: dict[str, list[str]] = {}
     for name in method.split("+"):
         for option in fields(rewrite_named(name).Options):
-            found.setdefault(option.name, []).append(name)
-    return found
+            owners.setdefault(option.name, []).append(name)
+    return owners
 
 
 def _registered(name: str) -> Rewrite:
@@ -70,7 +70,7 @@ def _registered(name: str) -> Rewrite:
         raise ConfigError(f"no rewrite named {name!r}; registered are {', '.join(sorted(registered)) or 'none'}")
     rewrite = registered[name].load()
     if not (isinstance(rewrite, type) and issubclass(rewrite, Rewrite)):
-        raise ConfigError(f"the entry point {name!r} of group {GROUP} is no subclass of Rewrite: {rewrite!r}")
+        raise ConfigError(f"the entry point {name!r} of group {GROUP} is not a subclass of Rewrite: {rewrite!r}")
     with raising_typed(f"the rewrite {name!r}"):
         created: Rewrite = rewrite()
     for step in ("refuse", "constants", "forward"):
@@ -112,7 +112,9 @@ def _typed_fit(
 
 def _of_sites(arguments: Sequence[Any]) -> str:
     """Names the sites among a step's arguments, for an error message."""
-    several = [each for one in arguments for each in (one if isinstance(one, (list, tuple)) else [one])]
-    named = [getattr(one, "site", one) for one in several]
-    names = [one.name for one in named if isinstance(getattr(one, "name", None), str)]
+    values = [
+        value for argument in arguments for value in (argument if isinstance(argument, (list, tuple)) else [argument])
+    ]
+    sites = [getattr(value, "site", value) for value in values]
+    names = [site.name for site in sites if isinstance(getattr(site, "name", None), str)]
     return f" of {', '.join(names[:4])}{', …' if len(names) > 4 else ''}" if names else ""

@@ -9,6 +9,7 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+from jaxtyping import Float
 from torch import Tensor
 
 from tardis_fx.config import Config
@@ -16,7 +17,8 @@ from tardis_fx.graph.feed_forward import BIASES, biases, feed_forward, matrices
 from tardis_fx.graph.site import SiteWeights
 from tardis_fx.observation.run import Fit
 from tardis_fx.observation.site import ObservedSite
-from tardis_fx.passes.matrix_forms import Form
+from tardis_fx.passes.layout import Tensors
+from tardis_fx.passes.matrix_forms import Form, Weight
 from tardis_fx.passes.static import Choice, StaticRewrite, measured
 from tardis_fx.plan import SitePlan
 from tardis_fx.statistics.operands import ByMatrix
@@ -37,18 +39,18 @@ class Represented(StaticRewrite):
         """Bytes read per token, including biases."""
 
     @abstractmethod
-    def fitted(self, index: int, weight: Tensor, operand: Any, settings: Mapping[str, Any]) -> Form | None:
+    def fitted(self, index: int, weight: Weight, operand: Any, settings: Mapping[str, Any]) -> Form | None:
         """Fits the form of a matrix; None leaves it unchanged.
 
         Args:
             index: of the matrix, in the order of :func:`tardis_fx.graph.feed_forward.matrices`.
-            weight: [rows, columns].
+            weight: the matrix.
             operand: statistic of the matrix's operand, measured by :attr:`operands`.
             settings: of the site.
         """
 
     @abstractmethod
-    def opened(self, name: str, constants: Mapping[str, Tensor], plan: SitePlan) -> Form:
+    def opened(self, name: str, constants: Tensors, plan: SitePlan) -> Form:
         """Reads the form of a matrix from the constants."""
 
     def choose(self, sites: Sequence[ObservedSite], config: Config) -> Fit[list[Choice]]:
@@ -66,9 +68,9 @@ class Represented(StaticRewrite):
 
     def constants(self, plan: SitePlan, weights: SiteWeights) -> dict[str, Tensor]:
         """The plan's tensors and the original biases."""
-        return {name: tensor.to(weights.up.device) for name, tensor in plan.tensors.items()} | biases(weights)
+        return super().constants(plan, weights) | biases(weights)
 
-    def forward(self, x: Tensor, constants: Mapping[str, Tensor], plan: SitePlan) -> Tensor:
+    def forward(self, x: Float[Tensor, "... d"], constants: Tensors, plan: SitePlan) -> Float[Tensor, "... d_out"]:
         """Applies the FFN with the new forms of its matrices."""
 
         def project(x: Tensor, name: str) -> Tensor:

@@ -12,8 +12,10 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from jaxtyping import Float
 from torch import Tensor
 
+from tardis_fx.passes.matrix_forms import Weight
 from tardis_fx.passes.sparse import Scored
 
 
@@ -22,7 +24,7 @@ class Ria(Scored):
 
     name: ClassVar[str] = "ria"
 
-    def score(self, weight: Tensor, norms: Tensor) -> Tensor:
+    def score(self, weight: Weight, norms: Float[Tensor, " columns"]) -> Weight:
         """Relative importance times the root of the norms."""
         size = weight.abs()
         in_row, in_column = (size / size.sum(axis, keepdim=True).clamp(min=1e-30) for axis in (1, 0))

@@ -13,19 +13,18 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
 
 from tardis_fx.graph.feed_forward import matrices
 from tardis_fx.graph.site import SiteWeights
-from tardis_fx.passes.layout import Layout, setting
-from tardis_fx.passes.matrix_forms import Coded
+from tardis_fx.passes.layout import Layout, Tensors, setting
+from tardis_fx.passes.matrix_forms import Coded, Weight
 from tardis_fx.passes.represented import Represented
 from tardis_fx.passes.static import bias_bytes
 from tardis_fx.plan import SitePlan
 from tardis_fx.runtime.packing import GROUP_SIZES, row_bytes
 
-#: Candidate bits per weight and columns per group, by rising bytes.
-WIDTHS = tuple((bits, group_size) for bits in (2, 3, 4, 8) for group_size in (128, 64))
+#: Candidate settings, by rising bytes.
+WIDTHS = tuple({"bits": bits, "group_size": group_size} for bits in (2, 3, 4, 8) for group_size in (128, 64))
 
 
 class Rtn(Represented):
@@ -35,18 +34,20 @@ class Rtn(Represented):
 
     def floor(self, weights: SiteWeights) -> int:
         """Bytes of the matrices with the fewest bits."""
-        return _bytes(weights, *WIDTHS[0])
+        return self.bytes(weights, WIDTHS[0])
 
     def settings(self, weights: SiteWeights, budget: float) -> dict[str, Any]:
         """Settings of the widest codes that fit the budget."""
-        bits, group_size = [w for w in WIDTHS if _bytes(weights, *w) <= budget * weights.bytes][-1]
-        return {"bits": bits, "group_size": group_size, "d": weights.up.shape[1], "hidden": len(weights.up)}
+        widest = [widths for widths in WIDTHS if self.bytes(weights, widths) <= budget * weights.bytes][-1]
+        return {**widest, "d": weights.up.shape[1], "hidden": len(weights.up)}
 
     def bytes(self, weights: SiteWeights, settings: Mapping[str, Any]) -> int:
         """Bytes of codes, scales, zero points and biases."""
-        return _bytes(weights, settings["bits"], settings["group_size"])
+        bits, group_size = settings["bits"], settings["group_size"]
+        codes = sum(len(w) * row_bytes(w.shape[1], bits, group_size) for w in matrices(weights).values())
+        return codes + bias_bytes(weights)
 
-    def fitted(self, index: int, weight: Tensor, operand: Any, settings: Mapping[str, Any]) -> Coded:
+    def fitted(self, index: int, weight: Weight, operand: Any, settings: Mapping[str, Any]) -> Coded:
         """Quantises a matrix, by GPTQ if the operand's Gram matrix is given."""
         return Coded.from_matrix(weight.cpu(), operand, settings["bits"], settings["group_size"])
 
@@ -56,17 +57,12 @@ class Rtn(Represented):
         setting(plan, "hidden", (hidden,))
         setting(plan, "d", (d,))
         bits, group_size = setting(plan, "bits", range(1, 9)), setting(plan, "group_size", GROUP_SIZES)
-        found: Layout = {}
+        layout: Layout = {}
         for name, weight in matrices(weights).items():
-            found |= Coded.layout(name, weight.shape, bits, group_size)
-        return found
+            layout |= Coded.layout(name, weight.shape, bits, group_size)
+        return layout
 
-    def opened(self, name: str, constants: Mapping[str, Tensor], plan: SitePlan) -> Coded:
+    def opened(self, name: str, constants: Tensors, plan: SitePlan) -> Coded:
         """Reads the codes of a matrix."""
         columns, dtype = plan.settings["hidden" if name == "down" else "d"], plan.dtype.removeprefix("torch.")
         return Coded.from_tensors(constants, name, plan.settings["bits"], columns, getattr(torch, dtype))
-
-
-def _bytes(weights: SiteWeights, bits: int, group_size: int) -> int:
-    codes = sum(len(w) * row_bytes(w.shape[1], bits, group_size) for w in matrices(weights).values())
-    return codes + bias_bytes(weights)

@@ -18,6 +18,7 @@ from functools import cached_property
 from typing import ClassVar
 
 import torch
+from jaxtyping import Float, Float32, Float64
 from torch import Tensor
 
 from tardis_fx.config import Config
@@ -26,7 +27,7 @@ from tardis_fx.graph.feed_forward import biases, dense, matrices
 from tardis_fx.graph.site import SiteWeights
 from tardis_fx.observation.run import Fit, Run
 from tardis_fx.observation.site import Merge, ObservedSite, fitted_tokens
-from tardis_fx.passes.layout import Expected, Layout, like, setting
+from tardis_fx.passes.layout import Expected, Layout, Tensors, like, setting
 from tardis_fx.passes.matrix_forms import Factored, truncated
 from tardis_fx.passes.static import Choice, StaticRewrite
 from tardis_fx.plan import SitePlan
@@ -50,22 +51,20 @@ class ShareFfn(StaticRewrite):
         """Smallest budget: one FFN for all sites of a shape, and maps of rank 1."""
         shares = []
         for alike in _alike(sites):
-            whole = alike[0].weights.bytes
-            shares.append((whole + (len(alike) - 1) * self.floor(alike[0].weights)) / (whole * len(alike)))
+            dense = alike[0].weights.bytes
+            shares.append((dense + (len(alike) - 1) * self.floor(alike[0].weights)) / (dense * len(alike)))
         return max(shares)
 
     def afford(self, sites: Sequence[ObservedSite], config: Config) -> None:
         """Checks the budget against :meth:`minimum_budget`.
 
         Raises:
-            CalibrationError: the budget is too small, or the fit is sequential.
+            CalibrationError: the budget is too small.
         """
-        if config.sequential:
-            raise CalibrationError(f"{self.name} fits the sites to each other: fit without sequential")
-        if (least := self.minimum_budget(sites)) > config.budget:
+        if (minimum := self.minimum_budget(sites)) > config.budget:
             raise CalibrationError(
                 f"a budget of {config.budget:.2%} is too small for {self.name}: one FFN for all sites of a shape, and "
-                f"maps of rank 1, touch {least:.2%} of the original's bytes"
+                f"maps of rank 1, touch {minimum:.2%} of the original's bytes"
             )
 
     def choose(self, sites: Sequence[ObservedSite], config: Config) -> Fit[list[Choice]]:
@@ -76,13 +75,13 @@ class ShareFfn(StaticRewrite):
             for part in torch.arange(len(alike), dtype=torch.int64, device="cpu").tensor_split(count):
                 group = Group([alike[i] for i in part], rank)
                 groups |= dict.fromkeys((s.fingerprint for s in group.sites), group)
-        what = f"which FFNs {self.name} keeps at a budget of {config.budget}"
-        candidates = yield Run(what, lambda s: CandidateErrors(s, groups[s.fingerprint].sites), sites)
+        title = f"which FFNs {self.name} keeps at a budget of {config.budget}"
+        candidates = yield Run(title, lambda s: CandidateErrors(s, groups[s.fingerprint].sites), sites)
         for group in groups.values():
             group.keep(candidates)
         takers = [s for s in sites if groups[s.fingerprint].kept is not s]
-        what = f"maps of {self.name} at a budget of {config.budget}"
-        maps = (yield Run(what, lambda s: OutputRegression(s, groups[s.fingerprint].kept), takers)) if takers else {}
+        title = f"maps of {self.name} at a budget of {config.budget}"
+        maps = (yield Run(title, lambda s: OutputRegression(s, groups[s.fingerprint].kept), takers)) if takers else {}
         return [self._choice(s, groups[s.fingerprint], maps.get(s.fingerprint)) for s in sites]
 
     def _choice(self, site: ObservedSite, group: Group, fitted: OutputRegression | None) -> Choice:
@@ -97,20 +96,19 @@ class ShareFfn(StaticRewrite):
 
     def layout(self, plan: SitePlan, weights: SiteWeights) -> Layout:
         """The kept FFN, and the map if another site keeps it."""
-        own, rank, d_out = matrices(weights) | biases(weights), plan.settings["rank"], len(weights.down)
+        ffn, rank, d_out = like(matrices(weights) | biases(weights)), plan.settings["rank"], len(weights.down)
         if rank is None:
-            return like(own) if plan.tensors else {}
+            return ffn if plan.tensors else {}
         setting(plan, "rank", range(1, d_out + 1))
         dtype, d = weights.down.dtype, weights.up.shape[1]
         bias = {"map_bias": Expected(dtype, (d_out,))}
-        return like(own) | Factored.layout("map", (d_out, d + d_out), rank, dtype) | bias
+        return ffn | Factored.layout("map", (d_out, d + d_out), rank, dtype) | bias
 
     def constants(self, plan: SitePlan, weights: SiteWeights) -> dict[str, Tensor]:
         """Constants of the kept FFN, and ``map_a`` [d_out, r], ``map_b`` and ``map_bias`` if another site keeps it."""
-        shared = {name: tensor.to(weights.up.device) for name, tensor in plan.tensors.items()}
-        return shared or matrices(weights) | biases(weights)
+        return super().constants(plan, weights) or matrices(weights) | biases(weights)
 
-    def forward(self, x: Tensor, constants: Mapping[str, Tensor], plan: SitePlan) -> Tensor:
+    def forward(self, x: Float[Tensor, "... d"], constants: Tensors, plan: SitePlan) -> Float[Tensor, "... d_out"]:
         """Applies the kept FFN, then two thin linear layers."""
         shared = dense(x, constants, str(plan.activation))
         if plan.settings["rank"] is None:
@@ -140,8 +138,8 @@ class Group:
     @cached_property
     def tensors(self) -> dict[str, Tensor]:
         """A copy of the kept FFN, for all sites of the group: a plan outlives the weights that it is made from."""
-        own = matrices(self.kept.weights) | biases(self.kept.weights)
-        return {name: tensor.detach().cpu().clone() for name, tensor in own.items()}
+        ffn = matrices(self.kept.weights) | biases(self.kept.weights)
+        return {name: tensor.detach().cpu().clone() for name, tensor in ffn.items()}
 
 
 class CandidateErrors:
@@ -153,20 +151,20 @@ class CandidateErrors:
     merged: ClassVar[Mapping[str, Merge]] = {"sums": "sum"}
 
     def __init__(self, site: ObservedSite, others: Sequence[ObservedSite]) -> None:
-        self._own, self._others = Neurons.from_site(site), [Neurons.from_site(other) for other in others]
-        #: Sums of the products of 1, their output and the site's own; [products, FFNs, d_out].
+        self._neurons, self._others = Neurons.from_site(site), [Neurons.from_site(other) for other in others]
+        #: Sums of the products of 1, their output and that of the site; [products, FFNs, d_out].
         self.sums = Sums.zeros(1, len(others), len(site.weights.down)).table
 
-    def update(self, x: Tensor) -> None:
-        """Adds tokens, [tokens, d], float32."""
+    def update(self, x: Float32[Tensor, "tokens d"]) -> None:
+        """Adds tokens."""
         x = x[: fitted_tokens(len(x)) : len(self._others)]
-        output = self._own(x).double()
+        output = self._neurons(x).double()
         for sums, other in zip(self.sums.unbind(1), self._others, strict=True):
             sums += torch.stack([product.sum(0) for product in products([other(x).double()], output)])
 
     @property
-    def errors(self) -> Tensor:
-        """Mean squared error of each FFN, summed over the features, [FFNs]."""
+    def errors(self) -> Float64[Tensor, " ffns"]:
+        """Mean squared error of each FFN, summed over the features."""
         sums = Sums(self.sums.flatten(1), 1)
         errors = sums.error(sums.regress()) / sums.count.clamp(min=1)
         return errors.view(self.sums.shape[1:]).sum(1)
@@ -181,13 +179,13 @@ class OutputRegression:
     merged: ClassVar[Mapping[str, Merge]] = {"_residual": "parts"}
 
     def __init__(self, site: ObservedSite, kept: ObservedSite) -> None:
-        self._own, self._kept = Neurons.from_site(site), Neurons.from_site(kept)
+        self._neurons, self._kept = Neurons.from_site(site), Neurons.from_site(kept)
         d_out, d = len(site.weights.down), site.weights.up.shape[1]
         self._residual = Residual(d + d_out, d_out)
 
-    def update(self, x: Tensor) -> None:
-        """Adds tokens, [tokens, d], float32."""
-        output = self._own(x)
+    def update(self, x: Float32[Tensor, "tokens d"]) -> None:
+        """Adds tokens."""
+        output = self._neurons(x)
         self._residual.update(torch.cat([x, self._kept(x)], 1), output, output)
 
     def solve(self, rank: int, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -200,12 +198,12 @@ class OutputRegression:
 
 def _alike(sites: Sequence[ObservedSite]) -> list[list[ObservedSite]]:
     """Groups sites whose FFNs have the same kind, activation, shapes and dtypes, in order."""
-    found: dict[object, list[ObservedSite]] = {}
+    groups: dict[object, list[ObservedSite]] = {}
     for site in sites:
-        own = matrices(site.weights) | biases(site.weights)
-        key = site.site.kind, site.site.activation, *((n, tuple(t.shape), t.dtype) for n, t in own.items())
-        found.setdefault(key, []).append(site)
-    return list(found.values())
+        ffn = matrices(site.weights) | biases(site.weights)
+        key = site.site.kind, site.site.activation, *((n, tuple(t.shape), t.dtype) for n, t in ffn.items())
+        groups.setdefault(key, []).append(site)
+    return list(groups.values())
 
 
 def _split(weights: SiteWeights, sites: int, budget: float) -> tuple[int, int]:

@@ -14,13 +14,14 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tardis_fx.graph.feed_forward import biases, matrices
 from tardis_fx.graph.site import Site, SiteWeights
 from tardis_fx.passes.base import matrices_of
-from tardis_fx.passes.layout import Layout, like
-from tardis_fx.passes.matrix_forms import Dense, Form, Masked
+from tardis_fx.passes.layout import Layout, Tensors, like
+from tardis_fx.passes.matrix_forms import Dense, Form, Masked, Weight
 from tardis_fx.passes.represented import Represented
 from tardis_fx.passes.static import bias_bytes
 from tardis_fx.plan import SitePlan
@@ -35,14 +36,8 @@ class Sparse(Represented):
     two_of_four: ClassVar[bool] = False
 
     @abstractmethod
-    def pruned(self, weight: Tensor, operand: Tensor, share: float) -> Form:
-        """Prunes a matrix.
-
-        Args:
-            weight: [rows, columns].
-            operand: statistic of the matrix's operand, measured by :attr:`operands`.
-            share: of the weights that is kept.
-        """
+    def pruned(self, weight: Weight, operand: Float[Tensor, "*columns"], share: float) -> Form:
+        """Prunes a matrix by the statistic of its operand, :attr:`operands`, so that a share of the weights is kept."""
 
     def refuse(self, site: Site) -> str | None:
         """Refuses sites whose rows cannot be divided into fours, for 2:4 sparsity."""
@@ -54,13 +49,13 @@ class Sparse(Represented):
         """Bytes of two of four, or of a share with which the shorter rows keep one weight."""
         if self.two_of_four:
             return self.bytes(weights, {"share": 0.5})
-        own = bias_bytes(weights)
-        return math.ceil((weights.bytes - own) / min(weights.up.shape)) + own
+        fixed = bias_bytes(weights)
+        return math.ceil((weights.bytes - fixed) / min(weights.up.shape)) + fixed
 
     def settings(self, weights: SiteWeights, budget: float) -> dict[str, Any]:
         """Settings with the share of weights that is kept."""
-        own = bias_bytes(weights)
-        return {"share": 0.5 if self.two_of_four else (budget * weights.bytes - own) / (weights.bytes - own)}
+        fixed = bias_bytes(weights)
+        return {"share": 0.5 if self.two_of_four else (budget * weights.bytes - fixed) / (weights.bytes - fixed)}
 
     def count(self, rows: int, columns: int, share: float) -> int:
         """Number of weights kept in a matrix, or in ``rows`` of its rows."""
@@ -72,20 +67,22 @@ class Sparse(Represented):
         positions = kept // 4 if self.two_of_four else 0
         return kept * weights.up.element_size() + positions + bias_bytes(weights)
 
-    def fitted(self, index: int, weight: Tensor, operand: Any, settings: Mapping[str, Any]) -> Form:
+    def fitted(self, index: int, weight: Weight, operand: Any, settings: Mapping[str, Any]) -> Form:
         """Prunes one matrix to the share in the settings."""
         return self.pruned(weight, operand, settings["share"])
 
     def layout(self, plan: SitePlan, weights: SiteWeights) -> Layout:
         """The pruned matrices."""
-        _check_share(plan)
+        share = plan.settings["share"]
+        if not (isinstance(share, (int, float)) and 0 <= share <= 1):
+            raise ValueError(f"setting share must lie in [0, 1], not {share!r:.80}")
         return like(matrices(weights))
 
     def matrices(self, plan: SitePlan) -> dict[str, float]:
         """All matrices, of which only the kept values count."""
         return dict.fromkeys(matrices_of(plan), plan.settings["share"])
 
-    def opened(self, name: str, constants: Mapping[str, Tensor], plan: SitePlan) -> Dense:
+    def opened(self, name: str, constants: Tensors, plan: SitePlan) -> Dense:
         """Reads the pruned matrix."""
         return Dense.from_tensors(constants, name)
 
@@ -98,15 +95,10 @@ class Scored(Sparse):
     operands: ClassVar[type[ByMatrix] | None] = ColumnNorms
 
     @abstractmethod
-    def score(self, weight: Tensor, norms: Tensor) -> Tensor:
-        """Importance of each weight.
+    def score(self, weight: Weight, norms: Float[Tensor, " columns"]) -> Weight:
+        """Importance of each weight of a float32 matrix, given the norms of its operand's columns."""
 
-        Args:
-            weight: [rows, columns], float32.
-            norms: [columns], of the operand's columns over the calibration tokens.
-        """
-
-    def pruned(self, weight: Tensor, operand: Tensor, share: float) -> Masked:
+    def pruned(self, weight: Weight, operand: Float[Tensor, " columns"], share: float) -> Masked:
         """Masks all but the weights with the highest scores."""
         score = self.score(weight.float().cpu().contiguous(), operand.float())
         count = self.count(len(score), score.shape[1], share)
@@ -116,11 +108,8 @@ class Scored(Sparse):
 
     def layout(self, plan: SitePlan, weights: SiteWeights) -> Layout:
         """Masks with one bit per weight."""
-        _check_share(plan)
-        found: Layout = {}
-        for name, weight in matrices(weights).items():
-            found |= Masked.layout(name, weight.shape)
-        return found
+        dense = super().layout(plan, weights)
+        return {name: mask for n, e in dense.items() for name, mask in Masked.layout(n, e.shape).items()}
 
     def count(self, rows: int, columns: int, share: float) -> int:
         """Number of weights kept; the same in every row if ``by_row``."""
@@ -128,25 +117,19 @@ class Scored(Sparse):
 
     def constants(self, plan: SitePlan, weights: SiteWeights) -> dict[str, Tensor]:
         """The matrices with zeros in them, and the biases."""
-        own = matrices(weights).items()
-        return {name: Masked.from_tensors(plan.tensors, name, w).weight for name, w in own} | biases(weights)
+        pruned = {n: Masked.from_tensors(plan.tensors, n, w).weight for n, w in matrices(weights).items()}
+        return pruned | biases(weights)
 
 
-def _check_share(plan: SitePlan) -> None:
-    share = plan.settings["share"]
-    if not (isinstance(share, (int, float)) and 0 <= share <= 1):
-        raise ValueError(f"setting share must lie in [0, 1], not {share!r:.80}")
-
-
-def highest(score: Tensor, count: int, by_row: bool) -> Tensor:
-    """Mask of the ``count`` highest scores, equally many in every row if ``by_row``: [rows, columns], bool."""
+def highest(score: Weight, count: int, by_row: bool) -> Bool[Tensor, "rows columns"]:
+    """Mask of the ``count`` highest scores, equally many in every row if ``by_row``."""
     rows = score if by_row else score.reshape(1, -1)
     kept = torch.zeros_like(rows, dtype=torch.bool)
     return kept.scatter_(1, rows.topk(count // len(rows), 1).indices, True).view_as(score)
 
 
-def two_of_four(score: Tensor) -> Tensor:
-    """Mask of the two highest scores of each four neighbours in a row: [rows, columns], bool."""
+def two_of_four(score: Weight) -> Bool[Tensor, "rows columns"]:
+    """Mask of the two highest scores of each four neighbours in a row."""
     fours = score.reshape(len(score), -1, 4)
     kept = torch.zeros_like(fours, dtype=torch.bool)
     return kept.scatter_(2, fours.topk(2, 2).indices, True).view_as(score)

@@ -13,9 +13,8 @@ from __future__ import annotations
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
-from tardis_fx.passes.matrix_forms import Dense
+from tardis_fx.passes.matrix_forms import Dense, Gram, Weight
 from tardis_fx.passes.sparse import Sparse, highest, two_of_four
 from tardis_fx.quantisation import inverse_factor
 from tardis_fx.statistics.operands import ByMatrix, Grams
@@ -30,7 +29,7 @@ class SparseGPT(Sparse):
     name: ClassVar[str] = "sparsegpt"
     operands: ClassVar[type[ByMatrix] | None] = Grams
 
-    def pruned(self, weight: Tensor, operand: Tensor, share: float) -> Dense:
+    def pruned(self, weight: Weight, operand: Gram, share: float) -> Dense:
         """Prunes a matrix by the Gram matrix of its operand; the result is in the model's dtype."""
         w, upper = weight.float().cpu().clone(), inverse_factor(operand).float()
         rows, columns = w.shape

@@ -11,7 +11,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
@@ -25,9 +25,6 @@ from tardis_fx.passes.base import Rewrite, stored_bytes, with_errors
 from tardis_fx.plan import KeptSite, Planned, SitePlan
 from tardis_fx.statistics.target import fit_to_target
 
-if TYPE_CHECKING:
-    Choices = Sequence["Choice | str"]
-
 
 @dataclass(frozen=True)
 class Choice:
@@ -37,6 +34,10 @@ class Choice:
     tensors: dict[str, Tensor] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     outlier_rate: float = 0.0
+
+
+#: The choice for each site, or the reason to keep it.
+Choices = Sequence[Choice | str]
 
 
 class StaticRewrite(Rewrite):
@@ -64,11 +65,11 @@ class StaticRewrite(Rewrite):
             CalibrationError: the budget is too small.
         """
         for site in sites:
-            floor, whole = self.floor(site.weights), site.weights.bytes
-            if floor > config.budget * whole:
+            floor, dense = self.floor(site.weights), site.weights.bytes
+            if floor > config.budget * dense:
                 raise CalibrationError(
                     f"a budget of {config.budget:.2%} is too small for {self.name}: {site.site.name or 'an FFN'} reads "
-                    f"{floor:,} bytes per token at the least, {floor / whole:.2%} of the original's"
+                    f"at least {floor:,} bytes per token, {floor / dense:.2%} of the original's"
                 )
 
     def refuse(self, site: Site) -> str | None:
@@ -79,7 +80,8 @@ class StaticRewrite(Rewrite):
         """Chooses a plan for each site, then measures the errors in one more run.
 
         Raises:
-            CalibrationError: the budget is below a site's floor, or the target is out of reach.
+            CalibrationError: the budget is below a site's floor, the target is out of reach, or the rewrite compares
+                sites in a sequential fit.
         """
         if config.target_error is None:
             return self._fit_within(sites, config)
@@ -90,6 +92,8 @@ class StaticRewrite(Rewrite):
         )
 
     def _fit_within(self, sites: Sequence[ObservedSite], config: Config) -> Fit[list[Planned]]:
+        if config.sequential and self.compares_sites:
+            raise CalibrationError(f"{self.name} compares all sites before it changes one: fit without sequential")
         self.afford(sites, config)
         if not config.sequential:
             return (yield from self._fit_together(sites, config))

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
+from jaxtyping import Float, Float32
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
@@ -21,8 +22,8 @@ from tardis_fx.graph.feed_forward import biases, dense, matrices
 from tardis_fx.graph.site import SiteWeights
 from tardis_fx.observation.run import Fit, Run
 from tardis_fx.observation.site import Merge, ObservedSite, fitted_tokens
-from tardis_fx.passes.hot_fold import folded, map_bytes, map_layout
-from tardis_fx.passes.layout import Expected, Layout
+from tardis_fx.passes.affine import folded, map_bytes, map_layout
+from tardis_fx.passes.layout import Expected, Layout, Tensors
 from tardis_fx.passes.static import Choice, StaticRewrite, measured
 from tardis_fx.plan import SitePlan
 from tardis_fx.statistics.affine import Outputs
@@ -53,16 +54,15 @@ class TokenGate(StaticRewrite):
         ]
 
     def layout(self, plan: SitePlan, weights: SiteWeights) -> Layout:
-        """Weights and biases of the map and the gate."""
+        """Weights and biases of the map and of the gate, ``token_gate`` [1, d] and ``token_gate_bias`` [1], float32."""
         gate = {"token_gate": (1, weights.up.shape[1]), "token_gate_bias": (1,)}
         return map_layout(weights) | {name: Expected(torch.float32, shape) for name, shape in gate.items()}
 
     def constants(self, plan: SitePlan, weights: SiteWeights) -> dict[str, Tensor]:
-        """The FFN, the map, and ``token_gate`` [1, d], ``token_gate_bias`` [1], float32."""
-        found = {name: tensor.to(weights.up.device) for name, tensor in plan.tensors.items()}
-        return found | matrices(weights) | biases(weights)
+        """The FFN, the map, and the gate."""
+        return super().constants(plan, weights) | matrices(weights) | biases(weights)
 
-    def forward(self, x: Tensor, constants: Mapping[str, Tensor], plan: SitePlan) -> Tensor:
+    def forward(self, x: Float[Tensor, "... d"], constants: Tensors, plan: SitePlan) -> Float[Tensor, "... d_out"]:
         """Computes both, and chooses one for each token."""
         whole = dense(x, constants, str(plan.activation))
         affine = F.linear(x, constants["folded_weight"], constants["folded_bias"])
@@ -79,7 +79,7 @@ class _Errors:
         self._site, self._weight, self._bias = Neurons.from_site(site), affine.weight.float(), affine.bias.float()
         self.residual = Residual(len(self._weight), 1)
 
-    def update(self, x: Tensor) -> None:
+    def update(self, x: Float32[Tensor, "tokens d"]) -> None:
         missed = self._site(x) - (x @ self._weight + self._bias)
         logarithm = missed.square().sum(1, keepdim=True).clamp(min=1e-30).log()
         self.residual.update(x, logarithm, logarithm)
@@ -88,20 +88,22 @@ class _Errors:
 class _Scores:
     """Observer of a gate's score of every fitted token; it keeps one number per token."""
 
-    merged: ClassVar[Mapping[str, Merge]] = {"_found": "joined"}
+    merged: ClassVar[Mapping[str, Merge]] = {"_scores": "joined"}
 
     def __init__(self, gate: AffineMap) -> None:
-        self._weight, self._found = gate.weight.float(), list[torch.Tensor]()
+        self._weight, self._scores = gate.weight.float(), list[Float32[Tensor, " tokens"]]()
 
-    def update(self, x: Tensor) -> None:
-        self._found.append((x[: fitted_tokens(len(x))] @ self._weight)[:, 0])
+    def update(self, x: Float32[Tensor, "tokens d"]) -> None:
+        self._scores.append((x[: fitted_tokens(len(x))] @ self._weight)[:, 0])
 
     @property
-    def all(self) -> Tensor:
-        return torch.cat(self._found)
+    def all(self) -> Float32[Tensor, " tokens"]:
+        return torch.cat(self._scores)
 
 
-def _choice(weights: SiteWeights, affine: AffineMap, gate: AffineMap, scores: Tensor, budget: float) -> Choice:
+def _choice(
+    weights: SiteWeights, affine: AffineMap, gate: AffineMap, scores: Float32[Tensor, " tokens"], budget: float
+) -> Choice:
     fixed, whole = _gate_bytes(weights) + map_bytes(weights), weights.bytes
     share = min(1.0, (budget * whole - fixed) / (whole - map_bytes(weights)))
     above = int(share * len(scores))
@@ -110,7 +112,7 @@ def _choice(weights: SiteWeights, affine: AffineMap, gate: AffineMap, scores: Te
     rate = float((scores > threshold).float().mean())
     tensors = {"token_gate": gate.weight.T.float().contiguous(), "token_gate_bias": -threshold.float().view(1)}
     touched = fixed + rate * (whole - map_bytes(weights))
-    return Choice(touched, outlier_rate=rate, tensors=tensors | folded(affine.weight, affine.bias, weights))
+    return Choice(touched, outlier_rate=rate, tensors=tensors | folded(affine, weights))
 
 
 def _gate_bytes(weights: SiteWeights) -> int:

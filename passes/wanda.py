@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from jaxtyping import Float
 from torch import Tensor
 
+from tardis_fx.passes.matrix_forms import Weight
 from tardis_fx.passes.sparse import Scored
 
 
@@ -19,7 +21,7 @@ class Wanda(Scored):
     name: ClassVar[str] = "wanda"
     by_row: ClassVar[bool] = True
 
-    def score(self, weight: Tensor, norms: Tensor) -> Tensor:
+    def score(self, weight: Weight, norms: Float[Tensor, " columns"]) -> Weight:
         """Magnitude of each weight times the norm of its operand, ``|W| ‖x‖``."""
         return weight.abs() * norms
 

@@ -8,18 +8,16 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from torch import Tensor
 
 from tardis_fx.config import Config
 from tardis_fx.errors import CalibrationError
-from tardis_fx.graph.feed_forward import multiply
 from tardis_fx.graph.site import SiteWeights
 from tardis_fx.observation.run import Fit
 from tardis_fx.observation.site import ObservedSite
 from tardis_fx.passes.static import Choice, StaticRewrite, measured
-from tardis_fx.plan import SitePlan
 from tardis_fx.statistics.affine import Outputs
 from tardis_fx.statistics.regression import Residual
 
@@ -42,36 +40,26 @@ class WholeSites(StaticRewrite):
         """Checks the budget against the bytes with all sites replaced.
 
         Raises:
-            CalibrationError: the budget is too small, or the fit is sequential.
+            CalibrationError: the budget is too small.
         """
-        if config.sequential:
-            raise CalibrationError(f"{self.name} compares all sites before it replaces one: fit without sequential")
-        floor, whole = sum(self.floor(s.weights) for s in sites), sum(s.weights.bytes for s in sites)
-        if floor > config.budget * whole:
+        floor, dense = sum(self.floor(site.weights) for site in sites), sum(site.weights.bytes for site in sites)
+        if floor > config.budget * dense:
             raise CalibrationError(
                 f"a budget of {config.budget:.2%} is too small for {self.name}: with every FFN replaced it reads "
-                f"{floor:,} bytes per token, {floor / whole:.2%} of the original's"
+                f"{floor:,} bytes per token, {floor / dense:.2%} of the original's"
             )
 
     def choose(self, sites: Sequence[ObservedSite], config: Config) -> Fit[list[Choice | str]]:
         """Fits the regression of every site in one run, then chooses the sites to replace."""
         outputs = yield measured(Outputs, sites)
-        candidates = [self.replaced(outputs[s.fingerprint].residual, s.weights) for s in sites]
+        candidates = [self.replaced(outputs[site.fingerprint].residual, site.weights) for site in sites]
         touched = sum(site.weights.bytes for site in sites)
         allowed = config.budget * touched
-        choices: list[Choice | str] = [f"kept, for the budget is met without it: {words}" for _, words, _ in candidates]
+        choices: list[Choice | str] = [f"kept, for the budget is met without it: {loss}" for _, loss, _ in candidates]
         for i in sorted(range(len(sites)), key=lambda i: candidates[i][0]):
             if touched <= allowed:
                 break
             size = self.floor(sites[i].weights)
             touched -= sites[i].weights.bytes - size
-            choices[i] = Choice(size, tensors=candidates[i][2])
+            choices[i] = Choice(size, candidates[i][2])
         return choices
-
-    def constants(self, plan: SitePlan, weights: SiteWeights) -> dict[str, Tensor]:
-        """The tensors of the plan, on the weights' device."""
-        return {name: tensor.to(weights.up.device) for name, tensor in plan.tensors.items()}
-
-    def forward(self, x: Tensor, constants: Mapping[str, Tensor], plan: SitePlan) -> Tensor:
-        """Applies the map as one linear layer."""
-        return multiply(x, constants["folded_weight"], constants["folded_bias"])

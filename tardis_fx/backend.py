@@ -54,7 +54,7 @@ def tardis(
         StaleWeightError: a weight differs from the one that the plan was made for.
     """
     with _surfaced():
-        parsed = Options.parse({"mode": mode} | (options or {}))
+        parsed = Options(**{"mode": mode} | {str(name): value for name, value in (options or {}).items()})
     return _compile(gm, example_inputs, parsed)
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal
+from functools import wraps
+from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
-from tardis_fx.errors import ConfigError
+from pydantic import ConfigDict, Field, SkipValidation, ValidationError, create_model
+
+from tardis_fx.errors import ConfigError, reasons
 
 Prefill = Literal["original", "rewritten"]
 Rounding = Literal["gptq", "nearest"]
@@ -18,7 +20,34 @@ MOVED = ("predictor_bits", "fold_bits", "row_bits", "group_size", "rounding")
 #: One rewrite, a chain of rewrites, or a mapping from sites to either; None leaves sites unchanged.
 Method = str | Sequence[str] | Mapping[str, str | Sequence[str] | None]
 
+T = TypeVar("T")
 
+
+def checked(cls: type[T]) -> type[T]:
+    """Makes a dataclass check the values of its fields against their annotations, strictly.
+
+    A wrong value or an unknown name raises a ConfigError that names the field, the value and the allowed values.
+    """
+    hints, known = get_type_hints(cls, include_extras=True), {field.name: field.default for field in fields(cls)}  # type: ignore[arg-type]
+    specs: dict[str, Any] = {name: (hints[name], default) for name, default in known.items()}
+    model = create_model(cls.__name__, __config__=ConfigDict(strict=True, arbitrary_types_allowed=True), **specs)
+    assign: Any = cls.__init__
+
+    @wraps(assign)
+    def init(self: Any, **values: Any) -> None:
+        if unknown := [name for name in values if name not in known]:
+            raise ConfigError(f"unknown option {', '.join(map(repr, unknown))}: {cls.__name__} has {', '.join(known)}")
+        try:
+            model(**values)
+        except ValidationError as error:
+            raise ConfigError(reasons(error)) from None
+        assign(self, **values)
+
+    cls.__init__ = init  # type: ignore[assignment, method-assign]
+    return cls
+
+
+@checked
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """The settings that a plan is fitted with.
@@ -46,48 +75,31 @@ class Config:
         ConfigError: a value is out of range.
     """
 
-    budget: float = 0.2
-    target_error: float | None = None
+    budget: Annotated[float, Field(gt=0, le=1)] = 0.2
+    target_error: Annotated[float, Field(gt=0, lt=1)] | None = None
     allocation: Literal["joint", "per_site"] = "joint"
-    method: Method = "partial_linear"
+    method: SkipValidation[Method] = "partial_linear"
     prefill: Prefill = "original"
-    options: Mapping[str, Any] | tuple[tuple[str, Any], ...] = ()
+    options: SkipValidation[Mapping[str, Any] | tuple[tuple[str, Any], ...]] = ()
     sequential: bool = False
     progress: bool = True
 
-    def __new__(cls, **given: Any) -> Config:
+    def __new__(cls, **values: Any) -> Config:
         """Refuses fields that have become options of a rewrite.
 
         Raises:
             ConfigError: such a field is given.
         """
-        if moved := {name: value for name, value in given.items() if name in MOVED}:
+        if moved := {name: value for name, value in values.items() if name in MOVED}:
             raise ConfigError(f"{', '.join(moved)}: options of partial_linear and paper, give options={moved!r}")
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        if isinstance(self.budget, bool) or not isinstance(self.budget, (int, float)) or not math.isfinite(self.budget):
-            raise ConfigError(f"budget must be a number, not {self.budget!r}")
-        if not 0 < self.budget <= 1:
-            raise ConfigError(
-                f"budget must lie in (0, 1], the fraction of the FFN weight bytes touched, not {self.budget}"
-            )
-        if self.target_error is not None:
-            if isinstance(self.target_error, bool) or not isinstance(self.target_error, (int, float)):
-                raise ConfigError(f"target_error must be a number, not {self.target_error!r}")
-            if not 0 < self.target_error < 1:
-                raise ConfigError(f"target_error must lie in (0, 1), relative to the output, not {self.target_error}")
-        one_of("allocation", self.allocation, ("joint", "per_site"))
         object.__setattr__(self, "method", _method(self.method))  # hashable, and unchanged by a round trip through JSON
-        if self.sequential or self.target_error is not None:
-            what = "sequential" if self.sequential else "target_error"
-            if not isinstance(self.method, str) or "+" in self.method:
-                raise ConfigError(f"{what} needs one rewrite for all sites, not {self.method!r}")
-        one_of("prefill", self.prefill, ("original", "rewritten"))
+        for name in ("sequential", "target_error"):
+            if getattr(self, name) and (not isinstance(self.method, str) or "+" in self.method):
+                raise ConfigError(f"{name} needs one rewrite for all sites, not {self.method!r}")
         object.__setattr__(self, "options", _options(self.options, self.rewrites))
-        for name in ("sequential", "progress"):
-            if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"{name} must be True or False, not {getattr(self, name)!r}")
 
     @property
     def methods(self) -> tuple[tuple[str, str | None], ...]:
@@ -111,6 +123,7 @@ class Config:
         return replace(self, options=dict(self.options) | {rewrite: self.options_of(rewrite) | changed})
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """The options of ``torch.compile(..., backend="tardis", options={...})``.
@@ -132,117 +145,84 @@ class Options:
 
     plan: Any = None
     config: Config | None = None
-    profile_tokens: int = 8192
-    tolerance: float = 0.3
+    profile_tokens: Annotated[int, Field(ge=1)] = 8192
+    tolerance: Annotated[float, Field(gt=0)] = 0.3
     on_change: Literal["error", "original", "refit"] = "error"
     prefill: Prefill | None = None
     strict: bool = False
     inner: str = "inductor"
     mode: str | None = None
 
+    def __post_init__(self) -> None:
+        if self.config is not None and self.plan is not None:
+            raise ConfigError("config says how to fit where there is no plan: give one of them")
+        if self.config is not None and self.config.sequential:
+            raise ConfigError("sequential fitting runs the model again and again: it needs calibrate and a plan")
+
     @property
     def observes(self) -> bool:
         """Whether sites without a plan entry are observed and fitted."""
         return self.plan is None or self.on_change == "refit"
 
-    @classmethod
-    def parse(cls, options: dict[str, Any] | None) -> Options:
-        """Reads the dict given to ``torch.compile``.
 
-        Raises:
-            ConfigError: an option is unknown or out of range.
-        """
-        given = dict(options or {})
-        known = [field.name for field in fields(cls)]
-        if unknown := sorted(set(given) - set(known)):
-            raise ConfigError(
-                f"unknown option {', '.join(map(repr, unknown))}: backend 'tardis' knows {', '.join(known)}"
-            )
-        parsed = cls(**given)
-        if parsed.config is not None:
-            if not isinstance(parsed.config, Config):
-                raise ConfigError(f"config must be a tardis_fx.Config, not {type(parsed.config).__name__}")
-            if parsed.plan is not None:
-                raise ConfigError("config says how to fit where there is no plan: give one of them")
-            if parsed.config.sequential:
-                raise ConfigError("sequential fitting runs the model again and again: it needs calibrate and a plan")
-        if not isinstance(parsed.profile_tokens, int) or isinstance(parsed.profile_tokens, bool):
-            raise ConfigError(f"profile_tokens must be a number of tokens, not {parsed.profile_tokens!r}")
-        if parsed.profile_tokens < 1:
-            raise ConfigError(f"profile_tokens must be positive, not {parsed.profile_tokens}")
-        if isinstance(parsed.tolerance, bool) or not isinstance(parsed.tolerance, (int, float)):
-            raise ConfigError(f"tolerance must be a number, not {parsed.tolerance!r}")
-        if not parsed.tolerance > 0:
-            raise ConfigError(f"tolerance must be a positive relative error, not {parsed.tolerance}")
-        one_of("on_change", parsed.on_change, ("error", "original", "refit"))
-        if parsed.prefill is not None:
-            one_of("prefill", parsed.prefill, ("original", "rewritten"))
-        if not isinstance(parsed.strict, bool):
-            raise ConfigError(f"strict must be True or False, not {parsed.strict!r}")
-        if not isinstance(parsed.inner, str):
-            raise ConfigError(f"inner must be the name of a torch.compile backend, not {parsed.inner!r}")
-        if not isinstance(parsed.mode or "", str):
-            raise ConfigError(f"mode must be the name of a mode of Inductor, not {parsed.mode!r}")
-        return parsed
-
-
-def _method(given: Any) -> str | tuple[tuple[str, str | None], ...]:
-    """The stored form of a method, from what the user gave or from JSON.
+def _method(method: Any) -> str | tuple[tuple[str, str | None], ...]:
+    """The stored form of a method, from a user's value or from JSON.
 
     Raises:
         ConfigError: it is not a method.
     """
-    if isinstance(given, str) or not isinstance(given, (Mapping, Sequence)):
-        return _chain(given)
-    pairs: list[Any] = list(given.items() if isinstance(given, Mapping) else given)
+    if isinstance(method, str) or not isinstance(method, (Mapping, Sequence)):
+        return _chain(method)
+    pairs: list[Any] = list(method.items() if isinstance(method, Mapping) else method)
     if not pairs:
-        raise ConfigError(f"method names no rewrite: {given!r}")
+        raise ConfigError(f"method names no rewrite: {method!r}")
     if all(isinstance(name, str) for name in pairs):
         return _chain("+".join(pairs))
-    found = []
+    methods = []
     for pair in pairs:
         if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not isinstance(pair[0], str):
-            raise ConfigError(f"method must map patterns of site names to rewrites, which {pair!r} does not")
-        pattern, method = pair
-        chain = method if method is None or isinstance(method, str) else _method(method)
-        found.append((pattern, None if chain is None else _chain(chain)))
-    return tuple(found)
+            raise ConfigError(f"method must map patterns of site names to rewrites, not {pair!r}")
+        pattern, value = pair
+        chain = value if value is None or isinstance(value, str) else _method(value)
+        methods.append((pattern, None if chain is None else _chain(chain)))
+    return tuple(methods)
 
 
 def _chain(method: Any) -> str:
     if not isinstance(method, str) or not all(method.split("+")):
-        raise ConfigError(f"method must be the name of a rewrite, or names with + between, not {method!r}")
+        raise ConfigError(f"method must be the name of a rewrite, or names joined with +, not {method!r}")
     return method
 
 
-def _options(given: Any, rewrites: tuple[str, ...]) -> tuple[tuple[str, tuple[tuple[str, Any], ...]], ...]:
-    """The stored form of options, from what the user gave or from JSON.
+def _options(options: Any, rewrites: tuple[str, ...]) -> tuple[tuple[str, tuple[tuple[str, Any], ...]], ...]:
+    """The stored form of options, from a user's value or from JSON.
 
     Raises:
         ConfigError: they are not options, or belong to a rewrite that ``method`` does not name.
     """
-    found = _pairs(given)
-    if found and not any(isinstance(value, (Mapping, list, tuple)) for value in found.values()):
+    by_rewrite = _pairs(options)
+    if by_rewrite and not any(isinstance(value, (Mapping, list, tuple)) for value in by_rewrite.values()):
         if len(rewrites) != 1:
-            raise ConfigError(f"options go by rewrite unless method names one: {{{(*rewrites, '?')[0]!r}: {given!r}}}")
-        found = {rewrites[0]: given}
-    for rewrite, own in found.items():
+            example = f"{{{(*rewrites, '?')[0]!r}: {options!r}}}"
+            raise ConfigError(f"options go by rewrite unless method names one: {example}")
+        by_rewrite = {rewrites[0]: options}
+    for rewrite, values in by_rewrite.items():
         if rewrite not in rewrites:
-            raise ConfigError(f"options: {rewrite!r} is no rewrite of method, which names {', '.join(rewrites)}")
-        found[rewrite] = tuple(_pairs(own).items())
-        if wrong := [v for _, v in found[rewrite] if not isinstance(v, (str, int, float, type(None)))]:
+            raise ConfigError(f"options: {rewrite!r} is not a rewrite of method, which names {', '.join(rewrites)}")
+        by_rewrite[rewrite] = tuple(_pairs(values).items())
+        if wrong := [v for _, v in by_rewrite[rewrite] if not isinstance(v, (str, int, float, type(None)))]:
             raise ConfigError(f"options of {rewrite} must be a number, a string, a bool or None, not {wrong[0]!r}")
-    return tuple(found.items())
+    return tuple(by_rewrite.items())
 
 
-def _pairs(given: Any) -> dict[str, Any]:
+def _pairs(options: Any) -> dict[str, Any]:
     try:
-        found = dict(given)
+        pairs = dict(options)
     except (TypeError, ValueError):
-        found = {None: None}
-    if not all(isinstance(name, str) for name in found):
-        raise ConfigError(f"options must map names of options to values, or rewrites to such mappings, not {given!r}")
-    return found
+        pairs = {None: None}
+    if not all(isinstance(name, str) for name in pairs):
+        raise ConfigError(f"options must map names of options to values, or rewrites to such mappings, not {options!r}")
+    return pairs
 
 
 def one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:

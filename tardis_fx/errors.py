@@ -1,5 +1,9 @@
 """Every error that a user of tardis_fx can cause."""
 
+from __future__ import annotations
+
+from pydantic import ValidationError
+
 
 class TardisError(Exception):
     """Base of all errors raised for bad input, a bad file, or a model that a plan does not fit."""
@@ -47,3 +51,12 @@ class BenchError(TardisError, RuntimeError):
 
 class ServingError(TardisError, RuntimeError):
     """A plan cannot be served with this model, or with the options of the engine."""
+
+
+def reasons(error: ValidationError) -> str:
+    """The errors that pydantic found, in a user's words: each names a field, its value and the allowed values."""
+    lines = []
+    for detail in error.errors():
+        name, rule = ".".join(map(str, detail["loc"])), detail["msg"].replace("Input should", "must")
+        lines.append(f"{name} {rule.removeprefix('Value error, ')}, not {detail['input']!r:.80}")
+    return "; ".join(lines)

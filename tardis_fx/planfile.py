@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal
 
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
-from tardis_fx.errors import PlanFileError
+from tardis_fx.errors import PlanFileError, reasons
 from tardis_fx.tensorfile import check_digest, unique_pairs
 
 FORMAT = "tardis_fx.plan"
@@ -37,7 +38,7 @@ def header_of(config: Mapping[str, Any], sites: Sequence[Mapping[str, Any]], sam
         TypeError: a field has a type that JSON cannot hold.
     """
     for site in sites:
-        _check_fields(dict(site))
+        _check_fields(site)
     text = json.dumps({"config": config, "sites": sites, "same": same})
     return {"format": FORMAT, "version": str(VERSION), "plan": text}
 
@@ -78,87 +79,72 @@ def content_of(header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> tupl
     return dict(config), entries
 
 
-def _check_fields(fields: dict[str, Any]) -> None:
+def _check_fields(fields: Mapping[str, Any]) -> None:
     """Checks that the fields of an entry have their declared types and ranges.
 
     Raises:
         ValueError: a field is invalid, missing or unknown.
     """
-    known = _SITE | (_KEPT if "reason" in fields else _REWRITTEN)
-    if missing := known.keys() ^ fields.keys():
-        raise ValueError(f"an entry lacks fields or has others: {', '.join(sorted(missing))[:200]}")
-    for name, (is_valid, wanted) in known.items():
-        if not is_valid(fields[name]):
-            raise ValueError(f"{name} of an entry must be {wanted}, not {_shortened(fields[name])}")
+    try:
+        (_KeptFields if "reason" in fields else _RewrittenFields)(**fields)
+    except ValidationError as error:
+        raise ValueError(f"an entry has invalid fields: {reasons(error)}") from None
 
 
-def _shortened(value: Any) -> str:
-    text = repr(value) if not isinstance(value, int) or abs(value) < 2**64 else "a huge number"
-    return text if len(text) <= 80 else text[:77] + "..."
+def _plain(value: Any, depth: int = _DEEPEST) -> Any:
+    """Checks that a value is a mapping, list, number, string, bool or None that JSON can hold; numbers are finite."""
+    if isinstance(value, (dict, list, tuple)):
+        if depth == 0:
+            raise ValueError(f"is nested in more than {_DEEPEST} levels")
+        for part in (*value, *(value.values() if isinstance(value, dict) else ())):
+            _plain(part, depth - 1)
+        if isinstance(value, dict) and not all(isinstance(name, str) for name in value):
+            raise ValueError("has a name that is not a string")
+    elif isinstance(value, str):
+        _encodable(value)
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise ValueError("has a number that is not finite")
+    elif not isinstance(value, (int, float, type(None))) or (isinstance(value, int) and abs(value) >= 2**63):
+        raise ValueError("has a value that JSON cannot hold, or a huge number")
+    return value
 
 
-def _is_text(value: Any) -> bool:
-    """Whether the value is a printable string; JSON can encode unpaired surrogates."""
-    return isinstance(value, str) and value.encode(errors="replace").decode() == value
+def _encodable(text: str) -> str:
+    """Checks that UTF-8 can encode a text, which unpaired surrogates prevent; JSON can hold them."""
+    text.encode()  # raises a ValueError
+    return text
 
 
-def _is_size(value: Any) -> bool:
-    return type(value) is int and 0 <= value < 2**63
+_Text = Annotated[str, AfterValidator(_encodable)]
+_Size = Annotated[int, Field(ge=0, lt=2**63)]
+_Amount = Annotated[float, Field(ge=0, lt=math.inf)]
 
 
-def _is_amount(value: Any) -> bool:
-    return _is_size(value) or (isinstance(value, float) and 0 <= value < math.inf)
+class _Fields(BaseModel):
+    """Fields of every entry."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+    fingerprint: Annotated[str, Field(pattern="^[0-9a-f]{1,128}$")]
+    name: _Text
+    kind: Literal["plain", "gated"]
+    activation: _Text | None
+    dtype: _Text
+    shapes: Sequence[Sequence[Annotated[int, Field(gt=0, lt=2**63)]]]
+    dense_bytes: _Size
 
 
-def _is_error(value: Any) -> bool:
-    return _is_amount(value) or value == math.inf
+class _KeptFields(_Fields):
+    """Fields of a site that is not rewritten."""
+
+    reason: _Text
 
 
-def _are_shapes(value: Any) -> bool:
-    listed = (list, tuple)
-    return isinstance(value, listed) and all(isinstance(s, listed) and all(_is_size(n) and n for n in s) for s in value)
+class _RewrittenFields(_Fields):
+    """Fields of a rewritten site, except its tensors."""
 
-
-def _are_settings(value: Any) -> bool:
-    return isinstance(value, dict) and _is_plain(value, _DEEPEST)
-
-
-def _is_plain(value: Any, depth: int) -> bool:
-    if isinstance(value, dict):
-        return depth > 0 and all(_is_text(k) and _is_plain(v, depth - 1) for k, v in value.items())
-    if isinstance(value, (list, tuple)):
-        return depth > 0 and all(_is_plain(v, depth - 1) for v in value)
-    if isinstance(value, float):
-        return math.isfinite(value)
-    if isinstance(value, int):
-        return abs(value) < 2**63
-    return value is None or _is_text(value)
-
-
-def _optional(is_valid: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: value is None or is_valid(value)
-
-
-_Fields = dict[str, tuple[Callable[[Any], Any], str]]
-_SIZE, _AMOUNT = (_is_size, "a number of bytes"), (_is_amount, "a finite number, zero or more")
-#: Fields of every entry.
-_SITE: _Fields = {
-    "fingerprint": (lambda v: isinstance(v, str) and re.fullmatch("[0-9a-f]{1,128}", v), "a hexadecimal string"),
-    "name": (_is_text, "a string"),
-    "kind": (lambda v: v in ("plain", "gated"), "'plain' or 'gated'"),
-    "activation": (_optional(_is_text), "a string or null"),
-    "dtype": (_is_text, "a string"),
-    "shapes": (_are_shapes, "a list of lists of positive sizes"),
-    "dense_bytes": _SIZE,
-}
-#: Further fields of a site that is not rewritten.
-_KEPT: _Fields = {"reason": (_is_text, "a string")}
-#: Further fields of a rewritten site, except its tensors.
-_REWRITTEN: _Fields = {
-    "method": (_is_text, "a string"),
-    "stored_bytes": _SIZE,
-    "touched_bytes": _AMOUNT,
-    "outlier_rate": _AMOUNT,
-    "error": (_is_error, "a number, zero or more"),
-    "settings": (_are_settings, "a mapping of plain, finite values"),
-}
+    method: _Text
+    stored_bytes: _Size
+    touched_bytes: _Amount
+    outlier_rate: _Amount
+    error: Annotated[float, Field(ge=0)]
+    settings: Annotated[dict[str, Any], AfterValidator(_plain)]

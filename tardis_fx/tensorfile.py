@@ -116,13 +116,13 @@ def read_from(file: BinaryIO, length: int) -> tuple[dict[str, Tensor], dict[str,
     layout = _parsed(_header(file, length))
     header = layout.pop("__metadata__", {})
     if not isinstance(header, dict) or not all(isinstance(value, str) for value in header.values()):
-        raise SafetensorError("the metadata are no strings")
+        raise SafetensorError("the metadata are not strings")
     tensors: dict[str, Tensor] = {}
     end = 0
     described = ((name, _described(name, value)) for name, value in layout.items())
     for name, (dtype, shape, begin, stop) in sorted(described, key=lambda item: item[1][2:]):
         if begin != end or stop > length:
-            raise SafetensorError(f"tensor {name!r} is not between the one before it and the end of the file")
+            raise SafetensorError(f"tensor {name!r} does not lie between the previous tensor and the end of the file")
         tensors[name], end = _filled(file, name, torch.empty(shape, dtype=dtype, device="cpu")), stop
     if file.read(1):
         raise SafetensorError("there are bytes after the last tensor")
@@ -143,7 +143,7 @@ def check_digest(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> No
         SafetensorError: the content is not what was saved.
     """
     if header.get(DIGEST) != content_digest(tensors, header):
-        raise SafetensorError("its content is not what was saved: copy it again, or make it anew")
+        raise SafetensorError("its content is not what was saved: copy the file again, or make a new one")
 
 
 def read_header(path: str | os.PathLike[str]) -> bytes:
@@ -161,17 +161,17 @@ def unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Hook for ``json.loads`` that rejects an object with duplicate names.
 
     Raises:
-        ValueError: a name stands twice.
+        ValueError: a name appears twice.
     """
     unique = dict(pairs)
     if len(unique) < len(pairs):
-        raise ValueError("a name stands twice in an object")
+        raise ValueError("a name appears twice in an object")
     return unique
 
 
 def _opened(path: str | os.PathLike[str]) -> BinaryIO:
     if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for its other end
-        raise SafetensorError("it is no regular file")
+        raise SafetensorError("it is not a regular file")
     return open(path, "rb")
 
 
@@ -189,9 +189,9 @@ def _parsed(header: bytes) -> dict[str, Any]:
     try:
         layout = json.loads(header.decode(), object_pairs_hook=unique_pairs)
     except (ValueError, RecursionError) as error:
-        raise SafetensorError(f"its header is no JSON: {type(error).__name__}: {error}") from error
+        raise SafetensorError(f"its header is not JSON: {type(error).__name__}: {error}") from error
     if not isinstance(layout, dict):
-        raise SafetensorError("its header is no JSON object")
+        raise SafetensorError("its header is not a JSON object")
     return layout
 
 
@@ -201,14 +201,14 @@ def _described(name: str, value: Any) -> tuple[torch.dtype, tuple[int, ...], int
         raise SafetensorError(f"tensor {name!r} is not described by dtype, shape and offsets")
     dtype, shape, offsets = _DTYPES.get(str(value["dtype"])), value["shape"], value["data_offsets"]
     if dtype is None:
-        raise SafetensorError(f"tensor {name!r} is of the unknown dtype {value['dtype']!r}")
+        raise SafetensorError(f"tensor {name!r} has the unknown dtype {value['dtype']!r}")
     for numbers in (shape, offsets):
         if not isinstance(numbers, list) or not all(type(n) is int and 0 <= n < 2**62 for n in numbers):
-            raise SafetensorError(f"shape or offsets of tensor {name!r} are no lists of sizes")
+            raise SafetensorError(f"shape or offsets of tensor {name!r} are not lists of sizes")
     if len(offsets) != 2 or math.prod(shape) * dtype.itemsize != offsets[1] - offsets[0]:
         raise SafetensorError(f"tensor {name!r} does not have the bytes of its shape")
     if len(shape) > 16 or math.prod(max(1, n) for n in shape) >= 2**56:  # an empty one may claim any sizes
-        raise SafetensorError(f"tensor {name!r} is of the impossible shape {shape}")
+        raise SafetensorError(f"tensor {name!r} has the impossible shape {shape}")
     return dtype, tuple(shape), *offsets
 
 

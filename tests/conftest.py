@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # for `builders`: pytest's impor
 # Types and shapes in these modules' annotations are checked at every call.
 importlib.import_module("builders.typechecker")  # jaxtyping imports the first of these names alone
 CHECKED = (
+    "digest",
     "graph.activations",
     "graph.recognition",
     "healing",
@@ -35,6 +36,23 @@ CHECKED = (
     # Capture compiles copies of its functions' code; batches and observe take users' wrong input.
     *(f"observation.{name}" for name in ("checkpoint", "merging", "ranks", "run", "site")),
     "partial_linear",
+    # Other rewrites' forward pass is traced with proxies of tensors.
+    *(
+        f"passes.{name}"
+        for name in (
+            "base",
+            "bilinear",
+            "layout",
+            "linear_replace",
+            "magnitude",
+            "paper",
+            "ria",
+            "sparsegpt",
+            "static",
+            "wanda",
+            "whole",
+        )
+    ),
     "planning",
     "quantisation",
     "resident",

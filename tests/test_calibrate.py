@@ -327,7 +327,7 @@ def test_only_subclasses_of_rewrite_are_rewrites(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("tardis_fx.passes.registry.entry_points", lambda group: [wrong])
     rewrite_named.cache_clear()
     try:
-        refused("no subclass of Rewrite", lambda: rewrite_named("wrong"), ConfigError)
+        refused("not a subclass of Rewrite", lambda: rewrite_named("wrong"), ConfigError)
         refused("registered are wrong", lambda: rewrite_named("partial_linear"), ConfigError)
     finally:
         rewrite_named.cache_clear()

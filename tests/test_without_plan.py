@@ -235,12 +235,12 @@ def test_dynamic_shapes_are_observed_and_swapped() -> None:
 @pytest.mark.parametrize(
     ("options", "cause"),
     [
-        ({"profile_tokens": 0}, "profile_tokens must be positive"),
-        ({"profile_tokens": 1.5}, "profile_tokens must be a number of tokens"),
-        ({"tolerance": 0}, "tolerance must be a positive relative error"),
-        ({"tolerance": float("nan")}, "tolerance must be a positive"),
+        ({"profile_tokens": 0}, "profile_tokens must be greater than or equal to 1, not 0"),
+        ({"profile_tokens": 1.5}, "profile_tokens must be a valid integer, not 1.5"),
+        ({"tolerance": 0}, "tolerance must be greater than 0, not 0"),
+        ({"tolerance": float("nan")}, "tolerance must be greater than 0, not nan"),
         ({"config": Config(sequential=True)}, "sequential"),
-        ({"config": {"budget": 0.2}}, "config must be a tardis_fx.Config, not dict"),
+        ({"config": {"budget": 0.2}}, "config must be an instance of Config, not {'budget'"),
     ],
     ids=str,
 )

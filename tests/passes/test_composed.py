@@ -160,8 +160,8 @@ def test_an_observation_does_not_remember_a_site_for_what_a_rewrite_made_of_it()
         (["drop_bias", "gptq", "int8_ffn"], "drop_bias.gptq leaves no dense matrix"),
         (["int8_ffn", "low_rank"], "int8_ffn leaves no feed-forward network"),
         (["int8_ffn", "int4_ffn"], "int8_ffn leaves no dense matrix"),
-        (["drop_bias", "drop_bias"], "drop_bias stands twice"),
-        (["drop_bias", "exact_fold"], "exact_fold folds what is affine"),
+        (["drop_bias", "drop_bias"], "drop_bias appears twice"),
+        (["drop_bias", "exact_fold"], "exact_fold folds FFNs that are affine already"),
         (["drop_bias", "nonesuch"], "no rewrite named 'nonesuch'"),
     ],
 )

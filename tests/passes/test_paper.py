@@ -76,7 +76,7 @@ def test_ours_has_less_error_than_the_paper_at_the_same_bytes() -> None:
 
 
 def test_a_budget_below_fold_and_predictor_is_refused() -> None:
-    with pytest.raises(CalibrationError, match="fold and predictor alone"):
+    with pytest.raises(CalibrationError, match="the fold and the predictor alone read"):
         planned(ffn(32, 128), 32, method="paper", budget=0.2)
 
 
