@@ -25,9 +25,7 @@ from tardis_fx.testing.spellings import SPELLINGS
 class SiteObservation(RepeatableObservation):
     """Observation of FFNs that all see the same batches, without capture, so that a fit takes milliseconds."""
 
-    def __init__(
-        self, ffns: Sequence[FFN | GatedFFN | ObservedSite], batches: Sequence[Float[Tensor, "_ d"]]
-    ) -> None:
+    def __init__(self, ffns: Sequence[FFN | GatedFFN | ObservedSite], batches: Sequence[Float[Tensor, "_ d"]]) -> None:
         """Matches each FFN in a separate graph.
 
         Args:
