@@ -1,8 +1,8 @@
 """Checks that need an environment of their own: `nox -s oldest newest lint types docs`.
 
 `oldest` and `newest` install the oldest and the newest release of every dependency that pyproject.toml admits, run the
-suite, and write what they found to docs/compatibility.md. `deprecations` runs the suite with every warning as an error,
-to see where one that .ci/run complains of comes from. Arguments behind `--` go to pytest.
+suite, and write the result to docs/compatibility.md. `deprecations` runs the suite with every warning as an error,
+to find the source of a warning that .ci/run reports. Arguments behind `--` go to pytest.
 """
 
 from __future__ import annotations

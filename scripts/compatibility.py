@@ -1,4 +1,4 @@
-"""The oldest releases that pyproject.toml admits, and docs/compatibility.md, the table of what was tested.
+"""The oldest releases that pyproject.toml admits, and docs/compatibility.md, the table of tested releases.
 
 python scripts/compatibility.py bounds FILE            writes a constraint `name==oldest` for every dependency
 python scripts/compatibility.py record LANE REPORT     writes the column `oldest` or `newest` from this environment
@@ -13,15 +13,14 @@ import datetime
 import platform
 import sys
 import tomllib
-from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
-from itertools import chain
 from pathlib import Path
 from xml.etree import ElementTree
 
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = ("gpu", "demo", "testing", "test", "bench")
 LANES = ("oldest", "newest")
 HEAD = """# Compatibility
@@ -45,7 +44,8 @@ def main() -> int:
     record.add_argument("--page", type=Path, default=ROOT / "docs" / "compatibility.md")
     arguments = parser.parse_args()
     if arguments.command == "bounds":
-        arguments.file.write_text("".join(f"{constraint}\n" for constraint in bounds()))
+        lower = [(r.name, s) for r in requirements() for s in r.specifier if s.operator in (">=", "==")]
+        arguments.file.write_text("".join(f"{name}=={specifier.version}\n" for name, specifier in lower))
         return 0
     suite = ElementTree.parse(arguments.report).getroot().find("testsuite")
     assert suite is not None, f"{arguments.report} is no report of pytest"
@@ -57,38 +57,26 @@ def main() -> int:
     return 1 if failed else 0
 
 
-def requirements() -> Iterator[Requirement]:
-    """What pyproject.toml promises to work with, tools for development left out."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    lists = [project["dependencies"], *(project["optional-dependencies"][extra] for extra in EXTRAS)]
-    for line in chain.from_iterable(lists):
-        if not (requirement := Requirement(line)).name.startswith("tardis"):
-            yield requirement
-
-
-def bounds() -> Iterator[str]:
-    """Constraints, one for each dependency that has a lower bound."""
-    for requirement in requirements():
-        for specifier in requirement.specifier:
-            if specifier.operator in (">=", "=="):
-                yield f"{requirement.name}=={specifier.version}"
+def requirements() -> list[Requirement]:
+    """Requirements in pyproject.toml, without development tools."""
+    lines = [*PROJECT["dependencies"], *(line for extra in EXTRAS for line in PROJECT["optional-dependencies"][extra])]
+    return [requirement for requirement in map(Requirement, lines) if not requirement.name.startswith("tardis")]
 
 
 def tested(result: str) -> dict[str, tuple[str, str]]:
-    """Rows of the table: name, what is promised, what was tested."""
-    python = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["requires-python"]
+    """Rows of the table: name, promised and tested release."""
     rows = {
         "date": ("", datetime.datetime.now(datetime.UTC).date().isoformat()),
         "result": ("", result),
         "platform": ("", f"{platform.system()}, {platform.machine()}"),
-        "Python": (python, platform.python_version()),
+        "Python": (PROJECT["requires-python"], platform.python_version()),
     }
     for requirement in sorted(requirements(), key=lambda r: r.name):
         try:
-            found = version(requirement.name)
+            release = version(requirement.name)
         except PackageNotFoundError:
-            found = "not installed"
-        rows[requirement.name] = (str(requirement.specifier) or "any", found)
+            release = "not installed"
+        rows[requirement.name] = (str(requirement.specifier) or "any", release)
     return rows
 
 
@@ -99,9 +87,9 @@ def write(page: Path, lane: str, rows: dict[str, tuple[str, str]]) -> None:
         cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.read_text().splitlines()]
         before = {row[0]: dict(zip(LANES, row[2:], strict=True)) for row in cells if len(row) == 4}
     lines = []
-    for name, (promised, found) in rows.items():
-        columns = before.get(name, {}) | {lane: found}
-        lines.append(f"| {name} | {promised} | {' | '.join(columns.get(each) or 'not run' for each in LANES)} |\n")
+    for name, (promised, release) in rows.items():
+        columns = before.get(name, {}) | {lane: release}
+        lines.append(f"| {name} | {promised} | {' | '.join(columns.get(key) or 'not run' for key in LANES)} |\n")
     page.write_text(HEAD + "".join(lines))
 
 
