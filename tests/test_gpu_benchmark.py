@@ -1,8 +1,7 @@
-"""What of benchmarks/gpu.py can be run without a GPU."""
+"""The parts of benchmarks/gpu.py that run without a GPU."""
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import sys
 import time
@@ -13,6 +12,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from builders.scripts import load_script
 
 from tardis_fx.bench.timings import Timing
 from tardis_fx.measure.machine import Machine
@@ -23,11 +23,7 @@ HERE = Machine("A Device 80GB", 132, 50 << 20, 2500.0, 3000.0, "cuda")
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("gpu", Path(__file__).parents[1] / "benchmarks" / "gpu.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_script("benchmarks/gpu.py")
     monkeypatch.setattr(module, "FFNS", [(64, 0.05, [1])])
     monkeypatch.setattr(module, "MODELS", ())
     monkeypatch.setattr(module.ffn, "last_level_cache", lambda _: 1 << 16)  # a few copies

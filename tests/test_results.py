@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
 from types import ModuleType
 
 import pytest
+from builders.scripts import load_script
 
 
 @pytest.fixture(scope="module")
 def results() -> ModuleType:
-    path = Path(__file__).parents[1] / "benchmarks" / "results.py"
-    spec = importlib.util.spec_from_file_location("results", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("benchmarks/results.py")
 
 
 def test_the_page_is_what_the_command_makes_of_the_data(results: ModuleType) -> None:

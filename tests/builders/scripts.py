@@ -1,0 +1,18 @@
+"""Scripts of the repository as modules: benchmarks and examples are in no package."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+
+def load_script(path: str) -> ModuleType:
+    """Runs a script whose path is relative to the repository, but not its main function."""
+    file = Path(__file__).parents[2] / path
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
