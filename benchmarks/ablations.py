@@ -15,15 +15,17 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from tqdm import tqdm
 
 from tardis_fx import Config, Plan
-from tardis_fx.demo.model import load
+from tardis_fx.demo.model import WINDOWS, load
 from tardis_fx.measure.machine import conditions
 from tardis_fx.measure.quality import DenseReference, rewrite_every_token
 from tardis_fx.measure.tables import markdown
@@ -39,8 +41,7 @@ from tardis_fx.passes.partial_linear import PartialLinear
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-
-WINDOWS = 64
+Gram = Float[Tensor, "d_out d_out"]
 WIDTHS = {"fold_bits": 4, "row_bits": 4}
 
 
@@ -72,7 +73,7 @@ class OwnColumns(PartialLinear):
 class Fisher(PartialLinear):
     """Partial linearity with errors weighted by their effect on the loss."""
 
-    def __init__(self, grams: dict[str, Tensor], part: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, grams: dict[str, Gram], part: Callable[[Gram], Gram]) -> None:
         self._grams, self._part = grams, part
 
     def priced(self, draft: Draft, histogram: Histogram, widths: tuple[int, int]) -> PricedSite:
@@ -83,33 +84,32 @@ class Fisher(PartialLinear):
         )
 
 
-def gradient_grams(model: PreTrainedModel, names: Sequence[str], windows: Tensor) -> dict[str, Tensor]:
-    """Sum of g gᵀ over the tokens, [d_out, d_out], for each site; the sites are modules with these names."""
-    grams: dict[str, Tensor] = {}
+def gradient_grams(
+    model: PreTrainedModel, names: Sequence[str], windows: Int64[Tensor, "windows length"]
+) -> dict[str, Gram]:
+    """Sum of g gᵀ over the tokens for each site; the sites are modules with these names."""
+    grams: dict[str, Gram] = {}
 
-    def watch(name: str) -> Callable[..., None]:
-        def gradient(g: Tensor) -> None:
-            g = g.reshape(-1, g.shape[-1]).float()
-            grams[name] = grams.get(name, 0) + g.T @ g
+    def add(name: str, g: Float[Tensor, "batch length d_out"]) -> None:
+        g = g.flatten(0, 1).float()
+        grams[name] = grams.get(name, 0) + g.T @ g
 
-        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            output.register_hook(gradient)
+    def hook(name: str, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        output.register_hook(partial(add, name))
 
-        return hook
-
-    hooks = [model.get_submodule(name).register_forward_hook(watch(name)) for name in names]
+    hooks = [model.get_submodule(name).register_forward_hook(partial(hook, name)) for name in names]
     torch.manual_seed(0)
     for batch in windows.split(4):
         embedded = model.get_input_embeddings()(batch).detach().requires_grad_()
         logits = model(inputs_embeds=embedded, use_cache=False).logits.float().flatten(0, 1)
         labels = torch.distributions.Categorical(logits=logits.detach()).sample()
         F.cross_entropy(logits, labels, reduction="sum").backward()
-    for hook in hooks:
-        hook.remove()
+    for handle in hooks:
+        handle.remove()
     return grams
 
 
-def variants(grams: dict[str, Tensor]) -> dict[str, tuple[PartialLinear, dict[str, Any]]]:
+def variants(grams: dict[str, Gram]) -> dict[str, tuple[PartialLinear, dict[str, Any]]]:
     """Rewrites and changes of the config, by label."""
     return {
         "fold and rows of 4 bits": (PartialLinear(), {}),
@@ -148,11 +148,18 @@ def main() -> None:
             quality = reference.quality(rewrite_every_token(demo.model, plan))
             error = math.sqrt(sum(site.error**2 for site in plan.rewritten) / len(plan.rewritten))
             corrected = sum(site.outlier_rate for site in plan.rewritten) / len(plan.rewritten)
-            cells = f"{quality.rise:+.2%}", f"{quality.agreement:.1%}", f"{corrected:.1%}", f"{error:.3f}"
-            rows.append((label, f"{budget:.0%}", *cells))
+            rows.append(
+                {
+                    "change": label,
+                    "budget": f"{budget:.0%}",
+                    "perplexity rise": f"{quality.rise:+.2%}",
+                    "agreement": f"{quality.agreement:.1%}",
+                    "corrected": f"{corrected:.1%}",
+                    "error of the sites": f"{error:.3f}",
+                }
+            )
     finally:  # an interrupted run shows its finished rows
-        heads = ["change", "budget", "perplexity rise", "agreement", "corrected", "error of the sites"]
-        print(markdown(heads, rows))
+        print(markdown(rows))
         print(
             f"\ndense perplexity {reference.dense.perplexity:.3f}, bfloat16; calibrated on {calibration.numel():,} "
             f"tokens, measured on {text.numel():,}; {conditions()}"

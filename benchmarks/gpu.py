@@ -17,11 +17,11 @@ import time
 import tomllib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from configparser import ConfigParser
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -58,11 +58,10 @@ def register_checkout() -> None:
     info = folder / f"tardis_fx-{project['version']}.dist-info"
     info.mkdir()
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n")
-    groups = [
-        "\n".join([f"[{group}]", *(f"{name} = {target}" for name, target in entries.items())])
-        for group, entries in project["entry-points"].items()
-    ]
-    (info / "entry_points.txt").write_text("\n\n".join(groups) + "\n")
+    groups = ConfigParser(delimiters="=")
+    groups.read_dict(project["entry-points"])
+    with (info / "entry_points.txt").open("w") as file:
+        groups.write(file)
     sys.path.insert(0, str(folder))
     os.environ["PYTHONPATH"] = os.pathsep.join([str(folder), str(ROOT), os.environ.get("PYTHONPATH", "")])
 
@@ -72,13 +71,12 @@ def tested(seconds: float) -> str:
 
     def part(test: tuple[str, str]) -> str:
         command = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", test[0], "-k", test[1]]
-        options: dict[str, Any] = {"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
         try:
-            ended = subprocess.run(command, timeout=seconds, **options)
+            ended = subprocess.run(command, timeout=seconds, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         except subprocess.TimeoutExpired as error:
             print((error.output or b"").decode()[-4000:])
             return f"not finished in {seconds:.0f} s"
-        output: str = ended.stdout.decode().strip()
+        output = ended.stdout.decode().strip()
         print(output[-4000:])
         return (output.splitlines() or [f"exit code {ended.returncode}"])[-1]
 
@@ -109,12 +107,12 @@ def measured(device: str, until: float) -> tuple[list[Timing], list[str]]:
             continue
         started = time.monotonic()
         try:
-            found, said = run()
+            timings, notes = run()
         except (TardisError, RuntimeError, ImportError) as error:  # a failing case does not stop the others
             remarks.append(f"Failed: {name}: {type(error).__name__}: {str(error).strip().splitlines()[0]}")
         else:
-            rows += found
-            remarks += [f"{name}: {one}" for one in said]
+            rows += timings
+            remarks += [f"{name}: {note}" for note in notes]
         print(f"{name}: {time.monotonic() - started:.0f} s", file=sys.stderr)
         torch.compiler.reset()
         gc.collect()
@@ -128,8 +126,8 @@ def report(rows: Sequence[Timing], remarks: Sequence[str], machine: Machine, tes
     git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
     head = f"## {time.strftime('%Y-%m-%d')}, commit {commit}\n\n`python benchmarks/gpu.py`. GPU tests: {tests}."
-    said = "\n".join(f"- {remark}" for remark in remarks)
-    return "\n\n".join(part for part in (head, table(rows, machine), said) if part) + "\n"
+    notes = "\n".join(f"- {remark}" for remark in remarks)
+    return "\n\n".join(part for part in (head, table(rows, machine), notes) if part) + "\n"
 
 
 def record(text: str, device: str, folder: Path) -> Path:

@@ -15,6 +15,7 @@ import transformers as hf
 
 import tardis_fx
 from tardis_fx import backend
+from tardis_fx.bench import shapes
 from tardis_fx.measure.decoding import Decoder
 from tardis_fx.measure.machine import conditions
 from tardis_fx.measure.quality import rewrite_every_token
@@ -27,12 +28,12 @@ LAYERS, WIDTH, VOCABULARY, CONTEXT = 48, 256, 1024, 128
 class Recorded(GuardedGraph):
     """A guarded graph that records its parts and its last inputs."""
 
-    made: tuple[Any, ...] = ()
+    parts: tuple[Any, ...] = ()
     inputs: tuple[Any, ...] = ()
 
     def __init__(self, *parts: Any) -> None:
         super().__init__(*parts)
-        Recorded.made = parts
+        Recorded.parts = parts
 
     def __call__(self, *inputs: Any) -> Any:
         """Runs the guarded graph and records its inputs."""
@@ -47,24 +48,22 @@ def median(run: Callable[[], float], times: int) -> float:
 @torch.no_grad()
 def main() -> None:
     """Measures decode step and guard, and prints the results."""
-    torch.manual_seed(0)
     config = hf.GPT2Config(
         n_layer=LAYERS, n_embd=WIDTH, n_head=4, vocab_size=VOCABULARY, n_positions=CONTEXT, bos_token_id=0,
         eos_token_id=0,
     )  # fmt: skip
-    model = hf.GPT2LMHeadModel(config).eval()
+    model = shapes.build(config, torch.float32, 1)
     *batches, tokens = (torch.randint(0, VOCABULARY, (4, CONTEXT)) for _ in range(5))
     widths = {"fold_bits": 4, "row_bits": 4}
     plan = tardis_fx.calibrate(model, batches, config=tardis_fx.Config(budget=0.3, options=widths))
     backend.GuardedGraph = Recorded  # type: ignore[misc, attr-defined, assignment]
-    decoder = Decoder(model, CONTEXT, backend="tardis", options={"plan": plan})
+    decoder = Decoder(model, CONTEXT, plan)
     decoder.follow(tokens[0, :8])
     step = median(partial(decoder.follow, tokens[0, :100]), 9)
-    _, guards, other, inputs = Recorded.made
-    guard = GuardedGraph(lambda *_: None, guards, other, inputs)
+    guard = GuardedGraph(lambda *_: None, *Recorded.parts[1:])
     guarded = median(lambda: seconds(lambda: guard(*Recorded.inputs)), 2000)
-    (known,) = guard._known.values()
-    compared = median(lambda: seconds(known.weights._sample.next_lines_match), 2000)
+    (snapshot,) = guard._known.values()
+    compared = median(lambda: seconds(snapshot.weights._sample.next_lines_match), 2000)
     with tardis_fx.count_touched() as touched:
         rewrite_every_token(model, plan)(tokens, use_cache=False)
     counted = touched.per_token / sum(site.dense_bytes for site in plan.sites)

@@ -23,28 +23,27 @@ from tardis_fx.compare import report
 from tardis_fx.compare.cases import Case, Dense, Planned, Torchao
 from tardis_fx.compare.compare import compare_rewrites
 from tardis_fx.compare.records import Records
-from tardis_fx.compare.subjects import LENGTH, WINDOWS, Subject, encoder, load_subject
+from tardis_fx.compare.subjects import Subject, encoder, load_subject
+from tardis_fx.demo.model import LENGTH, WINDOWS
 from tardis_fx.errors import BenchError
 from tardis_fx.measure.machine import conditions
 
-#: Budgets by method; those of weight-only quantisation hold 2, 3, 4 and 8 bits with their scales, and 2 bits
-#: with groups of 128 columns, too.
 OURS = (0.1, 0.12, 0.15, 0.2, 0.3, 0.5, 1.0)
 #: Budgets at which plans are also healed; healing takes minutes, and above half of the bytes nothing is left to heal.
 HEALED = OURS[:5]
+#: Titles and budgets by method; those of weight-only quantisation hold 2, 3, 4 and 8 bits with their scales, and 2 bits
+#: with groups of 128 columns, too.
 OTHERS = {
-    "paper": (0.2, 0.23, 0.25, 0.3, 0.5),
-    "gptq": (0.145, 0.165, 0.225, 0.29, 0.55),
-    "rtn": (0.145, 0.165, 0.225, 0.29, 0.55),
-    "wanda": (0.2, 0.5),
-    "ria": (0.2, 0.5),
-    "wanda_2_4": (0.57,),
-    "ria_2_4": (0.57,),
-    "low_rank": (0.2, 0.35, 0.5),
-    "ffsplit": (0.2, 0.35, 0.5),
+    "paper": ("TARDIS (paper)", (0.2, 0.23, 0.25, 0.3, 0.5)),
+    "gptq": ("GPTQ", (0.145, 0.165, 0.225, 0.29, 0.55)),
+    "rtn": ("RTN", (0.145, 0.165, 0.225, 0.29, 0.55)),
+    "wanda": ("Wanda", (0.2, 0.5)),
+    "ria": ("RIA", (0.2, 0.5)),
+    "wanda_2_4": ("Wanda 2:4", (0.57,)),
+    "ria_2_4": ("RIA 2:4", (0.57,)),
+    "low_rank": ("low rank", (0.2, 0.35, 0.5)),
+    "ffsplit": ("FFSplit", (0.2, 0.35, 0.5)),
 }
-TITLES = {"paper": "TARDIS (paper)", "gptq": "GPTQ", "rtn": "RTN", "wanda": "Wanda", "wanda_2_4": "Wanda 2:4"}
-TITLES |= {"ria": "RIA", "ria_2_4": "RIA 2:4", "low_rank": "low rank", "ffsplit": "FFSplit"}
 
 
 def cases() -> list[Case]:
@@ -53,8 +52,8 @@ def cases() -> list[Case]:
     ours = [Config(budget=b) for b in OURS]
     rows += [Planned("ours", config) for config in ours]
     rows += [Planned("ours, healed", config, healed=True) for config in ours if config.budget in HEALED]
-    for method, budgets in OTHERS.items():
-        rows += [Planned(TITLES[method], Config(method=method, budget=b)) for b in budgets]
+    for method, (title, budgets) in OTHERS.items():
+        rows += [Planned(title, Config(method=method, budget=b)) for b in budgets]
     integers = [Torchao("torchao", bits) for bits in (2, 3, 4, 8)]
     try:
         integers[0].check()
@@ -81,26 +80,26 @@ def minilm() -> Subject:
 def main() -> None:
     """Runs unfinished cases, prints the table and draws the picture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument("--model", default="demo", metavar="FOLDER")
-    which.add_argument("--encoder", action="store_true")
+    models = parser.add_mutually_exclusive_group()
+    models.add_argument("--model", default="demo", metavar="FOLDER")
+    models.add_argument("--encoder", action="store_true")
     parser.add_argument("--only", nargs="+", metavar="LABEL", help="rows of these labels, as in the table")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--out", type=Path, default=Path("quality.jsonl"), help="one file serves all models")
     parser.add_argument("--plot", type=Path, help="quality-MODEL.png by default")
-    given = parser.parse_args()
-    name = "encoder" if given.encoder else Path(given.model).name
-    chosen = [case for case in cases() if not given.only or case.label in given.only]
+    options = parser.parse_args()
+    name = "encoder" if options.encoder else Path(options.model).name
+    chosen = [case for case in cases() if not options.only or case.label in options.only]
     try:
-        subject = minilm() if given.encoder else load_subject(given.model, torch.bfloat16)
-        records = compare_rewrites(subject, chosen, given.seeds, Records(given.out))
+        subject = minilm() if options.encoder else load_subject(options.model, torch.bfloat16)
+        records = compare_rewrites(subject, chosen, options.seeds, Records(options.out))
         print(report.table(records, subject))
-        report.draw(records, subject, given.plot or Path(f"quality-{name}.png"))
+        report.draw(records, subject, options.plot or Path(f"quality-{name}.png"))
     except TardisError as error:
         sys.exit(f"quality: {error}")
-    tokens = "384 texts" if given.encoder else f"{WINDOWS * LENGTH:,} tokens"
+    tokens = "384 texts" if options.encoder else f"{WINDOWS * LENGTH:,} tokens"
     print(
-        f"\n{subject.name}; calibrated on {tokens} a seed; {len(given.seeds)} seeds: mean (least to greatest); "
+        f"\n{subject.name}; calibrated on {tokens} a seed; {len(options.seeds)} seeds: mean (least to greatest); "
         f"{conditions()}."
     )
 

@@ -5,7 +5,7 @@
 ``prose.md`` holds the text. ``{{ NAME }}`` stands for the table of ``NAME.json``, and ``{{ NAME.command }}`` for the
 command that measured it. A data file holds, for each table:
 
-    command, conditions     what measured the figures, and on what
+    command, conditions     the command that measured the figures, and where
     headings, titles        of the columns, and how many of them are the names of the rows
     forms                   for each column, the texts that figures are put into: one for each number of figures
     rows                    for each column a text, a figure, or a list of figures
@@ -42,8 +42,9 @@ def page() -> str:
 
 def rendered(table: dict[str, Any]) -> str:
     """Renders a table of a data file as Markdown."""
-    rows = [[cell(*pair) for pair in zip(row, table["forms"], strict=True)] for row in table["rows"]]
-    return markdown(table["headings"], rows, table["titles"])
+    columns = list(zip(table["headings"], table["forms"], strict=True))
+    rows = [{h: cell(value, forms) for value, (h, forms) in zip(row, columns, strict=True)} for row in table["rows"]]
+    return markdown(rows, table["titles"])
 
 
 def cell(value: str | float | list[float], forms: list[str]) -> str:

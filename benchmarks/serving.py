@@ -27,7 +27,8 @@ import psutil
 import torch
 
 from tardis_fx import Config, calibrate
-from tardis_fx.demo.model import FOLDER, load
+from tardis_fx.bench import shapes
+from tardis_fx.demo.model import FOLDER, SEPARATOR, WINDOWS, load
 from tardis_fx.measure.machine import conditions
 
 VLLM = [str(Path(sys.executable).with_name("vllm"))]
@@ -39,26 +40,24 @@ ENVIRONMENT = os.environ | {
 }
 
 
-def prepare(which: str, folder: Path, budget: float) -> tuple[Path, Path, list[list[int]]]:
+def prepare(name: str, folder: Path, budget: float) -> tuple[Path, Path, list[list[int]]]:
     """Writes a model's folder for vLLM and a plan, and returns them with prompts from unseen text."""
     import transformers as hf
 
     demo = load()
     model: Any = demo.model
-    batches = list(demo.windows("calibration", 64).split(8))
-    if which == "wide":
-        torch.manual_seed(0)
+    batches = list(demo.windows("calibration", WINDOWS).split(8))
+    if name == "wide":
         config = hf.GPT2Config(
             n_embd=1024, n_head=16, n_layer=4, n_positions=256, vocab_size=4096, bos_token_id=0, eos_token_id=0
         )
-        model = hf.GPT2LMHeadModel(config).eval()
+        model = shapes.build(config, torch.float32, 1)
     model.save_pretrained(folder / "model")
-    hf.PreTrainedTokenizerFast(
-        tokenizer_file=str(FOLDER / "tokenizer.json"), eos_token="<|endoftext|>"
-    ).save_pretrained(folder / "model")
-    plan = calibrate(model, batches, config=Config(budget=budget))
-    plan.save(folder / "model.tardis.safetensors")
-    return folder / "model", folder / "model.tardis.safetensors", demo.windows("test", 8)[:, :48].tolist()
+    tokenizer = hf.PreTrainedTokenizerFast(tokenizer_file=str(FOLDER / "tokenizer.json"), eos_token=SEPARATOR)
+    tokenizer.save_pretrained(folder / "model")
+    plan = folder / "model.tardis.safetensors"
+    calibrate(model, batches, config=Config(budget=budget)).save(plan)
+    return folder / "model", plan, demo.windows("test", 8)[:, :48].tolist()
 
 
 @contextmanager
@@ -96,12 +95,13 @@ def memory(process: subprocess.Popen[bytes]) -> float:
     return sum(int(p.memory_info().rss) for p in [root, *root.children(recursive=True)]) / 2**20
 
 
-def load_test(address: str, model: Path, folder: Path, given: argparse.Namespace, requests: int) -> dict[str, Any]:
+def load_test(address: str, model: Path, folder: Path, options: argparse.Namespace, requests: int) -> dict[str, Any]:
     """Runs vLLM's own client and returns its results."""
     command = [
         *VLLM, "bench", "serve", "--base-url", address, "--model", "model", "--tokenizer", str(model),
-        "--dataset-name", "random", "--random-input-len", str(given.input), "--random-output-len", str(given.output),
-        "--num-prompts", str(requests), "--max-concurrency", str(given.concurrency), "--ignore-eos",
+        "--dataset-name", "random", "--random-input-len", str(options.input),
+        "--random-output-len", str(options.output),
+        "--num-prompts", str(requests), "--max-concurrency", str(options.concurrency), "--ignore-eos",
         "--temperature", "0", "--disable-tqdm", "--save-result", "--result-dir", str(folder),
         "--result-filename", "result.json",
     ]  # fmt: skip
@@ -113,15 +113,15 @@ def load_test(address: str, model: Path, folder: Path, given: argparse.Namespace
 
 def complete(address: str, prompts: list[list[int]]) -> list[str]:
     """Requests greedy continuations of prompts, one at a time."""
-    found = []
+    texts = []
     for prompt in prompts:
         body = {"model": "model", "prompt": prompt, "max_tokens": 64, "temperature": 0, "ignore_eos": True}
         request = urllib.request.Request(
             f"{address}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
         )
         with urllib.request.urlopen(request, timeout=300) as answer:
-            found.append(json.load(answer)["choices"][0]["text"])
-    return found
+            texts.append(json.load(answer)["choices"][0]["text"])
+    return texts
 
 
 def main() -> None:
@@ -133,30 +133,31 @@ def main() -> None:
     parser.add_argument("--concurrency", type=int, default=4)
     parser.add_argument("--input", type=int, default=32, help="tokens of a prompt")
     parser.add_argument("--output", type=int, default=64, help="tokens generated")
-    given = parser.parse_args()
+    options = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="serving_"))
-    model, plan, prompts = prepare(given.model, folder, given.budget)
+    model, plan, prompts = prepare(options.model, folder, options.budget)
     print(
-        f"{given.model}, budget {given.budget:.1%}, {given.requests} requests of {given.input} + {given.output}, "
-        f"{given.concurrency} at a time; {conditions()}, {os.cpu_count()} CPUs, "
+        f"{options.model}, budget {options.budget:.1%}, {options.requests} requests of "
+        f"{options.input} + {options.output}, "
+        f"{options.concurrency} at a time; {conditions()}, {os.cpu_count()} CPUs, "
         f"load average {os.getloadavg()[0]:.1f} before; logs in {folder}"
     )
     results, answers = {}, {}
-    for name, used in (("original", None), ("plan", plan)):
-        with server(model, used, folder / f"{name}.log") as (address, process):
+    for name, served in (("original", None), ("plan", plan)):
+        with server(model, served, folder / f"{name}.log") as (address, process):
             answers[name] = complete(address, prompts)
-            load_test(address, model, folder, given, 8 * given.concurrency)  # warm-up of memory
+            load_test(address, model, folder, options, 8 * options.concurrency)  # warm-up of memory
             before = memory(process)
-            results[name] = load_test(address, model, folder, given, given.requests)
+            results[name] = load_test(address, model, folder, options, options.requests)
             grown = memory(process) - before
-            if used:
+            if served:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
-        found = results[name]
+        result = results[name]
         print(
-            f"{name:9} {found['output_throughput']:8.1f} tokens/s, {found['median_tpot_ms']:7.2f} ms a token, "
-            f"{found['median_ttft_ms']:7.1f} ms to the first (medians); {found['completed']} completed, "
-            f"{found['failed']} failed; memory {before:.0f} MiB, {grown:+.0f} MiB after; "
+            f"{name:9} {result['output_throughput']:8.1f} tokens/s, {result['median_tpot_ms']:7.2f} ms a token, "
+            f"{result['median_ttft_ms']:7.1f} ms to the first (medians); {result['completed']} completed, "
+            f"{result['failed']} failed; memory {before:.0f} MiB, {grown:+.0f} MiB after; "
             f"load average {os.getloadavg()[0]:.1f}"
         )
     original, rewritten = results["original"], results["plan"]
@@ -167,8 +168,8 @@ def main() -> None:
     with server(model, plan, folder / "again.log") as (address, _):
         again = complete(address, prompts)
     print(f"killed and restarted, the same text: {again == answers['plan']}")
-    same = sum(one == other for one, other in zip(answers["original"], answers["plan"], strict=True))
-    print(f"of {len(prompts)} texts of 64 tokens, {same} are also the original's")
+    same = sum(map(str.__eq__, answers["original"], answers["plan"]))
+    print(f"{same} of {len(prompts)} texts of 64 tokens are the same as the original model's")
 
 
 if __name__ == "__main__":

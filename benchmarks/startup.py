@@ -15,9 +15,9 @@ import sys
 import tempfile
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
+from torch import nn
 
 from tardis_fx.bench import shapes
 from tardis_fx.bench.plans import Widths, random_plans
@@ -29,7 +29,7 @@ CONTEXT = 128
 WIDTHS = Widths(2, 4, 4)
 
 
-def build() -> Any:
+def build() -> nn.Module:
     return shapes.build(shapes.config_of("gpt2"), torch.float32, 1)
 
 
@@ -41,15 +41,15 @@ def started(*arguments: str) -> float:
 
 def main() -> None:
     if sys.argv[1:2] == ["start"]:
-        options: dict[str, Any] = {"backend": "tardis", "options": {"plan": sys.argv[2]}} if sys.argv[2:] else {}
-        print(Decoder(build(), CONTEXT, **options).follow(torch.zeros(1, dtype=torch.long)))
+        decoder = Decoder(build(), CONTEXT, *map(Path, sys.argv[2:]))
+        print(decoder.follow(torch.zeros(1, dtype=torch.long)))
         return
     rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 3
     with tempfile.TemporaryDirectory() as folder:
-        path = str(Path(folder, "plan.tardis.safetensors"))
+        path = Path(folder, "plan.tardis.safetensors")
         random_plans(build(), torch.randint(50257, (8, CONTEXT)), [WIDTHS], 0.05)[WIDTHS].save(path)
-        seconds = interleave({"Inductor": started, "tardis": partial(started, path)}, rounds)
-        size = Path(path).stat().st_size / 1e6
+        seconds = interleave({"Inductor": started, "tardis": partial(started, str(path))}, rounds)
+        size = path.stat().st_size / 1e6
     print(f"GPT-2 of 124M, float32, {WIDTHS}; {rounds} interleaved rounds after one warm-up round; {conditions()}")
     seconds["added by the plan"] = [t - i for t, i in zip(seconds["tardis"], seconds["Inductor"], strict=True)]
     for kind, taken in seconds.items():

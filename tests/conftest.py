@@ -28,6 +28,14 @@ sys.path.insert(0, str(Path(__file__).parent))  # for `builders`: pytest's impor
 # Types and shapes in these modules' annotations are checked at every call.
 importlib.import_module("builders.typechecker")  # jaxtyping imports the first of these names alone
 CHECKED = (
+    "bench.model",
+    "bench.plans",
+    "bench.shapes",
+    "bench.timings",
+    "compare",
+    "demo",
+    # Decoding and the benchmark of one FFN compile copies of their functions' code.
+    *(f"measure.{name}" for name in ("flops", "machine", "plots", "quality", "tables", "timing", "weight_only")),
     "digest",
     "graph.activations",
     "graph.recognition",

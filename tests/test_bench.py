@@ -129,15 +129,15 @@ def test_a_plan_has_the_outliers_that_were_asked_for(
     options: dict[str, Any] = {"plan": plan, "inner": "eager", "prefill": "rewritten"}
     fast, x = torch.compile(model, backend="tardis", options=options), inputs(2048, 64, seed=7).to(dtype)
     with torch.no_grad(), count_touched() as touched:
-        found, exact = fast(x).float(), model(x).float()
+        output, exact = fast(x).float(), model(x).float()
     assert touched.outlier_rate == pytest.approx(rate, rel=0.1)
     assert touched.per_token == pytest.approx(plan.sites[0].touched_bytes, rel=0.1)
-    assert (found - exact).norm() < 0.7 * exact.norm()  # a fold and not noise, so that inputs stay what they were
+    assert (output - exact).norm() < 0.7 * exact.norm()  # a fold and not noise, so that inputs stay what they were
 
 
 def test_a_model_without_an_ffn_that_can_be_rewritten_is_refused() -> None:
     without_activation = torch.nn.Sequential(torch.nn.Linear(8, 32), torch.nn.Linear(32, 8))
-    with pytest.raises(BenchError, match="no FFN that partial linearity takes"):
+    with pytest.raises(BenchError, match="no FFN that partial linearity accepts"):
         random_plans(without_activation.eval(), inputs(16, 8), [Widths(2)], 0.05)
 
 
@@ -179,8 +179,11 @@ def test_a_model_of_ones_own_decodes_by_ones_own_plan(tmp_path: Path) -> None:
     tokens = torch.randint(256, (32, 16))
     plan = calibrate(model, tokens.split(8), config=Config(budget=0.4, progress=False))
     plan.save(tmp_path / "plan.safetensors")
-    given, out = ["model", "--model", tmp_path / "own", "--steps", 16, "--context", 16, "--csv"], tmp_path / "own.csv"
-    _run(*given, out, "--plan", tmp_path / "plan.safetensors")
+    arguments, out = (
+        ["model", "--model", tmp_path / "own", "--steps", 16, "--context", 16, "--csv"],
+        tmp_path / "own.csv",
+    )
+    _run(*arguments, out, "--plan", tmp_path / "plan.safetensors")
     dense, fast, *_ = rows = _rows(out)
     assert [row["contender"] for row in rows if "freezing" not in row["contender"]] == ["Inductor", "tardis, plan"]
     (site,) = plan.sites
@@ -188,13 +191,13 @@ def test_a_model_of_ones_own_decodes_by_ones_own_plan(tmp_path: Path) -> None:
     assert (float(dense["MB"]) - float(fast["MB"])) * 1e6 == pytest.approx(
         site.dense_bytes - site.touched_bytes, rel=0.2
     )
-    _run(*given, out)
+    _run(*arguments, out)
     assert _rows(out)[1]["contender"] == "tardis, 2 bits"
     with torch.no_grad():
         model.get_parameter("transformer.h.0.mlp.c_fc.weight").mul_(2)
     model.save_pretrained(tmp_path / "own")  # type: ignore[operator]
     with pytest.raises(PlanMismatchError, match=r"transformer\.h\.0\.mlp"):
-        _run(*given, out, "--plan", tmp_path / "plan.safetensors")
+        _run(*arguments, out, "--plan", tmp_path / "plan.safetensors")
 
 
 @pytest.mark.usefixtures("measured")
@@ -245,7 +248,9 @@ def test_int8_takes_every_projection_and_counts_what_it_saves() -> None:
 def test_what_is_left_out_of_int8_shares_its_weights_with_the_model() -> None:
     model = shapes.build(shapes.config_of("demo", 1), torch.float32, 1)
     seen: list[torch.nn.Module] = []
-    copied, saved, _ = weight_only.quantise_model(model, seen.append, but=ffn_weights(model, torch.arange(4)[None]))
+    copied, saved, _ = weight_only.quantise_model(
+        model, seen.append, excluded=ffn_weights(model, torch.arange(4)[None])
+    )
     pairs = [m.get_submodule("transformer.h.0.mlp").parameters() for m in (copied, model)]
     assert all(p is q for p, q in zip(*pairs, strict=True))
     assert len(seen) == 3
@@ -277,7 +282,7 @@ def test_a_model_that_takes_no_cache_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["ffn", "--d", "many"], "d must be whole numbers"),
         (["ffn", "--d", "0"], "d must be positive"),
@@ -298,13 +303,13 @@ def test_a_model_that_takes_no_cache_is_refused() -> None:
     ],
 )
 def test_wrong_options_are_typed_errors_and_exit_code_1(
-    arguments: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("sys.argv", ["tardis", "bench", *arguments])
     with pytest.raises(SystemExit) as caught:
         cli.main()
     assert caught.value.code == 1
-    assert capsys.readouterr().err.startswith(f"tardis: {said}")
+    assert capsys.readouterr().err.startswith(f"tardis: {message}")
 
 
 def test_a_model_that_does_not_fit_in_memory_is_refused_before_it_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -336,8 +341,8 @@ def test_a_csv_that_cannot_be_written_is_a_typed_error(tmp_path: Path) -> None:
 
 def test_the_machine_is_measured_and_described(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "last_level_cache", lambda device: 1 << 20)
-    found = Machine.measured(rounds=2)
-    assert found.bandwidth == max(found.copy, found.read) * 1e9 > 0
-    assert "last-level cache 1 MiB" in str(found)
+    measured = Machine.measured(rounds=2)
+    assert measured.bandwidth == max(measured.copy, measured.read) * 1e9 > 0
+    assert "last-level cache 1 MiB" in str(measured)
     monkeypatch.undo()
     assert machine.last_level_cache() > 0

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch.distributed as dist
+from builders.checkpoints import save_checkpoint
 from builders.ffns import entries
-from builders.models import VOCABULARY, gpt2, tokens
-from tokenizers import Tokenizer, models, pre_tokenizers
+from builders.models import gpt2, tokens
 from typer.testing import CliRunner
 
 from tardis_fx import (
@@ -33,11 +33,7 @@ TEXT = tokens(2000)
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model in bfloat16 and a tokenizer of words, as files, and a text."""
     path = tmp_path_factory.mktemp("model")
-    gpt2().bfloat16().save_pretrained(path)
-    tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w0"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.save(str(path / "tokenizer.json"))
-    (path / "text.txt").write_text(" ".join(f"w{i}" for i in TEXT.tolist()))
+    save_checkpoint(path, gpt2().bfloat16(), TEXT)
     return path
 
 
@@ -58,8 +54,8 @@ def torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
     """What torchrun tells the only process that it starts."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    told = {"TORCHELASTIC_RUN_ID": "none", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": 0, "WORLD_SIZE": 1}
-    for name, value in (told | {"LOCAL_RANK": 0}).items():
+    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
+    for name, value in (group | {"TORCHELASTIC_RUN_ID": "none"}).items():
         monkeypatch.setenv(name, str(value))
 
 
@@ -70,9 +66,9 @@ def test_the_command_writes_the_plan_that_the_function_returns(
     groups: list[int] = []
     initialise = dist.init_process_group
 
-    def counted(*given: Any, **named: Any) -> None:
+    def counted(*arguments: Any, **named: Any) -> None:
         groups.append(1)
-        initialise(*given, **named)
+        initialise(*arguments, **named)
 
     monkeypatch.setattr(dist, "init_process_group", counted)
     out, checkpoint = tmp_path / "plan", tmp_path / "checkpoint"
@@ -82,10 +78,10 @@ def test_the_command_writes_the_plan_that_the_function_returns(
     assert "2 wanda" in result.output
     assert len(groups) == 1
     assert not dist.is_initialized()
-    found = Plan.load(out)
+    plan = Plan.load(out)
     batches = list(cut(TEXT, 20, 64).split(8))
     config = Config(method="wanda", budget=0.6, progress=False)
-    assert plans_of(found) == plans_of(calibrate(gpt2().bfloat16(), batches, config=config))
+    assert plans_of(plan) == plans_of(calibrate(gpt2().bfloat16(), batches, config=config))
     assert len(list(checkpoint.iterdir())) == 2
     other = arguments(folder, out, "--method", "wanda:budget=0.5", "--checkpoint", str(checkpoint))
     with pytest.raises(CheckpointError, match="another config"):

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
+from builders.checkpoints import save_checkpoint
 from builders.exact import Exact
 from builders.models import VOCABULARY, gpt2, tokens
-from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from typer.testing import CliRunner
 
@@ -102,13 +102,13 @@ def test_other_weights_or_other_text_reuse_no_record(tmp_path: Path) -> None:
     assert len(runs) == 3
 
 
-@pytest.mark.parametrize("kept", [1, 9, 40])
-def test_a_truncated_last_line_loses_that_record_alone(tmp_path: Path, kept: int) -> None:
+@pytest.mark.parametrize("size", [1, 9, 40])
+def test_a_truncated_last_line_loses_that_record_alone(tmp_path: Path, size: int) -> None:
     path, runs = tmp_path / "r.jsonl", list[tuple[str, int]]()
     cases = [Noted("a", runs), Noted("b", runs)]
     whole = run(cases, path, [1])
     first, second = path.read_text().splitlines(keepends=True)
-    path.write_text(first + second[:kept])
+    path.write_text(first + second[:size])
     again = run(cases, path, [1])
     assert runs[2:] == [("b", 1)]
     assert [r.metrics for r in again] == [r.metrics for r in whole]
@@ -209,10 +209,10 @@ def test_kl_is_that_of_the_dense_distribution_to_the_other_in_nats_per_token() -
         flat.lm_head.weight.zero_()
         text = joined(tiny.text)
         p = tiny.call(tiny.model, text).double().softmax(-1)
-    found = tiny.evaluate(flat)
+    metrics = tiny.evaluate(flat)
     entropy = -(p * p.log()).sum(-1).mean().item()
-    assert found["kl"] == pytest.approx(torch.tensor(float(VOCABULARY)).log().item() - entropy, rel=1e-4)
-    assert found["perplexity"] == pytest.approx(VOCABULARY, rel=1e-4)
+    assert metrics["kl"] == pytest.approx(torch.tensor(float(VOCABULARY)).log().item() - entropy, rel=1e-4)
+    assert metrics["perplexity"] == pytest.approx(VOCABULARY, rel=1e-4)
 
 
 def test_an_encoder_is_judged_by_direction_and_by_nearest_neighbour() -> None:
@@ -220,15 +220,15 @@ def test_an_encoder_is_judged_by_direction_and_by_nearest_neighbour() -> None:
     dense = torch.nn.Identity()
 
     def embed(model: object, batch: Mapping[str, Tensor]) -> Tensor:
-        found = batch["x"] if model is dense else batch["x"] * torch.tensor([1.0, 0.0])
-        return torch.nn.functional.normalize(found + 1e-6, dim=-1)
+        embeddings = batch["x"] if model is dense else batch["x"] * torch.tensor([1.0, 0.0])
+        return torch.nn.functional.normalize(embeddings + 1e-6, dim=-1)
 
     text = [{"x": points[:2]}, {"x": points[2:]}]
     subject = encoder("points", dense, lambda _: text, text, embed)
     assert subject.evaluate(dense) == pytest.approx({"cosine": 1, "distance": 0, "neighbours": 1}, abs=1e-6)
-    found = subject.evaluate(torch.nn.Identity())
-    assert found["cosine"] < 0.8
-    assert found["neighbours"] < 1
+    metrics = subject.evaluate(torch.nn.Identity())
+    assert metrics["cosine"] < 0.8
+    assert metrics["neighbours"] < 1
 
 
 def test_a_seed_draws_its_own_windows_again_and_again() -> None:
@@ -242,11 +242,7 @@ def test_a_seed_draws_its_own_windows_again_and_again() -> None:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model and a tokenizer of words, as files, and a text."""
     path = tmp_path_factory.mktemp("model")
-    gpt2().save_pretrained(path)
-    tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w0"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.save(str(path / "tokenizer.json"))
-    (path / "text.txt").write_text(" ".join(f"w{i}" for i in TEXT.tolist()))
+    save_checkpoint(path, gpt2(), TEXT)
     return path
 
 
@@ -276,7 +272,7 @@ def test_the_command_compares_a_folder_on_a_text_and_goes_on(folder: Path, tmp_p
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("options", "message"),
     [
         (["--methods", "magic"], "no rewrite named 'magic'"),
         (["--methods", "paper:colour=3"], "unknown field 'colour' of paper"),
@@ -296,16 +292,16 @@ def test_the_command_compares_a_folder_on_a_text_and_goes_on(folder: Path, tmp_p
     ],
 )
 def test_a_mistake_is_a_typed_error_before_anything_is_measured(
-    folder: Path, tmp_path: Path, given: list[str], said: str
+    folder: Path, tmp_path: Path, options: list[str], message: str
 ) -> None:
     base = ["compare", "--model", folder, "--text", folder / "text.txt", "--out", tmp_path / "c.jsonl"]
-    with pytest.raises(TardisError, match=said):
-        CliRunner().invoke(cli.app, [*map(str, base), *given], catch_exceptions=False)
+    with pytest.raises(TardisError, match=message):
+        CliRunner().invoke(cli.app, [*map(str, base), *options], catch_exceptions=False)
     assert not (tmp_path / "c.jsonl").exists() or not (tmp_path / "c.jsonl").read_text()
 
 
 def test_a_short_text_and_a_folder_without_a_whole_model_are_typed_errors(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(BenchError, match="less than one window"):
+    with pytest.raises(CalibrationError, match="less than one window"):
         subject(text=TEXT[:10])
     with pytest.raises(DemoError, match="no checkpoint"):
         load(tmp_path)
@@ -320,14 +316,14 @@ def test_methods_are_crossed_with_budgets_unless_they_bring_their_own() -> None:
     composed = compare_cli.cases("drop_bias+low_rank:allocation=per_site,int8_ffn", [0.5])[1:]
     assert [case.config.method for case in composed] == ["drop_bias+low_rank", "int8_ffn"]  # type: ignore[attr-defined]
     assert len({case.identity for case in composed}) == 2
-    found = compare_cli.cases("paper,partial_linear:target_error=0.1,row_bits=None,paper:budget=0.4", [0.2, 0.3])
-    assert [(case.label, case.budget) for case in found] == [
+    rows = compare_cli.cases("paper,partial_linear:target_error=0.1,row_bits=None,paper:budget=0.4", [0.2, 0.3])
+    assert [(case.label, case.budget) for case in rows] == [
         ("dense", None), ("paper", 0.2), ("paper", 0.3), ("partial_linear target_error=0.1 row_bits=None", None),
         ("paper", 0.4),
     ]  # fmt: skip
-    planned = [case for case in found if isinstance(case, Planned)]
+    planned = [case for case in rows if isinstance(case, Planned)]
     assert planned[2].config == Config(target_error=0.1, options={"row_bits": None}, progress=False)
-    assert len({case.identity for case in found}) == 5
+    assert len({case.identity for case in rows}) == 5
 
 
 def test_a_name_that_no_rewrite_has_is_a_config_error(tmp_path: Path) -> None:

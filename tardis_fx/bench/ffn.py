@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from tardis_fx.bench.plans import Widths, random_plans
@@ -40,22 +41,14 @@ class _Copies(nn.Module):
             nn.init.normal_(parameter, std=fan_in**-0.5)  # pre-activations about normal for normal inputs
         self.to(dtype).eval().requires_grad_(False)
 
-    def forward(self, xs: Tensor) -> list[Tensor]:
-        """Applies every FFN to its own input, xs [copies, tokens, d]."""
+    def forward(self, xs: Float[Tensor, "copies tokens d"]) -> list[Float[Tensor, "tokens d"]]:
+        """Applies every FFN to its own input."""
         return [ffn(x) for ffn, x in zip(self.ffns, xs, strict=True)]
 
 
 def copies_for(d: int, size: int, widths: Widths, rate: float, cache: int) -> int:
-    """Number of FFNs whose rewritten forms read :data:`COLD` times the cache.
-
-    Args:
-        d: input size; 4 d neurons.
-        size: bytes of a weight.
-        widths: of the plan.
-        rate: of outliers.
-        cache: bytes.
-    """
-    costs = widths.costs(d, d, size, bias=True)
+    """Number of FFNs of 4 d neurons whose rewritten forms read :data:`COLD` times the cache; ``size`` is a weight's."""
+    costs = widths.costs(d, d, size)
     return max(2, math.ceil(COLD * cache / (costs.fold + 4 * d * (costs.predictor + rate * costs.row))))
 
 
@@ -95,20 +88,19 @@ def bench_ffn(
     return [timing for xs in cases for timing in _case(model, plans, xs, rounds)]
 
 
-def _case(model: _Copies, plans: dict[Widths, Plan], xs: Tensor, rounds: int) -> list[Timing]:
+def _case(model: _Copies, plans: dict[Widths, Plan], xs: Float[Tensor, "copies tokens d"], rounds: int) -> list[Timing]:
     torch.compiler.reset()  # otherwise Dynamo would make the number of tokens symbolic
     copies, tokens, d = xs.shape
-    calls: dict[str, Callable[..., Tensor]] = {"Inductor": torch.compile(own_code(_call), fullgraph=True)}
-    for widths, plan in plans.items():
-        options: dict[str, Any] = {"plan": plan}
-        calls[f"tardis, {widths}"] = torch.compile(own_code(_call), backend="tardis", options=options, fullgraph=True)
+    options: dict[str, dict[str, Any]] = {"Inductor": {}}
+    options |= {f"tardis, {w}": {"backend": "tardis", "options": {"plan": plan}} for w, plan in plans.items()}
+    calls = {name: torch.compile(own_code(_call), fullgraph=True, **options[name]) for name in options}
     for call in calls.values():
         call(model.ffns[0], xs[0])
     with torch._dynamo.config.patch(error_on_recompile=True):
         over_all = {name: _over_all(call, model, xs) for name, call in calls.items()}
         passes = math.ceil(ROUND / min(seconds(over_all["Inductor"], xs.device) for _ in range(2)))
         runs = {name: partial(seconds, run, xs.device, passes) for name, run in over_all.items()}
-        steps = {name: [taken / copies for taken in over] for name, over in interleave(runs, rounds).items()}
+        steps = {name: [taken / copies for taken in turns] for name, turns in interleave(runs, rounds).items()}
     base = steps["Inductor"]
     dtype = str(xs.dtype).removeprefix("torch.")
     case = f"d {d}, {dtype}, {tokens} token{'s' * (tokens > 1)}, {copies} copies"
@@ -125,45 +117,39 @@ def _case(model: _Copies, plans: dict[Widths, Plan], xs: Tensor, rounds: int) ->
     return timings
 
 
-def _call(ffn: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+def _call(ffn: Callable[[Tensor], Tensor], x: Float[Tensor, "tokens d"]) -> Float[Tensor, "tokens d"]:
     return ffn(x)
 
 
-def _over_all(call: Callable[..., Tensor], model: _Copies, xs: Tensor) -> Callable[[], object]:
+def _over_all(
+    call: Callable[..., Tensor], model: _Copies, xs: Float[Tensor, "copies tokens d"]
+) -> Callable[[], object]:
     """A function that runs a step of each copy; on a CUDA device as one graph, so that launches take no time."""
     pairs = list(zip(model.ffns, xs, strict=True))
 
-    def run() -> list[Tensor]:
+    def run() -> list[Float[Tensor, "tokens d"]]:
         return [call(ffn, x) for ffn, x in pairs]
 
-    return captured(run) if xs.is_cuda else run
-
-
-def captured(run: Callable[[], object]) -> Callable[[], object]:
-    """Captures calls as a CUDA graph, after three runs that compile and tune, and returns its replay."""
+    if not xs.is_cuda:
+        return run
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for _ in range(3):
+        for _ in range(3):  # compile and tune
             run()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        kept = run()
-
-    def replay() -> object:
-        graph.replay()
-        return kept
-
-    return replay
+        run()
+    return graph.replay
 
 
-def _reads(entry: SitePlan, widths: Widths, x: Tensor) -> tuple[float, float]:
+def _reads(entry: SitePlan, widths: Widths, x: Float[Tensor, "tokens d"]) -> tuple[float, float]:
     """Bytes that a step reads, and the share of pairs that are outliers; several tokens share a neuron's row."""
-    t, d_out, activation = entry.tensors, len(entry.tensors["folded_bias"]), entry.settings["activation"]
+    t, d_out = entry.tensors, len(entry.tensors["folded_bias"])
     codes, scale, zero = (t[name][:, 0] for name in ("codes", "scale", "zero"))
     z_hat = reference.estimate(x.float(), codes, scale, zero, widths.predictor)
-    outlier = reference.outside([z_hat], None, t["guard"], activation)
-    costs = widths.costs(x.shape[-1], d_out, x.element_size(), bias=True)
+    outlier = reference.outside([z_hat], None, t["guard"], entry.settings["activation"])
+    costs = widths.costs(x.shape[-1], d_out, x.element_size())
     read = costs.fold + costs.predictor * len(t["guard"]) + costs.row * int(outlier.any(0).sum())
     return read, float(outlier.float().mean())

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Int64
 from torch import Tensor
 
 from tardis_fx.bench import shapes
@@ -17,12 +18,12 @@ from tardis_fx.bench.plans import Widths, ffn_weights, random_plans
 from tardis_fx.bench.timings import Timing
 from tardis_fx.errors import BenchError, ConfigError
 from tardis_fx.measure import weight_only
-from tardis_fx.measure.decoding import Decoder, call_model, sample_tokens
+from tardis_fx.measure.decoding import Decoder, sample_tokens
 from tardis_fx.measure.machine import available_memory, last_level_cache
+from tardis_fx.measure.quality import rewrite_every_token
 from tardis_fx.measure.timing import interleave
-from tardis_fx.observation.capture import own_code
 from tardis_fx.plan import Plan
-from tardis_fx.runtime.touched import Touched, count_touched
+from tardis_fx.runtime.touched import count_touched
 
 #: Required free memory as a multiple of the requested memory, because compilers also need some.
 MARGIN = 1.2
@@ -43,12 +44,11 @@ def bench_model(
     layers: int | None = None,
     device: str = "cpu",
     mode: str | None = None,
-    weight_bits: Sequence[int] = (8, 4),
 ) -> tuple[list[Timing], list[str]]:
     """Times decoding at batch 1; every contender has its own static cache.
 
     Args:
-        shape: of the model, a key of :data:`tardis_fx.bench.shapes.SHAPES`; or the folder of a model.
+        shape: of the model, as in :func:`tardis_fx.bench.shapes.config_of`; or the folder of a model.
         dtype: of weights and cache.
         plans: a plan, or widths of some: one contender each, and one more for each of torchao's widths, which
             quantises the projections outside the FFNs.
@@ -59,7 +59,6 @@ def bench_model(
         layers: number of the shape's layers; None means all.
         device: "cpu" or "cuda".
         mode: of torch.compile, for every contender.
-        weight_bits: of torchao's contenders, 8 or 4.
 
     Returns:
         The timings, and remarks, for example why there is no row for one of torchao's widths.
@@ -72,134 +71,102 @@ def bench_model(
     if not 2 <= steps <= context:
         raise ConfigError(f"steps must lie between 2 and the context of {context}, not {steps}")
     config = shapes.config_of(shape, layers)
-    size = dtype.itemsize
-    added = _added_bytes(plans) if isinstance(plans, Plan) else sum(w.added(size) for w in plans)
+    if isinstance(plans, Plan):
+        dense_bytes = sum(site.dense_bytes for site in plans.sites)
+        added = (sum(site.stored_bytes for site in plans.sites) - dense_bytes) / max(1, dense_bytes)
+    else:
+        added = sum(w.added(dtype.itemsize) for w in plans)
     folder = shape if isinstance(shape, Path) else None
     model: Any = shapes.build(config, dtype, (1 + added) * MARGIN, device, folder)
-    memory = _FreeMemory(device)
     tokens, *batch = sample_tokens(model, 1 + -(-SAMPLES // steps), steps, trained=folder is not None)
     if isinstance(plans, Plan):
-        named = {"plan": plans}
+        by_title = {"plan": plans}
     else:
-        named = {str(w): plan for w, plan in random_plans(model, torch.stack(batch), plans, rate).items()}
-    memory.reserve(shapes.weight_bytes(model) * added)
-    contenders = _ModelContenders(model, named, tokens, context, mode)
+        by_title = {str(w): plan for w, plan in random_plans(model, torch.stack(batch), plans, rate).items()}
+    contenders = _Contenders(model, by_title, tokens, shapes.weight_bytes(model) * added)
     if device == "cpu":
-        contenders.add_frozen(memory)
-    for bits in weight_bits:
+        contenders.add_frozen()
+    for bits in (8, 4):
         try:
-            contenders.add_torchao(bits, memory)
+            contenders.add_torchao(bits)
         except BenchError as error:
             contenders.remarks.append(f"No row for torchao's int{bits} weights: {error}.")
     if shapes.step_bytes(model) < COLD * last_level_cache(device):
         contenders.remarks.append(
-            "The weights do not fill the last-level cache several times: in part this is its speed."
+            "The weights do not fill the last-level cache several times: the times are partly the cache's."
         )
+    decoders = {
+        name: Decoder(form.model, context, form.plan, freezing=form.freezing, mode=mode)
+        for name, form in contenders.forms.items()
+    }
+    seconds = interleave({name: partial(decoder.follow, tokens) for name, decoder in decoders.items()}, rounds)
+    cache = sum(layer.keys.nbytes + layer.values.nbytes for layer in decoders["Inductor"].cache.layers)
     depth = f"{config.num_hidden_layers} layer{'s' * (config.num_hidden_layers > 1)}"
     title = folder.absolute().name if folder else shape
     case = f"{title}, {depth}, {str(dtype).removeprefix('torch.')}, {steps} steps, cache of {context}"
-    return contenders.time(case, rounds), contenders.remarks
-
-
-def _added_bytes(plan: Plan) -> float:
-    """Bytes that a plan adds to the FFNs, as a share of their weights."""
-    more = sum(site.stored_bytes - site.dense_bytes for site in plan.sites)
-    return more / max(1, sum(site.dense_bytes for site in plan.sites))
+    timings = [
+        Timing(case, name, seconds[name], seconds["Inductor"], form.touched + cache, form.outliers)
+        for name, form in contenders.forms.items()
+    ]
+    return timings, contenders.remarks
 
 
 @dataclass(frozen=True)
-class _TimedModel:
-    """A compiled form of the model, the weight bytes that a step of it reads, and its share of outliers."""
+class _Form:
+    """A form of the model, the weight bytes that a step of it reads, and its share of outliers."""
 
-    decoder: Decoder
+    model: Any
+    plan: Plan | None
     touched: float
     outliers: float | None = None
+    freezing: bool = False
 
 
-class _FreeMemory:
-    """Free memory minus reservations for contenders that are compiled later."""
+class _Contenders:
+    """The forms of one model to be timed, and remarks on forms that are omitted."""
 
-    def __init__(self, device: str) -> None:
-        self._device, self._reserved = device, 0.0
-
-    def fits(self, size: float) -> bool:
-        """Whether ``size`` bytes are free, with a margin."""
-        return available_memory(self._device) - self._reserved >= MARGIN * size
-
-    def reserve(self, size: float) -> None:
-        """Reserves bytes for a contender that is compiled later."""
-        self._reserved += size
-
-
-class _ModelContenders:
-    """The timed forms of one model, and remarks on forms that are omitted."""
-
-    def __init__(self, model: Any, plans: Mapping[str, Plan], tokens: Tensor, context: int, mode: str | None) -> None:
-        """Starts with the dense model and every plan; other forms are added later."""
+    def __init__(self, model: Any, plans: Mapping[str, Plan], tokens: Int64[Tensor, " steps"], reserved: float) -> None:
+        """Starts with the dense model and every plan; ``reserved`` is the memory in bytes that they will still take."""
         self.remarks: list[str] = []
-        self._model, self._tokens, self._context = model, tokens, context
-        self._options: dict[str, dict[str, Any]] = {"Inductor": {"mode": mode}}
-        self._timed = {"Inductor": self._compiled("Inductor", model, float(shapes.step_bytes(model)))}
+        self._model, self._tokens, self._reserved = model, tokens, reserved
+        dense = _Form(model, None, shapes.step_bytes(model))
+        self._originals = {"Inductor": dense}
         for title, plan in plans.items():
-            name = f"tardis, {title}"
-            self._options[name] = {"backend": "tardis", "options": {"plan": plan, "mode": mode}}
-            counted = _count(model, plan, tokens)
-            read = self._timed["Inductor"].touched - sum(site.dense_bytes for site in plan.sites) + counted.per_token
-            self._timed[name] = self._compiled(name, model, read, counted.outlier_rate)
+            with count_touched() as counted, torch.no_grad():  # all steps at once: counting recomputes every estimate
+                rewrite_every_token(model, plan)(tokens[None], use_cache=False)
+            touched = dense.touched - sum(site.dense_bytes for site in plan.sites) + counted.per_token
+            self._originals[f"tardis, {title}"] = _Form(model, plan, touched, counted.outlier_rate)
+        self.forms = dict(self._originals)
 
-    def _compiled(self, name: str, model: Any, touched: float, outliers: float | None = None) -> _TimedModel:
-        return _TimedModel(Decoder(model, self._context, **self._options[name]), touched, outliers)
+    def _fits(self, size: float) -> bool:
+        """Whether ``size`` bytes are free, with a margin."""
+        return available_memory(self._tokens.device.type) - self._reserved >= MARGIN * size
 
-    def add_frozen(self, memory: _FreeMemory) -> None:
+    def add_frozen(self) -> None:
         """Adds every form again, with constants that Inductor packs."""
-        needed = FROZEN * shapes.weight_bytes(self._model)
-        for name, options in self._options.items():
-            if not memory.fits(needed):
+        size = FROZEN * shapes.weight_bytes(self._model)
+        for name, form in self._originals.items():
+            if self._fits(size):
+                self._reserved += size
+                self.forms[f"{name}; freezing"] = replace(form, freezing=True)
+            else:
                 self.remarks.append(f"No row for {name} with freezing: its copies of the weights do not fit in memory.")
-                continue
-            memory.reserve(needed)
-            decoder = Decoder(self._model, self._context, freezing=True, **options)
-            self._timed[f"{name}; freezing"] = replace(self._timed[name], decoder=decoder)
 
-    def add_torchao(self, bits: int, memory: _FreeMemory) -> None:
+    def add_torchao(self, bits: int) -> None:
         """Adds torchao's integers for all projections, and for those outside the FFNs of every plan.
 
         Raises:
             BenchError: torchao is not installed, or there is not enough memory.
         """
-        if not memory.fits(shapes.weight_bytes(self._model)):
+        if not self._fits(shapes.weight_bytes(self._model)):
             raise BenchError("its copy of the weights does not fit in memory")
-        quantise = partial(
-            weight_only.quantise_model, self._model, weight_only.quantiser(bits, self._tokens.device.type), bits
-        )
-        model, saved, left = quantise()
-        self.remarks += [f"torchao's int{bits} does not take {name}, which stays as it is." for name in left]
-        dense, *planned = list(self._options)
-        self._timed[f"torchao int{bits} + {dense}"] = self._compiled(dense, model, self._timed[dense].touched - saved)
+        quantise = weight_only.quantiser(bits, self._tokens.device.type)
         ffns = ffn_weights(self._model, self._tokens[None, :2])
-        for name in planned:
-            model, saved, _ = quantise(but=ffns)
-            alone = self._timed[name]
-            self._timed[f"{name}; else torchao int{bits}"] = self._compiled(
-                name, model, alone.touched - saved, alone.outliers
-            )
-
-    def time(self, case: str, rounds: int) -> list[Timing]:
-        """Times all forms in interleaved rounds."""
-        runs = {name: partial(form.decoder.follow, self._tokens) for name, form in self._timed.items()}
-        seconds = interleave(runs, rounds)
-        layers = self._timed["Inductor"].decoder.cache.layers
-        cache = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
-        return [
-            Timing(case, name, seconds[name], seconds["Inductor"], form.touched + cache, form.outliers)
-            for name, form in self._timed.items()
-        ]
-
-
-@torch.no_grad()
-def _count(model: Any, plan: Plan, tokens: Tensor) -> Touched:
-    """Counts the bytes of the steps over all tokens at once, because counting computes every estimate again."""
-    options: dict[str, Any] = {"plan": plan, "prefill": "rewritten", "inner": "eager"}
-    with count_touched() as touched:
-        torch.compile(own_code(call_model), backend="tardis", options=options)(model, tokens[None], use_cache=False)
-    return touched
+        for name, form in self._originals.items():
+            excluded = () if form.plan is None else ffns
+            model, saved, unsupported = weight_only.quantise_model(self._model, quantise, bits, excluded)
+            title = f"{name}; else torchao int{bits}"
+            if form.plan is None:
+                title = f"torchao int{bits} + {name}"
+                self.remarks += [f"torchao's int{bits} does not support {n}, which stays dense." for n in unsupported]
+            self.forms[title] = replace(form, model=model, touched=form.touched - saved)

@@ -7,9 +7,10 @@ quantiles of the guard's level, so that the requested rate falls outside.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from tardis_fx.config import Config
@@ -29,7 +30,8 @@ from tardis_fx.statistics.surrogates import Sums, products
 GROUP_SIZE = PartialLinear.Options().group_size
 
 
-class Widths(NamedTuple):
+@dataclass(frozen=True)
+class Widths:
     """Bits of a plan's predictor, folded weight, and rows that corrections read.
 
     16 stands for the model's own dtype.
@@ -39,22 +41,19 @@ class Widths(NamedTuple):
     fold: int = 16
     rows: int = 16
 
-    def costs(self, d: int, d_out: int, size: int, *, bias: bool, k: int = 1) -> Costs:
-        """Bytes of a site; arguments as in :meth:`tardis_fx.partial_linear.costs.Costs.from_sizes`."""
+    def costs(self, d: int, d_out: int, size: int) -> Costs:
+        """Bytes of a plain FFN with biases; arguments as in :meth:`tardis_fx.partial_linear.costs.Costs.from_sizes`."""
         bits = self.predictor, size, self.fold, self.rows
-        return Costs.from_sizes(d, d_out, *bits, k=k, group_size=GROUP_SIZE, bias=bias)
+        return Costs.from_sizes(d, d_out, *bits, k=1, group_size=GROUP_SIZE, bias=True)
 
     def added(self, size: int) -> float:
         """Approximate bytes that a plan adds, relative to an FFN with four times as many neurons as inputs.
 
-        A gated FFN with the same number of weights adds no more.
-
-        Args:
-            size: bytes of a weight.
+        A gated FFN with the same number of weights adds no more. ``size`` is that of a weight in bytes.
         """
         wide = 8 * size
         fold = (wide if self.fold == 16 else self.fold) / 4
-        rows = wide if self.rows == 16 else low_bits(self.predictor, self.rows) + self.rows  # W2 anew, or both in codes
+        rows = wide if self.rows == 16 else low_bits(self.predictor, self.rows) + self.rows  # down alone, or both
         return (fold + self.predictor + rows) / (2 * wide)
 
     def __str__(self) -> str:
@@ -63,41 +62,22 @@ class Widths(NamedTuple):
         return ", ".join(parts)
 
 
-class _Inputs:
+class _Inputs(list[Tensor]):
     """Observer that keeps a site's inputs."""
 
-    def __init__(self) -> None:
-        self._inputs: list[Tensor] = []
-
-    def update(self, x: Tensor) -> None:
-        """Stores tokens, [tokens, d]."""
-        self._inputs.append(x)
-
-    @property
-    def x(self) -> Tensor:
-        """All stored tokens, [tokens, d]."""
-        return torch.cat(self._inputs)
+    update = list[Tensor].append
 
 
 def ffn_weights(model: nn.Module, example: Tensor) -> list[Tensor]:
-    """The weights of all FFNs of a model.
-
-    Args:
-        model: in eval mode.
-        example: its first argument.
-    """
+    """The weights of all FFNs of a model in eval mode, found by running it on an example of its first argument."""
     return [p for site in BatchObservation(model, [example], progress=False).sites for p in site.parameters]
 
 
 @torch.no_grad()
 def random_plans(model: nn.Module, batch: Tensor, widths: Sequence[Widths], rate: float) -> dict[Widths, Plan]:
-    """Makes plans of every FFN of a model, by width.
+    """Makes plans of every FFN of a model in eval mode, by width; a rate of the (token, neuron) pairs are outliers.
 
-    Args:
-        model: in eval mode.
-        batch: its first argument, of 500 tokens or more; thresholds are set on the resulting inputs of the FFNs.
-        widths: of the plans.
-        rate: share of (token, neuron) pairs that are outliers.
+    Thresholds are set on the inputs of the FFNs for a batch, the model's first argument, of 500 tokens or more.
 
     Raises:
         BenchError: the model has no FFN that partial linearity accepts.
@@ -106,26 +86,26 @@ def random_plans(model: nn.Module, batch: Tensor, widths: Sequence[Widths], rate
     rewrite = PartialLinear()
     sites = [s for s in observation.sites if s.site.reason is None and rewrite.refuse(s.site) is None]
     if not sites:
-        raise BenchError("the model has no FFN that partial linearity takes")
-    kept = observation.answer(Run("inputs of the FFNs", lambda _: _Inputs(), sites))
+        raise BenchError("the model has no FFN that partial linearity accepts")
+    inputs = observation.answer(Run("inputs of the FFNs", lambda _: _Inputs(), sites))
     return {
         w: Plan(
-            tuple(_site_plan(site, kept[site.fingerprint].x, w, rate) for site in sites),
+            tuple(_site_plan(site, torch.cat(inputs[site.fingerprint]), w, rate) for site in sites),
             Config(options={"predictor_bits": w.predictor, "fold_bits": w.fold, "row_bits": w.rows}, progress=False),
         )
         for w in widths
     }
 
 
-def _site_plan(site: ObservedSite, x: Tensor, widths: Widths, rate: float) -> SitePlan:
+def _site_plan(site: ObservedSite, x: Float[Tensor, "tokens d"], widths: Widths, rate: float) -> SitePlan:
     """Makes the plan of one site: every neuron guarded, limits at quantiles of the levels, codes rounded to nearest."""
-    seen = DraftObserver(site)
-    seen.update(x)
-    draft = Draft.from_observer(site, seen, Quantisation(widths.predictor, GROUP_SIZE, "nearest"))
+    observer = DraftObserver(site)
+    observer.update(x)
+    draft = Draft.from_observer(site, observer, Quantisation(widths.predictor, GROUP_SIZE, "nearest"))
     level, (z, response) = draft.guard.level(draft.estimates(x)), draft.neurons.evaluate(x)
     limits = draft.guard.quantiles(level, rate)
-    kept = ~draft.guard.leaves(level, limits)
-    sums = Sums(torch.stack([torch.where(kept, one, 0).double().sum(0) for one in products(z, response)]), len(z))
+    folded = ~draft.guard.leaves(level, limits)
+    sums = Sums(torch.stack([torch.where(folded, p, 0).double().sum(0) for p in products(z, response)]), len(z))
     every = torch.ones(len(draft.neurons), dtype=torch.bool, device="cpu")
     columns = None if widths.rows == 16 else draft.columns(widths.rows)
     uncorrected = AffineValue(sums.regress().float())

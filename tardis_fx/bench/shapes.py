@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from tardis_fx.demo.model import FOLDER, load_weights
 from tardis_fx.errors import BenchError, ConfigError
-from tardis_fx.measure.extras import needed_by
 from tardis_fx.measure.machine import available_memory
+from tardis_fx.measure.requirements import needed_by
 
-#: Transformers config and changes of its defaults, by name.
+#: Transformers config and changes of its defaults, by name; "demo", the packaged model's shape, is one more.
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
-    "demo": ("GPT2Config", {}),
     "gpt2": ("GPT2Config", {}),
     "gpt2-xl": ("GPT2Config", {"n_embd": 1600, "n_layer": 48, "n_head": 25}),
     "opt-6.7b": ("OPTConfig", {
@@ -32,48 +31,33 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def config_of(shape: str | Path, layers: int | None = None) -> Any:
-    """The transformers config of a shape.
-
-    Args:
-        shape: a key of :data:`SHAPES`, or the folder of a model.
-        layers: number of the model's layers; None means all.
+    """The transformers config of a shape or of a model's folder, with some or all (None) of the layers.
 
     Raises:
         ConfigError: there is no such shape, or it has fewer layers.
         BenchError: transformers is not installed, or the folder has no config of a causal language model.
     """
-    if isinstance(shape, str) and shape not in SHAPES:
-        raise ConfigError(f"no shape {shape!r}; there are {', '.join(SHAPES)}")
+    folder = FOLDER if shape == "demo" else shape
+    if isinstance(folder, str) and folder not in SHAPES:
+        raise ConfigError(f"no shape {shape!r}: choose one of demo, {', '.join(SHAPES)}")
     with needed_by("`tardis bench model`"):
         import transformers as hf
-    if isinstance(shape, Path):
-        config = _config_in(shape)
+    if isinstance(folder, str):
+        name, changes = SHAPES[folder]
+        config = getattr(hf, name)(**changes)
     else:
-        name, changed = SHAPES[shape]
-        if shape == "demo":
-            from tardis_fx.demo.model import FOLDER
-
-            changed = json.loads((FOLDER / "config.json").read_text())
-            del changed["training"]
-        config = getattr(hf, name)(**changed)
+        if not (folder / "config.json").is_file():
+            raise BenchError(f"no config.json in {folder}")
+        try:
+            config = hf.AutoConfig.from_pretrained(folder, local_files_only=True)
+            with torch.device("meta"):
+                hf.AutoModelForCausalLM.from_config(config)
+        except ValueError as error:
+            raise BenchError(f"no causal language model in {folder}: {str(error).splitlines()[0]}") from error
     if layers is not None:
         if not 1 <= layers <= config.num_hidden_layers:
             raise ConfigError(f"layers must lie between 1 and {config.num_hidden_layers}, not {layers}")
         config.num_hidden_layers = layers
-    return config
-
-
-def _config_in(folder: Path) -> Any:
-    import transformers as hf
-
-    if not (folder / "config.json").is_file():
-        raise BenchError(f"no config.json in {folder}")
-    try:
-        config = hf.AutoConfig.from_pretrained(folder, local_files_only=True)
-        with torch.device("meta"):
-            hf.AutoModelForCausalLM.from_config(config)
-    except ValueError as error:
-        raise BenchError(f"no causal language model in {folder}: {str(error).splitlines()[0]}") from error
     return config
 
 
@@ -84,11 +68,12 @@ def build(config: Any, dtype: torch.dtype, room: float, device: str = "cpu", fol
         config: of transformers.
         dtype: of all weights.
         room: peak memory of the comparison, as a multiple of the weights.
-        device: that the model is made on.
+        device: of the model.
         folder: of the weights; None makes random ones.
 
     Raises:
-        BenchError: there is not enough memory, or the folder holds no weights of such a model.
+        BenchError: there is not enough memory.
+        DemoError: the folder holds no weights of such a model.
     """
     from transformers import AutoModelForCausalLM
 
@@ -98,22 +83,14 @@ def build(config: Any, dtype: torch.dtype, room: float, device: str = "cpu", fol
     if need > free:
         raise BenchError(
             f"the comparison takes about {need / 1e9:.1f} GB and {free / 1e9:.1f} GB are free: choose fewer layers "
-            f"(of {config.num_hidden_layers}), another dtype, or fewer predictors"
+            f"(of {config.num_hidden_layers}), another dtype, or fewer plans"
         )
     torch.manual_seed(0)
-    if folder is None:
-        with torch.device(device):
-            model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype)
-        return model.eval().requires_grad_(False)
-    try:
-        model, found = AutoModelForCausalLM.from_pretrained(
-            folder, config=config, dtype=dtype, local_files_only=True, output_loading_info=True
-        )
-    except (OSError, ValueError) as error:
-        raise BenchError(f"no weights of a language model in {folder}: {error}") from error
-    if missing := sorted(found["missing_keys"]):
-        raise BenchError(f"the weights in {folder} lack {', '.join(missing[:4])}")
-    return model.to(device).eval().requires_grad_(False)
+    if folder is not None:
+        return load_weights(folder, config=config, dtype=dtype).to(device)
+    with torch.device(device):
+        model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    return model.eval().requires_grad_(False)
 
 
 def weight_bytes(model: nn.Module) -> int:

@@ -46,11 +46,7 @@ class Timing:
     outliers: float | None = None
 
     def figures(self, machine: Machine) -> dict[str, Any]:
-        """All figures, by heading of the CSV file; times in milliseconds.
-
-        Args:
-            machine: of the measurement; its bandwidth determines the floor.
-        """
+        """All figures, by heading of the CSV file; times in milliseconds."""
         ratio = Ratio.between(self.base, self.seconds)
         step, floor = statistics.median(self.seconds), self.touched / machine.bandwidth
         return {
@@ -74,18 +70,14 @@ class Timing:
 
 
 def report(timings: Sequence[Timing], machine: Machine) -> str:
-    """Formats a Markdown table in the given order, with the conditions below it.
-
-    Args:
-        timings: one row for each.
-        machine: of the measurement.
-    """
+    """Formats a Markdown table in the given order, with the conditions below it."""
     rows = []
     for timing in timings:
         share = "" if timing.outliers is None else f"{timing.outliers:.2%}"
-        rows.append([form.format(share=share, **timing.figures(machine)) for form in COLUMNS.values()])
+        figures = timing.figures(machine)
+        rows.append({heading: form.format(share=share, **figures) for heading, form in COLUMNS.items()})
     rounds = min((len(timing.seconds) for timing in timings), default=0)
     return (
-        f"{markdown(list(COLUMNS), rows, titles=2)}\n\nMedians of {rounds} interleaved rounds after one warm-up round. "
+        f"{markdown(rows, titles=2)}\n\nMedians of {rounds} interleaved rounds after one warm-up round. "
         f"Roofline: floor = MB touched over {machine.roof}.\n{machine}"
     )

@@ -26,12 +26,12 @@ from tardis_fx.plan import KeptSite
 from tardis_fx.planning import plan_for
 
 
+@dataclass
 class Trial:
     """A model with the calibration text of one seed; expensive parts are computed on first use."""
 
-    def __init__(self, subject: Subject, seed: int) -> None:
-        """Stores the model and the seed."""
-        self.subject, self.seed = subject, seed
+    subject: Subject
+    seed: int
 
     @cached_property
     def batches(self) -> Sequence[Batch]:
@@ -49,6 +49,7 @@ class Trial:
         return BatchObservation(self.subject.model, self.batches, progress=False)
 
 
+@dataclass(frozen=True)
 class Case(ABC):
     """One row of a comparison.
 
@@ -86,11 +87,7 @@ class Dense(Case):
     """The original model, for comparison with all other rows."""
 
     label: str = "dense"
-
-    @property
-    def identity(self) -> str:
-        """A constant, because the case has no settings."""
-        return "dense"
+    identity = "dense"
 
     def prepare(self, trial: Trial) -> RewrittenModel:
         """The original model."""
@@ -102,12 +99,10 @@ class Planned(Case):
     """A case of a registered rewrite.
 
     Attributes:
-        label: of the method.
         config: of the fit.
         healed: whether :func:`tardis_fx.heal` improves the plan on the same calibration batches.
     """
 
-    label: str
     config: Config
     healed: bool = False
 
@@ -119,7 +114,8 @@ class Planned(Case):
     @property
     def identity(self) -> str:
         """Hash of the config and of the source of the rewrite."""
-        names = dict.fromkeys(name for method in self._methods for name in (method, *method.split("+")))
+        methods = [method for _, method in self.config.methods if method is not None]
+        names = dict.fromkeys(name for method in methods for name in (method, *method.split("+")))
         classes = [
             c for name in names for c in type(rewrite_named(name)).__mro__ if c.__module__.startswith("tardis_fx.")
         ]
@@ -130,10 +126,6 @@ class Planned(Case):
         """Raises ConfigError if the rewrite is not registered, or does not have an option."""
         check_rewrites(self.config)
 
-    @property
-    def _methods(self) -> list[str]:
-        return [method for _, method in self.config.methods if method is not None]
-
     def prepare(self, trial: Trial) -> RewrittenModel:
         """Fits the plan, and heals it if requested."""
         plan = plan_for(trial.observation, replace(self.config, progress=False))
@@ -141,17 +133,18 @@ class Planned(Case):
             reasons = Counter(site.reason for site in plan.sites if isinstance(site, KeptSite))
             raise CalibrationError(f"no site is rewritten: {reasons.most_common(1)[0][0]}")
         if self.healed:
-            plan = heal(trial.subject.model, plan, [p for b in trial.batches for p in _parts(b)], progress=False)
+            batches = [pair for batch in trial.batches for pair in _pairs(batch)]
+            plan = heal(trial.subject.model, plan, batches, progress=False)
         dense = sum(site.dense_bytes for site in plan.sites)
         stored = sum(site.stored_bytes for site in plan.sites)
         flops = prefill_share(plan, trial.observation)
         return RewrittenModel(trial.subject.model, plan, stored / dense, plan.touched_fraction, flops)
 
 
-def _parts(batch: Batch) -> list[Batch]:
+def _pairs(batch: Batch) -> list[Batch]:
     """Splits a batch into pairs of rows, because healing takes many small steps."""
     leaves, structure = pytree.tree_flatten(batch)
-    return [pytree.tree_unflatten(part, structure) for part in zip(*(leaf.split(2) for leaf in leaves), strict=True)]
+    return [pytree.tree_unflatten(pair, structure) for pair in zip(*(leaf.split(2) for leaf in leaves), strict=True)]
 
 
 @dataclass(frozen=True)
@@ -159,11 +152,9 @@ class Torchao(Case):
     """A case of FFN projections quantised by torchao to weight-only integers, by rounding.
 
     Attributes:
-        label: of the method.
         bits: 2, 3, 4 or 8.
     """
 
-    label: str
     bits: int
 
     @property

@@ -57,14 +57,14 @@ def compare_rewrites(
                 key = digest(trial.identity, case.identity)
                 record = records.get(key)
                 if record is None or (decode and record.reason is None and record.decode is None):
-                    record = _measured(key, case, trial, decode=decode)
+                    record = _measure(key, case, trial, decode=decode)
                     records.add(record)
                 results.append(record)
                 bar.update()
     return results
 
 
-def _measured(key: str, case: Case, trial: Trial, *, decode: bool) -> Record:
+def _measure(key: str, case: Case, trial: Trial, *, decode: bool) -> Record:
     """Fits and measures one case."""
     subject = trial.subject
     record = Record(key, case.identity, subject.name, case.label, case.budget, trial.seed)
@@ -75,7 +75,7 @@ def _measured(key: str, case: Case, trial: Trial, *, decode: bool) -> Record:
         return replace(record, reason=str(error))
     fitted = time.perf_counter()
     run = rewritten.every_token()
-    metrics, counted = subject.evaluate(run), _counted(subject, rewritten.plan, run)
+    metrics, counted = subject.evaluate(run), _count(subject, rewritten.plan, run)
     measured = time.perf_counter()
     return replace(
         record,
@@ -90,7 +90,7 @@ def _measured(key: str, case: Case, trial: Trial, *, decode: bool) -> Record:
 
 
 @torch.no_grad()
-def _counted(subject: Subject, plan: Plan | None, run: Callable[..., Any]) -> float | None:
+def _count(subject: Subject, plan: Plan | None, run: Callable[..., Any]) -> float | None:
     """Counted bytes per token as a fraction of those of the dense FFNs; None if a site cannot be counted."""
     if plan is None:
         return None

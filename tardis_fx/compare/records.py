@@ -9,7 +9,7 @@ from pathlib import Path
 from tardis_fx.errors import BenchError
 
 #: Start of every record.
-_START = '{"key": "'
+_START = b'{"key": "'
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,8 @@ class Record:
     seconds: list[float] = field(default_factory=list)
 
 
-class Records:
-    """The records of a file, the last one of each key."""
+class Records(dict[str, Record]):
+    """The records of a file by key, the last one of each."""
 
     def __init__(self, path: Path) -> None:
         """Reads existing records; drops an incomplete last line of a run that was killed while writing.
@@ -58,33 +58,23 @@ class Records:
         Raises:
             BenchError: the file cannot be read or written, or holds something other than records.
         """
-        self._path, self._found = path, dict[str, Record]()
+        super().__init__()
+        self._path = path
         try:
             with path.open("a+b") as file:  # creates the file, and checks that it can be written
                 file.seek(0)
-                content = file.read()
-                whole = content.rfind(b"\n") + 1
-                rest = content[whole:]
-                if not rest.startswith(_START.encode()[: len(rest)]):
-                    raise BenchError(f"{path} holds something else than records of a comparison: name another file")
-                lines = content[:whole].decode().splitlines()
+                *lines, rest = file.read().split(b"\n")
+                if not rest.startswith(_START[: len(rest)]):
+                    raise BenchError(f"{path} does not hold records of a comparison: name another file")
                 for number, line in enumerate(lines, 1):
-                    self._read(number, line)
-                if rest:
-                    file.truncate(whole)
-        except (OSError, UnicodeDecodeError) as error:
+                    try:
+                        record = Record(**json.loads(line))
+                    except (ValueError, TypeError) as error:
+                        raise BenchError(f"line {number} of {path} is no record of a comparison: {error}") from error
+                    self[record.key] = record
+                file.truncate(file.tell() - len(rest))
+        except OSError as error:
             raise BenchError(f"cannot keep records in {path}: {error}") from error
-
-    def _read(self, number: int, line: str) -> None:
-        try:
-            record = Record(**json.loads(line))
-        except (ValueError, TypeError) as error:
-            raise BenchError(f"line {number} of {self._path} is no record of a comparison: {error}") from error
-        self._found[record.key] = record
-
-    def get(self, key: str) -> Record | None:
-        """The record of a key, or None."""
-        return self._found.get(key)
 
     def add(self, record: Record) -> None:
         """Appends a record to the file.
@@ -97,4 +87,4 @@ class Records:
                 file.write(json.dumps(asdict(record)) + "\n")
         except OSError as error:
             raise BenchError(f"cannot write to {self._path}: {error}") from error
-        self._found[record.key] = record
+        self[record.key] = record

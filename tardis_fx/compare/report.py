@@ -14,49 +14,41 @@ from tardis_fx.measure.timing import Ratio
 
 
 def table(records: Sequence[Record], subject: Subject) -> str:
-    """Formats a Markdown table with a row per method and budget: mean over the seeds, smallest and largest value.
-
-    Args:
-        records: of one comparison.
-        subject: its metrics are the columns.
-    """
-    decoded = any(record.decode for record in records)
+    """Formats a Markdown table with a row per method and budget: mean over the seeds, smallest and largest value."""
     heads = ["method", "budget", "stored", "touched", "counted", "prefill FLOPs", *(m.heading for m in subject.metrics)]
-    heads += ["decode against Inductor (min to max)"] * decoded
+    heads += ["decode against Inductor (min to max)"] * any(record.decode for record in records)
     rows = []
     for group in _rows(records):
         first = group[0]
-        cells = [first.label, "" if first.budget is None else f"{first.budget:.1%}"]
+        row = dict.fromkeys(heads, "")
+        row |= {"method": first.label, "budget": "" if first.budget is None else f"{first.budget:.1%}"}
         if first.reason is not None:
-            cells += [""] * (len(heads) - 3) + [f"out of reach: {first.reason}"]
+            row[heads[-1]] = f"out of reach: {first.reason}"
         else:
-            cells += [_spread((r.stored for r in group), ".1%"), _spread((r.touched for r in group), ".2%")]
-            cells += [_spread((r.counted for r in group), ".2%"), _spread((r.flops for r in group), ".0%")]
-            cells += [_spread((r.metrics[m.name] for r in group), m.form) for m in subject.metrics]
-            times = [r.decode for r in group if r.decode]
-            cells += [str(Ratio(*map(statistics.mean, zip(*times, strict=True)))) if times else ""] * decoded
-        rows.append(cells)
-    return markdown(heads, rows)
+            row["stored"] = _spread((r.stored for r in group), ".1%")
+            row["touched"] = _spread((r.touched for r in group), ".2%")
+            row["counted"] = _spread((r.counted for r in group), ".2%")
+            row["prefill FLOPs"] = _spread((r.flops for r in group), ".0%")
+            row |= {m.heading: _spread((r.metrics[m.name] for r in group), m.form) for m in subject.metrics}
+            if times := [r.decode for r in group if r.decode]:
+                row[heads[-1]] = str(Ratio(*map(statistics.mean, zip(*times, strict=True))))
+        rows.append(row)
+    return markdown(rows)
 
 
 def draw(records: Sequence[Record], subject: Subject, path: Path) -> None:
     """Draws the loss of quality over the bytes touched, with one line per method.
 
-    Args:
-        records: of one comparison.
-        subject: determines the metric.
-        path: of the picture; its extension determines the format.
-
     Raises:
         BenchError: matplotlib is not installed, or the picture cannot be written.
     """
-    metric, loss, factor, least = subject.plotted
+    metric, loss, factor, minimum = subject.plotted
     lines: dict[str, list[tuple[float, list[float]]]] = {}
     for group in _rows(records):
         if group[0].reason is None and group[0].touched < 1:
             touched = statistics.mean(record.touched for record in group)
             lines.setdefault(group[0].label, []).append((touched, [factor * r.metrics[metric] for r in group]))
-    draw_pareto(lines, path, title=subject.name, loss=loss, least=least)
+    draw_pareto(lines, path, title=subject.name, loss=loss, minimum=minimum)
 
 
 def _rows(records: Sequence[Record]) -> Iterable[list[Record]]:

@@ -9,21 +9,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from tardis_fx.demo.model import FOLDER, DemoModel, cut, load
+from tardis_fx.demo.model import LENGTH, NEW_TOKENS, PROMPT, WINDOWS, DemoModel, cut, load
 from tardis_fx.digest import digest
-from tardis_fx.errors import BenchError
 from tardis_fx.measure.decoding import Decoder
 from tardis_fx.measure.quality import DenseReference, rewrite_every_token
 from tardis_fx.observation.batches import Batch
 from tardis_fx.plan import Plan
-
-#: Number of windows and their maximum length: 16,384 tokens to calibrate on, and as many others to measure quality.
-WINDOWS, LENGTH = 64, 256
-#: Tokens of the prompt, and tokens that follow, when decoding is timed.
-PROMPT, NEW_TOKENS = 64, 65
 
 
 class Metric(NamedTuple):
@@ -55,11 +50,6 @@ class RewrittenModel:
     def every_token(self) -> Callable[..., Any]:
         """The model with every token on the rewritten path, run eagerly; resets earlier compilations."""
         return self.model if self.plan is None else rewrite_every_token(self.model, self.plan)
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """Options of ``torch.compile`` for decoding."""
-        return {} if self.plan is None else {"backend": "tardis", "options": {"plan": self.plan}}
 
 
 @dataclass(frozen=True)
@@ -96,18 +86,14 @@ class Subject:
 
 
 def load_subject(model: str, dtype: torch.dtype, file: Path | None = None, windows: int = WINDOWS) -> Subject:
-    """Loads a causal language model, to be evaluated on the standard library's splits or on a file.
+    """Loads a causal language model ("demo", or a folder) and casts it to a dtype.
 
-    Args:
-        model: "demo", or a folder.
-        dtype: that the model is cast to.
-        file: its first half is used to calibrate, its second half to measure quality.
-        windows: number for each.
+    It is evaluated on the standard library's splits, or on a file: the first half calibrates, the second is measured.
 
     Raises:
         TardisError: the folder holds no model, or the file cannot be read or is too short.
     """
-    demo = load(FOLDER if model == "demo" else Path(model))
+    demo = load(model)
     demo.model.to(dtype)
     name = f"{Path(model).name}, {str(dtype).removeprefix('torch.')}"
     if file is None:
@@ -116,29 +102,28 @@ def load_subject(model: str, dtype: torch.dtype, file: Path | None = None, windo
     return language_model(name, demo, ids[: len(ids) // 2], ids[len(ids) // 2 :], windows)
 
 
-def language_model(name: str, demo: DemoModel, calibration: Tensor, test: Tensor, windows: int = WINDOWS) -> Subject:
+def language_model(
+    name: str,
+    demo: DemoModel,
+    calibration: Int64[Tensor, " length"],
+    test: Int64[Tensor, " test_length"],
+    windows: int = WINDOWS,
+) -> Subject:
     """A causal language model, evaluated by its next tokens; decoding is timed at batch 1 on a prompt of the test text.
 
-    Args:
-        name: for titles.
-        demo: model and context.
-        calibration: token ids from which calibration windows are drawn, [length].
-        test: token ids, [length]; quality is measured on evenly spread windows.
-        windows: number for each.
+    The windows of a seed are cut from the calibration text; those of the test text are spread evenly.
 
     Raises:
-        BenchError: a text is shorter than a window.
+        CalibrationError: the text is shorter than a window.
     """
     length = min(LENGTH, demo.context)
-    if (least := min(len(calibration), len(test))) < length:
-        raise BenchError(f"{least} tokens of text are less than one window of {length}: give more text")
     text = cut(test, windows, length)
     reference = cache(lambda: DenseReference(demo.model, text))
     prompt = text[0, :PROMPT]
 
-    def decoder(rewritten: RewrittenModel) -> Callable[[], float]:
-        compiled = Decoder(rewritten.model, demo.context, **rewritten.options)
-        return lambda: compiled.continue_text(prompt, min(NEW_TOKENS, demo.context - len(prompt)))[1]
+    def compiled(rewritten: RewrittenModel) -> Callable[[], float]:
+        decoder = Decoder(rewritten.model, demo.context, rewritten.plan)
+        return lambda: decoder.continue_text(prompt, min(NEW_TOKENS, demo.context - len(prompt)))[1]
 
     return Subject(
         name,
@@ -154,7 +139,7 @@ def language_model(name: str, demo: DemoModel, calibration: Tensor, test: Tensor
             Metric("kl", "KL to dense, nats", ".4f"),
         ),
         plotted=("rise", "perplexity rise, %", 100.0, 0.01),
-        decoder=decoder,
+        decoder=compiled,
     )
 
 
@@ -163,7 +148,7 @@ def encoder(
     model: nn.Module,
     calibration: Callable[[int], Sequence[Mapping[str, Tensor]]],
     text: Sequence[Mapping[str, Tensor]],
-    embed: Callable[[Callable[..., Any], Mapping[str, Tensor]], Tensor],
+    embed: Callable[[Callable[..., Any], Mapping[str, Tensor]], Float[Tensor, "texts d"]],
 ) -> Subject:
     """A model of text embeddings, evaluated by their direction and their nearest neighbours.
 
@@ -172,11 +157,11 @@ def encoder(
         model: in eval mode.
         calibration: returns the batches of a seed.
         text: batches on which quality is measured.
-        embed: computes a model's normalised embeddings of a batch, [texts, d].
+        embed: computes a model's normalised embeddings of a batch.
     """
 
     @torch.no_grad()
-    def embeddings(run: Callable[..., Any]) -> Tensor:
+    def embeddings(run: Callable[..., Any]) -> Float[Tensor, "texts d"]:
         return F.normalize(torch.cat([embed(run, batch).float() for batch in text]), dim=-1)
 
     dense = cache(lambda: embeddings(model))
@@ -202,6 +187,6 @@ def encoder(
     )
 
 
-def _nearest(embeddings: Tensor) -> Tensor:
-    """Index of the nearest other text for each text, [texts]."""
+def _nearest(embeddings: Float[Tensor, "texts d"]) -> Int64[Tensor, " texts"]:
+    """Index of the nearest other text for each text."""
     return (embeddings @ embeddings.T).fill_diagonal_(-torch.inf).argmax(1)

@@ -24,10 +24,7 @@ def split_of(path: Path) -> Split:
     """The split of a module: 80% train, 10% calibration, 10% test, by a hash of its name.
 
     A module and its unit test (``textwrap`` and ``test_textwrap``) fall into the same split, so that no test of a
-    held-out module is trained on.
-
-    Args:
-        path: path of the module, relative to the standard library.
+    held-out module is trained on. The path is relative to the standard library.
     """
     name = path.parent.name if path.stem in ("__init__", "__main__") else path.stem
     bucket = hashlib.sha256(name.removeprefix("test_").lstrip("_").encode()).digest()[0] / 256
@@ -46,7 +43,7 @@ def modules(split: Split, root: Path | None = None, *, unit_tests: bool = False)
         DemoError: ``root`` holds no source of this split (a Python installed without its sources).
     """
     root = Path(sysconfig.get_paths()["stdlib"]) if root is None else root
-    found = False
+    empty = True
     for path in sorted(root.rglob("*.py")):
         relative = path.relative_to(root)
         if EXCLUDED.intersection(relative.parts) or split_of(relative) != split:
@@ -57,9 +54,9 @@ def modules(split: Split, root: Path | None = None, *, unit_tests: bool = False)
             text = path.read_text(encoding="utf-8")
         except UnicodeDecodeError:  # a test fixture in another encoding
             continue
-        found = True
+        empty = False
         yield relative, text
-    if not found:
+    if empty:
         raise DemoError(
             f"no Python source for the {split} split under {root}: is the standard library installed as .py files?"
         )

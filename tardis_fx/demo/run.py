@@ -3,39 +3,37 @@
 from __future__ import annotations
 
 import importlib
-import os
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
 
+from jaxtyping import Int64
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
 from tardis_fx.config import Config
-from tardis_fx.demo.model import DemoModel, load
+from tardis_fx.demo.model import NEW_TOKENS, PROMPT, WINDOWS, DemoModel, load
 from tardis_fx.errors import DemoError
 from tardis_fx.measure.decoding import Decoder
-from tardis_fx.measure.extras import needed_by
 from tardis_fx.measure.machine import conditions
 from tardis_fx.measure.plots import draw_pareto
 from tardis_fx.measure.quality import DenseReference, Quality, rewrite_every_token
+from tardis_fx.measure.requirements import check_writable, needed_by
 from tardis_fx.measure.tables import markdown
 from tardis_fx.measure.timing import Ratio, interleave
 from tardis_fx.observation.observe import BatchObservation
 from tardis_fx.plan import Plan
 from tardis_fx.planning import plan_for
 
-#: Number of 256-token windows: 16,384 tokens to calibrate on, and as many held-out tokens to measure on.
-WINDOWS = 64
 METHODS = {"paper": "TARDIS (paper)", "partial_linear": "TARDIS (ours)"}
 PARETO = {"paper": (0.2, 0.25, 0.3), "partial_linear": (0.06, 0.075, 0.1, 0.2)}
 #: Plans in the table that also decode: a method and one of its budgets.
 SHOWN = [("paper", 0.2), ("partial_linear", 0.2), ("partial_linear", 0.075)]
-PROMPT, NEW_TOKENS, ROUNDS = 64, 65, 9
+DENSE = "dense (Inductor)"
+ROUNDS = 9
 
 
 @dataclass
@@ -56,11 +54,7 @@ class Results:
 
 
 def run_demo(picture: Path, console: Console) -> Results:
-    """Calibrates, compiles and measures the demo's plans, and prints the results.
-
-    Args:
-        picture: path of the plot, as PNG.
-        console: for the table.
+    """Calibrates, compiles and measures the demo's plans, prints the results, and draws them as PNG.
 
     Raises:
         DemoError: a library or the standard library's source is missing, or the picture cannot be written.
@@ -68,14 +62,13 @@ def run_demo(picture: Path, console: Console) -> Results:
     with needed_by("the demo", DemoError):  # before spending minutes
         for library in ("cpuinfo", "matplotlib", "tabulate"):
             importlib.import_module(library)
-    if not os.access(picture.absolute().parent, os.W_OK):
-        raise DemoError(f"cannot write the picture to {picture}")
+    check_writable(picture, DemoError)
     demo = load()
     text = demo.windows("test", WINDOWS)
+    lines: dict[str, list[tuple[float, list[float]]]] = {title: [] for title in METHODS.values()}
     with Progress(console=console, transient=True) as progress:
         total = 2 + sum(len(budgets) for budgets in PARETO.values()) + len(SHOWN) + 1
-        task = progress.add_task("calibrating", total=total)
-        done = partial(progress.update, task, advance=1)
+        done = partial(progress.update, progress.add_task("calibrating", total=total), advance=1)
         observation = BatchObservation(demo.model, demo.windows("calibration", WINDOWS).split(8), progress=False)
         reference = DenseReference(demo.model, text)
         results = Results(reference.dense)
@@ -83,15 +76,14 @@ def run_demo(picture: Path, console: Console) -> Results:
         for method, budgets in PARETO.items():
             for budget in budgets:
                 plan = plan_for(observation, Config(budget=budget, method=method, progress=False))
-                results.plans[method, budget] = plan, reference.quality(rewrite_every_token(demo.model, plan))
+                quality = reference.quality(rewrite_every_token(demo.model, plan))
+                results.plans[method, budget] = plan, quality
+                lines[METHODS[method]].append((plan.touched_fraction, [100 * quality.rise]))
                 done(description=f"{_label(method, budget)} measured")
         _decode(demo, results, text[0, :PROMPT], done)
     _print(demo, results, console)
-    lines: dict[str, list[tuple[float, list[float]]]] = {}
-    for (method, _), (plan, quality) in results.plans.items():
-        lines.setdefault(METHODS[method], []).append((plan.touched_fraction, [100 * quality.rise]))
     title = "GPT-2 shape, float32, held-out modules of the standard library"
-    draw_pareto(lines, picture, title=title, loss="perplexity rise, %", least=0.01)
+    draw_pareto(lines, picture, title=title, loss="perplexity rise, %", minimum=0.01)
     console.print(f"Picture: {picture}")
     return results
 
@@ -100,52 +92,47 @@ def _label(method: str, budget: float) -> str:
     return f"{METHODS[method]}, {budget:.1%}"
 
 
-def _decode(demo: DemoModel, results: Results, prompt: Tensor, done: Callable[..., None]) -> None:
-    options: dict[str, dict[str, Any]] = {"dense (Inductor)": {}}
-    for case in SHOWN:
-        options[_label(*case)] = {"backend": "tardis", "options": {"plan": results.plans[case][0]}}
+def _decode(demo: DemoModel, results: Results, prompt: Int64[Tensor, " length"], done: Callable[..., None]) -> None:
+    plans = {DENSE: None} | {_label(*case): results.plans[case][0] for case in SHOWN}
     runs = {}
-    for label, chosen in options.items():
-        decoder = Decoder(demo.model, demo.context, **chosen)
-        results.texts[label] = demo.tokenizer.decode(decoder.continue_text(prompt, NEW_TOKENS)[0].tolist())
-        runs[label] = lambda decoder=decoder: decoder.continue_text(prompt, NEW_TOKENS)[1]
+    for label, plan in plans.items():
+        continue_text = partial(Decoder(demo.model, demo.context, plan).continue_text, prompt, NEW_TOKENS)
+        results.texts[label] = demo.tokenizer.decode(continue_text()[0].tolist())
+        runs[label] = lambda run=continue_text: run()[1]
         done(description=f"{label} compiled")
     results.seconds = interleave(runs, ROUNDS)
     done(description="decoded")
 
 
 def _print(demo: DemoModel, results: Results, console: Console) -> None:
-    plan = next(iter(results.plans.values()))[0]
-    dense_bytes = sum(site.dense_bytes for site in plan.sites)
-    dense = next(iter(results.seconds))
-    shown = [(dense, 1.0, results.dense)]
+    dense_bytes = sum(site.dense_bytes for site in next(iter(results.plans.values()))[0].sites)
+    shown = [(DENSE, 1.0, results.dense)]
     for case in SHOWN:
         plan, quality = results.plans[case]
         shown.append((_label(*case), plan.touched_fraction, quality))
     rows = [
-        [
-            label,
-            f"{quality.perplexity:.3f} ({quality.rise:+.2%})",
-            f"{quality.agreement:.1%}",
-            f"{touched * dense_bytes / 1e6:.2f} MB ({touched:.1%})",
-            f"{1 / statistics.median(results.seconds[label]):.0f}",
-            str(Ratio.between(results.seconds[dense], results.seconds[label])),
-        ]
+        {
+            "": label,
+            "perplexity": f"{quality.perplexity:.3f} ({quality.rise:+.2%})",
+            "next token as dense": f"{quality.agreement:.1%}",
+            "FFN bytes / token": f"{touched * dense_bytes / 1e6:.2f} MB ({touched:.1%})",
+            "tokens/s": f"{1 / statistics.median(results.seconds[label]):.0f}",
+            "against Inductor (min to max)": str(Ratio.between(results.seconds[DENSE], results.seconds[label])),
+        }
         for label, touched, quality in shown
     ]
-    heads = ["", "perplexity", "next token as dense", "FFN bytes / token", "tokens/s", "against Inductor (min to max)"]
     parameters, tokens = sum(p.numel() for p in demo.model.parameters()), WINDOWS * demo.context
     console.print(
-        f"{markdown(heads, rows)}\n\n"
+        f"{markdown(rows)}\n\n"
         f"GPT-2 shape, {parameters / 1e6:.1f}M parameters, float32, trained on {demo.training['tokens'] / 1e6:.1f}M "
         f"tokens. Calibrated on {tokens:,} tokens of modules kept from training; perplexity and agreement over "
         f"{tokens:,} tokens of other such modules, every token through fold and correction. Bytes are the plan's, "
-        f"expected corrections included.\n"
+        f"including expected corrections.\n"
         f"Decoding: batch 1, static cache, {PROMPT} tokens of prompt, {NEW_TOKENS - 1} steps, median of {ROUNDS} "
         f"interleaved rounds; {conditions()}.",
         markup=False,
         highlight=False,
     )
     for label, text in results.texts.items():
-        console.print(f"\n{label} goes on:", style="bold")
+        console.print(f"\n{label} continues:", style="bold")
         console.print("\n".join(text.splitlines()[:6]), markup=False, highlight=False)

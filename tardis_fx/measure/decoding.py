@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import inspect
-import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float, Int64
 from torch import Tensor
 from torch._inductor import config as inductor_config
 
 from tardis_fx.errors import BenchError
-from tardis_fx.measure.timing import wait
+from tardis_fx.measure.timing import seconds
 from tardis_fx.observation.batches import uncompiled
 from tardis_fx.observation.capture import own_code
+from tardis_fx.plan import Plan
 
 
 class Decoder:
@@ -23,17 +25,29 @@ class Decoder:
     Freezing is not an option of ``torch.compile``, because Dynamo also reads the setting at every compilation.
     """
 
-    def __init__(self, model: Any, context: int, *, freezing: bool = False, **options: Any) -> None:
+    def __init__(
+        self,
+        model: Any,
+        context: int,
+        plan: Plan | Path | None = None,
+        *,
+        freezing: bool = False,
+        mode: str | None = None,
+    ) -> None:
         """Allocates the cache; the model is compiled at the first token.
 
         Args:
             model: a causal language model of transformers.
             context: tokens that the cache holds; attention reads all of it at every step.
+            plan: of the model, or its file; None compiles the original model with Inductor.
             freezing: whether Inductor turns weights into constants that it packs.
-            options: of ``torch.compile``.
+            mode: of ``torch.compile``.
         """
         from transformers import StaticCache
 
+        options: dict[str, Any] = {"mode": mode}
+        if plan is not None:
+            options = {"backend": "tardis", "options": {"plan": plan, "mode": mode}}
         self._frozen: dict[str, Any] = {"freezing": True} if freezing else {}
         self._step: Callable[..., Tensor] = torch.compile(own_code(call_model), fullgraph=True, **options)
         self._model, self._device = model, model.device
@@ -43,52 +57,49 @@ class Decoder:
         if self._device.type == "cuda":  # a CUDA graph can only hold cache memory that exists before it is captured
             self._read(torch.zeros(1, dtype=torch.int64, device=self._device))
 
-    @torch.no_grad()
-    def follow(self, tokens: Tensor) -> float:
-        """Seconds per step along given tokens, from an empty cache, so that every contender does the same work.
-
-        Args:
-            tokens: token ids, [steps].
-        """
+    def follow(self, tokens: Int64[Tensor, " tokens"]) -> float:
+        """Seconds per step along given tokens, from an empty cache, so that every contender does the same work."""
         self.cache.reset()
-        with inductor_config.patch(self._frozen):
-            wait(self._device)
-            started = time.perf_counter()
-            for token, position in zip(tokens.view(-1, 1, 1), self._positions[:, None], strict=False):
+        positions = self._positions[: len(tokens)]
+
+        def run() -> None:
+            for token, position in zip(tokens.view(-1, 1, 1), positions[:, None], strict=True):
                 self._step(self._model, token, **self._cache, position_ids=position)
-            wait(self._device)
-            return (time.perf_counter() - started) / len(tokens)
 
-    @torch.no_grad()
-    def continue_text(self, prompt: Tensor, count: int) -> tuple[Tensor, float]:
-        """Continues a prompt with the likeliest tokens; the model reads the prompt uncompiled.
+        return self._seconds(run) / len(tokens)
 
-        Args:
-            prompt: token ids, [length].
-            count: tokens to add.
+    def continue_text(self, prompt: Int64[Tensor, " length"], count: int) -> tuple[Int64[Tensor, " count"], float]:
+        """Continues a prompt by a number of likeliest tokens; the model reads the prompt uncompiled.
 
         Returns:
-            The new token ids, [count], and seconds per token, without the prompt's time.
+            The new token ids, and seconds per token, without the prompt's time.
         """
         self.cache.reset()
         tokens = [self._read(prompt)[:, -1:].argmax(-1)]
-        with inductor_config.patch(self._frozen):
-            wait(self._device)
-            started = time.perf_counter()
+
+        def run() -> None:
             for position in self._positions[len(prompt) : len(prompt) + count - 1, None]:
-                step = self._step(self._model, tokens[-1], **self._cache, position_ids=position)
-                tokens.append(step.argmax(-1))
-            wait(self._device)
-            return torch.cat(tokens, 1)[0], (time.perf_counter() - started) / (count - 1)
+                logits = self._step(self._model, tokens[-1], **self._cache, position_ids=position)
+                tokens.append(logits.argmax(-1))
+
+        taken = self._seconds(run)
+        return torch.cat(tokens, 1)[0], taken / (count - 1)
 
     @torch.no_grad()
-    def _read(self, prompt: Tensor) -> Tensor:
+    def _seconds(self, steps: Callable[[], None]) -> float:
+        with inductor_config.patch(self._frozen):
+            return seconds(steps, self._device)
+
+    @torch.no_grad()
+    def _read(self, prompt: Int64[Tensor, " length"]) -> Float[Tensor, "1 length vocabulary"]:
         positions = self._positions[: len(prompt)].T
         return call_model(self._model, prompt[None], **self._cache, position_ids=positions)
 
 
-def call_model(model: Callable[..., Any], tokens: Tensor, **rest: Any) -> Tensor:
-    """Logits, [batch, tokens, vocabulary]; every decoder compiles a copy of this function."""
+def call_model(
+    model: Callable[..., Any], tokens: Int64[Tensor, "batch tokens"], **rest: Any
+) -> Float[Tensor, "batch tokens vocabulary"]:
+    """Logits; every decoder compiles a copy of this function."""
     logits: Tensor = model(tokens, **rest).logits
     return logits
 
@@ -109,13 +120,12 @@ def cache_argument(model: Any) -> str:
     raise BenchError(f"{type(model).__name__}.forward takes no key-value cache: decoding step by step needs one")
 
 
-def sample_tokens(model: Any, count: int, length: int, *, trained: bool) -> Tensor:
-    """Sequences of tokens, [count, length]: random, or generated by a trained model."""
-    first = torch.randint(
-        model.config.vocab_size, (count, 1 if trained else length), dtype=torch.int64, device=model.device
-    )
+def sample_tokens(model: Any, count: int, length: int, *, trained: bool) -> Int64[Tensor, "count length"]:
+    """Sequences of tokens: random, or generated by a trained model."""
+    shape = count, 1 if trained else length
+    tokens = torch.randint(model.config.vocab_size, shape, dtype=torch.int64, device=model.device)
     if not trained:
-        return first
+        return tokens
     new = length - 1
-    written: Tensor = model.generate(first, do_sample=True, min_new_tokens=new, max_new_tokens=new, pad_token_id=0)
-    return written
+    text: Tensor = model.generate(tokens, do_sample=True, min_new_tokens=new, max_new_tokens=new, pad_token_id=0)
+    return text

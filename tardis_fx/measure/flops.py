@@ -16,24 +16,19 @@ TOKENS = 32
 
 @torch.no_grad()
 def prefill_share(plan: Plan, observation: Observation) -> float:
-    """FLOPs as a fraction of those of the original sites; refused sites count in full.
-
-    Args:
-        plan: made from the observation.
-        observation: knows the sites' weights.
-    """
-    found = dense = 0
+    """FLOPs of a plan made from the observation, relative to the original sites; refused sites count in full."""
+    total = dense = 0
     for site in observation.sites:
-        own = 2 * TOKENS * sum(p.numel() for p in site.parameters if p.dim() == 2)
-        dense += own
+        original = 2 * TOKENS * sum(p.numel() for p in site.parameters if p.dim() == 2)
+        dense += original
         entry = plan.find(site.fingerprint)
         if not isinstance(entry, SitePlan):
-            found += own
+            total += original
             continue
         rewrite = rewrite_named(entry.method)
         x = site.weights.up.new_zeros(TOKENS, site.weights.up.shape[1])
         constants = rewrite.constants(entry, site.weights)
         with FlopCounterMode(display=False) as counter:
             rewrite.forward(x, constants, entry)
-        found += counter.get_total_flops()
-    return found / dense
+        total += counter.get_total_flops()
+    return total / dense

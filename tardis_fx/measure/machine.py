@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from tardis_fx.measure.extras import needed_by
+from tardis_fx.measure.requirements import needed_by
 from tardis_fx.measure.timing import seconds
 
 _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
@@ -40,18 +40,13 @@ class Machine:
 
     @classmethod
     def measured(cls, device: str = "cpu", rounds: int = 9) -> Machine:
-        """Measures this machine: the best of several rounds, since other work can only slow a copy down.
-
-        Args:
-            device: "cpu", or "cuda" for the current CUDA device.
-            rounds: number of copies and sums.
-        """
+        """Measures this machine: the best of several rounds, because other work can only slow a copy down."""
         size = last_level_cache(device)
         if device == "cpu":
             name, threads, count = processor(), torch.get_num_threads(), size  # four caches of float32
         else:
-            found = torch.cuda.get_device_properties(torch.cuda.current_device())
-            name, threads, count = found.name, found.multi_processor_count, 1 << 28  # 1 GiB: many caches
+            properties = torch.cuda.get_device_properties()
+            name, threads, count = properties.name, properties.multi_processor_count, 1 << 28  # 1 GiB: many caches
         source = torch.ones(count, dtype=torch.float32, device=device)
         target = torch.empty_like(source)
         copy = min(seconds(lambda: target.copy_(source), source.device) for _ in range(rounds))
@@ -61,12 +56,12 @@ class Machine:
 
     @property
     def roof(self) -> str:
-        """Names the measurement that determines the bandwidth."""
+        """Names the measurement that determines the bandwidth: decoding mostly reads."""
         return "the faster of copy and sum" if self.device == "cpu" else "the copy"
 
     @property
     def bandwidth(self) -> float:
-        """Bytes per second for computing floors; decoding mostly reads."""
+        """Bytes per second for computing floors."""
         return (max(self.copy, self.read) if self.device == "cpu" else self.copy) * 1e9
 
     def __str__(self) -> str:
@@ -78,11 +73,7 @@ class Machine:
 
 
 def conditions() -> str:
-    """Processor, threads and PyTorch's version, which a CPU benchmark prints with its results.
-
-    Raises:
-        BenchError: py-cpuinfo is not installed.
-    """
+    """Processor, threads and PyTorch's version, which a CPU benchmark prints with its results."""
     return f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
@@ -104,7 +95,7 @@ def last_level_cache(device: str = "cpu") -> int:
     py-cpuinfo also reports caches, but takes the last level's size from a line of /proc/cpuinfo for the second level.
     """
     if device == "cuda":
-        return int(torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size)
+        return int(torch.cuda.get_device_properties().L2_cache_size)
     sizes = [re.fullmatch(r"(\d+)([KMG]?)\s*", path.read_text()) for path in _CACHES.glob("index*/size")]
     return max(
         (int(size[1]) << {"": 0, "K": 10, "M": 20, "G": 30}[size[2]] for size in sizes if size), default=UNKNOWN_CACHE

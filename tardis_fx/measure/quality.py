@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
@@ -35,13 +36,8 @@ class DenseReference:
     """A text and the dense model's logits on it, for comparison with rewritten forms of the model."""
 
     @torch.no_grad()
-    def __init__(self, model: nn.Module, windows: Tensor) -> None:
-        """Runs the dense model on the text.
-
-        Args:
-            model: in eval mode.
-            windows: token ids, [windows, length]; eight windows run at a time.
-        """
+    def __init__(self, model: nn.Module, windows: Int64[Tensor, "windows length"]) -> None:
+        """Runs the dense model, in eval mode, on the text: eight windows at a time."""
         self._batches = windows.split(8)
         self._logits = list(self._run(model))
         self._loss = self._sums(self._logits)[0]
@@ -53,16 +49,16 @@ class DenseReference:
         loss, kl, agreement = self._sums(self._run(run))
         return Quality(math.exp(loss), math.expm1(loss - self._loss), agreement, kl)
 
-    def _run(self, run: Callable[..., Any]) -> Iterable[Tensor]:
+    def _run(self, run: Callable[..., Any]) -> Iterable[Float[Tensor, "batch length vocabulary"]]:
         return (run(batch, use_cache=False).logits for batch in self._batches)
 
-    def _sums(self, logits: Iterable[Tensor]) -> tuple[float, float, float]:
+    def _sums(self, logits: Iterable[Float[Tensor, "batch length vocabulary"]]) -> tuple[float, float, float]:
         """Mean loss, mean KL divergence, and agreement."""
         loss = kl = same = 0.0
         for tokens, rewritten, dense in zip(self._batches, logits, self._logits, strict=True):
-            ours, theirs = rewritten.float().log_softmax(-1), dense.float().log_softmax(-1)
-            loss += float(F.nll_loss(ours[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum"))
-            kl += float(F.kl_div(ours, theirs, reduction="sum", log_target=True))
+            log_q, log_p = rewritten.float().log_softmax(-1), dense.float().log_softmax(-1)
+            loss += float(F.nll_loss(log_q[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum"))
+            kl += float(F.kl_div(log_q, log_p, reduction="sum", log_target=True))
             same += float((rewritten.argmax(-1) == dense.argmax(-1)).sum())
         count = sum(tokens.numel() for tokens in self._batches)
         predicted = count - sum(len(tokens) for tokens in self._batches)

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tardis_fx.errors import BenchError
-from tardis_fx.measure.extras import needed_by
+from tardis_fx.measure.requirements import needed_by
 
 
-def markdown(headings: Sequence[str], rows: Iterable[Sequence[str]], titles: int = 1) -> str:
+def markdown(rows: Sequence[Mapping[str, str]], titles: int = 1) -> str:
     """Formats a Markdown table.
 
     Args:
-        headings: of the columns.
-        rows: cells, as many as headings.
+        rows: cells by heading; a missing cell stays empty.
         titles: number of leading columns that name the row, aligned to the left; others go to the right.
 
     Raises:
@@ -23,17 +22,14 @@ def markdown(headings: Sequence[str], rows: Iterable[Sequence[str]], titles: int
     """
     with needed_by("a table"):
         from tabulate import tabulate
+    headings = list(dict.fromkeys(heading for row in rows for heading in row))
     alignment = ["left"] * titles + ["right"] * (len(headings) - titles)
-    cells = [[cell.replace("|", "/") for cell in row] for row in rows]
+    cells = [[row.get(heading, "").replace("|", "/") for heading in headings] for row in rows]
     return str(tabulate(cells, headings, "pipe", disable_numparse=True, colalign=alignment))
 
 
 def write_csv(rows: Sequence[Mapping[str, object]], path: Path) -> None:
-    """Writes rows as CSV.
-
-    Args:
-        rows: at least one; the keys of the first are the headings.
-        path: of the file; an existing file is replaced.
+    """Writes rows as CSV; the keys of the first are the headings.
 
     Raises:
         BenchError: the file cannot be written.

@@ -22,9 +22,9 @@ class Ratio(NamedTuple):
     high: float
 
     @classmethod
-    def between(cls, base: Sequence[float], other: Sequence[float]) -> Ratio:
-        """Ratio of base to other, round by round: above 1 if ``other`` takes less time."""
-        ratios = [b / o for b, o in zip(base, other, strict=True)]
+    def between(cls, base: Sequence[float], contender: Sequence[float]) -> Ratio:
+        """Ratio of base to contender, round by round: above 1 if the contender takes less time."""
+        ratios = [b / c for b, c in zip(base, contender, strict=True)]
         return cls(min(ratios), statistics.median(ratios), max(ratios))
 
     def __str__(self) -> str:
@@ -33,23 +33,12 @@ class Ratio(NamedTuple):
 
 def interleave(contenders: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
     """Runs all contenders in each round, after one warm-up round, and returns their results by contender."""
-    results: dict[str, list[float]] = {name: [] for name in contenders}
-    for turn in range(rounds + 1):
-        for name, run in contenders.items():
-            result = run()
-            if turn:
-                results[name].append(result)
-    return results
+    turns = [[run() for run in contenders.values()] for _ in range(rounds + 1)]
+    return {name: list(results[1:]) for name, results in zip(contenders, zip(*turns, strict=True), strict=True)}
 
 
 def seconds(run: Callable[[], object], device: torch.device = _CPU, calls: int = 1) -> float:
-    """Seconds per call, as the mean of consecutive calls.
-
-    Args:
-        run: the function to time.
-        device: on which it computes.
-        calls: number of consecutive calls.
-    """
+    """Seconds per call, as the mean of consecutive calls that compute on a device."""
     wait(device)
     started = time.perf_counter()
     for _ in range(calls):

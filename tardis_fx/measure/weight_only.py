@@ -67,15 +67,11 @@ def _importing() -> Iterator[None]:
 
 
 def quantise_model(
-    model: nn.Module, quantise: Callable[[nn.Module], None], bits: int = 8, but: Sequence[Tensor] = ()
+    model: nn.Module, quantise: Callable[[nn.Module], None], bits: int = 8, excluded: Sequence[Tensor] = ()
 ) -> tuple[nn.Module, int, list[str]]:
-    """Copies a model and quantises its projections to a few bits.
+    """Copies a model and quantises its projections, except excluded weights, which the copy shares with the model.
 
-    Args:
-        model: to be copied.
-        quantise: from :func:`quantiser`.
-        bits: 8, with a scale for every row, or 4, with a scale and a zero point for every group.
-        but: weights that are not quantised, and are shared with the model.
+    8 bits have a scale for every row, 4 bits a scale and a zero point for every group of columns.
 
     Returns:
         The copy, the bytes that a decoded token saves, and the names of the layers that 4 bits do not support.
@@ -83,35 +79,29 @@ def quantise_model(
     Raises:
         BenchError: torchao lacks something for it.
     """
-    shared = {id(p): p for p in but}
-    saved, taken, left = 0, [], []
+    shared = {id(p): p for p in excluded}
+    saved, names, unsupported = 0, [], []
     for name, module in model.named_modules():
         layer = linear(module)
         if layer is None or id(module.weight) in shared:
             continue
         if bits == 4 and layer.out_features % ROWS:
-            left.append(name)
+            unsupported.append(name)
             continue
-        taken.append(name)
+        names.append(name)
         w = layer.weight
         scales = len(w) if bits == 8 else 2 * w.numel() // GROUP
         saved += w.nbytes - w.numel() * bits // 8 - scales * w.element_size()
-    return _quantised(model, quantise, taken, shared), saved, left
+    return _quantised(model, quantise, names, shared), saved, unsupported
 
 
 def quantise_ffns(
     model: nn.Module, quantise: Callable[[nn.Module], None], sites: Sequence[ObservedSite], bits: int
 ) -> tuple[nn.Module, float]:
-    """Copies a model with quantised sites, and returns the share of the FFNs' bytes that they take when packed.
+    """Copies a model with sites quantised by :func:`ffn_quantiser`, and returns their packed size over the FFNs' bytes.
 
     torchao computes with one byte per weight. Here packed codes count, with scale and zero point of each group, which
     makes as many bytes as this project's codes.
-
-    Args:
-        model: to be copied.
-        quantise: of :func:`ffn_quantiser`.
-        sites: of the model.
-        bits: of a code.
 
     Raises:
         BenchError: torchao lacks something for it.
@@ -119,14 +109,18 @@ def quantise_ffns(
     """
     matrices = {p.data_ptr() for site in sites for p in site.parameters if p.dim() == 2}
     total = size = sum(site.weights.bytes for site in sites)
-    names = [name for name, module in model.named_modules() if _address(module) in matrices]
-    for name in names:
-        layer = linear(model.get_submodule(name))
+    names = []
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if not isinstance(weight, Tensor) or weight.data_ptr() not in matrices:
+            continue
+        layer = linear(module)
         if layer is None or layer.in_features % FFN_GROUP:
             raise CalibrationError(f"torchao cannot quantise {name} in groups of {FFN_GROUP}")
-        size += layer.out_features * row_bytes(layer.in_features, bits, FFN_GROUP) - layer.weight.nbytes
+        names.append(name)
+        size += layer.out_features * row_bytes(layer.in_features, bits, FFN_GROUP) - weight.nbytes
     if len(names) < len(matrices):
-        raise CalibrationError("torchao quantises layers, and an FFN's matrix is in none")
+        raise CalibrationError("torchao quantises layers, and a matrix of an FFN is in no layer")
     return _quantised(model, quantise, names, {}), size / total
 
 
@@ -163,8 +157,3 @@ def linear(module: Any) -> nn.Linear | None:
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=module.bias is not None, device="meta")
     layer.weight, layer.bias = weight, module.bias
     return layer.eval()
-
-
-def _address(module: nn.Module) -> int | None:
-    weight = getattr(module, "weight", None)
-    return weight.data_ptr() if isinstance(weight, torch.Tensor) else None
