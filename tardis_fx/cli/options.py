@@ -1,78 +1,53 @@
-"""Options that several commands share, and the parsing of their text.
-
-Checks run as callbacks and raise this package's errors, so that a mistake gives one line and exit code 1. typer's own
-types and parsers would print its usage text and give exit code 2.
-"""
+"""Options that several commands share, and the parsing of their text."""
 
 from __future__ import annotations
 
 import ast
-import os
 import re
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-import torch
 import typer
 
 from tardis_fx.config import Config
-from tardis_fx.errors import BenchError, ConfigError
+from tardis_fx.errors import ConfigError
+from tardis_fx.measure.requirements import check_writable
 from tardis_fx.passes.registry import check_rewrites, owners_of_options
 
-Number = TypeVar("Number", int, float)
+T = TypeVar("T")
+DType = Literal["float32", "bfloat16", "float16"]
 Model = Annotated[str, typer.Option(help="demo, or a folder with config.json, weights and tokenizer.json.")]
+Windows = Annotated[
+    int, typer.Option(min=1, help="Number of 256-token windows of text; `compare` measures on as many others.")
+]
 
 
-def torch_dtype(name: str) -> torch.dtype:
-    """The dtype with the given name.
+def comma_separated(
+    parse: Callable[[str], T], kind: str, valid: Callable[[T], bool] = lambda value: True
+) -> Callable[[Any], list[T]]:
+    """A parser of comma-separated values for an option; ``parse`` raises ValueError for a wrong one."""
 
-    Raises:
-        ConfigError: a model cannot be cast to it.
-    """
-    import torch
+    def parse_all(text: Any) -> list[T]:
+        if not isinstance(text, str):  # the default
+            return list(text)
+        try:
+            values = [parse(part) for part in text.split(",")]
+        except ValueError:
+            values = []
+        if not values or not all(map(valid, values)):
+            raise typer.BadParameter(f"expected {kind} separated by commas, not {text!r}")
+        return values
 
-    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if name not in known:
-        raise ConfigError(f"dtype must be {', '.join(known)}, not {name!r}")
-    return known[name]
+    return parse_all
 
 
 def writable(path: Path | None) -> Path | None:
-    """Checks that a file can be written before spending minutes."""
-    if path is not None and (path.is_dir() or not os.access(path.absolute().parent, os.W_OK)):
-        raise BenchError(f"cannot write {path}")
+    """Checks that a file can be written before minutes are spent on its contents."""
+    if path is not None:
+        check_writable(path)
     return path
-
-
-def numbers(name: str, text: str, kind: type[Number]) -> list[Number]:
-    """Parses numbers separated by commas.
-
-    Args:
-        name: of the option.
-        text: of the option.
-        kind: int or float.
-
-    Raises:
-        ConfigError: the text is anything else.
-    """
-    try:
-        return [kind(part) for part in text.split(",")]
-    except ValueError:
-        kinds = "whole numbers" if kind is int else "numbers"
-        raise ConfigError(f"{name} must be {kinds} with commas between, not {text!r}") from None
-
-
-def positive(name: str, text: str) -> list[int]:
-    """Parses positive whole numbers separated by commas.
-
-    Raises:
-        ConfigError: the text is anything else.
-    """
-    found = numbers(name, text, int)
-    if min(found) < 1:
-        raise ConfigError(f"{name} must be positive, not {text}")
-    return found
 
 
 def methods_with_settings(text: str) -> list[tuple[str, dict[str, Any]]]:
@@ -94,7 +69,10 @@ def methods_with_settings(text: str) -> list[tuple[str, dict[str, Any]]]:
                 raise ConfigError(f"methods are given as name or name:field=value,field=value, not {setting!r}")
             if key not in (known := [*fixed, *owners_of_options(name)]):
                 raise ConfigError(f"unknown field {key!r} of {name}: {', '.join(known)}")
-            values[key] = _literal(value)
+            try:
+                values[key] = ast.literal_eval(value)
+            except (ValueError, SyntaxError):
+                values[key] = value
         methods.append((name, values))
     return methods
 
@@ -115,10 +93,3 @@ def config_of(method: str, settings: dict[str, Any]) -> tuple[Config, bool]:
             config = config.with_options(rewrite, **{name: value})
     check_rewrites(config)
     return config, healed
-
-
-def _literal(text: str) -> Any:
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text

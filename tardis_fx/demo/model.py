@@ -13,7 +13,7 @@ from jaxtyping import Int64
 from torch import Tensor, nn
 
 from tardis_fx.demo.corpus import Split, modules
-from tardis_fx.errors import CalibrationError, ConfigError, DemoError
+from tardis_fx.errors import CalibrationError, DemoError
 from tardis_fx.measure.requirements import needed_by
 
 FOLDER = Path(__file__).parent / "model"
@@ -66,11 +66,8 @@ def cut(ids: Int64[Tensor, " length"], count: int, length: int, seed: int = 0) -
     """Cuts windows of a length out of a text: evenly spread for seed 0, with drawn starts for other seeds.
 
     Raises:
-        ConfigError: the count is not positive.
         CalibrationError: the text is shorter than a window.
     """
-    if count < 1:
-        raise ConfigError(f"windows must be positive, not {count}")
     last = len(ids) - length
     if last < 0:
         raise CalibrationError(f"{len(ids)} tokens of text are less than one window of {length}: give more text")
