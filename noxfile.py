@@ -5,8 +5,6 @@ suite, and write the result to docs/compatibility.md. `deprecations` runs the su
 to find the source of a warning that .ci/run reports. Arguments behind `--` go to pytest.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import nox

@@ -8,21 +8,20 @@ loss's gradients with respect to a site's output, on the calibration text with l
 neuron's error by its column of down: in full, by its diagonal, or by its trace alone (one weight a layer).
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
 from tardis_fx import Config, Plan
 from tardis_fx.demo.model import WINDOWS, load
@@ -37,9 +36,6 @@ from tardis_fx.partial_linear.ranges import PricedSite, Ranges
 from tardis_fx.partial_linear.residuals import ResidualObserver
 from tardis_fx.partial_linear.widths import Fitted
 from tardis_fx.passes.partial_linear import PartialLinear
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 Gram = Float[Tensor, "d_out d_out"]
 WIDTHS = {"fold_bits": 4, "row_bits": 4}

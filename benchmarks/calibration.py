@@ -3,8 +3,6 @@
 python benchmarks/calibration.py [tokens]
 """
 
-from __future__ import annotations
-
 import resource
 import sys
 

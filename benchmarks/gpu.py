@@ -5,8 +5,6 @@ python benchmarks/gpu.py
 Prints one table and puts it on top of benchmarks/results/<device>.md. Runs from a checkout too, with ``PYTHONPATH=.``.
 """
 
-from __future__ import annotations
-
 import gc
 import os
 import re

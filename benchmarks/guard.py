@@ -3,8 +3,6 @@
 python benchmarks/guard.py
 """
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Callable
 from functools import partial

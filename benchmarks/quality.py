@@ -9,8 +9,6 @@ are cast to bfloat16, and every token takes the rewritten path. Each seed draws 
 methods; the table shows the mean and, in brackets, the least and the greatest. ``tardis compare`` takes other cases.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Sequence

@@ -11,8 +11,6 @@ command that measured it. A data file holds, for each table:
     rows                    for each column a text, a figure, or a list of figures
 """
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

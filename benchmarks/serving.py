@@ -6,8 +6,6 @@ python benchmarks/serving.py wide --requests 200       # random weights, an FFN 
 To be run by the Python of an environment with vLLM (scripts/vllm_env.sh).
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

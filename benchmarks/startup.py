@@ -7,8 +7,6 @@ the compilation and that token, including reading and checking the plan's file. 
 warm after the warm-up round, as for a restarted service.
 """
 
-from __future__ import annotations
-
 import statistics
 import subprocess
 import sys

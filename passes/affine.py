@@ -1,7 +1,5 @@
 """Affine maps from a site's input to its output, and the base class of rewrites that replace an FFN by one."""
 
-from __future__ import annotations
-
 from jaxtyping import Float, Float64
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """The contract of a rewrite: one way to replace a site."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
@@ -141,7 +139,7 @@ class Rewrite(ABC):
         """The config with which this rewrite leaves matrices to a following rewrite, if that depends on options."""
         return config
 
-    def applied_after(self, previous: Rewrite) -> Rewrite | None:
+    def applied_after(self, previous: "Rewrite") -> "Rewrite | None":
         """This rewrite wrapped around another one at the same sites, or None to compose the two.
 
         Raises:

@@ -6,8 +6,6 @@ activation is a single matrix. A gated FFN without its activation is the product
 affine, so it is refused.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import ClassVar
 

@@ -7,8 +7,6 @@
    error is measured against the original FFN.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import ClassVar

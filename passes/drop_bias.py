@@ -3,8 +3,6 @@
 The rewritten site is an FFN whose only bias is the last one, and other rewrites can be fitted to it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import ClassVar

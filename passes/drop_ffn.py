@@ -5,8 +5,6 @@ the loss is the part that the residual stream loses: the variance of the output,
 saved. The mean remains as a bias.
 """
 
-from __future__ import annotations
-
 from typing import ClassVar
 
 import torch

@@ -3,8 +3,6 @@
 The file that the entry was read from is not trusted.
 """
 
-from __future__ import annotations
-
 import weakref
 from collections.abc import Sequence
 

@@ -6,8 +6,6 @@
 3. The lines fold as in :func:`tardis_fx.passes.affine.fold`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import ClassVar
 

@@ -7,8 +7,6 @@
    kept, the rank is 0.4 k / h of the full one, and k is the largest that fits; all kept is the original.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import ClassVar
 

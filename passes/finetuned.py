@@ -3,8 +3,6 @@
 The plan holds all trained constants; the original weights that they were made from are not read again.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import ClassVar

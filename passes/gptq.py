@@ -4,8 +4,6 @@ Like :mod:`tardis_fx.passes.rtn`, but each column compensates for the rounding o
 the matrix's operand: the site's inputs for W1 and a gate, the neurons' responses for W2.
 """
 
-from __future__ import annotations
-
 from typing import ClassVar
 
 from tardis_fx.passes.rtn import Rtn

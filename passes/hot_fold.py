@@ -9,8 +9,6 @@
 This is the fold of :mod:`tardis_fx.passes.partial_linear` without guards.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial

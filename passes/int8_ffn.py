@@ -12,8 +12,6 @@
 4. The codes are computed from the other rewrite's constants, so the plan needs no further tensors.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import replace

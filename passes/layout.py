@@ -4,8 +4,6 @@ Kernels and ``index_select`` on a GPU do not check indices, and NaN spreads sile
 shapes, indices and scales of an entry are compared with the layout of its rewrite before they are used.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any

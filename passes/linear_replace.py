@@ -5,8 +5,6 @@
    The budget takes the place of a threshold on R².
 """
 
-from __future__ import annotations
-
 from typing import ClassVar
 
 from torch import Tensor

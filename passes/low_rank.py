@@ -6,8 +6,6 @@
 3. A budget of all bytes keeps the matrices unchanged, because factors of full rank would be larger.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any, ClassVar
 

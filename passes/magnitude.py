@@ -3,8 +3,6 @@
 ``score = |W|``, over the whole matrix; ``magnitude_2_4`` keeps two of each four neighbours in a row.
 """
 
-from __future__ import annotations
-
 from typing import ClassVar
 
 from jaxtyping import Float

@@ -1,7 +1,5 @@
 """Forms of a matrix, [rows, columns]: the tensors that a plan stores, and the linear layer."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Self

@@ -6,8 +6,6 @@
 3. The fold is not regressed.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import ClassVar
 

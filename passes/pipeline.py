@@ -1,7 +1,5 @@
 """Applies a plan to a graph: matches, rewrites every planned site, and returns the outcome of each."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """Looks up registered rewrites and their compositions by name."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from functools import cache, wraps

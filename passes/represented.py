@@ -3,8 +3,6 @@
 A subclass defines the settings for a budget, their bytes, and how to fit and read the form of one matrix.
 """
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar

@@ -8,8 +8,6 @@ compared over the whole matrix; ``ria_2_4`` keeps two of each four neighbours in
 channels before 2:4 pruning is left out.
 """
 
-from __future__ import annotations
-
 from typing import ClassVar
 
 from jaxtyping import Float

@@ -7,8 +7,6 @@
    weight-only quantisation also rounds to nearest, and has fast kernels for 4 and 8 bits.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any, ClassVar
 

@@ -11,8 +11,6 @@ The bytes of a shared FFN are counted once per token, regardless of the number o
 cache, every layer of its group reads it from memory again: sharing then saves memory but no time.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import ClassVar
@@ -84,7 +82,7 @@ class ShareFfn(StaticRewrite):
         maps = (yield Run(title, lambda s: OutputRegression(s, groups[s.fingerprint].kept), takers)) if takers else {}
         return [self._choice(s, groups[s.fingerprint], maps.get(s.fingerprint)) for s in sites]
 
-    def _choice(self, site: ObservedSite, group: Group, fitted: OutputRegression | None) -> Choice:
+    def _choice(self, site: ObservedSite, group: "Group", fitted: "OutputRegression | None") -> Choice:
         share = site.weights.bytes / len(group.sites)
         if len(group.sites) == 1:
             return Choice(share, settings={"rank": None})
@@ -130,7 +128,7 @@ class Group:
     def __init__(self, sites: Sequence[ObservedSite], rank: int) -> None:
         self.sites, self.rank = sites, rank
 
-    def keep(self, candidates: Mapping[str, CandidateErrors]) -> None:
+    def keep(self, candidates: Mapping[str, "CandidateErrors"]) -> None:
         """Chooses the FFN with the smallest error over all sites' outputs."""
         errors = torch.stack([candidates[site.fingerprint].errors for site in self.sites]).sum(0)
         self.kept = self.sites[int(errors.argmin())]

@@ -6,8 +6,6 @@
 3. A pruned matrix remains dense, with zeros: a quality baseline, with no speed-up and no storage saved.
 """
 
-from __future__ import annotations
-
 import math
 from abc import abstractmethod
 from collections.abc import Mapping

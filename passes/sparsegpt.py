@@ -8,8 +8,6 @@ Quality baseline, no speed-up. With U the upper Cholesky factor of the inverse G
    (algorithm 1).
 """
 
-from __future__ import annotations
-
 from typing import ClassVar
 
 import torch

@@ -5,8 +5,6 @@
 2. The error is that of the finished replacement on the held-back tokens, in the model's own dtype.
 """
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace

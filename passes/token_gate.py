@@ -7,8 +7,6 @@
    one: it counts the gate always, the FFN for its share of tokens, and the map for the others.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 

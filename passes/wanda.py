@@ -4,8 +4,6 @@ Quality baseline, no speed-up. ``score[i, j] = |W[i, j]| ‖x_j‖₂`` (section
 ``wanda_2_4`` keeps two of each four neighbours in a row.
 """
 
-from __future__ import annotations
-
 from typing import ClassVar
 
 from jaxtyping import Float

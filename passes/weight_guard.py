@@ -5,8 +5,6 @@ looked up by identity and compared with an earlier snapshot (:mod:`tardis_fx.run
 fingerprinted; if the plan knows them they get their own constants, otherwise the call does not use a fold.
 """
 
-from __future__ import annotations
-
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass

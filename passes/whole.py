@@ -5,8 +5,6 @@
 2. The reason of a kept site states the loss that it would have had.
 """
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from collections.abc import Sequence
 

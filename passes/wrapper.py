@@ -1,7 +1,5 @@
 """Rewrites that change the constants of another rewrite, or of the original FFN."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import ClassVar

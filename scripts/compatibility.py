@@ -6,8 +6,6 @@ python scripts/compatibility.py record LANE REPORT     writes the column `oldest
 Run by `nox -s oldest newest`. Exits with 1 where a test of the report failed.
 """
 
-from __future__ import annotations
-
 import argparse
 import datetime
 import platform

@@ -1,7 +1,5 @@
 """The torch.compile backend ``"tardis"``, which rewrites FFNs and calls Inductor."""
 
-from __future__ import annotations
-
 import dataclasses
 import logging
 from collections.abc import Callable, Iterator, Sequence

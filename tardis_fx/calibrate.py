@@ -1,7 +1,5 @@
 """``tardis_fx.calibrate``: makes a plan from a model and calibration text."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterable
 from dataclasses import asdict, fields, replace

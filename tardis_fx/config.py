@@ -1,7 +1,5 @@
 """The options of calibration and of the backend."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import wraps
@@ -84,7 +82,7 @@ class Config:
     sequential: bool = False
     progress: bool = True
 
-    def __new__(cls, **values: Any) -> Config:
+    def __new__(cls, **values: Any) -> "Config":
         """Refuses fields that have become options of a rewrite.
 
         Raises:
@@ -118,7 +116,7 @@ class Config:
         """The options given for a rewrite."""
         return dict(dict(self.options).get(rewrite, ()))
 
-    def with_options(self, rewrite: str, **changed: Any) -> Config:
+    def with_options(self, rewrite: str, **changed: Any) -> "Config":
         """A copy of the config with changed options for a rewrite."""
         return replace(self, options=dict(self.options) | {rewrite: self.options_of(rewrite) | changed})
 

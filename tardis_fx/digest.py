@@ -1,7 +1,5 @@
 """Hashes the values that a file is keyed by: weights, text, settings."""
 
-from __future__ import annotations
-
 import ctypes
 import hashlib
 from collections.abc import Mapping, Sequence

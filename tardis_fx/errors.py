@@ -1,7 +1,5 @@
 """Every error that a user of tardis_fx can cause."""
 
-from __future__ import annotations
-
 from pydantic import ValidationError
 
 

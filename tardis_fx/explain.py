@@ -1,7 +1,5 @@
 """``tardis_fx.explain``: reports how a plan rewrites every FFN of a model, or why not."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -64,7 +62,7 @@ class Report:
     missing: tuple[str, ...] = ()
 
     @classmethod
-    def from_plan(cls, plan: Plan) -> Report:
+    def from_plan(cls, plan: Plan) -> "Report":
         """Reports on the sites of a plan without a model."""
         return cls(tuple(_planned(site) for site in plan.sites))
 

@@ -1,7 +1,5 @@
 """``tardis_fx.finetune``: trains the weights of a plan of dense layers on the batches of a task."""
 
-from __future__ import annotations
-
 import logging
 import math
 import os

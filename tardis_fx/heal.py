@@ -1,7 +1,5 @@
 """``tardis_fx.heal``: improves the small tensors of a plan by distillation on text."""
 
-from __future__ import annotations
-
 import logging
 import os
 from collections.abc import Iterable

@@ -1,7 +1,5 @@
 """The plan: the rewrite of every site with its tensors, saved as a safetensors file."""
 
-from __future__ import annotations
-
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -59,7 +57,7 @@ class Entry:
             **rest,
         )
 
-    def kept(self, reason: str) -> KeptSite:
+    def kept(self, reason: str) -> "KeptSite":
         """An entry that leaves the same site unchanged, with the reason."""
         return KeptSite(**{field.name: getattr(self, field.name) for field in fields(Entry)}, reason=reason)
 
@@ -168,7 +166,7 @@ class Plan:
             raise PlanFileError(f"cannot write plan {path}: {error}") from error
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Plan:
+    def load(cls, path: str | os.PathLike[str]) -> "Plan":
         """Reads a plan from a file; later changes to the file do not affect it.
 
         Raises:

@@ -4,8 +4,6 @@ The digest detects damage, but anybody who writes a file can compute it. So ever
 entry is checked by its rewrite before it is used (:mod:`tardis_fx.passes.entry`).
 """
 
-from __future__ import annotations
-
 import json
 import math
 import re

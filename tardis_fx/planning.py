@@ -1,7 +1,5 @@
 """The engine of ``calibrate`` and live calibration: chooses each site's rewrite, fits and checks it."""
 
-from __future__ import annotations
-
 import gc
 import logging
 import math

@@ -3,8 +3,6 @@
 Used for the predictor, the folded weight and the rows that corrections read.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import cached_property
 

@@ -1,7 +1,5 @@
 """``tardis_fx.release``: frees the memory of weights that a rewritten model does not read."""
 
-from __future__ import annotations
-
 import logging
 import os
 import tempfile

@@ -1,7 +1,5 @@
 """Guards modules whose weights :func:`tardis_fx.release` freed: saving, copying or running them is an error."""
 
-from __future__ import annotations
-
 import weakref
 from collections.abc import Iterable, Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """Memory that a process holds, and the files that tensors are mapped from."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

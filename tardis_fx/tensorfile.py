@@ -4,8 +4,6 @@
 reading it ends the process when the file is truncated. This module therefore reads the bytes into new tensors.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import math

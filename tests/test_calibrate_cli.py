@@ -1,7 +1,5 @@
 """The command ``tardis calibrate``."""
 
-from __future__ import annotations
-
 import socket
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Comparisons on tiny models: what is run again and what is not, what is shown, and that nothing lost reads as nothing."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import re

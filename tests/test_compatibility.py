@@ -1,7 +1,5 @@
 """The table of tested releases, as `nox -s oldest newest` writes it."""
 
-from __future__ import annotations
-
 import runpy
 import sys
 from pathlib import Path

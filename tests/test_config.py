@@ -1,7 +1,5 @@
 """The config and the options of rewrites."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import asdict
 from typing import Any

@@ -1,7 +1,5 @@
 """Training the weights of rewritten FFNs on a task."""
 
-from __future__ import annotations
-
 import copy
 from functools import cache
 from typing import Any

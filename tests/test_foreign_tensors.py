@@ -1,9 +1,7 @@
 """Weights and inputs that are no plain tensors, freed storages, and DDP and FSDP around a model."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
@@ -18,10 +16,6 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 from tardis_fx import CalibrationError, PlanMismatchError, StaleWeightError, calibrate, explain
 from tardis_fx.observation.observe import BatchObservation
-
-if TYPE_CHECKING:
-    pass
-
 
 FEW, MANY = inputs(4, 16, seed=7), inputs(40, 16, seed=8)
 

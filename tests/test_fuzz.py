@@ -1,7 +1,5 @@
 """The fuzzer: it finds faults that are put into the product, makes them small, and finds none in the product as it is."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path

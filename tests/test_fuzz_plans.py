@@ -1,7 +1,5 @@
 """The fuzzer of plan files finds what is wrong, and finds nothing."""
 
-from __future__ import annotations
-
 import random
 from pathlib import Path
 

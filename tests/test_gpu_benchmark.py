@@ -1,7 +1,5 @@
 """The parts of benchmarks/gpu.py that run without a GPU."""
 
-from __future__ import annotations
-
 import re
 import sys
 import time

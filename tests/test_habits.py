@@ -1,7 +1,5 @@
 """What people do with compiled models: each works as with Inductor, or is a typed error that says what to do."""
 
-from __future__ import annotations
-
 import copy
 import pickle
 from collections.abc import Callable, Iterator

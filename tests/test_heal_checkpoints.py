@@ -1,7 +1,5 @@
 """Healing that is interrupted and resumed."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 from typing import Any

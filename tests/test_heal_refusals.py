@@ -1,7 +1,5 @@
 """Arguments, batches, models and plans that healing refuses."""
 
-from __future__ import annotations
-
 import copy
 from dataclasses import replace
 from typing import Any

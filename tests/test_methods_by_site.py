@@ -1,7 +1,5 @@
 """Different rewrites at different sites of one model."""
 
-from __future__ import annotations
-
 from functools import cache
 from pathlib import Path
 

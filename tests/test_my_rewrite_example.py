@@ -1,7 +1,5 @@
 """The example package is installed as a user would install it, and passes its own tests and the suite."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import subprocess

@@ -1,7 +1,5 @@
 """Calibration one FFN after the other: less memory, the same plan."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

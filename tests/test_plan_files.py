@@ -1,7 +1,5 @@
 """Files that are no plan are refused: truncated, damaged, foreign, of another version."""
 
-from __future__ import annotations
-
 import json
 import struct
 import tempfile

@@ -1,7 +1,5 @@
 """Calibration by two processes, spawned once for all that must hold between them."""
 
-from __future__ import annotations
-
 import json
 import time
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The page of results is made from its data files."""
 
-from __future__ import annotations
-
 from types import ModuleType
 
 import pytest

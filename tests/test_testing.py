@@ -1,7 +1,5 @@
 """The testing kit: correct rewrites pass, and a rewrite that breaks a law fails."""
 
-from __future__ import annotations
-
 import itertools
 import os
 import subprocess

@@ -1,7 +1,5 @@
 """``tardis_fx.verify`` compares weights bit for bit."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from builders.compiled import compiled

@@ -1,7 +1,5 @@
 """Constants by the weights of each call: one graph for several modules, and weights that change."""
 
-from __future__ import annotations
-
 import copy
 import gc
 from collections.abc import Callable

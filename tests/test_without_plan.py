@@ -1,7 +1,5 @@
 """torch.compile with no plan: observed, fitted, checked and swapped in while the model serves."""
 
-from __future__ import annotations
-
 import logging
 from typing import Any
 

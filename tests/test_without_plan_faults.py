@@ -1,7 +1,5 @@
 """What happens to a service without a plan: useless warm-ups, errors, interruptions, threads."""
 
-from __future__ import annotations
-
 import logging
 import threading
 from typing import Any

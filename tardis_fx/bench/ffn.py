@@ -1,7 +1,5 @@
 """Times one FFN with random weights, rewritten and compiled by Inductor, with weights read from memory."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from functools import partial

@@ -1,7 +1,5 @@
 """Times decoding with a whole model: rewritten, compiled by Inductor, quantised by torchao, and combinations."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial

@@ -4,8 +4,6 @@ The speed of a plan depends only on the bytes that it reads. Every neuron is gua
 quantiles of the guard's level, so that the requested rate falls outside.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

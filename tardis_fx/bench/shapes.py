@@ -1,7 +1,5 @@
 """Builds language models of known shapes with random weights, or loads them from a folder."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Timings of contenders in interleaved rounds, with the bytes that bound them, and their report."""
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass

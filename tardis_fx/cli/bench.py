@@ -1,7 +1,5 @@
 """The commands ``tardis bench ffn`` and ``tardis bench model``."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, get_args

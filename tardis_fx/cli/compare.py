@@ -1,7 +1,5 @@
 """The command ``tardis compare``, which compares rewrites on one model."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Defines the command ``tardis`` and its small subcommands."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated, Any
 

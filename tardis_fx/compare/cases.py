@@ -1,7 +1,5 @@
 """Cases of a comparison: each makes one rewritten form of the model under comparison."""
 
-from __future__ import annotations
-
 import inspect
 from abc import ABC, abstractmethod
 from collections import Counter

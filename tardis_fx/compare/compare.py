@@ -1,7 +1,5 @@
 """Compares cases on one model: fits and measures each, and records it immediately."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace

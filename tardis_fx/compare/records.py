@@ -1,7 +1,5 @@
 """Stores the results of a comparison by case in a file of JSON lines, from which an interrupted run resumes."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path

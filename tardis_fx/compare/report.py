@@ -1,7 +1,5 @@
 """Reports a comparison as a Markdown table and a Pareto plot."""
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Models under comparison, with their calibration text and the metrics for rewritten forms."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache, cached_property

@@ -4,8 +4,6 @@ The split depends only on a module's name, so that a module held out in training
 every Python version.
 """
 
-from __future__ import annotations
-
 import hashlib
 import sysconfig
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """The packaged language model: an untouched transformers GPT-2, trained by ``examples/train_demo.py``."""
 
-from __future__ import annotations
-
 import json
 import logging
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """``tardis demo``: calibrates and compiles an embedded model, and measures it on unseen modules."""
 
-from __future__ import annotations
-
 import importlib
 import statistics
 from collections.abc import Callable

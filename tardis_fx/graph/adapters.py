@@ -1,7 +1,5 @@
 """Finds low-rank adapters (LoRA): two narrow projections in sequence, whose result is added to a wide one's."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import replace
 

@@ -1,7 +1,5 @@
 """Lower and upper bounds of the elements of a value that hold for any input of the model."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from math import inf
 

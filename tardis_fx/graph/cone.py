@@ -1,7 +1,5 @@
 """The cone of a projection: the nodes between its input and the projections before it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 

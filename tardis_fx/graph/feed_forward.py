@@ -4,8 +4,6 @@ A plain FFN is ``act(x W1ᵀ + b1) W2ᵀ + b2``, a gated one ``(act(x Wgᵀ + bg
 2002.05202). Gate and W1 multiply the site's input, W2 the neurons' responses.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import replace

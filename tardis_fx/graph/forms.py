@@ -4,8 +4,6 @@ A node is read by the name of its target, whether function (``torch.mul``), oper
 (``Tensor.mul``), and in place or not. Projections have a table of their own (:mod:`tardis_fx.graph.projections`).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 

@@ -5,8 +5,6 @@ the inputs that it added, so that Inductor packs them. Freezing assumes that no 
 rewritten sites are still checked at every call (:class:`tardis_fx.passes.weight_guard.FrozenGraph`).
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from operator import attrgetter
 

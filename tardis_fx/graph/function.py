@@ -1,7 +1,5 @@
 """Recognises the activation between two projections: runs the nodes on a grid and compares with the registry."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any

@@ -7,8 +7,6 @@ resemble an FFN (:mod:`tardis_fx.graph.resemblance`), and FFNs in graphs that th
 (:mod:`tardis_fx.graph.nested`), are listed with the reason why they are refused.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

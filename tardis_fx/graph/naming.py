@@ -1,7 +1,5 @@
 """Names sites and parameters by the model's module paths."""
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from dataclasses import replace

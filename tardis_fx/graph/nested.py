@@ -1,7 +1,5 @@
 """Lists, as refused, the FFNs inside other graphs (higher-order ops) and fused ops that a graph calls."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 

@@ -4,8 +4,6 @@ A form that no rewrite may take (scaled terms, stacked experts, a convolution) i
 an FFN made of it is listed.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any

@@ -1,7 +1,5 @@
 """Recognises the activation that a function computes by comparing its values with the registry's."""
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """Checks whether any rewrite may touch a site, and gives the reason if not."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 

@@ -5,8 +5,6 @@ ops that keep the shape lie between them, and nothing else flows in. Attention, 
 qualify.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import torch

@@ -1,7 +1,5 @@
 """A site: one feed-forward network found in a graph."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -104,7 +102,7 @@ class Site:
         turned = [n for n, p in projections.items() if p is not None and p.transposed and p.sizes[0] == p.sizes[1]]
         return function_of(self.activation, self.gate_half, turned)
 
-    def refused(self, reason: str) -> Site:
+    def refused(self, reason: str) -> "Site":
         """This site with a reason for refusal; an earlier reason is kept."""
         return self if self.reason else replace(self, reason=reason)
 
@@ -156,7 +154,7 @@ class SiteWeights:
     gate_bias: Float[Tensor, " h"] | None = None
 
     @classmethod
-    def from_site(cls, site: Site, parameters: Sequence[Tensor]) -> SiteWeights:
+    def from_site(cls, site: Site, parameters: Sequence[Tensor]) -> "SiteWeights":
         """Sorts the values of ``site.parameters`` by role, without copies."""
         values = dict(zip(site.parameters, (p.detach() for p in parameters), strict=True))
 

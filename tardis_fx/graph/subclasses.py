@@ -1,7 +1,5 @@
 """Recognises tensor subclasses with their own arithmetic: quantised, sharded and nested tensors."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any
 

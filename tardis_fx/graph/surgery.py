@@ -1,7 +1,5 @@
 """Replaces a site in a graph by the traced ``forward`` of a rewrite."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import Any
 

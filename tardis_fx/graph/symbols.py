@@ -1,7 +1,5 @@
 """Finds sizes that ``torch._dynamo.mark_dynamic`` promises to keep symbolic, on which a guard can be an error."""
 
-from __future__ import annotations
-
 import sympy
 import torch
 from torch.fx.experimental.symbolic_shapes import ShapeEnv, StrictMinMaxConstraint, statically_known_true

@@ -1,7 +1,5 @@
 """Unfuses the single op of ``nn.TransformerEncoderLayer`` in eval mode, so that its FFN can be found."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import Tensor, fx

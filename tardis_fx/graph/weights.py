@@ -1,7 +1,5 @@
 """Recognises weights: stored matrices and vectors, seen through views and casts that keep their values."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -4,8 +4,6 @@ Nodes whose example values share a storage share memory, regardless of views bet
 returns its input, though its example value is a copy. An unknown call counts as writing to all its tensors.
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass

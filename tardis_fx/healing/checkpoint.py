@@ -1,7 +1,5 @@
 """Saves the state of healing to a file, so that it can resume after an interruption."""
 
-from __future__ import annotations
-
 import os
 import pickle
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Planned sites whose constants are plain weights that can all be trained."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import torch

@@ -1,7 +1,5 @@
 """Evaluates a student on the tuning split at the bytes of the plan, and makes the healed plan."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any

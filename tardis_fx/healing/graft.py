@@ -1,7 +1,5 @@
 """Replaces a model's planned sites by modules, so that they can be trained in place."""
 
-from __future__ import annotations
-
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable

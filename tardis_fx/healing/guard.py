@@ -1,7 +1,5 @@
 """Guards of trainable sites: their trainable bounds, and the distance of estimates past each bound."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """Planned sites whose small tensors can be trained: the eager specification, with gradients."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import torch
@@ -87,7 +85,7 @@ class TrainableSite(nn.Module):
         bits, row_bits, group_size = (self.entry.settings[name] for name in ("bits", "row_bits", "group_size"))
         return Costs.from_weights(self.weights, bits, self._fold_bits, row_bits, group_size)
 
-    def train(self, mode: bool = True) -> TrainableSite:
+    def train(self, mode: bool = True) -> "TrainableSite":
         """Sets the mode of ``forward`` and resets the counters; leaving training mode fixes the stored plan."""
         super().train(mode)
         self.corrected = torch.zeros((), dtype=torch.float32, device=self.weights.up.device)

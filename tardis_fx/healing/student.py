@@ -1,7 +1,5 @@
 """The model with trainable planned sites, and the divergence of its output from that of the dense model."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """Trains a student: steps of Adam that keep the expected bytes constant, with evaluations in between."""
 
-from __future__ import annotations
-
 import logging
 import math
 from collections.abc import Sequence

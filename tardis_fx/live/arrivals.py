@@ -1,7 +1,5 @@
 """Observation of live calls, whose tokens arrive with the calls and count once each."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -30,7 +28,9 @@ class LiveObservation(Observation):
         count: smallest number of distinct tokens that the run has seen at a site.
     """
 
-    def __init__(self, sites: Sequence[ObservedSite], tokens: int, fit: Callable[[LiveObservation], Fit[Plan]]) -> None:
+    def __init__(
+        self, sites: Sequence[ObservedSite], tokens: int, fit: Callable[["LiveObservation"], Fit[Plan]]
+    ) -> None:
         """Prepares a fit whose runs each show a number of tokens at every site; the first update starts it."""
         super().__init__()
         self._sites, self._tokens, self._fit = list(sites), tokens, fit(self)

@@ -1,7 +1,5 @@
 """Compiled original graphs that also show the inputs of their sites to profiles."""
 
-from __future__ import annotations
-
 import logging
 import operator
 import threading

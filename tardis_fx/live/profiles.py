@@ -6,8 +6,6 @@ that all graphs of a model (prefill, decoding) add to the same ones, and a chang
 Threads: one thread at a time observes and fits (:data:`OBSERVING`); the others run the original without waiting.
 """
 
-from __future__ import annotations
-
 import logging
 import threading
 import weakref

@@ -1,7 +1,5 @@
 """Makes Dynamo trace code again, if that is safe."""
 
-from __future__ import annotations
-
 import sys
 import threading
 from types import CodeType, FrameType

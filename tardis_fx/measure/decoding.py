@@ -1,7 +1,5 @@
 """Decoding at batch 1 with one compiled call per token, for timing."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable
 from pathlib import Path

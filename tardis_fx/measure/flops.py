@@ -1,7 +1,5 @@
 """FLOPs of the rewritten sites if every token takes them, as in a prefill with ``prefill="rewritten"``."""
 
-from __future__ import annotations
-
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 

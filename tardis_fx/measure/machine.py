@@ -1,7 +1,5 @@
 """The machine of a measurement and its memory bandwidth."""
 
-from __future__ import annotations
-
 import platform
 import re
 from dataclasses import dataclass
@@ -39,7 +37,7 @@ class Machine:
     device: str = "cpu"
 
     @classmethod
-    def measured(cls, device: str = "cpu", rounds: int = 9) -> Machine:
+    def measured(cls, device: str = "cpu", rounds: int = 9) -> "Machine":
         """Measures this machine: the best of several rounds, because other work can only slow a copy down."""
         size = last_level_cache(device)
         if device == "cpu":

@@ -1,7 +1,5 @@
 """Draws the Pareto plot: loss of quality over the bytes read per token."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 

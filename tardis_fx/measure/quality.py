@@ -1,7 +1,5 @@
 """Quality of a rewritten language model on a text, compared with the dense model."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass

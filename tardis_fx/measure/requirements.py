@@ -1,7 +1,5 @@
 """Checks made before a measurement: libraries that the base installation omits, and files that must be writable."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """Writes tables of results as Markdown and CSV."""
 
-from __future__ import annotations
-
 import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Interleaved timing rounds, and the ratios between contenders within a round."""
 
-from __future__ import annotations
-
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +20,7 @@ class Ratio(NamedTuple):
     high: float
 
     @classmethod
-    def between(cls, base: Sequence[float], contender: Sequence[float]) -> Ratio:
+    def between(cls, base: Sequence[float], contender: Sequence[float]) -> "Ratio":
         """Ratio of base to contender, round by round: above 1 if the contender takes less time."""
         ratios = [b / c for b, c in zip(base, contender, strict=True)]
         return cls(min(ratios), statistics.median(ratios), max(ratios))

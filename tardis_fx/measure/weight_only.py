@@ -1,7 +1,5 @@
 """Weight-only integer quantisation by torchao, the alternative to a plan."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """Checks the inputs of calibration: the model, the batches, and which of their tokens are padding."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any

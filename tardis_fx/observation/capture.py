@@ -1,7 +1,5 @@
 """Runs a model through Dynamo and shows every graph to an observer, as compilation would see it."""
 
-from __future__ import annotations
-
 import types
 import weakref
 from collections.abc import Callable, Hashable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """Stores the statistics of finished runs, so that an interrupted calibration resumes after the last finished run."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping
 from pathlib import Path

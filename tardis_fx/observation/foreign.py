@@ -1,7 +1,5 @@
 """The boundary to third-party code: turns exceptions of a rewrite into errors that name it."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 

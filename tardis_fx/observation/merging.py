@@ -11,8 +11,6 @@ An observer declares this in ``merged``, a mapping from the names of its attribu
 All other attributes must be the same in every process. Merging an observer that has seen nothing changes nothing.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """Runs the calibration batches through a model and shows every site's inputs to an observer."""
 
-from __future__ import annotations
-
 import logging
 import weakref
 from collections.abc import Callable, Iterable, Mapping

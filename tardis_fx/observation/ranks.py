@@ -3,8 +3,6 @@
 Every rank makes the same decisions from the same sums, so that only statistics are exchanged.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -34,7 +32,7 @@ class Ranks:
     _shared: list[BaseException] = field(default_factory=list, compare=False, repr=False)  # errors that all ranks know
 
     @classmethod
-    def initialised(cls) -> Ranks:
+    def initialised(cls) -> "Ranks":
         """The ranks of the process group if one is initialised, else this process alone."""
         together = dist.is_available() and dist.is_initialized()
         return cls(dist.get_rank(), dist.get_world_size()) if together else cls()

@@ -1,7 +1,5 @@
 """Runs: the passes over the calibration text that a fit requests, and the driver that makes them."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace

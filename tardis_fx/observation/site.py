@@ -1,7 +1,5 @@
 """Observed sites, and the protocol of their observers."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 

@@ -4,8 +4,6 @@ The total error under a sum constraint is smallest at equal marginal error per b
 to the size of a single bin).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

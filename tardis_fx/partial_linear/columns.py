@@ -6,8 +6,6 @@ reduces the error; no more bytes are read. Only low-bit columns are fitted, beca
 weights do not change.
 """
 
-from __future__ import annotations
-
 import torch
 
 from tardis_fx.partial_linear.settled import Settled

@@ -1,7 +1,5 @@
 """Bytes that a partially linear site reads for one token."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from tardis_fx.graph.site import SiteWeights
@@ -30,7 +28,7 @@ class Costs:
         return self.row + self.nested * self.predictor
 
     @classmethod
-    def from_weights(cls, weights: SiteWeights, bits: int, fold_bits: int, row_bits: int, group_size: int) -> Costs:
+    def from_weights(cls, weights: SiteWeights, bits: int, fold_bits: int, row_bits: int, group_size: int) -> "Costs":
         """Costs of a site with these weights; the other arguments are those of :meth:`from_sizes`."""
         (_, d), size, k = weights.up.shape, weights.up.element_size(), len(weights.projections)
         bias = weights.up_bias is not None or weights.gate_bias is not None
@@ -51,7 +49,7 @@ class Costs:
         k: int,
         group_size: int,
         bias: bool,
-    ) -> Costs:
+    ) -> "Costs":
         """Costs of a site, including scales, zero points, guards, surrogates, biases and indices of neurons.
 
         Args:

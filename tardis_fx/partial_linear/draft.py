@@ -1,7 +1,5 @@
 """Drafts: a site's neurons, predictor and guard before its budget is known."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -65,7 +63,7 @@ class Draft:
     _columns: dict[int, Quantised] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def from_observer(cls, site: ObservedSite, seen: DraftObserver, quantisation: Quantisation) -> Draft:
+    def from_observer(cls, site: ObservedSite, seen: DraftObserver, quantisation: Quantisation) -> "Draft":
         """Quantises the predictors and makes the guard."""
         neurons, inputs = Neurons.from_site(site), seen.inputs
         predictors = tuple(

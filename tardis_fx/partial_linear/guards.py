@@ -4,8 +4,6 @@ A guard computes one number from the estimates, the level, divides it into bins,
 hot range.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -97,7 +95,7 @@ class Interval(Guard):
     SPREAD: ClassVar[float] = 6.0
 
     @classmethod
-    def from_inputs(cls, inputs: Moments, predictor: Quantised) -> Interval:
+    def from_inputs(cls, inputs: Moments, predictor: Quantised) -> "Interval":
         """Places the bins over the distribution of the estimates."""
         rows = predictor.weight.double()
         spread = cls.SPREAD * (rows @ inputs.covariance * rows).sum(1).clamp(min=1e-24).sqrt()
@@ -148,7 +146,7 @@ class Score(Guard):
     LEAST: ClassVar[float] = 1 / 128
 
     @classmethod
-    def from_sums(cls, neurons: Neurons, sums: Sums) -> Score:
+    def from_sums(cls, neurons: Neurons, sums: Sums) -> "Score":
         """Makes a score with the surrogates that fit the sums, which have no bins."""
         surrogate = sums.regress()
         error = (sums.error(surrogate) / sums.count.clamp(min=1)).sqrt().float()

@@ -1,7 +1,5 @@
 """Sums of a site's neurons by bins of the guard's level."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import ClassVar
 

@@ -13,8 +13,6 @@ layer this is one threshold on the error times the norm of the column of down, a
 layers it minimises the total error.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -61,7 +59,7 @@ class PricedSite:
     surrogate: Float64[Tensor, "h coefficients"]
 
     @classmethod
-    def from_sums(cls, sums: Sums, guard: Guard, importance: Float64[Tensor, " h"], costs: Costs) -> PricedSite:
+    def from_sums(cls, sums: Sums, guard: Guard, importance: Float64[Tensor, " h"], costs: Costs) -> "PricedSite":
         """Makes a priced site with the surrogates that fit all tokens."""
         return cls(sums, guard, importance, costs, sums.total.regress())
 
@@ -70,7 +68,7 @@ class PricedSite:
         """Number of tokens seen."""
         return float(self.sums.count[:, 0].sum())
 
-    def refit(self, hot: Bool[Tensor, "bins h"]) -> PricedSite:
+    def refit(self, hot: Bool[Tensor, "bins h"]) -> "PricedSite":
         """Refits the surrogates to the hot bins; the surrogate of an exact neuron is zero."""
         return replace(self, surrogate=self.sums.within(hot).regress())
 

@@ -1,7 +1,5 @@
 """Measures the residual of fold and corrections on tokens, for all widths of a settled site at once."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import ClassVar

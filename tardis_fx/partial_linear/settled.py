@@ -1,7 +1,5 @@
 """Settled sites: hot ranges, classes and widths are chosen, and only the residuals are still unknown."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -81,7 +79,7 @@ class Settled:
         site: PricedSite,
         ranges: Ranges,
         edges: Float32[Tensor, "edges h"],
-    ) -> Settled:
+    ) -> "Settled":
         """Makes a settled site from the widths of fold and rows, and the ranges with their surrogates."""
         columns = None if widths[1] == 16 else draft.columns(widths[1])
         uncorrected, limits = AffineValue(site.surrogate.float()), draft.guard.limits(ranges.hot, edges)

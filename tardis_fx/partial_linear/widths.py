@@ -1,7 +1,5 @@
 """Chooses the widths of fold and rows for each site."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations

@@ -1,7 +1,5 @@
 """The identity of a site: a hash of its weights and activation, independent of the module that holds them."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Sequence
 from typing import Any

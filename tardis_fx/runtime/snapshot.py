@@ -5,8 +5,6 @@ shared memory and ``untyped_storage().copy_``. Two checks find these writes: eve
 versions of the weights that snapshots watch, and a few cache lines of each weight are compared with copies of them.
 """
 
-from __future__ import annotations
-
 import ctypes
 import weakref
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """Counts the weight bytes that rewritten sites touch while a model runs."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,7 +9,7 @@ from torch import Tensor
 from tardis_fx.runtime import reference
 from tardis_fx.runtime.correction import Correction
 
-_COUNTING: list[Touched] = []
+_COUNTING: list["Touched"] = []
 
 
 class Touched:

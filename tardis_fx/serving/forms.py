@@ -3,8 +3,6 @@
 An engine stores every matrix as [out, in] and merges projections; the calibrated model may have stored them otherwise.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from itertools import product
 

@@ -3,16 +3,16 @@
 Rewriting happens between loading and vLLM's processing of weights: each rank has its shards, and nothing is packed yet.
 """
 
-from __future__ import annotations
-
 import hashlib
 import logging
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
+from vllm.config import ModelConfig, VllmConfig
+from vllm.config.load import LoadConfig
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.platforms import current_platform
@@ -25,11 +25,6 @@ from tardis_fx.plan import Plan, SitePlan
 from tardis_fx.serving import slots
 from tardis_fx.serving.modules import RewrittenFFN, Through
 from tardis_fx.serving.shards import shard
-
-if TYPE_CHECKING:
-    from vllm.config import ModelConfig, VllmConfig
-    from vllm.config.load import LoadConfig
-
 
 # Named after vLLM, because a server only shows messages of its loggers.
 _log = logging.getLogger("vllm.tardis_fx")

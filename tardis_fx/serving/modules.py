@@ -4,8 +4,6 @@ The layers before the activation, and the activation, pass the input through; th
 everything.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import torch

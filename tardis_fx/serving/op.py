@@ -4,8 +4,6 @@ It has no state: the entry is encoded in a string, and every tensor is an argume
 compile to equal graphs, and any process can use a compiled graph that vLLM keeps on disk.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The entry point of group ``vllm.general_plugins``: registers ``--load-format tardis`` with vLLM."""
 
-from __future__ import annotations
-
 
 def register() -> None:
     """Registers the loader; vLLM calls this in each of its processes."""

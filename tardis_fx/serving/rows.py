@@ -1,7 +1,5 @@
 """Chooses the requests of a step that are rewritten if a plan leaves prefill to the original."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 

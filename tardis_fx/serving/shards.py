@@ -5,8 +5,6 @@ the first rank adds the folded map of all neurons, as vLLM adds biases on the fi
 zeros instead, so that all ranks run the same graph.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import torch

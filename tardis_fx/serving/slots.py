@@ -1,7 +1,5 @@
 """Finds a plan's FFNs among the modules of a vLLM model, by their weights."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import permutations

@@ -1,7 +1,5 @@
 """Reads information about vLLM's current step."""
 
-from __future__ import annotations
-
 from itertools import pairwise
 
 from tardis_fx.errors import ServingError

@@ -1,7 +1,5 @@
 """The regression of an FFN's output on its inputs."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import ClassVar
 

@@ -1,7 +1,5 @@
 """Measures the error of a site's replacement against the original on inputs not used to fit."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping
 from typing import ClassVar

@@ -4,8 +4,6 @@ Products within a batch are float32, and sums over batches float64, so that roun
 of batches or on the number of processes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import ClassVar
 

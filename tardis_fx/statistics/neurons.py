@@ -1,7 +1,5 @@
 """The neurons of a site: k pre-activations each, and their responses."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -32,7 +30,7 @@ class Neurons:
     activation: Activation
 
     @classmethod
-    def from_site(cls, site: ObservedSite) -> Neurons:
+    def from_site(cls, site: ObservedSite) -> "Neurons":
         """Copies the weights of a site."""
         weights = site.weights
         matrices, biases = zip(*weights.projections.values(), strict=True)

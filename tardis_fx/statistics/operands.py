@@ -4,8 +4,6 @@ Both come from the original weights: W2 is fitted to the output of the dense mat
 SparseGPT and GPTQ likewise collect a block's statistics before they change it. Held-back tokens are excluded.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import ClassVar
 

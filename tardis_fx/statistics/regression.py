@@ -1,7 +1,5 @@
 """The regressed fold: an affine map fitted to the residual of fold and correction."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -57,7 +55,7 @@ class Residual:
 
     def solve(
         self, ridge: Float64[Tensor, " free"] | None = None, fixed: Float64[Tensor, "fixed d_out"] | None = None
-    ) -> AffineMap:
+    ) -> "AffineMap":
         """Ridge regression of the residual on the inputs of the fitted tokens.
 
         Args:
@@ -112,7 +110,7 @@ class Residual:
         return self._fitted.inputs
 
     @property
-    def _measuring(self) -> _Half:
+    def _measuring(self) -> "_Half":
         return self._held if self._held.inputs.tokens else self._fitted
 
 

@@ -1,7 +1,5 @@
 """The affine surrogates of neurons: sums over tokens, and least squares on them."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations, combinations_with_replacement
@@ -42,7 +40,7 @@ class Sums:
     k: int
 
     @classmethod
-    def zeros(cls, k: int, *shape: int) -> Sums:
+    def zeros(cls, k: int, *shape: int) -> "Sums":
         """Empty sums for k pre-activations and the given shape of bins and neurons."""
         return cls(torch.zeros((k + 2) * (k + 3) // 2, *shape, dtype=torch.float64, device="cpu"), k)
 
@@ -52,11 +50,11 @@ class Sums:
         return self.table[0]
 
     @property
-    def total(self) -> Sums:
+    def total(self) -> "Sums":
         """The sums over all bins."""
         return Sums(self.table.sum(1), self.k)
 
-    def within(self, chosen: Bool[Tensor, "bins h"]) -> Sums:
+    def within(self, chosen: Bool[Tensor, "bins h"]) -> "Sums":
         """The sums over the chosen bins."""
         return Sums(torch.where(chosen, self.table, 0).sum(1), self.k)
 

@@ -1,7 +1,5 @@
 """Finds the smallest budget that meets a target error."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 

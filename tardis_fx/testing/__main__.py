@@ -1,7 +1,5 @@
 """``python -m tardis_fx.testing NAME``: a table of the laws that a registered rewrite keeps and breaks."""
 
-from __future__ import annotations
-
 import logging
 from typing import Annotated
 

@@ -1,7 +1,5 @@
 """Assertions about rewrites: outputs, graphs, plan files, and the errors that plans report."""
 
-from __future__ import annotations
-
 import math
 import tempfile
 from collections.abc import Callable, Sequence

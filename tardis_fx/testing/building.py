@@ -1,7 +1,5 @@
 """Builds graphs by hand in Dynamo's form: an example value on every node, parameters as inputs."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

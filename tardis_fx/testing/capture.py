@@ -1,7 +1,5 @@
 """Captures the Dynamo graph of a model and the sites in it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, NamedTuple
 

@@ -1,7 +1,5 @@
 """Plain and gated FFNs as modules, and random inputs for them."""
 
-from __future__ import annotations
-
 import torch
 from jaxtyping import Float, Float32
 from torch import Tensor, nn

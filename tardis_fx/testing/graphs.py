@@ -1,7 +1,5 @@
 """Draws graphs of FFNs in various spellings among other operations."""
 
-from __future__ import annotations
-
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The laws that every rewrite must obey: the contract of :class:`tardis_fx.passes.base.Rewrite`."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property

@@ -1,7 +1,5 @@
 """Observations of sites with given inputs, to fit rewrites without a model."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from operator import getitem
 from typing import Any

@@ -1,7 +1,5 @@
 """The ways in which models write activations: one call, a method, or arithmetic."""
 
-from __future__ import annotations
-
 import math
 import operator
 from collections.abc import Callable

@@ -3,8 +3,6 @@
 Every drawn value is a record of a few numbers and names, so that the smallest failing example fits on one line.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 

@@ -1,7 +1,5 @@
 """Checks a rewrite against every law, and reports broken laws with the smallest failing example."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 

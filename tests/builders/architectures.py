@@ -1,7 +1,5 @@
 """One tiny, untouched model of each transformers family, and the FFNs that must be found in it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, NamedTuple
 

@@ -1,7 +1,5 @@
 """Folders that hold a model, a tokenizer and a text."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

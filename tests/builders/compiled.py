@@ -1,7 +1,5 @@
 """Models on the tardis backend."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, overload
 

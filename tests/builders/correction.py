@@ -1,7 +1,5 @@
 """Arguments of the correction op, and what the reference makes of them in float64."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 

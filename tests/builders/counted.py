@@ -4,8 +4,6 @@ The rewritten model gives what the original gives, so that a test compares with 
 tells whether rewritten code ran.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any

@@ -1,7 +1,5 @@
 """The tardis backend with plans that change nothing, made for each graph as it comes."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any

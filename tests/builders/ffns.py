@@ -1,7 +1,5 @@
 """Plain FFNs and plans for them, calibrated or made by hand."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -117,7 +115,7 @@ class Oracle:
         z = F.linear(self.x.float(), self.weights.up.float())
         return (z < self.lower) | (z > self.upper)
 
-    def to(self, dtype: torch.dtype) -> Oracle:
+    def to(self, dtype: torch.dtype) -> "Oracle":
         """The same in another dtype: exact, for 8 significant bits hold every weight."""
         w = self.weights
         weights = SiteWeights(*(None if t is None else t.to(dtype) for t in (w.up, w.up_bias, w.down, w.down_bias)))  # type: ignore[arg-type]

@@ -1,7 +1,5 @@
 """A module with weights in all shapes, and a forward that a test gives it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +13,7 @@ NO_ACTIVATION = "is not an activation function"
 class Model(nn.Module):
     """Weights in all shapes, and a forward of its own."""
 
-    def __init__(self, forward: Form) -> None:
+    def __init__(self, forward: "Form") -> None:
         super().__init__()
         torch.manual_seed(0)
         self.up, self.down, self.fused = nn.Linear(8, 32), nn.Linear(32, 8), nn.Linear(8, 64)

@@ -1,7 +1,5 @@
 """Gated FFNs, their matrices apart or fused."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """A language model of two FFNs, its plans, and how they are healed."""
 
-from __future__ import annotations
-
 from functools import cache
 from typing import Any
 

@@ -1,7 +1,5 @@
 """A judge of cases that dies of some of them, for a process that must survive it."""
 
-from __future__ import annotations
-
 import os
 import signal
 import time

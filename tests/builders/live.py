@@ -1,7 +1,5 @@
 """Models that are compiled without a plan, and the calls that they serve."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

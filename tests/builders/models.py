@@ -1,7 +1,5 @@
 """Untouched transformers models with a head, of tiny configs, with random weights; see also architectures.py."""
 
-from __future__ import annotations
-
 import torch
 import transformers as hf
 

@@ -1,7 +1,5 @@
 """How much memory a calibration takes, measured in a process of its own: ``python -m builders.offload FOLDER``."""
 
-from __future__ import annotations
-
 import gc
 import json
 import re

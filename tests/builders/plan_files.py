@@ -1,7 +1,5 @@
 """Plan files taken apart and put together again, whatever is in them."""
 
-from __future__ import annotations
-
 import io
 import json
 from typing import Any

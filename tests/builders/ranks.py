@@ -1,7 +1,5 @@
 """What each of two processes does that calibrate together; their results are files."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping

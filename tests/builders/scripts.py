@@ -1,7 +1,5 @@
 """Scripts of the repository as modules: benchmarks and examples are in no package."""
 
-from __future__ import annotations
-
 import importlib.util
 from pathlib import Path
 from types import ModuleType

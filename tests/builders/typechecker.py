@@ -1,7 +1,5 @@
 """The checker of types and shapes that the tests run the package under."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, TypeVar
 

@@ -4,8 +4,6 @@ A case is a list of blocks. Whoever builds something of it reads every choice as
 ended: deleting blocks and bytes, which is how :func:`minimise` works, never makes a case invalid.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Callable, Sequence
@@ -77,7 +75,7 @@ class Failure:
         return path
 
     @classmethod
-    def load(cls, path: Path) -> Failure:
+    def load(cls, path: Path) -> "Failure":
         """Reads a saved case.
 
         Raises:

@@ -1,7 +1,5 @@
 """Plans that change nothing but the rounding: every rewrite that can keep all neurons, told to keep them all."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 

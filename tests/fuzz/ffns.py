@@ -1,7 +1,5 @@
 """FFNs of drawn programs, one node at a time: between any two, other steps of the program may stand."""
 
-from __future__ import annotations
-
 import operator
 from collections.abc import Callable, Generator, Iterator
 from typing import NamedTuple

@@ -1,7 +1,5 @@
 """Ways in which people change the weights of a module that is compiled already."""
 
-from __future__ import annotations
-
 import copy
 import ctypes
 import gc

@@ -4,8 +4,6 @@ Programs, plan files and changes of weights are drawn, each from a seed and a nu
 a crash is one more finding. What fails is made smaller and saved; ``--replay FILE`` runs it again.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 import random

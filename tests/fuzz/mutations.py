@@ -1,7 +1,5 @@
 """Ways in which a plan file can be damaged, by accident or by intent: each makes bytes of bytes."""
 
-from __future__ import annotations
-
 import json
 import random
 from collections.abc import Callable, Sequence

@@ -10,8 +10,6 @@
    where no number of a tensor was changed, the output must be finite.
 """
 
-from __future__ import annotations
-
 import copy
 import hashlib
 import logging
@@ -144,7 +142,7 @@ def drawn(draw: random.Random) -> Mutant:
     return Mutant(subject, tuple((name, draw.getrandbits(32)) for name in names), draw.random() < 0.7)
 
 
-def minimised(mutant: Mutant, worker: Worker) -> Mutant:
+def minimised(mutant: Mutant, worker: "Worker") -> Mutant:
     """The mutant with as few mutations as still fail."""
     for i in reversed(range(len(mutant.mutations))):
         smaller = mutant._replace(mutations=mutant.mutations[:i] + mutant.mutations[i + 1 :])

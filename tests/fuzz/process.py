@@ -1,7 +1,5 @@
 """Judges cases in a process of its own, so that a case that kills it is one that is known."""
 
-from __future__ import annotations
-
 import logging
 import multiprocessing
 import signal

@@ -4,8 +4,6 @@ A program is a graph in the form that Dynamo gives it. It is built by running st
 one node further, or doing something else in between. Every step is a block of a case (:mod:`fuzz_cases`).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Ways to run a drawn program: as it is, in float64, and rewritten, by itself, through Dynamo or with Inductor."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple

@@ -1,7 +1,5 @@
 """A drawn program in the making."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from functools import partial

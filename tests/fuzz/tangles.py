@@ -1,7 +1,5 @@
 """What drawn programs do among and inside their FFNs: writes through any alias, views, casts, leaks, dead code."""
 
-from __future__ import annotations
-
 import operator
 from collections.abc import Callable
 from functools import cache

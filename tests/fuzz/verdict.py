@@ -1,7 +1,5 @@
 """Judges a drawn program: rewritten it gives what it gives as it is, outputs and inputs alike, or a ``TardisError``."""
 
-from __future__ import annotations
-
 import traceback
 from typing import NamedTuple
 

@@ -4,8 +4,6 @@ A call must be right for the weights of that moment or raise a ``TardisError``. 
 PyTorch does not count write a weight as a whole; a few elements written past PyTorch may be missed by design.
 """
 
-from __future__ import annotations
-
 import traceback
 from collections.abc import Callable, Sequence
 from typing import Any

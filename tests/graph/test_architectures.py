@@ -1,7 +1,5 @@
 """Untouched transformers models, one a family: every FFN is found, and rewritten or refused for the right reason."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from builders.architectures import FAMILIES, made

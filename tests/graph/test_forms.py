@@ -1,7 +1,5 @@
 """Every accepted way to write an FFN, each beside a neighbour that must be refused with the reason."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import NamedTuple
 

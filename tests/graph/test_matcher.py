@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from functools import partial
@@ -25,7 +23,7 @@ def ffn(activation: nn.Module | None = None, d: int = 8, hidden: int = 32) -> nn
 class Model(nn.Module):
     """Two projections and a forward of its own."""
 
-    def __init__(self, forward: Callable[[Model, Tensor], Tensor]) -> None:
+    def __init__(self, forward: Callable[["Model", Tensor], Tensor]) -> None:
         super().__init__()
         self.up, self.down, self.norm = nn.Linear(8, 32), nn.Linear(32, 8), nn.LayerNorm(8)
         self.wide, self.square = nn.Linear(8, 32), nn.Linear(8, 8)

@@ -1,7 +1,5 @@
 """Experts of a mixture are listed, and refused because their tokens are routed."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from builders.architectures import FAMILIES, made

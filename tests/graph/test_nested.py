@@ -1,7 +1,5 @@
 """FFNs in graphs of their own and in fused ops are listed with their weights, and refused."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Blocks that only resemble an FFN are listed with the reason; others are not listed."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from builders.forms import NO_ACTIVATION, Form, Model, X

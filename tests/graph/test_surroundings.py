@@ -1,7 +1,5 @@
 """FFNs and their surroundings: hooks, computed weights, graph breaks, regional compilation, symbolic sizes."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """A site has one number type, and its intermediate values have none that is coarser."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """An FFN is listed whatever its activation is, with the name of the operation that is not known."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

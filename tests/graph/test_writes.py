@@ -1,7 +1,5 @@
 """In-place writes: a site is matched only if every read of its values gives the same result."""
 
-from __future__ import annotations
-
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -21,7 +19,7 @@ X = torch.linspace(-3, 3, 2 * 3 * 8).sin().view(2, 3, 8)
 class Gated(nn.Module):
     """A gated FFN, its forward given."""
 
-    def __init__(self, forward: Callable[[Gated, Tensor], Any]) -> None:
+    def __init__(self, forward: Callable[["Gated", Tensor], Any]) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.gate, self.up, self.down = nn.Linear(8, 32), nn.Linear(8, 32), nn.Linear(32, 8)

@@ -1,7 +1,5 @@
 """A matched site can be replaced without changing the graph's outputs, regardless of in-place writes."""
 
-from __future__ import annotations
-
 import operator
 from collections.abc import Callable
 from typing import Any

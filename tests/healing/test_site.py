@@ -1,7 +1,5 @@
 """The trainable site beside the specification."""
 
-from __future__ import annotations
-
 from functools import cache
 
 import pytest

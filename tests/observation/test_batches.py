@@ -1,7 +1,5 @@
 """What a user may give for a model and for batches, and which tokens count."""
 
-from __future__ import annotations
-
 import logging
 import re
 from typing import Any

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import torch
 from builders import models
 from builders.ffns import Block, batches, ffn, inputs

@@ -1,7 +1,5 @@
 """How the runs of a fit are made: what is remembered, what is changed, and who is told of an error."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any

@@ -1,7 +1,5 @@
 """Calibration data that says little: a plan that states the error that it makes, or a CalibrationError."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from unittest import mock

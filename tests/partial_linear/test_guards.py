@@ -1,7 +1,5 @@
 """The hot ranges that guards allow."""
 
-from __future__ import annotations
-
 import itertools
 
 import torch

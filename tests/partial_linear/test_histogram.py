@@ -1,7 +1,5 @@
 """Sums by bins of the level that a guard measures, for neurons of one pre-activation and of two."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from builders.ffns import FFN, ffn, inputs

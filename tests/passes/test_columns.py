@@ -1,7 +1,5 @@
 """Columns of down that are fitted together with the fold."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Rewrites behind each other at one site."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache

@@ -1,7 +1,5 @@
 """Entries that no fit could have made are refused before anything is made of them, by every rewrite."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """FFNs that are affine as they are fold without a plan, to rounding."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Folds without a predictor: hot neurons beside an affine map, one line for all neurons, a gate by token."""
 
-from __future__ import annotations
-
 from functools import cache
 
 import pytest

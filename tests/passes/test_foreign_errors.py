@@ -1,7 +1,5 @@
 """What a rewrite of somebody else's raises becomes an error that names it, with its cause."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import EntryPoint
 from typing import Any

@@ -1,7 +1,5 @@
 """Gated FFNs in the rewrites without a guard."""
 
-from __future__ import annotations
-
 import copy
 from dataclasses import replace
 from functools import cache

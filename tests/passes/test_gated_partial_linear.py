@@ -1,7 +1,5 @@
 """``partial_linear`` at gated sites."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

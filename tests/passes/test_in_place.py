@@ -1,7 +1,5 @@
 """What a graph does in place is kept, though nothing reads its result."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from builders.compiled import compiled

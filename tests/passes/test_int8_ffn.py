@@ -1,7 +1,5 @@
 """Dense matrices in integers: by themselves, and of what other rewrites leave."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from functools import cache
 from typing import Any

@@ -1,7 +1,5 @@
 """Low rank, alone and beside heavy hitters."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from builders.ffns import FFN, batches, config, ffn, inputs

@@ -1,7 +1,5 @@
 """Forms of a matrix: what a plan holds of them is what they are, and they multiply as the matrix that they stand for."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any

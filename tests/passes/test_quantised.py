@@ -1,7 +1,5 @@
 """Plans whose folded weight and rows are quantised."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """One FFN for several sites."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

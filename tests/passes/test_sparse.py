@@ -1,7 +1,5 @@
 """Which weights pruning keeps."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from builders.ffns import FFN, batches, config, ffn, inputs

@@ -1,7 +1,5 @@
 """Laws that all rewrites without a guard keep."""
 
-from __future__ import annotations
-
 import re
 from functools import cache
 

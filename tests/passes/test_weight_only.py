@@ -1,7 +1,5 @@
 """Weight-only quantisation: rounding to nearest, and GPTQ."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from builders.ffns import batches, config, ffn, inputs

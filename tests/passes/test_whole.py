@@ -1,7 +1,5 @@
 """Rewrites that replace some FFNs as a whole and leave the others."""
 
-from __future__ import annotations
-
 from functools import cache
 
 import pytest

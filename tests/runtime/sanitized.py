@@ -5,8 +5,6 @@ that they need, so that a read or write past one of them is reported. PyTorch's 
 sanitizer watches. With ``wrong``, calls read past their tokens, and a report must come.
 """
 
-from __future__ import annotations
-
 import random
 import sys
 from functools import partial

@@ -1,7 +1,5 @@
 """The ops refuse what they do not take: real, by the reference, and traced; and the kernel by itself."""
 
-from __future__ import annotations
-
 import struct
 from collections.abc import Callable, Iterator
 from functools import partial

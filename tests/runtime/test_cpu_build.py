@@ -1,7 +1,5 @@
 """How the CPU kernel is compiled, kept, and trusted."""
 
-from __future__ import annotations
-
 import ctypes
 import errno
 import os

@@ -1,7 +1,5 @@
 """What a process has as default dtype and device changes nothing."""
 
-from __future__ import annotations
-
 import ast
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager

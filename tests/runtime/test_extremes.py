@@ -7,8 +7,6 @@ as its scale times 2^bits. Beyond, float32 overflows in one order of a sum and n
 the kernel.
 """
 
-from __future__ import annotations
-
 import math
 
 import pytest

@@ -1,7 +1,5 @@
 """FLOPs of the run-time ops and of rewritten sites, beside those that PyTorch counts in plain arithmetic."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from builders.correction import arguments, every_k, mapped

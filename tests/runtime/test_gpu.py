@@ -1,7 +1,5 @@
 """On a CUDA device: the op under Inductor and in CUDA graphs."""
 
-from __future__ import annotations
-
 import copy
 from typing import Any
 

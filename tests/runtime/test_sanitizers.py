@@ -1,7 +1,5 @@
 """The kernel under AddressSanitizer and UBSan, for every instruction set that this machine has: ``pytest -m sanitizer``."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """Snapshots notice every write to all of a tensor at the next call."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from hypothesis import given

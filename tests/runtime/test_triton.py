@@ -4,8 +4,6 @@
 its own, since Triton must know before it is first imported.
 """
 
-from __future__ import annotations
-
 import math
 import os
 from collections.abc import Callable, Iterator

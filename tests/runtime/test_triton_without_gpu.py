@@ -1,7 +1,5 @@
 """What can be said of the Triton kernels without a GPU: right in the interpreter, compiled for one, traced for one."""
 
-from __future__ import annotations
-
 import ast
 import logging
 import os

@@ -3,8 +3,6 @@
 All in one process, one engine after the other, because most of the time goes into importing vLLM.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import sys

@@ -1,7 +1,5 @@
 """vLLM's own engine on rewritten models, against the same plan in transformers; see ``scripts/test_vllm.sh``."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import os

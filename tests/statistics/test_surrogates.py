@@ -1,7 +1,5 @@
 """The best affine surrogates of neurons, and their errors, from sums; for one pre-activation and for two."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from builders.ffns import inputs

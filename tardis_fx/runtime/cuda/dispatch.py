@@ -1,7 +1,5 @@
 """The correction op on a CUDA device: Triton, loaded on the first call, or the eager reference."""
 
-from __future__ import annotations
-
 import logging
 from functools import cache
 
