@@ -34,7 +34,7 @@ def checked(cls: type[T]) -> type[T]:
     @wraps(assign)
     def init(self: Any, **values: Any) -> None:
         if unknown := [name for name in values if name not in known]:
-            raise ConfigError(f"unknown option {', '.join(map(repr, unknown))}: {cls.__name__} has {', '.join(known)}")
+            raise ConfigError(f"unknown option {', '.join(map(repr, unknown))}: the options are {', '.join(known)}")
         try:
             model(**values)
         except ValidationError as error:

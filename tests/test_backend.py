@@ -232,7 +232,7 @@ def raises(kind: type[TardisError], cause: str, run: Callable[[], Any]) -> None:
 @pytest.mark.parametrize(
     ("options", "cause"),
     [
-        ({"budget": 0.2}, "unknown option 'budget': Options has plan, config"),
+        ({"budget": 0.2}, "unknown option 'budget': the options are plan, config"),
         ({"config": 3}, "config must be an instance of Config, not 3"),
         ({"plan": 3}, "plan must be a tardis_fx.Plan or the path of its file, not int"),
         ({"plan": {"sites": []}}, "not dict"),
