@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from tardis_fx.errors import CalibrationError
 from tardis_fx.healing.checkpoint import State
@@ -40,8 +41,8 @@ class Training:
     ) -> None:
         """Starts training on batches that are shuffled in each pass, or resumes it from a state."""
         self._model, self._student, self._evaluation, self._batches = model, student, evaluation, batches
-        self._steps, self._rate = steps, learning_rate
-        self._optimiser = torch.optim.Adam(student.parameters, betas=(0.9, 0.99))
+        self._steps = steps
+        self._optimiser = torch.optim.Adam(student.parameters, learning_rate, betas=(0.9, 0.99))
         if state is None:
             _finite(evaluation.before, "the tuning split")
             now = self._copies()
@@ -49,6 +50,7 @@ class Training:
         self.state = state
         self._put(state.parameters)
         self._optimiser.load_state_dict(state.optimiser)
+        self._schedule = LambdaLR(self._optimiser, self._rise_and_fall, state.step - 1)
 
     @property
     def finished(self) -> bool:
@@ -74,8 +76,6 @@ class Training:
         self._put(self.state.best_parameters)
 
     def _step(self, step: int) -> None:
-        for group in self._optimiser.param_groups:
-            group["lr"] = self._rate * min(1, (step + 1) / WARM_UP) * (1 + math.cos(math.pi * step / self._steps)) / 2
         epoch, position = divmod(step, len(self._batches))
         order = torch.randperm(
             len(self._batches), generator=torch.Generator("cpu").manual_seed(epoch), dtype=torch.int64, device="cpu"
@@ -94,6 +94,11 @@ class Training:
         self._hold_bytes()
         self._optimiser.step()
         self._optimiser.zero_grad()
+        self._schedule.step()
+
+    def _rise_and_fall(self, step: int) -> float:
+        """Learning rate of a step, as a share of the full one: a linear rise times half a cosine."""
+        return min(1, (step + 1) / WARM_UP) * (1 + math.cos(math.pi * step / self._steps)) / 2
 
     def _hold_bytes(self) -> None:
         """Projects the bounds' gradient so that the expected bytes stay constant, at one price for all sites."""
