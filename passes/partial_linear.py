@@ -22,7 +22,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 from torch import Tensor
 
 from tardis_fx.config import Config, Rounding, checked
@@ -51,6 +51,16 @@ from tardis_fx.runtime.packing import GROUP_SIZES, low_bits
 from tardis_fx.statistics.target import fit_to_target
 
 
+def _whole(value: Any) -> Any:
+    """Refuses 4.0, which Literal takes for 4."""
+    if isinstance(value, float):
+        raise ValueError("must be a whole number")
+    return value
+
+
+Bits = Annotated[Literal[3, 4, 8, 16] | None, BeforeValidator(_whole)]
+
+
 @checked
 @dataclass(frozen=True, kw_only=True)
 class PartialLinearOptions:
@@ -70,9 +80,9 @@ class PartialLinearOptions:
     """
 
     predictor_bits: Annotated[int, Field(ge=1, le=8)] = 2
-    fold_bits: Literal[3, 4, 8, 16] | None = None
-    row_bits: Literal[3, 4, 8, 16] | None = None
-    group_size: Literal[32, 64, 128] = 128
+    fold_bits: Bits = None
+    row_bits: Bits = None
+    group_size: Annotated[Literal[32, 64, 128], BeforeValidator(_whole)] = 128
     rounding: Rounding = "gptq"
 
 

@@ -39,7 +39,7 @@ class Untouched(nn.Module):
 
 WRONG_OPTIONS: list[dict[str, Any]] = [
     {"predictor_bits": 0}, {"predictor_bits": 9}, {"predictor_bits": 16}, {"predictor_bits": True}, {"predictor_bits": "2"},
-    {"fold_bits": 2}, {"fold_bits": 32}, {"row_bits": 2}, {"row_bits": True}, {"group_size": 16}, {"group_size": 256},
+    {"fold_bits": 2}, {"fold_bits": 32}, {"row_bits": 2}, {"row_bits": True}, {"group_size": 16}, {"group_size": 256}, {"fold_bits": 4.0}, {"group_size": 64.0},
     {"rounding": "up"}, {"rounding": None},
 ]  # fmt: skip
 
