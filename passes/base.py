@@ -172,7 +172,7 @@ def with_errors(
     if chosen:
         functions = {s.fingerprint: rewrite.replacement(entries[s.fingerprint], s.weights) for s in chosen}
         checks = yield Run(
-            f"error of {rewrite.method} at a budget of {config.budget}",
+            f"error of {rewrite.method}" + (f" at a budget of {config.budget}" if config.budget else ""),
             lambda s: Check(s, functions[s.fingerprint], held_back=True),
             chosen,
         )

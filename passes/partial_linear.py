@@ -125,7 +125,7 @@ class PartialLinear(Rewrite):
         floor = sum(min(self.floor(draft, widths) for widths in self._widths(config)) for draft, _ in pairs)
         return (
             yield from fit_to_target(
-                lambda budget: self._fit_within(pairs, replace(config, budget=budget)),
+                lambda budget: self._fit_within(pairs, replace(config, budget=budget, target_error=None)),
                 floor / sum(site.weights.bytes for site in sites),
                 config.target_error,
             )

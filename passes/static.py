@@ -84,7 +84,7 @@ class StaticRewrite(Rewrite):
         if config.target_error is None:
             return self._fit_within(sites, config)
         return fit_to_target(
-            lambda budget: self._fit_within(sites, replace(config, budget=budget)),
+            lambda budget: self._fit_within(sites, replace(config, budget=budget, target_error=None)),
             self.minimum_budget(sites),
             config.target_error,
         )

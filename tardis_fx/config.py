@@ -14,6 +14,10 @@ Rounding = Literal["gptq", "nearest"]
 
 #: Fields of the config in earlier versions, now options of a rewrite.
 MOVED = ("predictor_bits", "fold_bits", "row_bits", "group_size", "rounding")
+#: Fields of which exactly one says how much a plan may read.
+GOALS = ("budget", "bits", "target_error")
+#: The budget of a config without any of these.
+BUDGET = 0.2
 
 #: One rewrite, a chain of rewrites, or a mapping from sites to either; None leaves sites unchanged.
 Method = str | Sequence[str] | Mapping[str, str | Sequence[str] | None]
@@ -36,7 +40,7 @@ def checked(cls: type[T]) -> type[T]:
         if unknown := [name for name in values if name not in known]:
             raise ConfigError(f"unknown option {', '.join(map(repr, unknown))}: the options are {', '.join(known)}")
         try:
-            model(**values)
+            model(**{name: value for name, value in values.items() if value is not known[name]})
         except ValidationError as error:
             raise ConfigError(reasons(error)) from None
         assign(self, **values)
@@ -50,17 +54,22 @@ def checked(cls: type[T]) -> type[T]:
 class Config:
     """The settings that a plan is fitted with.
 
+    Of ``budget``, ``bits`` and ``target_error``, at most one is given; without any, the budget is 0.2.
+
     Attributes:
         budget: fraction of the FFN weight bytes touched per decoded token, in the model's own dtype, with predictor
-            and expected corrections; 0.2 is the paper's 80% reduction.
-        target_error: root mean square of the sites' relative errors on held-back calibration tokens, instead of a
-            budget; the fewest bytes that reach it are found by fitting several times.
+            and expected corrections; 0.2 is the paper's 80% reduction. None if another goal is given; the config that
+            :meth:`tardis_fx.passes.base.Rewrite.fit` gets has the fraction that stands for ``bits``.
+        bits: the same as bits touched per decoded token and FFN weight, biases included: 3.2 is 20% of the bytes of
+            bfloat16, and 10% of those of float32.
+        target_error: root mean square of the sites' relative errors on held-back calibration tokens; the fewest bytes
+            that reach it are found by fitting several times.
         allocation: ``"joint"`` distributes the bytes over the sites to minimise the total error; ``"per_site"`` gives
             each site the same fraction, for comparison.
         method: name of a rewrite registered under the entry-point group ``tardis_fx.passes``; a sequence of names for a
             chain of rewrites, stored as ``"drop_bias+low_rank"``; or a mapping from patterns of site names (as in
             ``fnmatch``) to either, or to None. In a mapping the first matching pattern counts, sites that match none
-            are not rewritten, and ``budget`` is a fraction of the bytes of each method's sites. It is stored as pairs.
+            are not rewritten, and the budget applies to each method's sites. It is stored as pairs.
         prefill: ``"original"`` runs the exact original FFN for steps of more than 8 tokens (16 on a GPU);
             ``"rewritten"`` sends every token through fold and correction (encoders, and every measurement of quality).
         options: of the rewrite, by name, as declared by its class in ``Options``: ``{"predictor_bits": 3}``. If
@@ -70,10 +79,12 @@ class Config:
         progress: show progress bars.
 
     Raises:
-        ConfigError: a value is out of range.
+        ConfigError: a value is out of range, or several goals are given.
     """
 
-    budget: Annotated[float, Field(gt=0, le=1)] = 0.2
+    # Typed for rewrites, whose config has a number here.
+    budget: Annotated[float, Field(gt=0, le=1)] = None  # type: ignore[assignment]
+    bits: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     target_error: Annotated[float, Field(gt=0, lt=1)] | None = None
     allocation: Literal["joint", "per_site"] = "joint"
     method: SkipValidation[Method] = "partial_linear"
@@ -93,6 +104,11 @@ class Config:
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
+        goals = [name for name in GOALS if getattr(self, name) is not None]
+        if len(goals) > 1:
+            raise ConfigError(f"{' and '.join(goals)}: give one of {', '.join(GOALS)}")
+        if not goals:
+            object.__setattr__(self, "budget", BUDGET)
         object.__setattr__(self, "method", _method(self.method))  # hashable, and unchanged by a round trip through JSON
         for name in ("sequential", "target_error"):
             if getattr(self, name) and (not isinstance(self.method, str) or "+" in self.method):

@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 import torch
 
 from tardis_fx.config import Config
-from tardis_fx.errors import CalibrationError, RewriteError
+from tardis_fx.errors import CalibrationError, ConfigError, RewriteError
 from tardis_fx.observation.run import Fit, Observation, RepeatableObservation, changed, drive, forgotten, steps
 from tardis_fx.observation.site import ObservedSite
 from tardis_fx.passes.exact_fold import ExactFold
@@ -59,11 +59,11 @@ def fit_plan(observation: Observation, config: Config, *, offload: bool = False)
     for site in (site for group in groups.values() for site in group):
         if not all(torch.isfinite(parameter).all() for parameter in site.parameters):
             raise CalibrationError(f"the weights of {site.site.name} hold NaN or infinity")
-    fits = list(groups.items())
+    fits = [(method, group, _with_budget(config, group)) for method, group in groups.items()]
     if offload:
-        fits = [(method, [site]) for method, group in fits for site in group]
-    for method, group in fits:
-        fit = _fitted(observation, group, method, config)
+        fits = [(method, [site], fitted) for method, group, fitted in fits for site in group]
+    for method, group, fitted in fits:
+        fit = _fitted(observation, group, method, fitted)
         plans = yield from changed(fit, forgotten) if offload else fit
         planned |= {plan.fingerprint: plan for plan in plans}
         if offload:
@@ -72,6 +72,20 @@ def fit_plan(observation: Observation, config: Config, *, offload: bool = False)
         _log.warning("%s is not planned: the first batch does not reach it", site.site.name)
     entries = [planned.get(s.fingerprint) or refused(s, reasons[s.fingerprint] or "") for s in sites]
     return Plan(tuple(_stored_once(entries)), config)
+
+
+def _with_budget(config: Config, sites: Sequence[ObservedSite]) -> Config:
+    """The config with the fraction of the sites' bytes that its bits per weight are.
+
+    Raises:
+        ConfigError: the weights themselves have fewer bits.
+    """
+    if config.bits is None:
+        return config
+    own_bits = 8 * sum(site.weights.bytes for site in sites) / sum(site.weights.count for site in sites)
+    if config.bits > own_bits:
+        raise ConfigError(f"bits={config.bits:g}: the FFN weights have {own_bits:.3g} bits each, give fewer")
+    return replace(config, bits=None, budget=config.bits / own_bits)
 
 
 def _fitted(observation: Observation, sites: Sequence[ObservedSite], method: str, config: Config) -> Fit[list[Planned]]:

@@ -16,7 +16,7 @@ from tardis_fx import Config, ConfigError, calibrate
     "wrong",
     [
         {"budget": 0}, {"budget": -0.1}, {"budget": 1.01}, {"budget": torch.nan}, {"budget": torch.inf}, {"budget": "0.2"},
-        {"budget": True}, {"budget": None}, {"method": ""}, {"method": 3}, {"prefill": "exact"}, {"prefill": None},
+        {"budget": True}, {"method": ""}, {"method": 3}, {"prefill": "exact"}, {"prefill": None},
         {"sequential": 1}, {"sequential": None}, {"progress": "no"}, {"options": 3}, {"options": {"partial_linear": 3, "a": {}}},
         {"options": {3: 2}}, {"options": ["fold_bits"]}, {"options": {"paper": {"fold_bits": 3}}},
         {"options": {"partial_linear": {"fold_bits": [3]}}},
@@ -61,7 +61,7 @@ def test_so_is_an_option_of_a_rewrite_before_the_model_runs(method: str, wrong: 
         ({"method": "drop_bias+low_rank", "options": {"fold_bits": 3}}, "go by rewrite unless method names one"),
         ({"method": {"*": None}, "options": {"fold_bits": 3}}, "go by rewrite unless method names one"),
         ({"method": "wanda", "options": {"ria": {}}}, "'ria' is not a rewrite of method, which names wanda"),
-        ({"bugdet": 0.3}, "unknown option 'bugdet': the options are budget, target_error, allocation"),
+        ({"bugdet": 0.3}, "unknown option 'bugdet': the options are budget, bits, target_error, allocation"),
         ({"fold_bits": 3, "group_size": 64}, "give options={'fold_bits': 3, 'group_size': 64}"),
     ],
 )

@@ -14,6 +14,7 @@ from tardis_fx.compare.compare import compare_rewrites
 from tardis_fx.compare.records import Records
 from tardis_fx.compare.report import draw, table
 from tardis_fx.compare.subjects import load_subject
+from tardis_fx.config import GOALS
 from tardis_fx.demo.model import WINDOWS
 
 
@@ -55,7 +56,7 @@ def compare(
 
 
 def cases(methods: str, budgets: Sequence[float]) -> list[Case]:
-    """The dense case, and every method at every budget, or at its own budget or target_error if it gives one.
+    """The dense case, and every method at every budget, or at its own budget, bits or target if it gives one.
 
     Raises:
         ConfigError: a field is unknown, or a value out of range.
@@ -63,8 +64,7 @@ def cases(methods: str, budgets: Sequence[float]) -> list[Case]:
     rows: list[Case] = [Dense()]
     for method, settings in methods_with_settings(methods):
         label = " ".join([method, *(f"{name}={value}" for name, value in settings.items() if name != "budget")])
-        own_budget = {"budget", "target_error"} & set(settings)
-        for values in [settings] if own_budget else [{"budget": budget, **settings} for budget in budgets]:
+        for values in [settings] if settings.keys() & GOALS else [{"budget": budget, **settings} for budget in budgets]:
             config, healed = config_of(method, values)
             rows.append(Planned(label, replace(config, progress=False), healed))
     return rows

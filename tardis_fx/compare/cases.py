@@ -106,8 +106,8 @@ class Planned(Case):
 
     @property
     def budget(self) -> float | None:
-        """Fraction of the dense bytes, or None if the config has a target error instead."""
-        return self.config.budget if self.config.target_error is None else None
+        """Fraction of the dense bytes, or None if the config has another goal."""
+        return self.config.budget
 
     @property
     def identity(self) -> str:

@@ -178,6 +178,11 @@ class SiteWeights:
         return {**gate, "up": (self.up, self.up_bias)}
 
     @property
+    def count(self) -> int:
+        """Number of all weights and biases."""
+        return sum(tensor.numel() for tensor in vars(self).values() if tensor is not None)
+
+    @property
     def bytes(self) -> int:
         """Size of all weights and biases."""
         return sum(tensor.nbytes for tensor in vars(self).values() if tensor is not None)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tardis_fx import Config, Plan, calibrate
-from tardis_fx.config import MOVED
+from tardis_fx.config import GOALS, MOVED
 from tardis_fx.graph.site import SiteWeights
 from tardis_fx.observation.run import RepeatableObservation, drive, steps
 from tardis_fx.passes.base import Rewrite
@@ -51,7 +51,8 @@ def batches(count: int = 4, tokens: int = 256, d: int = 16) -> list[Tensor]:
 def config(**changed: Any) -> Config:
     """A config for tests: silent, every token on the rewritten path, nothing but the predictor quantised."""
     widths = {"fold_bits": 16, "row_bits": 16} | {name: changed.pop(name) for name in MOVED if name in changed}
-    settings: dict[str, Any] = {"budget": 0.5, "prefill": "rewritten", "progress": False} | changed
+    goal = {} if changed.keys() & GOALS else {"budget": 0.5}
+    settings: dict[str, Any] = {**goal, "prefill": "rewritten", "progress": False} | changed
     chosen = Config(**settings)
     own = {name: widths for name in ("partial_linear", "paper") if name in chosen.rewrites}
     return replace(chosen, options=own | dict(chosen.options))
