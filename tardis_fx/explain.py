@@ -15,7 +15,7 @@ from tardis_fx.observation.batches import Batch
 from tardis_fx.observation.capture import Capture, identity
 from tardis_fx.passes import pipeline
 from tardis_fx.passes.registry import rewrite_named
-from tardis_fx.plan import KeptSite, Plan, Planned, SitePlan, resolve
+from tardis_fx.plan import KeptSite, Plan, Planned, SitePlan, bits_per_weight, resolve
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +32,7 @@ class SiteReport:
         stored_bytes: weight bytes kept.
         touched_bytes: weight bytes read per decoded token, including expected corrections.
         dense_bytes: weight bytes of the original.
+        weights: number of weights of the original, biases included.
         outlier_rate: share of (token, neuron) pairs corrected on the calibration text.
         error: relative root-mean-square error of the output on held-back calibration tokens.
     """
@@ -45,8 +46,19 @@ class SiteReport:
     stored_bytes: int
     touched_bytes: float
     dense_bytes: int
+    weights: int
     outlier_rate: float = 0.0
     error: float = 0.0
+
+    @property
+    def touched_bits(self) -> float:
+        """Bits read per decoded token for each weight of the original."""
+        return bits_per_weight(self.touched_bytes, self.weights)
+
+    @property
+    def stored_bits(self) -> float:
+        """Bits kept for each weight of the original."""
+        return bits_per_weight(self.stored_bytes, self.weights)
 
 
 @dataclass(frozen=True)
@@ -71,16 +83,21 @@ class Report:
         return asdict(self)
 
     def __str__(self) -> str:
-        head = ["site", "kind", "activation", "status", "touched", "of dense", "stored", "outliers", "error", "method"]
+        head = ["site", "kind", "activation", "status", "touched", "of dense", "bits/weight", "stored", "bits/weight"]
+        head += ["outliers", "error", "method"]
         rows = [head, *(_row(site) for site in self.sites)]
         widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         lines.insert(1, "  ".join("-" * width for width in widths))
-        touched, dense = sum(s.touched_bytes for s in self.sites), sum(s.dense_bytes for s in self.sites)
+        touched, stored, dense, weights = (
+            sum(getattr(site, name) for site in self.sites)
+            for name in ("touched_bytes", "stored_bytes", "dense_bytes", "weights")
+        )
         rewritten = sum(site.status == "rewritten" for site in self.sites)
         lines.append(
             f"{rewritten} of {len(self.sites)} sites rewritten; "
-            f"{touched / max(1, dense):.1%} of the FFN weight bytes touched per token"
+            f"{touched / max(1, dense):.1%} of the FFN weight bytes touched per token, "
+            f"{bits_per_weight(touched, weights):.3g} bits per weight ({bits_per_weight(stored, weights):.3g} stored)"
         )
         lines += [f"in the plan, not in the model: {name}" for name in self.missing]
         return "\n".join(lines)
@@ -90,7 +107,9 @@ def _row(site: SiteReport) -> list[str]:
     numbers = [
         f"{site.touched_bytes / 1e6:.3g} MB",
         f"{site.touched_bytes / max(1, site.dense_bytes):.1%}",
+        f"{site.touched_bits:.3g}",
         f"{site.stored_bytes / 1e6:.3g} MB",
+        f"{site.stored_bits:.3g}",
     ]
     measured = [f"{site.outlier_rate:.1%}", f"{site.error:.3f}"] if site.status == "rewritten" else ["-", "-"]
     activation, method = site.activation or "unknown", site.method or site.reason
@@ -128,7 +147,8 @@ def explain(model: nn.Module, plan: Plan | str | os.PathLike[str] | None, exampl
                     report = replace(report, stored_bytes=min(report.stored_bytes, _stored(site, entry, weights)))
             else:
                 dense = sum(weight.numel() * weight.element_size() for weight in weights)
-                report = _refused(site.name, site.kind, site.activation, outcome.reason, dense)
+                count = sum(weight.numel() for weight in weights)
+                report = _refused(site.name, site.kind, site.activation, outcome.reason, dense, count)
             if plan is None and entry is None and (stage := live.stage_of(weights, site.function)):
                 report = replace(report, status="profiling", reason=stage)
             reports.setdefault((site.name, identity(weights, site.function)), replace(report, name=site.name))
@@ -149,12 +169,12 @@ def _stored(site: Site, entry: SitePlan, weights: Sequence[Tensor]) -> int:
 
 def _planned(entry: Planned) -> SiteReport:
     if isinstance(entry, KeptSite):
-        return _refused(entry.name, entry.kind, entry.activation, entry.reason, entry.dense_bytes)
+        return _refused(entry.name, entry.kind, entry.activation, entry.reason, entry.dense_bytes, entry.weights)
     names = [field.name for field in fields(SiteReport) if field.name not in ("status", "reason")]
     return SiteReport(status="rewritten", **{name: getattr(entry, name) for name in names})
 
 
-def _refused(name: str, kind: str, activation: str | None, reason: str | None, dense: int) -> SiteReport:
+def _refused(name: str, kind: str, activation: str | None, reason: str | None, dense: int, weights: int) -> SiteReport:
     return SiteReport(
         name=name,
         kind=kind,
@@ -164,4 +184,5 @@ def _refused(name: str, kind: str, activation: str | None, reason: str | None, d
         stored_bytes=dense,
         touched_bytes=dense,
         dense_bytes=dense,
+        weights=weights,
     )

@@ -1,5 +1,6 @@
 """The plan: the rewrite of every site with its tensors, saved as a safetensors file."""
 
+import math
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -56,6 +57,11 @@ class Entry:
             dense_bytes=sum(p.numel() * p.element_size() for p in parameters),
             **rest,
         )
+
+    @property
+    def weights(self) -> int:
+        """Number of weights, biases included."""
+        return sum(map(math.prod, self.shapes))
 
     def kept(self, reason: str) -> "KeptSite":
         """An entry that leaves the same site unchanged, with the reason."""
@@ -140,6 +146,21 @@ class Plan:
         touched = sum(site.touched_bytes for site in self.sites)
         return touched / max(1, sum(site.dense_bytes for site in self.sites))
 
+    @property
+    def touched_bits(self) -> float:
+        """Bits read per decoded token for each FFN weight, biases included; kept sites count in full."""
+        return bits_per_weight(sum(site.touched_bytes for site in self.sites), self.weights)
+
+    @property
+    def stored_bits(self) -> float:
+        """Bits kept for each FFN weight, biases included."""
+        return bits_per_weight(sum(site.stored_bytes for site in self.sites), self.weights)
+
+    @property
+    def weights(self) -> int:
+        """Number of all FFN weights, biases included."""
+        return sum(site.weights for site in self.sites)
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the plan to a file, atomically.
 
@@ -191,8 +212,14 @@ class Plan:
         methods = Counter(site.method if isinstance(site, SitePlan) else "refused" for site in self.sites)
         listed = ", ".join(f"{count} {method}" for method, count in methods.items())
         return (
-            f"Plan({len(self.sites)} sites: {listed}; {self.touched_fraction:.1%} of the FFN bytes touched per token)"
+            f"Plan({len(self.sites)} sites: {listed}; {self.touched_fraction:.1%} of the FFN bytes touched per token, "
+            f"{self.touched_bits:.3g} bits per weight)"
         )
+
+
+def bits_per_weight(size: float, weights: int) -> float:
+    """Bits for each weight of a size in bytes."""
+    return 8 * size / max(1, weights)
 
 
 def resolve(plan: Any) -> Plan:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from builders import models
 from builders.compiled import compiled
-from builders.ffns import Block, Broken, config, ffn, ffn_of, inputs, planned
+from builders.ffns import Block, Broken, batches, config, ffn, ffn_of, inputs, planned
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -51,7 +51,7 @@ def test_a_rewritten_site_reports_what_its_plan_says() -> None:
         assert (site.kind, site.status, site.reason, site.method) == ("plain", "rewritten", "", "partial_linear")
         for name in ("stored_bytes", "touched_bytes", "dense_bytes", "outlier_rate", "error"):
             assert getattr(site, name) == getattr(entry, name)
-        assert site.dense_bytes == 4 * (2 * 16 * 64 + 64 + 16)
+        assert site.dense_bytes == 4 * (2 * 16 * 64 + 64 + 16) == 4 * site.weights
         assert 0 < site.touched_bytes < site.dense_bytes < site.stored_bytes
         assert 0 < site.outlier_rate < 1
         assert 0 < site.error < 1
@@ -59,7 +59,8 @@ def test_a_rewritten_site_reports_what_its_plan_says() -> None:
 
 
 def test_a_report_has_the_fields_that_are_promised() -> None:
-    promised = "name kind activation status reason method stored_bytes touched_bytes dense_bytes outlier_rate error"
+    promised = "name kind activation status reason method stored_bytes touched_bytes dense_bytes weights "
+    promised += "outlier_rate error"
     assert {field.name for field in fields(SiteReport)} == set(promised.split())
 
 
@@ -77,6 +78,7 @@ def test_every_refused_site_is_listed_with_its_reason(mixed: tuple[Mixed, Plan])
         if site.reason:
             assert (site.status, site.method, site.outlier_rate, site.error) == ("refused", "", 0, 0)
             assert site.touched_bytes == site.stored_bytes == site.dense_bytes > 0
+            assert site.touched_bits == site.stored_bits == 32
 
 
 def test_a_gated_model_that_the_plan_does_not_know_is_listed_and_refused() -> None:
@@ -203,6 +205,23 @@ def test_the_table_has_one_line_a_site_and_a_sum(mixed: tuple[Mixed, Plan]) -> N
     touched, dense = sum(s.touched_bytes for s in report.sites), sum(s.dense_bytes for s in report.sites)
     assert last.startswith("1 of 4 sites rewritten")
     assert f"{touched / dense:.1%}" in last
+    assert f"{done.touched_bits:.3g}" in rows[0].split()
+    assert f"{done.stored_bits:.3g}" in rows[0].split()
+    stored = sum(s.stored_bytes for s in report.sites)
+    assert last.endswith(f"{32 * touched / dense:.3g} bits per weight ({32 * stored / dense:.3g} stored)")
+
+
+@pytest.mark.parametrize(("dtype", "bits"), [(torch.float32, 32), (torch.bfloat16, 16)])
+def test_bits_per_weight_are_the_shares_of_the_weights_own_bits(dtype: torch.dtype, bits: int) -> None:
+    model = nn.Sequential(Block(ffn(seed=1)), Block(ffn(hidden=32, seed=2))).eval().to(dtype)
+    plan = calibrate(model, [x.to(dtype) for x in batches()], config=config(method="wanda", budget=0.6))
+    stored = sum(site.stored_bytes for site in plan.sites) / sum(site.dense_bytes for site in plan.sites)
+    assert plan.touched_bits == pytest.approx(bits * plan.touched_fraction)
+    assert plan.stored_bits == pytest.approx(bits * stored)
+    assert f"{plan.touched_bits:.3g} bits per weight" in str(plan)
+    for site in Report.from_plan(plan).sites:
+        assert site.touched_bits == pytest.approx(bits * site.touched_bytes / site.dense_bytes)
+        assert site.stored_bits == pytest.approx(bits * site.stored_bytes / site.dense_bytes)
 
 
 def test_the_columns_of_the_table_are_aligned(mixed: tuple[Mixed, Plan]) -> None:
