@@ -10,13 +10,14 @@ from hypothesis import strategies as st
 
 from tardis_fx import CalibrationError, Config, calibrate
 from tardis_fx.observation.run import drive, steps
-from tardis_fx.statistics.target import SLACK, TRIES, minimum_budget
+from tardis_fx.statistics.target import RESOLUTION, SLACK, TRIES, minimum_budget
 from tardis_fx.testing.observation import SiteObservation
 
 
-def searched(error: Callable[[float], float], floor: float, target: float) -> float:
+def searched(error: Callable[[float], float], start: float, target: float, *, lowest: bool = True) -> float:
     """What the search finds where nothing has to be measured for an error."""
-    return drive(SiteObservation([], []), minimum_budget(lambda budget: steps(error(budget)), floor, target))
+    search = minimum_budget("target", lambda budget: steps(error(budget)), target, start, lowest=lowest)
+    return drive(SiteObservation([], []), search)
 
 
 @given(st.floats(0.05, 0.5), st.floats(1.0, 30.0), st.floats(0.01, 0.6), st.floats(0.5, 2.0))
@@ -36,14 +37,36 @@ def test_the_minimum_budget_meets_a_target_that_falls_with_the_bytes(
     assert tried[found] <= target
     assert found == min(budget for budget, reached in tried.items() if reached <= target)
     assert len(tried) <= TRIES
-    assert len(tried) in {1, TRIES} or tried[found] >= target * (1 - SLACK), "it stopped too early"
+    near = any(budget * (1 + RESOLUTION) >= found > budget for budget in tried)
+    assert len(tried) in {1, TRIES} or tried[found] >= target * (1 - SLACK) or near, "it stopped too early"
     least = floor + (max(0.0, math.log(0.7 / target)) / steepness) ** (1 / bend)
     assert found <= 2 * least * (1 + 1e-5), "half of the first budget that met it had missed it"
 
 
-def test_a_target_out_of_reach_is_an_error_that_says_how_far() -> None:
-    with pytest.raises(CalibrationError, match="out of reach, the error is 0.5"):
-        searched(lambda budget: 0.5, 0.1, 0.2)
+@given(st.floats(1e-3, 0.9), st.floats(1.0, 30.0), st.floats(1e-3, 0.3))
+def test_without_a_lowest_budget_it_is_bracketed_from_both_sides(floor: float, steepness: float, target: float) -> None:
+    tried = {}
+
+    def error(budget: float) -> float:
+        tried[budget] = 2 * math.exp(-steepness * budget) if budget >= floor else math.inf
+        return tried[budget]
+
+    if error(1.0) > target:
+        with pytest.raises(CalibrationError, match="at 100% of the bytes"):
+            searched(error, 0.1, target, lowest=False)
+        return
+    tried.clear()
+    found = searched(error, 0.1, target, lowest=False)
+    assert tried[found] <= target
+    assert len(tried) <= TRIES
+    least = max(floor, math.log(2 / target) / steepness)
+    assert found <= 1.1 * least or (len(tried) == TRIES and found <= max(2 * least, 0.1 / 64))
+
+
+@pytest.mark.parametrize("start", [1e-4, 0.1])
+def test_a_target_out_of_reach_is_an_error_that_says_how_far(start: float) -> None:
+    with pytest.raises(CalibrationError, match="out of reach, the least error is 0.5, at 100% of the bytes"):
+        searched(lambda budget: 0.6 - 0.1 * budget, start, 0.2)
 
 
 def test_calibration_meets_the_target_with_few_bytes() -> None:
