@@ -13,11 +13,11 @@ from tqdm import tqdm
 
 from tardis_fx.errors import CalibrationError, ConfigError
 from tardis_fx.graph.site import SiteWeights
-from tardis_fx.heal import check_settings, split
+from tardis_fx.heal import check_settings
 from tardis_fx.healing.dense import DenseSite
 from tardis_fx.healing.graft import Grafted
 from tardis_fx.healing.student import frozen
-from tardis_fx.observation.batches import Batch, checked
+from tardis_fx.observation.batches import Batch, checked, split
 from tardis_fx.observation.capture import recordable
 from tardis_fx.observation.observe import BatchObservation
 from tardis_fx.observation.run import Run

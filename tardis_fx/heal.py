@@ -9,18 +9,15 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from tardis_fx.errors import CalibrationError, ConfigError
+from tardis_fx.errors import ConfigError
 from tardis_fx.healing import checkpoint as checkpoints
 from tardis_fx.healing.evaluation import Evaluation
 from tardis_fx.healing.student import Student, frozen
 from tardis_fx.healing.training import Training
-from tardis_fx.observation.batches import Batch, checked
+from tardis_fx.observation.batches import Batch, checked, split
 from tardis_fx.plan import Plan, resolve
 
 _log = logging.getLogger("tardis_fx")
-
-#: Share of the batches, the last ones, that form the tuning split.
-TUNING = 1 / 8
 
 
 @torch.inference_mode(mode=False)
@@ -109,15 +106,3 @@ def check_settings(count_name: str, count: Any, learning_rate: Any) -> None:
         raise ConfigError(f"{count_name} must be a positive integer, not {count!r}")
     if isinstance(learning_rate, bool) or not isinstance(learning_rate, (int, float)) or not 0 < learning_rate < 1:
         raise ConfigError(f"learning_rate must lie in (0, 1), not {learning_rate!r}")
-
-
-def split(batches: list[Batch]) -> tuple[list[Batch], list[Batch]]:
-    """Splits batches into training batches and the tuning split.
-
-    Raises:
-        CalibrationError: there are fewer than two.
-    """
-    if len(batches) < 2:
-        raise CalibrationError("training needs at least two batches, one of them to evaluate on")
-    held_back = max(1, int(len(batches) * TUNING))
-    return batches[:-held_back], batches[-held_back:]

@@ -18,6 +18,7 @@ from tardis_fx.observation.batches import Batch, real_tokens
 from tardis_fx.passes.base import Rewrite
 from tardis_fx.passes.entry import rewrite_of
 from tardis_fx.plan import Plan, SitePlan
+from tardis_fx.statistics.divergence import kl_divergence
 
 _log = logging.getLogger("tardis_fx")
 
@@ -84,8 +85,7 @@ def divergence(output: Any, dense: Any, batch: Batch) -> Float[Tensor, ""]:
     position; otherwise the mean squared error of the first floating-point tensor. Padding does not count.
     """
     if isinstance(getattr(dense, "logits", None), Tensor):
-        healed, target = (F.log_softmax(o.logits.float(), -1) for o in (output, dense))
-        errors = F.kl_div(healed, target, log_target=True, reduction="none").sum(-1)
+        errors = kl_divergence(output.logits, dense.logits)
     else:
         errors = F.mse_loss(_first(output).float(), _first(dense).float(), reduction="none")
         errors = errors.mean(-1) if errors.dim() > 1 else errors

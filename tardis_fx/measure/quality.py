@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from tardis_fx.plan import Plan
+from tardis_fx.statistics.divergence import kl_divergence
 
 
 @dataclass(frozen=True)
@@ -36,31 +37,53 @@ class DenseReference:
     @torch.no_grad()
     def __init__(self, model: nn.Module, windows: Int64[Tensor, "windows length"]) -> None:
         """Runs the dense model, in eval mode, on the text: eight windows at a time."""
-        self._batches = windows.split(8)
-        self._logits = list(self._run(model))
-        self._loss = self._sums(self._logits)[0]
-        self.dense = Quality(math.exp(self._loss), 0.0, 1.0, 0.0)
+        self._windows = windows
+        self._logits = list(_logits(model, windows))
+        self.dense, _ = _qualities(windows, self._logits, self._logits)
 
     @torch.no_grad()
     def quality(self, run: Callable[..., Any]) -> Quality:
         """Quality of a rewritten form; losses are computed in float32 from logits in the model's dtype."""
-        loss, kl, agreement = self._sums(self._run(run))
-        return Quality(math.exp(loss), math.expm1(loss - self._loss), agreement, kl)
+        return _qualities(self._windows, self._logits, _logits(run, self._windows))[1]
 
-    def _run(self, run: Callable[..., Any]) -> Iterable[Float[Tensor, "batch length vocabulary"]]:
-        return (run(batch, use_cache=False).logits for batch in self._batches)
 
-    def _sums(self, logits: Iterable[Float[Tensor, "batch length vocabulary"]]) -> tuple[float, float, float]:
-        """Mean loss, mean KL divergence, and agreement."""
-        loss = kl = same = 0.0
-        for tokens, rewritten, dense in zip(self._batches, logits, self._logits, strict=True):
-            log_q, log_p = rewritten.float().log_softmax(-1), dense.float().log_softmax(-1)
-            loss += float(F.nll_loss(log_q[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum"))
-            kl += float(F.kl_div(log_q, log_p, reduction="sum", log_target=True))
-            same += float((rewritten.argmax(-1) == dense.argmax(-1)).sum())
-        count = sum(tokens.numel() for tokens in self._batches)
-        predicted = count - sum(len(tokens) for tokens in self._batches)
-        return loss / predicted, kl / count, same / count
+@torch.no_grad()
+def compare_once(
+    dense: Callable[..., Any], rewritten: Callable[..., Any], windows: Int64[Tensor, "windows length"]
+) -> tuple[Quality, Quality]:
+    """Quality of the dense model and of one rewritten form, with the logits of eight windows in memory at a time."""
+    return _qualities(windows, _logits(dense, windows), _logits(rewritten, windows))
+
+
+def _logits(
+    run: Callable[..., Any], windows: Int64[Tensor, "windows length"]
+) -> Iterable[Float[Tensor, "_ length vocabulary"]]:
+    return (run(batch, use_cache=False).logits for batch in windows.split(8))
+
+
+def _qualities(
+    windows: Int64[Tensor, "windows length"],
+    dense: Iterable[Float[Tensor, "_ length vocabulary"]],
+    rewritten: Iterable[Float[Tensor, "_ length vocabulary"]],
+) -> tuple[Quality, Quality]:
+    """Quality of the dense and of the rewritten model from the logits of their batches."""
+    dense_loss = loss = kl = same = 0.0
+    for tokens, before, after in zip(windows.split(8), dense, rewritten, strict=True):
+        dense_loss += _loss(before, tokens)
+        loss += _loss(after, tokens)
+        kl += float(kl_divergence(after, before).sum())
+        same += float((after.argmax(-1) == before.argmax(-1)).sum())
+    predicted, count = windows[:, 1:].numel(), windows.numel()
+    dense_loss, loss = dense_loss / predicted, loss / predicted
+    return (
+        Quality(math.exp(dense_loss), 0.0, 1.0, 0.0),
+        Quality(math.exp(loss), math.expm1(loss - dense_loss), same / count, kl / count),
+    )
+
+
+def _loss(logits: Float[Tensor, "batch length vocabulary"], tokens: Int64[Tensor, "batch length"]) -> float:
+    """Sum of the losses of the next tokens."""
+    return float(F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="sum"))
 
 
 def rewrite_every_token(model: nn.Module, plan: Plan) -> Callable[..., Any]:

@@ -17,6 +17,9 @@ Batch = Tensor | Mapping[str, Any]
 #: Keyword arguments, [batch, tokens], that are 0 at padding and 1 elsewhere.
 MASKS = ("attention_mask", "decoder_attention_mask")
 
+#: Share of the batches, the last ones, on which a result is evaluated.
+EVALUATED = 1 / 8
+
 
 def uncompiled(model: Any) -> nn.Module:
     """The model without the wrapper of ``torch.compile``.
@@ -68,6 +71,18 @@ def checked(model: nn.Module, batches: Iterable[Batch]) -> list[Batch]:
             "%s is not [batch, tokens] with 0 at padding and 1 elsewhere: padding counts as text", ", ".join(ignored)
         )
     return listed
+
+
+def split(batches: list[Batch]) -> tuple[list[Batch], list[Batch]]:
+    """Splits batches into those to fit or train on, and the last eighth, at least one, to evaluate on.
+
+    Raises:
+        CalibrationError: there are fewer than two.
+    """
+    if len(batches) < 2:
+        raise CalibrationError("at least two batches are needed, one of them to evaluate on")
+    held_back = max(1, int(len(batches) * EVALUATED))
+    return batches[:-held_back], batches[-held_back:]
 
 
 def real_tokens(batch: Batch, shape: Sequence[int]) -> Bool[Tensor, "*tokens"] | None:
