@@ -12,13 +12,14 @@ from torch import nn
 from tardis_fx.config import MOVED, Config
 from tardis_fx.digest import digest
 from tardis_fx.errors import ConfigError
-from tardis_fx.observation.batches import Batch, checked, uncompiled
+from tardis_fx.observation.batches import Batch, checked, split, uncompiled
 from tardis_fx.observation.checkpoint import Checkpoint
 from tardis_fx.observation.observe import BatchObservation
 from tardis_fx.observation.ranks import Ranks, arithmetic
 from tardis_fx.passes.registry import check_rewrites, rewrite_named
 from tardis_fx.plan import Plan
 from tardis_fx.planning import plan_for
+from tardis_fx.target_kl import plan_to_target
 
 
 @torch.inference_mode(mode=False)
@@ -57,8 +58,9 @@ def calibrate(
             exist; with ``offload``, a rewrite that compares all FFNs; an argument is unknown.
         CalibrationError: the model is not a module, on the meta device or in training mode, or fails; there are no
             batches, or the model does not take one; an input or a weight is NaN, there is no FFN, or the budget is
-            smaller than the folded weights; a rewrite fails, or these tokens do not suffice to measure any error; ranks
-            have different inputs or results, or one died.
+            smaller than the folded weights; a target is out of reach, or the model has no logits or only one batch to
+            measure ``target_kl`` with; a rewrite fails, or these tokens do not suffice to measure any error; ranks have
+            different inputs or results, or one died.
         CheckpointError: the checkpoint is damaged, belongs to another calibration, or cannot be written.
     """
     if unknown:
@@ -78,14 +80,19 @@ def calibrate(
         ranks.agree("arithmetic", arithmetic())
         ranks.agree("hashes of model, batches and config", owner)
         folders = ranks.attempt(lambda: Checkpoint(checkpoint, owner) if checkpoint is not None and first else None)
+        fitted, held_back = (batches, []) if config.target_kl is None else split(batches)
         observation = BatchObservation(
-            model, batches, progress=config.progress and first, ranks=ranks, checkpoint=folders[ranks.rank]
+            model, fitted, progress=config.progress and first, ranks=ranks, checkpoint=folders[ranks.rank]
         )
         names = [site.site.name for site in observation.sites]
         for pattern, _ in config.methods:
             if not any(fnmatchcase(name, pattern) for name in names):
                 raise ConfigError(f"method: {pattern!r} matches no site; there are {', '.join(names)}")
-        plan = plan_for(observation, config, offload=offload)
+        if config.target_kl is None:
+            plan = plan_for(observation, config, offload=offload)
+        else:
+            measured = BatchObservation(model, held_back, progress=False, ranks=ranks)
+            plan = plan_to_target(observation, measured, config, ranks, offload=offload)
         if ranks.count > 1:
             ranks.agree("hashes of the plans", digest(*map(vars, plan.sites)))
         return plan

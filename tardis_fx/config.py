@@ -15,7 +15,7 @@ Rounding = Literal["gptq", "nearest"]
 #: Fields of the config in earlier versions, now options of a rewrite.
 MOVED = ("predictor_bits", "fold_bits", "row_bits", "group_size", "rounding")
 #: Fields of which exactly one says how much a plan may read.
-GOALS = ("budget", "bits", "target_error")
+GOALS = ("budget", "bits", "target_error", "target_kl")
 #: The budget of a config without any of these.
 BUDGET = 0.2
 
@@ -54,7 +54,7 @@ def checked(cls: type[T]) -> type[T]:
 class Config:
     """The settings that a plan is fitted with.
 
-    Of ``budget``, ``bits`` and ``target_error``, at most one is given; without any, the budget is 0.2.
+    Of ``budget``, ``bits``, ``target_error`` and ``target_kl``, at most one is given; without any, the budget is 0.2.
 
     Attributes:
         budget: fraction of the FFN weight bytes touched per decoded token, in the model's own dtype, with predictor
@@ -64,6 +64,9 @@ class Config:
             bfloat16, and 10% of those of float32.
         target_error: root mean square of the sites' relative errors on held-back calibration tokens; the fewest bytes
             that reach it are found by fitting several times.
+        target_kl: KL(dense || rewritten) of the model's own output, in nats per token, with every token on the
+            rewritten path; the smallest budget that reaches it is found by fitting several times. It is measured on
+            the last eighth of the calibration batches, at least one, which no fit sees.
         allocation: ``"joint"`` distributes the bytes over the sites to minimise the total error; ``"per_site"`` gives
             each site the same fraction, for comparison.
         method: name of a rewrite registered under the entry-point group ``tardis_fx.passes``; a sequence of names for a
@@ -86,6 +89,7 @@ class Config:
     budget: Annotated[float, Field(gt=0, le=1)] = None  # type: ignore[assignment]
     bits: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     target_error: Annotated[float, Field(gt=0, lt=1)] | None = None
+    target_kl: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     allocation: Literal["joint", "per_site"] = "joint"
     method: SkipValidation[Method] = "partial_linear"
     prefill: Prefill = "original"
@@ -170,8 +174,9 @@ class Options:
     def __post_init__(self) -> None:
         if self.config is not None and self.plan is not None:
             raise ConfigError("config says how to fit where there is no plan: give one of them")
-        if self.config is not None and self.config.sequential:
-            raise ConfigError("sequential fitting runs the model again and again: it needs calibrate and a plan")
+        for name in ("sequential", "target_kl"):
+            if self.config is not None and getattr(self.config, name):
+                raise ConfigError(f"{name} runs the model again and again: it needs calibrate and a plan")
 
     @property
     def observes(self) -> bool:

@@ -175,7 +175,9 @@ class _Tuned(Grafted[DenseSite]):
             run = Run("errors after fine-tuning", lambda s: Check(s, self.sites[s.fingerprint]), self._chosen)
             checks = self._observation.answer(run)
         entries = {key: self.sites[key].trained(check.error) for key, check in checks.items()}
-        return replace(self._plan, sites=tuple(entries.get(site.fingerprint, site) for site in self._plan.sites))
+        return replace(
+            self._plan, sites=tuple(entries.get(site.fingerprint, site) for site in self._plan.sites), kl=None
+        )
 
     def _module(self, entry: SitePlan, weights: SiteWeights) -> DenseSite | None:
         rewrite = rewrite_of(entry)

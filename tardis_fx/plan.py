@@ -125,11 +125,14 @@ class Plan:
 
     Attributes:
         sites: one entry for each site, including sites that are not rewritten.
-        config: that the plan was fitted with.
+        config: that the plan was fitted with; if it had a ``target_kl``, with the budget that reaches it instead.
+        kl: KL(dense || rewritten) of the model's output on held-back batches, in nats per token, or None if the config
+            had no ``target_kl``, or the plan was changed since.
     """
 
     sites: tuple[Planned, ...]
     config: Config
+    kl: float | None = None
 
     @property
     def rewritten(self) -> tuple[SitePlan, ...]:
@@ -182,7 +185,7 @@ class Plan:
                     same[key] = known
         sites = [{f.name: getattr(site, f.name) for f in fields(site) if f.name != "tensors"} for site in self.sites]
         try:
-            write(Path(path), tensors, header_of(asdict(self.config), sites, same))
+            write(Path(path), tensors, header_of(asdict(self.config), sites, same, self.kl))
         except (OSError, ValueError, TypeError, SafetensorError) as error:
             raise PlanFileError(f"cannot write plan {path}: {error}") from error
 
@@ -200,9 +203,9 @@ class Plan:
         except (OSError, ValueError, SafetensorError) as error:
             raise PlanFileError(f"{path} is truncated or no safetensors file: {error}") from error
         try:
-            config, sites = content_of(header, tensors)
+            config, sites, kl = content_of(header, tensors)
             entries = tuple(KeptSite(**site) if "reason" in site else SitePlan(**site) for site in sites)
-            return cls(entries, Config(**config))
+            return cls(entries, Config(**config), kl)
         except PlanFileError as error:
             raise PlanFileError(f"{path}: {error}") from error
         except Exception as error:
@@ -213,7 +216,8 @@ class Plan:
         listed = ", ".join(f"{count} {method}" for method, count in methods.items())
         return (
             f"Plan({len(self.sites)} sites: {listed}; {self.touched_fraction:.1%} of the FFN bytes touched per token, "
-            f"{self.touched_bits:.3g} bits per weight)"
+            f"{self.touched_bits:.3g} bits per weight"
+            f"{'' if self.kl is None else f'; KL {self.kl:.3g} nats per token on held-back batches'})"
         )
 
 

@@ -23,13 +23,16 @@ VERSION = 5
 _DEEPEST = 32
 
 
-def header_of(config: Mapping[str, Any], sites: Sequence[Mapping[str, Any]], same: Mapping[str, str]) -> dict[str, str]:
+def header_of(
+    config: Mapping[str, Any], sites: Sequence[Mapping[str, Any]], same: Mapping[str, str], kl: float | None
+) -> dict[str, str]:
     """Makes the metadata of a plan file.
 
     Args:
         config: fields of the plan's config.
         sites: fields of each entry except its tensors.
         same: name of the stored tensor for each tensor that the file holds under another name.
+        kl: of the plan.
 
     Raises:
         ValueError: :func:`content_of` would reject a field.
@@ -37,12 +40,14 @@ def header_of(config: Mapping[str, Any], sites: Sequence[Mapping[str, Any]], sam
     """
     for site in sites:
         _check_fields(site)
-    text = json.dumps({"config": config, "sites": sites, "same": same})
+    text = json.dumps({"config": config, "sites": sites, "same": same, "kl": kl})
     return {"format": FORMAT, "version": str(VERSION), "plan": text}
 
 
-def content_of(header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Reads the fields of the config and of each entry, including tensors.
+def content_of(
+    header: Mapping[str, str], tensors: Mapping[str, Tensor]
+) -> tuple[dict[str, Any], list[dict[str, Any]], float | None]:
+    """Reads the fields of the config and of each entry, including tensors, and the divergence.
 
     Args:
         header: metadata of the file.
@@ -74,7 +79,10 @@ def content_of(header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> tupl
         if not re.fullmatch("0|[1-9][0-9]{0,8}", index):
             raise KeyError(f"tensor {key!r} is of no site")
         entries[int(index)]["tensors"][name] = tensor
-    return dict(config), entries
+    kl = content.get("kl")
+    if kl is not None and not (isinstance(kl, float) and 0 <= kl < math.inf):
+        raise ValueError(f"its KL divergence is {kl!r:.80}")
+    return dict(config), entries, kl
 
 
 def _check_fields(fields: Mapping[str, Any]) -> None:

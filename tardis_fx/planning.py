@@ -80,6 +80,7 @@ def _with_budget(config: Config, sites: Sequence[ObservedSite]) -> Config:
     Raises:
         ConfigError: the weights themselves have fewer bits.
     """
+    assert config.target_kl is None  # see tardis_fx.target_kl
     if config.bits is None:
         return config
     own_bits = 8 * sum(site.weights.bytes for site in sites) / sum(site.weights.count for site in sites)

@@ -314,14 +314,24 @@ def test_methods_are_crossed_with_budgets_unless_they_bring_their_own() -> None:
     composed = compare_cli.cases("drop_bias+low_rank:allocation=per_site,int8_ffn", [0.5])[1:]
     assert [case.config.method for case in composed] == ["drop_bias+low_rank", "int8_ffn"]  # type: ignore[attr-defined]
     assert len({case.identity for case in composed}) == 2
-    rows = compare_cli.cases("paper,partial_linear:target_error=0.1,row_bits=None,paper:budget=0.4", [0.2, 0.3])
+    given = "paper,partial_linear:target_error=0.1,row_bits=None,paper:budget=0.4,rtn:bits=4,rtn:target_kl=0.1"
+    rows = compare_cli.cases(given, [0.2, 0.3])
     assert [(case.label, case.budget) for case in rows] == [
         ("dense", None), ("paper", 0.2), ("paper", 0.3), ("partial_linear target_error=0.1 row_bits=None", None),
-        ("paper", 0.4),
+        ("paper", 0.4), ("rtn bits=4", None), ("rtn target_kl=0.1", None),
     ]  # fmt: skip
     planned = [case for case in rows if isinstance(case, Planned)]
     assert planned[2].config == Config(target_error=0.1, options={"row_bits": None}, progress=False)
-    assert len({case.identity for case in rows}) == 5
+    assert len({case.identity for case in rows}) == 7
+
+
+def test_a_target_divergence_is_met_on_the_calibration_text() -> None:
+    trial = Trial(dataclasses.replace(subject(), calibration=lambda seed: list(tokens(6, 32).split(2))), 0)
+    plan = Planned("", Config(method="rtn", target_kl=0.1)).prepare(trial).plan
+    assert plan is not None
+    assert plan.rewritten
+    assert plan.kl is not None
+    assert plan.kl <= 0.1
 
 
 def test_a_name_that_no_rewrite_has_is_a_config_error(tmp_path: Path) -> None:

@@ -61,7 +61,7 @@ def test_so_is_an_option_of_a_rewrite_before_the_model_runs(method: str, wrong: 
         ({"method": "drop_bias+low_rank", "options": {"fold_bits": 3}}, "go by rewrite unless method names one"),
         ({"method": {"*": None}, "options": {"fold_bits": 3}}, "go by rewrite unless method names one"),
         ({"method": "wanda", "options": {"ria": {}}}, "'ria' is not a rewrite of method, which names wanda"),
-        ({"bugdet": 0.3}, "unknown option 'bugdet': the options are budget, bits, target_error, allocation"),
+        ({"bugdet": 0.3}, "unknown option 'bugdet': the options are budget, bits, target_error, target_kl"),
         ({"fold_bits": 3, "group_size": 64}, "give options={'fold_bits': 3, 'group_size': 64}"),
     ],
 )

@@ -20,7 +20,7 @@ from tardis_fx.testing.assertions import contents
 from tardis_fx.testing.observation import SiteObservation
 
 D = 32
-GOALS: dict[str, Any] = {"budget": 0.3, "bits": 3.0, "target_error": 0.1}
+GOALS: dict[str, Any] = {"budget": 0.3, "bits": 3.0, "target_error": 0.1, "target_kl": 0.05}
 
 
 @cache

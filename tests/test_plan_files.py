@@ -1,6 +1,7 @@
 """Files that are no plan are refused: truncated, damaged, foreign, of another version."""
 
 import json
+import math
 import struct
 import tempfile
 from collections.abc import Callable
@@ -206,6 +207,9 @@ DAMAGE: dict[str, Callable[[Path], Path]] = {
     "a tensor of a site's other number": lambda p: with_header(p, lambda h: h.update({"00.a": h.pop("0.neurons")})),
     "a tensor that two names claim": lambda p: with_content(p, lambda c: c.update(same={"0.neurons": "0.guard"})),
     "a tensor that is another's and missing": lambda p: with_content(p, lambda c: c.update(same={"0.a": "0.b"})),
+    "a divergence that is no number": lambda p: with_content(p, lambda c: c.update(kl="0.1")),
+    "a divergence that is not finite": lambda p: with_content(p, lambda c: c.update(kl=math.inf)),
+    "a negative divergence": lambda p: with_content(p, lambda c: c.update(kl=-0.1)),
     "same is a list": lambda p: with_content(p, lambda c: c.update(same=["0.a"])),
     "config has a huge number": lambda p: with_content(p, lambda c: c["config"].update(budget=10**400)),
     **{

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from torch.utils import _pytree as pytree
 
+from tardis_fx.calibrate import calibrate
 from tardis_fx.compare.subjects import RewrittenModel, Subject
 from tardis_fx.config import Config
 from tardis_fx.digest import digest
@@ -126,7 +127,11 @@ class Planned(Case):
 
     def prepare(self, trial: Trial) -> RewrittenModel:
         """Fits the plan, and heals it if requested."""
-        plan = plan_for(trial.observation, replace(self.config, progress=False))
+        config = replace(self.config, progress=False)
+        if config.target_kl is None:
+            plan = plan_for(trial.observation, config)
+        else:
+            plan = calibrate(trial.subject.model, trial.batches, config=config)
         if not plan.rewritten:
             reasons = Counter(site.reason for site in plan.sites if isinstance(site, KeptSite))
             raise CalibrationError(f"no site is rewritten: {reasons.most_common(1)[0][0]}")

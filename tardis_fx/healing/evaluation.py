@@ -69,7 +69,7 @@ class Evaluation:
         sites = [site for site in observation.sites if site.fingerprint in entries]
         checks = observation.answer(Run("errors", lambda s: Check(s, self._student.sites[s.fingerprint]), sites))
         entries = {key: replace(entry, error=checks[key].error) for key, entry in entries.items()}
-        return replace(plan, sites=tuple(entries.get(entry.fingerprint, entry) for entry in plan.sites))
+        return replace(plan, sites=tuple(entries.get(entry.fingerprint, entry) for entry in plan.sites), kl=None)
 
     def _figures(self, key: str, site: TrainableSite) -> SitePlan:
         entry, now = site.planned(), float(self._healed(key, site)[0])

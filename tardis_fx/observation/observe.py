@@ -2,7 +2,7 @@
 
 import logging
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -115,6 +115,24 @@ class BatchObservation(RepeatableObservation):
         """See :meth:`Observation.seen`; runs restored from a checkpoint do not count."""
         return self._seen.get(site.fingerprint)
 
+    def outputs(self, replaced: Mapping[str, Callable[[Tensor], Tensor]]) -> Iterator[tuple[Batch, Any, Any]]:
+        """Runs this rank's batches twice, and gives each with the model's outputs: the original one, then the changed.
+
+        Args:
+            replaced: functions that replace the outputs of some sites, as in :class:`Run`.
+
+        Raises:
+            CalibrationError: the model fails.
+        """
+        for number in self._ranks.share(range(len(self._batches))):
+            original = self._call(number)
+            self._replaced = replaced
+            try:
+                changed = self._call(number)
+            finally:
+                self._replaced = {}
+            yield self._batch, original, changed
+
     def _show(self, run: Run, observers: Mapping[str, SiteObserver]) -> dict[str, list[int]]:
         """Runs this rank's batches; returns the numbers of tokens and of held-back tokens by fingerprint."""
         self._observers, self._replaced, self._counts = observers, run.replaced, {}
@@ -126,15 +144,15 @@ class BatchObservation(RepeatableObservation):
             self._observers, self._replaced = {}, {}
         return self._counts
 
-    def _call(self, number: int) -> None:
-        """Runs one batch through the captured model.
+    def _call(self, number: int) -> Any:
+        """Runs one batch through the captured model, and returns the output.
 
         Raises:
             CalibrationError: the model fails; its error is the cause.
         """
         self._batch = self._batches[number]
         try:
-            self._capture(self._batch)
+            return self._capture(self._batch)
         except (TardisError, MemoryError, torch.OutOfMemoryError):  # callers handle out-of-memory errors by type
             raise
         except Exception as error:

@@ -22,6 +22,7 @@ CONFIGS = {
     "sequential": config(sequential=True),
     "wanda": config(method="wanda"),
     "token_gate": config(method="token_gate", budget=0.7),
+    "target_kl": config(target_kl=0.005),
 }
 
 
