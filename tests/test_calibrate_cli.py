@@ -98,8 +98,32 @@ def test_offloaded_the_command_runs_the_text_for_every_ffn_and_writes_the_same_p
     assert plans_of(plans[0]) == plans_of(plans[1])
 
 
+@pytest.mark.parametrize(
+    ("more", "goal"),
+    [
+        (("--bits", "9.6"), {"bits": 9.6}),
+        (("--target-kl", "0.2"), {"target_kl": 0.2}),
+        (("--method", "wanda:bits=9.6"), {"bits": 9.6}),
+    ],
+)
+def test_the_goal_may_be_bits_or_a_divergence(
+    more: tuple[str, ...], goal: dict[str, Any], folder: Path, tmp_path: Path
+) -> None:
+    method = () if "--method" in more else ("--method", "wanda")
+    result = CliRunner().invoke(app, arguments(folder, tmp_path / "plan", *method, *more), catch_exceptions=False)
+    batches = list(cut(TEXT, 20, 64).split(8))
+    wanted = calibrate(gpt2().bfloat16(), batches, config=Config(method="wanda", progress=False, **goal))
+    plan = Plan.load(tmp_path / "plan")
+    assert plans_of(plan) == plans_of(wanted)
+    assert plan.kl == wanted.kl
+    assert f"{wanted}, written to" in result.output
+
+
 WRONG = {
     "a folder that is not there": (("--method", "wanda"), "nowhere/plan", PlanFileError),
+    "two goals": (("--bits", "3", "--method", "wanda:budget=0.5"), "plan", ConfigError),
+    "a goal given twice": (("--bits", "3", "--method", "wanda:bits=3"), "plan", ConfigError),
+    "two goals as options": (("--bits", "3", "--target-kl", "0.1"), "plan", ConfigError),
     "two methods": (("--method", "wanda,gptq"), "plan", ConfigError),
     "a healing": (("--method", "wanda:healed=True"), "plan", ConfigError),
     "an unknown field": (("--method", "wanda:size=1"), "plan", ConfigError),

@@ -1,19 +1,18 @@
 """The command ``tardis calibrate``, alone or started by ``torchrun``."""
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import torch
 import torch.distributed as dist
 import typer
 
 import tardis_fx
-from tardis_fx.cli.options import DType, Model, Windows, config_of, methods_with_settings
+from tardis_fx.cli.options import Device, Model, StoredDType, Windows, available, config_of, methods_with_settings
 from tardis_fx.demo.model import LENGTH, WINDOWS, cut, load
 from tardis_fx.errors import ConfigError, PlanFileError
 from tardis_fx.measure.requirements import check_writable
@@ -31,21 +30,29 @@ def calibrate(
     method: Annotated[
         str, typer.Option(help="Options and fields of Config after a colon: partial_linear:budget=0.2,fold_bits=4")
     ] = "partial_linear",
+    bits: Annotated[
+        float | None, typer.Option(help="Bits read per token and FFN weight, instead of a budget in bytes.")
+    ] = None,
+    target_kl: Annotated[
+        float | None, typer.Option(help="Smallest budget whose KL to the dense model is at most this, in nats.")
+    ] = None,
     text: Annotated[
         Path | None, typer.Option(help="A file to calibrate on; the standard library's source by default.")
     ] = None,
     windows: Windows = WINDOWS,
-    dtype: Annotated[Literal["auto", DType], typer.Option(help="auto: as stored.")] = "auto",
-    device: Annotated[
-        Literal["cpu", "cuda"], typer.Option(help="cuda: under torchrun each process takes a GPU.")
-    ] = "cpu",
+    dtype: StoredDType = "auto",
+    device: Device = "cpu",
     checkpoint: Annotated[
         Path | None, typer.Option(help="A folder for finished runs over the text, after which a calibration resumes.")
     ] = None,
     offload: Annotated[bool, typer.Option("--offload", help="Fit one FFN at a time: less memory, more runs.")] = False,
 ) -> None:
     """Calibrate a causal language model; under torchrun the processes share the text."""
-    (config, healed), *others = (config_of(*pair) for pair in methods_with_settings(method))
+    (name, settings), *others = methods_with_settings(method)
+    goals = {goal: value for goal, value in {"bits": bits, "target_kl": target_kl}.items() if value is not None}
+    if twice := goals.keys() & settings:
+        raise ConfigError(f"{', '.join(twice)} of {method!r} is also given as an option: leave out one")
+    config, healed = config_of(name, settings | goals)
     if healed or others:
         raise ConfigError(f"calibrate takes one method and does not heal: {method!r}")
     with _processes(device) as target:
@@ -69,11 +76,7 @@ def calibrate(
 @contextmanager
 def _processes(device: str) -> Iterator[torch.device]:
     """Joins the processes started by torchrun, if any, for the duration of the calibration; gives this one's device."""
-    target = torch.device(device)
-    if device == "cuda":
-        if not torch.cuda.is_available():
-            raise ConfigError("PyTorch finds no CUDA device: leave out --device cuda")
-        target = torch.device(device, int(os.environ.get("LOCAL_RANK", "0")))
+    target = available(device)
     if not dist.is_available() or not dist.is_torchelastic_launched():
         yield target
         return

@@ -10,6 +10,7 @@ from typer.core import TyperGroup
 from tardis_fx.cli.bench import bench
 from tardis_fx.cli.calibrate import calibrate
 from tardis_fx.cli.compare import compare
+from tardis_fx.cli.evaluate import evaluate
 from tardis_fx.demo.run import run_demo
 from tardis_fx.errors import ConfigError, TardisError
 from tardis_fx.explain import Report
@@ -36,6 +37,7 @@ app = typer.Typer(
 app.add_typer(bench, name="bench")
 app.command()(compare)
 app.command()(calibrate)
+app.command("eval")(evaluate)
 
 
 @app.command()

@@ -1,12 +1,14 @@
 """Options that several commands share, and the parsing of their text."""
 
 import ast
+import os
 import re
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
+import torch
 import typer
 
 from tardis_fx.config import Config
@@ -16,7 +18,10 @@ from tardis_fx.passes.registry import check_rewrites, owners_of_options
 
 T = TypeVar("T")
 DType = Literal["float32", "bfloat16", "float16"]
-Model = Annotated[str, typer.Option(help="demo, or a folder with config.json, weights and tokenizer.json.")]
+FOLDER = "demo, or a folder with config.json, weights and tokenizer.json."
+Model = Annotated[str, typer.Option(help=FOLDER)]
+StoredDType = Annotated[Literal["auto", DType], typer.Option(help="auto: as stored.")]
+Device = Annotated[Literal["cpu", "cuda"], typer.Option(help="cuda: under torchrun each process takes a GPU.")]
 Windows = Annotated[
     int, typer.Option(min=1, help="Number of 256-token windows of text; `compare` measures on as many others.")
 ]
@@ -46,6 +51,19 @@ def writable(path: Path | None) -> Path | None:
     if path is not None:
         check_writable(path)
     return path
+
+
+def available(device: str) -> torch.device:
+    """The device of this name; under torchrun, this process's.
+
+    Raises:
+        ConfigError: PyTorch does not find it.
+    """
+    if device == "cpu":
+        return torch.device(device)
+    if not torch.cuda.is_available():
+        raise ConfigError("PyTorch finds no CUDA device: leave out --device cuda")
+    return torch.device(device, int(os.environ.get("LOCAL_RANK", "0")))
 
 
 def methods_with_settings(text: str) -> list[tuple[str, dict[str, Any]]]:

@@ -77,7 +77,7 @@ def _qualities(
     dense_loss, loss = dense_loss / predicted, loss / predicted
     return (
         Quality(math.exp(dense_loss), 0.0, 1.0, 0.0),
-        Quality(math.exp(loss), math.expm1(loss - dense_loss), same / count, kl / count),
+        Quality(math.exp(loss), math.expm1(loss - dense_loss), same / count, max(0.0, kl / count)),
     )
 
 
