@@ -43,8 +43,9 @@ def plan_to_target(
     Raises:
         CalibrationError: no budget meets the target, a fit fails even with all bytes, or the model gives no logits.
     """
-    assert config.target_kl is not None
-    plans: dict[float, Plan] = {}
+    target = config.target_kl
+    assert target is not None
+    found: dict[float, Plan] = {}
 
     def divergence(budget: float) -> Fit[float]:
         try:
@@ -61,11 +62,13 @@ def plan_to_target(
         }
         kl = _divergence(held_back, replaced, ranks)
         _log.info("a budget of %.2f%%: KL %.4g nats per token on the held-back batches", 100 * budget, kl)
-        plans[budget] = replace(plan, kl=kl)
+        if kl <= target:  # below every budget that has met it
+            found.clear()
+            found[budget] = replace(plan, kl=kl)
         return kl
 
-    search = minimum_budget("target_kl", divergence, config.target_kl, START, lowest=False)
-    return plans[drive(fitted, search)]
+    search = minimum_budget("target_kl", divergence, target, START, lowest=False)
+    return found[drive(fitted, search)]
 
 
 def _divergence(held_back: BatchObservation, replaced: Mapping[str, Callable[[Tensor], Tensor]], ranks: Ranks) -> float:

@@ -73,6 +73,7 @@ CHECKED = (
     "serving.op",
     "serving.shards",
     "statistics",
+    "target_kl",
     "testing.assertions",
     "testing.laws",
     "testing.observation",

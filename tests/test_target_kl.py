@@ -206,7 +206,7 @@ def test_held_back_batches_of_nothing_but_padding_are_refused() -> None:
 
 
 def test_a_target_out_of_reach_names_the_best_divergence(seen: list[float]) -> None:
-    with pytest.raises(CalibrationError, match="target_kl 1e-12: out of reach, the least error is ") as raised:
+    with pytest.raises(CalibrationError, match="target_kl 1e-12: out of reach, the best is ") as raised:
         calibrate(model(), TEXT, config=config(target_kl=1e-12, method="rtn"))
     assert f"{min(seen):.3g}" in str(raised.value)
 

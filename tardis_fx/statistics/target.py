@@ -57,8 +57,8 @@ def minimum_budget(
     budget, moved_high = start, False
     while len(errors) < TRIES:
         errors[budget] = yield from error(budget)
-        excess = math.log(max(errors[budget], 1e-12) / target)
-        if excess <= 0:
+        excess = math.log(max(errors[budget] / target, 1e-12))
+        if errors[budget] <= target:
             if budget == low or excess >= math.log1p(-SLACK):
                 return budget
             above = above / 2 if moved_high else above
@@ -77,7 +77,7 @@ def minimum_budget(
     if high > 1:
         best = min(errors, key=lambda budget: errors[budget])
         raise CalibrationError(
-            f"{name} {target}: out of reach, the least error is {errors[best]:.3g}, at {best:.0%} of the bytes"
+            f"{name} {target}: out of reach, the best is {errors[best]:.3g}, at {best:.0%} of the bytes"
         )
     return high
 

@@ -65,7 +65,7 @@ def test_without_a_lowest_budget_it_is_bracketed_from_both_sides(floor: float, s
 
 @pytest.mark.parametrize("start", [1e-4, 0.1])
 def test_a_target_out_of_reach_is_an_error_that_says_how_far(start: float) -> None:
-    with pytest.raises(CalibrationError, match="out of reach, the least error is 0.5, at 100% of the bytes"):
+    with pytest.raises(CalibrationError, match="out of reach, the best is 0.5, at 100% of the bytes"):
         searched(lambda budget: 0.6 - 0.1 * budget, start, 0.2)
 
 
