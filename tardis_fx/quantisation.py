@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from jaxtyping import Float, Float16, Float32, Float64, UInt8
+from jaxtyping import Float, Float16, Float32, Float64, Int64, UInt8
 from torch import Tensor
 
 from tardis_fx.errors import CalibrationError
+from tardis_fx.runtime import tables
 from tardis_fx.runtime.packing import group_count, join, pack
 from tardis_fx.runtime.reference import dequantise
 
@@ -18,6 +19,8 @@ from tardis_fx.runtime.reference import dequantise
 DAMPING = 0.01
 #: Rows that are rounded before the following rows compensate for all of them at once.
 BLOCK = 128
+#: Scales of a row that are tried, as multiples of the best one for Gaussian weights.
+SCALES = (*(0.7 + 0.05 * n for n in range(15)), 1.6, 1.8, 2.1, 2.5, 3.0, 3.6)
 
 
 @dataclass(frozen=True)
@@ -175,3 +178,112 @@ def _range(block: Float[Tensor, "rows group"], bits: int) -> tuple[Float[Tensor,
 def _nearest(weight: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
     """The nearest codes, elementwise; the zero point if the scale is zero."""
     return torch.where(scale > 0, (weight / scale + zero).round().clamp(0, 2**bits - 1), zero)
+
+
+@dataclass(frozen=True)
+class Feedback:
+    """How later columns make up for the rounding of a column: the Gram matrix of the operand, factored once.
+
+    Attributes:
+        order: the columns, most active first (GPTQ's "act-order").
+        upper: Cholesky factor of the inverse of the damped Gram matrix in that order.
+    """
+
+    order: Int64[Tensor, " columns"]
+    upper: Float32[Tensor, "columns columns"]
+
+    @classmethod
+    def from_gram(cls, gram: Float[Tensor, "columns columns"], damping: float = 10 * DAMPING) -> "Feedback":
+        """Factors a Gram matrix.
+
+        Raises:
+            CalibrationError: an entry is NaN or infinite.
+        """
+        order = gram.diagonal().argsort(descending=True)
+        lower = factor(gram[order][:, order], damping=damping)
+        return cls(order, factor(torch.cholesky_inverse(lower), damping=0.0, upper=True).float())
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A matrix in codes, in the layout of :mod:`tardis_fx.runtime.tables`."""
+
+    rows: UInt8[Tensor, "rows row_bytes"]
+    bits: int
+    columns: int
+
+    @cached_property
+    def weight(self) -> Float32[Tensor, "rows columns"]:
+        """The matrix that the codes stand for."""
+        return tables.weights(self.rows, self.bits, self.columns)
+
+
+def code_rows(weight: Float[Tensor, "rows d"], feedback: Feedback | None, bits: int) -> Rows:
+    """Rounds a matrix to minimise the error of ``x @ weight.T``: GPTQ with tables, most active columns first.
+
+    Args:
+        weight: the matrix.
+        feedback: of the inputs x; None rounds every weight to the nearest level.
+        bits: 1 to 8.
+    """
+    weight = weight.float()
+    scale = _scales(weight, bits)
+    codes = _round_in_turn(weight.T, scale, feedback, bits).T
+    return Rows(tables.join(codes.contiguous(), scale, bits), bits, weight.shape[1])
+
+
+def code_columns(weight: Float[Tensor, "h d"], feedback: Feedback | None, bits: int) -> Rows:
+    """Rounds a matrix to minimise the error of ``c @ weight``: :func:`code_rows` for products from the left.
+
+    Args:
+        weight: the matrix, whose rows have the scales and are rounded in turn.
+        feedback: of the factors c, [tokens, h]; None rounds every weight to the nearest level.
+        bits: 1 to 8.
+    """
+    weight = weight.float()
+    scale = _scales(weight, bits)
+    codes = _round_in_turn(weight, scale[:, None], feedback, bits)
+    return Rows(tables.join(codes, scale, bits), bits, weight.shape[1])
+
+
+def _round_in_turn(
+    weight: Float32[Tensor, "turns others"],
+    scale: Float16[Tensor, " others"] | Float16[Tensor, "turns 1"],
+    feedback: Feedback | None,
+    bits: int,
+) -> UInt8[Tensor, "turns others"]:
+    """Codes of a matrix whose rows are rounded one after the other, where later rows make up for earlier ones."""
+    levels = tables.levels(bits)
+    middles, (turns, others) = (levels[1:] + levels[:-1]) / 2, weight.shape
+    steps = scale.float().clamp(min=torch.finfo(torch.float16).tiny).expand(turns, others)
+    if feedback is None:
+        return torch.bucketize(weight / steps, middles).to(torch.uint8)
+    rest, steps, upper = weight[feedback.order], steps[feedback.order], feedback.upper
+    codes = torch.zeros(turns, others, dtype=torch.uint8, device=weight.device)
+    for start in range(0, turns, BLOCK):
+        stop = min(start + BLOCK, turns)
+        block, errors = rest[start:stop], torch.zeros_like(rest[start:stop])
+        for i in range(stop - start):
+            step, row = steps[start + i], upper[start + i, start + i : stop]
+            code = torch.bucketize(block[i] / step, middles)
+            codes[start + i] = code
+            errors[i] = (block[i] - levels[code] * step) / row[0]
+            block[i:] -= row[:, None] * errors[i]
+        rest[stop:] -= upper[start:stop, stop:].T @ errors
+    return codes[feedback.order.argsort()]
+
+
+def _scales(weight: Float32[Tensor, "rows columns"], bits: int) -> Float16[Tensor, " rows"]:
+    """Scale of each row with the least squared error among multiples of its standard deviation."""
+    levels = tables.levels(bits)
+    middles = (levels[1:] + levels[:-1]) / 2
+    spread = weight.square().mean(1).sqrt() * tables.PEAKS[bits]
+    limit = torch.finfo(torch.float16).max
+    best_error, best = torch.full_like(spread, torch.inf), torch.zeros_like(spread, dtype=torch.float16)
+    for multiple in SCALES:
+        scale = (spread * multiple).clamp(max=limit).half()
+        step = scale.float().clamp(min=torch.finfo(torch.float16).tiny)[:, None]
+        error = (levels[torch.bucketize(weight / step, middles)] * step - weight).square().sum(1)
+        better = error < best_error
+        best_error, best = torch.where(better, error, best_error), torch.where(better, scale, best)
+    return best
