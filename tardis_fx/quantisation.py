@@ -257,7 +257,7 @@ def _round_in_turn(
     middles, (turns, others) = (levels[1:] + levels[:-1]) / 2, weight.shape
     steps = scale.float().clamp(min=torch.finfo(torch.float16).tiny).expand(turns, others)
     if feedback is None:
-        return torch.bucketize(weight / steps, middles).to(torch.uint8)
+        return torch.bucketize((weight / steps).contiguous(), middles).to(torch.uint8)
     rest, steps, upper = weight[feedback.order], steps[feedback.order], feedback.upper
     codes = torch.zeros(turns, others, dtype=torch.uint8, device=weight.device)
     for start in range(0, turns, BLOCK):

@@ -81,9 +81,9 @@ class Correction(NamedTuple):
         return self.folded.dtype is dtype
 
 
-def _without_shapes(annotation: Any) -> Any:
-    """An annotation with ``Tensor`` in place of each type that states a shape."""
-    members = [_without_shapes(member) for member in get_args(annotation)]
+def without_shapes(annotation: Any) -> Any:
+    """An annotation of an op's argument with ``Tensor`` in place of each type that states a shape."""
+    members = [without_shapes(member) for member in get_args(annotation)]
     if members:
         return list[members[0]] if get_origin(annotation) is list else reduce(operator.or_, members)  # type: ignore[valid-type]
     return Tensor if issubclass(annotation, AbstractArray) else annotation
@@ -92,7 +92,7 @@ def _without_shapes(annotation: Any) -> Any:
 #: Signature of a function that takes the fields of a :class:`Correction`, from which PyTorch infers the op's schema.
 SIGNATURE = inspect.Signature(
     [
-        field.replace(annotation=_without_shapes(field.annotation))
+        field.replace(annotation=without_shapes(field.annotation))
         for field in inspect.signature(Correction).parameters.values()
     ],
     return_annotation=Tensor,

@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tardis_fx.runtime import reference
+from tardis_fx.runtime import coded_arguments, coded_reference, reference
 from tardis_fx.runtime.arguments import check, check_codes, check_devices, check_lists
+from tardis_fx.runtime.coded import SIGNATURE as CODED_SIGNATURE
+from tardis_fx.runtime.coded import CodedFFN
 from tardis_fx.runtime.correction import SIGNATURE, Correction
 from tardis_fx.runtime.cpu import op as cpu
 from tardis_fx.runtime.cuda import dispatch as cuda
@@ -69,3 +71,25 @@ def _dequantise_fake(codes: Tensor, scale: Tensor, zero: Tensor, bits: int, colu
 _LIBRARY.impl("dequantise", _dequantise, "CompositeExplicitAutograd")
 torch.library.register_fake("tardis::correct", _spread(_correct_fake), lib=_LIBRARY)
 torch.library.register_fake("tardis::dequantise", _dequantise_fake, lib=_LIBRARY)
+
+
+def _coded_ffn(*fields: Any) -> Tensor:
+    call = CodedFFN(*fields)
+    coded_arguments.check(call)
+    coded_arguments.check_listed(call)
+    return coded_reference.coded_ffn(call)
+
+
+def _coded_ffn_fake(*fields: Any) -> Tensor:
+    call = CodedFFN(*fields)
+    coded_arguments.check(call)
+    return call.x.new_empty((*call.x.shape[:-1], call.bias.shape[0]))
+
+
+_coded_ffn.__signature__ = CODED_SIGNATURE  # type: ignore[attr-defined]
+_LIBRARY.define(
+    "coded_ffn" + torch.library.infer_schema(_coded_ffn, mutates_args=()).replace("SymInt", "int"),
+    tags=(torch.Tag.needs_fixed_stride_order,),
+)
+_LIBRARY.impl("coded_ffn", _coded_ffn, "CompositeExplicitAutograd")
+torch.library.register_fake("tardis::coded_ffn", _coded_ffn_fake, lib=_LIBRARY)

@@ -27,7 +27,8 @@ def levels(bits: int) -> Float32[Tensor, " levels"]:
         positive = torch.tensor(_GAUSSIAN[bits], dtype=torch.float32, device="cpu")
         return torch.cat([-positive.flip(0), positive]) / 128
     count = 2**bits
-    return (2 * torch.arange(count, dtype=torch.float32, device="cpu") - (count - 1)) / count
+    steps: Tensor = 2 * torch.arange(count, dtype=torch.float32, device="cpu") - (count - 1)
+    return steps / count
 
 
 def row_bytes(columns: int, bits: int) -> int:
@@ -53,4 +54,5 @@ def weights(
     """The matrix that rows of ``columns`` codes stand for."""
     codes = unpack(rows[:, :-2].contiguous(), bits, columns)
     table = levels(bits).to(rows.device, dtype)
-    return table[codes.int()] * scales(rows).to(dtype)[:, None]
+    matrix: Tensor = table[codes.int()] * scales(rows).to(dtype)[:, None]
+    return matrix

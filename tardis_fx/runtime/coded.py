@@ -1,0 +1,127 @@
+"""The arguments of ``tardis::coded_ffn``: an FFN in codes, each neuron as precise as its token needs."""
+
+import inspect
+import math
+from typing import NamedTuple
+
+from jaxtyping import BFloat16, Float, Int8, Int64, UInt8
+from torch import Tensor
+
+from tardis_fx.runtime import tables
+from tardis_fx.runtime.correction import DTYPE_NUMBERS, MOST_TOKENS, without_shapes
+
+
+class CodedFFN(NamedTuple):
+    """A call of the op at a site whose neurons have k projections each: k is 1 (up) or 2 (gate, up).
+
+    The input and the output are rotated (:mod:`tardis_fx.runtime.rotation`); rows of codes are those of
+    :mod:`tardis_fx.runtime.tables`. Every neuron that the plan lists has base codes, which give the estimates of its
+    pre-activations, and refinements, which are added to them. While it gives nothing, the fold holds its surrogate.
+    Tensors with one entry per listed neuron have room for ``capacity`` neurons, of which ``listed`` are used.
+
+    A neuron's ``precision`` holds for k = 1 ``noise, value, row, column``, and for k = 2 ``noise of the gate, noise of
+    up, gate, value, row, column``. Noises are root-mean-square errors of the estimates. The others are factors: a part
+    is read for a token if the quantity that it stands for times the factor exceeds 1 (:func:`coded_reference.levels`).
+
+    Attributes:
+        x: the input.
+        bias: added to the output, of the dtype of ``x``.
+        signs: of the rotation of the input.
+        out_signs: of the rotation of the output.
+        listed: number of neurons.
+        projections: base codes of k projections.
+        refinements: of the projections.
+        columns: base codes of the rotated columns of ``down``.
+        column_refinements: of the columns.
+        biases: of the projections, or None.
+        precision: of the neurons.
+        surrogate: k slopes and the intercept; None without a fold.
+        fold: rows of the rotated folded weight, or None.
+        bits: of ``projections``.
+        low_bits: of ``refinements``.
+        column_bits: of ``columns``.
+        column_low_bits: of ``column_refinements``.
+        fold_bits: of ``fold``.
+        activation: name in the registry.
+    """
+
+    x: Float[Tensor, "*tokens d"]
+    bias: Float[Tensor, " d_out"]
+    signs: Int8[Tensor, " d"]
+    out_signs: Int8[Tensor, " d_out"]
+    listed: Int64[Tensor, "1"]
+    projections: list[UInt8[Tensor, "capacity row_bytes"]]
+    refinements: list[UInt8[Tensor, "capacity refinement_bytes"]]
+    columns: UInt8[Tensor, "capacity column_bytes"]
+    column_refinements: UInt8[Tensor, "capacity column_refinement_bytes"]
+    biases: Float[Tensor, "capacity k"] | None
+    precision: BFloat16[Tensor, "capacity precision_width"]
+    surrogate: BFloat16[Tensor, "capacity k+1"] | None
+    fold: UInt8[Tensor, "d_out fold_bytes"] | None
+    bits: int
+    low_bits: int
+    column_bits: int
+    column_low_bits: int
+    fold_bits: int
+    activation: str
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All tensors of the call."""
+        return [field for field in (*self, *self.projections, *self.refinements) if isinstance(field, Tensor)]
+
+    @property
+    def has_kernel(self) -> bool:
+        """Whether kernels take the call: a few tokens of one of their dtypes."""
+        shape = self.x.shape
+        tokens = math.prod(shape[:-1])
+        return self.x.dtype in DTYPE_NUMBERS and shape[-1] > 0 and 0 < tokens <= MOST_TOKENS
+
+
+def precision_width(k: int) -> int:
+    """Number of values in a neuron's precision."""
+    return 4 if k == 1 else 6
+
+
+#: Signature of a function that takes the fields of a :class:`CodedFFN`, from which PyTorch infers the op's schema.
+SIGNATURE = inspect.Signature(
+    [
+        field.replace(annotation=without_shapes(field.annotation))
+        for field in inspect.signature(CodedFFN).parameters.values()
+    ],
+    return_annotation=Tensor,
+)
+
+
+def neuron_bytes(
+    d: int, d_out: int, widths: tuple[int, int, int, int], *, k: int, bias: bool, fold: bool
+) -> "NeuronBytes":
+    """Bytes that the parts of a neuron take.
+
+    Args:
+        d: columns of a projection.
+        d_out: rows of down.
+        widths: ``bits, low_bits, column_bits, column_low_bits``.
+        k: projections of a neuron.
+        bias: whether any projection has a bias.
+        fold: whether there are surrogates.
+    """
+    bits, low_bits, column_bits, column_low_bits = widths
+    constants = 2 * precision_width(k) + 4 * k * bias + 2 * (k + 1) * fold
+    return NeuronBytes(
+        constants,
+        tables.row_bytes(d, bits),
+        tables.row_bytes(d, low_bits),
+        tables.row_bytes(d_out, column_bits),
+        tables.row_bytes(d_out, column_low_bits),
+    )
+
+
+class NeuronBytes(NamedTuple):
+    """Bytes that the parts of a neuron take: constants, one projection, its refinement, the column, its refinement."""
+
+    constants: int
+    projection: int
+    refinement: int
+    column: int
+    column_refinement: int

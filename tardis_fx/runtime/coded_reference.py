@@ -1,0 +1,116 @@
+"""The eager specification of ``tardis::coded_ffn``. Every kernel is tested against it."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from tardis_fx.runtime import tables
+from tardis_fx.runtime.coded import CodedFFN
+from tardis_fx.runtime.reference import biased, compute_dtype, response, surrogate_error
+from tardis_fx.runtime.rotation import rotate, rotate_back
+
+
+class Levels(NamedTuple):
+    """Which parts of each listed neuron are read for each token.
+
+    Attributes:
+        up: the second projection; with one projection, as ``value``.
+        value: the column: the neuron adds its value to the output.
+        row: the refinements of the projections.
+        column: the refinement of the column.
+    """
+
+    up: Bool[Tensor, "tokens listed"]
+    value: Bool[Tensor, "tokens listed"]
+    row: Bool[Tensor, "tokens listed"]
+    column: Bool[Tensor, "tokens listed"]
+
+
+def coded_ffn(call: CodedFFN) -> Float[Tensor, "*tokens d_out"]:
+    """The output of an FFN in codes.
+
+    A neuron's value is its response minus its surrogate, which the fold holds. Its pre-activations are estimated from
+    the base codes. Where :func:`levels` says so, the value times the column is added; the refinements make the
+    pre-activations and the column more precise.
+    """
+    (*shape, d), d_out, dtype = call.x.shape, len(call.bias), compute_dtype(call.x.dtype)
+    x = rotate(call.x.reshape(-1, d).to(dtype), call.signs)
+    listed = int(call.listed)
+    base = estimates(call, x)
+    surrogate = None if call.surrogate is None else call.surrogate[:listed].to(dtype)
+    chosen = levels(base, call.precision[:listed].to(dtype), surrogate, call.activation)
+    low = [x @ tables.weights(rows[:listed], call.low_bits, d, dtype).T for rows in call.refinements]
+    refined = [estimate + rest for estimate, rest in zip(base, low, strict=True)]
+    value = torch.where(
+        chosen.row, values(refined, surrogate, call.activation), values(base, surrogate, call.activation)
+    )
+    value = torch.where(chosen.value, value, 0)
+    output = value @ tables.weights(call.columns[:listed], call.column_bits, d_out, dtype)
+    refinement = tables.weights(call.column_refinements[:listed], call.column_low_bits, d_out, dtype)
+    output = output + torch.where(chosen.column, value, 0) @ refinement
+    if call.fold is not None:
+        output = output + x @ tables.weights(call.fold, call.fold_bits, d, dtype).T
+    output = rotate_back(output, call.out_signs) + call.bias.to(dtype)
+    return output.to(call.x.dtype).view(*shape, d_out)
+
+
+def estimates(call: CodedFFN, x: Float[Tensor, "tokens d"]) -> Sequence[Float[Tensor, "tokens listed"]]:
+    """The k pre-activations of the listed neurons from their base codes; ``x`` is rotated."""
+    listed = int(call.listed)
+    products = [x @ tables.weights(rows[:listed], call.bits, x.shape[1], x.dtype).T for rows in call.projections]
+    return biased(products, call.biases, listed)
+
+
+def levels(
+    estimates: Sequence[Float[Tensor, "tokens listed"]],
+    precision: Float[Tensor, "listed precision_width"],
+    surrogate: Float[Tensor, "listed coefficients"] | None,
+    activation: str,
+) -> Levels:
+    """Which parts of the neurons are read, from the estimates of their pre-activations.
+
+    ``precision`` is that of :class:`tardis_fx.runtime.coded.CodedFFN`. With ``v`` the value of the estimates and ``δ``
+    its expected change by the refinements (:func:`doubt`), the column is read if ``√(v² + δ²) value > 1``, its
+    refinement if also ``|v| column > 1``, and those of the projections if also ``δ row > 1``. In a gated FFN, ``up``
+    and everything after it is read only if ``|act(gate)| gate > 1``. NaN reads everything.
+    """
+    k = len(estimates)
+    noise, factors = precision[:, :k].unbind(1), precision[:, k:].unbind(1)
+    value = values(estimates, surrogate, activation)
+    change = doubt(estimates, noise, surrogate, activation)
+    *gate, value_factor, row_factor, column_factor = factors
+    read = ~(torch.hypot(value, change) * value_factor <= 1)
+    up = read
+    if gate:
+        up = ~(response(estimates[:1], activation).abs() * gate[0] <= 1)
+        read = read & up
+    return Levels(up, read, read & ~(change * row_factor <= 1), read & ~(value.abs() * column_factor <= 1))
+
+
+def doubt(
+    estimates: Sequence[Float[Tensor, "tokens listed"]],
+    noise: Sequence[Float[Tensor, " listed"]],
+    surrogate: Float[Tensor, "listed coefficients"] | None,
+    activation: str,
+) -> Float[Tensor, "tokens listed"]:
+    """Root-mean-square change of the values if one pre-activation after the other moves up or down by its noise."""
+    value = values(estimates, surrogate, activation)
+    square = torch.zeros_like(value)
+    for i, step in enumerate(noise):
+        for signed in (step, -step):
+            moved = [z + signed if i == j else z for j, z in enumerate(estimates)]
+            square = square + (values(moved, surrogate, activation) - value).square() / 2
+    return square.sqrt()
+
+
+def values(
+    z: Sequence[Float[Tensor, "tokens listed"]],
+    surrogate: Float[Tensor, "listed coefficients"] | None,
+    activation: str,
+) -> Float[Tensor, "tokens listed"]:
+    """Responses minus surrogates."""
+    responses = response(z, activation)
+    return responses if surrogate is None else surrogate_error(z, surrogate, responses)
