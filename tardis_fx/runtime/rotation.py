@@ -6,9 +6,10 @@ additions for each number. Blocks have 128 columns; the columns that are left fo
 """
 
 from collections.abc import Iterator
+from functools import cache
 
 import torch
-from jaxtyping import Float, Int8
+from jaxtyping import Float, Float64, Int8
 from torch import Tensor
 
 #: Columns of a block.
@@ -34,22 +35,27 @@ def rotate_back(x: Float[Tensor, "*rows d"], signs: Int8[Tensor, " d"]) -> Float
 def _transform(x: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows d"]:
     """Multiplies every block by its Hadamard matrix, which is its own inverse."""
     blocks = []
-    for start, size in _blocks(x.shape[-1]):
-        block = x[..., start : start + size]
-        half = 1
-        while half < size:
-            pairs = block.reshape(*x.shape[:-1], size // (2 * half), 2, half)
-            low, high = pairs.unbind(-2)
-            block = torch.stack([low + high, low - high], -2).reshape(*x.shape[:-1], size)
-            half *= 2
-        blocks.append(block * size**-0.5)
+    for start, count, size in _blocks(x.shape[-1]):
+        columns = x[..., start : start + count * size].unflatten(-1, (count, size))
+        blocks.append((columns @ _hadamard(size).to(x.device, x.dtype)).flatten(-2))
     return torch.cat(blocks, -1) if blocks else x
 
 
-def _blocks(d: int) -> Iterator[tuple[int, int]]:
-    """Start and size of every block."""
-    start = 0
+@cache
+def _hadamard(size: int) -> Float64[Tensor, "{size} {size}"]:
+    """The orthonormal Hadamard matrix of a power of two, by Sylvester's construction."""
+    matrix = torch.ones(1, 1, dtype=torch.float64, device="cpu")
+    while len(matrix) < size:
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+    scaled: Tensor = matrix * size**-0.5
+    return scaled
+
+
+def _blocks(d: int) -> Iterator[tuple[int, int, int]]:
+    """Start, number and size of blocks of one size."""
+    start, size = 0, BLOCK
     while start < d:
-        size = min(BLOCK, 1 << (d - start).bit_length() - 1)
-        yield start, size
-        start += size
+        if count := (d - start) // size:
+            yield start, count, size
+            start += count * size
+        size //= 2

@@ -28,7 +28,8 @@ def levels(bits: int) -> Float32[Tensor, " levels"]:
         return torch.cat([-positive.flip(0), positive]) / 128
     count = 2**bits
     steps: Tensor = 2 * torch.arange(count, dtype=torch.float32, device="cpu") - (count - 1)
-    return steps / count
+    table: Tensor = steps / count
+    return table
 
 
 def row_bytes(columns: int, bits: int) -> int:
