@@ -64,7 +64,8 @@ def cases() -> list[Case]:
 def minilm() -> Subject:
     """all-MiniLM-L6-v2, calibrated on 384 docstrings of the standard library, measured on 256 of other modules."""
     sys.path.append(str(Path(__file__).parent.parent / "examples"))
-    from encoder import batches, embed, load, sentences
+    from encoder import batches, embed, load
+    from prose import sentences
 
     model, tokenizer = load()
 
