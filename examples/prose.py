@@ -2,7 +2,7 @@
 
 import ast
 import re
-from collections.abc import Iterator
+from functools import cache
 
 import torch
 
@@ -29,12 +29,13 @@ def running(split: Split) -> str:
     return "\n".join(t for texts in _paragraphs(split) for t in texts if len(t) > 60 and ">>>" not in t)
 
 
-def _paragraphs(split: Split) -> Iterator[list[str]]:
+@cache
+def _paragraphs(split: Split) -> list[list[str]]:
     """The paragraphs of each docstring, without line breaks."""
-    for _, source in modules(split):
-        for node in ast.walk(ast.parse(source)):
-            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and (text := ast.get_docstring(node)):
-                yield [" ".join(paragraph.split()) for paragraph in text.split("\n\n")]
+    nodes = [node for _, source in modules(split) for node in ast.walk(ast.parse(source))]
+    documented = [node for node in nodes if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))]
+    texts = [text for node in documented if (text := ast.get_docstring(node))]
+    return [[" ".join(paragraph.split()) for paragraph in text.split("\n\n")] for text in texts]
 
 
 def _chosen(texts: list[str], count: int, seed: int) -> list[str]:

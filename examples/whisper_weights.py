@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from ct2 import read
@@ -85,20 +86,19 @@ def build(tensors: Mapping[str, Tensor], tokenizer: Tokenizer) -> WhisperForCond
         }.items()
     }
     config = WhisperConfig(
-        vocab_size=vocabulary, d_model=width, **sides, **ids, begin_suppress_tokens=None,
+        vocab_size=vocabulary, d_model=width, **sides, **ids, begin_suppress_tokens=None, use_cache=False,
         num_mel_bins=tensors["encoder/conv1/weight"].shape[1],
         max_source_positions=len(tensors["encoder/position_encodings/encodings"]),
         max_target_positions=len(tensors["decoder/position_encodings/encodings"]),
     )  # fmt: skip
     model = WhisperForConditionalGeneration(config).half()
     model.load_state_dict(dict(_state(tensors)))
-    languages = {"language": "en", "task": "transcribe"} if vocabulary > _ENGLISH else {}
+    language: dict[str, Any] = {"is_multilingual": vocabulary > _ENGLISH}
+    if vocabulary > _ENGLISH:  # otherwise these would put a language into the prompt
+        language |= {"language": "en", "lang_to_id": {"<|en|>": special["en"]}}
+        language |= {"task": "transcribe", "task_to_id": {"transcribe": tokenizer.token_to_id("<|transcribe|>")}}
     model.generation_config = GenerationConfig(
-        **ids, **languages,
-        max_length=config.max_target_positions,
-        is_multilingual=vocabulary > _ENGLISH,
-        lang_to_id={"<|en|>": special["en"]},
-        task_to_id={"transcribe": tokenizer.token_to_id("<|transcribe|>")},
+        **ids, **language,
         no_timestamps_token_id=tokenizer.token_to_id("<|notimestamps|>"),
     )  # fmt: skip
     return model
