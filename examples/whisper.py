@@ -65,15 +65,13 @@ def check_generate(model: WhisperForConditionalGeneration, plan: tardis_fx.Plan,
     return touched.tokens
 
 
-def main(
-    size: str = "tiny.en", budget: float = 0.2, method: str = "partial_linear", count: int = 64, rounds: int = 9
-) -> dict[str, float]:
+def main(size: str = "tiny.en", budget: float = 0.2, count: int = 64, rounds: int = 9) -> dict[str, float]:
     """Calibrates, compiles, measures and prints; returns the figures."""
     transformers.logging.set_verbosity_error()
     torch._dynamo.config.recompile_limit = 64  # encoder and decoder share one limit: transformers wraps both alike
     torch._dynamo.config.fail_on_recompile_limit_hit = True  # otherwise the original would run on
     model, tokenizer = load(size, torch.bfloat16)
-    config = tardis_fx.Config(budget=budget, method=method, prefill="rewritten")
+    config = tardis_fx.Config(budget=budget, prefill="rewritten")
     plan = tardis_fx.calibrate(model, batches(model, clips(model, "train", count)), config=config)
     held_out = clips(model, "test", count // 2)
 
@@ -104,7 +102,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="tiny.en")
     parser.add_argument("--budget", type=float, default=0.2)
-    parser.add_argument("--method", default="partial_linear")
     parser.add_argument(
         "--clips", dest="count", type=int, default=64, help="to calibrate on; half as many are measured"
     )

@@ -150,7 +150,7 @@ def token_model(
     model: nn.Module,
     calibration: Callable[[int], Sequence[Batch]],
     text: Sequence[Batch],
-    targets: Sequence[Int64[Tensor, "batch length"]],
+    targets: Sequence[Int64[Tensor, "_ _"]],
     outputs: Callable[[Callable[..., Any], Any], Float[Tensor, "batch length d"]],
     head: nn.Module,
 ) -> Subject:
@@ -161,7 +161,7 @@ def token_model(
         model: in eval mode, without its head.
         calibration: returns the batches of a seed.
         text: batches on which quality is measured.
-        targets: the next token at each position of each batch, or ``PADDING``, or ``UNPREDICTED``.
+        targets: [batch, length], the next token at each position of each batch, or ``PADDING``, or ``UNPREDICTED``.
         outputs: computes the outputs of a form of the model for a batch.
         head: computes logits from outputs; it is not rewritten.
     """
