@@ -24,7 +24,6 @@ from typing import Any
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
-import transformers
 from gemma_weights import load
 from jaxtyping import Float, Int64
 from prose import running
@@ -142,7 +141,6 @@ def main(
     rounds: int = 9,
 ) -> None:
     """Calibrates, compiles, measures and prints."""
-    transformers.logging.set_verbosity_error()
     torch._dynamo.config.recompile_limit = 64
     torch._dynamo.config.fail_on_recompile_limit_hit = True  # otherwise the original would run on
     model, tokenizer = load(torch.bfloat16)

@@ -8,6 +8,7 @@ The weights that the file stands for, in bfloat16, are the dense model here. Con
 from pathlib import Path
 
 import torch
+import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3ForCausalLM, PreTrainedTokenizerBase
 from weights import Weights, join
 
@@ -36,6 +37,8 @@ def load(dtype: torch.dtype) -> tuple[Gemma3ForCausalLM, PreTrainedTokenizerBase
     Raises:
         BenchError: they cannot be fetched, or a package that converts them is missing.
     """
+    transformers.logging.set_verbosity_error()  # generate comments on every call
+    transformers.logging.disable_progress_bar()
     folder = GEMMA.folder(_convert)
     model = Gemma3ForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
     return model.eval(), AutoTokenizer.from_pretrained(folder, local_files_only=True)

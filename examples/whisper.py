@@ -18,7 +18,6 @@ from typing import Any
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
-import transformers
 from clips import LONGEST, batches, clips, logits, prompt, targets, transcribe
 from speech import word_errors
 from torch import nn
@@ -67,7 +66,6 @@ def check_generate(model: WhisperForConditionalGeneration, plan: tardis_fx.Plan,
 
 def main(size: str = "tiny.en", budget: float = 0.2, count: int = 64, rounds: int = 9) -> dict[str, float]:
     """Calibrates, compiles, measures and prints; returns the figures."""
-    transformers.logging.set_verbosity_error()
     torch._dynamo.config.recompile_limit = 64  # encoder and decoder share one limit: transformers wraps both alike
     torch._dynamo.config.fail_on_recompile_limit_hit = True  # otherwise the original would run on
     model, tokenizer = load(size, torch.bfloat16)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from ct2 import read
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -47,6 +48,8 @@ def load(size: str, dtype: torch.dtype) -> tuple[WhisperForConditionalGeneration
     Raises:
         BenchError: they cannot be fetched.
     """
+    transformers.logging.set_verbosity_error()  # generate comments on every call
+    transformers.logging.disable_progress_bar()
     folder = SIZES[size].folder(partial(_convert, size))
     model = WhisperForConditionalGeneration.from_pretrained(folder, dtype=dtype, local_files_only=True)
     return model.eval(), Tokenizer.from_file(str(folder / "tokenizer.json"))
