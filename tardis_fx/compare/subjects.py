@@ -14,7 +14,7 @@ from torch.nn import functional as F  # noqa: N812
 from tardis_fx.demo.model import LENGTH, NEW_TOKENS, PROMPT, WINDOWS, DemoModel, cut, load
 from tardis_fx.digest import digest
 from tardis_fx.measure.decoding import Decoder
-from tardis_fx.measure.quality import DenseReference, rewrite_every_token
+from tardis_fx.measure.quality import DenseReference, HeadReference, rewrite_every_token
 from tardis_fx.observation.batches import Batch
 from tardis_fx.plan import Plan
 
@@ -25,6 +25,15 @@ class Metric(NamedTuple):
     name: str
     heading: str
     form: str
+
+
+#: Metrics of a model that predicts tokens.
+TOKENS = (
+    Metric("perplexity", "perplexity", ".3f"),
+    Metric("rise", "rise", "+.2%"),
+    Metric("agreement", "next token as dense", ".1%"),
+    Metric("kl", "KL to dense, nats", ".4f"),
+)
 
 
 @dataclass(frozen=True)
@@ -130,14 +139,42 @@ def language_model(
         text=list(text.split(8)),
         call=lambda run, batch: run(batch, use_cache=False).logits,
         evaluate=lambda run: asdict(reference().quality(run)),
-        metrics=(
-            Metric("perplexity", "perplexity", ".3f"),
-            Metric("rise", "rise", "+.2%"),
-            Metric("agreement", "next token as dense", ".1%"),
-            Metric("kl", "KL to dense, nats", ".4f"),
-        ),
+        metrics=TOKENS,
         plotted=("rise", "perplexity rise, %", 100.0, 0.01),
         decoder=compiled,
+    )
+
+
+def token_model(
+    name: str,
+    model: nn.Module,
+    calibration: Callable[[int], Sequence[Batch]],
+    text: Sequence[Batch],
+    targets: Sequence[Int64[Tensor, "_ _"]],
+    outputs: Callable[[Callable[..., Any], Any], Float[Tensor, "batch length d"]],
+    head: nn.Module,
+) -> Subject:
+    """A model of any inputs, evaluated by the tokens that it predicts.
+
+    Args:
+        name: for titles.
+        model: in eval mode, without its head.
+        calibration: returns the batches of a seed.
+        text: batches on which quality is measured.
+        targets: [batch, length], the next token at each position of each batch, or ``PADDING``, or ``UNPREDICTED``.
+        outputs: computes the outputs of a form of the model for a batch.
+        head: computes logits from outputs; it is not rewritten.
+    """
+    reference = cache(lambda: HeadReference(model, text, targets, outputs, head))
+    return Subject(
+        name,
+        model,
+        calibration,
+        text,
+        call=outputs,
+        evaluate=lambda run: asdict(reference().quality(run)),
+        metrics=TOKENS,
+        plotted=("kl", "KL to dense, nats", 1.0, 1e-4),
     )
 
 

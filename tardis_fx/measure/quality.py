@@ -1,7 +1,7 @@
 """Quality of a rewritten language model on a text, compared with the dense model."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,8 +10,14 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
+from tardis_fx.observation.batches import Batch
 from tardis_fx.plan import Plan
 from tardis_fx.statistics.divergence import kl_divergence
+
+#: Targets of positions that do not count at all, and of those without a next token, where only the logits count.
+PADDING, UNPREDICTED = -1, -100
+#: Number of tokens whose logits a head computes at a time.
+BLOCK = 128
 
 
 @dataclass(frozen=True)
@@ -39,12 +45,59 @@ class DenseReference:
         """Runs the dense model, in eval mode, on the text: eight windows at a time."""
         self._windows = windows
         self._logits = list(_logits(model, windows))
-        self.dense, _ = _qualities(windows, self._logits, self._logits)
+        self.dense, _ = _qualities(zip(_next_tokens(windows), self._logits, self._logits, strict=True))
 
     @torch.no_grad()
     def quality(self, run: Callable[..., Any]) -> Quality:
         """Quality of a rewritten form; losses are computed in float32 from logits in the model's dtype."""
-        return _qualities(self._windows, self._logits, _logits(run, self._windows))[1]
+        logits = _logits(run, self._windows)
+        return _qualities(zip(_next_tokens(self._windows), self._logits, logits, strict=True))[1]
+
+
+class HeadReference:
+    """Batches and the dense model's outputs on them, from which a head makes the logits of a few tokens at a time.
+
+    Logits over a large vocabulary would not fit in memory.
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Sequence[Batch],
+        targets: Sequence[Int64[Tensor, "_ _"]],
+        outputs: Callable[[Callable[..., Any], Any], Float[Tensor, "batch length d"]],
+        head: nn.Module,
+    ) -> None:
+        """Runs the dense model, in eval mode, on the batches.
+
+        Args:
+            model: the dense model.
+            batches: inputs of the model.
+            targets: [batch, length], the next token at each position of each batch, or ``PADDING``, or ``UNPREDICTED``.
+            outputs: computes outputs of a form of the model for a batch.
+            head: computes logits from outputs.
+        """
+        self._batches, self._outputs, self._head = batches, outputs, head
+        self._real = [batch != PADDING for batch in targets]
+        self._targets = [batch[real] for batch, real in zip(targets, self._real, strict=True)]
+        self._dense = list(self._run(model))
+        self.dense, _ = _qualities(self._blocks(self._dense))
+
+    @torch.no_grad()
+    def quality(self, run: Callable[..., Any]) -> Quality:
+        """Quality of a rewritten form; losses are computed in float32 from logits in the model's dtype."""
+        return _qualities(self._blocks(self._run(run)))[1]
+
+    def _run(self, run: Callable[..., Any]) -> Iterator[Float[Tensor, "tokens d"]]:
+        """Outputs of each batch at the positions that are not padding."""
+        for batch, real in zip(self._batches, self._real, strict=True):
+            yield self._outputs(run, batch)[real]
+
+    def _blocks(self, outputs: Iterable[Float[Tensor, "_ d"]]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        for batch in zip(self._targets, self._dense, outputs, strict=True):
+            for targets, dense, rewritten in zip(*(tensor.split(BLOCK) for tensor in batch), strict=True):
+                yield targets, self._head(dense), self._head(rewritten)
 
 
 @torch.no_grad()
@@ -52,7 +105,12 @@ def compare_once(
     dense: Callable[..., Any], rewritten: Callable[..., Any], windows: Int64[Tensor, "windows length"]
 ) -> tuple[Quality, Quality]:
     """Quality of the dense model and of one rewritten form, with the logits of eight windows in memory at a time."""
-    return _qualities(windows, _logits(dense, windows), _logits(rewritten, windows))
+    return _qualities(zip(_next_tokens(windows), _logits(dense, windows), _logits(rewritten, windows), strict=True))
+
+
+def _next_tokens(windows: Int64[Tensor, "windows length"]) -> Iterable[Int64[Tensor, "_ length"]]:
+    batches: Iterable[Int64[Tensor, "_ length"]] = F.pad(windows[:, 1:], (0, 1), value=UNPREDICTED).split(8)
+    return batches
 
 
 def _logits(
@@ -61,19 +119,17 @@ def _logits(
     return (run(batch, use_cache=False).logits for batch in windows.split(8))
 
 
-def _qualities(
-    windows: Int64[Tensor, "windows length"],
-    dense: Iterable[Float[Tensor, "_ length vocabulary"]],
-    rewritten: Iterable[Float[Tensor, "_ length vocabulary"]],
-) -> tuple[Quality, Quality]:
-    """Quality of the dense and of the rewritten model from the logits of their batches."""
+def _qualities(blocks: Iterable[tuple[Tensor, Tensor, Tensor]]) -> tuple[Quality, Quality]:
+    """Quality of the dense and of the rewritten model, from blocks of targets, dense logits and rewritten logits."""
     dense_loss = loss = kl = same = 0.0
-    for tokens, before, after in zip(windows.split(8), dense, rewritten, strict=True):
-        dense_loss += _loss(before, tokens)
-        loss += _loss(after, tokens)
+    predicted = count = 0
+    for targets, before, after in blocks:
+        dense_loss += _loss(before, targets)
+        loss += _loss(after, targets)
         kl += float(kl_divergence(after, before).sum())
         same += float((after.argmax(-1) == before.argmax(-1)).sum())
-    predicted, count = windows[:, 1:].numel(), windows.numel()
+        predicted += int((targets != UNPREDICTED).sum())
+        count += targets.numel()
     dense_loss, loss = dense_loss / predicted, loss / predicted
     return (
         Quality(math.exp(dense_loss), 0.0, 1.0, 0.0),
@@ -81,9 +137,12 @@ def _qualities(
     )
 
 
-def _loss(logits: Float[Tensor, "batch length vocabulary"], tokens: Int64[Tensor, "batch length"]) -> float:
-    """Sum of the losses of the next tokens."""
-    return float(F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="sum"))
+def _loss(logits: Float[Tensor, "*tokens vocabulary"], targets: Int64[Tensor, "*tokens"]) -> float:
+    """Sum of the losses of the predicted tokens."""
+    losses = F.cross_entropy(
+        logits.flatten(0, -2).float(), targets.flatten(), ignore_index=UNPREDICTED, reduction="sum"
+    )
+    return float(losses)
 
 
 def rewrite_every_token(model: nn.Module, plan: Plan) -> Callable[..., Any]:

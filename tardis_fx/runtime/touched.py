@@ -30,6 +30,11 @@ class Touched:
         return len(self._tokens)
 
     @property
+    def tokens(self) -> int:
+        """Number of tokens that rewritten sites computed, summed over the sites."""
+        return self._tokens.total()
+
+    @property
     def outlier_rate(self) -> float:
         """Share of (token, neuron) pairs that were corrected, over all sites."""
         return self._corrected / max(1, self._pairs)
