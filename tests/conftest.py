@@ -64,6 +64,7 @@ CHECKED = (
     "planning",
     "quantisation",
     "resident",
+    *(f"runtime.{name}" for name in ("coded", "coded_arguments", "coded_reference", "rotation", "tables")),
     "runtime.cpu.op",
     "runtime.fingerprint",
     "runtime.packing",

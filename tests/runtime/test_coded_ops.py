@@ -1,0 +1,271 @@
+"""The reference of ``tardis::coded_ffn``, and what the op refuses."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import pytest
+import scipy.linalg
+import torch
+from builders.coded import HUGE, NEVER_ZERO, arguments, calls, doubled, exact, levels, mapped
+from builders.correction import FLOATS, every_k
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.library import opcheck
+
+from tardis_fx.errors import PlanMismatchError
+from tardis_fx.runtime import coded_reference, ops, tables
+from tardis_fx.runtime.coded import CodedFFN
+from tardis_fx.runtime.reference import response
+
+every_dtype = pytest.mark.parametrize("dtype", FLOATS, ids=str)
+
+
+def run(call: CodedFFN) -> Tensor:
+    output: Tensor = torch.ops.tardis.coded_ffn(*call)
+    return output
+
+
+def traced(call: CodedFFN) -> Tensor:
+    with FakeTensorMode() as mode:
+        return run(mapped(mode.from_tensor, call))
+
+
+def without_kernel(call: CodedFFN) -> Tensor:
+    return ops._coded_ffn(*call)
+
+
+everywhere = pytest.mark.parametrize("implementation", [run, traced, without_kernel])
+
+
+def small(k: int = 1, shape: tuple[int, ...] = (3,), **options: Any) -> CodedFFN:
+    return arguments(k=k, shape=shape, d=70, d_out=40, listed=20, **options)
+
+
+def rotation(signs: Tensor) -> Tensor:
+    """The matrix by which a row is multiplied to rotate it."""
+    d = len(signs)
+    binary = [1 << i for i in reversed(range((d % 128).bit_length())) if d % 128 >> i & 1]
+    blocks = [scipy.linalg.hadamard(size) * size**-0.5 for size in [128] * (d // 128) + binary]
+    return signs.double()[:, None] * torch.from_numpy(scipy.linalg.block_diag(*blocks))
+
+
+def dense(call: CodedFFN) -> Tensor:
+    """The FFN of base codes plus refinements, with matrices that are rotated in float64."""
+    call, listed = doubled(call), int(call.listed)
+    d, d_out = call.x.shape[-1], len(call.bias)
+
+    def matrix(base: Tensor, bits: int, low: Tensor, low_bits: int, columns: int) -> Tensor:
+        high = tables.weights(base[:listed], bits, columns, torch.float64)
+        return high + tables.weights(low[:listed], low_bits, columns, torch.float64)
+
+    projections = [
+        matrix(base, call.bits, low, call.low_bits, d) @ rotation(call.signs).T
+        for base, low in zip(call.projections, call.refinements, strict=True)
+    ]
+    down = matrix(call.columns, call.column_bits, call.column_refinements, call.column_low_bits, d_out)
+    biases = torch.zeros(listed, len(projections)) if call.biases is None else call.biases[:listed]
+    z = [call.x @ matrix.T + bias for matrix, bias in zip(projections, biases.T, strict=True)]
+    values = response(z, call.activation)
+    if call.surrogate is not None:
+        *slopes, intercept = call.surrogate[:listed].double().T
+        for slope, p in zip(slopes, z, strict=True):
+            values = values - slope * p
+        values = values - intercept
+    return values @ down @ rotation(call.out_signs).T + call.bias + folded(call)
+
+
+def folded(call: CodedFFN) -> Tensor:
+    """What the fold gives, with a matrix that is rotated back in float64."""
+    if call.fold is None:
+        return torch.zeros(len(call.bias), dtype=torch.float64)
+    rotated = tables.weights(call.fold, call.fold_bits, call.x.shape[-1], torch.float64)
+    return call.x.double() @ (rotation(call.out_signs) @ rotated @ rotation(call.signs).T).T
+
+
+@every_dtype
+@pytest.mark.parametrize("shape", [(5,), (1,), (40,), (0,), (2, 3), ()], ids=str)
+def test_the_op_keeps_the_rules_of_torch_library(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    utils = ["test_schema", "test_faketensor", "test_aot_dispatch_static", "test_aot_dispatch_dynamic"]
+    for k, some in ((1, True), (2, False)):
+        call = small(k, shape, dtype=dtype, bias=some, fold=some, factors="all")
+        passed = opcheck(torch.ops.tardis.coded_ffn.default, tuple(call), test_utils=utils)
+        assert set(passed.values()) == {"SUCCESS"}
+
+
+@every_k
+@every_dtype
+@pytest.mark.parametrize("shape", [(5,), (0,), (2, 3), (2, 0), (), (40,)], ids=str)
+def test_the_fake_implementation_agrees_with_the_real_one(dtype: torch.dtype, shape: tuple[int, ...], k: int) -> None:
+    call = small(k, shape, dtype=dtype, factors="all")
+    real, fake = run(call), traced(call)
+    for output in (real, fake):
+        assert (output.shape, output.dtype, output.device) == ((*shape, 40), dtype, torch.device("cpu"))
+        assert output.stride() == real.stride()
+
+
+@given(call=calls(), noise=st.floats(0.01, 2))
+def test_reading_everything_gives_the_dense_ffn_of_the_refined_weights(call: CodedFFN, noise: float) -> None:
+    assume(call.activation in NEVER_ZERO)
+    k, listed = len(call.projections), int(call.listed)
+    call.precision[:listed, :k], call.precision[:listed, k:] = noise, HUGE
+    assert all(read.all() for read in levels(call))
+    torch.testing.assert_close(exact(call), dense(call), rtol=1e-9, atol=1e-9)
+
+
+@given(call=calls())
+def test_reading_nothing_gives_the_bias_and_the_fold(call: CodedFFN) -> None:
+    call.precision[:, len(call.projections) :] = 0
+    assert not any(read.any() for read in levels(call))
+    torch.testing.assert_close(exact(call), (call.bias + folded(call)).expand(exact(call).shape), rtol=1e-9, atol=1e-9)
+
+
+@given(call=calls(), column=st.integers(0, 3), factor=st.floats(1, 1e3))
+def test_a_part_is_read_only_with_those_before_it_and_a_larger_factor_reads_no_less(
+    call: CodedFFN, column: int, factor: float
+) -> None:
+    before = levels(call)
+    assert not (before.value & ~before.up).any()
+    assert not ((before.row | before.column) & ~before.value).any()
+    factors = call.precision[:, len(call.projections) :]
+    factors[:, min(column, factors.shape[1] - 1)] *= factor
+    for less, more in zip(before, levels(call), strict=True):
+        assert not (less & ~more).any()
+
+
+@given(call=calls())
+def test_half_precision_rounds_the_reference_in_float64_once(call: CodedFFN) -> None:
+    output, expected = coded_reference.coded_ffn(call), exact(call)
+    largest = max(1.0, expected.abs().max().item())
+    rounding = torch.finfo(call.x.dtype).eps
+    torch.testing.assert_close(output.double(), expected, rtol=0.51 * rounding, atol=2e-4 * largest)
+
+
+@every_k
+@pytest.mark.parametrize(("factors", "fold"), [("none", False), ("none", True), ("mixed", False), ("all", True)])
+def test_a_nan_makes_the_output_of_its_token_nan_and_of_no_other(k: int, factors: str, fold: bool) -> None:
+    call = small(k, (5,), factors=factors, fold=fold)
+    call.x[2, 7] = torch.nan
+    output = run(call)
+    assert output[2].isnan().all()
+    assert output[[0, 1, 3, 4]].isfinite().all()
+
+
+@every_k
+def test_a_nan_leaves_the_output_of_an_ffn_without_neurons_and_fold(k: int) -> None:
+    call = small(k, fold=False)._replace(listed=torch.tensor([0]))
+    call.x[:] = torch.nan
+    assert torch.equal(run(call), call.bias.expand(3, 40))
+
+
+@every_k
+def test_the_op_changes_none_of_its_inputs(k: int) -> None:
+    call = small(k, factors="all")
+    copies = mapped(Tensor.clone, call)
+    output = run(call)
+    pairs = zip(call.tensors, copies.tensors, strict=True)
+    assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in pairs)
+    assert output.data_ptr() not in {tensor.data_ptr() for tensor in call.tensors}
+
+
+@every_k
+def test_entries_after_the_listed_neurons_are_not_read(k: int) -> None:
+    call = small(k, factors="all")
+    expected = run(call)
+    assert expected.isfinite().all()
+    assert not torch.allclose(run(call._replace(listed=call.listed - 1)), expected)
+    for name in ("columns", "column_refinements", "biases", "precision", "surrogate"):
+        getattr(call, name)[20:] = 77
+    for rows in (*call.projections, *call.refinements):
+        rows[20:] = 77
+    assert torch.equal(run(call), expected)
+
+
+def replaced(call: CodedFFN, name: str, other: Any) -> CodedFFN:
+    return call._replace(**{name: other})
+
+
+def tensors(call: CodedFFN) -> Iterator[tuple[str, Tensor, Callable[[Tensor], CodedFFN]]]:
+    """Names of all tensors of a call, and the call with another one in their place."""
+    for name, value in call._asdict().items():
+        if isinstance(value, Tensor):
+            yield name, value, partial(replaced, call, name)
+    for name in ("projections", "refinements"):
+        rows = getattr(call, name)
+        for i, matrix in enumerate(rows):
+
+            def changed(other: Tensor, name: str = name, i: int = i) -> CodedFFN:
+                rows = getattr(call, name)
+                return replaced(call, name, [*rows[:i], other, *rows[i + 1 :]])
+
+            yield name, matrix, changed
+
+
+def misfits(tensor: Tensor) -> Iterator[Tensor]:
+    """Tensors that differ from this one in dtype or shape."""
+    yield tensor.to(torch.int16)
+    yield tensor[None]
+    yield tensor.new_zeros(())
+    yield tensor[:-1]
+    yield torch.cat([tensor, tensor[:1]])
+    if tensor.ndim == 2:
+        yield tensor[:, :-1]
+
+
+@everywhere
+@every_k
+def test_a_tensor_of_another_dtype_or_shape_is_refused(implementation: Callable[[CodedFFN], Tensor], k: int) -> None:
+    call = small(k, ())  # of one token, because several could be any number
+    for name, tensor, changed in tensors(call):
+        for other in misfits(tensor):
+            if name == "x" and other.is_floating_point() and other.shape[-1:] == call.x.shape:
+                continue  # an axis of one token
+            with pytest.raises(PlanMismatchError, match=r"of a rewritten FFN has|wrong number of axes"):
+                implementation(changed(other))
+
+
+@everywhere
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"activation": "nothing"}, "unknown activation 'nothing'"),
+        *[({name: width}, f"{name} is {width}; codes have 1 to 8 bits")
+          for name in ("bits", "low_bits", "column_bits", "column_low_bits", "fold_bits") for width in (0, 9)],
+        ({"fold": None}, "surrogates but no fold"),
+        ({"surrogate": None}, "no surrogates"),
+        ({"projections": []}, "0 projections and 2 refinements"),
+        ({"refinements": []}, "2 projections and 0 refinements"),
+    ],
+)  # fmt: skip
+def test_numbers_and_lists_that_the_op_does_not_take_are_refused(
+    implementation: Callable[[CodedFFN], Tensor], changed: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(PlanMismatchError, match=message):
+        implementation(small(2)._replace(**changed))
+
+
+@pytest.mark.parametrize("implementation", [run, without_kernel])
+@pytest.mark.parametrize("listed", [-1, 24, 2**40, -(2**63)])
+def test_a_list_longer_than_its_tensors_is_refused(implementation: Callable[[CodedFFN], Tensor], listed: int) -> None:
+    with pytest.raises(PlanMismatchError, match=f"lists {listed} neurons, with room for 23"):
+        implementation(small()._replace(listed=torch.tensor([listed])))
+
+
+def test_a_tensor_on_another_device_or_in_another_layout_is_refused() -> None:
+    call = small()
+    with pytest.raises(PlanMismatchError, match="on meta"):
+        run(call._replace(fold=call.fold.to("meta")))  # type: ignore[union-attr]
+    with pytest.raises(PlanMismatchError, match="sparse"):
+        run(call._replace(columns=call.columns.to_sparse()))
+
+
+@every_k
+def test_doubt_is_the_root_mean_square_of_steps_up_and_down(k: int) -> None:
+    z, noise = torch.randn(k, 4, 3, dtype=torch.float64), torch.rand(k, 3, dtype=torch.float64)
+    slopes = torch.randn(3, k + 1, dtype=torch.float64)
+    found = coded_reference.doubt([*z], [*noise], slopes, "identity")
+    derivatives = [1 - slopes[:, 0]] if k == 1 else [z[1] - slopes[:, 0], z[0] - slopes[:, 1]]
+    squares = sum((slope * step).square() for slope, step in zip(derivatives, noise, strict=True))
+    torch.testing.assert_close(found, torch.as_tensor(squares).sqrt().expand(4, 3))
