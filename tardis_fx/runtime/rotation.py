@@ -32,6 +32,11 @@ def rotate_back(x: Float[Tensor, "*rows d"], signs: Int8[Tensor, " d"]) -> Float
     return _transform(x) * signs.to(x.dtype)
 
 
+def multiplications(d: int) -> int:
+    """Number of multiplications of a rotation of ``d`` columns."""
+    return sum(count * size**2 for _, count, size in _blocks(d))
+
+
 def _transform(x: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows d"]:
     """Multiplies every block by its Hadamard matrix, which is its own inverse."""
     blocks = []

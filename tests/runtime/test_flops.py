@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from builders import coded
 from builders.correction import arguments, every_k, mapped
 from builders.ffns import batches, config, ffn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -10,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 from tardis_fx.measure.flops import prefill_share
 from tardis_fx.observation.observe import BatchObservation
 from tardis_fx.planning import plan_for
-from tardis_fx.runtime import flops, ops, reference  # noqa: F401 - flops registers the formulas
+from tardis_fx.runtime import coded_reference, flops, ops, reference  # noqa: F401 - flops registers the formulas
 
 
 @every_k
@@ -29,8 +30,23 @@ def test_the_op_counts_what_the_reference_computes(always: int, fold_bits: int, 
     assert most.get_total_flops() == 2 * 40 * (len(op.neurons) * (2 * k * 16 + 12) + fold)
 
 
+@every_k
+@pytest.mark.parametrize("fold", [False, True])
+def test_the_op_in_codes_counts_what_the_reference_computes(fold: bool, k: int) -> None:
+    call = coded.arguments(k=k, shape=(40,), d=16, d_out=12, listed=30, fold=fold, factors="none")
+    with FlopCounterMode(display=False) as expected:
+        coded_reference.coded_ffn(call)
+    with FlopCounterMode(display=False) as counter:
+        torch.ops.tardis.coded_ffn(*call)
+    assert counter.get_total_flops() == expected.get_total_flops() > 0
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, FlopCounterMode(display=False) as most:
+        torch.ops.tardis.coded_ffn(*coded.mapped(mode.from_tensor, call))
+    rotations = 16 * 16 + (8 * 8 + 4 * 4)
+    assert most.get_total_flops() == 2 * 40 * (33 * 2 * (k * 16 + 12) + fold * 16 * 12 + rotations)
+
+
 def test_every_op_has_a_formula_for_none_would_count_as_nothing() -> None:
-    assert {"tardis::correct", "tardis::dequantise"} <= ops._LIBRARY._op_defs
+    assert {"tardis::correct", "tardis::coded_ffn", "tardis::dequantise"} <= ops._LIBRARY._op_defs
     for name in ops._LIBRARY._op_defs:
         assert getattr(torch.ops.tardis, name.removeprefix("tardis::")) in flop_registry, name
 
