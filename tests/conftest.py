@@ -65,6 +65,7 @@ CHECKED = (
     "quantisation",
     "resident",
     *(f"runtime.{name}" for name in ("coded", "coded_arguments", "coded_reference", "rotation", "tables")),
+    "runtime.cpu.coded_op",
     "runtime.cpu.op",
     "runtime.fingerprint",
     "runtime.packing",

@@ -57,6 +57,14 @@ def coded_ffn(call: CodedFFN) -> Float[Tensor, "*tokens d_out"]:
     return output.to(call.x.dtype).view(*shape, d_out)
 
 
+def parts_read(call: CodedFFN) -> Levels:
+    """Which parts of the listed neurons a call reads."""
+    dtype, listed = compute_dtype(call.x.dtype), int(call.listed)
+    x = rotate(call.x.reshape(-1, call.x.shape[-1]).to(dtype), call.signs)
+    surrogate = None if call.surrogate is None else call.surrogate[:listed].to(dtype)
+    return levels(estimates(call, x), call.precision[:listed].to(dtype), surrogate, call.activation)
+
+
 def estimates(call: CodedFFN, x: Float[Tensor, "tokens d"]) -> Sequence[Float[Tensor, "tokens listed"]]:
     """The k pre-activations of the listed neurons from their base codes; ``x`` is rotated."""
     listed = int(call.listed)

@@ -5,6 +5,7 @@ invalid arguments fail during tracing.
 """
 
 from collections.abc import Callable
+from inspect import Signature
 from typing import Any
 
 import torch
@@ -15,9 +16,38 @@ from tardis_fx.runtime.arguments import check, check_codes, check_devices, check
 from tardis_fx.runtime.coded import SIGNATURE as CODED_SIGNATURE
 from tardis_fx.runtime.coded import CodedFFN
 from tardis_fx.runtime.correction import SIGNATURE, Correction
+from tardis_fx.runtime.cpu import coded_op as cpu_coded
 from tardis_fx.runtime.cpu import op as cpu
 from tardis_fx.runtime.cuda import dispatch as cuda
-from tardis_fx.runtime.touched import counted
+from tardis_fx.runtime.touched import Call, counted
+
+# Kept for the life of the process, because deleting it removes its ops. Library.impl dispatches faster than custom_op.
+_LIBRARY = torch.library.Library("tardis", "DEF")
+
+
+def _define(
+    name: str,
+    kind: type[Call],
+    signature: Signature,
+    fake: Callable[[Call], Tensor],
+    implementations: dict[str, Callable[[Call], Tensor]],
+) -> None:
+    """Defines an op that takes the fields of a call as separate arguments, as PyTorch passes them."""
+
+    def spread(implementation: Callable[[Call], Tensor]) -> Callable[..., Tensor]:
+        def run(*fields: Any) -> Tensor:
+            return implementation(kind(*fields))
+
+        run.__signature__ = signature  # type: ignore[attr-defined]
+        return run
+
+    _LIBRARY.define(
+        name + torch.library.infer_schema(spread(fake), mutates_args=()).replace("SymInt", "int"),
+        tags=(torch.Tag.needs_fixed_stride_order,),
+    )
+    for device, implementation in implementations.items():
+        _LIBRARY.impl(name, spread(counted(implementation)), device)
+    torch.library.register_fake(f"tardis::{name}", spread(fake), lib=_LIBRARY)
 
 
 def _correct(call: Correction) -> Tensor:
@@ -34,28 +64,16 @@ def _correct_fake(call: Correction) -> Tensor:
     return call.folded.new_empty((*call.x.shape[:-1], call.folded.shape[-1]))
 
 
-def _spread(correct: Callable[[Correction], Tensor]) -> Callable[..., Tensor]:
-    """Wraps an implementation to take the fields of a call as separate arguments, as PyTorch passes them."""
-
-    def run(*fields: Any) -> Tensor:
-        return correct(Correction(*fields))
-
-    run.__signature__ = SIGNATURE  # type: ignore[attr-defined]
-    return run
+def _coded_ffn(call: CodedFFN) -> Tensor:
+    """The op on a device without kernels."""
+    coded_arguments.check(call)
+    coded_arguments.check_listed(call)
+    return coded_reference.coded_ffn(call)
 
 
-# Kept for the life of the process, because deleting it removes its ops. Library.impl dispatches faster than custom_op.
-_LIBRARY = torch.library.Library("tardis", "DEF")
-_LIBRARY.define(
-    "correct" + torch.library.infer_schema(_spread(_correct), mutates_args=()).replace("SymInt", "int"),
-    tags=(torch.Tag.needs_fixed_stride_order,),
-)
-_LIBRARY.impl("correct", _spread(counted(_correct)), "CompositeExplicitAutograd")
-_LIBRARY.impl("correct", _spread(counted(cpu.correct)), "CPU")
-_LIBRARY.impl("correct", _spread(counted(cuda.correct)), "CUDA")
-_LIBRARY.define(
-    "dequantise(Tensor codes, Tensor scale, Tensor zero, int bits, int columns, ScalarType dtype) -> Tensor"
-)
+def _coded_ffn_fake(call: CodedFFN) -> Tensor:
+    coded_arguments.check(call)
+    return call.x.new_empty((*call.x.shape[:-1], call.bias.shape[0]))
 
 
 def _dequantise(codes: Tensor, scale: Tensor, zero: Tensor, bits: int, columns: int, dtype: torch.dtype) -> Tensor:
@@ -68,28 +86,16 @@ def _dequantise_fake(codes: Tensor, scale: Tensor, zero: Tensor, bits: int, colu
     return codes.new_empty((codes.shape[0], columns), dtype=dtype)
 
 
-_LIBRARY.impl("dequantise", _dequantise, "CompositeExplicitAutograd")
-torch.library.register_fake("tardis::correct", _spread(_correct_fake), lib=_LIBRARY)
-torch.library.register_fake("tardis::dequantise", _dequantise_fake, lib=_LIBRARY)
-
-
-def _coded_ffn(*fields: Any) -> Tensor:
-    call = CodedFFN(*fields)
-    coded_arguments.check(call)
-    coded_arguments.check_listed(call)
-    return coded_reference.coded_ffn(call)
-
-
-def _coded_ffn_fake(*fields: Any) -> Tensor:
-    call = CodedFFN(*fields)
-    coded_arguments.check(call)
-    return call.x.new_empty((*call.x.shape[:-1], call.bias.shape[0]))
-
-
-_coded_ffn.__signature__ = CODED_SIGNATURE  # type: ignore[attr-defined]
+_define(
+    "correct", Correction, SIGNATURE, _correct_fake,
+    {"CompositeExplicitAutograd": _correct, "CPU": cpu.correct, "CUDA": cuda.correct},
+)  # fmt: skip
+_define(
+    "coded_ffn", CodedFFN, CODED_SIGNATURE, _coded_ffn_fake,
+    {"CompositeExplicitAutograd": _coded_ffn, "CPU": cpu_coded.coded_ffn},
+)  # fmt: skip
 _LIBRARY.define(
-    "coded_ffn" + torch.library.infer_schema(_coded_ffn, mutates_args=()).replace("SymInt", "int"),
-    tags=(torch.Tag.needs_fixed_stride_order,),
+    "dequantise(Tensor codes, Tensor scale, Tensor zero, int bits, int columns, ScalarType dtype) -> Tensor"
 )
-_LIBRARY.impl("coded_ffn", _coded_ffn, "CompositeExplicitAutograd")
-torch.library.register_fake("tardis::coded_ffn", _coded_ffn_fake, lib=_LIBRARY)
+_LIBRARY.impl("dequantise", _dequantise, "CompositeExplicitAutograd")
+torch.library.register_fake("tardis::dequantise", _dequantise_fake, lib=_LIBRARY)

@@ -3,11 +3,16 @@
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import NamedTuple, TypeVar
 
 from torch import Tensor
 
-from tardis_fx.runtime import reference
+from tardis_fx.runtime import coded_reference, reference
+from tardis_fx.runtime.coded import CodedFFN, neuron_bytes
 from tardis_fx.runtime.correction import Correction
+
+#: The call of an op.
+Call = TypeVar("Call", Correction, CodedFFN)
 
 _COUNTING: list["Touched"] = []
 
@@ -39,21 +44,58 @@ class Touched:
         """Share of (token, neuron) pairs that were corrected, over all sites."""
         return self._corrected / max(1, self._pairs)
 
-    def add(self, call: Correction) -> None:
-        """Adds the bytes of one call of the op."""
-        outlier, d_out = reference.outliers(call), call.folded.shape[-1]
-        corrected = [*call.projections, call.columns, call.surrogate, call.neurons]
-        tested = [call.codes, call.scale, call.zero, call.guard]
-        if call.biases is not None:
-            corrected.append(call.biases)
-            tested += [call.biases] * (len(call.projections) > 1)  # the bounds of a single estimate exclude its bias
-        weight = d_out * call.x.shape[-1] * call.folded.element_size() if call.fold is None else call.fold.nbytes
-        fixed = weight + d_out * call.folded.element_size() + _bytes_per_row(*tested) * int(call.counts[1])
-        tokens, site = len(outlier), call.codes.data_ptr()
-        self._tokens[site] += tokens
-        self._bytes[site] += fixed * tokens + _bytes_per_row(*corrected) * int(outlier.sum())
-        self._corrected += int(outlier.sum())
-        self._pairs += tokens * len(call.columns)
+    def add(self, call: Correction | CodedFFN) -> None:
+        """Adds the bytes of one call of an op."""
+        read = _of_correction(call) if isinstance(call, Correction) else _of_coded_ffn(call)
+        self._tokens[read.site] += read.tokens
+        self._bytes[read.site] += read.bytes
+        self._corrected += read.corrected
+        self._pairs += read.pairs
+
+
+class _Read(NamedTuple):
+    """What one call read.
+
+    Attributes:
+        site: a number of the site.
+        tokens: number of tokens.
+        bytes: weight bytes, as if each token read its own.
+        corrected: number of (token, neuron) pairs that were corrected, or whose column was read.
+        pairs: number of (token, neuron) pairs.
+    """
+
+    site: int
+    tokens: int
+    bytes: int
+    corrected: int
+    pairs: int
+
+
+def _of_correction(call: Correction) -> _Read:
+    outlier, d_out = reference.outliers(call), call.folded.shape[-1]
+    corrected = [*call.projections, call.columns, call.surrogate, call.neurons]
+    tested = [call.codes, call.scale, call.zero, call.guard]
+    if call.biases is not None:
+        corrected.append(call.biases)
+        tested += [call.biases] * (len(call.projections) > 1)  # the bounds of a single estimate exclude its bias
+    weight = d_out * call.x.shape[-1] * call.folded.element_size() if call.fold is None else call.fold.nbytes
+    fixed = weight + d_out * call.folded.element_size() + _bytes_per_row(*tested) * int(call.counts[1])
+    tokens, outliers = len(outlier), int(outlier.sum())
+    touched = fixed * tokens + _bytes_per_row(*corrected) * outliers
+    return _Read(call.codes.data_ptr(), tokens, touched, outliers, tokens * len(call.columns))
+
+
+def _of_coded_ffn(call: CodedFFN) -> _Read:
+    d, d_out, k = call.x.shape[-1], len(call.bias), len(call.projections)
+    parts, tokens = coded_reference.parts_read(call), call.x.shape[:-1].numel()
+    up, value, row, column = (int(read.sum()) for read in parts)
+    widths = (call.bits, call.low_bits, call.column_bits, call.column_low_bits)
+    neuron = neuron_bytes(d, d_out, widths, k=k, bias=call.biases is not None, fold=call.fold is not None)
+    fixed = sum(tensor.nbytes for tensor in (call.bias, call.signs, call.out_signs, call.fold) if tensor is not None)
+    touched = tokens * (fixed + int(call.listed) * (neuron.constants + neuron.projection))
+    touched += (k - 1) * up * neuron.projection + k * row * neuron.refinement
+    touched += value * neuron.column + column * neuron.column_refinement
+    return _Read(call.columns.data_ptr(), tokens, touched, value, tokens * len(call.columns))
 
 
 @contextmanager
@@ -72,14 +114,14 @@ def count_touched() -> Iterator[Touched]:
         _COUNTING.remove(touched)
 
 
-def counted(correct: Callable[[Correction], Tensor]) -> Callable[[Correction], Tensor]:
-    """Wraps an implementation of the op to report its calls to active counters."""
+def counted(op: Callable[[Call], Tensor]) -> Callable[[Call], Tensor]:
+    """Wraps an implementation of an op to report its calls to active counters."""
 
-    def run(call: Correction) -> Tensor:
-        corrected = correct(call)  # first, because it checks the arguments
+    def run(call: Call) -> Tensor:
+        output = op(call)  # first, because it checks the arguments
         for touched in _COUNTING:
             touched.add(call)
-        return corrected
+        return output
 
     return run
 

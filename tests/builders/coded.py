@@ -1,7 +1,7 @@
 """Calls of ``tardis::coded_ffn`` in which rounding decides nothing, and what the reference makes of them in float64."""
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -19,8 +19,6 @@ from tardis_fx.runtime.rotation import random_signs, rotate
 
 #: A factor that exceeds every quantity but 0.
 HUGE = torch.finfo(torch.bfloat16).max
-#: Activations that are 0 for no number near 0, so that a huge factor reads everything.
-NEVER_ZERO = sorted(ACTIVATIONS.keys() - {"relu", "relu2", "hardswish"})
 #: How the factors of neurons are chosen: all 0, all huge, or each anew.
 FACTORS = ("none", "all", "mixed")
 
@@ -188,8 +186,4 @@ def exact(call: CodedFFN) -> Tensor:
 
 def levels(call: CodedFFN) -> coded_reference.Levels:
     """Which parts of the listed neurons are read, in float64."""
-    call, listed = doubled(call), int(call.listed)
-    x = rotate(call.x.reshape(-1, call.x.shape[-1]), call.signs)
-    surrogate = None if call.surrogate is None else call.surrogate[:listed].double()
-    z: Sequence[Tensor] = coded_reference.estimates(call, x)
-    return coded_reference.levels(z, call.precision[:listed].double(), surrogate, call.activation)
+    return coded_reference.parts_read(doubled(call))

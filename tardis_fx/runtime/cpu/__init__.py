@@ -1,1 +1,1 @@
-"""The correction op on a CPU, in C++."""
+"""The ops on a CPU, in C++."""

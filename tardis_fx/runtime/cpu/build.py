@@ -1,4 +1,4 @@
-"""Compiles ``kernel.cpp`` and keeps the library in a cache folder, from which it loads only trusted files.
+"""Compiles the kernels and keeps the library in a cache folder, from which it loads only trusted files.
 
 The folder is ``$TARDIS_FX_CACHE``, else ``$XDG_CACHE_HOME/tardis_fx``, else ``~/.cache/tardis_fx``; the compiler is
 ``$CXX``, else ``g++`` or ``clang++``. Loading a library runs its code, so folder and library must belong to the user or
@@ -24,11 +24,13 @@ from functools import cache
 from pathlib import Path
 
 from tardis_fx.graph.activations import ACTIVATIONS
+from tardis_fx.runtime import tables
 from tardis_fx.runtime.correction import MOST_TOKENS
 
 logger = logging.getLogger("tardis_fx")
 
-_SOURCE = Path(__file__).with_name("kernel.cpp")
+_FOLDER = Path(__file__).parent
+_SOURCES = sorted(_FOLDER.glob("*.cpp"))
 # No -ffast-math, which breaks comparisons of NaN and infinity. Its two safe parts let conversions be vectorised.
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC")
 #: Timeout of the compiler in seconds.
@@ -65,8 +67,8 @@ def _loaded(names: tuple[str, ...]) -> ctypes.CDLL | None:
 def _from_cache() -> ctypes.CDLL:
     compiler = _compiler()
     version = _run([*compiler, "--version"])
-    sources = [path.read_text() for path in (_SOURCE, *sorted(_SOURCE.parent.glob("*.h")))]
-    parts = [*sources, _cases(), *compiler, version, *_FLAGS, *_defined(), _processor()]
+    sources = [path.read_text() for path in (*_SOURCES, *sorted(_FOLDER.glob("*.h")))]
+    parts = [*sources, *_generated().values(), *compiler, version, *_FLAGS, *_defined(), _processor()]
     name = f"kernel-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}"
     try:
         folder = _cache_folder()
@@ -127,9 +129,10 @@ def _store(library: Path, folder: Path, name: str) -> Path:
 
 
 def compile_kernel(library: Path, compiler: Sequence[str], flags: Sequence[str]) -> None:
-    """Compiles the kernel to ``library``, and leaves the generated source in the same folder."""
-    Path(library.parent, "activations.inc").write_text(_cases())
-    _run([*compiler, *flags, *_defined(), f"-I{library.parent}", str(_SOURCE), "-o", str(library)])
+    """Compiles the kernels to ``library``, and leaves the generated sources in the same folder."""
+    for name, source in _generated().items():
+        Path(library.parent, name).write_text(source)
+    _run([*compiler, *flags, *_defined(), f"-I{library.parent}", *map(str, _SOURCES), "-o", str(library)])
     if not library.exists():
         raise FileNotFoundError(f"{shlex.join(compiler)} reported success but wrote no library")
 
@@ -139,9 +142,20 @@ def _defined() -> list[str]:
     return [f"-DACTIVATIONS={len(ACTIVATIONS)}", f"-DTOKENS={MOST_TOKENS}"]
 
 
+def _generated() -> dict[str, str]:
+    """Sources that the kernels include, by file name."""
+    return {"activations.inc": _cases(), "levels.inc": _levels()}
+
+
 def _cases() -> str:
     """The activations, as cases of a C++ switch."""
     return "".join(f"case {activation_number(name)}: return {a.cxx};\n" for name, a in ACTIVATIONS.items())
+
+
+def _levels() -> str:
+    """The tables of levels with up to 16 entries, as rows of a C++ array."""
+    tables_of_bytes = [(128 * tables.levels(bits) + 128).int().tolist() for bits in range(1, 5)]
+    return ",\n".join("{" + ", ".join(map(str, table)) + "}" for table in tables_of_bytes)
 
 
 def _run(command: Sequence[str]) -> str:
@@ -176,6 +190,7 @@ def _digest(library: Path) -> str:
 
 def _open(path: Path) -> ctypes.CDLL:
     library = ctypes.CDLL(str(path))
-    library.tardis_correct.argtypes = [ctypes.c_char_p]
-    library.tardis_correct.restype = ctypes.c_int64
+    for op in (library.tardis_correct, library.tardis_coded_ffn):
+        op.argtypes = [ctypes.c_char_p]
+        op.restype = ctypes.c_int64
     return library

@@ -1,4 +1,6 @@
 // Products of a few tokens with rows of codes, whose memory layout packing.py defines.
+//
+// With TABLE, codes of up to 4 bits index a table of levels (tables.py); a weight is then scale * (its entry) - shift.
 
 #pragma once
 
@@ -9,7 +11,12 @@
 
 namespace {
 
-constexpr int BLOCK = 64;  // columns whose codes lie together; half a block, one, or two share a scale
+constexpr int BLOCK = 64;  // columns whose codes lie together; half a block, one, two or the whole row share a scale
+
+// By bits, 128 times one plus each level: the bytes that build.py writes.
+constexpr uint8_t LEVELS[][16] = {
+#include "levels.inc"
+};
 
 // The numbers of blocks and scales of a row of codes.
 struct Row {
@@ -17,7 +24,9 @@ struct Row {
   int shift;  // half block number i has the scale i >> shift
 
   Row(int64_t columns, int64_t groups)
-      : blocks((columns + BLOCK - 1) / BLOCK), groups(groups), shift(1 + (groups < blocks) - (groups > blocks)) {}
+      : blocks((columns + BLOCK - 1) / BLOCK),
+        groups(groups),
+        shift(groups == 1 ? 62 : 1 + (groups < blocks) - (groups > blocks)) {}
   // Bytes of a row with its scales and zero points (packing.join).
   int64_t bytes(int64_t bits) const { return blocks * bits * (BLOCK / 8) + 3 * groups; }
 };
@@ -81,7 +90,7 @@ struct Inputs {
         }
         const float of_half = sum(total);
         tame = tame && !std::isnan(of_half);
-        sums[t * stride + ((2 * (b % blocks) + half) >> row.shift)] += of_half;
+        if (AS_BFLOATS<W>) sum_of(t, b, half) += of_half;
       }
       float largest = 0;
       for (int i = 0; i < LANES; ++i) largest = std::max(largest, most[i]);
@@ -102,6 +111,12 @@ struct Inputs {
         highs[k] = (fixed + 64) >> 7;
         lows[k] = ((fixed + 64) & 127) - 64;
       }
+      // Sums of what is multiplied: else the error of x would be multiplied with zero points, too, alike in every row.
+      for (int half = 0; half < 2 && !AS_BFLOATS<W>; ++half) {
+        int32_t total = 0;
+        for (int k = half * BLOCK / 2; k < (half + 1) * BLOCK / 2; ++k) total += 128 * highs[k] + lows[k];
+        sum_of(t, b, half) += total * units[b];
+      }
     }
     if constexpr (AS_BFLOATS<W>) {
       std::fill_n(bfloats, tokens * blocks * BLOCK, Bfloat16{});
@@ -110,6 +125,9 @@ struct Inputs {
           bfloats[(t * blocks + i / BLOCK) * BLOCK + i % 2 * (BLOCK / 2) + i % BLOCK / 2] = x[t * d + i];
     }
   }
+
+  // The sum of the group of half of block number b, of token t.
+  float& sum_of(int64_t t, int64_t b, int half) { return sums[t * stride + ((2 * (b % blocks) + half) >> row.shift)]; }
 
   // Token t in the form in which it is multiplied with rows of W.
   template <class W>
@@ -122,18 +140,19 @@ struct Inputs {
 };
 
 // The codes of WIDTH columns of a packed block, from column `part * WIDTH` on.
-template <int BITS>
+template <int BITS, bool TABLE>
 Bytes codes_of(const uint8_t* packed, int part) {
   Bytes codes = {};
   for (int plane = 0; plane < BITS / 2; ++plane) codes = codes << 2 | (pairs(packed + 16 * plane, part) & 3);
   if (BITS % 2) codes = codes << 1 | singles(packed + BITS / 2 * 16, part);
+  if constexpr (TABLE && BITS <= 4) codes = looked_up(LEVELS[BITS - 1], codes);
   return codes;
 }
 
-template <int BITS>
+template <int BITS, bool TABLE = false>
 void unpack(const uint8_t* packed, uint8_t* codes) {
   for (int part = 0; part < BLOCK / WIDTH; ++part) {
-    const Bytes vector = codes_of<BITS>(packed, part);
+    const Bytes vector = codes_of<BITS, TABLE>(packed, part);
     std::memcpy(codes + part * WIDTH, &vector, WIDTH);
   }
 }
@@ -162,7 +181,7 @@ void estimate_bfloats(const uint8_t* packed, const float* scale, const float* sh
     for (int t = 0; t < T; ++t) total[t] -= shifts * load(x.sums + (first + t) * x.stride + g);
   }
   for (int64_t b = 0; b < x.blocks; ++b, packed += BITS * BLOCK / 8) {
-    const __m512i codes = (__m512i)codes_of<BITS>(packed, 0);
+    const __m512i codes = (__m512i)codes_of<BITS, false>(packed, 0);
     const Bfloats even = number(_mm512_slli_epi16(codes, 7 - BITS)), odd = number(_mm512_srli_epi16(codes, 1 + BITS));
     const Floats scales = scales_of(scale, 2 * b, x.row.shift);
 #pragma GCC unroll 8
@@ -177,11 +196,11 @@ void estimate_bfloats(const uint8_t* packed, const float* scale, const float* sh
 #endif
 
 // The estimates of one neuron for T tokens from `first` on. Reads whole vectors of scales.
-template <int BITS, int T>
+template <int BITS, int T, bool TABLE>
 void estimate(const uint8_t* packed, const float* scale, const float* shift, const Inputs& x, int64_t first,
               float* z_hat) {
 #ifdef BFLOATS
-  if constexpr (BITS < 8)
+  if constexpr (BITS < 8 && !TABLE)
     if (x.bfloats) return estimate_bfloats<BITS, T>(packed, scale, shift, x, first, z_hat);
 #endif
   Floats total[T] = {};
@@ -192,7 +211,7 @@ void estimate(const uint8_t* packed, const float* scale, const float* shift, con
   }
   for (int64_t b = 0; b < x.blocks; ++b, packed += BITS * BLOCK / 8) {
     for (int part = 0; part < BLOCK / WIDTH; ++part) {
-      const Bytes codes = codes_of<BITS>(packed, part);
+      const Bytes codes = codes_of<BITS, TABLE>(packed, part);
       const Floats scales = scales_of(scale, 2 * b + part * WIDTH / 32, x.row.shift);
 #pragma GCC unroll 8
       for (int t = 0; t < T; ++t) {
@@ -208,13 +227,13 @@ void estimate(const uint8_t* packed, const float* scale, const float* shift, con
 
 // The estimate of one neuron for a token that is multiplied as floats: the products of the specification, summed in
 // double, so that it is finite, infinite or NaN as in the specification.
-template <int BITS>
+template <int BITS, bool TABLE>
 __attribute__((noinline, cold)) float estimate_wild(const uint8_t* packed, const float* scale, const float* shift,
                                                     const Inputs& x, int64_t t) {
   double total = 0;
   for (int64_t b = 0; b < x.blocks; ++b, packed += BITS * BLOCK / 8) {
     uint8_t codes[BLOCK];
-    unpack<BITS>(packed, codes);
+    unpack<BITS, TABLE>(packed, codes);
     const float* const block = x.plain + (t * x.blocks + b) * BLOCK;
     for (int64_t i = 0; i < std::min<int64_t>(BLOCK, x.d - b * BLOCK); ++i) {
       const int64_t g = (2 * b + i / (BLOCK / 2)) >> x.row.shift;
@@ -225,24 +244,24 @@ __attribute__((noinline, cold)) float estimate_wild(const uint8_t* packed, const
 }
 
 // The estimate of one neuron for one token.
-template <int BITS>
+template <int BITS, bool TABLE = false>
 float estimate_one(const uint8_t* packed, const float* scale, const float* shift, const Inputs& x, int64_t t) {
-  if (x.wild >> t & 1) return estimate_wild<BITS>(packed, scale, shift, x, t);
+  if (x.wild >> t & 1) return estimate_wild<BITS, TABLE>(packed, scale, shift, x, t);
   float z_hat;
-  estimate<BITS, 1>(packed, scale, shift, x, t, &z_hat);
+  estimate<BITS, 1, TABLE>(packed, scale, shift, x, t, &z_hat);
   return z_hat;
 }
 
 // The estimates of one neuron for all tokens.
-template <int BITS>
+template <int BITS, bool TABLE = false>
 void estimate_all(const uint8_t* packed, const float* scale, const float* shift, const Inputs& x, int64_t tokens,
                   float* z_hat) {
   int64_t t = 0;
-  for (; t + 8 <= tokens; t += 8) estimate<BITS, 8>(packed, scale, shift, x, t, z_hat + t);
-  for (; t + 4 <= tokens; t += 4) estimate<BITS, 4>(packed, scale, shift, x, t, z_hat + t);
-  for (; t < tokens; ++t) estimate<BITS, 1>(packed, scale, shift, x, t, z_hat + t);
+  for (; t + 8 <= tokens; t += 8) estimate<BITS, 8, TABLE>(packed, scale, shift, x, t, z_hat + t);
+  for (; t + 4 <= tokens; t += 4) estimate<BITS, 4, TABLE>(packed, scale, shift, x, t, z_hat + t);
+  for (; t < tokens; ++t) estimate<BITS, 1, TABLE>(packed, scale, shift, x, t, z_hat + t);
   for (t = 0; x.wild >> t; ++t)
-    if (x.wild >> t & 1) z_hat[t] = estimate_wild<BITS>(packed, scale, shift, x, t);
+    if (x.wild >> t & 1) z_hat[t] = estimate_wild<BITS, TABLE>(packed, scale, shift, x, t);
 }
 
 // A row's scales and scales times zero points, as floats.

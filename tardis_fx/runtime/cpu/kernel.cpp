@@ -3,7 +3,6 @@
 // `correct` in reference.py specifies the result. Most of the time is spent reading, once for all tokens, (a) the packed
 // codes of every guarded neuron, (b) the rows of projections and columns of every outlier, which may be codes, too, those
 // of projections nested in (a), and (c) the folded weight, if it is given. K is the number of projections of a neuron.
-// build.py writes activations.inc, with one `case <number>: return <expression of z>;` per activation.
 // Do not compile with -ffast-math: a NaN estimate must compare false, and infinite bounds are ordinary.
 
 #include <omp.h>
@@ -14,6 +13,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "activation.h"
 #include "call.h"
 #include "codes.h"
 #include "vectors.h"
@@ -26,13 +26,6 @@ struct Outlier {
   int32_t position;  // in the list of neurons
   uint32_t tokens;   // bit t: token t
 };
-
-float activate(float z, int64_t activation) {
-  switch (activation) {
-#include "activations.inc"
-  }
-  return NAN;
-}
 
 // A neuron's response minus an affine function, given as K slopes and an intercept.
 template <int K>

@@ -63,7 +63,7 @@ void store(float value, Half* at) {
 #endif
 
 // load: LANES elements as floats. pairs, singles: codes of the columns from `part * WIDTH` on, of a plane of 2 bits (in
-// the lowest bits of each byte) or 1 bit. dot: adds to each sum four products of a code and an x of at most 64.
+// the lowest bits of each byte) or 1 bit. looked_up: entries of a table of 16. dot: adds to each sum four products of a code and an x of at most 64.
 Floats load(const float* from) { return read<Floats>(from); }
 #if WIDTH == 64
 Floats load(const Half* from) { return _mm512_cvtph_ps(read<__m256i>(from)); }
@@ -74,6 +74,9 @@ Bytes pairs(const uint8_t* packed, int) {
   return (Bytes)_mm512_srlv_epi64(_mm512_broadcast_i32x4(read<__m128i>(packed)), shifts);
 }
 Bytes singles(const uint8_t* packed, int) { return (Bytes)_mm512_maskz_set1_epi8(read<uint64_t>(packed), 1); }
+Bytes looked_up(const uint8_t* table, Bytes codes) {
+  return (Bytes)_mm512_shuffle_epi8(_mm512_broadcast_i32x4(read<__m128i>(table)), (__m512i)codes);
+}
 Ints dot(Ints sums, Bytes codes, const int8_t* x) {
 #ifdef __AVX512VNNI__
   return (Ints)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)codes, read<__m512i>(x));
@@ -98,6 +101,9 @@ Bytes singles(const uint8_t* packed, int part) {
   const __m256i bits = _mm256_shuffle_epi8(_mm256_set1_epi32(read<int32_t>(packed + 4 * part)), byte) & each;
   return (Bytes)_mm256_cmpeq_epi8(bits, each) & 1;
 }
+Bytes looked_up(const uint8_t* table, Bytes codes) {
+  return (Bytes)_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(read<__m128i>(table)), (__m256i)codes);
+}
 Ints dot(Ints sums, Bytes codes, const int8_t* x) {
   const __m256i products = _mm256_maddubs_epi16((__m256i)codes, read<__m256i>(x));
   return sums + (Ints)_mm256_madd_epi16(products, _mm256_set1_epi16(1));
@@ -113,6 +119,10 @@ Bytes singles(const uint8_t* packed, int part) {
   const uint64_t ones = 0x0101010101010101, each[] = {0x8040201008040201, 0x8040201008040201};
   const uint64_t bytes[] = {packed[2 * part] * ones, packed[2 * part + 1] * ones};
   return (Bytes)((read<Bytes>(bytes) & read<Bytes>(each)) != 0) & 1;
+}
+Bytes looked_up(const uint8_t* table, Bytes codes) {
+  for (int i = 0; i < WIDTH; ++i) codes[i] = table[codes[i]];
+  return codes;
 }
 Ints dot(Ints sums, Bytes codes, const int8_t* x) {
   typedef int16_t Shorts __attribute__((vector_size(WIDTH)));

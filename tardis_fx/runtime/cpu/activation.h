@@ -1,0 +1,18 @@
+// The registered activations.
+
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+namespace {
+
+// build.py writes activations.inc, with one `case <number>: return <expression of z>;` per activation.
+float activate(float z, int64_t activation) {
+  switch (activation) {
+#include "activations.inc"
+  }
+  return NAN;
+}
+
+}  // namespace

@@ -1,0 +1,261 @@
+// Computes an FFN from codes, each neuron as precise as its token needs, for a few tokens, on a CPU.
+//
+// `coded_ffn` in coded_reference.py specifies the result. Neurons are taken in batches, in three steps: (a) estimates of
+// the first pre-activation, for all tokens, (b) of the second one, where a token's gate needs it, and the levels, (c) what
+// is added. Each step prefetches the rows that the next one reads, and a row is read once for all tokens.
+// Do not compile with -ffast-math: a NaN must compare false, so that it reads everything.
+
+#include <omp.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+
+#include "activation.h"
+#include "call.h"
+#include "codes.h"
+#include "rotation.h"
+#include "vectors.h"
+
+namespace {
+
+constexpr int64_t SERIAL_BYTES = 32768;  // of first projections: below, waking other threads costs more than it saves
+constexpr int64_t BATCH = 16;            // neurons
+
+// ---- Rows of codes with one scale each.
+
+struct Matrix {
+  const uint8_t* rows;
+  int64_t columns, bits;
+
+  int64_t blocks() const { return (columns + BLOCK - 1) / BLOCK; }
+  int64_t bytes() const { return blocks() * bits * (BLOCK / 8) + int64_t(sizeof(Half)); }
+  const uint8_t* row(int64_t number) const { return rows + number * bytes(); }
+  void prefetch(int64_t number) const { ::prefetch(row(number), bytes()); }
+};
+
+// A row's weights are scale * code - shift, the codes of up to 4 bits looked up. Padded, as `estimate` reads vectors.
+template <int BITS>
+struct Scale {
+  float scale[LANES] = {}, shift[LANES] = {};
+
+  Scale(const uint8_t* row, int64_t blocks) {
+    const float of_level = to_float(read<Half>(row + blocks * (BITS * BLOCK / 8)));
+    constexpr int COUNT = 1 << BITS;
+    scale[0] = of_level * (BITS <= 4 ? 1 / 128.0f : 2.0f / COUNT);
+    shift[0] = of_level * (BITS <= 4 ? 1 : float(COUNT - 1) / COUNT);
+  }
+};
+
+// The products of a row with the tokens of a mask; those of others are undefined.
+template <int BITS>
+void multiply(const uint8_t* row, const Inputs& x, int64_t tokens, uint32_t mask, float* products) {
+  const Scale<BITS> of(row, x.blocks);
+  if (2 * __builtin_popcount(mask) > tokens) return estimate_all<BITS, true>(row, of.scale, of.shift, x, tokens, products);
+  for (int64_t t = 0; t < tokens; ++t)
+    if (mask >> t & 1) products[t] = estimate_one<BITS, true>(row, of.scale, of.shift, x, t);
+}
+
+// Adds a row times a value, for each token of a mask, to sums that are `blocks` blocks apart.
+template <int BITS>
+void add_row(const uint8_t* row, int64_t blocks, uint32_t mask, const float* values, float* sums) {
+  const Scale<BITS> of(row, blocks);
+  float factors[TOKENS], *into[TOKENS];
+  int count = 0;
+  for (int t = 0; mask >> t; ++t) {
+    if (!(mask >> t & 1)) continue;
+    factors[count] = values[t];
+    into[count++] = sums + t * blocks * BLOCK;
+  }
+  for (int64_t b = 0; b < blocks; ++b, row += BITS * BLOCK / 8) {
+    uint8_t codes[BLOCK];
+    unpack<BITS, true>(row, codes);
+    for (int64_t i = 0; i < BLOCK; i += LANES) {
+      const Floats weights = of.scale[0] * load(codes + i) - of.shift[0];
+      for (int k = 0; k < count; ++k) {
+        float* const at = into[k] + b * BLOCK + i;
+        put(load(at) + factors[k] * weights, at);
+      }
+    }
+  }
+}
+
+constexpr decltype(multiply<1>)* MULTIPLY[] = {multiply<1>, multiply<2>, multiply<3>, multiply<4>,
+                                               multiply<5>, multiply<6>, multiply<7>, multiply<8>};
+constexpr decltype(add_row<1>)* ADD_ROW[] = {add_row<1>, add_row<2>, add_row<3>, add_row<4>,
+                                             add_row<5>, add_row<6>, add_row<7>, add_row<8>};
+
+// Adds the products of a row with the tokens of a mask to pre-activations.
+void add_estimates(const Matrix& matrix, int64_t row, const Inputs& x, int64_t tokens, uint32_t mask, float* z) {
+  float products[TOKENS];
+  MULTIPLY[matrix.bits - 1](matrix.row(row), x, tokens, mask, products);
+  for (int64_t t = 0; t < tokens; ++t)
+    if (mask >> t & 1) z[t] += products[t];
+}
+
+// ---- A neuron.
+
+// What is known of a neuron in each step. In masks, bit t stands for token t; their names are those of `Levels`.
+struct Neuron {
+  int64_t position;
+  float noises[MOST_PROJECTIONS], gate_factor, value_factor, row_factor, column_factor, surrogate[MOST_PROJECTIONS + 1];
+  float z[MOST_PROJECTIONS][TOKENS];
+  uint32_t up, value, row, column;
+
+  Neuron() = default;
+  Neuron(const CodedCall& call, int64_t position) : position(position), z{}, up(0), value(0), row(0), column(0) {
+    const Bfloat16* next = call.precision + position * (call.k == 1 ? 4 : 6);
+    for (int i = 0; i < call.k; ++i) noises[i] = to_float(*next++);
+    gate_factor = call.k == 1 ? 0 : to_float(*next++);
+    value_factor = to_float(*next++);
+    row_factor = to_float(*next++);
+    column_factor = to_float(*next);
+    for (int i = 0; call.surrogate && i <= call.k; ++i) surrogate[i] = to_float(call.surrogate[position * (call.k + 1) + i]);
+    for (int i = 0; call.biases && i < call.k; ++i) std::fill_n(z[i], call.tokens, call.biases[position * call.k + i]);
+  }
+
+  // The response to k pre-activations minus the surrogate; `active` is the activation of the first.
+  __attribute__((noinline)) float value_of(const CodedCall& call, float active, const float* z) const {
+    float value = call.k == 1 ? active : active * z[1];
+    if (!call.surrogate) return value;
+    for (int i = 0; i < call.k; ++i) value -= surrogate[i] * z[i];
+    return value - surrogate[call.k];
+  }
+
+  // Sets the levels after `up` for the tokens of `up`. Squares are double, because those of floats overflow.
+  void choose_levels(const CodedCall& call) {
+    for (int64_t t = 0; t < call.tokens; ++t) {
+      if (!(up >> t & 1)) continue;
+      const float at[] = {z[0][t], z[1][t]}, active = activate(at[0], call.activation);
+      const double value_here = value_of(call, active, at);
+      double square = 0;
+      for (int i = 0; i < call.k; ++i)
+        for (const float step : {noises[i], -noises[i]}) {
+          float moved[] = {at[0], at[1]};
+          moved[i] += step;
+          const double change =
+              value_of(call, i == 0 ? activate(moved[0], call.activation) : active, moved) - value_here;
+          square += change * change / 2;
+        }
+      if (std::sqrt(value_here * value_here + square) * value_factor <= 1) continue;
+      value |= 1u << t;
+      row |= uint32_t(!(std::sqrt(square) * row_factor <= 1)) << t;
+      column |= uint32_t(!(std::fabs(value_here) * column_factor <= 1)) << t;
+    }
+  }
+};
+
+// ---- The op.
+
+struct Matrices {
+  Matrix projections[MOST_PROJECTIONS], refinements[MOST_PROJECTIONS], columns, column_refinements, fold;
+
+  explicit Matrices(const CodedCall& call)
+      : columns{call.columns, call.d_out, call.column_bits},
+        column_refinements{call.column_refinements, call.d_out, call.column_low_bits},
+        fold{call.fold, call.d, call.fold_bits} {
+    for (int i = 0; i < call.k; ++i) {
+      projections[i] = {call.projections[i], call.d, call.bits};
+      refinements[i] = {call.refinements[i], call.d, call.low_bits};
+    }
+  }
+};
+
+// Adds the values of the neurons from `begin` to `end`, times their columns, to sums.
+void add_neurons(const CodedCall& call, const Matrices& of, const Inputs& x, int64_t begin, int64_t end, float* sums) {
+  const int64_t tokens = call.tokens;
+  const uint32_t all = (1u << tokens) - 1;
+  Neuron neurons[BATCH];
+  const int64_t count = end - begin;
+  for (int64_t i = 0; i < count; ++i) {
+    Neuron& neuron = neurons[i] = Neuron(call, begin + i);
+    add_estimates(of.projections[0], neuron.position, x, tokens, all, neuron.z[0]);
+    if (call.k == 1) {
+      neuron.up = all;
+      continue;
+    }
+    for (int64_t t = 0; t < tokens; ++t)
+      neuron.up |= uint32_t(!(std::fabs(activate(neuron.z[0][t], call.activation)) * neuron.gate_factor <= 1)) << t;
+    if (neuron.up) of.projections[1].prefetch(neuron.position);
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    Neuron& neuron = neurons[i];
+    if (!neuron.up) continue;
+    if (call.k > 1) add_estimates(of.projections[1], neuron.position, x, tokens, neuron.up, neuron.z[1]);
+    neuron.choose_levels(call);
+    for (int k = 0; k < call.k && neuron.row; ++k) of.refinements[k].prefetch(neuron.position);
+    if (neuron.value) of.columns.prefetch(neuron.position);
+    if (neuron.column) of.column_refinements.prefetch(neuron.position);
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    Neuron& neuron = neurons[i];
+    if (!neuron.value) continue;
+    for (int k = 0; k < call.k && neuron.row; ++k)
+      add_estimates(of.refinements[k], neuron.position, x, tokens, neuron.row, neuron.z[k]);
+    float values[TOKENS];
+    for (int64_t t = 0; t < tokens; ++t) {
+      const float at[] = {neuron.z[0][t], neuron.z[1][t]};
+      if (neuron.value >> t & 1) values[t] = neuron.value_of(call, activate(at[0], call.activation), at);
+    }
+    const int64_t blocks = of.columns.blocks(), position = neuron.position;
+    ADD_ROW[call.column_bits - 1](of.columns.row(position), blocks, neuron.value, values, sums);
+    if (neuron.column)
+      ADD_ROW[call.column_low_bits - 1](of.column_refinements.row(position), blocks, neuron.column, values, sums);
+  }
+}
+
+template <class W>
+void compute(const CodedCall& call) {
+  const int64_t tokens = call.tokens, d = call.d, d_out = call.d_out, listed = *call.listed;
+  const Matrices of(call);
+  float* const rotated = scratch<float, 5>(tokens * d);
+  for (int64_t t = 0; t < tokens; ++t) {
+    for (int64_t i = 0; i < d; ++i) rotated[t * d + i] = to_float(((const W*)call.x)[t * d + i]) * call.signs[i];
+    for_blocks(d, [&](int64_t start, int64_t size) { transform(rotated + t * d + start, size); });
+  }
+  const Inputs x(rotated, tokens, d, 1);
+  // One thread or all of them: a team of another size makes libgomp end threads that PyTorch then starts again.
+  const int64_t bytes = listed * of.projections[0].bytes() + (call.fold ? d_out * of.fold.bytes() : 0);
+  const int threads = bytes < SERIAL_BYTES ? 1 : call.threads;
+  const int64_t stride = of.columns.blocks() * BLOCK, size = tokens * stride;
+  float* const partial = scratch<float, 6>(threads * size);
+
+#pragma omp parallel num_threads(threads)
+  {
+    const int64_t team = omp_get_num_threads(), me = omp_get_thread_num();
+    float* const sums = partial + me * size;
+    std::fill_n(sums, size, 0.0f);
+#pragma omp for schedule(static, 1) nowait
+    for (int64_t begin = 0; begin < listed; begin += BATCH)
+      add_neurons(call, of, x, begin, std::min(begin + BATCH, listed), sums);
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < (call.fold ? d_out : 0); ++row) {
+      float products[TOKENS];
+      MULTIPLY[call.fold_bits - 1](of.fold.row(row), x, tokens, (1u << tokens) - 1, products);
+      for (int64_t t = 0; t < tokens; ++t) sums[t * stride + row] += products[t];
+    }
+    int64_t turn = 0;
+    for (int64_t t = 0; t < tokens; ++t)
+      for_blocks(d_out, [&](int64_t start, int64_t size_of_block) {
+        if (turn++ % team != me) return;
+        float block[ROTATED] = {};
+        for (int64_t thread = 0; thread < team; ++thread)
+          for (int64_t i = 0; i < size_of_block; ++i) block[i] += partial[thread * size + t * stride + start + i];
+        transform(block, size_of_block);
+        for (int64_t i = 0; i < size_of_block; ++i) {
+          const int64_t column = start + i;
+          store(block[i] * call.out_signs[column] + to_float(((const W*)call.bias)[column]),
+                (W*)call.out + t * d_out + column);
+        }
+      });
+  }
+}
+
+}  // namespace
+
+// Returns 0, or 1 if the call is refused; coded_op.py then raises the error that says why.
+extern "C" int64_t tardis_coded_ffn(const CodedCall* call) {
+  if (!supported(*call)) return 1;
+  (call->dtype == 0 ? compute<float> : call->dtype == 1 ? compute<Bfloat16> : compute<Half>)(*call);
+  return 0;
+}

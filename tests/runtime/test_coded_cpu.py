@@ -1,0 +1,242 @@
+"""The CPU kernel of ``tardis::coded_ffn`` against the eager reference in float64."""
+
+import math
+import struct
+from collections.abc import Sequence
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from builders.coded import arguments, calls, exact, levels, mapped
+from builders.correction import FLOATS, assert_agree, every_k
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tardis_fx.graph.activations import ACTIVATIONS
+from tardis_fx.runtime import coded_reference, tables
+from tardis_fx.runtime.coded import CodedFFN
+from tardis_fx.runtime.correction import MOST_TOKENS
+from tardis_fx.runtime.cpu import build as cpu_build
+from tardis_fx.runtime.cpu import coded_op
+from tardis_fx.runtime.rotation import _blocks
+
+few = calls(most_tokens=MOST_TOKENS)
+
+
+def run(call: CodedFFN, *, threads: int = 2) -> Tensor:
+    """The kernel and never the reference."""
+    with (
+        mock.patch.object(torch, "get_num_threads", return_value=threads),
+        mock.patch.object(coded_reference, "coded_ffn", side_effect=AssertionError("the reference was called")),
+    ):
+        return coded_op.coded_ffn(call)
+
+
+def agree(call: CodedFFN, output: Tensor) -> None:
+    """To the rounding of x in products with codes, 2^-13 of its block's largest."""
+    expected = exact(call)
+    assert_agree(output, expected, atol=5e-4 * max(1.0, expected.abs().nan_to_num().max().item()))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def kernel() -> None:
+    if cpu_build.load() is None:
+        pytest.skip("no C++ compiler")
+
+
+@given(call=few, threads=st.integers(1, 4))
+def test_the_kernel_agrees_with_the_reference(call: CodedFFN, threads: int) -> None:
+    agree(call, run(call, threads=threads))
+
+
+@every_k
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("factors", ["mixed", "all"])
+def test_every_width_and_dtype_agrees(bits: int, dtype: torch.dtype, k: int, factors: str) -> None:
+    widths = (bits, 9 - bits, bits, 9 - bits, bits)
+    call = arguments(k=k, shape=(6,), dtype=dtype, widths=widths, activation="silu", factors=factors)
+    call.precision[:40, :k] = 0.1  # no step is lost in rounding
+    agree(call, run(call))
+
+
+@every_k
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_every_activation_agrees(activation: str, k: int) -> None:
+    call = arguments(k=k, shape=(9,), activation=activation)
+    agree(call, run(call))
+
+
+@every_k
+def test_the_op_runs_the_kernel(k: int) -> None:
+    call = arguments(k=k, shape=(5,))
+    with mock.patch.object(coded_reference, "coded_ffn", side_effect=AssertionError("the reference was called")):
+        assert torch.equal(torch.ops.tardis.coded_ffn(*call), coded_op.coded_ffn(call))
+
+
+@given(call=few, threads=st.integers(1, 3))
+def test_the_same_number_of_threads_gives_the_same_bits(call: CodedFFN, threads: int) -> None:
+    assert torch.equal(run(call, threads=threads), run(call, threads=threads))
+
+
+@every_k
+def test_neurons_are_shared_among_threads(k: int) -> None:
+    call = arguments(k=k, shape=(3,), d=1024, d_out=256, listed=300)
+    one, two = (run(call, threads=threads) for threads in (1, 2))
+    agree(call, two)
+    torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-5)
+    assert not torch.equal(one, two), "sums of one thread have another order"
+
+
+@every_k
+def test_no_tokens_give_no_output(k: int) -> None:
+    assert coded_op.coded_ffn(arguments(k=k, shape=(2, 0), factors="all")).shape == (2, 0, 130)
+
+
+@every_k
+def test_strided_arguments_give_the_same_bits(k: int) -> None:
+    call = arguments(k=k, shape=(3,), activation="silu", factors="all")
+    strided = mapped(lambda tensor: torch.stack([tensor, tensor], -1)[..., 0], call)
+    assert not strided.columns.is_contiguous()
+    assert torch.equal(run(strided), run(call))
+
+
+@every_k
+@pytest.mark.parametrize(("factors", "fold"), [("none", False), ("none", True), ("mixed", False), ("all", True)])
+def test_a_nan_makes_the_output_of_its_token_nan_and_of_no_other(k: int, factors: str, fold: bool) -> None:
+    call = arguments(k=k, shape=(6,), factors=factors, fold=fold, activation="silu")
+    call.x[2, 7] = torch.nan
+    output = run(call)
+    agree(call, output)
+    assert output[2].isnan().all()
+    assert output[[0, 1, 3, 4, 5]].isfinite().all()
+
+
+@every_k
+@pytest.mark.parametrize("factor", [torch.inf, torch.nan])
+@pytest.mark.parametrize("activation", ["relu", "gelu", "silu"])
+def test_infinite_and_nan_factors_read_everything(k: int, factor: float, activation: str) -> None:
+    call = arguments(k=k, shape=(6,), activation=activation)
+    call.precision[:40, k:] = factor
+    assert all(read.all() for read in levels(call)), "even where the gate is 0"
+    agree(call, run(call))
+
+
+@every_k
+def test_memory_of_old_reaches_no_output(k: int) -> None:
+    call, deterministic = arguments(k=k, shape=(6,)), torch.are_deterministic_algorithms_enabled()
+    run(call._replace(x=torch.full_like(call.x, torch.nan)))
+    torch.use_deterministic_algorithms(True)  # fills what torch.empty returns with NaN
+    try:
+        output = run(call)
+    finally:
+        torch.use_deterministic_algorithms(deterministic)
+    agree(call, output)
+
+
+@every_k
+@pytest.mark.parametrize("changed", [{"shape": (MOST_TOKENS + 1,)}, {"dtype": torch.float64}], ids=str)
+def test_what_the_kernel_does_not_take_goes_to_the_reference(changed: dict[str, Any], k: int) -> None:
+    call = arguments(k=k, **changed)
+    with mock.patch.object(cpu_build, "load", side_effect=AssertionError("the kernel was asked for")):
+        assert torch.equal(coded_op.coded_ffn(call), coded_reference.coded_ffn(call))
+
+
+#: Numbers of a call behind its pointers, in the kernel's order, and what it must not be told of each.
+NUMBERS: dict[str, Sequence[int]] = {
+    "k": (-1, 0, 3, 2**40), "tokens": (-1, 0, 17, 2**40), "d": (-1, 0), "d_out": (-1,), "capacity": (-1, 0, 39),
+    **dict.fromkeys(("bits", "low_bits", "column_bits", "column_low_bits", "fold_bits"), (-1, 0, 9, 2**40)),
+    "activation": (-1, 1000), "dtype": (-1, 3), "threads": (-1, 0),
+}  # fmt: skip
+
+
+@every_k
+@pytest.mark.parametrize("name", NUMBERS)
+def test_the_kernel_refuses_by_itself_what_its_entry_lets_pass(k: int, name: str) -> None:
+    at, layout, call = 16 + list(NUMBERS).index(name), coded_op._CALL, arguments(k=k)
+    for value in NUMBERS[name]:
+
+        def pack(*numbers: int, value: int = value, layout: struct.Struct = layout) -> bytes:
+            return layout.pack(*numbers[:at], value, *numbers[at + 1 :])
+
+        with mock.patch.object(coded_op, "_CALL", mock.Mock(pack=pack)), pytest.raises(AssertionError, match="kernel"):
+            coded_op.coded_ffn(call)
+
+
+#: Largest absolute values of tokens.
+SIZES = [0.0, 1e-45, 1e-38, 1e-30, 1.0, 1e18, 1e19, 1e30, 1e34, 1e36, 3.4e38]
+SPECIAL = [math.inf, -math.inf, math.nan]
+
+
+@st.composite
+def extremes(draw: st.DrawFn) -> CodedFFN:
+    dtype, k, tokens = draw(st.sampled_from(FLOATS)), draw(st.sampled_from([1, 2])), draw(st.integers(1, 16))
+    d, seed = draw(st.sampled_from([1, 2, 33, 64, 65, 130, 200])), draw(st.integers(0, 2**32))
+    x = torch.randn(tokens, d, generator=torch.Generator().manual_seed(seed))
+    x /= x.abs().amax(1, keepdim=True).clamp(min=1e-3)
+    for token in range(tokens):
+        x[token] *= min(draw(st.sampled_from(SIZES)), torch.finfo(dtype).max, 3.4e38 if k == 1 else 1e18)
+        for value in draw(st.lists(st.sampled_from(SPECIAL), max_size=2)):
+            x[token, draw(st.integers(0, d - 1))] = value
+    return arguments(
+        k=k, x=x.to(dtype), d=d, d_out=draw(st.sampled_from([1, 17, 64, 130])), listed=draw(st.sampled_from([0, 1, 40])),
+        dtype=dtype, widths=draw(st.tuples(*[st.integers(1, 8)] * 5)), fold=draw(st.booleans()),
+        activation=draw(st.sampled_from(sorted(ACTIVATIONS))), bias=draw(st.booleans()),
+        factors=draw(st.sampled_from(["none", "mixed"])), seed=seed,
+    )  # fmt: skip
+
+
+def spread_over_blocks(x: Tensor) -> Tensor:
+    """At most the absolute values on the way to a rotation."""
+    spread = [
+        x[:, start : start + count * size].unflatten(1, (count, size)).sum(2, keepdim=True).expand(-1, -1, size)
+        for start, count, size in _blocks(x.shape[1])
+    ]
+    return torch.cat([sums.flatten(1) for sums in spread], 1)
+
+
+def bound(call: CodedFFN) -> Tensor:
+    """[tokens, d_out]: at most what the absolute values of the finite terms on the way to each output add up to."""
+    k, listed, d, d_out = len(call.projections), int(call.listed), call.x.shape[1], len(call.bias)
+
+    def weights(rows: Tensor, bits: int, columns: int) -> Tensor:
+        return tables.weights(rows[:listed], bits, columns, torch.float64).abs()
+
+    x = spread_over_blocks(torch.where(call.x.isfinite(), call.x.double().abs(), 0))
+    biases = torch.zeros(listed, k) if call.biases is None else call.biases[:listed].abs()
+    z = [
+        x @ (weights(base, call.bits, d) + weights(low, call.low_bits, d)).T + bias + noise + 1
+        for base, low, bias, noise in zip(
+            call.projections, call.refinements, biases.T, call.precision[:listed, :k].T, strict=True
+        )
+    ]
+    values = math.prod(z[1:], start=z[0].square() if call.activation == "relu2" else z[0])
+    if call.surrogate is not None:
+        *slopes, intercept = call.surrogate[:listed].double().abs().T
+        values = values + sum(slope * p for slope, p in zip(slopes, z, strict=True)) + intercept
+    columns = weights(call.columns, call.column_bits, d_out)
+    columns = columns + weights(call.column_refinements, call.column_low_bits, d_out)
+    sums = values @ columns
+    if call.fold is not None:
+        sums = sums + x @ tables.weights(call.fold, call.fold_bits, d, torch.float64).abs().T
+    sums = spread_over_blocks(sums) + call.bias.double().abs()
+    return torch.maximum(sums, values.amax(1, keepdim=True)) if listed else sums
+
+
+@given(call=extremes())
+def test_extreme_inputs_give_what_the_reference_gives(call: CodedFFN) -> None:
+    """NaN and infinity alike, and finite numbers as near as ever, where float32 overflows in no order of the sums."""
+    output, wanted, most = run(call).double(), exact(call), bound(call)
+    dtype, error = call.x.dtype, 2.0**-11 * most + 1e-30
+    within = most < torch.finfo(torch.float32).max / 4
+    decided = (wanted.abs() - torch.finfo(dtype).max).abs() > error + wanted.abs() / 64  # else rounding decides
+    expected = wanted.to(dtype).double()
+    same = torch.where(
+        expected.isfinite(),
+        (output - wanted).abs() <= error + torch.finfo(dtype).eps * wanted.abs(),
+        (output == expected) | (output.isnan() & expected.isnan()),
+    )
+    wrong = within & ~same & (decided | ~wanted.isfinite())
+    assert not wrong.any(), (output[wrong], wanted[wrong], error[wrong])
