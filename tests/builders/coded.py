@@ -30,6 +30,7 @@ def arguments(
     d: int = 200,
     d_out: int = 130,
     listed: int = 40,
+    spare: int = 3,
     dtype: torch.dtype = torch.float32,
     widths: tuple[int, int, int, int, int] = (2, 3, 4, 2, 4),
     activation: str = "gelu",
@@ -42,10 +43,10 @@ def arguments(
     """A call whose factors lie where rounding cannot decide.
 
     ``widths`` are the bits of projections, refinements, columns, column refinements and fold. The capacity exceeds the
-    list by three entries of nonsense. Noises are about the size of the refinements' products, and some are 0.
+    list by ``spare`` entries of nonsense. Noises are about the size of the refinements' products, and some are 0.
     """
     random = torch.Generator().manual_seed(seed)
-    capacity = listed + 3
+    capacity = listed + spare
 
     def normal(*size: int) -> Tensor:
         return torch.randn(*size, generator=random)

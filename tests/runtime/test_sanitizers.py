@@ -1,4 +1,4 @@
-"""The kernel under AddressSanitizer and UBSan, for every instruction set that this machine has: ``pytest -m sanitizer``."""
+"""The kernels under AddressSanitizer and UBSan, for every instruction set that this machine has: ``pytest -m sanitizer``."""
 
 import os
 import subprocess
@@ -45,8 +45,9 @@ def test_no_call_reads_or_writes_where_it_should_not(target: str, tmp_path: Path
     library = tmp_path / "kernel.so"
     cpu_build.compile_kernel(library, compiler, (*SANITIZED, f"-march={target}"))
     environment = os.environ | {"LD_PRELOAD": preloaded, "ASAN_OPTIONS": "detect_leaks=0", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(Path(__file__).with_name("sanitized.py")), str(library)]
-    run = subprocess.run([*command, str(CALLS)], env=environment, capture_output=True, text=True)
-    assert (run.returncode, run.stdout) == (0, f"{CALLS} calls\n"), run.stderr[-5000:]
-    wrong = subprocess.run([*command, "100", "wrong"], env=environment, capture_output=True, text=True)
-    assert "AddressSanitizer: heap-buffer-overflow" in wrong.stderr
+    for op in ("correct", "coded_ffn"):
+        command = [sys.executable, str(Path(__file__).with_name("sanitized.py")), str(library), op]
+        run = subprocess.run([*command, str(CALLS)], env=environment, capture_output=True, text=True)
+        assert (run.returncode, run.stdout) == (0, f"{CALLS} calls\n"), run.stderr[-5000:]
+        wrong = subprocess.run([*command, "100", "wrong"], env=environment, capture_output=True, text=True)
+        assert "AddressSanitizer: heap-buffer-overflow" in wrong.stderr
