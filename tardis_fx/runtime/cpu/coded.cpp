@@ -56,34 +56,48 @@ void multiply(const uint8_t* row, const Inputs& x, int64_t tokens, uint32_t mask
     if (mask >> t & 1) products[t] = estimate_one<BITS, true>(row, of.scale, of.shift, x, t);
 }
 
-// Adds a row times a value, for each token of a mask, to sums that are `blocks` blocks apart.
+// A row, and the values that it is multiplied with for the tokens of a mask.
+struct Term {
+  const uint8_t* row;
+  uint32_t mask;
+  const float* values;
+};
+
+// Adds up to BATCH rows times their values to sums, which are `blocks` blocks for each token.
 template <int BITS>
-void add_row(const uint8_t* row, int64_t blocks, uint32_t mask, const float* values, float* sums) {
-  const Scale<BITS> of(row, blocks);
-  float factors[TOKENS], *into[TOKENS];
-  int count = 0;
-  for (int t = 0; mask >> t; ++t) {
-    if (!(mask >> t & 1)) continue;
-    factors[count] = values[t];
-    into[count++] = sums + t * blocks * BLOCK;
+void add_rows(const Term* terms, int64_t count, int64_t blocks, int64_t tokens, float* sums) {
+  float scales[BATCH], shifts[BATCH];
+  int32_t of_token[TOKENS][BATCH], counts[TOKENS] = {};  // terms of each token
+  for (int64_t i = 0; i < count; ++i) {
+    const Scale<BITS> of(terms[i].row, blocks);
+    scales[i] = of.scale[0], shifts[i] = of.shift[0];
+    for (int64_t t = 0; t < tokens; ++t)
+      if (terms[i].mask >> t & 1) of_token[t][counts[t]++] = i;
   }
-  for (int64_t b = 0; b < blocks; ++b, row += BITS * BLOCK / 8) {
-    uint8_t codes[BLOCK];
-    unpack<BITS, true>(row, codes);
-    for (int64_t i = 0; i < BLOCK; i += LANES) {
-      const Floats weights = of.scale[0] * load(codes + i) - of.shift[0];
-      for (int k = 0; k < count; ++k) {
-        float* const at = into[k] + b * BLOCK + i;
-        put(load(at) + factors[k] * weights, at);
+  for (int64_t b = 0; b < blocks; ++b) {
+    alignas(64) float weights[BATCH][BLOCK];
+    for (int64_t i = 0; i < count; ++i) {
+      uint8_t codes[BLOCK];
+      unpack<BITS, true>(terms[i].row + b * (BITS * BLOCK / 8), codes);
+      for (int k = 0; k < BLOCK; k += LANES) put(scales[i] * load(codes + k) - shifts[i], weights[i] + k);
+    }
+    for (int64_t t = 0; t < tokens; ++t) {
+      float* const at = sums + (t * blocks + b) * BLOCK;
+      Floats totals[BLOCK / LANES];
+      for (int k = 0; k < BLOCK / LANES; ++k) totals[k] = load(at + k * LANES);
+      for (int32_t n = 0; n < counts[t]; ++n) {
+        const int32_t i = of_token[t][n];
+        for (int k = 0; k < BLOCK / LANES; ++k) totals[k] += terms[i].values[t] * load(weights[i] + k * LANES);
       }
+      for (int k = 0; k < BLOCK / LANES; ++k) put(totals[k], at + k * LANES);
     }
   }
 }
 
 constexpr decltype(multiply<1>)* MULTIPLY[] = {multiply<1>, multiply<2>, multiply<3>, multiply<4>,
                                                multiply<5>, multiply<6>, multiply<7>, multiply<8>};
-constexpr decltype(add_row<1>)* ADD_ROW[] = {add_row<1>, add_row<2>, add_row<3>, add_row<4>,
-                                             add_row<5>, add_row<6>, add_row<7>, add_row<8>};
+constexpr decltype(add_rows<1>)* ADD_ROWS[] = {add_rows<1>, add_rows<2>, add_rows<3>, add_rows<4>,
+                                               add_rows<5>, add_rows<6>, add_rows<7>, add_rows<8>};
 
 // Adds the products of a row with the tokens of a mask to pre-activations.
 void add_estimates(const Matrix& matrix, int64_t row, const Inputs& x, int64_t tokens, uint32_t mask, float* z) {
@@ -187,21 +201,25 @@ void add_neurons(const CodedCall& call, const Matrices& of, const Inputs& x, int
     if (neuron.value) of.columns.prefetch(neuron.position);
     if (neuron.column) of.column_refinements.prefetch(neuron.position);
   }
+  float values[BATCH][TOKENS];
+  Term columns[BATCH], refinements[BATCH];
+  int64_t column_count = 0, refinement_count = 0;
   for (int64_t i = 0; i < count; ++i) {
     Neuron& neuron = neurons[i];
     if (!neuron.value) continue;
     for (int k = 0; k < call.k && neuron.row; ++k)
       add_estimates(of.refinements[k], neuron.position, x, tokens, neuron.row, neuron.z[k]);
-    float values[TOKENS];
     for (int64_t t = 0; t < tokens; ++t) {
       const float at[] = {neuron.z[0][t], neuron.z[1][t]};
-      if (neuron.value >> t & 1) values[t] = neuron.value_of(call, activate(at[0], call.activation), at);
+      if (neuron.value >> t & 1) values[i][t] = neuron.value_of(call, activate(at[0], call.activation), at);
     }
-    const int64_t blocks = of.columns.blocks(), position = neuron.position;
-    ADD_ROW[call.column_bits - 1](of.columns.row(position), blocks, neuron.value, values, sums);
+    columns[column_count++] = {of.columns.row(neuron.position), neuron.value, values[i]};
     if (neuron.column)
-      ADD_ROW[call.column_low_bits - 1](of.column_refinements.row(position), blocks, neuron.column, values, sums);
+      refinements[refinement_count++] = {of.column_refinements.row(neuron.position), neuron.column, values[i]};
   }
+  const int64_t blocks = of.columns.blocks();
+  if (column_count) ADD_ROWS[call.column_bits - 1](columns, column_count, blocks, tokens, sums);
+  if (refinement_count) ADD_ROWS[call.column_low_bits - 1](refinements, refinement_count, blocks, tokens, sums);
 }
 
 template <class W>
