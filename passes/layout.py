@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tardis_fx.plan import SitePlan
+from tardis_fx.runtime import tables
 from tardis_fx.runtime.packing import group_count, packed_bytes, row_bytes, split
 
 
@@ -25,6 +26,7 @@ class Expected:
         below: the values are distinct integers from 0 to less than this one; None for no check.
         unbounded: whether infinities are allowed; NaN never is.
         row: bits and columns of rows of codes with their scales (:func:`tardis_fx.runtime.packing.join`), or None.
+        scaled: whether every row ends in a scale (:func:`tardis_fx.runtime.tables.join`).
     """
 
     dtype: torch.dtype
@@ -32,6 +34,7 @@ class Expected:
     below: int | None = None
     unbounded: bool = False
     row: tuple[int, int] | None = None
+    scaled: bool = False
 
 
 #: Tensors by name: of an entry, or read by the rewritten site.
@@ -59,6 +62,11 @@ def codes(prefix: str, rows: tuple[int, ...], columns: int, bits: int, group_siz
 def coded_rows(rows: int, columns: int, bits: int, group_size: int) -> Expected:
     """Rows of codes with scales, from :func:`tardis_fx.runtime.packing.join`."""
     return Expected(torch.uint8, (rows, row_bytes(columns, bits, group_size)), row=(bits, columns))
+
+
+def table_rows(rows: int, columns: int, bits: int) -> Expected:
+    """Rows of codes with a scale each, from :func:`tardis_fx.runtime.tables.join`."""
+    return Expected(torch.uint8, (rows, tables.row_bytes(columns, bits)), scaled=True)
 
 
 def like(tensors: Tensors) -> Layout:
@@ -111,6 +119,8 @@ def _difference(tensor: Tensor, expected: Expected) -> str | None:
     if tensor.is_floating_point() and not _is_finite(tensor, unbounded=expected.unbounded):
         return "holds NaN" if expected.unbounded else "holds NaN or infinity"
     if expected.row is not None and not _is_finite(split(tensor, *expected.row)[1], unbounded=False):
+        return "holds a scale that is NaN or infinity"
+    if expected.scaled and not _is_finite(tables.scales(tensor), unbounded=False):
         return "holds a scale that is NaN or infinity"
     if expected.below is not None and len(tensor):
         least, most = (int(value) for value in tensor.aminmax())

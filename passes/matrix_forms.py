@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from tardis_fx.graph.feed_forward import Matrix, multiply
-from tardis_fx.passes.layout import Expected, Layout, Tensors
+from tardis_fx.passes.layout import Expected, Layout, Tensors, table_rows
 from tardis_fx.passes.layout import codes as coded_layout
-from tardis_fx.quantisation import factor, quantise
+from tardis_fx.quantisation import Feedback, code_columns, code_rows, factor, quantise
 from tardis_fx.runtime import ops  # noqa: F401 - registers torch.ops.tardis
 from tardis_fx.runtime.packing import pack, packed_bytes, unpack
 
@@ -95,6 +95,46 @@ class Coded(Form):
         """Dequantises the matrix and applies it as a linear layer."""
         weight = torch.ops.tardis.dequantise(self.codes, self.scale, self.zero, self.bits, self.columns, self.dtype)
         return F.linear(x, weight, bias)
+
+
+@dataclass(frozen=True, eq=False)
+class CodedRows(Form):
+    """A matrix in codes with one scale for each row, or for each column if its transpose is stored.
+
+    Attributes:
+        rows: of the matrix or its transpose, in the layout of :mod:`tardis_fx.runtime.tables`.
+        bits: of a code.
+        codes: in a row.
+        transposed: whether the rows are those of the transpose.
+        dtype: of the matrix.
+    """
+
+    endings: ClassVar[tuple[str, ...]] = ("_rows",)
+
+    rows: UInt8[Tensor, "stored row_bytes"]
+    bits: int
+    codes: int
+    transposed: bool
+    dtype: torch.dtype
+
+    @classmethod
+    def from_matrix(cls, weight: Weight, feedback: Feedback | None, bits: int, *, transposed: bool) -> Self:
+        """Quantises by GPTQ with the operand's feedback, or to nearest without one."""
+        coded = code_columns(weight.mT, feedback, bits) if transposed else code_rows(weight, feedback, bits)
+        return cls(coded.rows, bits, coded.columns, transposed, weight.dtype)
+
+    @staticmethod
+    def layout(name: str, shape: Sequence[int], bits: int, *, transposed: bool) -> Layout:
+        """Tensors that a plan holds for the matrix."""
+        stored, codes = reversed(shape) if transposed else shape
+        return {f"{name}_rows": table_rows(stored, codes, bits)}
+
+    def apply(
+        self, x: Float[Tensor, "*batch columns"], bias: Float[Tensor, " rows"] | None = None
+    ) -> Float[Tensor, "*batch rows"]:
+        """Dequantises the matrix and applies it as a linear layer."""
+        stored = torch.ops.tardis.dequantise_rows(self.rows, self.bits, self.codes, self.dtype)
+        return F.linear(x, stored.mT if self.transposed else stored, bias)
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,6 +1,7 @@
 """Base class of rewrites that only change the form of an FFN's matrices.
 
-A subclass defines the settings for a budget, their bytes, and how to fit and read the form of one matrix.
+A subclass defines the settings for a budget, their bytes, and how to fit and read the form of one matrix, or
+:meth:`Represented.tensors`, how to fit all of them.
 """
 
 from abc import abstractmethod
@@ -36,7 +37,6 @@ class Represented(StaticRewrite):
     def bytes(self, weights: SiteWeights, settings: Mapping[str, Any]) -> int:
         """Bytes read per token, including biases."""
 
-    @abstractmethod
     def fitted(self, index: int, weight: Weight, operand: Any, settings: Mapping[str, Any]) -> Form | None:
         """Fits the form of a matrix; None leaves it unchanged.
 
@@ -46,6 +46,7 @@ class Represented(StaticRewrite):
             operand: statistic of the matrix's operand, measured by :attr:`operands`.
             settings: of the site.
         """
+        raise NotImplementedError
 
     @abstractmethod
     def opened(self, name: str, constants: Tensors, plan: SitePlan) -> Form:
@@ -58,11 +59,21 @@ class Represented(StaticRewrite):
 
     def _choice(self, weights: SiteWeights, operands: ByMatrix | None, budget: float) -> Choice:
         settings = self.settings(weights, budget)
+        return Choice(self.bytes(weights, settings), self.tensors(weights, operands, settings), settings)
+
+    def tensors(self, weights: SiteWeights, operands: Any, settings: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Tensors of the plan: by default, those of the forms of all matrices.
+
+        Args:
+            weights: of the site.
+            operands: the observer of :attr:`operands`, or None.
+            settings: of the site.
+        """
         tensors: dict[str, Tensor] = {}
         for index, (name, weight) in enumerate(matrices(weights).items()):
             form = self.fitted(index, weight, None if operands is None else operands.for_matrix(name), settings)
             tensors |= {} if form is None else form.tensors(name)
-        return Choice(self.bytes(weights, settings), tensors, settings)
+        return tensors
 
     def constants(self, plan: SitePlan, weights: SiteWeights) -> dict[str, Tensor]:
         """The plan's tensors and the original biases."""

@@ -212,10 +212,14 @@ class Rows:
     bits: int
     columns: int
 
-    @cached_property
+    @property
     def weight(self) -> Float32[Tensor, "rows columns"]:
         """The matrix that the codes stand for."""
         return tables.weights(self.rows, self.bits, self.columns)
+
+    def __call__(self, x: Float[Tensor, "tokens columns"]) -> Float[Tensor, "tokens rows"]:
+        """Products with every row."""
+        return x @ self.weight.T
 
 
 def code_rows(weight: Float[Tensor, "rows d"], feedback: Feedback | None, bits: int) -> Rows:
@@ -226,7 +230,7 @@ def code_rows(weight: Float[Tensor, "rows d"], feedback: Feedback | None, bits: 
         feedback: of the inputs x; None rounds every weight to the nearest level.
         bits: 1 to 8.
     """
-    weight = weight.float()
+    weight = weight.float().contiguous()
     scale = _scales(weight, bits)
     codes = _round_in_turn(weight.T, scale, feedback, bits).T
     return Rows(tables.join(codes.contiguous(), scale, bits), bits, weight.shape[1])
@@ -240,7 +244,7 @@ def code_columns(weight: Float[Tensor, "h d"], feedback: Feedback | None, bits: 
         feedback: of the factors c, [tokens, h]; None rounds every weight to the nearest level.
         bits: 1 to 8.
     """
-    weight = weight.float()
+    weight = weight.float().contiguous()
     scale = _scales(weight, bits)
     codes = _round_in_turn(weight, scale[:, None], feedback, bits)
     return Rows(tables.join(codes, scale, bits), bits, weight.shape[1])
@@ -258,7 +262,7 @@ def _round_in_turn(
     steps = scale.float().clamp(min=torch.finfo(torch.float16).tiny).expand(turns, others)
     if feedback is None:
         return torch.bucketize((weight / steps).contiguous(), middles).to(torch.uint8)
-    rest, steps, upper = weight[feedback.order], steps[feedback.order], feedback.upper
+    rest, steps, upper = weight[feedback.order].contiguous(), steps[feedback.order], feedback.upper
     codes = torch.zeros(turns, others, dtype=torch.uint8, device=weight.device)
     for start in range(0, turns, BLOCK):
         stop = min(start + BLOCK, turns)

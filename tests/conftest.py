@@ -71,6 +71,7 @@ CHECKED = (
     "runtime.packing",
     "runtime.prepared",
     "runtime.reference",
+    "runtime.tables",
     "serving.forms",
     "serving.op",
     "serving.shards",

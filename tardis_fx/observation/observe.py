@@ -28,6 +28,11 @@ from tardis_fx.runtime.fingerprint import fingerprint
 
 _log = logging.getLogger("tardis_fx")
 
+#: Tokens that a run shows at a site at most, spread evenly over the batches and in them; an encoder of speech has more.
+MOST_TOKENS = 32768
+#: Tokens of a batch that are never thinned out.
+FEW_TOKENS = 512
+
 
 class BatchObservation(RepeatableObservation):
     """A model with its calibration batches, and its sites in the order in which they run.
@@ -226,7 +231,8 @@ class BatchObservation(RepeatableObservation):
             tokens = tokens[real.reshape(-1).to(tokens.device)]
         if not len(tokens):
             return
-        tokens = tokens.float().cpu()
+        most = max(FEW_TOKENS, MOST_TOKENS // len(self._batches))
+        tokens = tokens[:: -(-len(tokens) // most)].float().cpu()
         if not torch.isfinite(tokens).all():
             raise CalibrationError(
                 f"the inputs of {site.name} hold NaN or infinity: look at the batch or at the layers before it"

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tardis_fx.errors import PlanMismatchError
 from tardis_fx.graph.activations import ACTIVATIONS
+from tardis_fx.runtime import tables
 from tardis_fx.runtime.correction import Correction, guard_width
 from tardis_fx.runtime.packing import GROUP_SIZES, group_count, groups_of_row, low_bits, packed_bytes
 from tardis_fx.runtime.reference import compute_dtype
@@ -177,6 +178,29 @@ def check_codes(codes: Tensor, scale: Tensor, zero: Tensor, bits: int, columns: 
     _check("codes", codes, torch.uint8, (rows, packed_bytes(columns, bits)))
     _check("scale", scale, torch.float16, (rows, groups))
     _check("zero", zero, torch.uint8, (rows, groups))
+
+
+def check_rows(rows: Tensor, bits: int, columns: int, dtype: torch.dtype) -> None:
+    """Checks a call of ``tardis::dequantise_rows``; arguments as in :func:`tardis_fx.runtime.tables.weights`.
+
+    Raises:
+        PlanMismatchError: an argument does not fit the others, or the op does not take it.
+    """
+    if not (1 <= bits <= 8 and columns >= 0 and dtype.is_floating_point):
+        raise PlanMismatchError(f"codes of {bits} bits cannot be dequantised to {columns} columns of {dtype}")
+    if rows.ndim != 2:
+        raise PlanMismatchError(_WRONG_AXES)
+    _check("rows", rows, torch.uint8, (rows.shape[0], tables.row_bytes(columns, bits)))
+
+
+def check_signs(x: Tensor, signs: Tensor) -> None:
+    """Checks a call of ``tardis::rotate``.
+
+    Raises:
+        PlanMismatchError: an argument does not fit the other, or the op does not take it.
+    """
+    _check("x", x, None, x.shape)
+    _check("signs", signs, torch.int8, x.shape[-1:])
 
 
 def _check(name: str, tensor: Tensor, dtype: torch.dtype | None, shape: Sequence[int]) -> None:

@@ -38,7 +38,9 @@ def coded_ffn_flops(*args: Any, out_val: object = None, **named: Any) -> int:
     return 2 * tokens * (multiplied + (d * d_out if call.fold is not None else 0))
 
 
-@register_flop_formula(torch.ops.tardis.dequantise, get_raw=True)
-def dequantise_flops(*_: object, **__: object) -> int:
-    """FLOPs of dequantisation: 0, because PyTorch only counts matrix products."""
+@register_flop_formula(
+    [torch.ops.tardis.dequantise, torch.ops.tardis.dequantise_rows, torch.ops.tardis.rotate], get_raw=True
+)
+def no_flops(*_: object, **__: object) -> int:
+    """FLOPs of dequantisation and rotation: 0, because neither needs matrix products, which alone PyTorch counts."""
     return 0

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tardis_fx.runtime import coded_arguments, coded_reference, reference
-from tardis_fx.runtime.arguments import check, check_codes, check_devices, check_lists
+from tardis_fx.runtime import coded_arguments, coded_reference, reference, rotation, tables
+from tardis_fx.runtime.arguments import check, check_codes, check_devices, check_lists, check_rows, check_signs
 from tardis_fx.runtime.coded import SIGNATURE as CODED_SIGNATURE
 from tardis_fx.runtime.coded import CodedFFN
 from tardis_fx.runtime.correction import SIGNATURE, Correction
@@ -99,3 +99,49 @@ _LIBRARY.define(
 )
 _LIBRARY.impl("dequantise", _dequantise, "CompositeExplicitAutograd")
 torch.library.register_fake("tardis::dequantise", _dequantise_fake, lib=_LIBRARY)
+
+_LIBRARY.define("dequantise_rows(Tensor rows, int bits, int columns, ScalarType dtype) -> Tensor")
+
+
+def _dequantise_rows(rows: Tensor, bits: int, columns: int, dtype: torch.dtype) -> Tensor:
+    check_rows(rows, bits, columns, dtype)
+    return tables.weights(rows, bits, columns, dtype)
+
+
+def _dequantise_rows_fake(rows: Tensor, bits: int, columns: int, dtype: torch.dtype) -> Tensor:
+    check_rows(rows, bits, columns, dtype)
+    return rows.new_empty((rows.shape[0], columns), dtype=dtype)
+
+
+_LIBRARY.impl("dequantise_rows", _dequantise_rows, "CompositeExplicitAutograd")
+torch.library.register_fake("tardis::dequantise_rows", _dequantise_rows_fake, lib=_LIBRARY)
+
+
+_LIBRARY.define("rotate(Tensor x, Tensor signs, bool back) -> Tensor")
+
+
+def _rotate(x: Tensor, signs: Tensor, back: bool) -> Tensor:
+    """Rotates vectors, or back; in float32 for half precision."""
+    check_signs(x, signs)
+    turn = rotation.rotate_back if back else rotation.rotate
+    return turn(x.to(reference.compute_dtype(x.dtype)), signs).to(x.dtype).contiguous()
+
+
+def _rotate_fake(x: Tensor, signs: Tensor, back: bool) -> Tensor:
+    check_signs(x, signs)
+    return x.new_empty(x.shape)
+
+
+def _keep_signs(ctx: Any, inputs: tuple[Tensor, Tensor, bool], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[1])
+    ctx.back = inputs[2]
+
+
+def _rotate_gradient(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+    """A rotation is orthogonal: its inverse is its transpose."""
+    return torch.ops.tardis.rotate(gradient, *ctx.saved_tensors, not ctx.back), None, None
+
+
+_LIBRARY.impl("rotate", _rotate, "CompositeExplicitAutograd")
+torch.library.register_fake("tardis::rotate", _rotate_fake, lib=_LIBRARY)
+torch.library.register_autograd("tardis::rotate", _rotate_gradient, setup_context=_keep_signs, lib=_LIBRARY)

@@ -2,8 +2,9 @@
 
 A weight is ``scale * level``. Up to 4 bits, the levels are those with the least squared error for a Gaussian variable
 (Lloyd, "Least squares quantization in PCM", 1982; Max, 1960), which rotated weights resemble; from 5 bits on, they are
-equally spaced. All are multiples of 1/128, so that a kernel can look them up as 8-bit integers. A row of a matrix is
-one run of bytes: codes in the layout of :mod:`tardis_fx.runtime.packing`, then the scale, float16.
+equally spaced. Up to 7 bits, all are multiples of 1/128, so that a kernel can look them up as 8-bit integers; with 8
+bits, they are odd multiples of 1/256. A row of a matrix is one run of bytes: codes in the layout of
+:mod:`tardis_fx.runtime.packing`, then the scale, float16.
 """
 
 from functools import cache
@@ -17,7 +18,7 @@ from tardis_fx.runtime.packing import pack, packed_bytes, unpack
 #: Positive levels of the Gaussian tables, as multiples of 1/128, by bits per weight.
 _GAUSSIAN = {1: (127,), 2: (38, 127), 3: (14, 45, 79, 127), 4: (6, 18, 31, 44, 58, 75, 96, 127)}
 #: Standard deviations of a Gaussian variable at which the largest level has the least squared error, by bits.
-PEAKS = {1: 0.8, 2: 1.51, 3: 2.15, 4: 2.73, 5: 3.0, 6: 3.45, 7: 3.85, 8: 4.2}
+PEAKS = {1: 0.8, 2: 1.51, 3: 2.15, 4: 2.73, 5: 3.0, 6: 3.33, 7: 3.64, 8: 3.94}
 
 
 @cache

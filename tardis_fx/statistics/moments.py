@@ -26,16 +26,17 @@ class Moments:
     merged: ClassVar[Mapping[str, Merge]] = {"tokens": "sum", "total": "sum", "gram": "sum"}
 
     def __init__(self, d: int) -> None:
-        self.tokens = 0
+        self.tokens = 0.0
         self.total = torch.zeros(d, dtype=torch.float64, device="cpu")
         self.gram = torch.zeros(d, d, dtype=torch.float64, device="cpu")
 
-    def update(self, x: Float[Tensor, "tokens d"]) -> None:
-        """Adds tokens."""
-        self.tokens += len(x)
-        self.total += x.sum(0, dtype=torch.float64)
+    def update(self, x: Float[Tensor, "tokens d"], weight: Float[Tensor, "tokens 1"] | None = None) -> None:
+        """Adds tokens, each as often as its weight says; None is 1."""
+        weighted = x if weight is None else weight * x
+        self.tokens += len(x) if weight is None else float(weight.sum(dtype=torch.float64))
+        self.total += weighted.sum(0, dtype=torch.float64)
         x = precise(x)
-        self.gram += x.T @ x
+        self.gram += x.T @ (x if weight is None else weight * x)
 
     @property
     def mean(self) -> Float64[Tensor, " d"]:

@@ -47,10 +47,14 @@ class Residual:
         x: Float[Tensor, "tokens d"],
         residual: Float[Tensor, "tokens d_out"],
         output: Float[Tensor, "tokens d_out"],
+        weight: Float[Tensor, "tokens 1"] | None = None,
     ) -> None:
-        """Adds tokens, their residuals (the exact output minus the current approximation) and their exact outputs."""
+        """Adds tokens, their residuals (the exact output minus the current approximation) and their exact outputs.
+
+        The fit gives each token its weight; None is 1. Errors are measured without weights.
+        """
         cut = fitted_tokens(len(x))
-        self._fitted.update(x[:cut], residual[:cut], output[:cut])
+        self._fitted.update(x[:cut], residual[:cut], output[:cut], None if weight is None else weight[:cut])
         self._held.update(x[cut:], residual[cut:], output[cut:])
 
     def solve(
@@ -133,11 +137,13 @@ class _Half:
         x: Float[Tensor, "tokens d"],
         residual: Float[Tensor, "tokens d_out"],
         output: Float[Tensor, "tokens d_out"],
+        weight: Float[Tensor, "tokens 1"] | None = None,
     ) -> None:
-        self.inputs.update(x)
+        self.inputs.update(x, weight)
+        weighted = residual if weight is None else weight * residual
         x = precise(x)
-        self.cross += x.T @ residual.to(x.dtype)
-        self.total += residual.sum(0, dtype=torch.float64)
+        self.cross += x.T @ weighted.to(x.dtype)
+        self.total += weighted.sum(0, dtype=torch.float64)
         self.square += residual.double().square().sum().item()
         self.output_square += output.double().square().sum().item()
 

@@ -55,6 +55,7 @@ SUBJECTS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("low_rank", {"gated": True}),
     ("low_rank+finetuned", {}),
     ("gptq", {}),
+    ("gptq_rotated", {"gated": True}),
     ("wanda", {}),
     ("sparsegpt", {}),
     ("share_ffn", {}),

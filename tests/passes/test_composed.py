@@ -26,7 +26,7 @@ from tardis_fx.testing import assert_equivalent, assert_plan_roundtrip, examine,
 from tardis_fx.testing.observation import SiteObservation
 
 D, HIDDEN = 20, 80
-SECOND = ["low_rank", "hot_fold", "gptq", "wanda", "partial_linear", "linear_replace"]
+SECOND = ["low_rank", "hot_fold", "gptq", "gptq_rotated", "wanda", "partial_linear", "linear_replace"]
 
 
 class Same(Rewrite):

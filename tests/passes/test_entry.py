@@ -34,6 +34,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "low_rank": {},
     "rtn gated": {},
     "gptq": {},
+    "gptq_rotated": {},
+    "gptq_rotated gated": {},
     "magnitude": {},
     "wanda_2_4 gated": {"budget": 0.7},
     "sparsegpt": {},

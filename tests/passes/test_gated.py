@@ -29,7 +29,7 @@ from tardis_fx.testing.strategies import Calibration, Specimen, Weights, weights
 
 PRUNED = ["magnitude", "wanda", "ria", "sparsegpt"]
 TWO_OF_FOUR = [f"{name}_2_4" for name in PRUNED]
-QUANTISED = ["rtn", "gptq"]
+QUANTISED = ["rtn", "gptq", "gptq_rotated"]
 EXACT = [*PRUNED, "low_rank", "ffsplit", "hot_fold"]
 METHODS = [*EXACT, *TWO_OF_FOUR, *QUANTISED, "token_gate"]
 every_method = pytest.mark.parametrize("method", METHODS)
@@ -99,16 +99,16 @@ def test_touched_are_all_three_matrices(method: str, kind: str) -> None:
 @every_method
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_laws_of_the_contract_hold(method: str, kind: str) -> None:
-    specimen = Specimen(Weights(8, 32, "silu", kind=kind, dtype=torch.bfloat16), Calibration(2, 100), 0.6)
+    specimen = Specimen(Weights(12, 32, "silu", kind=kind, dtype=torch.bfloat16), Calibration(2, 100), 0.6)
     for law in LAWS:
         if law is not laws.the_compiled_model_equals_the_eager_forward:  # below, for whole models
             law(method, specimen)
 
 
-@pytest.mark.parametrize("method", ["gptq", "sparsegpt", "low_rank"])
+@pytest.mark.parametrize("method", ["gptq", "gptq_rotated", "sparsegpt", "low_rank"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_looks_at_the_inputs_errs_less_than_what_does_not(method: str, kind: str) -> None:
-    blind = {"gptq": "rtn", "sparsegpt": "magnitude", "low_rank": "ffsplit"}[method]
+    blind = {"gptq": "rtn", "gptq_rotated": "rtn", "sparsegpt": "magnitude", "low_rank": "ffsplit"}[method]
     assert fitted(method, kind, 0.3)[1].error < fitted(blind, kind, 0.3)[1].error
 
 
@@ -181,7 +181,7 @@ def language_model(name: str) -> tuple[hf.PreTrainedModel, dict[str, Plan]]:
     return model, {method: plan_for(observation, config(method=method, budget=0.4)) for method in methods}
 
 
-TRIED = [("llama", "wanda"), ("llama", "gptq"), ("phi3", "gptq"), ("phi3", "low_rank")]
+TRIED = [("llama", "wanda"), ("llama", "gptq"), ("phi3", "gptq"), ("phi3", "gptq_rotated"), ("phi3", "low_rank")]
 
 
 @pytest.mark.parametrize(("name", "method"), TRIED)

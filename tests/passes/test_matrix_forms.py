@@ -15,7 +15,8 @@ from torch.nn import functional as F
 from tardis_fx import passes
 from tardis_fx.graph.feed_forward import multiply
 from tardis_fx.passes.layout import Layout, check, like
-from tardis_fx.passes.matrix_forms import Coded, Dense, Factored, Form, Int8, Masked
+from tardis_fx.passes.matrix_forms import Coded, CodedRows, Dense, Factored, Form, Int8, Masked
+from tardis_fx.runtime import tables
 from tardis_fx.runtime.reference import dequantise
 
 ROWS, COLUMNS = 12, 70
@@ -30,6 +31,18 @@ FORMS: dict[
         lambda _: Coded.layout("up", (ROWS, COLUMNS), 3, 64),
         lambda f: dequantise(f.codes, f.scale, f.zero, 3, COLUMNS, torch.float32),
         (3, COLUMNS, torch.float32),
+    ),
+    "CodedRows": (
+        lambda w: CodedRows.from_matrix(w, None, 3, transposed=False),
+        lambda _: CodedRows.layout("up", (ROWS, COLUMNS), 3, transposed=False),
+        lambda f: tables.weights(f.rows, 3, COLUMNS),
+        (3, COLUMNS, False, torch.float32),
+    ),
+    "CodedRows of the transpose": (
+        lambda w: CodedRows.from_matrix(w, None, 5, transposed=True),
+        lambda _: CodedRows.layout("up", (ROWS, COLUMNS), 5, transposed=True),
+        lambda f: tables.weights(f.rows, 5, ROWS).T,
+        (5, ROWS, True, torch.float32),
     ),
     "Int8": (
         Int8.from_matrix,
@@ -71,6 +84,15 @@ def test_a_form_is_what_its_tensors_say_and_these_are_as_its_layout_has_them(nam
     check(tensors, layout(form))
     again = type(form).from_tensors(tensors, "up", *(rest or ((matrix,) if name == "Masked" else ())))
     assert torch.equal(again.apply(x), form.apply(x))
+
+
+def test_a_scale_of_rows_of_codes_that_is_not_finite_is_refused() -> None:
+    form = CodedRows.from_matrix(inputs(ROWS, COLUMNS), None, 3, transposed=False)
+    layout, rows = CodedRows.layout("up", (ROWS, COLUMNS), 3, transposed=False), form.rows.clone()
+    for value in (torch.nan, torch.inf):
+        rows[4, -2:] = torch.tensor([value], dtype=torch.float16).view(torch.uint8)
+        with pytest.raises(ValueError, match="holds a scale that is NaN or infinity"):
+            check({"up_rows": rows}, layout)
 
 
 def test_a_factor_may_be_in_another_form() -> None:

@@ -19,7 +19,7 @@ from tardis_fx.testing.observation import affine
 
 PRUNED = ["magnitude", "wanda", "ria", "sparsegpt"]
 TWO_OF_FOUR = [f"{name}_2_4" for name in PRUNED]
-QUANTISED = ["rtn", "gptq"]
+QUANTISED = ["rtn", "gptq", "gptq_rotated"]
 FACTORED = ["low_rank", "ffsplit"]
 FOLDED = ["hot_fold", "bilinear"]
 METHODS = [*PRUNED, *TWO_OF_FOUR, *QUANTISED, *FACTORED, *FOLDED, "token_gate"]
@@ -178,7 +178,7 @@ def test_the_compiled_model_is_the_specification(method: str) -> None:
         assert_equivalent(found, expected(model, plan_of(method), x), tolerance=1e-5)
 
 
-@pytest.mark.parametrize("method", ["wanda", "gptq", "low_rank"])
+@pytest.mark.parametrize("method", ["wanda", "gptq", "gptq_rotated", "low_rank"])
 def test_inductor_compiles_what_takes_the_ffns_place(method: str) -> None:
     model, x = observed()[0], inputs(4, D, seed=9)
     with torch.no_grad():
@@ -219,7 +219,9 @@ def test_sites_of_one_shape_get_constants_of_one_shape(method: str) -> None:
     assert entries(plan)[0].settings == entries(plan)[1].settings
 
 
-@pytest.mark.parametrize(("method", "name"), [("sparsegpt", "up"), ("gptq", "up_codes"), ("low_rank", "up_b")])
+@pytest.mark.parametrize(
+    ("method", "name"), [("sparsegpt", "up"), ("gptq", "up_codes"), ("gptq_rotated", "up_rows"), ("low_rank", "up_b")]
+)
 def test_sequential_fitting_sees_what_the_rewritten_sites_before_give(method: str, name: str) -> None:
     parallel, sequential = (
         entries(plan_for(stacked()[1], config(method=method, budget=0.3, sequential=value))) for value in (False, True)
@@ -235,7 +237,7 @@ def test_a_target_error_is_met_with_fewer_bytes_than_all(method: str) -> None:
     assert plan.touched_fraction < 1
 
 
-HALVES = ["ria", "sparsegpt", "gptq", "low_rank", "ffsplit", "hot_fold", "token_gate"]
+HALVES = ["ria", "sparsegpt", "gptq", "gptq_rotated", "low_rank", "ffsplit", "hot_fold", "token_gate"]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

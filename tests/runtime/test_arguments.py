@@ -18,6 +18,8 @@ from tardis_fx.runtime import ops
 from tardis_fx.runtime.correction import Correction
 from tardis_fx.runtime.cpu import build as cpu_build
 from tardis_fx.runtime.cpu import op as cpu
+from tardis_fx.runtime.rotation import random_signs
+from tardis_fx.runtime.tables import row_bytes
 
 every_kind = pytest.mark.parametrize(("k", "coded"), [(k, bits) for k in (1, 2) for bits in (16, 4)], ids=str)
 
@@ -186,6 +188,26 @@ def test_the_kernel_refuses_by_itself_what_its_entry_lets_pass(k: int, name: str
         op = arguments(k, 4, outliers=1)
         with mock.patch.object(cpu, "_CALL", mock.Mock(pack=pack)), pytest.raises(AssertionError, match="kernel"):
             call(op)
+
+
+def test_rows_of_codes_that_do_not_fit_are_refused() -> None:
+    rows, numbers = torch.zeros(24, row_bytes(200, 3), dtype=torch.uint8), (3, 200, torch.float32)
+    torch.ops.tardis.dequantise_rows(rows, *numbers)
+    for name, other in misfits(rows).items():
+        if "row" not in name:  # there may be any number of rows
+            with pytest.raises(PlanMismatchError):
+                torch.ops.tardis.dequantise_rows(other, *numbers)
+    for wrong in ((0, 200, torch.float32), (9, 200, torch.float32), (3, 100, torch.float32), (3, 200, torch.int8)):
+        with pytest.raises(PlanMismatchError):
+            torch.ops.tardis.dequantise_rows(rows, *wrong)
+
+
+def test_signs_that_do_not_fit_are_refused() -> None:
+    x, signs = torch.zeros(3, 200), random_signs(200, 0)
+    torch.ops.tardis.rotate(x, signs, False)
+    for arguments in (*((x, other) for other in misfits(signs).values()), (x.int(), signs), (x[:, :1], signs)):
+        with pytest.raises(PlanMismatchError):
+            torch.ops.tardis.rotate(*arguments, False)
 
 
 @pytest.mark.parametrize("bits", [0, 9])

@@ -7,8 +7,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 
 from tardis_fx.passes.partial_linear import PartialLinear
-from tardis_fx.runtime import reference
+from tardis_fx.runtime import reference, rotation, tables
 from tardis_fx.runtime.correction import Correction
+from tardis_fx.runtime.tables import join
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -33,6 +34,35 @@ def test_the_op_keeps_the_rules_of_torch_library(dtype: torch.dtype, shape: tupl
         op = drawn(dtype, shape, k, bias=bias, quantised=quantised)
         passed = opcheck(torch.ops.tardis.correct.default, tuple(op), test_utils=utils)
         assert set(passed.values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize(("bits", "dtype"), [(1, torch.float32), (3, torch.bfloat16), (8, torch.float16)], ids=str)
+def test_dequantising_rows_keeps_the_rules_of_torch_library(bits: int, dtype: torch.dtype) -> None:
+    rows = join(torch.randint(0, 2**bits, (5, 70), dtype=torch.uint8), torch.rand(5).half(), bits)
+    utils = ["test_schema", "test_faketensor", "test_aot_dispatch_static", "test_aot_dispatch_dynamic"]
+    op = torch.ops.tardis.dequantise_rows.default
+    assert set(opcheck(op, (rows, bits, 70, dtype), test_utils=utils).values()) == {"SUCCESS"}
+    assert torch.equal(op(rows, bits, 70, dtype), tables.weights(rows, bits, 70, dtype))
+
+
+@every_dtype
+@pytest.mark.parametrize("back", [False, True])
+def test_a_rotation_keeps_the_rules_of_torch_library_and_adds_in_float32(dtype: torch.dtype, back: bool) -> None:
+    signs, op = rotation.random_signs(200, 0), torch.ops.tardis.rotate.default
+    rotate = rotation.rotate_back if back else rotation.rotate
+    for shape in ((2, 3), (0,), ()):
+        x = torch.randn(*shape, 200).to(dtype)
+        assert torch.equal(op(x, signs, back), rotate(x.float(), signs).to(dtype))
+        if dtype == torch.float32:
+            assert set(opcheck(op, (x.requires_grad_(), signs, back)).values()) == {"SUCCESS"}
+    loud = torch.full((200,), 2000.0).to(dtype)
+    assert torch.isfinite(op(loud, torch.ones_like(signs), back)).all(), "sums of 128 times as much"
+
+
+def test_gradients_are_rotated_back() -> None:
+    x, signs = torch.randn(3, 200, dtype=torch.float64, requires_grad=True), rotation.random_signs(200, 0)
+    for back in (False, True):
+        assert torch.autograd.gradcheck(lambda x, back=back: torch.ops.tardis.rotate(x, signs, back), x)
 
 
 @every_k

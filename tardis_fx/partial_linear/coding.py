@@ -1,0 +1,139 @@
+"""The codes of a site's matrices, from one run: Gram matrices of the operands, and a sample of tokens."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float32, Float64, Int8
+from torch import Tensor
+
+from tardis_fx.observation.site import Merge, ObservedSite, fitted_tokens
+from tardis_fx.quantisation import Feedback, Rows, code_columns, code_rows
+from tardis_fx.runtime.rotation import random_signs, rotate
+from tardis_fx.statistics.moments import Moments
+from tardis_fx.statistics.neurons import Neurons
+
+#: Tokens that a sample has at most, and at least half of, if there are so many.
+SAMPLE = 2048
+#: Squared outputs below this share of their median weigh no more.
+LEAST = 0.1
+
+
+class CodingObserver:
+    """Observer of the operands' Gram matrices and of a sample of tokens.
+
+    Memory: d² + h² float64, and 2 ``SAMPLE`` d float32.
+    """
+
+    merged: ClassVar[Mapping[str, Merge]] = {
+        "inputs": "parts", "responses": "parts", "sample": "joined", "tokens": "sum",
+    }  # fmt: skip
+
+    def __init__(self, site: ObservedSite) -> None:
+        self._neurons, (h, d) = Neurons.from_site(site), site.weights.up.shape
+        self.inputs, self.responses = Moments(d), Moments(h)
+        self.sample: list[Float32[Tensor, "tokens d"]] = []
+        self.tokens, self._every = 0, 1
+
+    def update(self, x: Float32[Tensor, "tokens d"]) -> None:
+        """Adds tokens."""
+        x = x[: fitted_tokens(len(x))]
+        response = self._neurons.evaluate(x)[1]
+        root = token_weights(response @ self._neurons.down.T).sqrt()
+        self.inputs.update(root * x)
+        self.responses.update(root * response)
+        self.sample.append(x[-self.tokens % self._every :: self._every].clone())
+        self.tokens += len(x)
+        if sum(map(len, self.sample)) > 2 * SAMPLE:
+            self.sample, self._every = [torch.cat(self.sample)[::2].clone()], 2 * self._every
+
+
+def token_weights(output: Float32[Tensor, "tokens d_out"]) -> Float32[Tensor, "tokens 1"]:
+    """Weights that make errors relative to each token's output: a few massive tokens do not outweigh the rest."""
+    square = output.square().sum(1, keepdim=True)
+    least = LEAST * square.median() if len(square) else 1.0
+    return 1 / square.clamp(min=least).clamp(min=torch.finfo(torch.float32).tiny)
+
+
+@dataclass(frozen=True, eq=False)
+class Coding:
+    """A site's matrices, and their codes at any width; in float32 on the CPU.
+
+    Attributes:
+        inputs: weighted moments of the fitted tokens.
+        signs: of the rotation of the input.
+        out_signs: of the rotation of the output.
+        sample: tokens.
+        importance: weight of squared errors of the output: the inverse of its median square.
+    """
+
+    site: ObservedSite
+    neurons: Neurons
+    inputs: Moments
+    feedback: Feedback
+    response_feedback: Feedback
+    signs: Int8[Tensor, " d"]
+    out_signs: Int8[Tensor, " d_out"]
+    sample: Float32[Tensor, "tokens d"]
+    importance: float
+    _coded: dict[tuple[str, int, int], Rows] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def from_observer(cls, site: ObservedSite, seen: CodingObserver) -> "Coding":
+        """Factors the Gram matrices."""
+        neurons, inputs = Neurons.from_site(site), seen.inputs
+        signs, out_signs = (random_signs(n, seed) for seed, n in enumerate((inputs.gram.shape[0], len(neurons.down))))
+        rotated = rotate(rotate(inputs.gram, signs).T, signs)
+        sample = torch.cat(seen.sample)
+        sample = sample[:: -(-len(sample) // SAMPLE)]
+        square = neurons.output(neurons.evaluate(sample)[1]).double().square().sum(1).median()
+        return cls(
+            site,
+            neurons,
+            inputs,
+            Feedback.from_gram(rotated),
+            Feedback.from_gram(seen.responses.gram),
+            signs,
+            out_signs,
+            sample,
+            1 / float(square) if square > 0 else 1.0,
+        )
+
+    def projection(self, number: int, bits: int) -> Rows:
+        """Base codes of a projection."""
+        return self._remembered(f"projection {number}", bits, 0)
+
+    def refinement(self, number: int, bits: int, low_bits: int) -> Rows:
+        """Codes of what the base codes of a projection miss."""
+        return self._remembered(f"projection {number}", bits, low_bits)
+
+    def columns(self, bits: int) -> Rows:
+        """Base codes of the rotated columns of down."""
+        return self._remembered("columns", bits, 0)
+
+    def column_refinement(self, bits: int, low_bits: int) -> Rows:
+        """Codes of what the base codes of the columns miss."""
+        return self._remembered("columns", bits, low_bits)
+
+    def fold(self, weight: Float64[Tensor, "d_out d"], bits: int) -> Rows:
+        """Codes of a folded weight, rotated."""
+        rotated = rotate(rotate(weight.float(), self.signs).T, self.out_signs).T
+        return code_rows(rotated.contiguous(), self.feedback, bits)
+
+    def _remembered(self, name: str, bits: int, low_bits: int) -> Rows:
+        key = (name, bits, low_bits)
+        if key not in self._coded:
+            if name == "columns":
+                matrix, coded, feedback = (
+                    rotate(self.neurons.down.T, self.out_signs),
+                    code_columns,
+                    self.response_feedback,
+                )
+            else:
+                projection = self.neurons.projections[int(name.removeprefix("projection "))]
+                matrix, coded, feedback = rotate(projection, self.signs), code_rows, self.feedback
+            if low_bits:
+                matrix = matrix - self._remembered(name, bits, 0).weight
+            self._coded[key] = coded(matrix, feedback, low_bits or bits)
+        return self._coded[key]

@@ -1,0 +1,94 @@
+"""Dynamic precision: neurons in codes, each as precise as its token needs."""
+
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from builders.ffns import batches, config, ffn, fitted, inputs
+from torch import Tensor, nn
+
+from tardis_fx import CalibrationError, Plan
+from tardis_fx.observation.observe import BatchObservation
+from tardis_fx.passes.dynamic import Dynamic
+from tardis_fx.plan import SitePlan
+from tardis_fx.runtime.touched import count_touched
+from tardis_fx.testing.ffn import gated_ffn
+
+D, HIDDEN = 80, 160  # a block of 64 columns and one of 16
+
+
+def model_of(*, gated: bool, bias: bool = True) -> nn.Module:
+    return (gated_ffn if gated else ffn)(D, HIDDEN, bias=bias)
+
+
+def plan_of(model: nn.Module, xs: Sequence[Tensor], budget: float) -> SitePlan:
+    (plan,) = fitted(BatchObservation(model, xs, progress=False), Dynamic(), config(method="dynamic", budget=budget))
+    return plan
+
+
+def replacement(model: nn.Module, plan: SitePlan) -> Callable[[Tensor], Tensor]:
+    (site,) = BatchObservation(model, [inputs(8, D)], progress=False).sites
+    return Dynamic().replacement(plan, site.weights)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_error_falls_as_bytes_grow_and_is_that_of_the_output(gated: bool, bias: bool) -> None:
+    model, xs = model_of(gated=gated, bias=bias), batches(8, d=D)
+    errors = []
+    for budget in (0.08, 0.12, 0.2, 0.3):
+        plan = plan_of(model, xs, budget)
+        assert plan.touched_bytes <= 1.03 * budget * plan.dense_bytes
+        x = inputs(1024, D, seed=9)
+        with torch.no_grad():
+            exact, output = model(x), replacement(model, plan)(x)
+        assert float((output - exact).norm() / exact.norm()) == pytest.approx(plan.error, rel=0.15)
+        errors.append(plan.error)
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 0.05
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_touched_bytes_are_those_that_the_op_counts(gated: bool) -> None:
+    model, xs = model_of(gated=gated), batches(8, d=D)
+    plan = plan_of(model, xs, 0.12)
+    rewritten = replacement(model, plan)
+    with torch.no_grad(), count_touched() as touched:
+        for x in xs:
+            rewritten(x)
+    assert touched.per_token == pytest.approx(plan.touched_bytes, rel=0.01)
+
+
+def test_a_budget_below_the_fold_is_refused() -> None:
+    with pytest.raises(CalibrationError, match="the folded weights alone read"):
+        plan_of(model_of(gated=False), batches(d=D), 0.001)
+
+
+def test_a_neuron_that_changes_nothing_is_not_listed() -> None:
+    model = ffn(D, HIDDEN)
+    with torch.no_grad():
+        model.down.weight[:, 7] = 0
+    plan = plan_of(model, batches(8, d=D), 0.2)
+    assert 7 not in plan.tensors["neurons"].tolist()
+    assert len(plan.tensors["neurons"]) > HIDDEN / 2
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_nan_in_a_token_shows_in_its_output_alone(gated: bool) -> None:
+    model = model_of(gated=gated)
+    plan, x = plan_of(model, batches(8, d=D), 0.2), inputs(4, D)
+    clean = replacement(model, plan)(x)
+    x[1, 3] = torch.nan
+    output = replacement(model, plan)(x)
+    assert output[1].isnan().all()
+    torch.testing.assert_close(output[[0, 2, 3]], clean[[0, 2, 3]])
+
+
+def test_a_plan_gives_the_same_output_after_it_was_saved(tmp_path: object) -> None:
+    model, x = model_of(gated=True), inputs(8, D)
+    plan = plan_of(model, batches(8, d=D), 0.2)
+    Plan((plan,), config(method="dynamic", budget=0.2)).save(f"{tmp_path}/plan.safetensors")
+    (loaded,) = Plan.load(f"{tmp_path}/plan.safetensors").rewritten
+    (site,) = BatchObservation(model, [x], progress=False).sites
+    Dynamic().validate(loaded, site.weights)
+    assert torch.equal(replacement(model, loaded)(x), replacement(model, plan)(x))
