@@ -10,8 +10,8 @@ from tardis_fx.graph.site import Site, SiteWeights
 from tardis_fx.observation.run import Fit, Run, changed, steps
 from tardis_fx.observation.site import Merge, ObservedSite
 from tardis_fx.passes.base import Rewrite, matrices_of, stored_bytes, with_errors
-from tardis_fx.passes.layout import Expected, Layout, coded_rows, codes, indices, like, setting
-from tardis_fx.passes.matrix_forms import Coded, Dense, Factored, Form, Int8, Masked
+from tardis_fx.passes.layout import Expected, Layout, coded_rows, codes, indices, like, setting, table_rows
+from tardis_fx.passes.matrix_forms import Coded, CodedRows, Dense, Factored, Form, Int8, Masked
 from tardis_fx.passes.represented import Represented
 from tardis_fx.passes.static import Choice, StaticRewrite, bias_bytes, measured
 from tardis_fx.plan import KeptSite, Planned, SitePlan
@@ -25,6 +25,7 @@ __all__ = [
     "CalibrationError",
     "Choice",
     "Coded",
+    "CodedRows",
     "ColumnNorms",
     "Config",
     "ConfigError",
@@ -74,5 +75,6 @@ __all__ = [
     "setting",
     "steps",
     "stored_bytes",
+    "table_rows",
     "with_errors",
 ]  # fmt: skip
