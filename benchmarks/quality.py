@@ -33,8 +33,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))  # they load the
 OURS = (0.1, 0.12, 0.15, 0.2, 0.3, 0.5, 1.0)
 #: Budgets at which plans are also healed; healing takes minutes, and above half of the bytes nothing is left to heal.
 HEALED = OURS[:5]
-#: Titles and budgets by method; those of weight-only quantisation hold 2, 3, 4 and 8 bits with their scales. GPTQ and RTN
-#: also have one for 2 bits in groups of 128 columns.
+#: Titles and budgets by method; those of weight-only quantisation hold 2, 3, 4 and 8 bits with their scales. GPTQ and
+#: RTN also have one for 2 bits in groups of 128 columns.
 OTHERS = {
     "paper": ("TARDIS (paper)", (0.2, 0.23, 0.25, 0.3, 0.5)),
     "gptq": ("GPTQ", (0.145, 0.165, 0.225, 0.29, 0.55)),
