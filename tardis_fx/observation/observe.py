@@ -23,7 +23,7 @@ from tardis_fx.observation.foreign import raising_typed
 from tardis_fx.observation.merging import merge
 from tardis_fx.observation.ranks import Ranks
 from tardis_fx.observation.run import RepeatableObservation, Run, Seen
-from tardis_fx.observation.site import ObservedSite, SiteObserver, fitted_tokens
+from tardis_fx.observation.site import ObservedSite, SiteObserver, fitted_tokens, thinned
 from tardis_fx.runtime.fingerprint import fingerprint
 
 _log = logging.getLogger("tardis_fx")
@@ -232,7 +232,7 @@ class BatchObservation(RepeatableObservation):
         if not len(tokens):
             return
         most = max(FEW_TOKENS, MOST_TOKENS // len(self._batches))
-        tokens = tokens[:: -(-len(tokens) // most)].float().cpu()
+        tokens = thinned(tokens, most).float().cpu()
         if not torch.isfinite(tokens).all():
             raise CalibrationError(
                 f"the inputs of {site.name} hold NaN or infinity: look at the batch or at the layers before it"

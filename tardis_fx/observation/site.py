@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
-from jaxtyping import Float32
+import torch
+from jaxtyping import Float32, Shaped
 from torch import Tensor
 
 from tardis_fx.graph.site import Site, SiteWeights
@@ -47,3 +48,12 @@ class ObservedSite:
 def fitted_tokens(tokens: int) -> int:
     """Number of leading tokens of a batch that are used to fit; the rest measure the error."""
     return tokens - int(tokens * HELD_BACK)
+
+
+def thinned(tokens: Shaped[Tensor, "tokens ..."], most: int) -> Shaped[Tensor, "fewer ..."]:
+    """At most ``most`` of the tokens, in order; drawn, because frames of speech repeat with a period."""
+    if len(tokens) <= most:
+        return tokens
+    generator = torch.Generator(device="cpu").manual_seed(len(tokens))
+    order = torch.randperm(len(tokens), generator=generator, device="cpu")
+    return tokens[order[:most].sort().values.to(tokens.device)]

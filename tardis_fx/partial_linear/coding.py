@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float32, Float64, Int8
 from torch import Tensor
 
-from tardis_fx.observation.site import Merge, ObservedSite, fitted_tokens
+from tardis_fx.observation.site import Merge, ObservedSite, fitted_tokens, thinned
 from tardis_fx.quantisation import Feedback, Rows, code_columns, code_rows
 from tardis_fx.runtime.rotation import random_signs, rotate
 from tardis_fx.statistics.moments import Moments
@@ -27,26 +27,25 @@ class CodingObserver:
     """
 
     merged: ClassVar[Mapping[str, Merge]] = {
-        "inputs": "parts", "responses": "parts", "sample": "joined", "tokens": "sum",
+        "inputs": "parts", "responses": "parts", "sample": "joined",
     }  # fmt: skip
 
     def __init__(self, site: ObservedSite) -> None:
         self._neurons, (h, d) = Neurons.from_site(site), site.weights.up.shape
         self.inputs, self.responses = Moments(d), Moments(h)
         self.sample: list[Float32[Tensor, "tokens d"]] = []
-        self.tokens, self._every = 0, 1
+        self._every = 1
 
     def update(self, x: Float32[Tensor, "tokens d"]) -> None:
         """Adds tokens."""
         x = x[: fitted_tokens(len(x))]
         response = self._neurons.evaluate(x)[1]
-        root = token_weights(response @ self._neurons.down.T).sqrt()
+        root = token_weights(self._neurons.output(response)).sqrt()
         self.inputs.update(root * x)
         self.responses.update(root * response)
-        self.sample.append(x[-self.tokens % self._every :: self._every].clone())
-        self.tokens += len(x)
+        self.sample.append(thinned(x, -(-len(x) // self._every)).clone())
         if sum(map(len, self.sample)) > 2 * SAMPLE:
-            self.sample, self._every = [torch.cat(self.sample)[::2].clone()], 2 * self._every
+            self.sample, self._every = [thinned(torch.cat(self.sample), SAMPLE)], 2 * self._every
 
 
 def token_weights(output: Float32[Tensor, "tokens d_out"]) -> Float32[Tensor, "tokens 1"]:
@@ -85,8 +84,7 @@ class Coding:
         neurons, inputs = Neurons.from_site(site), seen.inputs
         signs, out_signs = (random_signs(n, seed) for seed, n in enumerate((inputs.gram.shape[0], len(neurons.down))))
         rotated = rotate(rotate(inputs.gram, signs).T, signs)
-        sample = torch.cat(seen.sample)
-        sample = sample[:: -(-len(sample) // SAMPLE)]
+        sample = thinned(torch.cat(seen.sample), SAMPLE)
         square = neurons.output(neurons.evaluate(sample)[1]).double().square().sum(1).median()
         return cls(
             site,

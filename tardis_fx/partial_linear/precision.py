@@ -17,6 +17,7 @@ from jaxtyping import BFloat16, Bool, Float32
 from torch import Tensor
 
 from tardis_fx.errors import CalibrationError
+from tardis_fx.observation.site import thinned
 from tardis_fx.partial_linear.coding import Coding, token_weights
 from tardis_fx.runtime import tables
 from tardis_fx.runtime.coded import NeuronBytes, neuron_bytes
@@ -28,7 +29,7 @@ from tardis_fx.statistics.surrogates import Sums, products
 #: Tokens of the sample on which quantities are priced.
 PRICED = 512
 #: Rounds of pricing and refitting the surrogates.
-ROUNDS = 3
+ROUNDS = 4
 
 
 class Widths(NamedTuple):
@@ -46,28 +47,28 @@ class Pricing:
     """A site at given widths, with its bytes and parts as functions of the price of a byte.
 
     Attributes:
-        listed: neurons that have base codes; the others give only their surrogate.
+        listed: neurons that have base codes; the others have no column and give nothing.
         surrogate: k slopes and the intercept; zero without a fold.
+        coherence: error of what is not read, as a multiple of the sum of its neurons' errors: they may point one way.
     """
 
     coding: Coding
     widths: Widths
     listed: Bool[Tensor, " h"]
     surrogate: Float32[Tensor, "h coefficients"]
+    coherence: float = 1.0
 
     @classmethod
     def from_coding(cls, coding: Coding, widths: Widths) -> "Pricing":
-        """All neurons are listed, with surrogates that fit all tokens."""
+        """A site with surrogates that fit all tokens."""
         h, k = len(coding.neurons), len(coding.neurons.projections)
-        pricing = cls(coding, widths, torch.ones(h, dtype=torch.bool), torch.zeros(h, k + 1))
+        pricing = cls(coding, widths, coding.neurons.down.any(0), torch.zeros(h, k + 1))
         return pricing.refitted(torch.ones(len(pricing.tokens.x), h, dtype=torch.bool))
 
     @cached_property
     def tokens(self) -> "Estimated":
         """The tokens of the sample that are priced."""
-        return Estimated.from_tokens(
-            self.coding, self.widths, self.coding.sample[:: -(-len(self.coding.sample) // PRICED)]
-        )
+        return Estimated.from_tokens(self.coding, self.widths, thinned(self.coding.sample, PRICED))
 
     @property
     def bytes(self) -> NeuronBytes:
@@ -110,26 +111,26 @@ class Pricing:
         value = self._value
         change = doubt(tokens.base, tokens.noise, surrogate, tokens.activation).square() * tokens.norm
         weight, limit = self.coding.importance, torch.full_like(value, torch.inf)
+        whole = weight * self.coherence
         parts = {}
         if k == 2:
             gate = response(tokens.base[:1], tokens.activation).square() * tokens.second.square() * tokens.norm
-            parts["up"] = limit = gate * (weight / (size.projection + size.column))
-        parts["value"] = limit = torch.minimum(limit, (value.square() * tokens.norm + change) * (weight / size.column))
+            parts["up"] = limit = gate * (whole / (size.projection + size.column))
+        parts["value"] = limit = torch.minimum(limit, (value.square() * tokens.norm + change) * (whole / size.column))
         parts["row"] = torch.minimum(limit, change * (weight / (k * size.refinement)))
         column = value.square() * tokens.column_noise * (weight / size.column_refinement)
         parts["column"] = torch.minimum(limit, column)
         return parts
 
     def at(self, price: float) -> "Reading":
-        """What is read at a price: parts that are worth it, of neurons that are worth their base codes."""
-        size, importance = self.bytes, self.coding.importance
+        """What is read at a price: the parts that are worth it."""
+        size = self.bytes
         read = {part: change > price for part, change in self.changes.items()}
         spent = torch.full_like(self.tokens.norm, size.constants + size.projection)
         for part, mask in read.items():
             spent = spent + self.part_bytes[part] * mask.float().mean(0)
-        saved = (self.tokens.weight * read["value"] * self._value.square()).mean(0) * self.tokens.norm * importance
-        listed = saved > price * spent
-        return Reading(listed, read["value"] & listed, self.fixed_bytes + float(spent[listed].sum()))
+        listed = self.listed
+        return Reading(read["value"] & listed, self.fixed_bytes + float(spent[listed].sum()))
 
     @cached_property
     def _value(self) -> Float32[Tensor, "tokens h"]:
@@ -152,21 +153,31 @@ class Pricing:
         return changed
 
     def settled(self, price: float) -> "Pricing":
-        """With the neurons listed that are read at a price, and surrogates refitted."""
+        """With surrogates refitted to the tokens for which nothing is read at a price, and their coherence."""
         reading = self.at(price)
-        changed = replace(self, listed=reading.listed)
+        changed = replace(self, coherence=self._coherence(~reading.value))
         changed.__dict__["tokens"] = self.tokens
         return changed.refitted(~reading.value)
+
+    def _coherence(self, unread: Bool[Tensor, "tokens h"]) -> float:
+        """Error of the sum of unread values, apart from its mean, over the sum of their errors."""
+        weight, value = self.tokens.weight, torch.where(unread, self._value, 0)
+        missed = value @ self.coding.neurons.down.T
+        missed = missed - (weight * missed).sum(0) / weight.sum()
+        apart = float((weight * value.square() * self.tokens.norm).double().sum())
+        together = float((weight * missed.square()).double().sum())
+        return min(100.0, max(0.01, together / apart)) if apart > 0 else self.coherence
 
     def precision(self, price: float) -> BFloat16[Tensor, "listed precision_width"]:
         """The precision of the listed neurons, as the op takes it."""
         tokens, size, k = self.tokens, self.bytes, len(self.coding.neurons.projections)
         norm, weight = tokens.norm.sqrt(), self.coding.importance / price
+        whole = weight * self.coherence
         factors = [*tokens.noise]
         if k == 2:
-            factors.append(tokens.second * norm * math.sqrt(weight / (size.projection + size.column)))
+            factors.append(tokens.second * norm * math.sqrt(whole / (size.projection + size.column)))
         factors += [
-            norm * math.sqrt(weight / size.column),
+            norm * math.sqrt(whole / size.column),
             norm * math.sqrt(weight / (k * size.refinement)),
             tokens.column_noise.sqrt() * math.sqrt(weight / size.column_refinement),
         ]
@@ -178,12 +189,10 @@ class Reading(NamedTuple):
     """What a site reads at a price.
 
     Attributes:
-        listed: neurons with base codes.
         value: where the column of a listed neuron is read.
         touched: bytes per token.
     """
 
-    listed: Bool[Tensor, " h"]
     value: Bool[Tensor, "tokens h"]
     touched: float
 
@@ -229,7 +238,7 @@ class Estimated:
         columns = rotate(neurons.down.T, coding.out_signs)
         missed = (columns - coding.columns(widths.column_bits).weight).square().sum(1)
         second, norm = exact[-1].square().mean(0).sqrt(), columns.square().sum(1)
-        weight = token_weights(response @ neurons.down.T) / coding.importance
+        weight = token_weights(neurons.output(response)) / coding.importance
         return cls(x, rotated, exact, response, base, noise, second, norm, missed, weight, neurons.activation.name)
 
 
