@@ -10,6 +10,7 @@
 4. One price per byte meets the budget for all sites; at each site the widths with the least error are chosen.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -113,7 +114,7 @@ class Dynamic(Rewrite):
         chosen = [codings[site.fingerprint] for site in sites]
         if config.target_error is None:
             return (yield from self._fit_within(chosen, config))
-        floor = sum(min(Pricing.floor(c, widths) for widths in _widths(c)) for c in chosen)
+        floor = sum(min(Pricing.from_coding(c, w).at(math.inf).touched for w in _widths(c)) for c in chosen)
         return (
             yield from fit_to_target(
                 lambda budget: self._fit_within(chosen, replace(config, budget=budget, target_error=None)),
@@ -248,12 +249,20 @@ def _candidates(codings: Sequence[Coding], allowed: float) -> list[Candidate]:
         pricings = [Pricing.from_coding(coding, _widths(coding)[number]) for coding in codings]
         if sum(pricing.at(1e-20).touched for pricing in pricings) < 0.8 * allowed and number + 1 < len(PLAIN):
             continue  # cannot use the budget
+        settled: list[Pricing] = []
         try:
             settled, price = allocate(pricings, allowed)
+            measured = [_measured(pricing, price) for pricing in settled]
+            if (total := sum(candidate.touched for candidate in measured)) > allowed:
+                settled, price = allocate(pricings, allowed * allowed / total)
+                measured = [_measured(pricing, price) for pricing in settled]
         except CalibrationError as error:
             refusals.append(error)
             continue
-        tried.append([_measured(pricing, price) for pricing in settled])
+        finally:
+            for pricing in (*pricings, *settled):
+                pricing.forget()
+        tried.append(measured)
     if not tried:
         raise refusals[0]
     return _choose(list(zip(*tried, strict=True)))
@@ -269,8 +278,6 @@ def _measured(pricing: Pricing, price: float) -> Candidate:
         rest = rest - coding.sample @ _unrotated(fold.weight, coding).T
     shift = (weight * rest)[~held].sum(0) / weight[~held].sum()
     error = float((weight * (rest - shift).square())[held].double().sum(1).mean())
-    for name in ("tokens", "changes", "_value"):
-        pricing.__dict__.pop(name, None)  # large
     return Candidate(pricing, price, computed.touched, error)
 
 

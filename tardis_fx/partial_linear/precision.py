@@ -83,12 +83,6 @@ class Pricing:
             d, d_out, self.widths[:4], k=len(neurons.projections), bias=bias, fold=self.widths.fold_bits > 0
         )
 
-    @classmethod
-    def floor(cls, coding: Coding, widths: Widths) -> int:
-        """Minimum bytes per token: those of the fold."""
-        none = torch.zeros(0)
-        return cls(coding, widths, none, none).fixed_bytes
-
     @property
     def fixed_bytes(self) -> int:
         """Bytes of the fold and the bias, and of the signs."""
@@ -158,6 +152,11 @@ class Pricing:
         changed = replace(self, coherence=self._coherence(~reading.value))
         changed.__dict__["tokens"] = self.tokens
         return changed.refitted(~reading.value)
+
+    def forget(self) -> None:
+        """Frees what can be computed again."""
+        for name in ("tokens", "changes", "_value"):
+            self.__dict__.pop(name, None)
 
     def _coherence(self, unread: Bool[Tensor, "tokens h"]) -> float:
         """Error of the sum of unread values, apart from its mean, over the sum of their errors."""
@@ -248,10 +247,10 @@ def allocate(pricings: Sequence[Pricing], allowed: float) -> tuple[list[Pricing]
     Raises:
         CalibrationError: reading as little as possible is too much.
     """
-    floor = sum(pricing.fixed_bytes for pricing in pricings)
+    floor = sum(pricing.at(math.inf).touched for pricing in pricings)
     if floor > allowed:
         raise CalibrationError(
-            f"the budget allows {allowed:,.0f} bytes per token, the folded weights alone read {floor:,}"
+            f"the budget allows {allowed:,.0f} bytes per token; the fold and the base codes alone read {floor:,.0f}"
         )
     chosen = list(pricings)
     for _ in range(ROUNDS):

@@ -36,9 +36,9 @@ def replacement(model: nn.Module, plan: SitePlan) -> Callable[[Tensor], Tensor]:
 def test_the_error_falls_as_bytes_grow_and_is_that_of_the_output(gated: bool, bias: bool) -> None:
     model, xs = model_of(gated=gated, bias=bias), batches(8, d=D)
     errors = []
-    for budget in (0.08, 0.12, 0.2, 0.3):
+    for budget in (0.14, 0.17, 0.22, 0.3):
         plan = plan_of(model, xs, budget)
-        assert plan.touched_bytes <= 1.03 * budget * plan.dense_bytes
+        assert plan.touched_bytes <= 1.01 * budget * plan.dense_bytes
         x = inputs(1024, D, seed=9)
         with torch.no_grad():
             exact, output = model(x), replacement(model, plan)(x)
@@ -51,7 +51,7 @@ def test_the_error_falls_as_bytes_grow_and_is_that_of_the_output(gated: bool, bi
 @pytest.mark.parametrize("gated", [False, True])
 def test_touched_bytes_are_those_that_the_op_counts(gated: bool) -> None:
     model, xs = model_of(gated=gated), batches(8, d=D)
-    plan = plan_of(model, xs, 0.12)
+    plan = plan_of(model, xs, 0.16)
     rewritten = replacement(model, plan)
     with torch.no_grad(), count_touched() as touched:
         for x in xs:
@@ -59,18 +59,19 @@ def test_touched_bytes_are_those_that_the_op_counts(gated: bool) -> None:
     assert touched.per_token == pytest.approx(plan.touched_bytes, rel=0.01)
 
 
-def test_a_budget_below_the_fold_is_refused() -> None:
-    with pytest.raises(CalibrationError, match="the folded weights alone read"):
-        plan_of(model_of(gated=False), batches(d=D), 0.001)
+@pytest.mark.parametrize("gated", [False, True])
+def test_a_budget_below_the_base_codes_is_refused(gated: bool) -> None:
+    with pytest.raises(CalibrationError, match="the base codes alone read"):
+        plan_of(model_of(gated=gated), batches(d=D), 0.02)
 
 
-def test_a_neuron_that_changes_nothing_is_not_listed() -> None:
+def test_a_neuron_without_a_column_is_not_listed() -> None:
     model = ffn(D, HIDDEN)
     with torch.no_grad():
         model.down.weight[:, 7] = 0
     plan = plan_of(model, batches(8, d=D), 0.2)
     assert 7 not in plan.tensors["neurons"].tolist()
-    assert len(plan.tensors["neurons"]) > HIDDEN / 2
+    assert len(plan.tensors["neurons"]) == HIDDEN - 1
 
 
 @pytest.mark.parametrize("gated", [False, True])
