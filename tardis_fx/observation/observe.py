@@ -28,7 +28,7 @@ from tardis_fx.runtime.fingerprint import fingerprint
 
 _log = logging.getLogger("tardis_fx")
 
-#: Tokens that a run shows at a site at most, spread evenly over the batches and in them; an encoder of speech has more.
+#: Most tokens that a run shows at a site, the same number of every batch; an encoder of speech has more.
 MOST_TOKENS = 32768
 #: Tokens of a batch that are never thinned out.
 FEW_TOKENS = 512
@@ -231,12 +231,12 @@ class BatchObservation(RepeatableObservation):
             tokens = tokens[real.reshape(-1).to(tokens.device)]
         if not len(tokens):
             return
-        most = max(FEW_TOKENS, MOST_TOKENS // len(self._batches))
-        tokens = thinned(tokens, most).float().cpu()
+        tokens = tokens.float().cpu()
         if not torch.isfinite(tokens).all():
             raise CalibrationError(
                 f"the inputs of {site.name} hold NaN or infinity: look at the batch or at the layers before it"
             )
+        tokens = thinned(tokens, max(FEW_TOKENS, MOST_TOKENS // len(self._batches)))
         counts = self._counts.setdefault(identity, [0, 0])
         counts[0] += len(tokens)
         counts[1] += len(tokens) - fitted_tokens(len(tokens))
