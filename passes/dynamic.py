@@ -27,11 +27,10 @@ from tardis_fx.observation.site import Merge, ObservedSite
 from tardis_fx.partial_linear.coding import Coding, CodingObserver, token_weights
 from tardis_fx.partial_linear.precision import Pricing, Widths, allocate, compute
 from tardis_fx.passes.base import Rewrite, stored_bytes
-from tardis_fx.passes.layout import Expected, Layout, Tensors, indices, setting
+from tardis_fx.passes.layout import Expected, Layout, Tensors, indices, setting, table_rows
 from tardis_fx.plan import Planned, SitePlan
 from tardis_fx.runtime import (
     ops,  # noqa: F401 - registers torch.ops.tardis
-    tables,
 )
 from tardis_fx.runtime.coded import CodedFFN, precision_width
 from tardis_fx.runtime.reference import compute_dtype
@@ -109,7 +108,13 @@ class Dynamic(Rewrite):
         return "no activation between its projections" if site.affine is not None else None
 
     def fit(self, sites: Sequence[ObservedSite], config: Config) -> Fit[list[Planned]]:
-        """Fits in two runs: Gram matrices and a sample of tokens; what the coded neurons leave of the output."""
+        """Fits in two runs: Gram matrices and a sample of tokens; what the coded neurons leave of the output.
+
+        Raises:
+            CalibrationError: the budget is below the base codes, the target is out of reach, or the fit is sequential.
+        """
+        if config.sequential:
+            raise CalibrationError(f"{self.name} chooses the widths of all sites at once: fit without sequential")
         codings = yield Run("codes", CodingObserver, sites, finish=Coding.from_observer, key=Coding)
         chosen = [codings[site.fingerprint] for site in sites]
         if config.target_error is None:
@@ -185,15 +190,15 @@ class Dynamic(Rewrite):
         listed = len(plan.tensors["neurons"])
         expected: Layout = {"neurons": indices(listed, hidden)}
         for name in weights.projections:
-            expected[name] = _coded(listed, d, widths.bits)
-            expected[f"{name}_refinement"] = _coded(listed, d, widths.low_bits)
-        expected["columns"] = _coded(listed, d_out, widths.column_bits)
-        expected["columns_refinement"] = _coded(listed, d_out, widths.column_low_bits)
+            expected[name] = table_rows(listed, d, widths.bits)
+            expected[f"{name}_refinement"] = table_rows(listed, d, widths.low_bits)
+        expected["columns"] = table_rows(listed, d_out, widths.column_bits)
+        expected["columns_refinement"] = table_rows(listed, d_out, widths.column_low_bits)
         expected["precision"] = Expected(torch.bfloat16, (listed, precision_width(k)))
         expected["signs"], expected["out_signs"] = Expected(torch.int8, (d,)), Expected(torch.int8, (d_out,))
         expected["bias"] = Expected(weights.up.dtype, (d_out,))
         if widths.fold_bits:
-            expected["fold"] = _coded(d_out, d, widths.fold_bits)
+            expected["fold"] = table_rows(d_out, d, widths.fold_bits)
             expected["surrogate"] = Expected(torch.bfloat16, (listed, k + 1))
         return expected
 
@@ -316,8 +321,3 @@ def _widths(coding: Coding) -> Sequence[Widths]:
 def _unrotated(weight: Float32[Tensor, "d_out d"], coding: Coding) -> Float32[Tensor, "d_out d"]:
     """A fold as it multiplies inputs that are not rotated."""
     return rotate_back(rotate_back(weight, coding.signs).T, coding.out_signs).T
-
-
-def _coded(rows: int, columns: int, bits: int) -> Expected:
-    """Rows of codes of :mod:`tardis_fx.runtime.tables`."""
-    return Expected(torch.uint8, (rows, tables.row_bytes(columns, bits)))
