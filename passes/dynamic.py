@@ -277,7 +277,8 @@ def _measured(pricing: Pricing, price: float) -> Candidate:
     """Measures a settled site on tokens of the sample that its fold is not fitted to."""
     coding = pricing.coding
     computed, exact = compute(pricing, price, coding.sample), coding.neurons(coding.sample)
-    rest, held, weight = exact - computed.output, torch.arange(len(exact)) % 4 == 3, token_weights(exact)
+    rest, weight = exact - computed.output, token_weights(exact)
+    held = torch.arange(len(exact), dtype=torch.int64, device="cpu") % 4 == 3
     if pricing.widths.fold_bits:
         fold = coding.fold(_regressed(coding.sample[~held], rest[~held], weight[~held]), pricing.widths.fold_bits)
         rest = rest - coding.sample @ _unrotated(fold.weight, coding).T

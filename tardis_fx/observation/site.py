@@ -55,5 +55,5 @@ def thinned(tokens: Shaped[Tensor, "tokens ..."], most: int) -> Shaped[Tensor, "
     if len(tokens) <= most:
         return tokens
     generator = torch.Generator(device="cpu").manual_seed(len(tokens))
-    order = torch.randperm(len(tokens), generator=generator, device="cpu")
+    order = torch.randperm(len(tokens), generator=generator, dtype=torch.int64, device="cpu")
     return tokens[order[:most].sort().values.to(tokens.device)]

@@ -62,8 +62,9 @@ class Pricing:
     def from_coding(cls, coding: Coding, widths: Widths) -> "Pricing":
         """A site with surrogates that fit all tokens."""
         h, k = len(coding.neurons), len(coding.neurons.projections)
-        pricing = cls(coding, widths, coding.neurons.down.any(0), torch.zeros(h, k + 1))
-        return pricing.refitted(torch.ones(len(pricing.tokens.x), h, dtype=torch.bool))
+        surrogate = torch.zeros(h, k + 1, dtype=torch.float32, device="cpu")
+        pricing = cls(coding, widths, coding.neurons.down.any(0), surrogate)
+        return pricing.refitted(torch.ones_like(pricing.tokens.response, dtype=torch.bool, device="cpu"))
 
     @cached_property
     def tokens(self) -> "Estimated":
