@@ -69,11 +69,11 @@ DEFAULTS: dict[str, Callable[[], AbstractContextManager[None] | torch.device]] =
     "with meta": lambda: torch.device("meta"),
 }
 METHODS = [
-    "partial_linear", "paper", "magnitude", "wanda_2_4", "ria", "sparsegpt", "rtn", "gptq", "gptq_rotated", "low_rank", "ffsplit",
+    "partial_linear", "dynamic", "paper", "magnitude", "wanda_2_4", "ria", "sparsegpt", "rtn", "gptq", "gptq_rotated", "low_rank", "ffsplit",
     "hot_fold", "linear_replace", "drop_ffn", "bilinear", "drop_bias", "int8_ffn", "int4_ffn", "exact_fold",
     "magnitude+int8_ffn",
 ]  # fmt: skip
-GATED = ["partial_linear", "wanda", "gptq", "gptq_rotated", "low_rank", "int8_ffn", "drop_ffn"]
+GATED = ["partial_linear", "dynamic", "wanda", "gptq", "gptq_rotated", "low_rank", "int8_ffn", "drop_ffn"]
 
 
 def fit(model: nn.Module, method: str, data: list[Tensor]) -> tuple[Plan, Tensor]:
