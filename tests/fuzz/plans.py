@@ -49,6 +49,8 @@ SUBJECTS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("partial_linear", {"options": {"fold_bits": 4, "row_bits": 4}}),
     ("partial_linear", {"options": {"fold_bits": 16, "row_bits": 16}, "gated": True}),
     ("partial_linear", {"options": {"fold_bits": 8, "row_bits": 8, "group_size": 32}, "gated": True}),
+    ("dynamic", {}),
+    ("dynamic", {"gated": True}),
     ("paper", {"budget": 0.9}),
     ("hot_fold", {}),
     ("ffsplit", {}),

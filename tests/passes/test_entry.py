@@ -28,6 +28,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "partial_linear in codes": {"options": {"fold_bits": 4, "row_bits": 4}},
     "partial_linear gated": {"options": {"fold_bits": 16, "row_bits": 16}},
     "partial_linear gated in codes": {"options": {"fold_bits": 8, "row_bits": 3}},
+    "dynamic": {},
+    "dynamic gated": {},
     "paper": {"budget": 0.9},
     "hot_fold": {},
     "ffsplit gated": {},
