@@ -85,8 +85,9 @@ class Activation:
 
     @functools.cached_property
     def _piecewise(self) -> sympy.Expr:
-        # A product with a piecewise factor would turn infinity times 0 into NaN; a piecewise product selects the 0.
-        return sympy.piecewise_fold(self.expression.rewrite(sympy.Piecewise))
+        # Factors are folded one by one: a product stays a product, in which infinity times 0 is NaN, as in PyTorch.
+        factors = sympy.Mul.make_args(self.expression.rewrite(sympy.Piecewise))
+        return sympy.Mul(*map(sympy.piecewise_fold, factors))
 
     @functools.cached_property
     def _evaluate(self) -> Callable[[Float64[np.ndarray, "*z"]], Float64[np.ndarray, "*z"]]:

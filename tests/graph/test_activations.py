@@ -105,6 +105,16 @@ def test_generated_code_computes_the_value(
 
 
 @pytest.mark.parametrize("language", [cxx, triton])
+@every_registered_activation
+@pytest.mark.filterwarnings("ignore:invalid value")
+def test_generated_code_gives_what_pytorch_gives_at_infinity(
+    language: Callable[[Activation, float], float], activation: Activation
+) -> None:
+    for z in (-np.inf, np.inf):
+        np.testing.assert_equal(language(activation, z), activation.eager(torch.tensor(z, dtype=torch.float64)).item())
+
+
+@pytest.mark.parametrize("language", [cxx, triton])
 @every_printed_activation
 @pytest.mark.filterwarnings("ignore:invalid value")
 def test_generated_code_keeps_a_nan(language: Callable[[Activation, float], float], activation: Activation) -> None:
@@ -115,7 +125,7 @@ def test_generated_code_keeps_a_nan(language: Callable[[Activation, float], floa
     ("activation", "code"),
     [
         (ACTIVATIONS["silu"], "z*tl.sigmoid(z)"),
-        (ACTIVATIONS["hardswish"], "tl.where(z < -3.0, 0.0, tl.where(z > 3.0, z, 0.16666667*z*(z + 3.0)))"),
+        (ACTIVATIONS["hardswish"], "z*tl.where(z < -3.0, 0.0, tl.where(z > 3.0, 1.0, 0.16666667*z + 0.5))"),
         (CUBE, "(z*z*z)"),
         (ELU, "tl.where(z < 0.0, tanh(0.5*z)/tl.sigmoid(-z), z)"),
         (STEP, "tl.where(z == z, tl.where(z < 0.0, 0.0, 1.0), z)"),
