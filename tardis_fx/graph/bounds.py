@@ -1,11 +1,11 @@
-"""Lower and upper bounds of the elements of a value that hold for any input of the model."""
+"""What a graph shows of the size of a value: bounds of its elements for any input, and whether it is normalised."""
 
 from collections.abc import Sequence
 from math import inf
 
 from torch import fx
 
-from tardis_fx.graph.forms import bind, call_name, is_transparent
+from tardis_fx.graph.forms import bind, call_name, is_transparent, walk
 from tardis_fx.graph.writes import Write, changes
 
 Bounds = tuple[float, float]
@@ -41,3 +41,13 @@ def _bounds(node: fx.Node) -> Bounds:
     else:
         return _BOUNDS.get(name or "", (-inf, inf))
     return low if isinstance(low, (int, float)) else -inf, high if isinstance(high, (int, float)) else inf
+
+
+_SIZES = frozenset("layer_norm linalg_vector_norm mean norm normalize pow rms_norm square std var var_mean".split())
+
+
+def is_normalised(node: fx.Node) -> bool:
+    """Whether a tensor is normalised, and not added to others: errors in it matter relative to its own size."""
+    copies = set(walk(node, lambda n: (user for user in n.users if is_transparent(user) and user.args[0] is n)))
+    names = {call_name(user) for copy in copies for user in copy.users if user not in copies}
+    return not names.isdisjoint(_SIZES) and names.isdisjoint({"add", "iadd"})

@@ -15,7 +15,7 @@ from networkx.algorithms.isomorphism import DiGraphMatcher, categorical_node_mat
 from torch import fx
 
 from tardis_fx.graph.adapters import with_adapters
-from tardis_fx.graph.bounds import bounds_of
+from tardis_fx.graph.bounds import bounds_of, is_normalised
 from tardis_fx.graph.cone import NO_ACTIVATION, Cone, cone_of, is_inner
 from tardis_fx.graph.forms import ELEMENTWISE, call_name, half, is_glu, is_halving, is_number, is_training_dropout
 from tardis_fx.graph.function import activation_of, gate_of
@@ -103,8 +103,9 @@ def _site(down: Projection, projections: dict[fx.Node, Projection], writes: Sequ
     name, affine = (activation.name, activation.affine) if activation else (None, None)
     bounds = bounds_of(up.input, up.product, writes)
     site = Site(
-        "", kind or "plain", name, up, down, gate, cone.inner, affine=affine, bounds=bounds, gate_half=gate_half
-    )
+        "", kind or "plain", name, up, down, gate, cone.inner, affine=affine, bounds=bounds, gate_half=gate_half,
+        normalised=is_normalised(down.node),
+    )  # fmt: skip
     if cone.unsupported:
         return site.refused(cone.unsupported) if matched != "linear" else None
     entering, hidden = up.sizes

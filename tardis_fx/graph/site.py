@@ -65,6 +65,7 @@ class Site:
         reason: why the site cannot be rewritten, or None.
         affine: slope and intercept of the activation if it is an affine function, else None.
         bounds: lower and upper bound of the input's elements, as far as the graph shows them.
+        normalised: the output is normalised before anything is added to it.
     """
 
     name: str
@@ -78,6 +79,7 @@ class Site:
     affine: tuple[float, float] | None = None
     bounds: tuple[float, float] = (-math.inf, math.inf)
     gate_half: int | None = None
+    normalised: bool = False
 
     @property
     def input(self) -> fx.Node:
