@@ -88,7 +88,7 @@ class BatchObservation(RepeatableObservation):
         """All sites, including refused ones."""
         return list(self._sites.values())
 
-    def _shown(self, run: Run) -> dict[str, SiteObserver]:
+    def _shown(self, run: Run) -> dict[str, Any]:
         """Runs all batches once, each on one rank.
 
         Raises:

@@ -8,7 +8,7 @@ from typing import Any, Generic, TypeVar
 from torch import Tensor
 from tqdm import tqdm
 
-from tardis_fx.observation.site import ObservedSite, SiteObserver
+from tardis_fx.observation.site import ObservedSite
 
 T = TypeVar("T")
 
@@ -79,10 +79,13 @@ class Observation(ABC):
         """The remembered result of an equal run, or None."""
         return None if run.key is None else self._memory.get((run.key, *run.sites))
 
-    def conclude(self, run: Run, observers: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Finishes the observers of a run into its result, by fingerprint; remembered if the run has a key."""
+    def conclude(self, run: Run, observers: dict[str, Any]) -> Mapping[str, Any]:
+        """Finishes the observers of a run into its result, by fingerprint; remembered if the run has a key.
+
+        Each observer leaves ``observers`` before it is finished, so that its memory is free for what is made of it.
+        """
         bar = tqdm(run.sites, desc=run.title, unit="site", disable=not self._progress, leave=False, delay=1)
-        results = {site.fingerprint: run.finish(site, observers[site.fingerprint]) for site in bar}
+        results = {site.fingerprint: run.finish(site, observers.pop(site.fingerprint)) for site in bar}
         if run.key is not None:
             self._memory[run.key, *run.sites] = results
         return results
@@ -101,7 +104,7 @@ class RepeatableObservation(Observation):
         return self.conclude(run, self._shown(run)) if remembered is None else remembered
 
     @abstractmethod
-    def _shown(self, run: Run) -> Mapping[str, SiteObserver]:
+    def _shown(self, run: Run) -> dict[str, Any]:
         """Observers of a run, by fingerprint, that have seen all inputs of their sites."""
 
 

@@ -13,7 +13,7 @@ from tardis_fx.errors import CalibrationError
 from tardis_fx.graph.matcher import find_sites
 from tardis_fx.graph.site import Site, SiteWeights
 from tardis_fx.observation.run import RepeatableObservation, Run, Seen
-from tardis_fx.observation.site import ObservedSite, SiteObserver, fitted_tokens
+from tardis_fx.observation.site import ObservedSite, fitted_tokens
 from tardis_fx.runtime.fingerprint import fingerprint
 from tardis_fx.testing.building import Graph
 from tardis_fx.testing.ffn import FFN, GatedFFN, gated_ffn
@@ -39,7 +39,7 @@ class SiteObservation(RepeatableObservation):
         """The sites of the FFNs, in order."""
         return self._sites
 
-    def _shown(self, run: Run) -> dict[str, SiteObserver]:
+    def _shown(self, run: Run) -> dict[str, Any]:
         """Shows every batch to every site's observer."""
         assert not run.replaced  # no site feeds another
         observers = {site.fingerprint: run.make(site) for site in run.sites}
