@@ -19,8 +19,8 @@ from tardis_fx.runtime.reference import dequantise
 DAMPING = 0.01
 #: Rows that are rounded before the following rows compensate for all of them at once.
 BLOCK = 128
-#: Scales of a row that are tried, as multiples of the best one for Gaussian weights.
-SCALES = (*(0.7 + 0.05 * n for n in range(15)), 1.6, 1.8, 2.1, 2.5, 3.0, 3.6)
+#: Scales of a row that are tried, as multiples of the best one for Gaussian weights, and then as steps from the best.
+SCALES, STEPS = (0.85, 1.05, 1.3, 1.9, 3.0), (0.07, 0.035)
 
 
 @dataclass(frozen=True)
@@ -278,16 +278,18 @@ def _round_in_turn(
 
 
 def _scales(weight: Float32[Tensor, "rows columns"], bits: int) -> Float16[Tensor, " rows"]:
-    """Scale of each row with the least squared error among multiples of its standard deviation."""
+    """Scale of each row with the least squared error among multiples of its standard deviation, and steps from it."""
     levels = tables.levels(bits)
     middles = (levels[1:] + levels[:-1]) / 2
     spread = weight.square().mean(1).sqrt() * tables.PEAKS[bits]
     limit = torch.finfo(torch.float16).max
     best_error, best = torch.full_like(spread, torch.inf), torch.zeros_like(spread, dtype=torch.float16)
-    for multiple in SCALES:
-        scale = (spread * multiple).clamp(max=limit).half()
-        step = scale.float().clamp(min=torch.finfo(torch.float16).tiny)[:, None]
-        error = (levels[torch.bucketize(weight / step, middles)] * step - weight).square().sum(1)
-        better = error < best_error
-        best_error, best = torch.where(better, error, best_error), torch.where(better, scale, best)
+    for multiples in (SCALES, *((1 - step, 1 + step) for step in STEPS)):
+        start = best.float() if multiples is not SCALES else spread
+        for multiple in multiples:
+            scale = (start * multiple).clamp(max=limit).half()
+            step = scale.float().clamp(min=torch.finfo(torch.float16).tiny)[:, None]
+            error = (levels[torch.bucketize(weight / step, middles)] * step - weight).square().sum(1)
+            better = error < best_error
+            best_error, best = torch.where(better, error, best_error), torch.where(better, scale, best)
     return best
