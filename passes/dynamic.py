@@ -25,49 +25,129 @@ from tardis_fx.graph.site import Site, SiteWeights
 from tardis_fx.observation.run import Fit, Run
 from tardis_fx.observation.site import Merge, ObservedSite
 from tardis_fx.partial_linear.coding import Coding, CodingObserver, token_weights
-from tardis_fx.partial_linear.precision import Pricing, Widths, allocate, compute
+from tardis_fx.partial_linear.precision import Pricing, Sizes, Widths, allocate
 from tardis_fx.passes.base import Rewrite, stored_bytes
 from tardis_fx.passes.layout import Expected, Layout, Tensors, indices, setting, table_rows
 from tardis_fx.plan import Planned, SitePlan
 from tardis_fx.runtime import (
+    coded_reference,
     ops,  # noqa: F401 - registers torch.ops.tardis
+    tables,
 )
 from tardis_fx.runtime.coded import CodedFFN, precision_width
 from tardis_fx.runtime.reference import compute_dtype
 from tardis_fx.runtime.rotation import rotate_back
-from tardis_fx.statistics.regression import RIDGE, Residual, minimum_ridge
+from tardis_fx.runtime.touched import Touched
+from tardis_fx.statistics.regression import RIDGE, Residual, minimum_ridge, relative_error
 from tardis_fx.statistics.target import fit_to_target
 
 #: Widths that are tried, for plain and for gated FFNs.
-PLAIN = (
-    Widths(2, 2, 3, 2, 3),
-    Widths(2, 2, 4, 2, 4),
-    Widths(3, 2, 3, 2, 4),
-    Widths(3, 2, 4, 2, 4),
-    Widths(4, 4, 4, 4, 0),
-)
-GATED = (
-    Widths(2, 2, 3, 2, 0),
-    Widths(3, 2, 3, 2, 0),
-    Widths(3, 2, 4, 2, 0),
-    Widths(4, 2, 4, 2, 0),
-    Widths(4, 4, 4, 4, 0),
-)
+WIDTHS = {
+    1: (
+        Widths(2, 2, 3, 2, 3),
+        Widths(2, 2, 4, 2, 4),
+        Widths(3, 2, 3, 2, 4),
+        Widths(3, 2, 4, 2, 4),
+        Widths(4, 4, 4, 4, 0),
+    ),
+    2: (
+        Widths(2, 2, 3, 2, 0),
+        Widths(3, 2, 3, 2, 0),
+        Widths(3, 2, 4, 2, 0),
+        Widths(4, 2, 4, 2, 0),
+        Widths(4, 4, 4, 4, 0),
+    ),
+}
+#: Share by which the bytes of held-back tokens may exceed what was allowed for the sample.
+TOLERANCE = 0.003
 
 
 @dataclass(frozen=True, eq=False)
 class Candidate:
-    """A site at some widths and at the price that meets the budget.
+    """A site at some widths and at the price that meets the budget, with what it does to held-back tokens.
 
     Attributes:
+        tensors: of the plan, but for fold and bias.
+        bias: of the output, without a fold.
         touched: bytes per token.
-        error: mean squared error, relative to the output.
+        read: share of the neurons whose columns are read.
+        error: mean squared error, relative to the output of each token.
+        missed: root of the mean squared error, relative to that of the output.
     """
 
-    pricing: Pricing
-    price: float
+    coding: Coding
+    widths: Widths
+    tensors: dict[str, Tensor]
+    bias: Float32[Tensor, " d_out"]
     touched: float
+    read: float
     error: float
+    missed: float
+
+    @classmethod
+    def from_pricing(cls, pricing: Pricing, price: float) -> "Candidate":
+        """Measures a settled site on held-back tokens."""
+        coding, widths = pricing.coding, pricing.widths
+        neurons, listed = coding.neurons, pricing.listed.nonzero()[:, 0]
+        tensors = {
+            "neurons": listed.int(), "precision": pricing.precision, "thresholds": pricing.thresholds(price),
+            "signs": coding.signs, "out_signs": coding.out_signs,
+            "columns": coding.columns(widths.column_bits).rows[listed],
+            "columns_refinement": coding.column_refinement(widths.column_bits, widths.column_low_bits).rows[listed],
+        }  # fmt: skip
+        for i, name in enumerate(coding.site.weights.projections):
+            tensors[name] = coding.projection(i, widths.bits).rows[listed]
+            tensors[f"{name}_refinement"] = coding.refinement(i, widths.bits, widths.low_bits).rows[listed]
+        if widths.fold_bits:
+            tensors["surrogate"] = pricing.surrogate[listed].bfloat16()
+        bias = torch.zeros(len(neurons.down), dtype=torch.float32, device="cpu")
+        made = cls(coding, widths, tensors, bias if neurons.down_bias is None else neurons.down_bias, *[math.nan] * 4)
+        return made._measured()
+
+    def _measured(self) -> "Candidate":
+        coding, touched = self.coding, Touched()
+        exact, call = coding.neurons(coding.held), self.call(coding.held)
+        touched.add(call)
+        rest, bias = exact - self(coding.held), self.bias
+        if self.widths.fold_bits or not coding.site.site.normalised:
+            known = coding.neurons(coding.sample)
+            left, weight = known - self(coding.sample), token_weights(known)
+            if self.widths.fold_bits:
+                fold = coding.fold(_regressed(coding.sample, left, weight), self.widths.fold_bits)
+                matrix = _unrotated(fold.weight, coding).T
+                left, rest = left - coding.sample @ matrix, rest - coding.held @ matrix
+            bias = (weight * left).sum(0) / weight.sum()
+        squares = (rest - bias).double().square().sum(1, keepdim=True)
+        return replace(
+            self,
+            bias=bias,
+            touched=touched.per_token,
+            read=touched.outlier_rate,
+            error=float((token_weights(exact) * squares).mean()),
+            missed=relative_error(float(squares.sum()), float(exact.double().square().sum())),
+        )
+
+    @property
+    def settings(self) -> dict[str, str | int]:
+        """The settings of the plan."""
+        site = self.coding.site.site
+        return {**self.widths._asdict(), "activation": str(site.activation), "relative": int(site.normalised)}
+
+    def call(self, x: Float32[Tensor, "tokens d"]) -> CodedFFN:
+        """The call of the op for tokens, with a fold and a bias of zeros."""
+        coding, d_out, d = self.coding, len(self.coding.neurons.down), x.shape[1]
+        tensors = self.tensors | {"bias": torch.zeros(d_out, dtype=x.dtype, device=x.device)}
+        if self.widths.fold_bits:
+            size = tables.row_bytes(d, self.widths.fold_bits)
+            tensors["fold"] = torch.zeros(d_out, size, dtype=torch.uint8, device=x.device)
+        neurons = tensors["neurons"].long()
+        tensors["listed"] = torch.tensor([len(neurons)], dtype=torch.int64, device=x.device)
+        tensors |= _biases([None if b is None else b[neurons] for b in coding.neurons.biases], len(neurons), x)
+        return _call(x, tensors, self.settings)
+
+    def __call__(self, x: Float32[Tensor, "tokens d"]) -> Float32[Tensor, "tokens d_out"]:
+        """What the neurons give."""
+        return coded_reference.coded_ffn(self.call(x))
 
 
 class Remainder:
@@ -75,26 +155,18 @@ class Remainder:
 
     Attributes:
         residual: the exact output minus that of the neurons.
-        touched: sum of the bytes that the tokens take.
-        refined: sum of the shares of neurons that the tokens refine.
-        tokens: number of tokens.
     """
 
-    merged: ClassVar[Mapping[str, Merge]] = {"residual": "parts", "touched": "sum", "refined": "sum", "tokens": "sum"}
+    merged: ClassVar[Mapping[str, Merge]] = {"residual": "parts"}
 
     def __init__(self, candidate: Candidate) -> None:
-        self.candidate, neurons = candidate, candidate.pricing.coding.neurons
+        self.candidate, neurons = candidate, candidate.coding.neurons
         self.residual = Residual(neurons.projections[0].shape[1], len(neurons.down))
-        self.touched, self.refined, self.tokens = 0.0, 0.0, 0
 
     def update(self, x: Float32[Tensor, "tokens d"]) -> None:
         """Adds tokens."""
-        exact = self.candidate.pricing.coding.neurons(x)
-        computed = compute(self.candidate.pricing, self.candidate.price, x)
-        self.residual.update(x, exact - computed.output, exact, token_weights(exact))
-        self.touched += computed.touched * len(x)
-        self.refined += computed.refined * len(x)
-        self.tokens += len(x)
+        exact = self.candidate.coding.neurons(x)
+        self.residual.update(x, exact - self.candidate(x), exact, token_weights(exact))
 
 
 class Dynamic(Rewrite):
@@ -119,7 +191,7 @@ class Dynamic(Rewrite):
         chosen = [codings[site.fingerprint] for site in sites]
         if config.target_error is None:
             return (yield from self._fit_within(chosen, config))
-        floor = sum(min(Pricing.from_coding(c, w).at(math.inf).touched for w in _widths(c)) for c in chosen)
+        floor = sum(min(Sizes.from_coding(c, widths).least for widths in _widths(c)) for c in chosen)
         return (
             yield from fit_to_target(
                 lambda budget: self._fit_within(chosen, replace(config, budget=budget, target_error=None)),
@@ -135,50 +207,35 @@ class Dynamic(Rewrite):
         else:
             pairs = zip(codings, dense, strict=True)
             best = [_candidates([coding], config.budget * size)[0] for coding, size in pairs]
-        by_site = {candidate.pricing.coding.site.fingerprint: candidate for candidate in best}
-        plans = yield Run(
-            f"remainders at a budget of {config.budget}",
-            lambda site: Remainder(by_site[site.fingerprint]),
-            [coding.site for coding in codings],
-            finish=self._planned,
-        )
-        return [plans[coding.site.fingerprint] for coding in codings]
+        folded = {c.coding.site.fingerprint: c for c in best if c.widths.fold_bits}
+        remainders: Mapping[str, Residual] = {}
+        if folded:
+            remainders = yield Run(
+                f"remainders at a budget of {config.budget}",
+                lambda site: Remainder(folded[site.fingerprint]),
+                [candidate.coding.site for candidate in folded.values()],
+                finish=lambda site, seen: seen.residual,
+            )
+        return [self._planned(candidate, remainders.get(candidate.coding.site.fingerprint)) for candidate in best]
 
-    def _planned(self, site: ObservedSite, seen: Remainder) -> SitePlan:
-        """The plan of a site whose remainder is known."""
-        candidate, residual = seen.candidate, seen.residual
-        pricing, coding, widths = candidate.pricing, candidate.pricing.coding, candidate.pricing.widths
-        neurons, dtype, listed = coding.neurons, site.weights.up.dtype, pricing.listed.nonzero()[:, 0]
-        weight = torch.zeros(neurons.projections[0].shape[1], len(neurons.down), dtype=torch.float64, device="cpu")
-        bias, tensors = residual.mean, {}
-        if widths.fold_bits:
-            fold = coding.fold(residual.solve().weight.T, widths.fold_bits)
-            tensors = {"fold": fold.rows, "surrogate": pricing.surrogate[pricing.listed].bfloat16()}
+    def _planned(self, candidate: Candidate, residual: Residual | None) -> SitePlan:
+        """The plan of a candidate; with a fold, from what its neurons leave of the output."""
+        coding, tensors, error = candidate.coding, dict(candidate.tensors), candidate.missed
+        site, bias = coding.site, candidate.bias.double()
+        if residual is not None:
+            fold = coding.fold(residual.solve().weight.T, candidate.widths.fold_bits)
             weight = _unrotated(fold.weight, coding).T.double()
-            bias = residual.mean - residual.inputs.mean @ weight
-        names = site.weights.projections
-        for i, name in enumerate(names):
-            tensors[name] = coding.projection(i, widths.bits).rows[listed]
-            tensors[f"{name}_refinement"] = coding.refinement(i, widths.bits, widths.low_bits).rows[listed]
-        tensors["columns"] = coding.columns(widths.column_bits).rows[listed]
-        low = coding.column_refinement(widths.column_bits, widths.column_low_bits)
-        tensors |= {
-            "columns_refinement": low.rows[listed],
-            "neurons": listed.int(),
-            "precision": pricing.precision(candidate.price),
-            "signs": coding.signs,
-            "out_signs": coding.out_signs,
-            "bias": bias.to(dtype),
-        }
+            tensors["fold"], bias = fold.rows, residual.mean - residual.inputs.mean @ weight
+            error = residual.error(weight, bias)
         plan = SitePlan.from_site(
             site.site,
             site.parameters,
             method=self.name,
-            touched_bytes=seen.touched / max(1, seen.tokens),
-            outlier_rate=seen.refined / max(1, seen.tokens),
-            error=residual.error(weight, bias),
-            settings={**widths._asdict(), "activation": site.site.activation},
-            tensors=tensors,
+            touched_bytes=candidate.touched,
+            outlier_rate=candidate.read,
+            error=error,
+            settings=candidate.settings,
+            tensors=tensors | {"bias": bias.to(site.weights.up.dtype)},
         )
         return replace(plan, stored_bytes=stored_bytes(site, self.constants(plan, site.weights)))
 
@@ -187,6 +244,7 @@ class Dynamic(Rewrite):
         (hidden, d), d_out, k = weights.up.shape, len(weights.down), len(weights.projections)
         widths = Widths(*(setting(plan, name, range(0 if name == "fold_bits" else 1, 9)) for name in Widths._fields))
         setting(plan, "activation", (plan.activation,))
+        setting(plan, "relative", range(2))
         listed = len(plan.tensors["neurons"])
         expected: Layout = {"neurons": indices(listed, hidden)}
         for name in weights.projections:
@@ -195,6 +253,7 @@ class Dynamic(Rewrite):
         expected["columns"] = table_rows(listed, d_out, widths.column_bits)
         expected["columns_refinement"] = table_rows(listed, d_out, widths.column_low_bits)
         expected["precision"] = Expected(torch.bfloat16, (listed, precision_width(k)))
+        expected["thresholds"] = Expected(torch.float32, (k + 2,))
         expected["signs"], expected["out_signs"] = Expected(torch.int8, (d,)), Expected(torch.int8, (d_out,))
         expected["bias"] = Expected(weights.up.dtype, (d_out,))
         if widths.fold_bits:
@@ -207,39 +266,51 @@ class Dynamic(Rewrite):
         device, hidden = weights.up.device, len(weights.up)
         tensors = {name: tensor.to(device) for name, tensor in plan.tensors.items()}
         neurons = tensors.pop("neurons").long()
-        for name in tensors.keys() - {"fold", "signs", "out_signs", "bias"}:
+        for name in tensors.keys() - {"fold", "thresholds", "signs", "out_signs", "bias"}:
             rows = tensors[name]
             if missing := hidden - len(rows):
                 tensors[name] = torch.cat([rows, rows.new_zeros(missing, *rows.shape[1:])])
-        biases = [bias for _, bias in weights.projections.values()]
-        if any(bias is not None for bias in biases):
-            dtype = compute_dtype(weights.up.dtype)
-            tensors["biases"] = torch.zeros(hidden, len(biases), dtype=dtype, device=device)
-            for i, bias in enumerate(biases):
-                if bias is not None:
-                    tensors["biases"][: len(neurons), i] = bias[neurons].to(dtype)
+        biases = [None if bias is None else bias[neurons] for _, bias in weights.projections.values()]
+        tensors |= _biases(biases, hidden, weights.up)
         return tensors | {"listed": torch.tensor([len(neurons)], dtype=torch.int64, device=device)}
 
     def forward(self, x: Float[Tensor, "... d"], constants: Tensors, plan: SitePlan) -> Float[Tensor, "... d_out"]:
         """Computes the FFN in one op."""
-        names = [name for name in ("gate", "up") if name in constants]
-        arguments: dict[str, Any] = {
-            name: constants[name] for name in ("bias", "signs", "out_signs", "listed", "precision")
-        }
-        arguments |= plan.settings | {"fold_bits": plan.settings["fold_bits"] or 8}
-        call = CodedFFN(
-            x,
-            projections=[constants[name] for name in names],
-            refinements=[constants[f"{name}_refinement"] for name in names],
-            columns=constants["columns"],
-            column_refinements=constants["columns_refinement"],
-            biases=constants.get("biases"),
-            surrogate=constants.get("surrogate"),
-            fold=constants.get("fold"),
-            **arguments,
-        )
-        output: Tensor = torch.ops.tardis.coded_ffn(*call)
+        output: Tensor = torch.ops.tardis.coded_ffn(*_call(x, constants, plan.settings))
         return output
+
+
+def _call(x: Float[Tensor, "... d"], constants: Tensors, settings: Mapping[str, Any]) -> CodedFFN:
+    """The call of the op."""
+    names = [name for name in ("gate", "up") if name in constants]
+    arguments: dict[str, Any] = {
+        name: constants[name] for name in ("bias", "signs", "out_signs", "listed", "precision", "thresholds")
+    }
+    arguments |= {**settings, "fold_bits": settings["fold_bits"] or 8, "relative": bool(settings["relative"])}
+    return CodedFFN(
+        x,
+        projections=[constants[name] for name in names],
+        refinements=[constants[f"{name}_refinement"] for name in names],
+        columns=constants["columns"],
+        column_refinements=constants["columns_refinement"],
+        biases=constants.get("biases"),
+        surrogate=constants.get("surrogate"),
+        fold=constants.get("fold"),
+        **arguments,
+    )
+
+
+def _biases(
+    biases: Sequence[Float[Tensor, " listed"] | None], capacity: int, like: Float[Tensor, "_ _"]
+) -> dict[str, Float[Tensor, "capacity k"]]:
+    """The biases of listed neurons as the op takes them, for operands like a tensor; none if all are missing."""
+    if all(bias is None for bias in biases):
+        return {}
+    table = torch.zeros(capacity, len(biases), dtype=compute_dtype(like.dtype), device=like.device)
+    for i, bias in enumerate(biases):
+        if bias is not None:
+            table[: len(bias), i] = bias.to(table.dtype)
+    return {"biases": table}
 
 
 def _candidates(codings: Sequence[Coding], allowed: float) -> list[Candidate]:
@@ -250,41 +321,36 @@ def _candidates(codings: Sequence[Coding], allowed: float) -> list[Candidate]:
     """
     tried: list[list[Candidate]] = []
     refusals: list[CalibrationError] = []
-    for number in range(len(PLAIN)):
-        pricings = [Pricing.from_coding(coding, _widths(coding)[number]) for coding in codings]
-        if sum(pricing.at(1e-20).touched for pricing in pricings) < 0.8 * allowed and number + 1 < len(PLAIN):
-            continue  # cannot use the budget
-        settled: list[Pricing] = []
+    for number in range(len(WIDTHS[1])):
+        widths = [_widths(coding)[number] for coding in codings]
+        most = sum(Sizes.from_coding(coding, w).most for coding, w in zip(codings, widths, strict=True))
+        if most < allowed and number + 1 < len(WIDTHS[1]):
+            continue
         try:
-            settled, price = allocate(pricings, allowed)
-            measured = [_measured(pricing, price) for pricing in settled]
-            if (total := sum(candidate.touched for candidate in measured)) > allowed:
-                settled, price = allocate(pricings, allowed * allowed / total)
-                measured = [_measured(pricing, price) for pricing in settled]
+            tried.append(_at(codings, widths, allowed))
         except CalibrationError as error:
             refusals.append(error)
-            continue
-        finally:
-            for pricing in (*pricings, *settled):
-                pricing.forget()
-        tried.append(measured)
     if not tried:
         raise refusals[0]
     return _choose(list(zip(*tried, strict=True)))
 
 
-def _measured(pricing: Pricing, price: float) -> Candidate:
-    """Measures a settled site on tokens of the sample that its fold is not fitted to."""
-    coding = pricing.coding
-    computed, exact = compute(pricing, price, coding.sample), coding.neurons(coding.sample)
-    rest, weight = exact - computed.output, token_weights(exact)
-    held = torch.arange(len(exact), dtype=torch.int64, device="cpu") % 4 == 3
-    if pricing.widths.fold_bits:
-        fold = coding.fold(_regressed(coding.sample[~held], rest[~held], weight[~held]), pricing.widths.fold_bits)
-        rest = rest - coding.sample @ _unrotated(fold.weight, coding).T
-    shift = (weight * rest)[~held].sum(0) / weight[~held].sum()
-    error = float((weight * (rest - shift).square())[held].double().sum(1).mean())
-    return Candidate(pricing, price, computed.touched, error)
+def _at(codings: Sequence[Coding], widths: Sequence[Widths], allowed: float) -> list[Candidate]:
+    """Candidates at given widths.
+
+    Raises:
+        CalibrationError: the budget is too small.
+    """
+    pricings = [Pricing.from_coding(coding, w) for coding, w in zip(codings, widths, strict=True)]
+    target = allowed
+    for _ in range(2):
+        pricings, price = allocate(pricings, target)
+        candidates = [Candidate.from_pricing(pricing, price) for pricing in pricings]
+        total = sum(candidate.touched for candidate in candidates)
+        if total <= (1 + TOLERANCE) * allowed:
+            break
+        target *= allowed / total
+    return candidates
 
 
 def _regressed(
@@ -316,7 +382,7 @@ def _choose(candidates: Sequence[Sequence[Candidate]]) -> list[Candidate]:
 
 
 def _widths(coding: Coding) -> Sequence[Widths]:
-    return PLAIN if len(coding.neurons.projections) == 1 else GATED
+    return WIDTHS[len(coding.neurons.projections)]
 
 
 def _unrotated(weight: Float32[Tensor, "d_out d"], coding: Coding) -> Float32[Tensor, "d_out d"]:

@@ -1,4 +1,4 @@
-"""The codes of a site's matrices, from one run: Gram matrices of the operands, and a sample of tokens."""
+"""The codes of a site's matrices, from one run: Gram matrices of the operands, and samples of tokens."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,38 +14,58 @@ from tardis_fx.runtime.rotation import random_signs, rotate
 from tardis_fx.statistics.moments import Moments
 from tardis_fx.statistics.neurons import Neurons
 
-#: Tokens that a sample has at most, and at least half of, if there are so many.
-SAMPLE = 2048
+#: Tokens that the samples of fitted and of held-back tokens have at most, and at least half of, if there are so many.
+SAMPLE, HELD = 2048, 512
 #: Squared outputs below this share of their median weigh no more.
 LEAST = 0.1
 
 
 class CodingObserver:
-    """Observer of the operands' Gram matrices and of a sample of tokens.
+    """Observer of the operands' Gram matrices and of samples of tokens.
 
-    Memory: d² + h² float64, and 2 ``SAMPLE`` d float32.
+    Memory: d² + h² float64, and 2 (``SAMPLE`` + ``HELD``) d float32.
     """
 
     merged: ClassVar[Mapping[str, Merge]] = {
-        "inputs": "parts", "responses": "parts", "sample": "joined",
+        "inputs": "parts", "responses": "parts", "sample": "parts", "held": "parts",
     }  # fmt: skip
 
     def __init__(self, site: ObservedSite) -> None:
         self._neurons, (h, d) = Neurons.from_site(site), site.weights.up.shape
         self.inputs, self.responses = Moments(d), Moments(h)
-        self.sample: list[Float32[Tensor, "tokens d"]] = []
-        self._every = 1
+        self.sample, self.held = Sample(SAMPLE), Sample(HELD)
 
     def update(self, x: Float32[Tensor, "tokens d"]) -> None:
         """Adds tokens."""
-        x = x[: fitted_tokens(len(x))]
+        cut = fitted_tokens(len(x))
+        self.held.update(x[cut:])
+        x = x[:cut]
         response = self._neurons.evaluate(x)[1]
         root = token_weights(self._neurons.output(response)).sqrt()
         self.inputs.update(root * x)
         self.responses.update(root * response)
-        self.sample.append(thinned(x, -(-len(x) // self._every)).clone())
-        if sum(map(len, self.sample)) > 2 * SAMPLE:
-            self.sample, self._every = [thinned(torch.cat(self.sample), SAMPLE)], 2 * self._every
+        self.sample.update(x)
+
+
+class Sample:
+    """A sample of tokens from all batches."""
+
+    merged: ClassVar[Mapping[str, Merge]] = {"parts": "joined"}
+
+    def __init__(self, most: int) -> None:
+        self._most, self._every = most, 1
+        self.parts: list[Float32[Tensor, "tokens d"]] = []
+
+    def update(self, x: Float32[Tensor, "tokens d"]) -> None:
+        """Adds tokens."""
+        self.parts.append(thinned(x, -(-len(x) // self._every)).clone())
+        if sum(map(len, self.parts)) > 2 * self._most:
+            self.parts, self._every = [thinned(torch.cat(self.parts), self._most)], 2 * self._every
+
+    @property
+    def tokens(self) -> Float32[Tensor, "tokens d"]:
+        """The sample."""
+        return thinned(torch.cat(self.parts), self._most)
 
 
 def token_weights(output: Float32[Tensor, "tokens d_out"]) -> Float32[Tensor, "tokens 1"]:
@@ -60,42 +80,37 @@ class Coding:
     """A site's matrices, and their codes at any width; in float32 on the CPU.
 
     Attributes:
-        inputs: weighted moments of the fitted tokens.
         signs: of the rotation of the input.
         out_signs: of the rotation of the output.
-        sample: tokens.
-        importance: weight of squared errors of the output: the inverse of its median square.
+        sample: tokens that the codes are fitted to.
+        held: tokens that they are not fitted to, or ``sample`` if there are none.
     """
 
     site: ObservedSite
     neurons: Neurons
-    inputs: Moments
     feedback: Feedback
     response_feedback: Feedback
     signs: Int8[Tensor, " d"]
     out_signs: Int8[Tensor, " d_out"]
     sample: Float32[Tensor, "tokens d"]
-    importance: float
+    held: Float32[Tensor, "held d"]
     _coded: dict[tuple[str, int, int], Rows] = field(default_factory=dict, repr=False)
 
     @classmethod
     def from_observer(cls, site: ObservedSite, seen: CodingObserver) -> "Coding":
         """Factors the Gram matrices."""
-        neurons, inputs = Neurons.from_site(site), seen.inputs
-        signs, out_signs = (random_signs(n, seed) for seed, n in enumerate((inputs.gram.shape[0], len(neurons.down))))
-        rotated = rotate(rotate(inputs.gram, signs).T, signs)
-        sample = thinned(torch.cat(seen.sample), SAMPLE)
-        square = neurons.output(neurons.evaluate(sample)[1]).double().square().sum(1).median()
+        neurons, gram = Neurons.from_site(site), seen.inputs.gram
+        signs, out_signs = (random_signs(n, seed) for seed, n in enumerate((len(gram), len(neurons.down))))
+        sample, held = seen.sample.tokens, seen.held.tokens
         return cls(
             site,
             neurons,
-            inputs,
-            Feedback.from_gram(rotated),
+            Feedback.from_gram(rotate(rotate(gram, signs).T, signs)),
             Feedback.from_gram(seen.responses.gram),
             signs,
             out_signs,
             sample,
-            1 / float(square) if square > 0 else 1.0,
+            held if len(held) else sample,
         )
 
     def projection(self, number: int, bits: int) -> Rows:

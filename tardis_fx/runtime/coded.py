@@ -4,7 +4,7 @@ import inspect
 import math
 from typing import NamedTuple
 
-from jaxtyping import BFloat16, Float, Int8, Int64, UInt8
+from jaxtyping import BFloat16, Float, Float32, Int8, Int64, UInt8
 from torch import Tensor
 
 from tardis_fx.runtime import tables
@@ -19,9 +19,15 @@ class CodedFFN(NamedTuple):
     pre-activations, and refinements, which are added to them. While it gives nothing, the fold holds its surrogate.
     Tensors with one entry per listed neuron have room for ``capacity`` neurons, of which ``listed`` are used.
 
-    A neuron's ``precision`` holds for k = 1 ``noise, value, row, column``, and for k = 2 ``noise of the gate, noise of
-    up, gate, value, row, column``. Noises are root-mean-square errors of the estimates. The others are factors: a part
-    is read for a token if the quantity that it stands for times the factor exceeds 1 (:func:`coded_reference.levels`).
+    A neuron's ``precision`` holds for k = 1 ``noise, norm, column noise``, and for k = 2 ``noise of the gate, noise of
+    up, gated norm, norm, column noise``. The noises of estimates are root-mean-square errors. ``norm`` is that of the
+    column, and the column noise that of the error of its base codes. The gated norm is the norm times the root mean
+    square of the second pre-activation.
+
+    A part is read where its contribution (:func:`coded_reference.levels`) exceeds its threshold. The ``thresholds`` are
+    for k = 2 that of ``up``, and then those of the column, of the refinements of the projections, and of the refinement
+    of the column. If ``relative``, they are shares of the token's scale: the root of the sum, over the neurons, of the
+    squares of ``act(z)`` of the first pre-activation times the first norm.
 
     Attributes:
         x: the input.
@@ -35,6 +41,7 @@ class CodedFFN(NamedTuple):
         column_refinements: of the columns.
         biases: of the projections, or None.
         precision: of the neurons.
+        thresholds: of the parts.
         surrogate: k slopes and the intercept; None without a fold.
         fold: rows of the rotated folded weight, or None.
         bits: of ``projections``.
@@ -43,6 +50,7 @@ class CodedFFN(NamedTuple):
         column_low_bits: of ``column_refinements``.
         fold_bits: of ``fold``.
         activation: name in the registry.
+        relative: whether thresholds are shares of each token's scale.
     """
 
     x: Float[Tensor, "*tokens d"]
@@ -56,6 +64,7 @@ class CodedFFN(NamedTuple):
     column_refinements: UInt8[Tensor, "capacity column_refinement_bytes"]
     biases: Float[Tensor, "capacity k"] | None
     precision: BFloat16[Tensor, "capacity precision_width"]
+    thresholds: Float32[Tensor, " k+2"]
     surrogate: BFloat16[Tensor, "capacity k+1"] | None
     fold: UInt8[Tensor, "d_out fold_bytes"] | None
     bits: int
@@ -64,6 +73,7 @@ class CodedFFN(NamedTuple):
     column_low_bits: int
     fold_bits: int
     activation: str
+    relative: bool
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -80,7 +90,7 @@ class CodedFFN(NamedTuple):
 
 def precision_width(k: int) -> int:
     """Number of values in a neuron's precision."""
-    return 4 if k == 1 else 6
+    return 3 if k == 1 else 5
 
 
 #: Signature of a function that takes the fields of a :class:`CodedFFN`, from which PyTorch infers the op's schema.

@@ -50,6 +50,7 @@ def check(call: CodedFFN) -> None:
     if call.biases is not None:
         _check(call, "biases", call.biases, compute_dtype(call.x.dtype), (capacity, k))
     _check(call, "precision", call.precision, torch.bfloat16, (capacity, precision_width(k)))
+    _check(call, "thresholds", call.thresholds, torch.float32, (k + 2,))
     if call.fold is not None and call.surrogate is not None:
         _check(call, "surrogate", call.surrogate, torch.bfloat16, (capacity, k + 1))
         _check(call, "fold", call.fold, torch.uint8, (d_out, row_bytes(d, call.fold_bits)))

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Float32
 from torch import Tensor
 
 from tardis_fx.runtime import tables
@@ -41,7 +41,7 @@ def coded_ffn(call: CodedFFN) -> Float[Tensor, "*tokens d_out"]:
     listed = int(call.listed)
     base = estimates(call, x)
     surrogate = None if call.surrogate is None else call.surrogate[:listed].to(dtype)
-    chosen = levels(base, call.precision[:listed].to(dtype), surrogate, call.activation)
+    chosen = _levels(call, base)
     low = [x @ tables.weights(rows[:listed], call.low_bits, d, dtype).T for rows in call.refinements]
     refined = [estimate + rest for estimate, rest in zip(base, low, strict=True)]
     value = torch.where(
@@ -59,10 +59,8 @@ def coded_ffn(call: CodedFFN) -> Float[Tensor, "*tokens d_out"]:
 
 def parts_read(call: CodedFFN) -> Levels:
     """Which parts of the listed neurons a call reads."""
-    dtype, listed = compute_dtype(call.x.dtype), int(call.listed)
-    x = rotate(call.x.reshape(-1, call.x.shape[-1]).to(dtype), call.signs)
-    surrogate = None if call.surrogate is None else call.surrogate[:listed].to(dtype)
-    return levels(estimates(call, x), call.precision[:listed].to(dtype), surrogate, call.activation)
+    x = rotate(call.x.reshape(-1, call.x.shape[-1]).to(compute_dtype(call.x.dtype)), call.signs)
+    return _levels(call, estimates(call, x))
 
 
 def estimates(call: CodedFFN, x: Float[Tensor, "tokens d"]) -> Sequence[Float[Tensor, "tokens listed"]]:
@@ -75,27 +73,44 @@ def estimates(call: CodedFFN, x: Float[Tensor, "tokens d"]) -> Sequence[Float[Te
 def levels(
     estimates: Sequence[Float[Tensor, "tokens listed"]],
     precision: Float[Tensor, "listed precision_width"],
+    thresholds: Float32[Tensor, " parts"],
     surrogate: Float[Tensor, "listed coefficients"] | None,
     activation: str,
+    *,
+    relative: bool,
 ) -> Levels:
     """Which parts of the neurons are read, from the estimates of their pre-activations.
 
-    ``precision`` is that of :class:`tardis_fx.runtime.coded.CodedFFN`. With ``v`` the value of the estimates and ``δ``
-    its expected change by the refinements (:func:`doubt`), the column is read if ``√(v² + δ²) value > 1``, its
-    refinement if also ``|v| column > 1``, and those of the projections if also ``δ row > 1``. In a gated FFN, ``up``
-    and everything after it is read only if ``|act(gate)| gate > 1``. NaN reads everything.
+    ``precision`` and ``thresholds`` are those of :class:`tardis_fx.runtime.coded.CodedFFN`. With ``v`` the value of the
+    estimates and ``δ`` its expected change by the refinements (:func:`doubt`), the column contributes ``√(v² + δ²)``
+    times its norm, the refinement of the column ``|v|`` times the column's noise, and those of the projections ``δ``
+    times the norm. In a gated FFN, ``up`` and everything after it contribute ``|act(gate)|`` times the gated norm. A
+    part is read if its contribution exceeds its threshold (if ``relative``, times the token's scale) or is infinite or
+    NaN; the refinements, only if the column is read.
     """
     k = len(estimates)
-    noise, factors = precision[:, :k].unbind(1), precision[:, k:].unbind(1)
+    noise, norms, column_noise = precision[:, :k].unbind(1), precision[:, k:-1].unbind(1), precision[:, -1]
     value = values(estimates, surrogate, activation)
     change = doubt(estimates, noise, surrogate, activation)
-    *gate, value_factor, row_factor, column_factor = factors
-    read = ~(torch.hypot(value, change) * value_factor <= 1)
-    up = read
-    if gate:
-        up = ~(response(estimates[:1], activation).abs() * gate[0] <= 1)
-        read = read & up
-    return Levels(up, read, read & ~(change * row_factor <= 1), read & ~(value.abs() * column_factor <= 1))
+    first = response(estimates[:1], activation).abs() * norms[0]
+    scale = first.double().square().sum(1, keepdim=True).sqrt() if relative else first.new_ones(1, dtype=torch.float64)
+    contributions = [*[first] * (k - 1), torch.hypot(value, change) * norms[-1], change * norms[-1]]
+    contributions.append(value.abs() * column_noise)
+    parts = [
+        ~((part <= threshold * scale) & (part < torch.inf))
+        for part, threshold in zip(contributions, thresholds.double(), strict=True)
+    ]
+    *up, read, row, column = parts
+    if up:
+        read = read & up[0]
+    return Levels(up[0] if up else read, read, read & row, read & column)
+
+
+def _levels(call: CodedFFN, base: Sequence[Float[Tensor, "tokens listed"]]) -> Levels:
+    listed, dtype = int(call.listed), base[0].dtype
+    surrogate = None if call.surrogate is None else call.surrogate[:listed].to(dtype)
+    precision = call.precision[:listed].to(dtype)
+    return levels(base, precision, call.thresholds, surrogate, call.activation, relative=call.relative)
 
 
 def doubt(

@@ -91,7 +91,8 @@ def _of_coded_ffn(call: CodedFFN) -> _Read:
     up, value, row, column = (int(read.sum()) for read in parts)
     widths = (call.bits, call.low_bits, call.column_bits, call.column_low_bits)
     neuron = neuron_bytes(d, d_out, widths, k=k, bias=call.biases is not None, fold=call.fold is not None)
-    fixed = sum(tensor.nbytes for tensor in (call.bias, call.signs, call.out_signs, call.fold) if tensor is not None)
+    shared = (call.bias, call.signs, call.out_signs, call.thresholds, call.fold)
+    fixed = sum(tensor.nbytes for tensor in shared if tensor is not None)
     touched = tokens * (fixed + int(call.listed) * (neuron.constants + neuron.projection))
     touched += (k - 1) * up * neuron.projection + k * row * neuron.refinement
     touched += value * neuron.column + column * neuron.column_refinement

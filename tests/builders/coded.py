@@ -1,9 +1,11 @@
 """Calls of ``tardis::coded_ffn`` in which rounding decides nothing, and what the reference makes of them in float64."""
 
 import itertools
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
+import pytest
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
@@ -17,10 +19,10 @@ from tardis_fx.runtime.packing import BLOCK, block_count
 from tardis_fx.runtime.reference import compute_dtype, response
 from tardis_fx.runtime.rotation import random_signs, rotate
 
-#: A factor that exceeds every quantity but 0.
-HUGE = torch.finfo(torch.bfloat16).max
-#: How the factors of neurons are chosen: all 0, all huge, or each anew.
-FACTORS = ("none", "all", "mixed")
+#: A threshold that no contribution of ordinary tokens exceeds.
+HUGE = torch.finfo(torch.float32).max
+
+every_scale = pytest.mark.parametrize("relative", [False, True], ids=["absolute", "relative"])
 
 
 def arguments(
@@ -36,13 +38,15 @@ def arguments(
     activation: str = "gelu",
     bias: bool = True,
     fold: bool = True,
-    factors: str = "mixed",
+    thresholds: str = "mixed",
+    relative: bool = False,
     x: Tensor | None = None,
     seed: int = 0,
 ) -> CodedFFN:
-    """A call whose factors lie where rounding cannot decide.
+    """A call in which rounding decides nothing.
 
-    ``widths`` are the bits of projections, refinements, columns, column refinements and fold. The capacity exceeds the
+    ``thresholds`` are those that read everything (``"all"``), almost nothing (``"none"``: what is infinite or NaN, or
+    larger than 0 while the scale is 0), or a share of each part (``"mixed"``). ``widths`` are the bits of projections, refinements, columns, column refinements and fold. The capacity exceeds the
     list by ``spare`` entries of nonsense. Noises are about the size of the refinements' products, and some are 0.
     """
     random = torch.Generator().manual_seed(seed)
@@ -70,17 +74,17 @@ def arguments(
         listed=torch.tensor([listed]), projections=projections, refinements=refinements, columns=columns,
         column_refinements=column_refinements,
         biases=nonsense((normal(capacity, k) / 2).to(compute_dtype(dtype))) if bias else None,
-        precision=nonsense((normal(capacity, precision_width(k)).exp() / 2**bits).bfloat16()),
+        precision=nonsense(normal(capacity, precision_width(k)).exp().bfloat16()),
+        thresholds=torch.full((k + 2,), -torch.inf if thresholds == "all" else HUGE),
         surrogate=nonsense((normal(capacity, k + 1) / 2).bfloat16()) if fold else None,
         fold=coded(d_out, d, fold_bits, d**-0.5) if fold else None,
         bits=bits, low_bits=low_bits, column_bits=column_bits, column_low_bits=column_low_bits, fold_bits=fold_bits,
-        activation=activation,
+        activation=activation, relative=relative,
     )  # fmt: skip
-    call.precision[:listed, :k] *= torch.rand(listed, k, generator=random) < 0.8
-    if factors == "mixed":
-        mix_factors(call, random)
-    else:
-        call.precision[:listed, k:] = {"none": 0.0, "all": HUGE}[factors]
+    call.precision[:listed, :k] *= (torch.rand(listed, k, generator=random) < 0.8) / 2**bits
+    if thresholds == "mixed":
+        draw_thresholds(call, random)
+    settle(call)
     return call
 
 
@@ -99,39 +103,65 @@ def calls(draw: st.DrawFn, *, most_tokens: int = 20) -> CodedFFN:
         activation=draw(st.sampled_from(sorted(ACTIVATIONS))),
         bias=draw(st.booleans()),
         fold=draw(st.booleans()),
-        factors=draw(st.sampled_from(["none", "mixed", "mixed", "mixed"])),
+        thresholds=draw(st.sampled_from(["none", "mixed", "mixed", "mixed"])),
+        relative=draw(st.booleans()),
         seed=draw(st.integers(0, 2**32)),
     )
 
 
-def mix_factors(call: CodedFFN, random: torch.Generator) -> None:
-    """Makes a third of the factors 0, a third huge, and lets the others tell some tokens from others.
-
-    A factor becomes 0 if the kernel's rounding could decide with it.
-    """
-    k, listed = len(call.projections), int(call.listed)
-    for column, bounds in enumerate(quantities(call), k):
-        least, most = bounds
-        middle = ((least + most) / 2).nan_to_num(1, 1, 1).clamp(1e-20, 1e20).sort(0).values
-        rank = int(torch.randint(0, len(middle), (), generator=random))
-        between = middle[rank : rank + 2].log().mean(0).neg().exp()
-        choice = torch.randint(0, 3, (listed,), generator=random)
-        factors = torch.where(choice == 0, between, torch.where(choice == 1, HUGE, 0.0)).bfloat16()
-        decided = ~(least * factors.double() <= 1) == ~(most * factors.double() <= 1)
-        call.precision[:listed, column] = torch.where(decided.all(0), factors, 0)
+def draw_thresholds(call: CodedFFN, random: torch.Generator) -> None:
+    """Draws each threshold near or below a contribution to a token, so that some parts are read and some are not."""
+    contributions, scale = bounds(call, quantities(call))
+    for part, contribution in enumerate(contributions):
+        share = contribution.most / scale.most
+        share = share[share.isfinite() & (share > 0)]
+        if len(share):
+            near = share[torch.randint(0, len(share), (), generator=random)].log()
+            call.thresholds[part] = (near - 1 + torch.randn((), generator=random) / 2).exp().clamp(1e-20, 1e20)
 
 
-class Bounds(NamedTuple):
-    """The least and the most, [tokens, listed], that a quantity may be in a kernel."""
+def settle(call: CodedFFN) -> None:
+    """Makes norms and column noises 0 until rounding in a kernel decides nowhere."""
+    k, listed, drawn = len(call.projections), int(call.listed), quantities(call)
+    columns = [*range(k, 2 * k - 1), 2 * k - 1, 2 * k - 1, 2 * k]  # of the precision, by part
+    settled = False
+    while not settled:
+        settled = True
+        contributions, scale = bounds(call, drawn)
+        for column, contribution, threshold in zip(columns, contributions, call.thresholds.double(), strict=True):
+            surely = exceeds(contribution.least, threshold * scale.most)
+            perhaps = exceeds(contribution.most, threshold * scale.least)
+            factor = call.precision[:listed, column]
+            unsettled = (surely != perhaps).any(0) & (factor != 0)
+            factor[unsettled] = 0
+            settled = settled and not unsettled.any()
 
-    least: Tensor
-    most: Tensor
+
+def exceeds(contribution: Tensor, limit: Tensor) -> Tensor:
+    """Whether a part is read."""
+    return ~((contribution <= limit) & (contribution < torch.inf))
 
 
-def quantities(call: CodedFFN) -> list[Bounds]:
-    """What the factors of neurons are multiplied with, in their order: of the gate, of value, row and column.
+class Quantity(NamedTuple):
+    """What a norm is multiplied with: its values, [corners, tokens, listed], the first one exact, and their rounding."""
 
-    Estimates may be off by :func:`margin`, and sums of the responses and the surrogates by rounding in float32.
+    corners: Tensor
+    rounding: Tensor
+
+
+class Quantities(NamedTuple):
+    """The quantities in contributions; with k = 1, only the scale depends on the first response."""
+
+    first: Quantity
+    total: Quantity
+    change: Quantity
+    value: Quantity
+
+
+def quantities(call: CodedFFN) -> Quantities:
+    """The quantities in the contributions of a call.
+
+    Estimates may be off by :func:`margin`, and sums of responses and surrogates by rounding in float32.
     """
     call, k, listed = doubled(call), len(call.projections), int(call.listed)
     x = rotate(call.x.reshape(-1, call.x.shape[-1]), call.signs)
@@ -140,22 +170,52 @@ def quantities(call: CodedFFN) -> list[Bounds]:
     surrogate = None if call.surrogate is None else call.surrogate[:listed].double()
     off = [margin(x, rows[:listed], call.bits) for rows in call.projections]
     corners = []
-    for steps in itertools.product((-1, 0, 1), repeat=k):
+    for steps in itertools.product((0, -1, 1), repeat=k):
         moved = [p + step * error for p, step, error in zip(z, steps, off, strict=True)]
         value = coded_reference.values(moved, surrogate, call.activation).abs()
         change = coded_reference.doubt(moved, noise, surrogate, call.activation)
-        gates = [response(moved[:1], call.activation).abs()] * (k - 1)
-        corners.append([*gates, torch.hypot(value, change), change, value])
-    size = response(z, call.activation).abs() + 1
-    for slope, p in zip(surrogate.T if surrogate is not None else (), z, strict=False):
-        size = size + (slope * p).abs()
-    return [_bounds(torch.stack(column), 1e-5 * size) for column in zip(*corners, strict=True)]
+        corners.append([response(moved[:1], call.activation).abs(), torch.hypot(value, change), change, value])
+    first = corners[0][0] + z[0].abs().clamp(max=100)  # beyond, activations are 0 or no smaller than z
+    size = first * math.prod(p.abs() for p in z[1:]) + corners[0][2]
+    if surrogate is not None:
+        size = size + surrogate[:, -1].abs() + sum((s * p).abs() for s, p in zip(surrogate.T, z, strict=False))
+    columns = [torch.stack(column) for column in zip(*corners, strict=True)]
+    sizes = [first, size, size, size]
+    return Quantities(*(Quantity(column, 1e-5 * of) for column, of in zip(columns, sizes, strict=True)))
 
 
-def _bounds(corners: Tensor, rounding: Tensor) -> Bounds:
-    """Bounds of a quantity, which has a value at each corner; one that is 0 at all of them is 0 in a kernel."""
-    least, most = corners.amin(0), corners.amax(0)
-    return Bounds((least - rounding).clamp(min=0), torch.where(most == 0, 0, most + rounding))
+class Bounds(NamedTuple):
+    """The least and the most that something may be in a kernel: [tokens, listed], or [tokens, 1]."""
+
+    least: Tensor
+    most: Tensor
+
+
+def bounds(call: CodedFFN, drawn: Quantities) -> tuple[list[Bounds], Bounds]:
+    """The contributions of parts, in the order of thresholds, and the scales of tokens."""
+    k = len(call.projections)
+    factors = call.precision[: int(call.listed), k:].double().unbind(1)
+    first = _bounds(drawn.first, factors[0])
+    scale = Bounds(*(end.square().sum(1, keepdim=True).sqrt() for end in first))
+    if not call.relative:
+        scale = Bounds(torch.ones_like(scale.least), torch.ones_like(scale.most))
+    norm, column_noise = factors[-2:]
+    others = [_bounds(drawn.total, norm), _bounds(drawn.change, norm), _bounds(drawn.value, column_noise)]
+    return [*[first] * (k - 1), *others], scale
+
+
+def _bounds(quantity: Quantity, factor: Tensor) -> Bounds:
+    """Bounds of a quantity times a factor.
+
+    Between corners, it may exceed the values there by half of their spread, as where its sign changes. What is 0 at all
+    corners is 0 in a kernel, and what is infinite or NaN is that in a kernel.
+    """
+    corners, rounding = quantity
+    exact, least, most = corners[0] * factor, corners.amin(0), corners.amax(0)
+    beyond = (most - least) / 2 + rounding
+    least, most = least - beyond, most + beyond
+    same = (corners == 0).all(0) | (factor == 0) | ~exact.isfinite()
+    return Bounds(torch.where(same, exact, least.clamp(min=0) * factor), torch.where(same, exact, most * factor))
 
 
 def margin(x: Tensor, rows: Tensor, bits: int) -> Tensor:
@@ -163,9 +223,18 @@ def margin(x: Tensor, rows: Tensor, bits: int) -> Tensor:
     columns = x.shape[-1]
     weights = tables.weights(rows, bits, columns, torch.float64).abs()
     padded = torch.nn.functional.pad(x.abs(), (0, -columns % BLOCK)).view(len(x), block_count(columns), BLOCK)
-    rounded = padded.amax(-1, keepdim=True).expand(padded.shape).reshape(len(x), -1)[:, :columns]
-    error: Tensor = (2.0**-13 * rounded + 2.0**-20 * x.abs()) @ weights.T
+    rounded = padded.amax(-1, keepdim=True).expand(padded.shape).flatten(1)[:, :columns]
+    flushed = rounded < 2.0**13 * torch.finfo(torch.float32).tiny  # a kernel may take such a block for 0
+    error: Tensor = (torch.where(flushed, rounded, 2.0**-13 * rounded) + 2.0**-20 * x.abs()) @ weights.T
     return error.where(error.isfinite(), 0)
+
+
+def scaled(call: CodedFFN, factor: float) -> CodedFFN:
+    """A call with the input multiplied by a factor, and with what grows with the input: noises, and the gated norm."""
+    k = len(call.projections)
+    precision = call.precision.clone()
+    precision[:, : 2 * k - 1] *= factor
+    return call._replace(x=call.x * factor, precision=precision)
 
 
 def mapped(change: Callable[[Tensor], Tensor], call: CodedFFN) -> CodedFFN:

@@ -21,6 +21,18 @@ def model_of(*, gated: bool, bias: bool = True) -> nn.Module:
     return (gated_ffn if gated else ffn)(D, HIDDEN, bias=bias)
 
 
+class Normalised(nn.Module):
+    """An FFN whose output is normalised before the residual addition."""
+
+    def __init__(self, *, gated: bool) -> None:
+        super().__init__()
+        self.ffn, self.norm = model_of(gated=gated, bias=False), nn.RMSNorm(D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = x + self.norm(self.ffn(x))
+        return output
+
+
 def plan_of(model: nn.Module, xs: Sequence[Tensor], budget: float) -> SitePlan:
     (plan,) = fitted(BatchObservation(model, xs, progress=False), Dynamic(), config(method="dynamic", budget=budget))
     return plan
@@ -28,6 +40,7 @@ def plan_of(model: nn.Module, xs: Sequence[Tensor], budget: float) -> SitePlan:
 
 def replacement(model: nn.Module, plan: SitePlan) -> Callable[[Tensor], Tensor]:
     (site,) = BatchObservation(model, [inputs(8, D)], progress=False).sites
+    Dynamic().validate(plan, site.weights)
     return Dynamic().replacement(plan, site.weights)
 
 
@@ -49,9 +62,11 @@ def test_the_error_falls_as_bytes_grow_and_is_that_of_the_output(gated: bool, bi
 
 
 @pytest.mark.parametrize("gated", [False, True])
-def test_touched_bytes_are_those_that_the_op_counts(gated: bool) -> None:
-    model, xs = model_of(gated=gated), batches(8, d=D)
+@pytest.mark.parametrize("normalised", [False, True])
+def test_touched_bytes_are_those_that_the_op_counts(gated: bool, normalised: bool) -> None:
+    model, xs = Normalised(gated=gated).eval() if normalised else model_of(gated=gated), batches(8, d=D)
     plan = plan_of(model, xs, 0.16)
+    assert plan.settings["relative"] == normalised
     rewritten = replacement(model, plan)
     with torch.no_grad(), count_touched() as touched:
         for x in xs:

@@ -56,7 +56,7 @@ def drawn(draw: random.Random) -> Correction:
 
 
 def drawn_in_codes(draw: random.Random) -> CodedFFN:
-    call = coded.arguments(
+    return coded.arguments(
         k=draw.choice((1, 2)),
         shape=(draw.randint(1, MOST_TOKENS),),
         d=draw.randint(1, 300),
@@ -68,12 +68,9 @@ def drawn_in_codes(draw: random.Random) -> CodedFFN:
         activation=draw.choice(sorted(ACTIVATIONS)),
         bias=draw.random() < 0.5,
         fold=draw.random() < 0.5,
-        factors="none",
+        relative=draw.random() < 0.5,
         seed=draw.randrange(2**32),
     )
-    factors = call.precision[:, len(call.projections) :]
-    factors[:] = torch.randn(factors.shape, generator=torch.Generator().manual_seed(draw.randrange(2**32))).exp()
-    return call
 
 
 def other_tokens(draw: random.Random, x: Tensor) -> Tensor:
@@ -101,7 +98,7 @@ def one_token_more(pack: Callable[..., bytes], at: int, *numbers: int) -> bytes:
 #: By op: how a call is drawn, how it is called on some tokens, its module, and where it tells the number of tokens.
 OPS: dict[str, tuple[Any, Any, Any, int]] = {
     "correct": (drawn, correct, cpu, 16),
-    "coded_ffn": (drawn_in_codes, coded_ffn, coded_op, 17),
+    "coded_ffn": (drawn_in_codes, coded_ffn, coded_op, 18),
 }
 
 

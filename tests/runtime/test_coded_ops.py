@@ -8,9 +8,9 @@ from unittest import mock
 import pytest
 import scipy.linalg
 import torch
-from builders.coded import HUGE, arguments, calls, doubled, exact, levels, mapped
+from builders.coded import arguments, calls, doubled, every_scale, exact, levels, mapped, scaled
 from builders.correction import FLOATS, every_k
-from hypothesis import assume, given
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -93,7 +93,7 @@ def folded(call: CodedFFN) -> Tensor:
 def test_the_op_keeps_the_rules_of_torch_library(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     utils = ["test_schema", "test_faketensor", "test_aot_dispatch_static", "test_aot_dispatch_dynamic"]
     for k, some in ((1, True), (2, False)):
-        call = small(k, shape, dtype=dtype, bias=some, fold=some, factors="all")
+        call = small(k, shape, dtype=dtype, bias=some, fold=some, thresholds="all")
         passed = opcheck(torch.ops.tardis.coded_ffn.default, tuple(call), test_utils=utils)
         assert set(passed.values()) == {"SUCCESS"}
 
@@ -102,17 +102,16 @@ def test_the_op_keeps_the_rules_of_torch_library(dtype: torch.dtype, shape: tupl
 @every_dtype
 @pytest.mark.parametrize("shape", [(5,), (0,), (2, 3), (2, 0), (), (40,)], ids=str)
 def test_the_fake_implementation_agrees_with_the_real_one(dtype: torch.dtype, shape: tuple[int, ...], k: int) -> None:
-    call = small(k, shape, dtype=dtype, factors="all")
+    call = small(k, shape, dtype=dtype, thresholds="all")
     real, fake = run(call), traced(call)
     for output in (real, fake):
         assert (output.shape, output.dtype, output.device) == ((*shape, 40), dtype, torch.device("cpu"))
         assert output.stride() == real.stride()
 
 
-@given(call=calls(), factor=st.sampled_from([HUGE, torch.inf]))
-def test_reading_everything_gives_the_dense_ffn_of_the_refined_weights(call: CodedFFN, factor: float) -> None:
-    call.precision[: int(call.listed), len(call.projections) :] = factor
-    assume(factor == torch.inf or all(read.all() for read in levels(call)))  # a huge factor reads nothing of a 0
+@given(call=calls())
+def test_reading_everything_gives_the_dense_ffn_of_the_refined_weights(call: CodedFFN) -> None:
+    call.thresholds[:] = -torch.inf
     assert all(read.all() for read in levels(call))
     torch.testing.assert_close(exact(call), dense(call), rtol=1e-9, atol=1e-9)
 
@@ -120,21 +119,53 @@ def test_reading_everything_gives_the_dense_ffn_of_the_refined_weights(call: Cod
 @given(call=calls())
 def test_reading_nothing_gives_the_bias_and_the_fold(call: CodedFFN) -> None:
     call.precision[:, len(call.projections) :] = 0
+    call.thresholds[:] = 0
     assert not any(read.any() for read in levels(call))
     torch.testing.assert_close(exact(call), (call.bias + folded(call)).expand(exact(call).shape), rtol=1e-9, atol=1e-9)
 
 
-@given(call=calls(), column=st.integers(0, 3), factor=st.floats(1, 1e3))
-def test_a_part_is_read_only_with_those_before_it_and_a_larger_factor_reads_no_less(
-    call: CodedFFN, column: int, factor: float
+@given(call=calls(), part=st.integers(0, 3), factor=st.floats(0, 1))
+def test_a_part_is_read_only_with_those_before_it_and_a_smaller_threshold_reads_no_less(
+    call: CodedFFN, part: int, factor: float
 ) -> None:
     before = levels(call)
     assert not (before.value & ~before.up).any()
     assert not ((before.row | before.column) & ~before.value).any()
-    factors = call.precision[:, len(call.projections) :]
-    factors[:, min(column, factors.shape[1] - 1)] *= factor
+    call.thresholds[min(part, len(call.thresholds) - 1)] *= factor
     for less, more in zip(before, levels(call), strict=True):
         assert not (less & ~more).any()
+
+
+@every_k
+@every_scale
+def test_calls_are_drawn_in_which_each_part_is_read_for_some_tokens_alone(k: int, relative: bool) -> None:
+    for read in levels(arguments(k=k, shape=(9,), activation="silu", relative=relative)):
+        assert (read.any(0) & ~read.all(0)).any()
+
+
+@given(call=calls(), listed=st.integers(0, 150))
+def test_the_levels_of_a_neuron_depend_on_others_only_through_the_scale(call: CodedFFN, listed: int) -> None:
+    fewer = min(listed, int(call.listed))
+    alone = levels(call._replace(listed=torch.tensor([fewer])))
+    for read, together in zip(alone, levels(call), strict=True):
+        assert not (together[:, :fewer] & ~read).any(), "a larger scale reads no more"
+        assert call.relative or torch.equal(read, together[:, :fewer])
+
+
+@every_k
+def test_relative_levels_depend_on_other_neurons(k: int) -> None:
+    call = small(k, (9,), relative=True)
+    assert not torch.equal(levels(call._replace(listed=call.listed - 15)).value, levels(call).value[:, :5])
+
+
+@every_k
+@pytest.mark.parametrize("exponent", [-9, 3])
+def test_relative_levels_of_a_relu_ffn_do_not_depend_on_the_size_of_its_input(exponent: int, k: int) -> None:
+    call = small(k, (9,), activation="relu", bias=False, fold=False, relative=True)
+    other = scaled(call, 2.0**exponent)
+    for read, expected in zip(levels(other), levels(call), strict=True):
+        assert torch.equal(read, expected)
+    assert not torch.equal(levels(other._replace(relative=False)).value, levels(call._replace(relative=False)).value)
 
 
 @given(call=calls())
@@ -146,9 +177,12 @@ def test_half_precision_rounds_the_reference_in_float64_once(call: CodedFFN) -> 
 
 
 @every_k
-@pytest.mark.parametrize(("factors", "fold"), [("none", False), ("none", True), ("mixed", False), ("all", True)])
-def test_a_nan_makes_the_output_of_its_token_nan_and_of_no_other(k: int, factors: str, fold: bool) -> None:
-    call = small(k, (5,), factors=factors, fold=fold)
+@every_scale
+@pytest.mark.parametrize(("thresholds", "fold"), [("none", False), ("none", True), ("mixed", False), ("all", True)])
+def test_a_nan_makes_the_output_of_its_token_nan_and_of_no_other(
+    k: int, relative: bool, thresholds: str, fold: bool
+) -> None:
+    call = small(k, (5,), thresholds=thresholds, relative=relative, fold=fold)
     call.x[2, 7] = torch.nan
     output = run(call)
     assert output[2].isnan().all()
@@ -164,7 +198,7 @@ def test_a_nan_leaves_the_output_of_an_ffn_without_neurons_and_fold(k: int) -> N
 
 @every_k
 def test_the_op_changes_none_of_its_inputs(k: int) -> None:
-    call = small(k, factors="all")
+    call = small(k, thresholds="all")
     copies = mapped(Tensor.clone, call)
     output = run(call)
     pairs = zip(call.tensors, copies.tensors, strict=True)
@@ -174,7 +208,7 @@ def test_the_op_changes_none_of_its_inputs(k: int) -> None:
 
 @every_k
 def test_entries_after_the_listed_neurons_are_not_read(k: int) -> None:
-    call = small(k, factors="all")
+    call = small(k, thresholds="all")
     expected = run(call)
     assert expected.isfinite().all()
     assert not torch.allclose(run(call._replace(listed=call.listed - 1)), expected)

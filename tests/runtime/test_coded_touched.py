@@ -27,15 +27,14 @@ def row(tensor: Tensor | None) -> int:
 def fixed(call: CodedFFN) -> int:
     """Bytes that every token touches."""
     of_neuron = row(call.precision) + row(call.biases) + row(call.surrogate) + row(call.projections[0])
-    tensors = (call.fold, call.bias, call.signs, call.out_signs)
+    tensors = (call.fold, call.bias, call.signs, call.out_signs, call.thresholds)
     return int(call.listed) * of_neuron + sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
 @every_k
 @every_half
 def test_reading_everything_touches_all_that_is_listed(k: int, some: bool) -> None:
-    call = arguments(k=k, shape=(3,), bias=some, fold=some)
-    call.precision[:40, k:] = torch.inf
+    call = arguments(k=k, shape=(3,), bias=some, fold=some, thresholds="all")
     listed = [*call.projections[1:], *call.refinements, call.columns, call.column_refinements]
     assert counted(call) == fixed(call) + 40 * sum(map(row, listed))
 
@@ -43,7 +42,7 @@ def test_reading_everything_touches_all_that_is_listed(k: int, some: bool) -> No
 @every_k
 @every_half
 def test_reading_nothing_touches_first_projections_and_constants(k: int, some: bool) -> None:
-    call = arguments(k=k, shape=(3,), bias=some, fold=some, factors="none")
+    call = arguments(k=k, shape=(3,), bias=some, fold=some, thresholds="none")
     assert counted(call) == fixed(call)
 
 

@@ -33,7 +33,7 @@ def test_the_op_counts_what_the_reference_computes(always: int, fold_bits: int, 
 @every_k
 @pytest.mark.parametrize("fold", [False, True])
 def test_the_op_in_codes_counts_what_the_reference_computes(fold: bool, k: int) -> None:
-    call = coded.arguments(k=k, shape=(40,), d=16, d_out=12, listed=30, fold=fold, factors="none")
+    call = coded.arguments(k=k, shape=(40,), d=16, d_out=12, listed=30, fold=fold, thresholds="none")
     with FlopCounterMode(display=False) as expected:
         coded_reference.coded_ffn(call)
     with FlopCounterMode(display=False) as counter:

@@ -2,7 +2,8 @@
 //
 // `coded_ffn` in coded_reference.py specifies the result. Neurons are taken in batches, in three steps: (a) estimates of
 // the first pre-activation, for all tokens, (b) of the second one, where a token's gate needs it, and the levels, (c) what
-// is added. Each step prefetches the rows that the next one reads, and a row is read once for all tokens.
+// is added. Each step prefetches the rows that the next one reads, and a row is read once for all tokens. Thresholds
+// relative to a token's scale need the first estimates of all neurons: then a phase of its own does (a) and keeps them.
 // Do not compile with -ffast-math: a NaN must compare false, so that it reads everything.
 
 #include <omp.h>
@@ -109,21 +110,43 @@ void add_estimates(const Matrix& matrix, int64_t row, const Inputs& x, int64_t t
 
 // ---- A neuron.
 
+// What the contributions of parts are compared with, for each token: thresholds times the token's scale.
+struct Limits {
+  double up[TOKENS], value[TOKENS], row[TOKENS], column[TOKENS];
+
+  // `squares` are those of the scales, or null: scales are 1.
+  Limits(const CodedCall& call, const double* squares) {
+    const float* const others = call.thresholds + (call.k - 1);
+    for (int64_t t = 0; t < call.tokens; ++t) {
+      const double scale = squares ? std::sqrt(squares[t]) : 1;
+      up[t] = call.thresholds[0] * scale;
+      value[t] = others[0] * scale;
+      row[t] = others[1] * scale;
+      column[t] = others[2] * scale;
+    }
+  }
+};
+
+// Whether a part is read: infinity and NaN always are.
+bool exceeds(double contribution, double limit) { return !(contribution <= limit && contribution < INFINITY); }
+
+// Whether first estimates alone decide something: where to read `up`, or the scales.
+bool decides_by_first(const CodedCall& call) { return call.k > 1 || call.relative; }
+
 // What is known of a neuron in each step. In masks, bit t stands for token t; their names are those of `Levels`.
 struct Neuron {
   int64_t position;
-  float noises[MOST_PROJECTIONS], gate_factor, value_factor, row_factor, column_factor, surrogate[MOST_PROJECTIONS + 1];
-  float z[MOST_PROJECTIONS][TOKENS];
+  float noises[MOST_PROJECTIONS], first_norm, norm, column_noise, surrogate[MOST_PROJECTIONS + 1];
+  float z[MOST_PROJECTIONS][TOKENS], active[TOKENS];  // `active` is the activation of the first estimate
   uint32_t up, value, row, column;
 
   Neuron() = default;
   Neuron(const CodedCall& call, int64_t position) : position(position), z{}, up(0), value(0), row(0), column(0) {
-    const Bfloat16* next = call.precision + position * (call.k == 1 ? 4 : 6);
+    const Bfloat16* next = call.precision + position * (call.k == 1 ? 3 : 5);
     for (int i = 0; i < call.k; ++i) noises[i] = to_float(*next++);
-    gate_factor = call.k == 1 ? 0 : to_float(*next++);
-    value_factor = to_float(*next++);
-    row_factor = to_float(*next++);
-    column_factor = to_float(*next);
+    first_norm = to_float(*next);
+    norm = to_float(next[call.k - 1]);
+    column_noise = to_float(next[call.k]);
     for (int i = 0; call.surrogate && i <= call.k; ++i) surrogate[i] = to_float(call.surrogate[position * (call.k + 1) + i]);
     for (int i = 0; call.biases && i < call.k; ++i) std::fill_n(z[i], call.tokens, call.biases[position * call.k + i]);
   }
@@ -136,25 +159,29 @@ struct Neuron {
     return value - surrogate[call.k];
   }
 
+  // The contribution of everything after the first estimate.
+  double first(int64_t t) const { return double(std::fabs(active[t])) * first_norm; }
+
   // Sets the levels after `up` for the tokens of `up`. Squares are double, because those of floats overflow.
-  void choose_levels(const CodedCall& call) {
+  void choose_levels(const CodedCall& call, const Limits& limits) {
     for (int64_t t = 0; t < call.tokens; ++t) {
       if (!(up >> t & 1)) continue;
-      const float at[] = {z[0][t], z[1][t]}, active = activate(at[0], call.activation);
-      const double value_here = value_of(call, active, at);
+      const float at[] = {z[0][t], z[1][t]};
+      if (!decides_by_first(call)) active[t] = activate(at[0], call.activation);
+      const double value_here = value_of(call, active[t], at);
       double square = 0;
       for (int i = 0; i < call.k; ++i)
         for (const float step : {noises[i], -noises[i]}) {
           float moved[] = {at[0], at[1]};
           moved[i] += step;
           const double change =
-              value_of(call, i == 0 ? activate(moved[0], call.activation) : active, moved) - value_here;
+              value_of(call, i == 0 ? activate(moved[0], call.activation) : active[t], moved) - value_here;
           square += change * change / 2;
         }
-      if (std::sqrt(value_here * value_here + square) * value_factor <= 1) continue;
+      if (!exceeds(std::sqrt(value_here * value_here + square) * norm, limits.value[t])) continue;
       value |= 1u << t;
-      row |= uint32_t(!(std::sqrt(square) * row_factor <= 1)) << t;
-      column |= uint32_t(!(std::fabs(value_here) * column_factor <= 1)) << t;
+      row |= uint32_t(exceeds(std::sqrt(square) * norm, limits.row[t])) << t;
+      column |= uint32_t(exceeds(std::fabs(value_here) * column_noise, limits.column[t])) << t;
     }
   }
 };
@@ -175,28 +202,60 @@ struct Matrices {
   }
 };
 
-// Adds the values of the neurons from `begin` to `end`, times their columns, to sums.
-void add_neurons(const CodedCall& call, const Matrices& of, const Inputs& x, int64_t begin, int64_t end, float* sums) {
-  const int64_t tokens = call.tokens;
-  const uint32_t all = (1u << tokens) - 1;
-  Neuron neurons[BATCH];
+// Sets a batch to the neurons from `begin` to `end`, with their first estimates, and the activations of those if something
+// is decided by them alone. Activations branch: in a loop of their own they do not delay estimates.
+void estimate_first(const CodedCall& call, const Matrices& of, const Inputs& x, int64_t begin, int64_t end, Neuron* neurons) {
   const int64_t count = end - begin;
   for (int64_t i = 0; i < count; ++i) {
-    Neuron& neuron = neurons[i] = Neuron(call, begin + i);
-    add_estimates(of.projections[0], neuron.position, x, tokens, all, neuron.z[0]);
+    neurons[i] = Neuron(call, begin + i);
+    add_estimates(of.projections[0], begin + i, x, call.tokens, (1u << call.tokens) - 1, neurons[i].z[0]);
+  }
+  for (int64_t i = 0; i < count && decides_by_first(call); ++i)
+    for (int64_t t = 0; t < call.tokens; ++t) neurons[i].active[t] = activate(neurons[i].z[0][t], call.activation);
+}
+
+// Keeps the first estimates of the neurons from `begin` to `end` and their activations, [listed, 2, tokens], and adds the
+// squares of the neurons' contributions to those of the scales.
+void keep_first(const CodedCall& call, const Matrices& of, const Inputs& x, int64_t begin, int64_t end, float* kept,
+                double* squares) {
+  Neuron neurons[BATCH];
+  estimate_first(call, of, x, begin, end, neurons);
+  for (int64_t i = 0; i < end - begin; ++i) {
+    const Neuron& neuron = neurons[i];
+    float* const row = kept + neuron.position * 2 * call.tokens;
+    std::copy_n(neuron.z[0], call.tokens, row);
+    std::copy_n(neuron.active, call.tokens, row + call.tokens);
+    for (int64_t t = 0; t < call.tokens; ++t) squares[t] += neuron.first(t) * neuron.first(t);
+  }
+}
+
+// Adds the values of the neurons from `begin` to `end`, times their columns, to sums; `kept` is null or from `keep_first`.
+void add_neurons(const CodedCall& call, const Matrices& of, const Inputs& x, const Limits& limits, const float* kept,
+                 int64_t begin, int64_t end, float* sums) {
+  const int64_t tokens = call.tokens;
+  Neuron neurons[BATCH];
+  const int64_t count = end - begin;
+  if (!kept) estimate_first(call, of, x, begin, end, neurons);
+  for (int64_t i = 0; i < count; ++i) {
+    Neuron& neuron = neurons[i];
+    if (kept) {
+      neuron = Neuron(call, begin + i);
+      const float* const row = kept + neuron.position * 2 * tokens;
+      std::copy_n(row, tokens, neuron.z[0]);
+      std::copy_n(row + tokens, tokens, neuron.active);
+    }
     if (call.k == 1) {
-      neuron.up = all;
+      neuron.up = (1u << tokens) - 1;
       continue;
     }
-    for (int64_t t = 0; t < tokens; ++t)
-      neuron.up |= uint32_t(!(std::fabs(activate(neuron.z[0][t], call.activation)) * neuron.gate_factor <= 1)) << t;
+    for (int64_t t = 0; t < tokens; ++t) neuron.up |= uint32_t(exceeds(neuron.first(t), limits.up[t])) << t;
     if (neuron.up) of.projections[1].prefetch(neuron.position);
   }
   for (int64_t i = 0; i < count; ++i) {
     Neuron& neuron = neurons[i];
     if (!neuron.up) continue;
     if (call.k > 1) add_estimates(of.projections[1], neuron.position, x, tokens, neuron.up, neuron.z[1]);
-    neuron.choose_levels(call);
+    neuron.choose_levels(call, limits);
     for (int k = 0; k < call.k && neuron.row; ++k) of.refinements[k].prefetch(neuron.position);
     if (neuron.value) of.columns.prefetch(neuron.position);
     if (neuron.column) of.column_refinements.prefetch(neuron.position);
@@ -237,15 +296,29 @@ void compute(const CodedCall& call) {
   const int threads = bytes < SERIAL_BYTES ? 1 : call.threads;
   const int64_t stride = of.columns.blocks() * BLOCK, size = tokens * stride;
   float* const partial = scratch<float, 6>(threads * size);
+  float* const kept = call.relative ? scratch<float, 7>(listed * 2 * tokens) : nullptr;
+  double* const squares = call.relative ? scratch<double, 8>(threads * TOKENS) : nullptr;
 
 #pragma omp parallel num_threads(threads)
   {
     const int64_t team = omp_get_num_threads(), me = omp_get_thread_num();
     float* const sums = partial + me * size;
     std::fill_n(sums, size, 0.0f);
+    double total[TOKENS] = {};  // squared scales
+    if (call.relative) {
+      double own[TOKENS] = {};
+#pragma omp for schedule(static, 1) nowait
+      for (int64_t begin = 0; begin < listed; begin += BATCH)
+        keep_first(call, of, x, begin, std::min(begin + BATCH, listed), kept, own);
+      std::copy_n(own, TOKENS, squares + me * TOKENS);
+#pragma omp barrier
+      for (int64_t thread = 0; thread < team; ++thread)
+        for (int64_t t = 0; t < tokens; ++t) total[t] += squares[thread * TOKENS + t];
+    }
+    const Limits limits(call, call.relative ? total : nullptr);
 #pragma omp for schedule(static, 1) nowait
     for (int64_t begin = 0; begin < listed; begin += BATCH)
-      add_neurons(call, of, x, begin, std::min(begin + BATCH, listed), sums);
+      add_neurons(call, of, x, limits, kept, begin, std::min(begin + BATCH, listed), sums);
 #pragma omp for schedule(static)
     for (int64_t row = 0; row < (call.fold ? d_out : 0); ++row) {
       float products[TOKENS];

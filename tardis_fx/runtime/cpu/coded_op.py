@@ -12,7 +12,7 @@ from tardis_fx.runtime.coded_arguments import check, check_listed
 from tardis_fx.runtime.correction import DTYPE_NUMBERS
 from tardis_fx.runtime.cpu import build as cpu_build
 
-_CALL = struct.Struct("29q")  # the kernel's argument: sixteen pointers and thirteen integers
+_CALL = struct.Struct("31q")  # the kernel's argument: seventeen pointers and fourteen integers
 
 
 def coded_ffn(call: CodedFFN) -> Float[Tensor, "*tokens d_out"]:
@@ -29,7 +29,8 @@ def coded_ffn(call: CodedFFN) -> Float[Tensor, "*tokens d_out"]:
     d, k = call.x.shape[-1], len(call.projections)
     out = call.x.new_empty((*call.x.shape[:-1], call.bias.shape[0]))
     rows = [call.projections[0], call.projections[-1], call.refinements[0], call.refinements[-1]]
-    others = [call.columns, call.column_refinements, call.biases, call.precision, call.surrogate, call.fold]
+    rows += [call.columns, call.column_refinements]
+    others = [call.biases, call.precision, call.thresholds, call.surrogate, call.fold]
     # Bound to a name, because copies must outlive the call.
     tensors = [
         None if tensor is None else tensor.contiguous()
@@ -48,6 +49,7 @@ def coded_ffn(call: CodedFFN) -> Float[Tensor, "*tokens d_out"]:
         call.column_low_bits,
         call.fold_bits,
         cpu_build.activation_number(call.activation),
+        call.relative,
         DTYPE_NUMBERS[call.x.dtype],
         torch.get_num_threads(),
     )
