@@ -44,16 +44,16 @@ from tardis_fx.statistics.target import fit_to_target
 #: Widths that are tried, for plain and for gated FFNs.
 WIDTHS = {
     1: (
-        Widths(2, 2, 3, 2, 3),
-        Widths(2, 2, 4, 2, 4),
-        Widths(3, 2, 3, 2, 4),
-        Widths(3, 2, 4, 2, 4),
-        Widths(4, 4, 4, 4, 0),
+        Widths(2, 3, 3, 2, 3),
+        Widths(2, 3, 4, 2, 4),
+        Widths(2, 4, 4, 3, 0),
+        Widths(3, 3, 4, 2, 4),
+        Widths(3, 4, 5, 3, 0),
     ),
     2: (
-        Widths(2, 2, 3, 2, 0),
+        Widths(2, 3, 4, 2, 0),
         Widths(3, 2, 3, 2, 0),
-        Widths(3, 2, 4, 2, 0),
+        Widths(3, 3, 4, 2, 0),
         Widths(4, 2, 4, 2, 0),
         Widths(4, 4, 4, 4, 0),
     ),

@@ -186,7 +186,7 @@ class Feedback:
 
     Attributes:
         order: the columns, most active first (GPTQ's "act-order").
-        upper: Cholesky factor of the inverse of the damped Gram matrix in that order.
+        upper: Cholesky factor of the inverse of the damped Gram matrix in that order, up to a factor.
     """
 
     order: Int64[Tensor, " columns"]
@@ -200,8 +200,11 @@ class Feedback:
             CalibrationError: an entry is NaN or infinite.
         """
         order = gram.diagonal().argsort(descending=True)
-        lower = factor(gram[order][:, order], damping=damping)
-        return cls(order, factor(torch.cholesky_inverse(lower), damping=0.0, upper=True).float())
+        # The factor of the matrix in reverse order is, reversed, R with R Rᵀ the matrix; R⁻¹ is what is wanted.
+        reverse = factor(gram[order][:, order].flip(0, 1), damping=damping).flip(0, 1)
+        reverse = (reverse / reverse.diagonal().mean()).float()
+        identity = torch.eye(len(order), dtype=reverse.dtype, device=reverse.device)
+        return cls(order, torch.linalg.solve_triangular(reverse, identity, upper=True))
 
 
 @dataclass(frozen=True)
