@@ -68,7 +68,7 @@ def cases() -> list[Case]:
 
 
 def minilm() -> Subject:
-    """all-MiniLM-L6-v2, calibrated on 384 docstrings of the standard library, measured on 256 of other modules."""
+    """all-MiniLM-L6-v2, calibrated on up to 384 docstrings of the standard library, measured on 256 of other modules."""
     from encoder import batches, embed, load
     from prose import sentences
 
@@ -151,7 +151,7 @@ def main() -> None:
 def subject_of(options: argparse.Namespace) -> tuple[str, str, Subject]:
     """The model that the options name: its name in file names, how much text calibrates it, and itself."""
     if options.encoder:
-        return "encoder", "384 texts", minilm()
+        return "encoder", "up to 384 texts", minilm()
     if options.whisper:
         return f"whisper-{options.whisper}", "64 clips", whisper(options.whisper)
     if options.gemma:
