@@ -36,7 +36,7 @@ HEALED = OURS[:5]
 #: Titles and budgets by method; those of weight-only quantisation hold 2, 3, 4 and 8 bits with their scales. GPTQ and
 #: RTN also have one for 2 bits in groups of 128 columns.
 OTHERS = {
-    "dynamic": ("dynamic precision", (0.125, 0.15, 0.16, 0.19, 0.2, 0.22, 0.26, 0.3, 0.4)),
+    "dynamic": ("dynamic precision", (0.125, 0.15, 0.19, 0.22, 0.26, 0.4)),
     "paper": ("TARDIS (paper)", (0.2, 0.23, 0.25, 0.3, 0.5)),
     "gptq": ("GPTQ", (0.145, 0.165, 0.225, 0.29, 0.55)),
     "gptq_rotated": ("GPTQ, rotated", (0.14, 0.2, 0.265, 0.52)),
@@ -68,7 +68,7 @@ def cases() -> list[Case]:
 
 
 def minilm() -> Subject:
-    """all-MiniLM-L6-v2, calibrated on up to 384 docstrings of the standard library, measured on 256 of other modules."""
+    """all-MiniLM-L6-v2, calibrated on up to 384 docstrings of the standard library, measured on 256 others."""
     from encoder import batches, embed, load
     from prose import sentences
 

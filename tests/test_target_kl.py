@@ -127,7 +127,8 @@ def test_a_stricter_target_takes_more_bytes() -> None:
 
 
 def test_offload_meets_the_target_too() -> None:
-    plan = calibrate(model(), TEXT, config=QUICK, offload=True)
+    texts = TEXT[-2:]  # every fit runs them anew for every FFN
+    plan = calibrate(model(), texts, config=QUICK, offload=True)
     assert plan.kl is not None
     assert independent(plan, TEXT[-1]) == pytest.approx(plan.kl, rel=1e-3)
     assert plan.kl <= TARGET

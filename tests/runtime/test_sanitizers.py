@@ -14,7 +14,7 @@ pytestmark = [
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="preloads the sanitizer's library"),
 ]
 
-CALLS = 5_000
+CALLS = 3_000
 PLAIN = ("-std=c++17", "-O1", "-g", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC")
 SANITIZED = (*PLAIN, "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
 #: Vectors of 16, 32 and 64 bytes, the last without and with products of bfloat16 and of bytes.
