@@ -46,8 +46,9 @@ def arguments(
     """A call in which rounding decides nothing.
 
     ``thresholds`` are those that read everything (``"all"``), almost nothing (``"none"``: what is infinite or NaN, or
-    larger than 0 while the scale is 0), or a share of each part (``"mixed"``). ``widths`` are the bits of projections, refinements, columns, column refinements and fold. The capacity exceeds the
-    list by ``spare`` entries of nonsense. Noises are about the size of the refinements' products, and some are 0.
+    larger than 0 while the scale is 0), or a share of each part (``"mixed"``). ``widths`` are the bits of projections,
+    refinements, columns, column refinements and fold. The capacity exceeds the list by ``spare`` entries of nonsense.
+    Noises are about the size of the refinements' products, and some are 0.
     """
     random = torch.Generator().manual_seed(seed)
     capacity = listed + spare
