@@ -25,6 +25,7 @@ from tardis_fx.graph.site import Site, SiteWeights
 from tardis_fx.observation.run import Fit, Run
 from tardis_fx.observation.site import Merge, ObservedSite
 from tardis_fx.partial_linear.coding import Coding, CodingObserver, token_weights
+from tardis_fx.partial_linear.influence import CodedSite, moved, weighed
 from tardis_fx.partial_linear.precision import Pricing, Sizes, Widths, allocate
 from tardis_fx.passes.base import Rewrite, stored_bytes
 from tardis_fx.passes.layout import Expected, Layout, Tensors, indices, setting, table_rows
@@ -58,8 +59,10 @@ WIDTHS = {
         Widths(4, 4, 4, 4, 0),
     ),
 }
-#: Share by which the bytes of held-back tokens may exceed what was allowed for the sample.
+#: Share by which the bytes of held-back tokens may differ from the budget, which is met on the sample.
 TOLERANCE = 0.003
+#: Number of times that the target for the sample is corrected.
+FILLS = 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,7 +74,7 @@ class Candidate:
         bias: of the output, without a fold.
         touched: bytes per token.
         read: share of the neurons whose columns are read.
-        error: mean squared error, relative to the output of each token.
+        error: mean squared error, relative to the output of each token, times the influence of the site.
         missed: root of the mean squared error, relative to that of the output.
     """
 
@@ -102,9 +105,9 @@ class Candidate:
             tensors["surrogate"] = pricing.surrogate[listed].bfloat16()
         bias = torch.zeros(len(neurons.down), dtype=torch.float32, device="cpu")
         made = cls(coding, widths, tensors, bias if neurons.down_bias is None else neurons.down_bias, *[math.nan] * 4)
-        return made._measured()
+        return made._measured(pricing.influence)
 
-    def _measured(self) -> "Candidate":
+    def _measured(self, influence: float) -> "Candidate":
         coding, touched = self.coding, Touched()
         exact, call = coding.neurons(coding.held), self.call(coding.held)
         touched.add(call)
@@ -123,7 +126,7 @@ class Candidate:
             bias=bias,
             touched=touched.per_token,
             read=touched.outlier_rate,
-            error=float((token_weights(exact) * squares).mean()),
+            error=influence * float((token_weights(exact) * squares).mean()),
             missed=relative_error(float(squares.sum()), float(exact.double().square().sum())),
         )
 
@@ -189,24 +192,36 @@ class Dynamic(Rewrite):
             raise CalibrationError(f"{self.name} chooses the widths of all sites at once: fit without sequential")
         codings = yield Run("codes", CodingObserver, sites, finish=Coding.from_observer, key=Coding)
         chosen = [codings[site.fingerprint] for site in sites]
+        influences: Mapping[str, float] = {}
+        if len(sites) > 1 and config.allocation == "joint":
+            in_codes = {site.fingerprint: CodedSite(codings[site.fingerprint]) for site in sites}
+            influences = yield Run(
+                "influence on the output",
+                lambda site: in_codes[site.fingerprint],
+                sites,
+                finish=lambda site, distance: in_codes[site.fingerprint].influence(distance),
+                key=CodedSite,
+                moved=moved,
+            )
+        weights = weighed([influences.get(site.fingerprint, math.nan) for site in sites])
         if config.target_error is None:
-            return (yield from self._fit_within(chosen, config))
+            return (yield from self._fit_within(chosen, weights, config))
         floor = sum(min(Sizes.from_coding(c, widths).least for widths in _widths(c)) for c in chosen)
         return (
             yield from fit_to_target(
-                lambda budget: self._fit_within(chosen, replace(config, budget=budget, target_error=None)),
+                lambda budget: self._fit_within(chosen, weights, replace(config, budget=budget, target_error=None)),
                 floor / sum(site.weights.bytes for site in sites),
                 config.target_error,
             )
         )
 
-    def _fit_within(self, codings: Sequence[Coding], config: Config) -> Fit[list[Planned]]:
+    def _fit_within(self, codings: Sequence[Coding], influences: Sequence[float], config: Config) -> Fit[list[Planned]]:
         dense = [coding.site.weights.bytes for coding in codings]
         if config.allocation == "joint":
-            best = _candidates(codings, config.budget * sum(dense))
+            best = _candidates(codings, influences, config.budget * sum(dense))
         else:
             pairs = zip(codings, dense, strict=True)
-            best = [_candidates([coding], config.budget * size)[0] for coding, size in pairs]
+            best = [_candidates([coding], [1.0], config.budget * size)[0] for coding, size in pairs]
         folded = {c.coding.site.fingerprint: c for c in best if c.widths.fold_bits}
         remainders: Mapping[str, Residual] = {}
         if folded:
@@ -313,7 +328,7 @@ def _biases(
     return {"biases": table}
 
 
-def _candidates(codings: Sequence[Coding], allowed: float) -> list[Candidate]:
+def _candidates(codings: Sequence[Coding], influences: Sequence[float], allowed: float) -> list[Candidate]:
     """The best candidates of sites that together read ``allowed`` bytes per token.
 
     Raises:
@@ -327,30 +342,55 @@ def _candidates(codings: Sequence[Coding], allowed: float) -> list[Candidate]:
         if most < allowed and number + 1 < len(WIDTHS[1]):
             continue
         try:
-            tried.append(_at(codings, widths, allowed))
+            tried.append(_at(codings, widths, influences, allowed))
         except CalibrationError as error:
             refusals.append(error)
     if not tried:
         raise refusals[0]
-    return _choose(list(zip(*tried, strict=True)))
+    chosen = _choose(list(zip(*tried, strict=True)), allowed)
+    widths, target = [candidate.widths for candidate in chosen], allowed
+    found = [chosen]
+    for _ in range(FILLS):
+        found.append(_at(codings, widths, influences, target))
+        missing = allowed / _touched(found[-1])
+        if abs(missing - 1) <= TOLERANCE:
+            break
+        target *= missing
+    return min(found, key=lambda candidates: (_touched(candidates) > (1 + TOLERANCE) * allowed, _error(candidates)))
 
 
-def _at(codings: Sequence[Coding], widths: Sequence[Widths], allowed: float) -> list[Candidate]:
-    """Candidates at given widths.
+def _at(
+    codings: Sequence[Coding], widths: Sequence[Widths], influences: Sequence[float], target: float
+) -> list[Candidate]:
+    """Candidates at given widths that read about ``target`` bytes per token, at one price for all sites.
 
     Raises:
         CalibrationError: the budget is too small.
     """
-    pricings = [Pricing.from_coding(coding, w) for coding, w in zip(codings, widths, strict=True)]
-    target = allowed
-    for _ in range(2):
-        pricings, price = allocate(pricings, target)
-        candidates = [Candidate.from_pricing(pricing, price) for pricing in pricings]
-        total = sum(candidate.touched for candidate in candidates)
-        if total <= (1 + TOLERANCE) * allowed:
-            break
-        target *= allowed / total
-    return candidates
+    pricings = [Pricing.from_coding(*of_site) for of_site in zip(codings, widths, influences, strict=True)]
+    pricings, price = allocate(pricings, target)
+    return [Candidate.from_pricing(pricing, price) for pricing in pricings]
+
+
+def _choose(candidates: Sequence[Sequence[Candidate]], allowed: float) -> list[Candidate]:
+    """One candidate for every site with the least total error within the bytes, or else the fewest bytes."""
+    prices = [0.0]
+    for options in candidates:
+        for a in options:
+            for b in options:
+                if a.touched > b.touched and b.error > a.error:
+                    prices.append((b.error - a.error) / (a.touched - b.touched))
+    mixed = [[min(o, key=lambda c: c.error + p * (1 + 1e-9) * c.touched) for o in candidates] for p in prices]
+    within = [chosen for chosen in mixed if _touched(chosen) <= (1 + TOLERANCE) * allowed]
+    return min(within, key=_error) if within else min(mixed, key=_touched)
+
+
+def _touched(candidates: Sequence[Candidate]) -> float:
+    return sum(candidate.touched for candidate in candidates)
+
+
+def _error(candidates: Sequence[Candidate]) -> float:
+    return sum(candidate.error for candidate in candidates)
 
 
 def _regressed(
@@ -364,21 +404,6 @@ def _regressed(
     covariance.diagonal().add_(minimum_ridge(RIDGE * covariance.diagonal(), torch.zeros_like(covariance[0])))
     fitted: Tensor = torch.linalg.solve(covariance, crossed).T
     return fitted
-
-
-def _choose(candidates: Sequence[Sequence[Candidate]]) -> list[Candidate]:
-    """One candidate for every site with the least total error, and no more bytes than at one width everywhere."""
-    uniform = list(zip(*candidates, strict=True))
-    allowed = max(sum(c.touched for c in chosen) for chosen in uniform)
-    prices = [0.0]
-    for options in candidates:
-        for a in options:
-            for b in options:
-                if a.touched > b.touched and b.error > a.error:
-                    prices.append((b.error - a.error) / (a.touched - b.touched))
-    mixed = [tuple(min(o, key=lambda c: c.error + p * (1 + 1e-9) * c.touched) for o in candidates) for p in prices]
-    within = [chosen for chosen in (*uniform, *mixed) if sum(c.touched for c in chosen) <= allowed]
-    return list(min(within, key=lambda chosen: sum(c.error for c in chosen)))
 
 
 def _widths(coding: Coding) -> Sequence[Widths]:

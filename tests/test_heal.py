@@ -20,11 +20,12 @@ from tardis_fx import (
 from tardis_fx.graph.site import SiteWeights
 from tardis_fx.healing import training
 from tardis_fx.healing.evaluation import Evaluation
-from tardis_fx.healing.student import Student, divergence
+from tardis_fx.healing.student import Student
 from tardis_fx.observation.observe import BatchObservation
 from tardis_fx.passes.registry import rewrite_named
 from tardis_fx.planning import refused
 from tardis_fx.runtime.packing import low_bits, row_bytes
+from tardis_fx.statistics.divergence import divergence
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ from tardis_fx import CalibrationError, ConfigError, Plan, calibrate, target_kl
 from tardis_fx.config import Options
 from tardis_fx.measure.quality import DenseReference, rewrite_every_token
 from tardis_fx.observation.observe import BatchObservation
+from tardis_fx.statistics import divergence
 from tardis_fx.statistics.divergence import kl_divergence
 from tardis_fx.statistics.target import RESOLUTION, SLACK, TRIES
 from tardis_fx.testing.assertions import contents
@@ -185,10 +186,11 @@ def test_few_positions_have_their_probabilities_in_memory_together(monkeypatch: 
 
     def noted(rewritten: Tensor, dense: Tensor) -> Tensor:
         sizes.append(len(dense))
-        return kl_divergence(rewritten, dense)
+        return measured(rewritten, dense)
 
-    monkeypatch.setattr(target_kl, "kl_divergence", noted)
-    monkeypatch.setattr(target_kl, "TOGETHER", 50)
+    measured = divergence._kl_divergence
+    monkeypatch.setattr(divergence, "_kl_divergence", noted)
+    monkeypatch.setattr(divergence, "TOGETHER", 50)
     plan = calibrate(model(), TEXT, config=QUICK)
     assert plan.kl == pytest.approx(calibrate(model(), TEXT, config=QUICK).kl, rel=1e-5)
     assert set(sizes) == {50, 4 * 32 % 50}

@@ -9,13 +9,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tardis_fx.healing.site import TrainableSite
-from tardis_fx.healing.student import Student, divergence
+from tardis_fx.healing.student import Student
 from tardis_fx.observation.batches import Batch
 from tardis_fx.observation.capture import arguments
 from tardis_fx.observation.observe import BatchObservation
 from tardis_fx.observation.run import Run
 from tardis_fx.plan import Plan, SitePlan
 from tardis_fx.statistics.check import Check
+from tardis_fx.statistics.divergence import divergence
 
 
 class Evaluation:

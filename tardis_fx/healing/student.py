@@ -1,24 +1,19 @@
-"""The model with trainable planned sites, and the divergence of its output from that of the dense model."""
+"""The model with trainable planned sites."""
 
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
-from jaxtyping import Float
-from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
-from torch.utils import _pytree as pytree
+from torch import nn
 
 from tardis_fx.errors import CalibrationError, ConfigError, PlanMismatchError
 from tardis_fx.graph.site import SiteWeights
 from tardis_fx.healing.graft import Grafted
 from tardis_fx.healing.site import TrainableSite
-from tardis_fx.observation.batches import Batch, real_tokens
+from tardis_fx.observation.batches import Batch
 from tardis_fx.passes.base import Rewrite
 from tardis_fx.passes.entry import rewrite_of
 from tardis_fx.plan import Plan, SitePlan
-from tardis_fx.statistics.divergence import kl_divergence
 
 _log = logging.getLogger("tardis_fx")
 
@@ -76,28 +71,6 @@ def _healable(plan: Plan) -> dict[str, Rewrite]:
     if not healable:
         raise ConfigError("the plan has no site to heal: every one is refused or exact")
     return healable
-
-
-def divergence(output: Any, dense: Any, batch: Batch) -> Float[Tensor, ""]:
-    """Divergence of the healed model's output from that of the dense model for a batch.
-
-    For outputs with ``logits``, it is the Kullback-Leibler divergence of healed from dense distribution, in nats per
-    position; otherwise the mean squared error of the first floating-point tensor. Padding does not count.
-    """
-    if isinstance(getattr(dense, "logits", None), Tensor):
-        errors = kl_divergence(output.logits, dense.logits)
-    else:
-        errors = F.mse_loss(_first(output).float(), _first(dense).float(), reduction="none")
-        errors = errors.mean(-1) if errors.dim() > 1 else errors
-    real = real_tokens(batch, errors.shape)
-    return errors.mean() if real is None else errors[real.to(errors.device)].mean()
-
-
-def _first(output: Any) -> Tensor:
-    for leaf in pytree.tree_leaves(output):
-        if isinstance(leaf, Tensor) and leaf.is_floating_point():
-            return leaf
-    raise CalibrationError(f"the model returns {type(output).__name__} without any floating-point tensor to match")
 
 
 @contextmanager

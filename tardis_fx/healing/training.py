@@ -11,8 +11,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from tardis_fx.errors import CalibrationError
 from tardis_fx.healing.checkpoint import State
 from tardis_fx.healing.evaluation import Evaluation, dense
-from tardis_fx.healing.student import Student, divergence
+from tardis_fx.healing.student import Student
 from tardis_fx.observation.batches import Batch
+from tardis_fx.statistics.divergence import divergence
 
 _log = logging.getLogger("tardis_fx")
 

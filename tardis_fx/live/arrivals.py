@@ -75,7 +75,7 @@ class LiveObservation(Observation):
         """Continues the fit until it needs tokens or ends."""
         step = advance(self._fit, answer)
         while isinstance(step, Run):
-            answer = self.recall(step)
+            answer = {} if step.moved else self.recall(step)
             if answer is None:
                 assert not step.replaced  # Options refuses sequential fits
                 self._arrivals = {s.fingerprint: _Arrivals(step.make(s), s.weights.up.shape[1]) for s in step.sites}

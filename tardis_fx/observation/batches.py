@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from tardis_fx.errors import CalibrationError
 
@@ -83,6 +84,19 @@ def split(batches: list[Batch]) -> tuple[list[Batch], list[Batch]]:
         raise CalibrationError("at least two batches are needed, one of them to evaluate on")
     held_back = max(1, int(len(batches) * EVALUATED))
     return batches[:-held_back], batches[-held_back:]
+
+
+def rows_of(batch: Batch) -> int | None:
+    """Number of rows of a batch: the first size that all its tensors have; None if there is none."""
+    tensors = [value for value in pytree.tree_leaves(batch) if isinstance(value, Tensor)]
+    sizes = {tensor.shape[0] if tensor.dim() else None for tensor in tensors}
+    return sizes.pop() if len(sizes) == 1 else None
+
+
+def first_rows(batch: Batch, count: int) -> Batch:
+    """The first rows of a batch that has rows."""
+    cut: Batch = pytree.tree_map_only(Tensor, lambda tensor: tensor[:count], batch)
+    return cut
 
 
 def real_tokens(batch: Batch, shape: Sequence[int]) -> Bool[Tensor, "*tokens"] | None:

@@ -3,6 +3,7 @@
 import logging
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +17,7 @@ from tardis_fx.graph.matcher import find_sites
 from tardis_fx.graph.site import Site, SiteWeights, is_freed
 from tardis_fx.graph.subclasses import stored_tensors, subclass_name
 from tardis_fx.graph.unfuse import unfuse
-from tardis_fx.observation.batches import Batch, checked, real_tokens, uncompiled
+from tardis_fx.observation.batches import Batch, checked, first_rows, real_tokens, rows_of, uncompiled
 from tardis_fx.observation.capture import Capture
 from tardis_fx.observation.checkpoint import Checkpoint
 from tardis_fx.observation.foreign import raising_typed
@@ -32,6 +33,8 @@ _log = logging.getLogger("tardis_fx")
 MOST_TOKENS = 32768
 #: Tokens of a batch that are never thinned out.
 FEW_TOKENS = 512
+#: Tokens of a trial at the site that sees the fewest; a batch with fewer is tried whole.
+TRIAL_TOKENS = 1024
 
 
 class BatchObservation(RepeatableObservation):
@@ -70,11 +73,13 @@ class BatchObservation(RepeatableObservation):
         self._observers: Mapping[str, SiteObserver] = {}
         self._batch: Batch = self._batches[0]
         self._counts: dict[str, list[int]] = {}
+        self._lengths = dict[str, int]()  # tokens at each site in the last batch that reached it
         self._seen: dict[str, Seen] = {}
         self._replaced: Mapping[str, Callable[[Tensor], Tensor]] = {}
         self._refused: list[str] = []  # names and reasons of sites without their own weights
         self._capture = Capture(model, self._instrument)
         self._call(0)
+        self._fewest = max(1, min(self._lengths.values(), default=1))  # tokens of the first batch at any site
         self._refuse_absent()
         if not self._sites:
             raise CalibrationError(
@@ -94,6 +99,8 @@ class BatchObservation(RepeatableObservation):
         Raises:
             CheckpointError: the checkpoint is damaged, belongs to another calibration, or cannot be written.
         """
+        if run.moved is not None:
+            return self._tried(run, run.moved)
         observers = {site.fingerprint: run.make(site) for site in run.sites}
         self._runs += 1
         checkpoint, contents = self._checkpoint, (self._runs, run.title, observers)
@@ -131,31 +138,56 @@ class BatchObservation(RepeatableObservation):
         """
         for number in self._ranks.share(range(len(self._batches))):
             original = self._call(number)
-            self._replaced = replaced
-            try:
+            with self._replacing(replaced):
                 changed = self._call(number)
-            finally:
-                self._replaced = {}
             yield self._batch, original, changed
+
+    @contextmanager
+    def _replacing(self, replaced: Mapping[str, Callable[[Tensor], Tensor]]) -> Iterator[None]:
+        self._replaced = replaced
+        try:
+            yield
+        finally:
+            self._replaced = {}
+
+    def _tried(self, run: Run, moved: Callable[[Any, Any, Any], float]) -> dict[str, float]:
+        """How far the output moves by each site of a trial, by fingerprint: the mean of the ranks that have a batch."""
+
+        def distances() -> list[float]:
+            found: list[float] = []
+            for number in self._ranks.share(range(len(self._batches)))[:1]:
+                batch = self._batches[number]
+                if rows := rows_of(batch):
+                    batch = first_rows(batch, -(-TRIAL_TOKENS * rows // self._fewest))
+                original = self._call(number, batch)
+                for site in tqdm(run.sites, desc=run.title, unit="site", disable=not self._progress, leave=False):
+                    with self._replacing({site.fingerprint: run.make(site)}):
+                        found.append(moved(batch, original, self._call(number, batch)))
+            return found
+
+        ranks = [found for found in self._ranks.attempt(distances) if found]
+        means = [sum(found) / len(ranks) for found in zip(*ranks, strict=True)]
+        return dict(zip([site.fingerprint for site in run.sites], means, strict=True))
 
     def _show(self, run: Run, observers: Mapping[str, SiteObserver]) -> dict[str, list[int]]:
         """Runs this rank's batches; returns the numbers of tokens and of held-back tokens by fingerprint."""
-        self._observers, self._replaced, self._counts = observers, run.replaced, {}
+        self._observers, self._counts = observers, {}
         share = self._ranks.share(range(len(self._batches)))
         try:
-            for number in tqdm(share, desc=run.title, unit="batch", disable=not self._progress, leave=False):
-                self._call(number)
+            with self._replacing(run.replaced):
+                for number in tqdm(share, desc=run.title, unit="batch", disable=not self._progress, leave=False):
+                    self._call(number)
         finally:
-            self._observers, self._replaced = {}, {}
+            self._observers = {}
         return self._counts
 
-    def _call(self, number: int) -> Any:
-        """Runs one batch through the captured model, and returns the output.
+    def _call(self, number: int, rows: Batch | None = None) -> Any:
+        """Runs one batch, or some rows of it, through the captured model, and returns the output.
 
         Raises:
             CalibrationError: the model fails; its error is the cause.
         """
-        self._batch = self._batches[number]
+        self._batch = self._batches[number] if rows is None else rows
         try:
             return self._capture(self._batch)
         except (TardisError, MemoryError, torch.OutOfMemoryError):  # callers handle out-of-memory errors by type
@@ -213,6 +245,7 @@ class BatchObservation(RepeatableObservation):
     def _enter(self, site: Site, x: Float[Tensor, "*tokens d"], *parameters: Tensor) -> Tensor | None:
         """Shows a site's inputs to its observer; returns a copy of them if the site's output will be replaced."""
         identity = self._admit(site, list(parameters))
+        self._lengths[identity] = x.shape[:-1].numel()
         self._observe(site, identity, x)
         return x.clone() if identity in self._replaced else None
 

@@ -28,6 +28,10 @@ class Run:
             one observation is answered from memory, without a pass.
         replaced: functions that replace the outputs of some sites during the pass, [..., d] to [..., d_out], by
             fingerprint.
+        moved: makes this a trial: ``make`` gives a function that replaces the output of a site, the sites are replaced
+            one at a time on a few rows of a batch, and ``finish`` is given how far the model's output has moved, as
+            this function measures it from the batch, the original output and the changed one. An observation that does
+            not have the model's output answers a trial with nothing.
     """
 
     title: str
@@ -36,6 +40,7 @@ class Run:
     finish: Callable[[ObservedSite, Any], Any] = lambda site, observer: observer
     key: Hashable = None
     replaced: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
+    moved: Callable[[Any, Any, Any], float] | None = None
 
 
 #: A fit in progress: it yields runs, is sent the result of each by fingerprint, and returns its own result.
@@ -84,7 +89,8 @@ class Observation(ABC):
 
         Each observer leaves ``observers`` before it is finished, so that its memory is free for what is made of it.
         """
-        bar = tqdm(run.sites, desc=run.title, unit="site", disable=not self._progress, leave=False, delay=1)
+        sites = [site for site in run.sites if site.fingerprint in observers]
+        bar = tqdm(sites, desc=run.title, unit="site", disable=not self._progress, leave=False, delay=1)
         results = {site.fingerprint: run.finish(site, observers.pop(site.fingerprint)) for site in bar}
         if run.key is not None:
             self._memory[run.key, *run.sites] = results

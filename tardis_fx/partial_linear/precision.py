@@ -3,7 +3,8 @@
 For every token, the estimates of a neuron say what each of its parts would change in the output: the column (with its
 base codes), the refinements of its projections, the refinement of the column, and in a gated FFN everything after the
 gate. A part is read if the square of that change is worth its bytes at the price: relative to the token's scale if the
-output is normalised, and otherwise to the median square of the outputs. One price for all sites meets the budget.
+output is normalised, and otherwise to the median square of the outputs. Errors count as much as they move the model's
+output (:mod:`tardis_fx.partial_linear.influence`). One price for all sites meets the budget.
 """
 
 import math
@@ -155,6 +156,7 @@ class Pricing:
     Attributes:
         listed: neurons that have base codes; the others have no column and give nothing.
         surrogate: k slopes and the intercept; zero without a fold.
+        influence: divergence of the model's output for a relative squared error of 1.
         coherence: error of what is not read, as a multiple of the sum of its neurons' errors: they may point one way.
     """
 
@@ -164,25 +166,27 @@ class Pricing:
     tokens: Estimated
     listed: Bool[Tensor, " h"]
     surrogate: Float32[Tensor, "h coefficients"]
+    influence: float
     coherence: float = 1.0
 
     @classmethod
-    def from_coding(cls, coding: Coding, widths: Widths) -> "Pricing":
+    def from_coding(cls, coding: Coding, widths: Widths, influence: float) -> "Pricing":
         """A site with surrogates that fit all tokens."""
         h, k = len(coding.neurons), len(coding.neurons.projections)
         tokens = Estimated.from_coding(coding, widths)
         surrogate = torch.zeros(h, k + 1, dtype=torch.float32, device="cpu")
-        pricing = cls(coding, widths, Sizes.from_coding(coding, widths), tokens, coding.neurons.down.any(0), surrogate)
+        sizes, listed = Sizes.from_coding(coding, widths), coding.neurons.down.any(0)
+        pricing = cls(coding, widths, sizes, tokens, listed, surrogate, influence)
         return pricing.refitted(torch.ones_like(tokens.response, dtype=torch.bool, device="cpu"))
 
     @cached_property
     def changes(self) -> dict[str, Float32[Tensor, "tokens h"]]:
-        """Expected squared change of the output by each part, relative to its square, for each byte."""
+        """Expected divergence of the model's output by each part that is not read, for each byte."""
         tokens, size, k = self.tokens, self.sizes.neuron, self.sizes.k
         surrogate = self.surrogate if self.widths.fold_bits else None
         value = values(tokens.base, surrogate, tokens.activation).square()
         change = doubt(tokens.base, tokens.noise, surrogate, tokens.activation).square() * tokens.norm
-        weight = tokens.importance / tokens.scale.square()
+        weight = self.influence * tokens.importance / tokens.scale.square()
         whole = weight * self.coherence
         parts, limit = {}, (value * tokens.norm + change) * (whole / size.column)
         if k == 2:
@@ -244,7 +248,8 @@ class Pricing:
         size, k = self.sizes.neuron, self.sizes.k
         parts = [*[(size.projection + size.column) / self.coherence] * (k - 1), size.column / self.coherence]
         parts += [k * size.refinement, size.column_refinement]
-        squares = torch.tensor(parts, dtype=torch.float64, device="cpu") * (price / self.tokens.importance)
+        squares = torch.tensor(parts, dtype=torch.float64, device="cpu") * price
+        squares /= self.influence * self.tokens.importance
         return squares.sqrt().float()
 
 

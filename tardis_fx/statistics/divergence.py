@@ -1,11 +1,19 @@
-"""The Kullback-Leibler divergence of a rewritten model's distribution over tokens from the dense one's."""
+"""How far the output of a rewritten model is from the dense model's."""
 
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
+from torch.utils import _pytree as pytree
+
+from tardis_fx.errors import CalibrationError
+from tardis_fx.observation.batches import Batch, real_tokens
+
+#: Positions whose probabilities are in memory together.
+TOGETHER = 256
 
 
 def logits_of(output: Any) -> Tensor | None:
@@ -21,5 +29,37 @@ def kl_divergence(
     rewritten: Float[Tensor, "*tokens classes"], dense: Float[Tensor, "*tokens classes"]
 ) -> Float[Tensor, "*tokens"]:
     """KL(dense || rewritten) of each position, in nats, computed in float32 from logits."""
+    pairs = zip(*(logits.reshape(-1, logits.shape[-1]).split(TOGETHER) for logits in (rewritten, dense)), strict=True)
+    return torch.cat([_kl_divergence(*pair) for pair in pairs]).view(dense.shape[:-1])
+
+
+def _kl_divergence(
+    rewritten: Float[Tensor, "tokens classes"], dense: Float[Tensor, "tokens classes"]
+) -> Float[Tensor, " tokens"]:
     log_q, log_p = rewritten.float().log_softmax(-1), dense.float().log_softmax(-1)
     return F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)
+
+
+def divergence(output: Any, dense: Any, batch: Batch) -> Float[Tensor, ""]:
+    """Divergence of a rewritten model's output from that of the dense model for a batch.
+
+    For outputs with ``logits``, it is the Kullback-Leibler divergence of the rewritten from the dense distribution, in
+    nats per position; otherwise the mean squared error of the first floating-point tensor. Padding does not count.
+
+    Raises:
+        CalibrationError: the output has no floating-point tensor.
+    """
+    if isinstance(getattr(dense, "logits", None), Tensor):
+        errors = kl_divergence(output.logits, dense.logits)
+    else:
+        errors = F.mse_loss(_first(output).float(), _first(dense).float(), reduction="none")
+        errors = errors.mean(-1) if errors.dim() > 1 else errors
+    real = real_tokens(batch, errors.shape)
+    return errors.mean() if real is None else errors[real.to(errors.device)].mean()
+
+
+def _first(output: Any) -> Tensor:
+    for leaf in pytree.tree_leaves(output):
+        if isinstance(leaf, Tensor) and leaf.is_floating_point():
+            return leaf
+    raise CalibrationError(f"the model returns {type(output).__name__} without any floating-point tensor to match")

@@ -79,7 +79,7 @@ class Sums:
         The pre-activations are eliminated in order. One that is constant, or explained by earlier ones, gets the slope
         0. A neuron without tokens gets slopes and intercept 0.
         """
-        some, k = self.count.clamp(min=1), range(1, self.k + 1)
+        some, k = torch.where(self.count > 0, self.count, 1), range(1, self.k + 1)  # counts may be weights
         means = [self._sum(0, i) / some for i in (*k, -1)]
         rows = [
             [self._sum(i, j) / some - means[i - 1] * means[j - 1 if j > 0 else -1] for j in (*k, -1)] for i in k

@@ -42,6 +42,8 @@ class SiteObservation(RepeatableObservation):
     def _shown(self, run: Run) -> dict[str, Any]:
         """Shows every batch to every site's observer."""
         assert not run.replaced  # no site feeds another
+        if run.moved is not None:
+            return {}
         observers = {site.fingerprint: run.make(site) for site in run.sites}
         for batch in self._batches:
             tokens = batch.detach().reshape(-1, batch.shape[-1]).float()

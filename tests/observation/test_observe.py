@@ -1,8 +1,12 @@
+from typing import Any
+
+import pytest
 import torch
 from builders import models
 from builders.ffns import Block, batches, ffn, inputs
 from torch import Tensor, nn
 
+from tardis_fx.observation.batches import rows_of
 from tardis_fx.observation.observe import BatchObservation
 from tardis_fx.observation.run import Run
 
@@ -122,3 +126,57 @@ def test_sites_whose_weights_share_a_buffer_are_refused_but_for_the_one_that_is_
     assert len({site.fingerprint for site in observation.sites}) == 3
     reasons = [str(site.site.reason) for site in observation.sites]
     assert ["took the place" in reason for reason in reasons] == [True, True, False], reasons
+
+
+# ---- Trials
+
+
+class Rows(nn.Module):
+    """Two blocks one after the other; notes how many rows it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks, self.rows = nn.Sequential(*(Block(ffn(seed=i)) for i in range(2))), list[int]()
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        torch.compiler.disable(self.rows.append)(len(x))
+        output: Tensor = self.blocks(x)
+        return output
+
+
+def distance(batch: Any, dense: Tensor, changed: Tensor) -> float:
+    return float((changed - dense).square().sum(-1).mean())
+
+
+def test_a_trial_replaces_one_site_at_a_time_and_tells_how_far_the_output_moves() -> None:
+    model, x = Rows(), torch.cat(batches())
+    observation = BatchObservation(model, [x], progress=False)
+    first, second = observation.sites
+    found = observation.answer(
+        Run("trial", lambda site: lambda x: 1.0 * x if site is first else 0 * x, observation.sites, moved=distance)
+    )
+    with torch.no_grad():
+        one, two = model.blocks
+        assert isinstance(one, Block)
+        assert isinstance(two, Block)
+        dense, x = two(one(x)), x
+        after_first = x + one.norm(x)
+        expected = {first.fingerprint: two(after_first), second.fingerprint: one(x)}
+    for identity, changed in expected.items():
+        assert found[identity] == pytest.approx(distance(None, dense, changed), rel=1e-4)
+
+
+@pytest.mark.parametrize(("tokens", "rows"), [(16, 8), (1024, 1), (600, 2)])
+def test_a_trial_runs_few_rows_of_many_tokens(tokens: int, rows: int) -> None:
+    model = Rows()
+    observation = BatchObservation(model, [torch.randn(8, tokens, 16)], progress=False)
+    model.rows.clear()
+    observation.answer(Run("trial", lambda _: lambda x: x, observation.sites, moved=distance))
+    assert model.rows == [rows] * 3
+
+
+def test_a_batch_whose_tensors_have_different_first_sizes_is_tried_whole() -> None:
+    assert rows_of({"x": torch.zeros(8, 2), "positions": torch.zeros(1, 2)}) is None
+    assert rows_of({"x": torch.zeros(8, 2), "scale": torch.tensor(1.0)}) is None
+    assert rows_of({"x": torch.zeros(8, 2), "mask": torch.zeros(8), "flag": True}) == 8

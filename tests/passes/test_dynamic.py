@@ -13,6 +13,7 @@ from tardis_fx.passes.dynamic import Dynamic
 from tardis_fx.plan import SitePlan
 from tardis_fx.runtime.touched import count_touched
 from tardis_fx.testing.ffn import gated_ffn
+from tardis_fx.testing.observation import SiteObservation
 
 D, HIDDEN = 80, 160  # a block of 64 columns and one of 16
 
@@ -108,3 +109,46 @@ def test_a_plan_gives_the_same_output_after_it_was_saved(tmp_path: object) -> No
     (site,) = BatchObservation(model, [x], progress=False).sites
     Dynamic().validate(loaded, site.weights)
     assert torch.equal(replacement(model, loaded)(x), replacement(model, plan)(x))
+
+
+# ---- What is worth its bytes
+
+
+class Weighed(nn.Module):
+    """Two equal FFNs, of which one hardly counts in the output."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.first, self.second, self.scale = ffn(D, HIDDEN, seed=1), ffn(D, HIDDEN, seed=2), scale
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.first(x) + self.scale * self.second(x)
+        return output
+
+
+def test_the_bytes_go_where_the_output_needs_them() -> None:
+    touched = []
+    for scale in (1.0, 0.05):
+        observation = BatchObservation(Weighed(scale), batches(8, d=D), progress=False)
+        first, second = fitted(observation, Dynamic(), config(method="dynamic", budget=0.2))
+        touched.append((first.touched_bytes, second.touched_bytes))
+    assert touched[0][0] == pytest.approx(touched[0][1], rel=0.1)
+    assert touched[1][0] > 1.3 * touched[1][1]
+
+
+def test_without_an_output_all_sites_count_alike() -> None:
+    """A model whose output no site reaches, and sites without a model."""
+
+    class Mute(Weighed):
+        def forward(self, x: Tensor) -> Tensor:
+            return 0 * super().forward(x)
+
+    plans = []
+    for observation in (
+        BatchObservation(Mute(1.0), batches(8, d=D), progress=False),
+        SiteObservation([Weighed(1.0).first, Weighed(1.0).second], batches(8, d=D)),
+    ):
+        plans.append(fitted(observation, Dynamic(), config(method="dynamic", budget=0.2)))
+    for one, other in zip(*plans, strict=True):
+        assert one.touched_bytes == pytest.approx(other.touched_bytes, rel=1e-3)
