@@ -30,6 +30,7 @@ from tardis_fx.partial_linear.precision import Pricing, Sizes, Widths, allocate
 from tardis_fx.passes.base import Rewrite, stored_bytes
 from tardis_fx.passes.layout import Expected, Layout, Tensors, indices, setting, table_rows
 from tardis_fx.plan import Planned, SitePlan
+from tardis_fx.quantisation import Rows
 from tardis_fx.runtime import (
     coded_reference,
     ops,  # noqa: F401 - registers torch.ops.tardis
@@ -92,15 +93,19 @@ class Candidate:
         """Measures a settled site on held-back tokens."""
         coding, widths = pricing.coding, pricing.widths
         neurons, listed = coding.neurons, pricing.listed.nonzero()[:, 0]
+
+        def kept(rows: Rows) -> Tensor:
+            return rows.rows if len(listed) == len(neurons) else rows.rows[listed]  # no copy of what many share
+
         tensors = {
             "neurons": listed.int(), "precision": pricing.precision, "thresholds": pricing.thresholds(price),
             "signs": coding.signs, "out_signs": coding.out_signs,
-            "columns": coding.columns(widths.column_bits).rows[listed],
-            "columns_refinement": coding.column_refinement(widths.column_bits, widths.column_low_bits).rows[listed],
+            "columns": kept(coding.columns(widths.column_bits)),
+            "columns_refinement": kept(coding.column_refinement(widths.column_bits, widths.column_low_bits)),
         }  # fmt: skip
         for i, name in enumerate(coding.site.weights.projections):
-            tensors[name] = coding.projection(i, widths.bits).rows[listed]
-            tensors[f"{name}_refinement"] = coding.refinement(i, widths.bits, widths.low_bits).rows[listed]
+            tensors[name] = kept(coding.projection(i, widths.bits))
+            tensors[f"{name}_refinement"] = kept(coding.refinement(i, widths.bits, widths.low_bits))
         if widths.fold_bits:
             tensors["surrogate"] = pricing.surrogate[listed].bfloat16()
         bias = torch.zeros(len(neurons.down), dtype=torch.float32, device="cpu")

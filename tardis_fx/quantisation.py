@@ -21,6 +21,8 @@ DAMPING = 0.01
 BLOCK = 128
 #: Scales of a row that are tried, as multiples of the best one for Gaussian weights, and then as steps from the best.
 SCALES, STEPS = (0.85, 1.05, 1.3, 1.9, 3.0), (0.07, 0.035)
+#: Places of the grid in which levels are looked up while scales are chosen.
+GRID = 4096
 
 
 @dataclass(frozen=True)
@@ -272,27 +274,36 @@ def _round_in_turn(
         block, errors = rest[start:stop], torch.zeros_like(rest[start:stop])
         for i in range(stop - start):
             step, row = steps[start + i], upper[start + i, start + i : stop]
-            code = torch.bucketize(block[i] / step, middles)
+            code = torch.bucketize(block[i] / step, middles, out_int32=True)
             codes[start + i] = code
-            errors[i] = (block[i] - levels[code] * step) / row[0]
-            block[i:] -= row[:, None] * errors[i]
+            errors[i] = (block[i] - torch.index_select(levels, 0, code) * step) / row[0]
+            block[i:].addr_(row, errors[i], alpha=-1)
         rest[stop:] -= upper[start:stop, stop:].T @ errors
     return codes[feedback.order.argsort()]
 
 
 def _scales(weight: Float32[Tensor, "rows columns"], bits: int) -> Float16[Tensor, " rows"]:
-    """Scale of each row with the least squared error among multiples of its standard deviation, and steps from it."""
+    """Scale of each row with the least squared error among multiples of its standard deviation, and steps from it.
+
+    Levels are looked up in a fine grid: close to a middle between two levels, either one has almost the same error.
+    """
     levels = tables.levels(bits)
-    middles = (levels[1:] + levels[:-1]) / 2
+    reach = float(levels.abs().max())
+    grid = torch.linspace(-reach, reach, GRID, dtype=levels.dtype, device=levels.device)
+    nearest = levels[torch.bucketize(grid, (levels[1:] + levels[:-1]) / 2)]
     spread = weight.square().mean(1).sqrt() * tables.PEAKS[bits]
     limit = torch.finfo(torch.float16).max
     best_error, best = torch.full_like(spread, torch.inf), torch.zeros_like(spread, dtype=torch.float16)
+    place = torch.empty_like(weight)
     for multiples in (SCALES, *((1 - step, 1 + step) for step in STEPS)):
         start = best.float() if multiples is not SCALES else spread
         for multiple in multiples:
             scale = (start * multiple).clamp(max=limit).half()
             step = scale.float().clamp(min=torch.finfo(torch.float16).tiny)[:, None]
-            error = (levels[torch.bucketize(weight / step, middles)] * step - weight).square().sum(1)
+            torch.mul(weight, (GRID - 1) / 2 / reach / step, out=place)
+            index = place.add_(GRID / 2).clamp_(0, GRID - 1).int()
+            rounded = torch.index_select(nearest, 0, index.flatten()).view_as(weight)
+            error = rounded.mul_(step).sub_(weight).square_().sum(1)
             better = error < best_error
             best_error, best = torch.where(better, error, best_error), torch.where(better, scale, best)
     return best

@@ -31,7 +31,7 @@ class CodingObserver:
     }  # fmt: skip
 
     def __init__(self, site: ObservedSite) -> None:
-        self._neurons, (h, d) = Neurons.from_site(site), site.weights.up.shape
+        self._site, (h, d) = site, site.weights.up.shape
         self.inputs, self.responses = Moments(d), Moments(h)
         self.sample, self.held = Sample(SAMPLE), Sample(HELD)
 
@@ -40,8 +40,9 @@ class CodingObserver:
         cut = fitted_tokens(len(x))
         self.held.update(x[cut:])
         x = x[:cut]
-        response = self._neurons.evaluate(x)[1]
-        root = token_weights(self._neurons.output(response)).sqrt()
+        neurons = Neurons.from_site(self._site)  # in float32, a copy of most weights
+        response = neurons.evaluate(x)[1]
+        root = token_weights(neurons.output(response)).sqrt()
         self.inputs.update(root * x)
         self.responses.update(root * response)
         self.sample.update(x)

@@ -25,14 +25,14 @@ class CodedSite:
 
     def __init__(self, coding: Coding) -> None:
         self._coding, self._squares, self._tokens = coding, 0.0, 0
-        self._columns = rotate_back(coding.columns(BITS).weight, coding.out_signs)
 
     def __call__(self, x: Float[Tensor, "*tokens d"]) -> Float[Tensor, "*tokens d_out"]:
         """Computes the FFN."""
         neurons, tokens = self._coding.neurons, x.reshape(-1, x.shape[-1]).float().cpu()
         rotated = rotate(tokens, self._coding.signs)
         z = neurons.add_biases([self._coding.projection(i, BITS)(rotated) for i in range(len(neurons.projections))])
-        output, exact = neurons.response(z) @ self._columns, neurons(tokens)
+        columns = rotate_back(self._coding.columns(BITS).weight, self._coding.out_signs)
+        output, exact = neurons.response(z) @ columns, neurons(tokens)
         if neurons.down_bias is not None:
             output = output + neurons.down_bias
         self._squares += float((token_weights(exact) * (output - exact).square()).sum())
