@@ -150,7 +150,7 @@ class BatchObservation(RepeatableObservation):
         finally:
             self._replaced = {}
 
-    def _tried(self, run: Run, moved: Callable[[Any, Any, Any], float]) -> dict[str, float]:
+    def _tried(self, run: Run, moved: Callable[[Any, Any, Any], float | None]) -> dict[str, float]:
         """How far the output moves by each site of a trial, by fingerprint: the mean of the ranks that have a batch."""
 
         def distances() -> list[float]:
@@ -162,12 +162,15 @@ class BatchObservation(RepeatableObservation):
                 original = self._call(number, batch)
                 for site in tqdm(run.sites, desc=run.title, unit="site", disable=not self._progress, leave=False):
                     with self._replacing({site.fingerprint: run.make(site)}):
-                        found.append(moved(batch, original, self._call(number, batch)))
+                        distance = moved(batch, original, self._call(number, batch))
+                    if distance is None:
+                        return []
+                    found.append(distance)
             return found
 
         ranks = [found for found in self._ranks.attempt(distances) if found]
         means = [sum(found) / len(ranks) for found in zip(*ranks, strict=True)]
-        return dict(zip([site.fingerprint for site in run.sites], means, strict=True))
+        return dict(zip([site.fingerprint for site in run.sites], means, strict=False))  # all sites, or none
 
     def _show(self, run: Run, observers: Mapping[str, SiteObserver]) -> dict[str, list[int]]:
         """Runs this rank's batches; returns the numbers of tokens and of held-back tokens by fingerprint."""

@@ -1,4 +1,4 @@
-"""How much the error of a site moves the model's output: measured with the site in codes."""
+"""How much the error of a site moves the model's logits: measured with the site in codes."""
 
 import math
 from collections.abc import Sequence
@@ -40,13 +40,17 @@ class CodedSite:
         return output.view(*x.shape[:-1], -1).to(x.device, x.dtype)
 
     def influence(self, moved: float) -> float:
-        """Divergence of the model's output for a relative squared error of 1."""
+        """Divergence of the model's logits for a relative squared error of 1."""
         return moved * self._tokens / self._squares if self._squares else math.nan
 
 
-def moved(batch: Batch, dense: Any, changed: Any) -> float:
-    """Divergence of the model's output, as in :func:`tardis_fx.heal`."""
-    return float(divergence(changed, dense, batch))
+def moved(batch: Batch, dense: Any, changed: Any) -> float | None:
+    """Divergence of the model's logits; None without logits.
+
+    The squared error of hidden states is no substitute: it counts the last sites too much.
+    """
+    has_logits = isinstance(getattr(dense, "logits", None), Tensor)
+    return float(divergence(changed, dense, batch)) if has_logits else None
 
 
 def weighed(influences: Sequence[float]) -> list[float]:

@@ -167,6 +167,14 @@ def test_a_trial_replaces_one_site_at_a_time_and_tells_how_far_the_output_moves(
         assert found[identity] == pytest.approx(distance(None, dense, changed), rel=1e-4)
 
 
+def test_an_output_that_tells_nothing_ends_a_trial() -> None:
+    model = Rows()
+    observation = BatchObservation(model, batches(), progress=False)
+    model.rows.clear()
+    assert not observation.answer(Run("trial", lambda _: lambda x: x, observation.sites, moved=lambda *_: None))
+    assert len(model.rows) == 2
+
+
 @pytest.mark.parametrize(("tokens", "rows"), [(16, 8), (1024, 1), (600, 2)])
 def test_a_trial_runs_few_rows_of_many_tokens(tokens: int, rows: int) -> None:
     model = Rows()

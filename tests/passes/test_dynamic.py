@@ -1,6 +1,7 @@
 """Dynamic precision: neurons in codes, each as precise as its token needs."""
 
 from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from tardis_fx import CalibrationError, Plan
 from tardis_fx.observation.observe import BatchObservation
+from tardis_fx.observation.run import RepeatableObservation
 from tardis_fx.passes.dynamic import Dynamic
 from tardis_fx.plan import SitePlan
 from tardis_fx.runtime.touched import count_touched
@@ -114,41 +116,47 @@ def test_a_plan_gives_the_same_output_after_it_was_saved(tmp_path: object) -> No
 # ---- What is worth its bytes
 
 
-class Weighed(nn.Module):
-    """Two equal FFNs, of which one hardly counts in the output."""
+class Output(NamedTuple):
+    logits: Tensor
 
-    def __init__(self, scale: float) -> None:
+
+class Hidden(NamedTuple):
+    hidden: Tensor
+
+
+class Weighed(nn.Module):
+    """Two equal FFNs, of which one counts less in the output."""
+
+    def __init__(self, scale: float, form: Callable[[Tensor], Any] = Output) -> None:
         super().__init__()
-        self.first, self.second, self.scale = ffn(D, HIDDEN, seed=1), ffn(D, HIDDEN, seed=2), scale
+        self.first, self.second = ffn(D, HIDDEN, seed=1), ffn(D, HIDDEN, seed=2)
+        self.scale, self.form = scale, form
         self.eval()
 
-    def forward(self, x: Tensor) -> Tensor:
-        output: Tensor = self.first(x) + self.scale * self.second(x)
-        return output
+    def forward(self, x: Tensor) -> Any:
+        return self.form(self.first(x) + self.scale * self.second(x))
 
 
-def test_the_bytes_go_where_the_output_needs_them() -> None:
-    touched = []
-    for scale in (1.0, 0.05):
-        observation = BatchObservation(Weighed(scale), batches(8, d=D), progress=False)
-        first, second = fitted(observation, Dynamic(), config(method="dynamic", budget=0.2))
-        touched.append((first.touched_bytes, second.touched_bytes))
-    assert touched[0][0] == pytest.approx(touched[0][1], rel=0.1)
-    assert touched[1][0] > 1.3 * touched[1][1]
+def share_of_first(observation: RepeatableObservation) -> float:
+    """Bytes of the first site over those of the second."""
+    first, second = fitted(observation, Dynamic(), config(method="dynamic", budget=0.2))
+    return first.touched_bytes / second.touched_bytes
 
 
-def test_without_an_output_all_sites_count_alike() -> None:
-    """A model whose output no site reaches, and sites without a model."""
+def test_the_bytes_go_where_the_logits_need_them() -> None:
+    def share(scale: float) -> float:
+        return share_of_first(BatchObservation(Weighed(scale), batches(8, d=D), progress=False))
 
-    class Mute(Weighed):
-        def forward(self, x: Tensor) -> Tensor:
-            return 0 * super().forward(x)
+    assert share(1.0) == pytest.approx(1, rel=0.1)
+    assert share(0.05) > 1.3
 
-    plans = []
-    for observation in (
-        BatchObservation(Mute(1.0), batches(8, d=D), progress=False),
-        SiteObservation([Weighed(1.0).first, Weighed(1.0).second], batches(8, d=D)),
-    ):
-        plans.append(fitted(observation, Dynamic(), config(method="dynamic", budget=0.2)))
-    for one, other in zip(*plans, strict=True):
-        assert one.touched_bytes == pytest.approx(other.touched_bytes, rel=1e-3)
+
+def test_without_logits_all_sites_count_alike() -> None:
+    """Hidden states, logits that no site reaches, and sites without a model."""
+    xs = batches(8, d=D)
+    shares = [
+        share_of_first(BatchObservation(Weighed(0.05, Hidden), xs, progress=False)),
+        share_of_first(BatchObservation(Weighed(0.05, lambda x: Output(0 * x)), xs, progress=False)),
+        share_of_first(SiteObservation([Weighed(1.0).first, Weighed(1.0).second], xs)),
+    ]
+    assert shares == pytest.approx([1.0] * 3, rel=0.1)
