@@ -41,11 +41,11 @@ def batches(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[dict[s
     return [dict(tokenizer(texts[i : i + 32], **options)) for i in range(0, len(texts), 32)]
 
 
-def main(budget: float = 0.2, method: str = "partial_linear") -> tuple[float, tardis_fx.Plan]:
+def main(budget: float = 0.2, method: str = "partial_linear", texts: int = 384) -> tuple[float, tardis_fx.Plan]:
     """Calibrates, compiles and compares; returns the mean cosine to the dense embeddings, and the plan."""
     model, tokenizer = load()
     config = tardis_fx.Config(budget=budget, method=method, prefill="rewritten")
-    plan = tardis_fx.calibrate(model, batches(tokenizer, sentences("calibration", 384)), config=config)
+    plan = tardis_fx.calibrate(model, batches(tokenizer, sentences("calibration", texts)), config=config)
     options: dict[str, Any] = {"plan": plan, "inner": "eager"}
     fast = torch.compile(model, backend="tardis", options=options, dynamic=True)
     held_out = batches(tokenizer, sentences("test", 256))
