@@ -3,7 +3,7 @@
 import logging
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -156,10 +156,7 @@ class BatchObservation(RepeatableObservation):
         def distances() -> list[float]:
             found: list[float] = []
             for number in self._ranks.share(range(len(self._batches)))[:1]:
-                batch = self._batches[number]
-                if rows := rows_of(batch):
-                    batch = first_rows(batch, -(-TRIAL_TOKENS * rows // self._fewest))
-                original = self._call(number, batch)
+                batch, original = self._few_rows(number)
                 for site in tqdm(run.sites, desc=run.title, unit="site", disable=not self._progress, leave=False):
                     with self._replacing({site.fingerprint: run.make(site)}):
                         distance = moved(batch, original, self._call(number, batch))
@@ -171,6 +168,16 @@ class BatchObservation(RepeatableObservation):
         ranks = [found for found in self._ranks.attempt(distances) if found]
         means = [sum(found) / len(ranks) for found in zip(*ranks, strict=True)]
         return dict(zip([site.fingerprint for site in run.sites], means, strict=False))  # all sites, or none
+
+    def _few_rows(self, number: int) -> tuple[Batch, Any]:
+        """The first rows of a batch, and the model's output for them; all rows if it takes no fewer."""
+        batch = self._batches[number]
+        rows = rows_of(batch) or 0
+        if (few := -(-TRIAL_TOKENS * rows // self._fewest)) < rows:
+            with suppress(CalibrationError):
+                part = first_rows(batch, few)
+                return part, self._call(number, part)
+        return batch, self._call(number)
 
     def _show(self, run: Run, observers: Mapping[str, SiteObserver]) -> dict[str, list[int]]:
         """Runs this rank's batches; returns the numbers of tokens and of held-back tokens by fingerprint."""

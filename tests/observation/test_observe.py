@@ -184,6 +184,19 @@ def test_a_trial_runs_few_rows_of_many_tokens(tokens: int, rows: int) -> None:
     assert model.rows == [rows] * 3
 
 
+def test_a_model_that_takes_no_fewer_rows_is_tried_on_all() -> None:
+    class Fixed(Rows):
+        def forward(self, x: Tensor) -> Tensor:
+            output: Tensor = super().forward(x) + torch.zeros(8, 1, 1)
+            return output
+
+    model = Fixed()
+    observation = BatchObservation(model, [torch.randn(8, 600, 16)], progress=False)
+    model.rows.clear()
+    assert len(observation.answer(Run("trial", lambda _: lambda x: x, observation.sites, moved=distance))) == 2
+    assert model.rows[1:] == [8] * 3
+
+
 def test_a_batch_whose_tensors_have_different_first_sizes_is_tried_whole() -> None:
     assert rows_of({"x": torch.zeros(8, 2), "positions": torch.zeros(1, 2)}) is None
     assert rows_of({"x": torch.zeros(8, 2), "scale": torch.tensor(1.0)}) is None
