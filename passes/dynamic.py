@@ -25,7 +25,7 @@ from tardis_fx.graph.site import Site, SiteWeights
 from tardis_fx.observation.run import Fit, Run
 from tardis_fx.observation.site import Merge, ObservedSite
 from tardis_fx.partial_linear.coding import Coding, CodingObserver, token_weights
-from tardis_fx.partial_linear.influence import CodedSite, moved, weighed
+from tardis_fx.partial_linear.influence import CodedSite, influence, weighed
 from tardis_fx.partial_linear.precision import Pricing, Sizes, Widths, allocate
 from tardis_fx.passes.base import Rewrite, stored_bytes
 from tardis_fx.passes.layout import Expected, Layout, Tensors, indices, setting, table_rows
@@ -199,14 +199,12 @@ class Dynamic(Rewrite):
         chosen = [codings[site.fingerprint] for site in sites]
         influences: Mapping[str, float] = {}
         if len(sites) > 1 and config.allocation == "joint":
-            in_codes = {site.fingerprint: CodedSite(codings[site.fingerprint]) for site in sites}
             influences = yield Run(
-                "influence on the output",
-                lambda site: in_codes[site.fingerprint],
+                "influence on the logits",
+                lambda site: CodedSite(codings[site.fingerprint]),
                 sites,
-                finish=lambda site, distance: in_codes[site.fingerprint].influence(distance),
                 key=CodedSite,
-                moved=moved,
+                moved=influence,
             )
         weights = weighed([influences.get(site.fingerprint, math.nan) for site in sites])
         if config.target_error is None:

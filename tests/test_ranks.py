@@ -4,6 +4,7 @@ import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ class Outcome:
     def plans(self, name: str) -> list[Plan]:
         return [Plan.load(self.folder / f"{name}-{rank}") for rank in range(2)]
 
-    def said(self, what: str) -> list[str]:
+    def said(self, what: str) -> list[Any]:
         return [json.loads((self.folder / f"said-{rank}").read_text())[what] for rank in range(2)]
 
 
@@ -65,11 +66,15 @@ def test_two_ranks_return_the_plan_of_one_process(name: str, outcome: Outcome) -
 
 
 def test_both_ranks_return_the_same_plan_to_the_bit(outcome: Outcome) -> None:
-    for name in CONFIGS:
+    for name in (*CONFIGS, "dynamic"):
         one, other = outcome.plans(name)
         for a, b in zip(entries(one), entries(other), strict=True):
             assert vars(a) | {"tensors": None} == vars(b) | {"tensors": None}
             assert all(torch.equal(a.tensors[key], b.tensors[key]) for key in a.tensors)
+
+
+def test_what_the_ranks_measure_in_a_trial_is_averaged(outcome: Outcome) -> None:
+    assert outcome.said("trial") == [[2.0, 2.0]] * 2
 
 
 def test_what_one_rank_cannot_use_is_an_error_on_both(outcome: Outcome) -> None:

@@ -150,7 +150,7 @@ class BatchObservation(RepeatableObservation):
         finally:
             self._replaced = {}
 
-    def _tried(self, run: Run, moved: Callable[[Any, Any, Any], float | None]) -> dict[str, float]:
+    def _tried(self, run: Run, moved: Callable[[Any, Any, Any, Any], float | None]) -> dict[str, float]:
         """How far the output moves by each site of a trial, by fingerprint: the mean of the ranks that have a batch."""
 
         def distances() -> list[float]:
@@ -158,8 +158,9 @@ class BatchObservation(RepeatableObservation):
             for number in self._ranks.share(range(len(self._batches)))[:1]:
                 batch, original = self._few_rows(number)
                 for site in tqdm(run.sites, desc=run.title, unit="site", disable=not self._progress, leave=False):
-                    with self._replacing({site.fingerprint: run.make(site)}):
-                        distance = moved(batch, original, self._call(number, batch))
+                    function = run.make(site)
+                    with self._replacing({site.fingerprint: function}):
+                        distance = moved(function, batch, original, self._call(number, batch))
                     if distance is None:
                         return []
                     found.append(distance)

@@ -29,9 +29,9 @@ class Run:
         replaced: functions that replace the outputs of some sites during the pass, [..., d] to [..., d_out], by
             fingerprint.
         moved: makes this a trial: ``make`` gives a function that replaces the output of a site, the sites are replaced
-            one at a time on a few rows of a batch, and ``finish`` is given how far the model's output has moved, as
-            this function measures it from the rows, the original output and the changed one. If it gives None, or the
-            observation does not have the model's output, the trial is answered with nothing.
+            one at a time on a few rows of a batch, and the result is how far the model's output has moved, as
+            ``moved`` measures it from the function, the rows, the original output and the changed one. If it gives
+            None, or the observation does not have the model's output, the trial is answered with nothing.
     """
 
     title: str
@@ -40,7 +40,7 @@ class Run:
     finish: Callable[[ObservedSite, Any], Any] = lambda site, observer: observer
     key: Hashable = None
     replaced: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
-    moved: Callable[[Any, Any, Any], float | None] | None = None
+    moved: Callable[[Any, Any, Any, Any], float | None] | None = None
 
 
 #: A fit in progress: it yields runs, is sent the result of each by fingerprint, and returns its own result.

@@ -39,18 +39,20 @@ class CodedSite:
         self._tokens += len(tokens)
         return output.view(*x.shape[:-1], -1).to(x.device, x.dtype)
 
-    def influence(self, moved: float) -> float:
-        """Divergence of the model's logits for a relative squared error of 1."""
-        return moved * self._tokens / self._squares if self._squares else math.nan
+    @property
+    def error(self) -> float:
+        """Mean squared error relative to the output of each token."""
+        return self._squares / max(1, self._tokens)
 
 
-def moved(batch: Batch, dense: Any, changed: Any) -> float | None:
-    """Divergence of the model's logits; None without logits.
+def influence(site: CodedSite, batch: Batch, dense: Any, changed: Any) -> float | None:
+    """Divergence of the model's logits for a relative squared error of 1; None without logits.
 
     The squared error of hidden states is no substitute: it counts the last sites too much.
     """
-    has_logits = isinstance(getattr(dense, "logits", None), Tensor)
-    return float(divergence(changed, dense, batch)) if has_logits else None
+    if not isinstance(getattr(dense, "logits", None), Tensor):
+        return None
+    return float(divergence(changed, dense, batch)) / site.error if site.error else math.nan
 
 
 def weighed(influences: Sequence[float]) -> list[float]:

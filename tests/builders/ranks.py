@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from builders.ffns import Block, batches, config, ffn
 from tardis_fx import Config, TardisError, calibrate
 from tardis_fx.observation.observe import BatchObservation
+from tardis_fx.observation.ranks import Ranks
 from tardis_fx.observation.run import Run
 from tardis_fx.observation.site import SiteObserver
 from tardis_fx.passes.partial_linear import PartialLinear
@@ -31,6 +33,29 @@ def model() -> nn.Module:
     return nn.Sequential(*(Block(ffn(seed=i)) for i in range(2))).eval()
 
 
+class Logits(NamedTuple):
+    logits: Tensor
+
+
+class WithLogits(nn.Module):
+    """A model whose output has logits, on which its sites are tried."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = model()
+        self.eval()
+
+    def forward(self, x: Tensor) -> Logits:
+        return Logits(self.blocks(x))
+
+
+def tried() -> dict[str, float]:
+    """A trial in which rank 0 measures 1 and rank 1 measures 3."""
+    observation = BatchObservation(model(), given(), progress=False, ranks=Ranks.initialised())
+    run = Run("trial", lambda _: lambda x: x, observation.sites, moved=lambda *_: 1.0 + 2.0 * dist.get_rank())
+    return dict(observation.answer(run))
+
+
 def given() -> list[Tensor]:
     """Five batches, the last one smaller: one rank gets more tokens than the other."""
     return [*batches(4), *batches(1, tokens=40)]
@@ -43,13 +68,15 @@ def main(rank: int, folder: Path) -> None:
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=timedelta(seconds=30))
     for name, chosen in CONFIGS.items():
         calibrate(model(), given(), config=chosen).save(folder / f"{name}-{rank}")
-    said = {
+    calibrate(WithLogits(), given(), config=config(method="dynamic", budget=0.6)).save(folder / f"dynamic-{rank}")
+    said: dict[str, Any] = {
         "nan": _error(_with_nan(), config()),
         "batches": _error(given()[rank:], config()),
         "configs": _error(given(), config(budget=0.4 + rank / 10)),
         "threads": _error(given(), config(), threads=1 + rank),
         "checkpoint": _error(given(), config(), checkpoint=folder / f"file-{rank}"),
     }
+    said["trial"] = list(tried().values())
     said["batches that fail"] = _error(_failing() if rank else given(), config())
     settled = PartialLinear._settled
     if rank:

@@ -145,7 +145,7 @@ class Rows(nn.Module):
         return output
 
 
-def distance(batch: Any, dense: Tensor, changed: Tensor) -> float:
+def distance(function: Any, batch: Any, dense: Tensor, changed: Tensor) -> float:
     return float((changed - dense).square().sum(-1).mean())
 
 
@@ -164,7 +164,7 @@ def test_a_trial_replaces_one_site_at_a_time_and_tells_how_far_the_output_moves(
         after_first = x + one.norm(x)
         expected = {first.fingerprint: two(after_first), second.fingerprint: one(x)}
     for identity, changed in expected.items():
-        assert found[identity] == pytest.approx(distance(None, dense, changed), rel=1e-4)
+        assert found[identity] == pytest.approx(distance(None, None, dense, changed), rel=1e-4)
 
 
 def test_an_output_that_tells_nothing_ends_a_trial() -> None:
