@@ -82,6 +82,17 @@ def test_a_composition_is_fitted_on_live_calls() -> None:
 
 
 @torch.no_grad()
+def test_a_fit_that_asks_for_the_models_output_goes_on_without_it() -> None:
+    """Live calls do not give it: with dynamic precision, both sites count alike."""
+    model, x = nn.Sequential(Block(ffn(seed=1)), Block(ffn(seed=2))).eval(), inputs(4, 16, seed=99)
+    settings = Config(method="dynamic", prefill="rewritten", budget=0.6, progress=False)
+    fast = compiled(model, config=settings, tolerance=0.9)
+    serve(fast, 4 * TOKENS // 256)
+    assert [site.method for site in explain(fast, None, x).sites] == ["dynamic"] * 2
+    assert not torch.equal(fast(x), model(x))
+
+
+@torch.no_grad()
 def test_a_site_beyond_the_tolerance_is_never_swapped_in(caplog: pytest.LogCaptureFixture) -> None:
     model = Block(ffn())
     fast = compiled(model, tolerance=1e-4)
