@@ -354,12 +354,15 @@ def _candidates(codings: Sequence[Coding], influences: Sequence[float], allowed:
     widths, target = [candidate.widths for candidate in chosen], allowed
     found = [chosen]
     for _ in range(FILLS):
-        found.append(_at(codings, widths, influences, target))
+        try:
+            found.append(_at(codings, widths, influences, target))
+        except CalibrationError:  # at these widths, the base codes alone read more than the target
+            break
         missing = allowed / _touched(found[-1])
         if abs(missing - 1) <= TOLERANCE:
             break
         target *= missing
-    return min(found, key=lambda candidates: (_touched(candidates) > (1 + TOLERANCE) * allowed, _error(candidates)))
+    return _least(found, allowed)
 
 
 def _at(
@@ -376,7 +379,7 @@ def _at(
 
 
 def _choose(candidates: Sequence[Sequence[Candidate]], allowed: float) -> list[Candidate]:
-    """One candidate for every site with the least total error within the bytes, or else the fewest bytes."""
+    """One candidate for every site, with the least total error that the bytes allow."""
     prices = [0.0]
     for options in candidates:
         for a in options:
@@ -384,8 +387,13 @@ def _choose(candidates: Sequence[Sequence[Candidate]], allowed: float) -> list[C
                 if a.touched > b.touched and b.error > a.error:
                     prices.append((b.error - a.error) / (a.touched - b.touched))
     mixed = [[min(o, key=lambda c: c.error + p * (1 + 1e-9) * c.touched) for o in candidates] for p in prices]
-    within = [chosen for chosen in mixed if _touched(chosen) <= (1 + TOLERANCE) * allowed]
-    return min(within, key=_error) if within else min(mixed, key=_touched)
+    return _least(mixed, allowed)
+
+
+def _least(choices: Sequence[list[Candidate]], allowed: float) -> list[Candidate]:
+    """The choice with the least total error among those within the bytes, or else the one with the fewest bytes."""
+    within = [chosen for chosen in choices if _touched(chosen) <= (1 + TOLERANCE) * allowed]
+    return min(within, key=_error) if within else min(choices, key=_touched)
 
 
 def _touched(candidates: Sequence[Candidate]) -> float:

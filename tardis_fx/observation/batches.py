@@ -88,15 +88,20 @@ def split(batches: list[Batch]) -> tuple[list[Batch], list[Batch]]:
 
 def rows_of(batch: Batch) -> int | None:
     """Number of rows of a batch: the first size that all its tensors have; None if there is none."""
-    tensors = [value for value in pytree.tree_leaves(batch) if isinstance(value, Tensor)]
+    tensors = [value for value in pytree.tree_leaves(_plain(batch)) if isinstance(value, Tensor)]
     sizes = {tensor.shape[0] if tensor.dim() else None for tensor in tensors}
     return sizes.pop() if len(sizes) == 1 else None
 
 
 def first_rows(batch: Batch, count: int) -> Batch:
     """The first rows of a batch that has rows."""
-    cut: Batch = pytree.tree_map_only(Tensor, lambda tensor: tensor[:count], batch)
+    cut: Batch = pytree.tree_map_only(Tensor, lambda tensor: tensor[:count], _plain(batch))
     return cut
+
+
+def _plain(batch: Batch) -> Batch:
+    """The batch, as a dict if it is another mapping, like those of tokenizers."""
+    return batch if isinstance(batch, Tensor) else dict(batch)
 
 
 def real_tokens(batch: Batch, shape: Sequence[int]) -> Bool[Tensor, "*tokens"] | None:

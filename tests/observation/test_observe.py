@@ -1,3 +1,4 @@
+from collections import UserDict
 from typing import Any
 
 import pytest
@@ -201,3 +202,4 @@ def test_a_batch_whose_tensors_have_different_first_sizes_is_tried_whole() -> No
     assert rows_of({"x": torch.zeros(8, 2), "positions": torch.zeros(1, 2)}) is None
     assert rows_of({"x": torch.zeros(8, 2), "scale": torch.tensor(1.0)}) is None
     assert rows_of({"x": torch.zeros(8, 2), "mask": torch.zeros(8), "flag": True}) == 8
+    assert rows_of(UserDict({"x": torch.zeros(8, 2)})) == 8

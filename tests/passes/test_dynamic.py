@@ -83,6 +83,18 @@ def test_a_budget_below_the_base_codes_is_refused(gated: bool) -> None:
         plan_of(model_of(gated=gated), batches(d=D), 0.02)
 
 
+@pytest.mark.parametrize("gated", [False, True])
+def test_every_budget_down_to_the_base_codes_is_met(gated: bool) -> None:
+    model, xs = model_of(gated=gated), batches(8, d=D)
+    with pytest.raises(CalibrationError) as refused:
+        plan_of(model, xs, 0.02)
+    floor = float(str(refused.value).rsplit(" ", 1)[-1].replace(",", ""))
+    dense = sum(parameter.nbytes for parameter in model.parameters())
+    for above in (1.001, 1.01, 1.05):
+        plan = plan_of(model, xs, above * floor / dense)
+        assert plan.touched_bytes <= 1.005 * above * floor
+
+
 def test_a_neuron_without_a_column_is_not_listed() -> None:
     model = ffn(D, HIDDEN)
     with torch.no_grad():
