@@ -161,7 +161,7 @@ def test_a_trial_replaces_one_site_at_a_time_and_tells_how_far_the_output_moves(
         one, two = model.blocks
         assert isinstance(one, Block)
         assert isinstance(two, Block)
-        dense, x = two(one(x)), x
+        dense = two(one(x))
         after_first = x + one.norm(x)
         expected = {first.fingerprint: two(after_first), second.fingerprint: one(x)}
     for identity, changed in expected.items():
