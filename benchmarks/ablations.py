@@ -25,17 +25,17 @@ from transformers import PreTrainedModel
 
 from tardis_fx import Config, Plan
 from tardis_fx.demo.model import WINDOWS, load
+from tardis_fx.guarded_fold.draft import Draft
+from tardis_fx.guarded_fold.histogram import Histogram
+from tardis_fx.guarded_fold.ranges import PricedSite, Ranges
+from tardis_fx.guarded_fold.residuals import ResidualObserver
+from tardis_fx.guarded_fold.widths import Fitted
 from tardis_fx.measure.machine import conditions
 from tardis_fx.measure.quality import DenseReference, rewrite_every_token
 from tardis_fx.measure.tables import markdown
 from tardis_fx.observation.observe import BatchObservation
 from tardis_fx.observation.run import drive
-from tardis_fx.partial_linear.draft import Draft
-from tardis_fx.partial_linear.histogram import Histogram
-from tardis_fx.partial_linear.ranges import PricedSite, Ranges
-from tardis_fx.partial_linear.residuals import ResidualObserver
-from tardis_fx.partial_linear.widths import Fitted
-from tardis_fx.passes.partial_linear import PartialLinear
+from tardis_fx.passes.guarded_fold import GuardedFold
 
 Gram = Float[Tensor, "d_out d_out"]
 WIDTHS = {"fold_bits": 4, "row_bits": 4}
@@ -51,7 +51,7 @@ class Guarded(PricedSite):
         return self.touching(hot, every, ~every)
 
 
-class AllGuarded(PartialLinear):
+class AllGuarded(GuardedFold):
     """Partial linearity with every neuron guarded."""
 
     def priced(self, draft: Draft, histogram: Histogram, widths: tuple[int, int]) -> PricedSite:
@@ -59,14 +59,14 @@ class AllGuarded(PartialLinear):
         return Guarded(**vars(super().priced(draft, histogram, widths)))
 
 
-class OwnColumns(PartialLinear):
+class OwnColumns(GuardedFold):
     """Partial linearity with rounded, unfitted columns of down."""
 
     def _fitted(self, observer: ResidualObserver) -> Fitted:
         return self._folded(observer.settled, observer)
 
 
-class Fisher(PartialLinear):
+class Fisher(GuardedFold):
     """Partial linearity with errors weighted by their effect on the loss."""
 
     def __init__(self, grams: dict[str, Gram], part: Callable[[Gram], Gram]) -> None:
@@ -105,25 +105,25 @@ def gradient_grams(
     return grams
 
 
-def variants(grams: dict[str, Gram]) -> dict[str, tuple[PartialLinear, dict[str, Any]]]:
+def variants(grams: dict[str, Gram]) -> dict[str, tuple[GuardedFold, dict[str, Any]]]:
     """Rewrites and changes of the config, by label."""
     return {
-        "fold and rows of 4 bits": (PartialLinear(), {}),
-        "widths chosen site by site": (PartialLinear(), {"options": {"fold_bits": None, "row_bits": None}}),
-        "rows of 3 bits": (PartialLinear(), {"options": {"row_bits": 3}}),
-        "rows of 8 bits": (PartialLinear(), {"options": {"row_bits": 8}}),
-        "fold of 8 bits": (PartialLinear(), {"options": {"fold_bits": 8}}),
-        "predictor of 3 bits": (PartialLinear(), {"options": {"predictor_bits": 3}}),
-        "groups of 64 columns": (PartialLinear(), {"options": {"group_size": 64}}),
-        "groups of 32 columns": (PartialLinear(), {"options": {"group_size": 32}}),
-        "rounded to nearest": (PartialLinear(), {"options": {"rounding": "nearest"}}),
+        "fold and rows of 4 bits": (GuardedFold(), {}),
+        "widths chosen site by site": (GuardedFold(), {"options": {"fold_bits": None, "row_bits": None}}),
+        "rows of 3 bits": (GuardedFold(), {"options": {"row_bits": 3}}),
+        "rows of 8 bits": (GuardedFold(), {"options": {"row_bits": 8}}),
+        "fold of 8 bits": (GuardedFold(), {"options": {"fold_bits": 8}}),
+        "predictor of 3 bits": (GuardedFold(), {"options": {"predictor_bits": 3}}),
+        "groups of 64 columns": (GuardedFold(), {"options": {"group_size": 64}}),
+        "groups of 32 columns": (GuardedFold(), {"options": {"group_size": 32}}),
+        "rounded to nearest": (GuardedFold(), {"options": {"rounding": "nearest"}}),
         "down's own columns": (OwnColumns(), {}),
-        "every site the same share": (PartialLinear(), {"allocation": "per_site"}),
+        "every site the same share": (GuardedFold(), {"allocation": "per_site"}),
         "a predictor row for every neuron": (AllGuarded(), {}),
         "Fisher, full": (Fisher(grams, lambda g: g), {}),
         "Fisher, diagonal": (Fisher(grams, lambda g: g.diagonal().diag()), {}),
         "Fisher, a weight a layer": (Fisher(grams, lambda g: g.trace() / len(g) * torch.eye(len(g))), {}),
-        "sites fitted in order": (PartialLinear(), {"sequential": True}),
+        "sites fitted in order": (GuardedFold(), {"sequential": True}),
     }
 
 

@@ -6,7 +6,7 @@
 2. The map is the ridge regression of the output of all other neurons, including down_bias, on the site's input.
 3. A budget of all bytes keeps every neuron and needs no map.
 
-This is the fold of :mod:`tardis_fx.passes.partial_linear` without guards.
+This is the fold of :mod:`tardis_fx.passes.guarded_fold` without guards.
 """
 
 from collections.abc import Sequence

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from tardis_fx.errors import CalibrationError
 from tardis_fx.graph.site import Site
-from tardis_fx.partial_linear.draft import Draft
-from tardis_fx.partial_linear.ranges import PricedSite, Ranges
-from tardis_fx.passes.partial_linear import PartialLinear
+from tardis_fx.guarded_fold.draft import Draft
+from tardis_fx.guarded_fold.ranges import PricedSite, Ranges
+from tardis_fx.passes.guarded_fold import GuardedFold
 
 
-class Paper(PartialLinear):
+class Paper(GuardedFold):
     """The TARDIS recipe of the paper, for plain FFNs."""
 
     name: ClassVar[str] = "paper"

@@ -76,7 +76,7 @@ class Config:
         prefill: ``"original"`` runs the exact original FFN for steps of more than 8 tokens (16 on a GPU);
             ``"rewritten"`` sends every token through fold and correction (encoders, and every measurement of quality).
         options: of the rewrite, by name, as declared by its class in ``Options``: ``{"predictor_bits": 3}``. If
-            ``method`` names several rewrites, by rewrite: ``{"partial_linear": {"predictor_bits": 3}}``. They are
+            ``method`` names several rewrites, by rewrite: ``{"guarded_fold": {"predictor_bits": 3}}``. They are
             stored as pairs; :meth:`options_of` returns those of one rewrite.
         sequential: fit the sites in order, each on inputs computed by the rewritten sites before it.
         progress: show progress bars.
@@ -91,7 +91,7 @@ class Config:
     target_error: Annotated[float, Field(gt=0, lt=1)] | None = None
     target_kl: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     allocation: Literal["joint", "per_site"] = "joint"
-    method: SkipValidation[Method] = "partial_linear"
+    method: SkipValidation[Method] = "guarded_fold"
     prefill: Prefill = "original"
     options: SkipValidation[Mapping[str, Any] | tuple[tuple[str, Any], ...]] = ()
     sequential: bool = False
@@ -104,7 +104,7 @@ class Config:
             ConfigError: such a field is given.
         """
         if moved := {name: value for name, value in values.items() if name in MOVED}:
-            raise ConfigError(f"{', '.join(moved)}: options of partial_linear and paper, give options={moved!r}")
+            raise ConfigError(f"{', '.join(moved)}: options of guarded_fold and paper, give options={moved!r}")
         return super().__new__(cls)
 
     def __post_init__(self) -> None:

@@ -52,7 +52,7 @@ def heal(
 
     Args:
         model: the dense model that the plan was made for, in eval mode; it is not changed.
-        plan: of ``partial_linear`` or ``paper``, or the path of its file; it is not changed.
+        plan: of ``guarded_fold`` or ``paper``, or the path of its file; it is not changed.
         batches: as in :func:`tardis_fx.calibrate`, two or more; the calibration batches can be used.
         steps: maximum number.
         learning_rate: of Adam, in units of each tensor's root mean square; of bounds, in tenths of the hot

@@ -43,7 +43,7 @@ CHECKED = (
     "live",
     # Capture compiles copies of its functions' code; batches and observe take users' wrong input.
     *(f"observation.{name}" for name in ("checkpoint", "merging", "ranks", "run", "site")),
-    "partial_linear",
+    "guarded_fold",
     # Other rewrites' forward pass is traced with proxies of tensors.
     *(
         f"passes.{name}"

@@ -25,15 +25,15 @@ from tardis_fx.calibrate import calibrate
 from tardis_fx.cli import main as cli
 from tardis_fx.config import Config
 from tardis_fx.errors import BenchError, PlanMismatchError
+from tardis_fx.guarded_fold.costs import Costs
 from tardis_fx.measure import machine, weight_only
 from tardis_fx.measure.decoding import cache_argument
 from tardis_fx.measure.machine import Machine
 from tardis_fx.measure.tables import write_csv
 from tardis_fx.measure.timing import interleave
 from tardis_fx.observation.observe import BatchObservation
-from tardis_fx.partial_linear.costs import Costs
 from tardis_fx.passes.base import stored_bytes
-from tardis_fx.passes.partial_linear import PartialLinear
+from tardis_fx.passes.guarded_fold import GuardedFold
 from tardis_fx.runtime.touched import count_touched
 
 HERE = Machine("a processor", 2, 1 << 20, 10.0, 20.0)
@@ -220,7 +220,7 @@ def test_what_a_plan_adds_is_foretold(predictor: int, fold: int, rows: int) -> N
     for model in (ffn(512, 2048), Gated(512, 1366)):
         (entry,) = random_plans(model, inputs(64, 512), [widths], 0.1)[widths].rewritten
         (site,) = BatchObservation(model, [inputs(64, 512)], progress=False).sites
-        added.append(stored_bytes(site, PartialLinear().constants(entry, site.weights)) / site.weights.bytes - 1)
+        added.append(stored_bytes(site, GuardedFold().constants(entry, site.weights)) / site.weights.bytes - 1)
     assert added[0] == pytest.approx(widths.added(4), rel=0.15)
     assert added[1] < 1.2 * widths.added(4)
 

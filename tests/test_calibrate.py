@@ -302,7 +302,7 @@ def test_an_unknown_method_lists_the_registered_ones_before_the_model_runs() -> 
     ran: list[int] = []
     model.register_forward_pre_hook(lambda *_: ran.append(1))
     refused("no rewrite named 'magic'", lambda: planned(model, method="magic"), ConfigError)
-    refused("paper, partial_linear", lambda: planned(model, method="magic"), ConfigError)
+    refused("gptq_rotated, guarded_fold", lambda: planned(model, method="magic"), ConfigError)
     assert ran == []
 
 
@@ -313,7 +313,7 @@ def test_a_batch_on_another_device_names_both() -> None:
     refused("on meta", lambda: calibrate(ffn(), [{"input": batches()[0].to("meta")}], config=config()))
 
 
-@pytest.mark.parametrize("wrong", [{"budget": 0.2}, 0.2, "partial_linear"], ids=repr)
+@pytest.mark.parametrize("wrong", [{"budget": 0.2}, 0.2, "guarded_fold"], ids=repr)
 def test_a_config_of_the_wrong_type(wrong: Any) -> None:
     refused("config must be a tardis_fx.Config", lambda: calibrate(ffn(), batches(), config=wrong), ConfigError)
 
@@ -326,6 +326,6 @@ def test_only_subclasses_of_rewrite_are_rewrites(monkeypatch: pytest.MonkeyPatch
     rewrite_named.cache_clear()
     try:
         refused("not a subclass of Rewrite", lambda: rewrite_named("wrong"), ConfigError)
-        refused("registered are wrong", lambda: rewrite_named("partial_linear"), ConfigError)
+        refused("registered are wrong", lambda: rewrite_named("guarded_fold"), ConfigError)
     finally:
         rewrite_named.cache_clear()

@@ -247,7 +247,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_command_compares_a_folder_on_a_text_and_goes_on(folder: Path, tmp_path: Path) -> None:
     arguments = [
         "compare", "--model", folder, "--text", folder / "text.txt", "--windows", 2, "--dtype", "float32",
-        "--methods", "partial_linear:fold_bits=4,row_bits=4,paper", "--budgets", "0.9",
+        "--methods", "guarded_fold:fold_bits=4,row_bits=4,paper", "--budgets", "0.9",
         "--out", tmp_path / "c.jsonl", "--plot", tmp_path / "c.png",
     ]  # fmt: skip
     shown = []
@@ -257,7 +257,7 @@ def test_the_command_compares_a_folder_on_a_text_and_goes_on(folder: Path, tmp_p
         shown.append([line for line in result.stdout.splitlines() if line.startswith("|")])
     assert shown[0] == shown[1]
     assert [line.split("|")[1].strip() for line in shown[0][2:]] == [
-        "dense", "partial_linear fold_bits=4 row_bits=4", "paper",
+        "dense", "guarded_fold fold_bits=4 row_bits=4", "paper",
     ]  # fmt: skip
     records = [json.loads(line) for line in (tmp_path / "c.jsonl").read_text().splitlines()]
     assert len(records) == 3
@@ -314,10 +314,10 @@ def test_methods_are_crossed_with_budgets_unless_they_bring_their_own() -> None:
     composed = compare_cli.cases("drop_bias+low_rank:allocation=per_site,int8_ffn", [0.5])[1:]
     assert [case.config.method for case in composed] == ["drop_bias+low_rank", "int8_ffn"]  # type: ignore[attr-defined]
     assert len({case.identity for case in composed}) == 2
-    given = "paper,partial_linear:target_error=0.1,row_bits=None,paper:budget=0.4,rtn:bits=4,rtn:target_kl=0.1"
+    given = "paper,guarded_fold:target_error=0.1,row_bits=None,paper:budget=0.4,rtn:bits=4,rtn:target_kl=0.1"
     rows = compare_cli.cases(given, [0.2, 0.3])
     assert [(case.label, case.budget) for case in rows] == [
-        ("dense", None), ("paper", 0.2), ("paper", 0.3), ("partial_linear target_error=0.1 row_bits=None", None),
+        ("dense", None), ("paper", 0.2), ("paper", 0.3), ("guarded_fold target_error=0.1 row_bits=None", None),
         ("paper", 0.4), ("rtn bits=4", None), ("rtn target_kl=0.1", None),
     ]  # fmt: skip
     planned = [case for case in rows if isinstance(case, Planned)]

@@ -17,9 +17,9 @@ from tardis_fx import Config, ConfigError, calibrate
     [
         {"budget": 0}, {"budget": -0.1}, {"budget": 1.01}, {"budget": torch.nan}, {"budget": torch.inf}, {"budget": "0.2"},
         {"budget": True}, {"method": ""}, {"method": 3}, {"prefill": "exact"}, {"prefill": None},
-        {"sequential": 1}, {"sequential": None}, {"progress": "no"}, {"options": 3}, {"options": {"partial_linear": 3, "a": {}}},
+        {"sequential": 1}, {"sequential": None}, {"progress": "no"}, {"options": 3}, {"options": {"guarded_fold": 3, "a": {}}},
         {"options": {3: 2}}, {"options": ["fold_bits"]}, {"options": {"paper": {"fold_bits": 3}}},
-        {"options": {"partial_linear": {"fold_bits": [3]}}},
+        {"options": {"guarded_fold": {"fold_bits": [3]}}},
     ],
     ids=str,
 )  # fmt: skip
@@ -45,7 +45,7 @@ WRONG_OPTIONS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("wrong", WRONG_OPTIONS, ids=str)
-@pytest.mark.parametrize("method", ["partial_linear", "paper"])
+@pytest.mark.parametrize("method", ["guarded_fold", "paper"])
 def test_so_is_an_option_of_a_rewrite_before_the_model_runs(method: str, wrong: dict[str, Any]) -> None:
     ((name, value),) = wrong.items()
     with pytest.raises(ConfigError, match=name) as raised:
@@ -56,7 +56,7 @@ def test_so_is_an_option_of_a_rewrite_before_the_model_runs(method: str, wrong: 
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"options": {"bits": 3}}, "partial_linear has no option 'bits': it has predictor_bits, fold_bits"),
+        ({"options": {"bits": 3}}, "guarded_fold has no option 'bits': it has predictor_bits, fold_bits"),
         ({"method": "wanda", "options": {"fold_bits": 3}}, "wanda has no option 'fold_bits': it has none"),
         ({"method": "drop_bias+low_rank", "options": {"fold_bits": 3}}, "go by rewrite unless method names one"),
         ({"method": {"*": None}, "options": {"fold_bits": 3}}, "go by rewrite unless method names one"),
@@ -71,11 +71,11 @@ def test_an_option_that_nobody_has_is_refused(given: dict[str, Any], said: str) 
 
 
 def test_options_go_by_rewrite_where_there_are_several() -> None:
-    given = Config(method={"0": "drop_bias+partial_linear", "*": "paper"}, options={"partial_linear": {"fold_bits": 3}})
-    assert given.options_of("partial_linear") == {"fold_bits": 3}
+    given = Config(method={"0": "drop_bias+guarded_fold", "*": "paper"}, options={"guarded_fold": {"fold_bits": 3}})
+    assert given.options_of("guarded_fold") == {"fold_bits": 3}
     assert given.options_of("paper") == given.options_of("drop_bias") == {}
     assert given.with_options("paper", row_bits=8).options_of("paper") == {"row_bits": 8}
-    assert Config(options={"row_bits": 3}) == Config(options={"partial_linear": {"row_bits": 3}})
+    assert Config(options={"row_bits": 3}) == Config(options={"guarded_fold": {"row_bits": 3}})
     assert hash(given) == hash(Config(**asdict(given)))
 
 

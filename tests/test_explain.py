@@ -48,7 +48,7 @@ def test_a_rewritten_site_reports_what_its_plan_says() -> None:
     report = explain(model, plan, X)
     assert [(s.name, s.activation) for s in report.sites] == [("0.ffn", "gelu"), ("1.ffn", "relu")]
     for site, entry in zip(report.sites, plan.sites, strict=True):
-        assert (site.kind, site.status, site.reason, site.method) == ("plain", "rewritten", "", "partial_linear")
+        assert (site.kind, site.status, site.reason, site.method) == ("plain", "rewritten", "", "guarded_fold")
         for name in ("stored_bytes", "touched_bytes", "dense_bytes", "outlier_rate", "error"):
             assert getattr(site, name) == getattr(entry, name)
         assert site.dense_bytes == 4 * (2 * 16 * 64 + 64 + 16) == 4 * site.weights
@@ -147,7 +147,7 @@ def test_one_site_that_runs_twice_is_one_site() -> None:
 
 def test_every_block_of_a_shared_graph_is_listed_by_its_name() -> None:
     model = Broken([Block(ffn(seed=i)) for i in range(4)])
-    plan = planned(model, method={"blocks.2*": None, "*": "partial_linear"})
+    plan = planned(model, method={"blocks.2*": None, "*": "guarded_fold"})
     report = explain(model, plan, X)
     assert [(site.name, site.status) for site in report.sites] == [
         (f"blocks.{i}.ffn", "refused" if i == 2 else "rewritten") for i in range(4)

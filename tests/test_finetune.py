@@ -118,7 +118,7 @@ def test_a_fine_tuned_plan_is_trained_on_from_where_it_is() -> None:
         assert not torch.equal(after.tensors["up"], before.tensors["up"])
 
 
-@pytest.mark.parametrize("method", ["wanda", "partial_linear"])
+@pytest.mark.parametrize("method", ["wanda", "guarded_fold"])
 def test_what_is_not_made_of_dense_weights_is_refused(method: str) -> None:
     other = calibrate(model(), batches(d=D), config=config(method=method, budget=0.6))
     with pytest.raises(ConfigError, match="not all weights of dense layers"):

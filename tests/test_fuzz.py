@@ -76,7 +76,7 @@ def found(kind: str, count: int, save: Path, route: Any = backend) -> list[Failu
 
 
 def test_programs_find_a_wrong_bias(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    rewrite = rewrite_named("partial_linear")
+    rewrite = rewrite_named("guarded_fold")
     constants = rewrite.constants
 
     def wrong(plan: SitePlan, weights: SiteWeights) -> Mapping[str, Any]:

@@ -42,7 +42,7 @@ def touched_bits(plan: Plan) -> float:
         {},
         {"allocation": "per_site"},
         {"method": "wanda"},
-        {"method": "drop_bias+partial_linear"},
+        {"method": "drop_bias+guarded_fold"},
         {"method": "low_rank+int8_ffn"},
     ],
     ids=str,
@@ -58,7 +58,7 @@ def test_bits_are_the_share_of_the_weights_own_bits(dtype: torch.dtype, chosen: 
     assert given_bits.config == config(bits=bits, **chosen), "the plan tells what was asked for"
 
 
-@pytest.mark.parametrize("method", ["partial_linear", "wanda", "linear_replace"])
+@pytest.mark.parametrize("method", ["guarded_fold", "wanda", "linear_replace"])
 def test_sites_of_two_dtypes_share_the_bits(method: str) -> None:
     both = observation(torch.bfloat16, torch.float32)
     bits = 14.0

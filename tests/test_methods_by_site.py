@@ -41,7 +41,7 @@ def observation() -> BatchObservation:
     return BatchObservation(model(), batches(d=D), progress=False)
 
 
-MIXED = {"h.0.*": "low_rank", "h.1.*": None, "*": ["drop_bias", "partial_linear"]}
+MIXED = {"h.0.*": "low_rank", "h.1.*": None, "*": ["drop_bias", "guarded_fold"]}
 
 
 @cache
@@ -51,7 +51,7 @@ def mixed() -> Plan:
 
 def test_the_first_pattern_that_matches_a_sites_name_counts() -> None:
     methods = [site.method for site in mixed().sites]
-    assert methods == ["low_rank", None, "drop_bias+partial_linear", "drop_bias+partial_linear"]
+    assert methods == ["low_rank", None, "drop_bias+guarded_fold", "drop_bias+guarded_fold"]
     assert mixed().sites[1].reason == "left as it is by Config.method"
 
 
@@ -64,9 +64,9 @@ def test_each_methods_sites_share_a_budget_of_their_own() -> None:
 
 def test_sites_of_one_method_are_fitted_as_if_the_others_were_not_there() -> None:
     """Also where another group has filled the memory of the observation with the same rewrite."""
-    plan_for(observation(), config(method="partial_linear"))
-    found = plan_for(observation(), config(method={"h.0.*": "partial_linear", "*": "paper"}))
-    alone = plan_for(observation(), config(method={"h.0.*": "partial_linear"}))
+    plan_for(observation(), config(method="guarded_fold"))
+    found = plan_for(observation(), config(method={"h.0.*": "guarded_fold", "*": "paper"}))
+    alone = plan_for(observation(), config(method={"h.0.*": "guarded_fold"}))
     assert contents(Plan(found.sites[:1], config())) == contents(Plan(alone.sites[:1], config()))
 
 
@@ -103,9 +103,9 @@ def test_one_plan_file_holds_all_and_compiles(tmp_path: Path) -> None:
 
 def test_a_pattern_that_matches_no_site_is_an_error_that_lists_the_sites() -> None:
     with pytest.raises(ConfigError, match=r"'transformer\.\*' matches no site; there are h\.0\.ffn"):
-        calibrate(model(), batches(d=D), config=config(method={"transformer.*": "low_rank", "*": "partial_linear"}))
+        calibrate(model(), batches(d=D), config=config(method={"transformer.*": "low_rank", "*": "guarded_fold"}))
 
 
 def test_an_unknown_rewrite_of_any_pattern_is_refused_before_the_model_runs() -> None:
     with pytest.raises(ConfigError, match="nonesuch"):
-        calibrate(model(), [], config=config(method={"h.0.*": "nonesuch", "*": "partial_linear"}))
+        calibrate(model(), [], config=config(method={"h.0.*": "nonesuch", "*": "guarded_fold"}))

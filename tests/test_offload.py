@@ -13,7 +13,7 @@ from builders.offload import HIDDEN, SITES, D
 from torch import nn
 
 from tardis_fx import CheckpointError, ConfigError, Plan, calibrate
-from tardis_fx.partial_linear.guards import Interval
+from tardis_fx.guarded_fold.guards import Interval
 from tardis_fx.testing.assertions import contents
 
 

@@ -151,7 +151,7 @@ def test_find_gives_the_entry_of_the_weights(plan: Plan) -> None:
 def test_a_plan_describes_itself_in_one_line(plan: Plan) -> None:
     text = str(plan)
     assert "\n" not in text
-    assert "1 partial_linear" in text
+    assert "1 guarded_fold" in text
     assert f"{plan.touched_fraction:.1%}" in text
 
 

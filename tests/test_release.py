@@ -12,7 +12,7 @@ from torch import nn
 import tardis_fx
 from tardis_fx.errors import PlanMismatchError
 from tardis_fx.graph.site import SiteWeights
-from tardis_fx.passes.partial_linear import PartialLinear
+from tardis_fx.passes.guarded_fold import GuardedFold
 
 
 @torch.no_grad()
@@ -86,7 +86,7 @@ def test_rows_of_the_original_weights_keep_them_once(caplog: pytest.LogCaptureFi
     assert not caplog.text
     up, down = (p for p in model.parameters() if p.dim() == 2)
     weights = SiteWeights(up, model[0].bias, down, model[2].bias)  # type: ignore[index,arg-type]
-    assert PartialLinear().constants(plan.rewritten[0], weights)["columns"].data_ptr() == down.data_ptr()
+    assert GuardedFold().constants(plan.rewritten[0], weights)["columns"].data_ptr() == down.data_ptr()
     torch.compiler.reset()
     torch.testing.assert_close(compiled(model, plan, prefill="original")(x), before)
     torch.testing.assert_close(compiled(model, plan)(x), fast)

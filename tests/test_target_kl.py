@@ -91,7 +91,7 @@ def independent(plan: Plan, held_back: Tensor | Mapping[str, Tensor]) -> float:
         {"method": "wanda"},
         {"method": "rtn"},
         {"method": ["drop_bias", "wanda"]},
-        {"method": {"*.0.*": "gptq", "*": "partial_linear"}},
+        {"method": {"*.0.*": "gptq", "*": "guarded_fold"}},
     ],
     ids=str,
 )

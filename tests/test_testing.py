@@ -50,7 +50,7 @@ command.command()(main)
 WORDS = {law: law.__name__.replace("_", " ") for law in LAWS}
 
 
-@pytest.mark.parametrize("method", ["partial_linear", "low_rank", "hot_fold", "share_ffn"])
+@pytest.mark.parametrize("method", ["guarded_fold", "low_rank", "hot_fold", "share_ffn"])
 def test_the_projects_own_rewrites_keep_every_law(method: str) -> None:
     verdicts = examine(method, examples=2)
     assert [verdict.law for verdict in verdicts] == list(WORDS.values())

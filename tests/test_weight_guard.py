@@ -69,7 +69,7 @@ def test_a_square_matrix_read_the_other_way_round_is_another_weight() -> None:
     straight, turned = Turned(turned=False).eval(), Turned(turned=True).eval()
     for planned_for, fitting, refused in ((straight, straight, turned), (turned, turned, straight)):
         plan = planned(planned_for)
-        assert plan.sites[0].method == "partial_linear"
+        assert plan.sites[0].method == "guarded_fold"
         assert not torch.equal(compiled(fitting, plan)(FEW), fitting(FEW))
         torch._dynamo.reset()
         with pytest.raises(PlanMismatchError):

@@ -11,7 +11,7 @@ from builders.live import CONFIG, ENOUGH, RUNS, TOKENS, compiled, serve
 from torch import Tensor, nn
 
 from tardis_fx import Config, ConfigError, explain
-from tardis_fx.partial_linear import residuals
+from tardis_fx.guarded_fold import residuals
 
 
 @torch.no_grad()

@@ -11,11 +11,11 @@ from builders.live import ENOUGH, RUNS, compiled, serve
 from torch import Tensor, nn
 
 from tardis_fx import explain
+from tardis_fx.guarded_fold.draft import Draft
+from tardis_fx.guarded_fold.histogram import Histogram
 from tardis_fx.live.arrivals import PATIENCE, Repeats
-from tardis_fx.partial_linear.draft import Draft
-from tardis_fx.partial_linear.histogram import Histogram
-from tardis_fx.passes import partial_linear
-from tardis_fx.passes.partial_linear import PartialLinear
+from tardis_fx.passes import guarded_fold
+from tardis_fx.passes.guarded_fold import GuardedFold
 
 
 @torch.no_grad()
@@ -72,7 +72,7 @@ def test_any_error_of_a_fit_ends_the_profile_and_not_the_service(
         fits.append(1)
         raise error
 
-    monkeypatch.setattr(partial_linear, "Histogram", broken)
+    monkeypatch.setattr(guarded_fold, "Histogram", broken)
     model = Block(ffn())
     fast = compiled(model)
     for i in range(2 * ENOUGH):
@@ -93,7 +93,7 @@ def test_a_fit_that_is_interrupted_begins_anew(monkeypatch: pytest.MonkeyPatch) 
             raise interrupts.pop()
         return Histogram(draft)
 
-    monkeypatch.setattr(partial_linear, "Histogram", interrupted)
+    monkeypatch.setattr(guarded_fold, "Histogram", interrupted)
     model, x = Block(ffn()), inputs(4, 16, seed=99)
     fast = compiled(model)
     for _ in range(2):
@@ -129,9 +129,9 @@ def test_threads_that_call_one_model_get_right_answers_and_in_the_end_the_rewrit
     model, faults, wrong = Block(ffn()), list[str](), list[float]()
     fast = compiled(model)
     fits: list[int] = []
-    fit = PartialLinear._fitted
+    fit = GuardedFold._fitted
 
-    def counted(self: PartialLinear, *given: Any) -> Any:
+    def counted(self: GuardedFold, *given: Any) -> Any:
         fits.append(threading.get_ident())
         return fit(self, *given)
 
@@ -146,7 +146,7 @@ def test_threads_that_call_one_model_get_right_answers_and_in_the_end_the_rewrit
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(PartialLinear, "_fitted", counted)
+        patch.setattr(GuardedFold, "_fitted", counted)
         for thread in threads:
             thread.start()
         for thread in threads:

@@ -13,19 +13,19 @@ from torch import Tensor, nn
 
 from tardis_fx.config import Config
 from tardis_fx.errors import BenchError
+from tardis_fx.guarded_fold.costs import Costs
+from tardis_fx.guarded_fold.draft import Draft, DraftObserver, Quantisation
+from tardis_fx.guarded_fold.settled import AffineValue, Settled
 from tardis_fx.observation.observe import BatchObservation
 from tardis_fx.observation.run import Run
 from tardis_fx.observation.site import ObservedSite
-from tardis_fx.partial_linear.costs import Costs
-from tardis_fx.partial_linear.draft import Draft, DraftObserver, Quantisation
-from tardis_fx.partial_linear.settled import AffineValue, Settled
-from tardis_fx.passes.partial_linear import PartialLinear
+from tardis_fx.passes.guarded_fold import GuardedFold
 from tardis_fx.plan import Plan, SitePlan
 from tardis_fx.runtime.packing import low_bits
 from tardis_fx.statistics.surrogates import Sums, products
 
 #: Columns that share a scale and a zero point.
-GROUP_SIZE = PartialLinear.Options().group_size
+GROUP_SIZE = GuardedFold.Options().group_size
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Widths:
     rows: int = 16
 
     def costs(self, d: int, d_out: int, size: int) -> Costs:
-        """Bytes of a plain FFN with biases; arguments as in :meth:`tardis_fx.partial_linear.costs.Costs.from_sizes`."""
+        """Bytes of a plain FFN with biases; arguments as in :meth:`tardis_fx.guarded_fold.costs.Costs.from_sizes`."""
         bits = self.predictor, size, self.fold, self.rows
         return Costs.from_sizes(d, d_out, *bits, k=1, group_size=GROUP_SIZE, bias=True)
 
@@ -81,7 +81,7 @@ def random_plans(model: nn.Module, batch: Tensor, widths: Sequence[Widths], rate
         BenchError: the model has no FFN that partial linearity accepts.
     """
     observation = BatchObservation(model, [batch], progress=False)
-    rewrite = PartialLinear()
+    rewrite = GuardedFold()
     sites = [s for s in observation.sites if s.site.reason is None and rewrite.refuse(s.site) is None]
     if not sites:
         raise BenchError("the model has no FFN that partial linearity accepts")
@@ -113,7 +113,7 @@ def _site_plan(site: ObservedSite, x: Float[Tensor, "tokens d"], widths: Widths,
     return SitePlan.from_site(
         site.site,
         site.parameters,
-        method=PartialLinear.name,
+        method=GuardedFold.name,
         touched_bytes=costs.fold + (costs.predictor + costs.row * rate) * len(every),
         outlier_rate=rate,
         settings=settled.settings,

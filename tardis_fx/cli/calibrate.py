@@ -28,8 +28,8 @@ def calibrate(
     out: Annotated[Path, typer.Argument(help="Where the plan goes.")],
     model: Model = "demo",
     method: Annotated[
-        str, typer.Option(help="Options and fields of Config after a colon: partial_linear:budget=0.2,fold_bits=4")
-    ] = "partial_linear",
+        str, typer.Option(help="Options and fields of Config after a colon: guarded_fold:budget=0.2,fold_bits=4")
+    ] = "guarded_fold",
     bits: Annotated[
         float | None, typer.Option(help="Bits read per token and FFN weight, instead of a budget in bytes.")
     ] = None,

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from tardis_fx.graph.site import SiteWeights
+from tardis_fx.guarded_fold.costs import Costs
 from tardis_fx.healing.guard import TrainableGuard
-from tardis_fx.partial_linear.costs import Costs
 from tardis_fx.passes.base import Rewrite
 from tardis_fx.plan import SitePlan
 from tardis_fx.runtime import reference

@@ -65,7 +65,7 @@ def _healable(plan: Plan) -> dict[str, Rewrite]:
         if not (rewrite.heals or rewrite.exact):
             raise ConfigError(
                 f"{entry.name} is rewritten by {entry.method!r}, which cannot be healed: "
-                f"plans of 'partial_linear' and 'paper' can"
+                f"plans of 'guarded_fold' and 'paper' can"
             )
     healable = {identity: rewrite for identity, rewrite in rewrites.items() if rewrite.heals}
     if not healable:

@@ -1,1 +1,1 @@
-"""The fit of partial linearity: guards, ranges, budget, drafts, widths, residuals."""
+"""The fit of partial linearity: codes, precision, influence."""

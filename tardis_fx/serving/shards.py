@@ -13,7 +13,7 @@ from tardis_fx.errors import ServingError
 from tardis_fx.plan import SitePlan
 
 #: Rewrites whose tensors are a folded map and one entry per neuron.
-SHARDED = ("partial_linear", "paper")
+SHARDED = ("guarded_fold", "paper")
 
 
 def shard(entry: SitePlan, rank: int, size: int, hidden: int) -> SitePlan:

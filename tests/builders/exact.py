@@ -14,14 +14,14 @@ from tardis_fx.graph.matcher import find_sites
 from tardis_fx.graph.site import Site, SiteWeights
 from tardis_fx.graph.unfuse import unfuse
 from tardis_fx.passes import pipeline
-from tardis_fx.passes.partial_linear import PartialLinear
+from tardis_fx.passes.guarded_fold import GuardedFold
 from tardis_fx.passes.weight_guard import GuardedGraph
 from tardis_fx.plan import SitePlan
 from tardis_fx.runtime.fingerprint import fingerprint
 
 
 class Exact:
-    """Rewrites every site that ``partial_linear`` takes, so that all neurons are always computed exactly.
+    """Rewrites every site that ``guarded_fold`` takes, so that all neurons are always computed exactly.
 
     Attributes:
         sites: of all graphs, refused ones included.
@@ -43,7 +43,7 @@ class Exact:
         sites = find_sites(gm.graph)
         plans = []
         for site in sites:
-            if site.reason is None and PartialLinear().refuse(site) is None:
+            if site.reason is None and GuardedFold().refuse(site) is None:
                 parameters = [values[node] for node in site.parameters]
                 plan = exact_plan(SiteWeights.from_site(site, parameters), parameters, str(site.activation))
                 plans.append(replace(plan, fingerprint=fingerprint(parameters, site.function)))

@@ -14,7 +14,7 @@ from tardis_fx.config import GOALS, MOVED
 from tardis_fx.graph.site import SiteWeights
 from tardis_fx.observation.run import RepeatableObservation, drive, steps
 from tardis_fx.passes.base import Rewrite
-from tardis_fx.passes.partial_linear import PartialLinear
+from tardis_fx.passes.guarded_fold import GuardedFold
 from tardis_fx.passes.registry import rewrite_named
 from tardis_fx.plan import SitePlan
 from tardis_fx.runtime.correction import guard_width
@@ -54,7 +54,7 @@ def config(**changed: Any) -> Config:
     goal = {} if changed.keys() & GOALS else {"budget": 0.5}
     settings: dict[str, Any] = {**goal, "prefill": "rewritten", "progress": False} | changed
     chosen = Config(**settings)
-    own = {name: widths for name in ("partial_linear", "paper") if name in chosen.rewrites}
+    own = {name: widths for name in ("guarded_fold", "paper") if name in chosen.rewrites}
     return replace(chosen, options=own | dict(chosen.options))
 
 
@@ -148,13 +148,13 @@ class Oracle:
         parameters = [p for p in (w.up, w.up_bias, w.down, w.down_bias) if p is not None]
         return SitePlan(
             fingerprint=fingerprint(parameters, self.activation), name="ffn", kind="plain", activation=self.activation, dtype=str(w.up.dtype),
-            shapes=tuple(tuple(p.shape) for p in parameters), dense_bytes=w.bytes, method="partial_linear",
+            shapes=tuple(tuple(p.shape) for p in parameters), dense_bytes=w.bytes, method="guarded_fold",
             settings={"bits": 8, "fold_bits": 16, "row_bits": 16, "group_size": 64, "activation": self.activation}, tensors=tensors,
         )  # fmt: skip
 
     def rewritten(self, guarded: Sequence[int], exact: Sequence[int], x: Tensor | None = None) -> Tensor:
         """The eager specification's output."""
-        rewrite, plan = PartialLinear(), self.plan(guarded, exact)
+        rewrite, plan = GuardedFold(), self.plan(guarded, exact)
         return rewrite.forward(self.x if x is None else x, rewrite.constants(plan, self.weights), plan)
 
     def dense(self, x: Tensor | None = None) -> Tensor:
@@ -246,7 +246,7 @@ def exact_plan(weights: SiteWeights, parameters: Sequence[Tensor], activation: s
     return SitePlan(
         fingerprint=fingerprint(parameters, activation), name="ffn", kind="plain" if k == 1 else "gated",
         activation=activation, dtype=str(weights.up.dtype), shapes=tuple(tuple(p.shape) for p in parameters),
-        dense_bytes=weights.bytes, method="partial_linear",
+        dense_bytes=weights.bytes, method="guarded_fold",
         settings={"bits": 2, "fold_bits": 16, "row_bits": 16, "group_size": 64, "activation": activation},
         tensors={
             "neurons": torch.arange(hidden, dtype=torch.int32),

@@ -17,10 +17,10 @@ from tardis_fx.observation.observe import BatchObservation
 from tardis_fx.observation.ranks import Ranks
 from tardis_fx.observation.run import Run
 from tardis_fx.observation.site import SiteObserver
-from tardis_fx.passes.partial_linear import PartialLinear
+from tardis_fx.passes.guarded_fold import GuardedFold
 
 CONFIGS = {
-    "partial_linear": config(fold_bits=None, row_bits=None),
+    "guarded_fold": config(fold_bits=None, row_bits=None),
     "sequential": config(sequential=True),
     "wanda": config(method="wanda"),
     "token_gate": config(method="token_gate", budget=0.7),
@@ -78,11 +78,11 @@ def main(rank: int, folder: Path) -> None:
     }
     said["trial"] = list(tried().values())
     said["batches that fail"] = _error(_failing() if rank else given(), config())
-    settled = PartialLinear._settled
+    settled = GuardedFold._settled
     if rank:
-        PartialLinear._settled = _broken  # type: ignore[assignment, method-assign]
+        GuardedFold._settled = _broken  # type: ignore[assignment, method-assign]
     said["a rewrite that fails"] = _error(given(), config())
-    PartialLinear._settled = settled  # type: ignore[method-assign]
+    GuardedFold._settled = settled  # type: ignore[method-assign]
     shown: list[str] = []
     _note(shown)
     calibrate(model(), given(), config=config(), checkpoint=folder / "checkpoint").save(folder / f"resumed-{rank}")

@@ -13,7 +13,7 @@ from tardis_fx.runtime.correction import guard_width
 from tardis_fx.runtime.packing import group_count, pack, packed_bytes
 
 
-def exact_entry(site: Site, parameters: Sequence[Tensor], method: str = "partial_linear") -> SitePlan:
+def exact_entry(site: Site, parameters: Sequence[Tensor], method: str = "guarded_fold") -> SitePlan:
     """The entry under which a rewritten site gives what the original gives.
 
     Args:
@@ -32,7 +32,7 @@ def exact_entry(site: Site, parameters: Sequence[Tensor], method: str = "partial
 _Made = tuple[dict[str, Any], dict[str, "Tensor"]]
 
 
-def _partial_linear(site: Site, weights: SiteWeights) -> _Made:
+def _guarded_fold(site: Site, weights: SiteWeights) -> _Made:
     """All neurons corrected at every token, each off a surrogate of its own."""
     (hidden, d), k = weights.up.shape, len(weights.projections)
     tensors = {
@@ -79,7 +79,7 @@ def _wanda(site: Site, weights: SiteWeights) -> _Made:
 
 #: Rewrites that can keep everything, with the settings and tensors that tell them to.
 METHODS: dict[str, Callable[[Site, SiteWeights], _Made]] = {
-    "partial_linear": _partial_linear,
+    "guarded_fold": _guarded_fold,
     "low_rank": _low_rank,
     "hot_fold": _hot_fold,
     "wanda": _wanda,

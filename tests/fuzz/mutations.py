@@ -11,7 +11,7 @@ from builders.plan_files import put_together, take_apart
 _EXTREMES: tuple[Any, ...] = (
     None, True, False, 0, 1, -1, 2, 3, 4, 7, 8, 15, 16, 17, 31, 32, 33, 64, 128, 2**31, 2**63, -(2**63), 10**400, 0.0,
     -0.5, 0.5, 4.0, 1e308, float("nan"), float("inf"), "", "0", "gelu", "relu", "plain", "gated", "torch.float16",
-    "partial_linear", "low_rank", "exact_fold", "wanda+int8_ffn", "finetuned", "drop_bias+hot_fold", "\ud800", [], {},
+    "guarded_fold", "low_rank", "exact_fold", "wanda+int8_ffn", "finetuned", "drop_bias+hot_fold", "\ud800", [], {},
     [[]], [[1, 2], [3]], {"inner": {}}, {"first": {}, "second": {}},
 )  # fmt: skip
 _DTYPES = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL", "F8_E4M3", "C64", "F3", "")

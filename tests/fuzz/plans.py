@@ -45,10 +45,10 @@ from tardis_fx.testing.ffn import ffn, gated_ffn, inputs
 
 #: What is damaged: a method with fields of the config, ``gated`` among them.
 SUBJECTS: tuple[tuple[str, dict[str, Any]], ...] = (
-    ("partial_linear", {"options": {"fold_bits": 16, "row_bits": 16}}),
-    ("partial_linear", {"options": {"fold_bits": 4, "row_bits": 4}}),
-    ("partial_linear", {"options": {"fold_bits": 16, "row_bits": 16}, "gated": True}),
-    ("partial_linear", {"options": {"fold_bits": 8, "row_bits": 8, "group_size": 32}, "gated": True}),
+    ("guarded_fold", {"options": {"fold_bits": 16, "row_bits": 16}}),
+    ("guarded_fold", {"options": {"fold_bits": 4, "row_bits": 4}}),
+    ("guarded_fold", {"options": {"fold_bits": 16, "row_bits": 16}, "gated": True}),
+    ("guarded_fold", {"options": {"fold_bits": 8, "row_bits": 8, "group_size": 32}, "gated": True}),
     ("dynamic", {}),
     ("dynamic", {"gated": True}),
     ("paper", {"budget": 0.9}),

@@ -89,7 +89,7 @@ def program(blocks: Blocks) -> Program:
 def _program(blocks: Blocks) -> Program:
     header = Choices(blocks[0])
     scene = Scene(header)
-    method = header.pick(("partial_linear",) * 3 + tuple(METHODS))
+    method = header.pick(("guarded_fold",) * 3 + tuple(METHODS))
     prefill = header.pick(("rewritten", "rewritten", "original"))
     inference, buffers = header.once_in(4), header.once_in(6)
     breaks = header.below(30) if header.once_in(4) else 0

@@ -94,7 +94,7 @@ def _judge(blocks: Blocks, *, rewriting: bool) -> Judged:
     torch.manual_seed(header.below(256))
     dtype = header.pick((torch.float32, torch.float32, torch.bfloat16, torch.float64))
     kind, bias = header.pick(("plain", "gated", "two")), not header.once_in(3)
-    count, method = 1 + header.below(3), header.pick(("partial_linear", *METHODS))
+    count, method = 1 + header.below(3), header.pick(("guarded_fold", *METHODS))
     on_change, inference = header.pick(("error", "original")), header.once_in(3)
     x = torch.randn(header.pick((3, 1, 12)), _WIDTH, dtype=torch.float32, device="cpu").to(dtype)
     modules = [Block(kind, bias).eval().to(dtype) for _ in range(count)]

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from tardis_fx.graph.site import SiteWeights
 from tardis_fx.healing.site import TrainableSite
-from tardis_fx.passes.partial_linear import PartialLinear
+from tardis_fx.passes.guarded_fold import GuardedFold
 from tardis_fx.plan import SitePlan
 
 KINDS = ["plain", "gated"]
@@ -38,7 +38,7 @@ def opened(
 
 
 def quantised(fold_bits: int, row_bits: int, activation: str = "gelu", kind: str = "plain") -> TrainableSite:
-    return TrainableSite(*opened(fold_bits, row_bits, activation, kind), PartialLinear())
+    return TrainableSite(*opened(fold_bits, row_bits, activation, kind), GuardedFold())
 
 
 def changed(site: TrainableSite, seed: int, amount: float = 0.1) -> TrainableSite:
@@ -55,7 +55,7 @@ def test_the_differentiable_forward_is_the_specification_whatever_the_classes(
     data: st.DataObject, case: Oracle
 ) -> None:
     guarded, exact = data.draw(classes(len(case.lower)))
-    site = TrainableSite(case.plan(guarded, exact), case.weights, PartialLinear()).train()
+    site = TrainableSite(case.plan(guarded, exact), case.weights, GuardedFold()).train()
     torch.testing.assert_close(site(case.x), case.rewritten(guarded, exact), atol=1e-4, rtol=1e-4)
 
 

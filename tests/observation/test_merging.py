@@ -9,14 +9,14 @@ from builders.ffns import ffn, inputs
 from torch import Tensor
 
 from tardis_fx import CalibrationError, CheckpointError
+from tardis_fx.guarded_fold.draft import Draft, DraftObserver, Quantisation
+from tardis_fx.guarded_fold.histogram import Histogram
+from tardis_fx.guarded_fold.ranges import PricedSite, Ranges
+from tardis_fx.guarded_fold.residuals import WidthResiduals
+from tardis_fx.guarded_fold.settled import Settled
 from tardis_fx.observation.checkpoint import Checkpoint
 from tardis_fx.observation.merging import statistics
 from tardis_fx.observation.site import ObservedSite
-from tardis_fx.partial_linear.draft import Draft, DraftObserver, Quantisation
-from tardis_fx.partial_linear.histogram import Histogram
-from tardis_fx.partial_linear.ranges import PricedSite, Ranges
-from tardis_fx.partial_linear.residuals import WidthResiduals
-from tardis_fx.partial_linear.settled import Settled
 from tardis_fx.passes.drop_bias import BiasEffect
 from tardis_fx.statistics.affine import Outputs
 from tardis_fx.statistics.check import Check

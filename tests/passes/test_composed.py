@@ -26,7 +26,7 @@ from tardis_fx.testing import assert_equivalent, assert_plan_roundtrip, examine,
 from tardis_fx.testing.observation import SiteObservation
 
 D, HIDDEN = 20, 80
-SECOND = ["low_rank", "hot_fold", "gptq", "gptq_rotated", "wanda", "partial_linear", "linear_replace"]
+SECOND = ["low_rank", "hot_fold", "gptq", "gptq_rotated", "wanda", "guarded_fold", "linear_replace"]
 
 
 class Same(Rewrite):
@@ -121,28 +121,28 @@ def test_compositions_keep_the_laws_of_rewrites() -> None:
         laws.the_reported_error_matches_the_measured_error,
         laws.equal_sites_have_constants_of_equal_shapes,
     )
-    verdicts = examine("drop_bias+partial_linear+int8_ffn", examples=2, laws=some)
+    verdicts = examine("drop_bias+guarded_fold+int8_ffn", examples=2, laws=some)
     assert not [str(verdict) for verdict in verdicts if not verdict.passed]
 
 
 @torch.no_grad()
 def test_a_composition_compiles_and_comes_back_from_its_file() -> None:
     model = ffn(D, HIDDEN)
-    method = ["drop_bias", "partial_linear", "int8_ffn"]
+    method = ["drop_bias", "guarded_fold", "int8_ffn"]
     plan = plan_for(BatchObservation(model, batches(d=D), progress=False), config(method=method, budget=0.6))
-    assert plan.config.method == plan.sites[0].method == "drop_bias+partial_linear+int8_ffn"
-    assert "drop_bias+partial_linear+int8_ffn" in str(Report.from_plan(plan))
+    assert plan.config.method == plan.sites[0].method == "drop_bias+guarded_fold+int8_ffn"
+    assert "drop_bias+guarded_fold+int8_ffn" in str(Report.from_plan(plan))
     x = inputs(5, D)
     assert_plan_roundtrip(plan, lambda p: expected(model, p, x))
     assert_equivalent(compiled(model, plan)(x), expected(model, plan, x))
 
 
 def test_an_observation_does_not_remember_a_site_for_what_a_rewrite_made_of_it() -> None:
-    """As the drafts of partial_linear would be mixed up: they are of weights with biases, and of weights without."""
+    """As the drafts of guarded_fold would be mixed up: they are of weights with biases, and of weights without."""
     observation = SiteObservation([ffn(D, HIDDEN)], batches(d=D))
-    composed = ["drop_bias", "partial_linear"]
+    composed = ["drop_bias", "guarded_fold"]
     after, fresh = (
-        planned(composed, observation if planned("partial_linear", observation) else None),
+        planned(composed, observation if planned("guarded_fold", observation) else None),
         planned(composed, SiteObservation([ffn(D, HIDDEN)], batches(d=D))),
     )
     assert replace(after.rewritten[0], tensors={}).__dict__ == replace(fresh.rewritten[0], tensors={}).__dict__
@@ -152,7 +152,7 @@ def test_an_observation_does_not_remember_a_site_for_what_a_rewrite_made_of_it()
     ("method", "why"),
     [
         (["hot_fold", "low_rank"], "hot_fold leaves no feed-forward network"),
-        (["partial_linear", "bilinear"], "partial_linear leaves no feed-forward network"),
+        (["guarded_fold", "bilinear"], "guarded_fold leaves no feed-forward network"),
         (["drop_ffn", "low_rank"], "drop_ffn leaves no feed-forward network"),
         (["drop_ffn", "int8_ffn"], "drop_ffn leaves no dense matrix"),
         (["drop_bias", "gptq", "int8_ffn"], "drop_bias.gptq leaves no dense matrix"),

@@ -24,10 +24,10 @@ from tardis_fx.testing.ffn import ffn, gated_ffn, inputs
 
 D, HIDDEN = 16, 32
 METHODS: dict[str, dict[str, Any]] = {
-    "partial_linear": {"options": {"fold_bits": 16, "row_bits": 16}},
-    "partial_linear in codes": {"options": {"fold_bits": 4, "row_bits": 4}},
-    "partial_linear gated": {"options": {"fold_bits": 16, "row_bits": 16}},
-    "partial_linear gated in codes": {"options": {"fold_bits": 8, "row_bits": 3}},
+    "guarded_fold": {"options": {"fold_bits": 16, "row_bits": 16}},
+    "guarded_fold in codes": {"options": {"fold_bits": 4, "row_bits": 4}},
+    "guarded_fold gated": {"options": {"fold_bits": 16, "row_bits": 16}},
+    "guarded_fold gated in codes": {"options": {"fold_bits": 8, "row_bits": 3}},
     "dynamic": {},
     "dynamic gated": {},
     "paper": {"budget": 0.9},
@@ -209,11 +209,11 @@ MISMATCHES: dict[str, Any] = {
 
 @pytest.mark.parametrize("field", MISMATCHES)
 def test_an_entry_that_describes_another_site_is_a_mismatch(field: str) -> None:
-    plan = changed("partial_linear", **{field: MISMATCHES[field]})
+    plan = changed("guarded_fold", **{field: MISMATCHES[field]})
     with pytest.raises(PlanMismatchError, match=field):
-        run("partial_linear", plan)
+        run("guarded_fold", plan)
     with pytest.raises(PlanMismatchError, match=field):
-        explain(model_of("partial_linear"), plan, inputs(4, D))
+        explain(model_of("guarded_fold"), plan, inputs(4, D))
 
 
 @pytest.mark.parametrize(
@@ -221,15 +221,15 @@ def test_an_entry_that_describes_another_site_is_a_mismatch(field: str) -> None:
 )
 def test_a_method_that_is_none_is_refused_with_its_name(method: str) -> None:
     with pytest.raises(PlanFileError, match="rewrite"):
-        run("partial_linear", changed("partial_linear", method=method))
+        run("guarded_fold", changed("guarded_fold", method=method))
 
 
 def test_indices_are_refused_before_the_kernel_reads_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "correct", lambda *_: pytest.fail("the kernel was called"))
-    first = first_of("partial_linear")
+    first = first_of("guarded_fold")
     tensors = {**first.tensors, "neurons": first.tensors["neurons"] + HIDDEN}
     with pytest.raises(PlanFileError, match="neurons has indices"):
-        run("partial_linear", changed("partial_linear", tensors=tensors))
+        run("guarded_fold", changed("guarded_fold", tensors=tensors))
 
 
 def test_an_entry_is_checked_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -283,7 +283,7 @@ SCALES: dict[str, tuple[Mapping[str, Tensor], str | None]] = {
 def test_a_rewrite_without_a_layout_is_tried_on_two_tokens(case: str) -> None:
     tensors, error = SCALES[case]
     weights = SiteWeights(torch.randn(HIDDEN, D), None, torch.randn(D, HIDDEN), None)
-    entry = replace(first_of("partial_linear"), method="scaled", tensors=tensors)
+    entry = replace(first_of("guarded_fold"), method="scaled", tensors=tensors)
     if error is None:
         Scaled().validate(entry, weights)
     else:
@@ -293,6 +293,6 @@ def test_a_rewrite_without_a_layout_is_tried_on_two_tokens(case: str) -> None:
 
 
 def test_checking_an_entry_of_a_plan_in_memory_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    checked = run("partial_linear", plan_of("partial_linear"))
+    checked = run("guarded_fold", plan_of("guarded_fold"))
     monkeypatch.setattr("tardis_fx.passes.pipeline.check_entry", lambda *_: None)
-    assert_equivalent(checked, run("partial_linear", dataclasses.replace(plan_of("partial_linear"))))
+    assert_equivalent(checked, run("guarded_fold", dataclasses.replace(plan_of("guarded_fold"))))

@@ -184,7 +184,7 @@ def test_a_fold_gives_way_to_an_ffn_that_shares_its_projection() -> None:
 def test_calibration_folds_what_needs_no_fitting() -> None:
     model = nn.Sequential(Block(ffn()), Spelt(AFFINE["nothing"])).eval()
     plan = planned(model)
-    assert [entry.method for entry in plan.sites] == ["partial_linear", "exact_fold"]
+    assert [entry.method for entry in plan.sites] == ["guarded_fold", "exact_fold"]
 
 
 @torch.no_grad()

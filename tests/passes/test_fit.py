@@ -31,7 +31,7 @@ from tardis_fx.graph.activations import ACTIVATIONS
 from tardis_fx.graph.site import SiteWeights
 from tardis_fx.observation.observe import BatchObservation
 from tardis_fx.observation.run import drive
-from tardis_fx.passes.partial_linear import PartialLinear
+from tardis_fx.passes.guarded_fold import GuardedFold
 from tardis_fx.passes.registry import rewrite_named
 from tardis_fx.plan import SitePlan
 from tardis_fx.runtime.packing import unpack
@@ -58,7 +58,7 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).norm() / expected.norm())
 
 
-class Plain(PartialLinear):
+class Plain(GuardedFold):
     """Without the regression, which would mend a wrong fold."""
 
     regressed = False
@@ -72,10 +72,10 @@ class Plain(PartialLinear):
     st.integers(0, 2**16),
     st.booleans(),
     st.sampled_from(["relu", "relu2"]),
-    st.sampled_from([PartialLinear(), Plain()]),
+    st.sampled_from([GuardedFold(), Plain()]),
 )
 def test_neurons_that_stay_on_one_affine_piece_fold_exactly(
-    seed: int, bias: bool, activation: str, rewrite: PartialLinear
+    seed: int, bias: bool, activation: str, rewrite: GuardedFold
 ) -> None:
     """Half of the neurons never activate, the others (of ReLU) always do: the FFN is affine where it is used."""
     model = ffn(16, 64, activation, seed=seed)
@@ -97,8 +97,8 @@ def test_neurons_that_stay_on_one_affine_piece_fold_exactly(
 
 
 @some
-@given(st.integers(0, 2**16), st.booleans(), st.sampled_from([PartialLinear(), Plain()]))
-def test_folding_no_activation_at_all_is_exact(seed: int, bias: bool, rewrite: PartialLinear) -> None:
+@given(st.integers(0, 2**16), st.booleans(), st.sampled_from([GuardedFold(), Plain()]))
+def test_folding_no_activation_at_all_is_exact(seed: int, bias: bool, rewrite: GuardedFold) -> None:
     """The pass refuses such a site; its fold must be the product of the two matrices nevertheless."""
     model = nn.Sequential(*(m for m in ffn(16, 64, bias=bias, seed=seed) if isinstance(m, nn.Linear))).eval()
     observation = BatchObservation(model, batches(), progress=False)
@@ -227,11 +227,11 @@ def test_more_budget_means_no_more_error(activation: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "rewrite", [PartialLinear(), Plain(), rewrite_named("paper")], ids=["regressed", "plain", "paper"]
+    "rewrite", [GuardedFold(), Plain(), rewrite_named("paper")], ids=["regressed", "plain", "paper"]
 )
 @pytest.mark.parametrize("bias", [True, False])
 @torch.no_grad()
-def test_the_error_told_is_the_error_made_on_the_tokens_held_back(bias: bool, rewrite: PartialLinear) -> None:
+def test_the_error_told_is_the_error_made_on_the_tokens_held_back(bias: bool, rewrite: GuardedFold) -> None:
     model = ffn(32, 128, bias=bias)
     observation = BatchObservation(model, batches(d=32), progress=False)
     (plan,) = fitted(observation, rewrite, config(budget=0.5))
@@ -257,7 +257,7 @@ def test_the_regressed_fold_has_less_error_than_the_plain_one() -> None:
     centres = 2 * inputs(12, 16)
     clustered = [centres[torch.arange(1024) % 12] + x / 3 for x in batches(tokens=1024)]
     model, errors = ffn(16, 64), {}
-    for rewrite in (PartialLinear(), Plain()):
+    for rewrite in (GuardedFold(), Plain()):
         observation = BatchObservation(model, clustered, progress=False)
         (fitted,) = drive(observation, rewrite.fit(observation.sites, config(budget=0.3)))
         errors[rewrite.regressed] = fitted.error

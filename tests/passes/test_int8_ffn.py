@@ -36,7 +36,7 @@ INNER = [
     "sparsegpt",
     "drop_bias",
 ]
-INNER += ["partial_linear"]
+INNER += ["guarded_fold"]
 
 
 @cache
@@ -106,7 +106,7 @@ def test_behind_another_rewrite_it_saves_bytes_and_adds_little_error(inner: str)
     (alone,) = plan_for(observed(), config_).rewritten
     (entry,) = planned(f"{inner}+int8_ffn", config_.budget).rewritten
     assert entry.settings["matrices"]
-    assert entry.touched_bytes < (0.95 if inner == "partial_linear" else 0.35) * alone.touched_bytes
+    assert entry.touched_bytes < (0.95 if inner == "guarded_fold" else 0.35) * alone.touched_bytes
     assert entry.error == pytest.approx(alone.error, abs=0.01)
     assert entry.method == f"{inner}+int8_ffn"
 
@@ -181,7 +181,7 @@ def test_what_overflows_is_refused_whatever_the_budget(changed: dict[str, Any]) 
 
 def test_a_fold_in_few_bits_leaves_nothing_to_quantise() -> None:
     with pytest.raises(ConfigError, match="its fold is in few bits already"):
-        plan_for(observed(), config(method=["partial_linear", "int8_ffn"], fold_bits=4))
+        plan_for(observed(), config(method=["guarded_fold", "int8_ffn"], fold_bits=4))
 
 
 def test_what_reads_codes_as_numbers_fails() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tardis_fx import CalibrationError, Plan, calibrate, count_touched
 from tardis_fx.graph.site import SiteWeights
-from tardis_fx.passes.partial_linear import PartialLinear
+from tardis_fx.passes.guarded_fold import GuardedFold
 from tardis_fx.plan import SitePlan
 from tardis_fx.runtime.packing import low_bits, row_bytes
 from tardis_fx.runtime.reference import dequantise, rows_of
@@ -32,7 +32,7 @@ def rewritten(model: FFN, plan: SitePlan, x: Tensor) -> Tensor:
     )
     weights = SiteWeights(*values)  # type: ignore[arg-type]
     with torch.no_grad():
-        return PartialLinear().forward(x, PartialLinear().constants(plan, weights), plan)
+        return GuardedFold().forward(x, GuardedFold().constants(plan, weights), plan)
 
 
 def error(model: FFN, plan: SitePlan, x: Tensor) -> float:

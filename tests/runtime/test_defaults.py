@@ -69,17 +69,17 @@ DEFAULTS: dict[str, Callable[[], AbstractContextManager[None] | torch.device]] =
     "with meta": lambda: torch.device("meta"),
 }
 METHODS = [
-    "partial_linear", "dynamic", "paper", "magnitude", "wanda_2_4", "ria", "sparsegpt", "rtn", "gptq", "gptq_rotated", "low_rank", "ffsplit",
+    "guarded_fold", "dynamic", "paper", "magnitude", "wanda_2_4", "ria", "sparsegpt", "rtn", "gptq", "gptq_rotated", "low_rank", "ffsplit",
     "hot_fold", "linear_replace", "drop_ffn", "bilinear", "drop_bias", "int8_ffn", "int4_ffn", "exact_fold",
     "magnitude+int8_ffn",
 ]  # fmt: skip
-GATED = ["partial_linear", "dynamic", "wanda", "gptq", "gptq_rotated", "low_rank", "int8_ffn", "drop_ffn"]
+GATED = ["guarded_fold", "dynamic", "wanda", "gptq", "gptq_rotated", "low_rank", "int8_ffn", "drop_ffn"]
 
 
 def fit(model: nn.Module, method: str, data: list[Tensor]) -> tuple[Plan, Tensor]:
     """A plan by a method, and what the compiled model gives of a few tokens."""
     torch._dynamo.reset()
-    widths = {"fold_bits": None, "row_bits": None} if method == "partial_linear" else {}
+    widths = {"fold_bits": None, "row_bits": None} if method == "guarded_fold" else {}
     chosen = config(method=method, budget=0.98 if method == "drop_bias" else 0.7, **widths)
     plan = calibrate(model, data, config=chosen)
     with torch.no_grad():

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 
-from tardis_fx.passes.partial_linear import PartialLinear
+from tardis_fx.passes.guarded_fold import GuardedFold
 from tardis_fx.runtime import reference, rotation, tables
 from tardis_fx.runtime.correction import Correction
 from tardis_fx.runtime.tables import join
@@ -129,7 +129,7 @@ def test_what_stands_behind_the_listed_neurons_is_not_read(k: int) -> None:
 def test_the_reference_takes_any_split_of_classes(guarded: int) -> None:
     o = oracle(16, 32, 40, d_out=12)
     plan = o.plan(range(guarded), range(guarded, 26))
-    rewrite = PartialLinear()
+    rewrite = GuardedFold()
     c = rewrite.constants(plan, o.weights)
     whole = rewrite.forward(o.x, c, plan)
     torch.testing.assert_close(
@@ -145,6 +145,6 @@ def test_compute_dtype_is_never_narrower_than_float32() -> None:
 
 def test_estimates_are_products_with_the_dequantised_weights() -> None:
     o = oracle(70, 32, 8, d_out=12)
-    c = PartialLinear().constants(o.plan(range(32), []), o.weights)
+    c = GuardedFold().constants(o.plan(range(32), []), o.weights)
     codes, scale, zero = (c[name][:, 0] for name in ("codes", "scale", "zero"))
     assert torch.equal(reference.estimate(o.x, codes, scale, zero, 8), o.x @ o.weights.up.T)

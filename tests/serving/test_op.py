@@ -32,7 +32,7 @@ class Site:
     """An FFN with a plan, as the op takes it."""
 
     def __init__(self, tokens: int, make: Make = ffn) -> None:
-        (w, entry), rewrite, self.x = planned_ffn(make), rewrite_named("partial_linear"), inputs(tokens, D)
+        (w, entry), rewrite, self.x = planned_ffn(make), rewrite_named("guarded_fold"), inputs(tokens, D)
         self.constants, self.original = rewrite.constants(entry, w), matrices(w) | biases(w)
         self.rewritten = rewrite.forward(self.x, self.constants, entry)
         self.dense = dense(self.x, self.original, str(entry.activation))

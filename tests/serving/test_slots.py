@@ -121,7 +121,7 @@ MODELS: dict[str, tuple[Callable[..., Any], list[str], int]] = {
 def test_the_modules_give_the_rewritten_site_and_the_original_one_for_many_rows(name: str, size: int) -> None:
     make, act, gate_half = MODELS[name]
     model = make()
-    plan, weights, rewrite = planned(model, row_bits=4), observed(model).weights, rewrite_named("partial_linear")
+    plan, weights, rewrite = planned(model, row_bits=4), observed(model).weights, rewrite_named("guarded_fold")
     entry = plan.rewritten[0]
     few, many = rewrite.forward(X[:3], rewrite.constants(entry, weights), entry), model(X).detach()
     assert not torch.isclose(few, many[:3], rtol=1e-3).all(1).any()  # else the branches could not be told apart

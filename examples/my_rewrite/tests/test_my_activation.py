@@ -27,9 +27,9 @@ def test_an_ffn_with_a_registered_activation_is_found_and_rewritten():
     torch.manual_seed(0)
     model, x = FFN().eval(), torch.randn(32, 64)
     model.up.weight *= 3  # so that neurons saturate
-    config = Config(method="partial_linear", budget=0.7, prefill="rewritten", progress=False)
+    config = Config(method="guarded_fold", budget=0.7, prefill="rewritten", progress=False)
     plan = calibrate(model, list(torch.randn(4, 600, 64)), config=config)
-    assert [(site.activation, site.method) for site in plan.sites] == [("lecun_tanh", "partial_linear")]
+    assert [(site.activation, site.method) for site in plan.sites] == [("lecun_tanh", "guarded_fold")]
     fast = torch.compile(model, backend="tardis", options={"plan": plan, "strict": True, "inner": "eager"})
     by_reference, by_kernel = fast(x), torch.cat([fast(few) for few in x.split(4)])  # many tokens at once, and few
     assert_equivalent(by_kernel, by_reference, tolerance=1e-3)  # the kernel reads 8-bit codes in fixed point

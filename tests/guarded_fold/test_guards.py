@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tardis_fx.graph.activations import ACTIVATIONS
-from tardis_fx.partial_linear.guards import Guard, Interval, Score
+from tardis_fx.guarded_fold.guards import Guard, Interval, Score
 from tardis_fx.statistics.neurons import Neurons
 
 NONE = torch.zeros(4)

@@ -20,8 +20,8 @@ import torch
 from jaxtyping import Bool, Float64
 from torch import Tensor
 
-from tardis_fx.partial_linear.costs import Costs
-from tardis_fx.partial_linear.guards import Guard
+from tardis_fx.guarded_fold.costs import Costs
+from tardis_fx.guarded_fold.guards import Guard
 from tardis_fx.statistics.surrogates import Sums
 
 

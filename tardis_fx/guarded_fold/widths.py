@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
-from tardis_fx.partial_linear.settled import Settled
+from tardis_fx.guarded_fold.settled import Settled
 from tardis_fx.plan import SitePlan
 
 

@@ -7,8 +7,8 @@ import torch
 from jaxtyping import Float32
 from torch import Tensor
 
+from tardis_fx.guarded_fold.draft import Draft
 from tardis_fx.observation.site import Merge
-from tardis_fx.partial_linear.draft import Draft
 from tardis_fx.statistics.surrogates import Sums, products
 
 

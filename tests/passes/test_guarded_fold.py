@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from tardis_fx.graph.activations import ACTIVATIONS
-from tardis_fx.passes.partial_linear import PartialLinear
+from tardis_fx.passes.guarded_fold import GuardedFold
 
 BOUNDARY = 1e-4  # relative: sums in float32, and the kernel's inputs in 16 bits
 
@@ -99,7 +99,7 @@ def test_tokens_do_not_see_each_other(oracle: Oracle, data: st.DataObject) -> No
 @given(oracles(), st.data())
 def test_constants_are_padded_to_the_hidden_size_whatever_the_classes(oracle: Oracle, data: st.DataObject) -> None:
     def shapes(guarded: list[int], exact: list[int]) -> dict[str, tuple[torch.Size, torch.dtype]]:
-        constants = PartialLinear().constants(oracle.plan(guarded, exact), oracle.weights)
+        constants = GuardedFold().constants(oracle.plan(guarded, exact), oracle.weights)
         return {name: (t.shape, t.dtype) for name, t in constants.items()}
 
     hidden = len(oracle.lower)

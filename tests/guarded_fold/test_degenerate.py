@@ -49,7 +49,7 @@ DATA: dict[str, Callable[[Tensor], Tensor]] = {
     "beyond all squares": lambda x: 1e30 * x,
     "every neuron dead": lambda x: -x.abs(),
 }
-METHODS = ("partial_linear", "gptq", "gptq_rotated", "sparsegpt", "low_rank", "hot_fold", "linear_replace")
+METHODS = ("guarded_fold", "gptq", "gptq_rotated", "sparsegpt", "low_rank", "hot_fold", "linear_replace")
 
 
 def on_an_edge(plan: SitePlan, x: Tensor) -> bool:

@@ -5,7 +5,7 @@ from unittest.mock import Mock
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tardis_fx.partial_linear.widths import Fitted, choose_widths
+from tardis_fx.guarded_fold.widths import Fitted, choose_widths
 
 numbers = st.integers(0, 20).map(float)
 sites = st.integers(1, 4).flatmap(

@@ -8,9 +8,9 @@ from jaxtyping import Float, Float32
 from torch import Tensor
 
 from tardis_fx.config import Rounding
+from tardis_fx.guarded_fold.costs import Costs
+from tardis_fx.guarded_fold.guards import Guard, Interval, Score
 from tardis_fx.observation.site import Merge, ObservedSite
-from tardis_fx.partial_linear.costs import Costs
-from tardis_fx.partial_linear.guards import Guard, Interval, Score
 from tardis_fx.quantisation import Quantised, quantise
 from tardis_fx.runtime.packing import low_bits
 from tardis_fx.statistics.moments import Moments

@@ -8,9 +8,9 @@ import torch
 from jaxtyping import Bool, Float, Float32, Float64, Int64, Shaped
 from torch import Tensor
 
-from tardis_fx.partial_linear.costs import Costs
-from tardis_fx.partial_linear.draft import Draft, quantise_projection
-from tardis_fx.partial_linear.ranges import PricedSite, Ranges
+from tardis_fx.guarded_fold.costs import Costs
+from tardis_fx.guarded_fold.draft import Draft, quantise_projection
+from tardis_fx.guarded_fold.ranges import PricedSite, Ranges
 from tardis_fx.quantisation import Quantised
 from tardis_fx.runtime.reference import rows_of, surrogate_error
 from tardis_fx.statistics.neurons import Neurons

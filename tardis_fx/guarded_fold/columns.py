@@ -8,7 +8,7 @@ weights do not change.
 
 import torch
 
-from tardis_fx.partial_linear.settled import Settled
+from tardis_fx.guarded_fold.settled import Settled
 from tardis_fx.quantisation import Quantised, quantise, quantise_in_turn
 from tardis_fx.statistics.regression import RIDGE, Residual, minimum_ridge
 

@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tardis_fx.partial_linear.draft import Draft, DraftObserver, Quantisation
-from tardis_fx.partial_linear.guards import Interval
-from tardis_fx.partial_linear.histogram import Histogram
+from tardis_fx.guarded_fold.draft import Draft, DraftObserver, Quantisation
+from tardis_fx.guarded_fold.guards import Interval
+from tardis_fx.guarded_fold.histogram import Histogram
 from tardis_fx.statistics.surrogates import products
 from tardis_fx.testing.ffn import gated_ffn
 from tardis_fx.testing.observation import observed

@@ -1,4 +1,4 @@
-"""``partial_linear`` at gated sites."""
+"""``guarded_fold`` at gated sites."""
 
 from pathlib import Path
 from typing import Any
@@ -25,12 +25,12 @@ from tardis_fx import (
     explain,
     release,
 )
+from tardis_fx.guarded_fold.draft import Draft, DraftObserver, Quantisation
+from tardis_fx.guarded_fold.guards import Score
+from tardis_fx.guarded_fold.settled import AffineValue, Settled
 from tardis_fx.observation.site import ObservedSite
-from tardis_fx.partial_linear.draft import Draft, DraftObserver, Quantisation
-from tardis_fx.partial_linear.guards import Score
-from tardis_fx.partial_linear.settled import AffineValue, Settled
+from tardis_fx.passes.guarded_fold import GuardedFold
 from tardis_fx.passes.paper import Paper
-from tardis_fx.passes.partial_linear import PartialLinear
 from tardis_fx.plan import SitePlan
 from tardis_fx.statistics.check import Check
 
@@ -60,10 +60,10 @@ def output(settled: Settled, x: Tensor) -> Tensor:
     site = settled.draft.site
     weight, bias = settled.store_fold(*settled.uncorrected.fold(settled.draft.neurons))
     plan = SitePlan.from_site(
-        site.site, site.parameters, method="partial_linear", settings=settled.settings,
+        site.site, site.parameters, method="guarded_fold", settings=settled.settings,
         tensors=settled.tensors | {"folded_weight": weight, "folded_bias": bias},
     )  # fmt: skip
-    rewrite = PartialLinear()
+    rewrite = GuardedFold()
     return rewrite.forward(x, rewrite.constants(plan, site.weights), plan)
 
 
@@ -131,7 +131,7 @@ def test_the_error_told_is_the_error_measured_and_the_bytes_are_those_touched(
     (entry,), site = plan.rewritten, observed(model)
     assert len(entry.tensors["codes"]) > 0
     assert 0 < entry.outlier_rate < 1
-    rewrite = PartialLinear()
+    rewrite = GuardedFold()
     constants = rewrite.constants(entry, site.weights)
     check = Check(site, lambda x: rewrite.forward(x, constants, entry), held_back=True)
     for batch in text:
@@ -171,7 +171,7 @@ def test_plain_and_gated_sites_share_one_budget() -> None:
     model = nn.Sequential(ffn(seed=1), Gated(), ffn(seed=2)).eval()
     plan = calibrate(model, batches(), config=config(budget=0.5))
     assert [(site.kind, site.method) for site in plan.sites] == [
-        (kind, "partial_linear") for kind in ("plain", "gated", "plain")
+        (kind, "guarded_fold") for kind in ("plain", "gated", "plain")
     ]
     assert plan.touched_fraction <= 0.5 + 1e-6
     assert plan.touched_fraction > 0.45
@@ -182,7 +182,7 @@ def test_plain_and_gated_sites_share_one_budget() -> None:
 def test_all_ways_to_fit_take_gated_sites(changed: dict[str, Any]) -> None:
     model = nn.Sequential(Gated(seed=1), Gated(seed=2)).eval()
     plan = calibrate(model, batches(), config=config(**changed))
-    assert all(site.method == "partial_linear" for site in plan.sites)
+    assert all(site.method == "guarded_fold" for site in plan.sites)
     assert all(0 < site.error < 0.7 for site in plan.sites)
     if "target_error" in changed:
         assert sum(site.error**2 for site in plan.sites) ** 0.5 <= 0.3 * 2**0.5 + 1e-9
@@ -244,7 +244,7 @@ def test_without_a_plan_a_gated_site_is_observed_fitted_and_swapped_in() -> None
         stages.append(explain(fast, None, X).sites[0].reason.removeprefix("profiling: ").split(",")[0])
     assert stages[:3] == ["hot ranges", "residuals at a budget of 0.5", "check"]
     (site,) = explain(fast, None, X).sites
-    assert (site.kind, site.status, site.method) == ("gated", "rewritten", "partial_linear")
+    assert (site.kind, site.status, site.method) == ("gated", "rewritten", "guarded_fold")
     assert not torch.equal(fast(X), model(X))
 
 
@@ -272,7 +272,7 @@ def test_a_transformers_model_at_a_generous_budget_gives_nearly_what_it_gave(nam
     model = CAUSAL[name]().eval()
     text = [models.tokens(4, 32, seed=i) for i in range(3)]
     plan = calibrate(model, text, config=config(budget=0.9, fold_bits=8, row_bits=8))
-    assert [(site.kind, site.method) for site in plan.sites] == [("gated", "partial_linear")]
+    assert [(site.kind, site.method) for site in plan.sites] == [("gated", "guarded_fold")]
     unseen = models.tokens(2, 16, seed=9)
     dense = model(unseen, use_cache=False).logits
     found = compiled(model, plan, strict=True)(unseen, use_cache=False).logits

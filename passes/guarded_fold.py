@@ -5,10 +5,10 @@
 2. The predictor, W1 in a few bits, determines which guarded neurons leave their hot range for this token; their exact
    terms are added from W1 and W2 (sections 5.2 and 5.3).
 3. Beyond the paper: neurons not worth a predictor row are always folded or always exact; hot ranges, classes and the
-   split over layers minimise the error at a given number of bytes (:mod:`tardis_fx.partial_linear.ranges`); C and B are
+   split over layers minimise the error at a given number of bytes (:mod:`tardis_fx.guarded_fold.ranges`); C and B are
    regressed on the residual (:mod:`tardis_fx.statistics.regression`); C and the rows that corrections read may be
-   quantised (:mod:`tardis_fx.partial_linear.draft`), and then the columns of W2 are regressed together with C
-   (:mod:`tardis_fx.partial_linear.columns`).
+   quantised (:mod:`tardis_fx.guarded_fold.draft`), and then the columns of W2 are regressed together with C
+   (:mod:`tardis_fx.guarded_fold.columns`).
 4. Gated sites are treated alike, at the same price per byte: the surrogate of ``act(g) u`` is a plane in ``g`` and
    ``u``, and a neuron is corrected if the distance between product and plane of the estimates exceeds its threshold.
    The score uses the plane fitted to all tokens, which is known before the thresholds; the fold uses the plane refitted
@@ -29,16 +29,16 @@ from tardis_fx.config import Config, Rounding, checked
 from tardis_fx.errors import CalibrationError
 from tardis_fx.graph.feed_forward import multiply
 from tardis_fx.graph.site import Site, SiteWeights
+from tardis_fx.guarded_fold.budget import allocate
+from tardis_fx.guarded_fold.columns import fit_columns
+from tardis_fx.guarded_fold.draft import Draft, DraftObserver, Quantisation
+from tardis_fx.guarded_fold.histogram import Histogram
+from tardis_fx.guarded_fold.ranges import PricedSite, Ranges
+from tardis_fx.guarded_fold.residuals import ResidualObserver, WidthResiduals, within_memory
+from tardis_fx.guarded_fold.settled import Settled
+from tardis_fx.guarded_fold.widths import Fitted, choose_widths
 from tardis_fx.observation.run import Fit, Run
 from tardis_fx.observation.site import ObservedSite
-from tardis_fx.partial_linear.budget import allocate
-from tardis_fx.partial_linear.columns import fit_columns
-from tardis_fx.partial_linear.draft import Draft, DraftObserver, Quantisation
-from tardis_fx.partial_linear.histogram import Histogram
-from tardis_fx.partial_linear.ranges import PricedSite, Ranges
-from tardis_fx.partial_linear.residuals import ResidualObserver, WidthResiduals, within_memory
-from tardis_fx.partial_linear.settled import Settled
-from tardis_fx.partial_linear.widths import Fitted, choose_widths
 from tardis_fx.passes.affine import map_layout
 from tardis_fx.passes.base import Rewrite, stored_bytes
 from tardis_fx.passes.layout import Expected, Layout, Tensors, coded_rows, codes, indices, setting
@@ -63,7 +63,7 @@ Bits = Annotated[Literal[3, 4, 8, 16] | None, BeforeValidator(_whole)]
 
 @checked
 @dataclass(frozen=True, kw_only=True)
-class PartialLinearOptions:
+class GuardedFoldOptions:
     """Options of partial linearity.
 
     Attributes:
@@ -86,11 +86,11 @@ class PartialLinearOptions:
     rounding: Rounding = "gptq"
 
 
-class PartialLinear(Rewrite):
+class GuardedFold(Rewrite):
     """The main rewrite: an affine fold with corrections of predicted outliers."""
 
-    name: ClassVar[str] = "partial_linear"
-    Options = PartialLinearOptions
+    name: ClassVar[str] = "guarded_fold"
+    Options = GuardedFoldOptions
     leaves_matrices = True
     heals = True
     #: Whether the folded map is regressed on the residual of fold and correction.

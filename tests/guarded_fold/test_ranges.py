@@ -5,9 +5,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tardis_fx.partial_linear.costs import Costs
-from tardis_fx.partial_linear.guards import Interval
-from tardis_fx.partial_linear.ranges import PricedSite, Ranges
+from tardis_fx.guarded_fold.costs import Costs
+from tardis_fx.guarded_fold.guards import Interval
+from tardis_fx.guarded_fold.ranges import PricedSite, Ranges
 from tardis_fx.statistics.surrogates import Sums, products
 
 seeds = st.integers(0, 2**16)

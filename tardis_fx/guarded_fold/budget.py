@@ -8,7 +8,7 @@ import math
 from collections.abc import Sequence
 
 from tardis_fx.errors import CalibrationError
-from tardis_fx.partial_linear.ranges import PricedSite, Ranges
+from tardis_fx.guarded_fold.ranges import PricedSite, Ranges
 
 #: Rounds of choosing ranges and refitting the surrogates to them.
 ROUNDS = 4

@@ -7,11 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tardis_fx import CalibrationError
-from tardis_fx.partial_linear import budget
-from tardis_fx.partial_linear.budget import allocate
-from tardis_fx.partial_linear.costs import Costs
-from tardis_fx.partial_linear.guards import Interval
-from tardis_fx.partial_linear.ranges import PricedSite, Ranges
+from tardis_fx.guarded_fold import budget
+from tardis_fx.guarded_fold.budget import allocate
+from tardis_fx.guarded_fold.costs import Costs
+from tardis_fx.guarded_fold.guards import Interval
+from tardis_fx.guarded_fold.ranges import PricedSite, Ranges
 from tardis_fx.statistics.surrogates import Sums, products
 
 seeds = st.integers(0, 2**16)

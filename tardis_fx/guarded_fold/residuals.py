@@ -8,9 +8,9 @@ import torch
 from jaxtyping import Bool, Float32
 from torch import Tensor
 
+from tardis_fx.guarded_fold.draft import Draft
+from tardis_fx.guarded_fold.settled import Settled
 from tardis_fx.observation.site import Merge
-from tardis_fx.partial_linear.draft import Draft
-from tardis_fx.partial_linear.settled import Settled
 from tardis_fx.statistics.regression import Residual
 
 #: Maximum bytes of sums held at a time, except that one site always fits; other sites need further runs.

@@ -1,0 +1,1 @@
+"""The fit of the guarded fold: guards, ranges, budget, drafts, widths, residuals."""
