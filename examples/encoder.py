@@ -41,7 +41,7 @@ def batches(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[dict[s
     return [dict(tokenizer(texts[i : i + 32], **options)) for i in range(0, len(texts), 32)]
 
 
-def main(budget: float = 0.2, method: str = "guarded_fold", texts: int = 384) -> tuple[float, tardis_fx.Plan]:
+def main(budget: float = 0.2, method: str = "partial_linear", texts: int = 384) -> tuple[float, tardis_fx.Plan]:
     """Calibrates, compiles and compares; returns the mean cosine to the dense embeddings, and the plan."""
     model, tokenizer = load()
     config = tardis_fx.Config(budget=budget, method=method, prefill="rewritten")
@@ -57,6 +57,6 @@ def main(budget: float = 0.2, method: str = "guarded_fold", texts: int = 384) ->
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--budget", type=float, default=0.2)
-    parser.add_argument("--method", default="guarded_fold")
+    parser.add_argument("--method", default="partial_linear")
     cosine, _ = main(**vars(parser.parse_args()))
     print(f"mean cosine to the dense embeddings on held-out text: {cosine:.4f}")

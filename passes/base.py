@@ -116,6 +116,10 @@ class Rewrite(ABC):
         else:
             check(plan.tensors, layout)
 
+    def parts(self, plan: SitePlan) -> str:
+        """What :func:`tardis_fx.explain` says of an entry after its method: what a token may read, in how many bits."""
+        return ""
+
     # ---- Interface for rewrites applied after this one; see tardis_fx.passes.composed and int8_ffn
 
     @property

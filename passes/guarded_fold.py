@@ -64,7 +64,7 @@ Bits = Annotated[Literal[3, 4, 8, 16] | None, BeforeValidator(_whole)]
 @checked
 @dataclass(frozen=True, kw_only=True)
 class GuardedFoldOptions:
-    """Options of partial linearity.
+    """Options of the guarded fold.
 
     Attributes:
         predictor_bits: 1 to 8 bits per weight in the predictor.
@@ -270,6 +270,11 @@ class GuardedFold(Rewrite):
             expected |= dict.fromkeys(weights.projections, low)
             expected["columns"] = coded_rows(listed, d_out, row_bits, group_size)
         return expected
+
+    def parts(self, plan: SitePlan) -> str:
+        """Bits of predictor, fold and rows."""
+        settings = plan.settings
+        return f"predictor {settings['bits']}, fold {settings['fold_bits']}, rows {settings['row_bits']} bits"
 
     def constants(self, plan: SitePlan, weights: SiteWeights) -> dict[str, Tensor]:
         """The fold and the operands of corrections."""

@@ -71,7 +71,7 @@ def _registered(name: str) -> Rewrite:
         raise ConfigError(f"the entry point {name!r} of group {GROUP} is not a subclass of Rewrite: {rewrite!r}")
     with raising_typed(f"the rewrite {name!r}"):
         created: Rewrite = rewrite()
-    for step in ("refuse", "constants", "forward"):
+    for step in ("refuse", "constants", "forward", "parts"):
         setattr(created, step, _typed(name, step, getattr(created, step)))
     created.fit = _typed_fit(name, created.fit)  # type: ignore[method-assign]
     return created

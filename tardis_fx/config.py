@@ -91,7 +91,7 @@ class Config:
     target_error: Annotated[float, Field(gt=0, lt=1)] | None = None
     target_kl: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     allocation: Literal["joint", "per_site"] = "joint"
-    method: SkipValidation[Method] = "guarded_fold"
+    method: SkipValidation[Method] = "partial_linear"
     prefill: Prefill = "original"
     options: SkipValidation[Mapping[str, Any] | tuple[tuple[str, Any], ...]] = ()
     sequential: bool = False
@@ -104,7 +104,9 @@ class Config:
             ConfigError: such a field is given.
         """
         if moved := {name: value for name, value in values.items() if name in MOVED}:
-            raise ConfigError(f"{', '.join(moved)}: options of guarded_fold and paper, give options={moved!r}")
+            raise ConfigError(
+                f"{', '.join(moved)}: options of guarded_fold and paper, give method and options={moved!r}"
+            )
         return super().__new__(cls)
 
     def __post_init__(self) -> None:

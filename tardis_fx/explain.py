@@ -29,11 +29,12 @@ class SiteReport:
         status: ``"rewritten"``, ``"refused"``, or, in a model compiled without a plan, ``"profiling"``.
         reason: why it is refused, or the progress of its profile; empty otherwise.
         method: name of the rewrite; empty for a refused site.
+        parts: what a token may read of the site and in how many bits a weight, if the rewrite says so.
         stored_bytes: weight bytes kept.
         touched_bytes: weight bytes read per decoded token, including expected corrections.
         dense_bytes: weight bytes of the original.
         weights: number of weights of the original, biases included.
-        outlier_rate: share of (token, neuron) pairs corrected on the calibration text.
+        outlier_rate: share of (token, neuron) pairs on the calibration text that read the neuron's column of ``down``.
         error: relative root-mean-square error of the output on held-back calibration tokens.
     """
 
@@ -43,6 +44,7 @@ class SiteReport:
     status: str
     reason: str = ""
     method: str = ""
+    parts: str = ""
     stored_bytes: int
     touched_bytes: float
     dense_bytes: int
@@ -112,8 +114,8 @@ def _row(site: SiteReport) -> list[str]:
         f"{site.stored_bits:.3g}",
     ]
     measured = [f"{site.outlier_rate:.1%}", f"{site.error:.3f}"] if site.status == "rewritten" else ["-", "-"]
-    activation, method = site.activation or "unknown", site.method or site.reason
-    return [site.name, site.kind, activation, site.status, *numbers, *measured, method]
+    method = f"{site.method}: {site.parts}" if site.parts else site.method or site.reason
+    return [site.name, site.kind, site.activation or "unknown", site.status, *numbers, *measured, method]
 
 
 @torch.inference_mode(mode=False)
@@ -170,8 +172,9 @@ def _stored(site: Site, entry: SitePlan, weights: Sequence[Tensor]) -> int:
 def _planned(entry: Planned) -> SiteReport:
     if isinstance(entry, KeptSite):
         return _refused(entry.name, entry.kind, entry.activation, entry.reason, entry.dense_bytes, entry.weights)
-    names = [field.name for field in fields(SiteReport) if field.name not in ("status", "reason")]
-    return SiteReport(status="rewritten", **{name: getattr(entry, name) for name in names})
+    names = [field.name for field in fields(SiteReport) if field.name not in ("status", "reason", "parts")]
+    parts = rewrite_named(entry.method).parts(entry)
+    return SiteReport(status="rewritten", parts=parts, **{name: getattr(entry, name) for name in names})
 
 
 def _refused(name: str, kind: str, activation: str | None, reason: str | None, dense: int, weights: int) -> SiteReport:

@@ -99,7 +99,7 @@ class SitePlan(Entry):
         method: name of the rewrite.
         stored_bytes: weight bytes that the rewritten site keeps, including the original weights that corrections read.
         touched_bytes: weight bytes that it reads per decoded token, including expected corrections.
-        outlier_rate: share of (token, neuron) pairs corrected on the calibration text.
+        outlier_rate: share of (token, neuron) pairs on the calibration text that read the neuron's column of ``down``.
         error: root-mean-square error of the site's output on held-back calibration tokens, relative to the output's.
         settings: plain values that the rewrite needs.
         tensors: that the rewrite needs, by name.

@@ -18,7 +18,7 @@ from tardis_fx.tensorfile import check_digest, unique_pairs
 
 FORMAT = "tardis_fx.plan"
 #: Incremented whenever older code would misread a new plan.
-VERSION = 5
+VERSION = 6
 #: Maximum nesting of lists and mappings in an entry's settings.
 _DEEPEST = 32
 

@@ -44,6 +44,7 @@ CHECKED = (
     # Capture compiles copies of its functions' code; batches and observe take users' wrong input.
     *(f"observation.{name}" for name in ("checkpoint", "merging", "ranks", "run", "site")),
     "guarded_fold",
+    "partial_linear",
     # Other rewrites' forward pass is traced with proxies of tensors.
     *(
         f"passes.{name}"

@@ -137,7 +137,7 @@ def test_a_plan_has_the_outliers_that_were_asked_for(
 
 def test_a_model_without_an_ffn_that_can_be_rewritten_is_refused() -> None:
     without_activation = torch.nn.Sequential(torch.nn.Linear(8, 32), torch.nn.Linear(32, 8))
-    with pytest.raises(BenchError, match="no FFN that partial linearity accepts"):
+    with pytest.raises(BenchError, match="no FFN that the guarded fold accepts"):
         random_plans(without_activation.eval(), inputs(16, 8), [Widths(2)], 0.05)
 
 

@@ -56,13 +56,16 @@ def test_so_is_an_option_of_a_rewrite_before_the_model_runs(method: str, wrong: 
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"options": {"bits": 3}}, "guarded_fold has no option 'bits': it has predictor_bits, fold_bits"),
+        (
+            {"method": "guarded_fold", "options": {"bits": 3}},
+            "guarded_fold has no option 'bits': it has predictor_bits, fold_bits",
+        ),
         ({"method": "wanda", "options": {"fold_bits": 3}}, "wanda has no option 'fold_bits': it has none"),
         ({"method": "drop_bias+low_rank", "options": {"fold_bits": 3}}, "go by rewrite unless method names one"),
         ({"method": {"*": None}, "options": {"fold_bits": 3}}, "go by rewrite unless method names one"),
         ({"method": "wanda", "options": {"ria": {}}}, "'ria' is not a rewrite of method, which names wanda"),
         ({"bugdet": 0.3}, "unknown option 'bugdet': the options are budget, bits, target_error, target_kl"),
-        ({"fold_bits": 3, "group_size": 64}, "give options={'fold_bits': 3, 'group_size': 64}"),
+        ({"fold_bits": 3, "group_size": 64}, "give method and options={'fold_bits': 3, 'group_size': 64}"),
     ],
 )
 def test_an_option_that_nobody_has_is_refused(given: dict[str, Any], said: str) -> None:
@@ -75,7 +78,9 @@ def test_options_go_by_rewrite_where_there_are_several() -> None:
     assert given.options_of("guarded_fold") == {"fold_bits": 3}
     assert given.options_of("paper") == given.options_of("drop_bias") == {}
     assert given.with_options("paper", row_bits=8).options_of("paper") == {"row_bits": 8}
-    assert Config(options={"row_bits": 3}) == Config(options={"guarded_fold": {"row_bits": 3}})
+    assert Config(method="guarded_fold", options={"row_bits": 3}) == Config(
+        method="guarded_fold", options={"guarded_fold": {"row_bits": 3}}
+    )
     assert hash(given) == hash(Config(**asdict(given)))
 
 

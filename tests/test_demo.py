@@ -16,8 +16,8 @@ def test_the_demo_measures_every_method_writes_its_picture_and_beats_the_paper(
 ) -> None:
     monkeypatch.setattr(run, "WINDOWS", 16)
     monkeypatch.setattr(run, "ROUNDS", 1)
-    monkeypatch.setattr(run, "PARETO", {"paper": (0.2,), "guarded_fold": (0.06, 0.2)})
-    monkeypatch.setattr(run, "SHOWN", [("paper", 0.2), ("guarded_fold", 0.06)])
+    monkeypatch.setattr(run, "PARETO", {"paper": (0.2,), "partial_linear": (0.06, 0.2)})
+    monkeypatch.setattr(run, "SHOWN", [("paper", 0.2), ("partial_linear", 0.06)])
     console = Console(record=True, width=160)
 
     results = run.run_demo(tmp_path / "pareto.png", console)
@@ -25,7 +25,9 @@ def test_the_demo_measures_every_method_writes_its_picture_and_beats_the_paper(
     assert (tmp_path / "pareto.png").read_bytes().startswith(b"\x89PNG")
     qualities = {key: quality for key, (_, quality) in results.plans.items()}
     assert results.dense.agreement == 1
-    ours, smaller, paper = (qualities[key] for key in (("guarded_fold", 0.2), ("guarded_fold", 0.06), ("paper", 0.2)))
+    ours, smaller, paper = (
+        qualities[key] for key in (("partial_linear", 0.2), ("partial_linear", 0.06), ("paper", 0.2))
+    )
     assert ours.perplexity < smaller.perplexity < paper.perplexity
     assert ours.perplexity < 1.01 * results.dense.perplexity
     assert ours.agreement > smaller.agreement > paper.agreement

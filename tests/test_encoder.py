@@ -11,5 +11,5 @@ def test_a_real_encoder_keeps_its_embeddings_at_a_fifth_of_the_ffn_bytes() -> No
 
     assert plan.touched_fraction <= 0.2001
     assert len(plan.sites) == 6
-    assert all(site.method == "guarded_fold" for site in plan.sites)
+    assert all(site.method == "partial_linear" for site in plan.sites)
     assert cosine >= 0.90

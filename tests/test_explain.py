@@ -60,7 +60,7 @@ def test_a_rewritten_site_reports_what_its_plan_says() -> None:
 
 def test_a_report_has_the_fields_that_are_promised() -> None:
     promised = "name kind activation status reason method stored_bytes touched_bytes dense_bytes weights "
-    promised += "outlier_rate error"
+    promised += "outlier_rate error parts"
     assert {field.name for field in fields(SiteReport)} == set(promised.split())
 
 

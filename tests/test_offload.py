@@ -41,6 +41,7 @@ def test_the_statistics_of_all_sites_together_are_never_in_memory(tmp_path: Path
 @pytest.mark.parametrize(
     "chosen",
     [
+        {"method": "partial_linear"},
         {"fold_bits": None, "row_bits": None},
         {"method": "paper", "budget": 0.9},
         {"method": {"0.*": "drop_bias+low_rank", "1.*": None, "*": "wanda"}},

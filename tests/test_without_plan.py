@@ -42,7 +42,8 @@ def test_the_original_runs_until_the_rewrite_is_swapped_in() -> None:
 def test_a_target_error_is_searched_for_on_live_calls() -> None:
     """Budgets that lie close to each other are runs of their own."""
     model = Block(ffn())
-    fast = compiled(model, config=Config(target_error=0.15, prefill="rewritten", progress=False))
+    settings = Config(method="guarded_fold", target_error=0.15, prefill="rewritten", progress=False)
+    fast = compiled(model, config=settings)
     x = inputs(4, 16, seed=99)
     calls = 0
     while explain(fast, None, x).sites[0].status != "rewritten":
@@ -85,10 +86,10 @@ def test_a_composition_is_fitted_on_live_calls() -> None:
 def test_a_fit_that_asks_for_the_models_output_goes_on_without_it() -> None:
     """Live calls do not give it: with dynamic precision, both sites count alike."""
     model, x = nn.Sequential(Block(ffn(seed=1)), Block(ffn(seed=2))).eval(), inputs(4, 16, seed=99)
-    settings = Config(method="dynamic", prefill="rewritten", budget=0.6, progress=False)
+    settings = Config(method="partial_linear", prefill="rewritten", budget=0.6, progress=False)
     fast = compiled(model, config=settings, tolerance=0.9)
     serve(fast, 4 * TOKENS // 256)
-    assert [site.method for site in explain(fast, None, x).sites] == ["dynamic"] * 2
+    assert [site.method for site in explain(fast, None, x).sites] == ["partial_linear"] * 2
     assert not torch.equal(fast(x), model(x))
 
 
@@ -159,7 +160,7 @@ def test_nan_inputs_end_the_profile_and_not_the_service(caplog: pytest.LogCaptur
 @torch.no_grad()
 def test_a_budget_that_cannot_be_met_leaves_the_original(caplog: pytest.LogCaptureFixture) -> None:
     model = Block(ffn())
-    fast = compiled(model, config=Config(budget=0.01, progress=False))
+    fast = compiled(model, config=Config(method="guarded_fold", budget=0.01, progress=False))
     serve(fast, ENOUGH)
     assert "budget" in caplog.text
     assert torch.equal(serve(fast, 1)[0], serve(model, 1)[0])

@@ -78,18 +78,22 @@ def random_plans(model: nn.Module, batch: Tensor, widths: Sequence[Widths], rate
     Thresholds are set on the inputs of the FFNs for a batch, the model's first argument, of 500 tokens or more.
 
     Raises:
-        BenchError: the model has no FFN that partial linearity accepts.
+        BenchError: the model has no FFN that the guarded fold accepts.
     """
     observation = BatchObservation(model, [batch], progress=False)
     rewrite = GuardedFold()
     sites = [s for s in observation.sites if s.site.reason is None and rewrite.refuse(s.site) is None]
     if not sites:
-        raise BenchError("the model has no FFN that partial linearity accepts")
+        raise BenchError("the model has no FFN that the guarded fold accepts")
     inputs = observation.answer(Run("inputs of the FFNs", lambda _: _Inputs(), sites))
     return {
         w: Plan(
             tuple(_site_plan(site, torch.cat(inputs[site.fingerprint]), w, rate) for site in sites),
-            Config(options={"predictor_bits": w.predictor, "fold_bits": w.fold, "row_bits": w.rows}, progress=False),
+            Config(
+                method=GuardedFold.name,
+                options={"predictor_bits": w.predictor, "fold_bits": w.fold, "row_bits": w.rows},
+                progress=False,
+            ),
         )
         for w in widths
     }

@@ -29,7 +29,7 @@ def calibrate(
     model: Model = "demo",
     method: Annotated[
         str, typer.Option(help="Options and fields of Config after a colon: guarded_fold:budget=0.2,fold_bits=4")
-    ] = "guarded_fold",
+    ] = "partial_linear",
     bits: Annotated[
         float | None, typer.Option(help="Bits read per token and FFN weight, instead of a budget in bytes.")
     ] = None,

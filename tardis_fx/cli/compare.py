@@ -22,7 +22,7 @@ def compare(
     model: Model = "demo",
     methods: Annotated[
         str, typer.Option(help="Options and fields of Config after a colon: guarded_fold:fold_bits=4,paper")
-    ] = "guarded_fold,paper",
+    ] = "partial_linear,paper",
     budgets: Annotated[
         Sequence[float],
         typer.Option(parser=comma_separated(float, "numbers"), metavar="X,...", help="Fractions of the FFN's bytes."),

@@ -26,10 +26,10 @@ from tardis_fx.observation.observe import BatchObservation
 from tardis_fx.plan import Plan
 from tardis_fx.planning import plan_for
 
-METHODS = {"paper": "TARDIS (paper)", "guarded_fold": "TARDIS (ours)"}
-PARETO = {"paper": (0.2, 0.25, 0.3), "guarded_fold": (0.06, 0.075, 0.1, 0.2)}
+METHODS = {"paper": "TARDIS (paper)", "partial_linear": "TARDIS (ours)"}
+PARETO = {"paper": (0.2, 0.25, 0.3), "partial_linear": (0.06, 0.075, 0.1, 0.2)}
 #: Plans in the table that also decode: a method and one of its budgets.
-SHOWN = [("paper", 0.2), ("guarded_fold", 0.2), ("guarded_fold", 0.075)]
+SHOWN = [("paper", 0.2), ("partial_linear", 0.2), ("partial_linear", 0.075)]
 DENSE = "dense (Inductor)"
 ROUNDS = 9
 

@@ -52,7 +52,7 @@ def config(**changed: Any) -> Config:
     """A config for tests: silent, every token on the rewritten path, nothing but the predictor quantised."""
     widths = {"fold_bits": 16, "row_bits": 16} | {name: changed.pop(name) for name in MOVED if name in changed}
     goal = {} if changed.keys() & GOALS else {"budget": 0.5}
-    settings: dict[str, Any] = {**goal, "prefill": "rewritten", "progress": False} | changed
+    settings: dict[str, Any] = {**goal, "method": "guarded_fold", "prefill": "rewritten", "progress": False} | changed
     chosen = Config(**settings)
     own = {name: widths for name in ("guarded_fold", "paper") if name in chosen.rewrites}
     return replace(chosen, options=own | dict(chosen.options))

@@ -10,7 +10,7 @@ from builders.ffns import inputs
 from tardis_fx import Config
 
 TOKENS = 1024
-CONFIG = Config(budget=0.5, prefill="rewritten", progress=False)
+CONFIG = Config(method="guarded_fold", budget=0.5, prefill="rewritten", progress=False)
 
 
 def compiled(model: Any, **options: Any) -> Any:
@@ -22,5 +22,5 @@ def serve(model: Callable[..., Any], calls: int, tokens: int = 256, seed: int = 
     return [model(inputs(tokens, 16, seed=seed + i)) for i in range(calls)]
 
 
-RUNS = 4  # input moments, hot ranges, residuals, check
+RUNS = 4  # of the guarded fold: input moments, hot ranges, residuals, check
 ENOUGH = RUNS * TOKENS // 256

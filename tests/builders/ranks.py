@@ -68,7 +68,9 @@ def main(rank: int, folder: Path) -> None:
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=timedelta(seconds=30))
     for name, chosen in CONFIGS.items():
         calibrate(model(), given(), config=chosen).save(folder / f"{name}-{rank}")
-    calibrate(WithLogits(), given(), config=config(method="dynamic", budget=0.6)).save(folder / f"dynamic-{rank}")
+    calibrate(WithLogits(), given(), config=config(method="partial_linear", budget=0.6)).save(
+        folder / f"partial_linear-{rank}"
+    )
     said: dict[str, Any] = {
         "nan": _error(_with_nan(), config()),
         "batches": _error(given()[rank:], config()),

@@ -234,7 +234,7 @@ def test_a_changed_weight_is_refused(half: str, fused: bool) -> None:
 def test_without_a_plan_a_gated_site_is_observed_fitted_and_swapped_in() -> None:
     model, tokens = Gated(), 512
     options: dict[str, Any] = {
-        "config": Config(budget=0.5, progress=False, prefill="rewritten"),
+        "config": Config(method="guarded_fold", budget=0.5, progress=False, prefill="rewritten"),
         "profile_tokens": tokens,
     }
     fast = compiled(model, None, tolerance=0.6, **options)

@@ -69,11 +69,11 @@ DEFAULTS: dict[str, Callable[[], AbstractContextManager[None] | torch.device]] =
     "with meta": lambda: torch.device("meta"),
 }
 METHODS = [
-    "guarded_fold", "dynamic", "paper", "magnitude", "wanda_2_4", "ria", "sparsegpt", "rtn", "gptq", "gptq_rotated", "low_rank", "ffsplit",
+    "guarded_fold", "partial_linear", "paper", "magnitude", "wanda_2_4", "ria", "sparsegpt", "rtn", "gptq", "gptq_rotated", "low_rank", "ffsplit",
     "hot_fold", "linear_replace", "drop_ffn", "bilinear", "drop_bias", "int8_ffn", "int4_ffn", "exact_fold",
     "magnitude+int8_ffn",
 ]  # fmt: skip
-GATED = ["guarded_fold", "dynamic", "wanda", "gptq", "gptq_rotated", "low_rank", "int8_ffn", "drop_ffn"]
+GATED = ["guarded_fold", "partial_linear", "wanda", "gptq", "gptq_rotated", "low_rank", "int8_ffn", "drop_ffn"]
 
 
 def fit(model: nn.Module, method: str, data: list[Tensor]) -> tuple[Plan, Tensor]:

@@ -1,6 +1,7 @@
 """Dynamic precision: neurons in codes, each as precise as its token needs."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import pytest
@@ -8,10 +9,10 @@ import torch
 from builders.ffns import batches, config, ffn, fitted, inputs
 from torch import Tensor, nn
 
-from tardis_fx import CalibrationError, Plan
+from tardis_fx import CalibrationError, ConfigError, Plan, Report, calibrate
 from tardis_fx.observation.observe import BatchObservation
 from tardis_fx.observation.run import RepeatableObservation
-from tardis_fx.passes.dynamic import Dynamic
+from tardis_fx.passes.partial_linear import PartialLinear
 from tardis_fx.plan import SitePlan
 from tardis_fx.runtime.touched import count_touched
 from tardis_fx.testing.ffn import gated_ffn
@@ -37,14 +38,16 @@ class Normalised(nn.Module):
 
 
 def plan_of(model: nn.Module, xs: Sequence[Tensor], budget: float) -> SitePlan:
-    (plan,) = fitted(BatchObservation(model, xs, progress=False), Dynamic(), config(method="dynamic", budget=budget))
+    (plan,) = fitted(
+        BatchObservation(model, xs, progress=False), PartialLinear(), config(method="partial_linear", budget=budget)
+    )
     return plan
 
 
 def replacement(model: nn.Module, plan: SitePlan) -> Callable[[Tensor], Tensor]:
     (site,) = BatchObservation(model, [inputs(8, D)], progress=False).sites
-    Dynamic().validate(plan, site.weights)
-    return Dynamic().replacement(plan, site.weights)
+    PartialLinear().validate(plan, site.weights)
+    return PartialLinear().replacement(plan, site.weights)
 
 
 @pytest.mark.parametrize("gated", [False, True])
@@ -118,11 +121,33 @@ def test_nan_in_a_token_shows_in_its_output_alone(gated: bool) -> None:
 def test_a_plan_gives_the_same_output_after_it_was_saved(tmp_path: object) -> None:
     model, x = model_of(gated=True), inputs(8, D)
     plan = plan_of(model, batches(8, d=D), 0.2)
-    Plan((plan,), config(method="dynamic", budget=0.2)).save(f"{tmp_path}/plan.safetensors")
+    Plan((plan,), config(method="partial_linear", budget=0.2)).save(f"{tmp_path}/plan.safetensors")
     (loaded,) = Plan.load(f"{tmp_path}/plan.safetensors").rewritten
     (site,) = BatchObservation(model, [x], progress=False).sites
-    Dynamic().validate(loaded, site.weights)
+    PartialLinear().validate(loaded, site.weights)
     assert torch.equal(replacement(model, loaded)(x), replacement(model, plan)(x))
+
+
+def test_sequential_fitting_and_other_devices_are_refused_with_a_way_out() -> None:
+    model = ffn(D, HIDDEN)
+    with pytest.raises(ConfigError, match="without sequential, or guarded_fold with it"):
+        calibrate(model, batches(d=D), config=config(method="partial_linear", sequential=True))
+    (site,) = BatchObservation(model, [inputs(8, D)], progress=False).sites
+    elsewhere = replace(site.weights, up=site.weights.up.to("meta"))
+    with pytest.raises(ConfigError, match="on meta, use guarded_fold"):
+        PartialLinear().constants(plan_of(model, batches(d=D), 0.2), elsewhere)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_a_report_names_the_parts_of_a_neuron_and_their_bits(gated: bool) -> None:
+    plan = plan_of(model_of(gated=gated), batches(d=D), 0.2)
+    text = str(Report.from_plan(Plan((plan,), config(method="partial_linear", budget=0.2))))
+    widths = plan.settings
+    assert (
+        f"partial_linear: projections {widths['bits']}+{widths['low_bits']}, columns {widths['column_bits']}+" in text
+    )
+    assert (f", fold {widths['fold_bits']} bits" in text) == bool(widths["fold_bits"])
+    assert not (gated and widths["fold_bits"])
 
 
 # ---- What is worth its bytes
@@ -151,7 +176,7 @@ class Weighed(nn.Module):
 
 def share_of_first(observation: RepeatableObservation) -> float:
     """Bytes of the first site over those of the second."""
-    first, second = fitted(observation, Dynamic(), config(method="dynamic", budget=0.2))
+    first, second = fitted(observation, PartialLinear(), config(method="partial_linear", budget=0.2))
     return first.touched_bytes / second.touched_bytes
 
 

@@ -1,4 +1,4 @@
-"""Dynamic precision: an FFN in codes, where every neuron is as precise for a token as its contribution deserves.
+"""Partial linearity: an FFN in codes, where every neuron is as precise for a token as its contribution deserves.
 
 1. Input, output and weights are rotated, and all matrices are coded with tables of Gaussian levels
    (:mod:`tardis_fx.runtime.tables`): each in base codes and in refinements of them.
@@ -20,7 +20,7 @@ from jaxtyping import Float, Float32, Float64
 from torch import Tensor
 
 from tardis_fx.config import Config
-from tardis_fx.errors import CalibrationError
+from tardis_fx.errors import CalibrationError, ConfigError
 from tardis_fx.graph.site import Site, SiteWeights
 from tardis_fx.observation.run import Fit, Run
 from tardis_fx.observation.site import Merge, ObservedSite
@@ -177,11 +177,10 @@ class Remainder:
         self.residual.update(x, exact - self.candidate(x), exact, token_weights(exact))
 
 
-class Dynamic(Rewrite):
-    """An FFN in codes with dynamic precision."""
+class PartialLinear(Rewrite):
+    """The main rewrite: an FFN in codes with dynamic precision, and an affine fold where it is worth its bytes."""
 
-    name: ClassVar[str] = "dynamic"
-    compares_sites = True
+    name: ClassVar[str] = "partial_linear"
 
     def refuse(self, site: Site) -> str | None:
         """Refuses sites without an activation."""
@@ -191,10 +190,13 @@ class Dynamic(Rewrite):
         """Fits in two runs: Gram matrices and a sample of tokens; what the coded neurons leave of the output.
 
         Raises:
-            CalibrationError: the budget is below the base codes, the target is out of reach, or the fit is sequential.
+            CalibrationError: the budget is below the base codes, or the target is out of reach.
+            ConfigError: the fit is sequential, or the weights are not on the CPU.
         """
         if config.sequential:
-            raise CalibrationError(f"{self.name} chooses the widths of all sites at once: fit without sequential")
+            raise ConfigError(f"{self.name} compares all sites: fit it without sequential, or guarded_fold with it")
+        for site in sites:
+            self._check_device(site.weights)
         codings = yield Run("codes", CodingObserver, sites, finish=Coding.from_observer, key=Coding)
         chosen = [codings[site.fingerprint] for site in sites]
         influences: Mapping[str, float] = {}
@@ -279,8 +281,22 @@ class Dynamic(Rewrite):
             expected["surrogate"] = Expected(torch.bfloat16, (listed, k + 1))
         return expected
 
+    def parts(self, plan: SitePlan) -> str:
+        """Bits of base codes and refinements, of projections and columns, and of the fold."""
+        widths = Widths(*(plan.settings[name] for name in Widths._fields))
+        parts = [
+            f"projections {widths.bits}+{widths.low_bits}",
+            f"columns {widths.column_bits}+{widths.column_low_bits}",
+        ]
+        return ", ".join([*parts, f"fold {widths.fold_bits}"] if widths.fold_bits else parts) + " bits"
+
     def constants(self, plan: SitePlan, weights: SiteWeights) -> dict[str, Tensor]:
-        """The plan's tensors, padded to the hidden size so that no shape depends on the plan's choices."""
+        """The plan's tensors, padded to the hidden size so that no shape depends on the plan's choices.
+
+        Raises:
+            ConfigError: the weights are not on the CPU.
+        """
+        self._check_device(weights)
         device, hidden = weights.up.device, len(weights.up)
         tensors = {name: tensor.to(device) for name, tensor in plan.tensors.items()}
         neurons = tensors.pop("neurons").long()
@@ -291,6 +307,10 @@ class Dynamic(Rewrite):
         biases = [None if bias is None else bias[neurons] for _, bias in weights.projections.values()]
         tensors |= _biases(biases, hidden, weights.up)
         return tensors | {"listed": torch.tensor([len(neurons)], dtype=torch.int64, device=device)}
+
+    def _check_device(self, weights: SiteWeights) -> None:
+        if weights.up.device.type != "cpu":
+            raise ConfigError(f"{self.name} has kernels for the CPU alone; on {weights.up.device}, use guarded_fold")
 
     def forward(self, x: Float[Tensor, "... d"], constants: Tensors, plan: SitePlan) -> Float[Tensor, "... d_out"]:
         """Computes the FFN in one op."""
