@@ -91,8 +91,7 @@ settings.register_profile("dev", _plain, deadline=None, max_examples=20, print_b
 settings.register_profile("thorough", _plain, deadline=None, max_examples=500, print_blob=True)
 settings.load_profile("dev")
 
-# Else pytest shows hundreds of empty lines under every failure.
-logging.getLogger("torch.__trace").setLevel(logging.CRITICAL)
+importlib.import_module("builders.compilations").lighten()
 # Remarks on the tiny configs (special tokens beyond the vocabulary) are no news.
 logging.getLogger("transformers").setLevel(logging.ERROR)
 
