@@ -174,12 +174,15 @@ def _kinks(compared: Callable[[Tensor], Sequence[Tensor]], points: Points) -> Fl
         row, column = np.nonzero(signs[:, 1:] != signs[:, :-1])
         if not row.size:
             break
-        low, high = np.arcsinh(points[column]), np.arcsinh(points[column + 1])
-        for _ in range(64):
-            middle = (low + high) / 2
-            short = _signs(compared, np.sinh(middle))[row, np.arange(row.size)] == signs[row, column]
-            low, high = np.where(short, middle, low), np.where(short, high, middle)
-        kinks = np.unique(np.sinh(np.concatenate([low, high])))
+        bracket, each = np.arcsinh(np.stack([points[column], points[column + 1]])), np.arange(row.size)
+        for _ in range(8):  # as fine as 64 halvings; one call with many points is faster than many calls
+            steps = np.linspace(bracket[0], bracket[1], 257)
+            at_steps = _signs(compared, np.sinh(steps).ravel()).reshape(-1, *steps.shape)[row, :, each]
+            differs = at_steps != signs[row, column][:, None]
+            differs[:, -1] = True
+            first = np.maximum(differs.argmax(1), 1)
+            bracket = np.stack([steps[first - 1, each], steps[first, each]])
+        kinks = np.unique(np.sinh(bracket))
         points = np.unique(np.concatenate([points, _around(kinks)]))
     return kinks
 
