@@ -14,8 +14,9 @@ from tardis_fx.errors import DemoError
 def test_the_demo_measures_every_method_writes_its_picture_and_beats_the_paper(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run, "WINDOWS", 16)
+    monkeypatch.setattr(run, "WINDOWS", 8)
     monkeypatch.setattr(run, "ROUNDS", 1)
+    monkeypatch.setattr(run, "NEW_TOKENS", 8)
     monkeypatch.setattr(run, "PARETO", {"paper": (0.2,), "partial_linear": (0.06, 0.2)})
     monkeypatch.setattr(run, "SHOWN", [("paper", 0.2), ("partial_linear", 0.06)])
     console = Console(record=True, width=160)
