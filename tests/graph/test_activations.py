@@ -171,7 +171,7 @@ def test_a_registered_activation_is_known_everywhere() -> None:
         (Activation("odd", Z, lambda z: 2 * z), "the eager function does not compute z"),
         (Activation("odd", 2 * sympy.Symbol("Z"), lambda z: 2 * z), "the only symbol"),
     ],
-    ids=str,
+    ids=["relu", "affine", "no identifier", "another function", "another symbol"],
 )
 def test_register_refuses_activations_that_the_registry_does_not_handle(activation: Activation, reason: str) -> None:
     before = dict(ACTIVATIONS)
