@@ -13,6 +13,8 @@ from torch import Tensor
 
 from tardis_fx.observation.site import Merge
 
+#: Columns of a Gram matrix that are computed together, from the diagonal on down.
+BLOCK = 512
 #: Share of a mean square that may be rounding error in a difference of sums.
 ROUNDING = 1e-12
 
@@ -23,12 +25,12 @@ class Moments:
     Memory: d² float64.
     """
 
-    merged: ClassVar[Mapping[str, Merge]] = {"tokens": "sum", "total": "sum", "gram": "sum"}
+    merged: ClassVar[Mapping[str, Merge]] = {"tokens": "sum", "total": "sum", "_lower": "sum"}
 
     def __init__(self, d: int) -> None:
         self.tokens = 0.0
         self.total = torch.zeros(d, dtype=torch.float64, device="cpu")
-        self.gram = torch.zeros(d, d, dtype=torch.float64, device="cpu")
+        self._lower = torch.zeros(d, d, dtype=torch.float64, device="cpu")  # by blocks; the rest is not computed
 
     def update(self, x: Float[Tensor, "tokens d"], weight: Float[Tensor, "tokens 1"] | None = None) -> None:
         """Adds tokens, each as often as its weight says; None is 1."""
@@ -36,7 +38,16 @@ class Moments:
         self.tokens += len(x) if weight is None else float(weight.sum(dtype=torch.float64))
         self.total += weighted.sum(0, dtype=torch.float64)
         x = precise(x)
-        self.gram += x.T @ (x if weight is None else weight * x)
+        weighted = x if weight is None else weight * x
+        for start in range(0, x.shape[1], BLOCK):
+            block = slice(start, start + BLOCK)
+            self._lower[start:, block] += x[:, start:].T @ weighted[:, block]
+
+    @property
+    def gram(self) -> Float64[Tensor, "d d"]:
+        """Sum of x xᵀ, each as often as its weight says."""
+        lower = self._lower.tril()
+        return lower + lower.tril(-1).T
 
     @property
     def mean(self) -> Float64[Tensor, " d"]:
@@ -51,7 +62,7 @@ class Moments:
     @property
     def noise(self) -> Float64[Tensor, " d"]:
         """Possible rounding error of each variance; smaller variances carry no information."""
-        return ROUNDING * self.gram.diagonal() / self.tokens
+        return ROUNDING * self._lower.diagonal() / self.tokens
 
 
 def precise(x: Float[Tensor, "tokens d"]) -> Float[Tensor, "tokens d"]:
