@@ -184,8 +184,9 @@ class Pricing:
         """Expected divergence of the model's output by each part that is not read, for each byte."""
         tokens, size, k = self.tokens, self.sizes.neuron, self.sizes.k
         surrogate = self.surrogate if self.widths.fold_bits else None
-        value = values(tokens.base, surrogate, tokens.activation).square()
-        change = doubt(tokens.base, tokens.noise, surrogate, tokens.activation).square() * tokens.norm
+        value = values(tokens.base, surrogate, tokens.activation)
+        change = doubt(tokens.base, value, tokens.noise, surrogate, tokens.activation).square() * tokens.norm
+        value = value.square()
         weight = self.influence * tokens.importance / tokens.scale.square()
         whole = weight * self.coherence
         parts, limit = {}, (value * tokens.norm + change) * (whole / size.column)

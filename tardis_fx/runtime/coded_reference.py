@@ -40,13 +40,12 @@ def coded_ffn(call: CodedFFN) -> Float[Tensor, "*tokens d_out"]:
     x = rotate(call.x.reshape(-1, d).to(dtype), call.signs)
     listed = int(call.listed)
     base = estimates(call, x)
-    surrogate = None if call.surrogate is None else call.surrogate[:listed].to(dtype)
-    chosen = _levels(call, base)
+    surrogate = _surrogate(call, dtype)
+    value = values(base, surrogate, call.activation)
+    chosen = _levels(call, base, value)
     low = [x @ tables.weights(rows[:listed], call.low_bits, d, dtype).T for rows in call.refinements]
     refined = [estimate + rest for estimate, rest in zip(base, low, strict=True)]
-    value = torch.where(
-        chosen.row, values(refined, surrogate, call.activation), values(base, surrogate, call.activation)
-    )
+    value = torch.where(chosen.row, values(refined, surrogate, call.activation), value)
     value = torch.where(chosen.value, value, 0)
     output = value @ tables.weights(call.columns[:listed], call.column_bits, d_out, dtype)
     refinement = tables.weights(call.column_refinements[:listed], call.column_low_bits, d_out, dtype)
@@ -60,7 +59,8 @@ def coded_ffn(call: CodedFFN) -> Float[Tensor, "*tokens d_out"]:
 def parts_read(call: CodedFFN) -> Levels:
     """Which parts of the listed neurons a call reads."""
     x = rotate(call.x.reshape(-1, call.x.shape[-1]).to(compute_dtype(call.x.dtype)), call.signs)
-    return _levels(call, estimates(call, x))
+    base = estimates(call, x)
+    return _levels(call, base, values(base, _surrogate(call, x.dtype), call.activation))
 
 
 def estimates(call: CodedFFN, x: Float[Tensor, "tokens d"]) -> Sequence[Float[Tensor, "tokens listed"]]:
@@ -72,6 +72,7 @@ def estimates(call: CodedFFN, x: Float[Tensor, "tokens d"]) -> Sequence[Float[Te
 
 def levels(
     estimates: Sequence[Float[Tensor, "tokens listed"]],
+    value: Float[Tensor, "tokens listed"],
     precision: Float[Tensor, "listed precision_width"],
     thresholds: Float32[Tensor, " parts"],
     surrogate: Float[Tensor, "listed coefficients"] | None,
@@ -79,7 +80,7 @@ def levels(
     *,
     relative: bool,
 ) -> Levels:
-    """Which parts of the neurons are read, from the estimates of their pre-activations.
+    """Which parts of the neurons are read, from the estimates of their pre-activations and their values.
 
     ``precision`` and ``thresholds`` are those of :class:`tardis_fx.runtime.coded.CodedFFN`. With ``v`` the value of the
     estimates and ``δ`` its expected change by the refinements (:func:`doubt`), the column contributes ``√(v² + δ²)``
@@ -90,8 +91,7 @@ def levels(
     """
     k = len(estimates)
     noise, norms, column_noise = precision[:, :k].unbind(1), precision[:, k:-1].unbind(1), precision[:, -1]
-    value = values(estimates, surrogate, activation)
-    change = doubt(estimates, noise, surrogate, activation)
+    change = doubt(estimates, value, noise, surrogate, activation)
     first = response(estimates[:1], activation).abs() * norms[0]
     scale = first.double().square().sum(1, keepdim=True).sqrt() if relative else first.new_ones(1, dtype=torch.float64)
     contributions = [*[first] * (k - 1), torch.hypot(value, change) * norms[-1], change * norms[-1]]
@@ -106,21 +106,25 @@ def levels(
     return Levels(up[0] if up else read, read, read & row, read & column)
 
 
-def _levels(call: CodedFFN, base: Sequence[Float[Tensor, "tokens listed"]]) -> Levels:
-    listed, dtype = int(call.listed), base[0].dtype
-    surrogate = None if call.surrogate is None else call.surrogate[:listed].to(dtype)
-    precision = call.precision[:listed].to(dtype)
-    return levels(base, precision, call.thresholds, surrogate, call.activation, relative=call.relative)
+def _levels(
+    call: CodedFFN, base: Sequence[Float[Tensor, "tokens listed"]], value: Float[Tensor, "tokens listed"]
+) -> Levels:
+    precision, surrogate = call.precision[: int(call.listed)].to(value.dtype), _surrogate(call, value.dtype)
+    return levels(base, value, precision, call.thresholds, surrogate, call.activation, relative=call.relative)
+
+
+def _surrogate(call: CodedFFN, dtype: torch.dtype) -> Float[Tensor, "listed coefficients"] | None:
+    return None if call.surrogate is None else call.surrogate[: int(call.listed)].to(dtype)
 
 
 def doubt(
     estimates: Sequence[Float[Tensor, "tokens listed"]],
+    value: Float[Tensor, "tokens listed"],
     noise: Sequence[Float[Tensor, " listed"]],
     surrogate: Float[Tensor, "listed coefficients"] | None,
     activation: str,
 ) -> Float[Tensor, "tokens listed"]:
     """Root-mean-square change of the values if one pre-activation after the other moves up or down by its noise."""
-    value = values(estimates, surrogate, activation)
     square = torch.zeros_like(value)
     for i, step in enumerate(noise):
         for signed in (step, -step):

@@ -173,9 +173,9 @@ def quantities(call: CodedFFN) -> Quantities:
     corners = []
     for steps in itertools.product((0, -1, 1), repeat=k):
         moved = [p + step * error for p, step, error in zip(z, steps, off, strict=True)]
-        value = coded_reference.values(moved, surrogate, call.activation).abs()
-        change = coded_reference.doubt(moved, noise, surrogate, call.activation)
-        corners.append([response(moved[:1], call.activation).abs(), torch.hypot(value, change), change, value])
+        value = coded_reference.values(moved, surrogate, call.activation)
+        change = coded_reference.doubt(moved, value, noise, surrogate, call.activation)
+        corners.append([response(moved[:1], call.activation).abs(), torch.hypot(value, change), change, value.abs()])
     first = corners[0][0] + z[0].abs().clamp(max=100)  # beyond, activations are 0 or no smaller than z
     size = first * math.prod(p.abs() for p in z[1:]) + corners[0][2]
     if surrogate is not None:

@@ -301,7 +301,7 @@ def test_a_tensor_on_another_device_or_in_another_layout_is_refused() -> None:
 def test_doubt_is_the_root_mean_square_of_steps_up_and_down(k: int) -> None:
     z, noise = torch.randn(k, 4, 3, dtype=torch.float64), torch.rand(k, 3, dtype=torch.float64)
     slopes = torch.randn(3, k + 1, dtype=torch.float64)
-    found = coded_reference.doubt([*z], [*noise], slopes, "identity")
+    found = coded_reference.doubt([*z], coded_reference.values([*z], slopes, "identity"), [*noise], slopes, "identity")
     derivatives = [1 - slopes[:, 0]] if k == 1 else [z[1] - slopes[:, 0], z[0] - slopes[:, 1]]
     squares = sum((slope * step).square() for slope, step in zip(derivatives, noise, strict=True))
     torch.testing.assert_close(found, torch.as_tensor(squares).sqrt().expand(4, 3))
