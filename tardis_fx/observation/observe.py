@@ -30,7 +30,7 @@ from tardis_fx.runtime.fingerprint import fingerprint
 _log = logging.getLogger("tardis_fx")
 
 #: Most tokens that a run shows at a site, the same number of every batch; an encoder of speech has more.
-MOST_TOKENS = 32768
+MOST_TOKENS = 16384
 #: Tokens of a batch that are never thinned out.
 FEW_TOKENS = 512
 #: Tokens of a trial at the site that sees the fewest; a batch with fewer is tried whole.
