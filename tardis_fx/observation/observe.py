@@ -77,8 +77,10 @@ class BatchObservation(RepeatableObservation):
         self._seen: dict[str, Seen] = {}
         self._replaced: Mapping[str, Callable[[Tensor], Tensor]] = {}
         self._refused: list[str] = []  # names and reasons of sites without their own weights
+        self._graphs = 0  # that have run in a call
         self._capture = Capture(model, self._instrument)
         self._call(0)
+        self._whole = self._graphs == 1  # one graph is the whole model
         self._fewest = max(1, min(self._lengths.values(), default=1))  # tokens of the first batch at any site
         self._refuse_absent()
         if not self._sites:
@@ -198,9 +200,11 @@ class BatchObservation(RepeatableObservation):
         Raises:
             CalibrationError: the model fails; its error is the cause.
         """
-        self._batch = self._batches[number] if rows is None else rows
+        self._batch, self._graphs = self._batches[number] if rows is None else rows, 0
         try:
             return self._capture(self._batch)
+        except _AllSeen:
+            return None
         except (TardisError, MemoryError, torch.OutOfMemoryError):  # callers handle out-of-memory errors by type
             raise
         except Exception as error:
@@ -211,12 +215,14 @@ class BatchObservation(RepeatableObservation):
         unfuse(gm.graph)
         values = dict(zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True))
         moved: dict[fx.Node, fx.Node] = {}  # outputs of sites that feed another site
+        sites = set[str]()
         for i, site in enumerate(find_sites(gm.graph)):
             if site.reason is not None or any(not isinstance(values.get(p), Tensor) for p in site.parameters):
                 parameters = [values[p] for p in site.parameters if isinstance(values.get(p), Tensor)]
                 if self._admit(site, parameters) not in self._sites:
                     self._refused.append(f"{site.name}: {site.reason}")
                 continue
+            sites.add(fingerprint(stored_tensors([values[p] for p in site.parameters]), site.function))
             gm.add_submodule(f"tardis_enter_{i}", _Tap(site, weakref.WeakMethod(self._enter)))
             gm.add_submodule(f"tardis_leave_{i}", _Tap(site, weakref.WeakMethod(self._leave)))
             with gm.graph.inserting_before(site.up.product):
@@ -227,7 +233,18 @@ class BatchObservation(RepeatableObservation):
             moved[site.output] = leaving
             site.output.replace_all_uses_with(leaving, delete_user_cb=lambda user, tap=leaving: user is not tap)  # type: ignore[misc]
         gm.recompile()
-        return gm.forward
+        observation, whole, short = weakref.ref(self), gm.forward, _up_to_taps(gm)
+
+        def run(*inputs: Any) -> Any:
+            owner = observation()
+            assert owner is not None  # it makes the call
+            owner._graphs += 1
+            if not (owner._observers and owner._whole and owner._observers.keys() <= sites):
+                return whole(*inputs)
+            short(*inputs)
+            raise _AllSeen
+
+        return run
 
     def _admit(self, site: Site, parameters: list[Tensor]) -> str:
         stored = stored_tensors(parameters)
@@ -286,6 +303,23 @@ class BatchObservation(RepeatableObservation):
         counts[1] += len(tokens) - fitted_tokens(len(tokens))
         with raising_typed(f"{type(observer).__qualname__} at {site.name}"):
             observer.update(tokens)
+
+
+class _AllSeen(Exception):  # noqa: N818 - no error
+    """All observers of a run have seen their sites, and the rest of the model need not run."""
+
+
+def _up_to_taps(gm: fx.GraphModule) -> Callable[..., None]:
+    """A graph up to its last tap; later nodes stay only where they leave a context."""
+    graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
+    *nodes, _ = gm.graph.nodes
+    taps = [node for node in nodes if str(node.target).startswith("tardis_")]
+    last = nodes.index(taps[-1]) if taps else len(nodes)
+    for i, node in enumerate(nodes):
+        if i <= last or (node.is_impure() and copies.keys() >= set(node.all_input_nodes)):
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+    graph.output(None)
+    return fx.GraphModule(gm, graph).forward
 
 
 class _Tap(nn.Module):

@@ -1,4 +1,5 @@
 from collections import UserDict
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -52,6 +53,50 @@ def test_only_the_sites_asked_for_are_observed() -> None:
     observation = BatchObservation(model, batches(), progress=False)
     kept = observation.answer(Run("test", lambda _: Kept(), observation.sites[1:]))
     assert list(kept) == [observation.sites[1].fingerprint]
+
+
+class Tailed(nn.Module):
+    """An FFN, and a tail under which the model runs in a context."""
+
+    def __init__(self, tail: Callable[[Tensor], Tensor], seed: int = 0) -> None:
+        super().__init__()
+        self.ffn, self.tail = ffn(seed=seed), tail
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.inference_mode():
+            return self.tail(self.ffn(x))
+
+
+def test_a_run_stops_after_the_last_site_and_leaves_contexts() -> None:
+    calls = []
+
+    @torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
+    def tail(x: Tensor) -> Tensor:
+        calls.append(x)
+        return x.sin()
+
+    model = Tailed(tail).eval()
+    observation = BatchObservation(model, batches(), progress=False)
+    calls.clear()
+    kept = observation.answer(Run("test", lambda _: Kept(), observation.sites))
+    (site,) = observation.sites
+    torch.testing.assert_close(kept[site.fingerprint].tokens, torch.cat(batches()))
+    assert not calls
+    assert not torch.is_inference_mode_enabled()
+    assert all(output is not None for _, output, _ in observation.outputs({}))
+    assert calls
+
+
+@pytest.mark.parametrize("seed", [0, 1], ids=["the same weights", "other weights"])
+def test_every_graph_runs_if_a_site_comes_after_a_graph_break(seed: int) -> None:
+    def broken(x: Tensor) -> Tensor:
+        torch._dynamo.graph_break()
+        return x
+
+    model = nn.Sequential(Tailed(broken), Tailed(torch.sin, seed)).eval()
+    observation = BatchObservation(model, batches(), progress=False)
+    kept = observation.answer(Run("test", lambda _: Kept(), observation.sites))
+    assert sum(len(kept[site.fingerprint].tokens) for site in observation.sites) == 2 * len(torch.cat(batches()))
 
 
 def test_a_replaced_site_changes_what_later_sites_see_and_not_what_it_sees_itself() -> None:
