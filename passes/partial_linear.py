@@ -6,7 +6,7 @@
    token, whether its refinements are, and in a gated FFN whether anything is after the gate
    (:mod:`tardis_fx.partial_linear.precision`).
 3. A plain FFN also has a fold (TARDIS, arXiv 2501.10054, section 4): while a neuron gives nothing else, the fold holds
-   its affine surrogate; the fold is regressed on what the neurons leave.
+   its affine surrogate; the fold is regressed on what the neurons leave of the output, for the tokens that are kept.
 4. One price per byte meets the budget for all sites; at each site the widths with the least error are chosen.
 """
 
@@ -22,8 +22,8 @@ from torch import Tensor
 from tardis_fx.config import Config
 from tardis_fx.errors import CalibrationError, ConfigError
 from tardis_fx.graph.site import Site, SiteWeights
-from tardis_fx.observation.run import Fit, Run
-from tardis_fx.observation.site import Merge, ObservedSite
+from tardis_fx.observation.run import Fit, Run, steps
+from tardis_fx.observation.site import ObservedSite
 from tardis_fx.partial_linear.coding import Coding, CodingObserver, token_weights
 from tardis_fx.partial_linear.influence import CodedSite, influence, weighed
 from tardis_fx.partial_linear.precision import Pricing, Sizes, Widths, allocate
@@ -40,7 +40,7 @@ from tardis_fx.runtime.coded import CodedFFN, precision_width
 from tardis_fx.runtime.reference import compute_dtype
 from tardis_fx.runtime.rotation import rotate_back
 from tardis_fx.runtime.touched import Touched
-from tardis_fx.statistics.regression import RIDGE, Residual, minimum_ridge, relative_error
+from tardis_fx.statistics.regression import RIDGE, minimum_ridge, relative_error
 from tardis_fx.statistics.target import fit_to_target
 
 #: Widths that are tried, for plain and for gated FFNs.
@@ -64,6 +64,8 @@ WIDTHS = {
 TOLERANCE = 0.003
 #: Number of times that the target for the sample is corrected.
 FILLS = 2
+#: Tokens whose outputs are computed together.
+TOGETHER = 2048
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,8 +73,8 @@ class Candidate:
     """A site at some widths and at the price that meets the budget, with what it does to held-back tokens.
 
     Attributes:
-        tensors: of the plan, but for fold and bias.
-        bias: of the output, without a fold.
+        tensors: of the plan, but for the bias.
+        bias: of the output.
         touched: bytes per token.
         read: share of the neurons whose columns are read.
         error: mean squared error, relative to the output of each token, times the influence of the site.
@@ -110,30 +112,39 @@ class Candidate:
             tensors["surrogate"] = pricing.surrogate[listed].bfloat16()
         bias = torch.zeros(len(neurons.down), dtype=torch.float32, device="cpu")
         made = cls(coding, widths, tensors, bias if neurons.down_bias is None else neurons.down_bias, *[math.nan] * 4)
-        return made._measured(pricing.influence)
+        touched = Touched()
+        touched.add(made.call(coding.held))
+        made = replace(made, touched=touched.per_token, read=touched.outlier_rate)
+        return made.fitted(coding.sample, pricing.influence)
 
-    def _measured(self, influence: float) -> "Candidate":
-        coding, touched = self.coding, Touched()
-        exact, call = coding.neurons(coding.held), self.call(coding.held)
-        touched.add(call)
-        rest, bias = exact - self(coding.held), self.bias
+    def fitted(self, tokens: Float32[Tensor, "tokens d"], influence: float = 1.0) -> "Candidate":
+        """With the fold and the bias that leave the least error of tokens, and with the error of held-back ones."""
+        coding, tensors, bias = self.coding, self.tensors, self.bias
+        rest, weight, size = self._left(coding.held)
         if self.widths.fold_bits or not coding.site.site.normalised:
-            known = coding.neurons(coding.sample)
-            left, weight = known - self(coding.sample), token_weights(known)
+            left, known, _ = self._left(tokens)
             if self.widths.fold_bits:
-                fold = coding.fold(_regressed(coding.sample, left, weight), self.widths.fold_bits)
+                fold = coding.fold(_regressed(tokens, left, known), self.widths.fold_bits)
                 matrix = _unrotated(fold.weight, coding).T
-                left, rest = left - coding.sample @ matrix, rest - coding.held @ matrix
-            bias = (weight * left).sum(0) / weight.sum()
+                left, rest, tensors = left - tokens @ matrix, rest - coding.held @ matrix, tensors | {"fold": fold.rows}
+            bias = (known * left).sum(0) / known.sum()
         squares = (rest - bias).double().square().sum(1, keepdim=True)
         return replace(
             self,
+            tensors=tensors,
             bias=bias,
-            touched=touched.per_token,
-            read=touched.outlier_rate,
-            error=influence * float((token_weights(exact) * squares).mean()),
-            missed=relative_error(float(squares.sum()), float(exact.double().square().sum())),
+            error=influence * float((weight * squares).mean()),
+            missed=relative_error(float(squares.sum()), size),
         )
+
+    def _left(
+        self, tokens: Float32[Tensor, "tokens d"]
+    ) -> tuple[Float32[Tensor, "tokens d_out"], Float32[Tensor, "tokens 1"], float]:
+        """What the neurons leave of the outputs of tokens, the weights of the tokens, and the outputs' squared norm."""
+        neurons, parts = self.coding.neurons, tokens.split(TOGETHER)
+        exact = torch.cat([neurons(part) for part in parts])
+        left = exact - torch.cat([self(part) for part in parts])
+        return left, token_weights(exact), float(exact.double().square().sum())
 
     @property
     def settings(self) -> dict[str, str | int]:
@@ -143,38 +154,21 @@ class Candidate:
 
     def call(self, x: Float32[Tensor, "tokens d"]) -> CodedFFN:
         """The call of the op for tokens, with a fold and a bias of zeros."""
-        coding, d_out, d = self.coding, len(self.coding.neurons.down), x.shape[1]
+        weights, d = self.coding.site.weights, x.shape[1]
+        d_out = len(weights.down)
         tensors = self.tensors | {"bias": torch.zeros(d_out, dtype=x.dtype, device=x.device)}
         if self.widths.fold_bits:
             size = tables.row_bytes(d, self.widths.fold_bits)
             tensors["fold"] = torch.zeros(d_out, size, dtype=torch.uint8, device=x.device)
         neurons = tensors["neurons"].long()
         tensors["listed"] = torch.tensor([len(neurons)], dtype=torch.int64, device=x.device)
-        tensors |= _biases([None if b is None else b[neurons] for b in coding.neurons.biases], len(neurons), x)
+        biases = [None if bias is None else bias.cpu()[neurons] for _, bias in weights.projections.values()]
+        tensors |= _biases(biases, len(neurons), x)
         return _call(x, tensors, self.settings)
 
     def __call__(self, x: Float32[Tensor, "tokens d"]) -> Float32[Tensor, "tokens d_out"]:
         """What the neurons give."""
         return coded_reference.coded_ffn(self.call(x))
-
-
-class Remainder:
-    """Observer of what the coded neurons leave of the output.
-
-    Attributes:
-        residual: the exact output minus that of the neurons.
-    """
-
-    merged: ClassVar[Mapping[str, Merge]] = {"residual": "parts"}
-
-    def __init__(self, candidate: Candidate) -> None:
-        self.candidate, neurons = candidate, candidate.coding.neurons
-        self.residual = Residual(neurons.projections[0].shape[1], len(neurons.down))
-
-    def update(self, x: Float32[Tensor, "tokens d"]) -> None:
-        """Adds tokens."""
-        exact = self.candidate.coding.neurons(x)
-        self.residual.update(x, exact - self.candidate(x), exact, token_weights(exact))
 
 
 class PartialLinear(Rewrite):
@@ -187,7 +181,7 @@ class PartialLinear(Rewrite):
         return "no activation between its projections" if site.affine is not None else None
 
     def fit(self, sites: Sequence[ObservedSite], config: Config) -> Fit[list[Planned]]:
-        """Fits in two runs: Gram matrices and a sample of tokens; what the coded neurons leave of the output.
+        """Fits in one run, for Gram matrices and samples of tokens, and a trial of each site's influence.
 
         Raises:
             CalibrationError: the budget is below the base codes, or the target is out of reach.
@@ -210,52 +204,35 @@ class PartialLinear(Rewrite):
             )
         weights = weighed([influences.get(site.fingerprint, math.nan) for site in sites])
         if config.target_error is None:
-            return (yield from self._fit_within(chosen, weights, config))
+            return self._fit_within(chosen, weights, config)
         floor = sum(min(Sizes.from_coding(c, widths).least for widths in _widths(c)) for c in chosen)
-        return (
-            yield from fit_to_target(
-                lambda budget: self._fit_within(chosen, weights, replace(config, budget=budget, target_error=None)),
-                floor / sum(site.weights.bytes for site in sites),
-                config.target_error,
-            )
-        )
+        dense = sum(site.weights.bytes for site in sites)
 
-    def _fit_within(self, codings: Sequence[Coding], influences: Sequence[float], config: Config) -> Fit[list[Planned]]:
+        def fit(budget: float) -> Fit[list[Planned]]:
+            return steps(self._fit_within(chosen, weights, replace(config, budget=budget, target_error=None)))
+
+        return (yield from fit_to_target(fit, floor / dense, config.target_error))
+
+    def _fit_within(self, codings: Sequence[Coding], influences: Sequence[float], config: Config) -> list[Planned]:
         dense = [coding.site.weights.bytes for coding in codings]
         if config.allocation == "joint":
             best = _candidates(codings, influences, config.budget * sum(dense))
         else:
             pairs = zip(codings, dense, strict=True)
             best = [_candidates([coding], [1.0], config.budget * size)[0] for coding, size in pairs]
-        folded = {c.coding.site.fingerprint: c for c in best if c.widths.fold_bits}
-        remainders: Mapping[str, Residual] = {}
-        if folded:
-            remainders = yield Run(
-                f"remainders at a budget of {config.budget}",
-                lambda site: Remainder(folded[site.fingerprint]),
-                [candidate.coding.site for candidate in folded.values()],
-                finish=lambda site, seen: seen.residual,
-            )
-        return [self._planned(candidate, remainders.get(candidate.coding.site.fingerprint)) for candidate in best]
+        return [self._planned(c.fitted(c.coding.tokens) if c.widths.fold_bits else c) for c in best]
 
-    def _planned(self, candidate: Candidate, residual: Residual | None) -> SitePlan:
-        """The plan of a candidate; with a fold, from what its neurons leave of the output."""
-        coding, tensors, error = candidate.coding, dict(candidate.tensors), candidate.missed
-        site, bias = coding.site, candidate.bias.double()
-        if residual is not None:
-            fold = coding.fold(residual.solve().weight.T, candidate.widths.fold_bits)
-            weight = _unrotated(fold.weight, coding).T.double()
-            tensors["fold"], bias = fold.rows, residual.mean - residual.inputs.mean @ weight
-            error = residual.error(weight, bias)
+    def _planned(self, candidate: Candidate) -> SitePlan:
+        site = candidate.coding.site
         plan = SitePlan.from_site(
             site.site,
             site.parameters,
             method=self.name,
             touched_bytes=candidate.touched,
             outlier_rate=candidate.read,
-            error=error,
+            error=candidate.missed,
             settings=candidate.settings,
-            tensors=tensors | {"bias": bias.to(site.weights.up.dtype)},
+            tensors=candidate.tensors | {"bias": candidate.bias.to(site.weights.up.dtype)},
         )
         return replace(plan, stored_bytes=stored_bytes(site, self.constants(plan, site.weights)))
 
@@ -438,7 +415,7 @@ def _regressed(
 
 
 def _widths(coding: Coding) -> Sequence[Widths]:
-    return WIDTHS[len(coding.neurons.projections)]
+    return WIDTHS[len(coding.site.weights.projections)]
 
 
 def _unrotated(weight: Float32[Tensor, "d_out d"], coding: Coding) -> Float32[Tensor, "d_out d"]:

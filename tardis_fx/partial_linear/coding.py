@@ -16,6 +16,8 @@ from tardis_fx.statistics.neurons import Neurons
 
 #: Tokens that the samples of fitted and of held-back tokens have at most, and at least half of, if there are so many.
 SAMPLE, HELD = 2048, 512
+#: Numbers in the tokens that a fold is regressed on, which are kept in place of the smaller sample.
+REGRESSED = 2**23
 #: Squared outputs below this share of their median weigh no more.
 LEAST = 0.1
 
@@ -23,7 +25,7 @@ LEAST = 0.1
 class CodingObserver:
     """Observer of the operands' Gram matrices and of samples of tokens.
 
-    Memory: d² + h² float64, and 2 (``SAMPLE`` + ``HELD``) d float32.
+    Memory: d² + h² float64, and 2 (``SAMPLE`` + ``HELD``) d float32; 2 ``REGRESSED`` for a plain FFN.
     """
 
     merged: ClassVar[Mapping[str, Merge]] = {
@@ -33,7 +35,8 @@ class CodingObserver:
     def __init__(self, site: ObservedSite) -> None:
         self._site, (h, d) = site, site.weights.up.shape
         self.inputs, self.responses = Moments(d), Moments(h)
-        self.sample, self.held = Sample(SAMPLE), Sample(HELD)
+        plain = len(site.weights.projections) == 1
+        self.sample, self.held = Sample(max(SAMPLE, REGRESSED // d) if plain else SAMPLE), Sample(HELD)
 
     def update(self, x: Float32[Tensor, "tokens d"]) -> None:
         """Adds tokens."""
@@ -78,41 +81,48 @@ def token_weights(output: Float32[Tensor, "tokens d_out"]) -> Float32[Tensor, "t
 
 @dataclass(frozen=True, eq=False)
 class Coding:
-    """A site's matrices, and their codes at any width; in float32 on the CPU.
+    """A site's matrices and their codes at any width.
 
     Attributes:
         signs: of the rotation of the input.
         out_signs: of the rotation of the output.
-        sample: tokens that the codes are fitted to.
-        held: tokens that they are not fitted to, or ``sample`` if there are none.
+        tokens: that a fold is fitted to.
+        sample: of these, to choose what is read.
+        held: tokens that nothing is fitted to, or ``sample`` if there are none.
     """
 
     site: ObservedSite
-    neurons: Neurons
     feedback: Feedback
     response_feedback: Feedback
     signs: Int8[Tensor, " d"]
     out_signs: Int8[Tensor, " d_out"]
-    sample: Float32[Tensor, "tokens d"]
+    tokens: Float32[Tensor, "tokens d"]
+    sample: Float32[Tensor, "sample d"]
     held: Float32[Tensor, "held d"]
     _coded: dict[tuple[str, int, int], Rows] = field(default_factory=dict, repr=False)
 
     @classmethod
     def from_observer(cls, site: ObservedSite, seen: CodingObserver) -> "Coding":
         """Factors the Gram matrices."""
-        neurons, gram = Neurons.from_site(site), seen.inputs.gram
-        signs, out_signs = (random_signs(n, seed) for seed, n in enumerate((len(gram), len(neurons.down))))
-        sample, held = seen.sample.tokens, seen.held.tokens
+        gram = seen.inputs.gram
+        signs, out_signs = (random_signs(n, seed) for seed, n in enumerate((len(gram), len(site.weights.down))))
+        tokens, held = seen.sample.tokens, seen.held.tokens
+        sample = thinned(tokens, SAMPLE)
         return cls(
             site,
-            neurons,
             Feedback.from_gram(rotate(rotate(gram, signs).T, signs)),
             Feedback.from_gram(seen.responses.gram),
             signs,
             out_signs,
+            tokens,
             sample,
             held if len(held) else sample,
         )
+
+    @property
+    def neurons(self) -> Neurons:
+        """The site in float32 on the CPU: in half precision a copy, which is not kept."""
+        return Neurons.from_site(self.site)
 
     def projection(self, number: int, bits: int) -> Rows:
         """Base codes of a projection."""
@@ -139,11 +149,8 @@ class Coding:
         key = (name, bits, low_bits)
         if key not in self._coded:
             if name == "columns":
-                matrix, coded, feedback = (
-                    rotate(self.neurons.down.T, self.out_signs),
-                    code_columns,
-                    self.response_feedback,
-                )
+                down = self.site.weights.down.float().cpu()
+                matrix, coded, feedback = rotate(down.T, self.out_signs), code_columns, self.response_feedback
             else:
                 projection = self.neurons.projections[int(name.removeprefix("projection "))]
                 matrix, coded, feedback = rotate(projection, self.signs), code_rows, self.feedback

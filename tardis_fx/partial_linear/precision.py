@@ -62,13 +62,13 @@ class Sizes:
     @classmethod
     def from_coding(cls, coding: Coding, widths: Widths) -> "Sizes":
         """The sizes of a site."""
-        neurons, fold = coding.neurons, widths.fold_bits > 0
-        k, bias = len(neurons.projections), any(b is not None for b in neurons.biases)
-        d, d_out = neurons.projections[0].shape[1], len(neurons.down)
-        fixed = d_out * coding.site.weights.up.element_size() + d + d_out + 4 * (k + 2)
+        weights, fold = coding.site.weights, widths.fold_bits > 0
+        k, bias = len(weights.projections), any(bias is not None for _, bias in weights.projections.values())
+        d, d_out = weights.up.shape[1], len(weights.down)
+        fixed = d_out * weights.up.element_size() + d + d_out + 4 * (k + 2)
         fixed += d_out * tables.row_bytes(d, widths.fold_bits) if fold else 0
         neuron = neuron_bytes(d, d_out, widths[:4], k=k, bias=bias, fold=fold)
-        return cls(fixed, neuron, k, int(neurons.down.any(0).sum()))
+        return cls(fixed, neuron, k, int(weights.down.any(0).sum()))
 
     @property
     def parts(self) -> dict[str, int]:
@@ -93,8 +93,7 @@ class Estimated:
     """Tokens at a site with estimates of the pre-activations at some widths, and the errors of the codes.
 
     Attributes:
-        exact: the k pre-activations.
-        response: of the neurons.
+        exact: the k pre-activations and the response, for surrogates; nothing without a fold.
         base: estimates.
         noise: root-mean-square errors of the estimates.
         second: root mean square of the second pre-activation; of no use for k = 1.
@@ -107,7 +106,6 @@ class Estimated:
     """
 
     exact: Sequence[Float32[Tensor, "tokens h"]]
-    response: Float32[Tensor, "tokens h"]
     base: Sequence[Float32[Tensor, "tokens h"]]
     noise: Sequence[Float32[Tensor, " h"]]
     second: Float32[Tensor, " h"]
@@ -121,8 +119,8 @@ class Estimated:
     @classmethod
     def from_coding(cls, coding: Coding, widths: Widths) -> "Estimated":
         """Computes the estimates of the sample."""
-        neurons, x, name = coding.neurons, coding.sample, coding.neurons.activation.name
-        x = thinned(x, max(1, PRICED // len(neurons)))
+        neurons = coding.neurons
+        x, name = thinned(coding.sample, max(1, PRICED // len(neurons))), neurons.activation.name
         exact, exact_response = neurons.evaluate(x)
         rotated = rotate(x, coding.signs)
         base = neurons.add_biases([coding.projection(i, widths.bits)(rotated) for i in range(len(exact))])
@@ -135,8 +133,7 @@ class Estimated:
             square = (response(base[:1], name).square() * size).sum(1, keepdim=True)
             square = square.clamp(min=torch.finfo(torch.float32).tiny)
         return cls(
-            exact,
-            exact_response,
+            [*exact, exact_response] if widths.fold_bits else [],
             base,
             [(z - estimate).square().mean(0).sqrt() for z, estimate in zip(exact, base, strict=True)],
             second,
@@ -172,12 +169,11 @@ class Pricing:
     @classmethod
     def from_coding(cls, coding: Coding, widths: Widths, influence: float) -> "Pricing":
         """A site with surrogates that fit all tokens."""
-        h, k = len(coding.neurons), len(coding.neurons.projections)
-        tokens = Estimated.from_coding(coding, widths)
-        surrogate = torch.zeros(h, k + 1, dtype=torch.float32, device="cpu")
-        sizes, listed = Sizes.from_coding(coding, widths), coding.neurons.down.any(0)
+        weights, tokens = coding.site.weights, Estimated.from_coding(coding, widths)
+        surrogate = torch.zeros(len(weights.up), len(weights.projections) + 1, dtype=torch.float32, device="cpu")
+        sizes, listed = Sizes.from_coding(coding, widths), weights.down.any(0).cpu()
         pricing = cls(coding, widths, sizes, tokens, listed, surrogate, influence)
-        return pricing.refitted(torch.ones_like(tokens.response, dtype=torch.bool, device="cpu"))
+        return pricing.refitted(torch.ones_like(tokens.base[0], dtype=torch.bool, device="cpu"))
 
     @cached_property
     def changes(self) -> dict[str, Float32[Tensor, "tokens h"]]:
@@ -207,18 +203,16 @@ class Pricing:
         """Bytes per token at a price."""
         sizes = self.sizes.parts
         read = sum(sizes[part] * int(torch.count_nonzero(change > price)) for part, change in self.changes.items())
-        return self.sizes.least + read / len(self.tokens.response)
+        return self.sizes.least + read / len(self.tokens.base[0])
 
     def refitted(self, uncorrected: Bool[Tensor, "tokens h"]) -> "Pricing":
         """With surrogates that fit the tokens for which the neurons give nothing else."""
         if not self.widths.fold_bits:
             return self
-        tokens = self.tokens
-        weight = uncorrected * tokens.weight
-        table = torch.stack(
-            [(weight * term).sum(0, dtype=torch.float64) for term in products(tokens.exact, tokens.response)]
-        )
-        return replace(self, surrogate=Sums(table, len(tokens.exact)).regress().bfloat16().float())
+        *z, responses = self.tokens.exact
+        weight = uncorrected * self.tokens.weight
+        table = torch.stack([(weight * term).sum(0, dtype=torch.float64) for term in products(z, responses)])
+        return replace(self, surrogate=Sums(table, len(z)).regress().bfloat16().float())
 
     def settled(self, price: float) -> "Pricing":
         """With surrogates refitted to the tokens for which nothing is read at a price, and their coherence."""
@@ -240,7 +234,7 @@ class Pricing:
     def precision(self) -> BFloat16[Tensor, "listed precision_width"]:
         """The precision of the listed neurons, as the op takes it."""
         tokens, norm = self.tokens, self.tokens.norm.sqrt()
-        columns = [*tokens.noise, *[tokens.second * norm] * (len(tokens.exact) - 1), norm, tokens.column_noise.sqrt()]
+        columns = [*tokens.noise, *[tokens.second * norm] * (self.sizes.k - 1), norm, tokens.column_noise.sqrt()]
         largest = torch.finfo(torch.bfloat16).max
         return torch.stack(columns, 1).clamp(max=largest)[self.listed].bfloat16()
 
