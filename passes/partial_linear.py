@@ -26,7 +26,7 @@ from tardis_fx.observation.run import Fit, Run, steps
 from tardis_fx.observation.site import ObservedSite
 from tardis_fx.partial_linear.coding import Coding, CodingObserver, token_weights
 from tardis_fx.partial_linear.influence import CodedSite, influence, weighed
-from tardis_fx.partial_linear.precision import Pricing, Sizes, Widths, allocate
+from tardis_fx.partial_linear.precision import Pricing, Sizes, Widths, allocate, check_floor
 from tardis_fx.passes.base import Rewrite, stored_bytes
 from tardis_fx.passes.layout import Expected, Layout, Tensors, indices, setting, table_rows
 from tardis_fx.plan import Planned, SitePlan
@@ -350,15 +350,17 @@ def _candidates(codings: Sequence[Coding], influences: Sequence[float], allowed:
     chosen = _choose(list(zip(*tried, strict=True)), allowed)
     widths, target = [candidate.widths for candidate in chosen], allowed
     found = [chosen]
+    joint = chosen in tried  # at one price for all sites
     for _ in range(FILLS):
+        missing = allowed / _touched(found[-1])
+        if joint and abs(missing - 1) <= TOLERANCE:
+            break
+        target *= missing if joint else 1.0
         try:
             found.append(_at(codings, widths, influences, target))
         except CalibrationError:  # at these widths, the base codes alone read more than the target
             break
-        missing = allowed / _touched(found[-1])
-        if abs(missing - 1) <= TOLERANCE:
-            break
-        target *= missing
+        joint = True
     return _least(found, allowed)
 
 
@@ -370,6 +372,7 @@ def _at(
     Raises:
         CalibrationError: the budget is too small.
     """
+    check_floor([Sizes.from_coding(*of_site) for of_site in zip(codings, widths, strict=True)], target)
     pricings = [Pricing.from_coding(*of_site) for of_site in zip(codings, widths, influences, strict=True)]
     pricings, price = allocate(pricings, target)
     return [Candidate.from_pricing(pricing, price) for pricing in pricings]

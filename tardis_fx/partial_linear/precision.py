@@ -248,17 +248,21 @@ class Pricing:
         return squares.sqrt().float()
 
 
-def allocate(pricings: Sequence[Pricing], allowed: float) -> tuple[list[Pricing], float]:
-    """Settles all sites at the price at which they read ``allowed`` bytes per token; returns them and the price.
+def check_floor(sizes: Sequence[Sizes], allowed: float) -> None:
+    """Checks that sites can read as little as ``allowed`` bytes per token.
 
     Raises:
-        CalibrationError: reading as little as possible is too much.
+        CalibrationError: they cannot.
     """
-    floor = sum(pricing.sizes.least for pricing in pricings)
+    floor = sum(size.least for size in sizes)
     if floor > allowed:
         raise CalibrationError(
             f"the budget allows {allowed:,.0f} bytes per token; the fold and the base codes alone read {floor:,.0f}"
         )
+
+
+def allocate(pricings: Sequence[Pricing], allowed: float) -> tuple[list[Pricing], float]:
+    """Settles all sites at the price at which they read ``allowed`` bytes per token; returns them and the price."""
     chosen = list(pricings)
     for _ in range(ROUNDS):
         price = _price(chosen, allowed)
