@@ -16,8 +16,8 @@ from tardis_fx.statistics.neurons import Neurons
 
 #: Tokens that the samples of fitted and of held-back tokens have at most, and at least half of, if there are so many.
 SAMPLE, HELD = 2048, 512
-#: Numbers in the tokens that a fold is regressed on, which are kept in place of the smaller sample.
-REGRESSED = 2**23
+#: A fold is regressed on kept tokens: at most so many for each column, or so many numbers in all if that is more.
+PER_COLUMN, REGRESSED = 4, 2**23
 #: Squared outputs below this share of their median weigh no more.
 LEAST = 0.1
 
@@ -25,7 +25,7 @@ LEAST = 0.1
 class CodingObserver:
     """Observer of the operands' Gram matrices and of samples of tokens.
 
-    Memory: d² + h² float64, and 2 (``SAMPLE`` + ``HELD``) d float32; 2 ``REGRESSED`` for a plain FFN.
+    Memory: d² + h² float64, and 2 (``SAMPLE`` + ``HELD``) d float32; with a fold, twice its tokens in place of ``SAMPLE``.
     """
 
     merged: ClassVar[Mapping[str, Merge]] = {
@@ -35,8 +35,8 @@ class CodingObserver:
     def __init__(self, site: ObservedSite) -> None:
         self._site, (h, d) = site, site.weights.up.shape
         self.inputs, self.responses = Moments(d), Moments(h)
-        plain = len(site.weights.projections) == 1
-        self.sample, self.held = Sample(max(SAMPLE, REGRESSED // d) if plain else SAMPLE), Sample(HELD)
+        most = SAMPLE if len(site.weights.projections) == 2 else max(SAMPLE, PER_COLUMN * d, REGRESSED // d)
+        self.sample, self.held = Sample(most), Sample(HELD)
 
     def update(self, x: Float32[Tensor, "tokens d"]) -> None:
         """Adds tokens."""
