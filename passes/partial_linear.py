@@ -348,19 +348,19 @@ def _candidates(codings: Sequence[Coding], influences: Sequence[float], allowed:
     if not tried:
         raise refusals[0]
     chosen = _choose(list(zip(*tried, strict=True)), allowed)
-    widths, target = [candidate.widths for candidate in chosen], allowed
-    found = [chosen]
-    joint = chosen in tried  # at one price for all sites
+    widths, found = [candidate.widths for candidate in chosen], [chosen]
+    latest = chosen if chosen in tried else tried[-1]  # fitted at one price for all sites
+    target = allowed
     for _ in range(FILLS):
-        missing = allowed / _touched(found[-1])
-        if joint and abs(missing - 1) <= TOLERANCE:
+        missing = allowed / _touched(latest)
+        if latest is found[-1] and abs(missing - 1) <= TOLERANCE:
             break
-        target *= missing if joint else 1.0
+        target *= missing
         try:
-            found.append(_at(codings, widths, influences, target))
+            latest = _at(codings, widths, influences, target)
         except CalibrationError:  # at these widths, the base codes alone read more than the target
             break
-        joint = True
+        found.append(latest)
     return _least(found, allowed)
 
 
