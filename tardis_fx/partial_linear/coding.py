@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import ClassVar
 
 import torch
@@ -10,14 +11,16 @@ from torch import Tensor
 
 from tardis_fx.observation.site import Merge, ObservedSite, fitted_tokens, thinned
 from tardis_fx.quantisation import Feedback, Rows, code_columns, code_rows
-from tardis_fx.runtime.rotation import random_signs, rotate
+from tardis_fx.runtime.rotation import random_signs, rotate, rotate_back
 from tardis_fx.statistics.moments import Moments
 from tardis_fx.statistics.neurons import Neurons
 
 #: Tokens that the samples of fitted and of held-back tokens have at most, and at least half of, if there are so many.
 SAMPLE, HELD = 2048, 512
-#: A fold is regressed on kept tokens: at most so many for each column, or so many numbers in all if that is more.
-PER_COLUMN, REGRESSED = 4, 2**23
+#: A fold is regressed on kept tokens: so many for each column, fewer if they have more numbers, but no fewer than 4.
+PER_COLUMN, NUMBERS, LEAST_PER_COLUMN = 32, 2**23, 4
+#: Tokens whose outputs are computed together.
+TOGETHER = 2048
 #: Squared outputs below this share of their median weigh no more.
 LEAST = 0.1
 
@@ -25,7 +28,7 @@ LEAST = 0.1
 class CodingObserver:
     """Observer of the operands' Gram matrices and of samples of tokens.
 
-    Memory: d² + h² float64, and 2 (``SAMPLE`` + ``HELD``) d float32; with a fold, twice its tokens in place of ``SAMPLE``.
+    Memory: d² + h² float64, and 2 (``SAMPLE`` + ``HELD``) d float32; in a plain FFN, the fold's tokens for ``SAMPLE``.
     """
 
     merged: ClassVar[Mapping[str, Merge]] = {
@@ -35,8 +38,9 @@ class CodingObserver:
     def __init__(self, site: ObservedSite) -> None:
         self._site, (h, d) = site, site.weights.up.shape
         self.inputs, self.responses = Moments(d), Moments(h)
-        most = SAMPLE if len(site.weights.projections) == 2 else max(SAMPLE, PER_COLUMN * d, REGRESSED // d)
-        self.sample, self.held = Sample(most), Sample(HELD)
+        most = max(SAMPLE, LEAST_PER_COLUMN * d, min(PER_COLUMN * d, NUMBERS // d))
+        plain = len(site.weights.projections) == 1
+        self.sample, self.held = Sample(most if plain else SAMPLE), Sample(HELD)
 
     def update(self, x: Float32[Tensor, "tokens d"]) -> None:
         """Adds tokens."""
@@ -124,6 +128,21 @@ class Coding:
         """The site in float32 on the CPU: in half precision a copy, which is not kept."""
         return Neurons.from_site(self.site)
 
+    def outputs(self, tokens: Float32[Tensor, "tokens d"]) -> Float32[Tensor, "tokens d_out"]:
+        """The exact outputs of tokens."""
+        neurons = self.neurons
+        return torch.cat([neurons(part) for part in tokens.split(TOGETHER)])
+
+    @cached_property
+    def sample_outputs(self) -> Float32[Tensor, "sample d_out"]:
+        """The exact outputs of the sample."""
+        return self.outputs(self.sample)
+
+    @cached_property
+    def held_outputs(self) -> Float32[Tensor, "held d_out"]:
+        """The exact outputs of the held-back tokens."""
+        return self.outputs(self.held)
+
     def projection(self, number: int, bits: int) -> Rows:
         """Base codes of a projection."""
         return self._remembered(f"projection {number}", bits, 0)
@@ -144,6 +163,10 @@ class Coding:
         """Codes of a folded weight, rotated."""
         rotated = rotate(rotate(weight.float(), self.signs).T, self.out_signs).T
         return code_rows(rotated.contiguous(), self.feedback, bits)
+
+    def folded(self, fold: Rows) -> Float32[Tensor, "d_out d"]:
+        """The matrix of a fold's codes as it multiplies inputs that are not rotated."""
+        return rotate_back(rotate_back(fold.weight, self.signs).T, self.out_signs).T
 
     def _remembered(self, name: str, bits: int, low_bits: int) -> Rows:
         key = (name, bits, low_bits)
