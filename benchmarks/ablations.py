@@ -1,165 +1,117 @@
-"""Measures the effect of each choice of the fit: one change per row, on the demo's model cast to bfloat16.
+"""Measures what each choice of partial linearity gives: one change per row, on models that others trained.
 
-    python benchmarks/ablations.py 0.15 0.1        budgets, as shares of the bfloat16 FFN bytes
+    python benchmarks/ablations.py --gemma --text FILE 0.19    budgets, as shares of the bfloat16 FFN bytes
+    python benchmarks/ablations.py --whisper 0.15
 
-Calibrated on the first half of the calibration split and measured on the second, every token through fold and
-correction. The choices were made on this data, so the test split played no part. Fisher: the Gram matrix of the
-loss's gradients with respect to a site's output, on the calibration text with labels drawn from the model. It weighs a
-neuron's error by its column of down: in full, by its diagonal, or by its trace alone (one weight a layer).
+Models, calibration and text are those of ``benchmarks/quality.py``, at one calibration seed.
 """
 
+import argparse
+import contextlib
 import itertools
-import math
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import replace
-from functools import partial
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from unittest import mock
 
 import torch
-from jaxtyping import Float, Int64
-from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
+from jaxtyping import Float
+from quality import subject_of
+from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedModel
 
-from tardis_fx import Config, Plan
-from tardis_fx.demo.model import WINDOWS, load
-from tardis_fx.guarded_fold.draft import Draft
-from tardis_fx.guarded_fold.histogram import Histogram
-from tardis_fx.guarded_fold.ranges import PricedSite, Ranges
-from tardis_fx.guarded_fold.residuals import ResidualObserver
-from tardis_fx.guarded_fold.widths import Fitted
+from tardis_fx import Config, TardisError
+from tardis_fx.compare.cases import Planned, Trial
+from tardis_fx.graph import matcher
 from tardis_fx.measure.machine import conditions
-from tardis_fx.measure.quality import DenseReference, rewrite_every_token
 from tardis_fx.measure.tables import markdown
-from tardis_fx.observation.observe import BatchObservation
-from tardis_fx.observation.run import drive
-from tardis_fx.passes.guarded_fold import GuardedFold
+from tardis_fx.partial_linear import choice, coding
+from tardis_fx.passes import partial_linear
+from tardis_fx.quantisation import DAMPING, Feedback, Rows, code_columns, code_rows, factor
+from tardis_fx.runtime import rotation, tables
 
-Gram = Float[Tensor, "d_out d_out"]
-WIDTHS = {"fold_bits": 4, "row_bits": 4}
-
-
-class Guarded(PricedSite):
-    """A priced site in which every neuron has a predictor row."""
-
-    def at(self, price: float) -> Ranges:
-        """The cheapest ranges if every neuron is guarded."""
-        hot = self.guard.cheapest(self.error - price * self.costs.row * self.sums.count)
-        every = torch.ones(hot.shape[1], dtype=torch.bool)
-        return self.touching(hot, every, ~every)
+#: Standard deviations of a Gaussian variable at which the largest of equally spaced levels has the least squared error.
+EQUAL_PEAKS = {1: 0.8, 2: 1.49, 3: 2.05, 4: 2.51}
 
 
-class AllGuarded(GuardedFold):
-    """Partial linearity with every neuron guarded."""
-
-    def priced(self, draft: Draft, histogram: Histogram, widths: tuple[int, int]) -> PricedSite:
-        """The priced site for choosing hot ranges."""
-        return Guarded(**vars(super().priced(draft, histogram, widths)))
-
-
-class OwnColumns(GuardedFold):
-    """Partial linearity with rounded, unfitted columns of down."""
-
-    def _fitted(self, observer: ResidualObserver) -> Fitted:
-        return self._folded(observer.settled, observer)
+@contextlib.contextmanager
+def equal_levels() -> Iterator[None]:
+    """Levels at equal distances instead of the Gaussian ones."""
+    with mock.patch.dict(tables._GAUSSIAN, clear=True), mock.patch.dict(tables.PEAKS, EQUAL_PEAKS):
+        tables.levels.cache_clear()
+        yield
+    tables.levels.cache_clear()
 
 
-class Fisher(GuardedFold):
-    """Partial linearity with errors weighted by their effect on the loss."""
+@contextlib.contextmanager
+def nearest() -> Iterator[None]:
+    """Codes rounded to nearest."""
 
-    def __init__(self, grams: dict[str, Gram], part: Callable[[Gram], Gram]) -> None:
-        self._grams, self._part = grams, part
+    def rows(weight: Float[Tensor, "rows d"], feedback: Feedback | None, bits: int) -> Rows:
+        return code_rows(weight, None, bits)
 
-    def priced(self, draft: Draft, histogram: Histogram, widths: tuple[int, int]) -> PricedSite:
-        """The priced site for choosing hot ranges."""
-        gram, down = self._part(self._grams[draft.site.site.name]), draft.neurons.down
-        return replace(
-            super().priced(draft, histogram, widths), importance=((gram @ down) * down).sum(0).clamp(min=0).double()
-        )
+    def columns(weight: Float[Tensor, "h d"], feedback: Feedback | None, bits: int) -> Rows:
+        return code_columns(weight, None, bits)
 
-
-def gradient_grams(
-    model: PreTrainedModel, names: Sequence[str], windows: Int64[Tensor, "windows length"]
-) -> dict[str, Gram]:
-    """Sum of g gᵀ over the tokens for each site; the sites are modules with these names."""
-    grams: dict[str, Gram] = {}
-
-    def add(name: str, g: Float[Tensor, "batch length d_out"]) -> None:
-        g = g.flatten(0, 1).float()
-        grams[name] = grams.get(name, 0) + g.T @ g
-
-    def hook(name: str, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        output.register_hook(partial(add, name))
-
-    hooks = [model.get_submodule(name).register_forward_hook(partial(hook, name)) for name in names]
-    torch.manual_seed(0)
-    for batch in windows.split(4):
-        embedded = model.get_input_embeddings()(batch).detach().requires_grad_()
-        logits = model(inputs_embeds=embedded, use_cache=False).logits.float().flatten(0, 1)
-        labels = torch.distributions.Categorical(logits=logits.detach()).sample()
-        F.cross_entropy(logits, labels, reduction="sum").backward()
-    for handle in hooks:
-        handle.remove()
-    return grams
+    with mock.patch.object(coding, "code_rows", rows), mock.patch.object(coding, "code_columns", columns):
+        yield
 
 
-def variants(grams: dict[str, Gram]) -> dict[str, tuple[GuardedFold, dict[str, Any]]]:
-    """Rewrites and changes of the config, by label."""
+def in_order(gram: Float[Tensor, "d d"]) -> Feedback:
+    """Feedback that rounds the columns in their own order."""
+    reverse = factor(gram.flip(0, 1), damping=10 * DAMPING).flip(0, 1)
+    reverse = (reverse / reverse.diagonal().mean()).float()
+    identity = torch.eye(len(gram), dtype=reverse.dtype)
+    return Feedback(torch.arange(len(gram)), torch.linalg.solve_triangular(reverse, identity, upper=True))
+
+
+def variants(*, gated: bool) -> dict[str, Callable[[], AbstractContextManager[object]]]:
+    """Changes by label."""
+    unfolded = {1: tuple(widths for widths in choice.WIDTHS[1] if not widths.fold_bits)}
+    of_kind: dict[str, Callable[[], AbstractContextManager[object]]] = (
+        {"the same thresholds for all tokens": lambda: mock.patch.object(matcher, "is_normalised", return_value=False)}
+        if gated
+        else {"no fold": lambda: mock.patch.dict(choice.WIDTHS, unfolded)}
+    )
     return {
-        "fold and rows of 4 bits": (GuardedFold(), {}),
-        "widths chosen site by site": (GuardedFold(), {"options": {"fold_bits": None, "row_bits": None}}),
-        "rows of 3 bits": (GuardedFold(), {"options": {"row_bits": 3}}),
-        "rows of 8 bits": (GuardedFold(), {"options": {"row_bits": 8}}),
-        "fold of 8 bits": (GuardedFold(), {"options": {"fold_bits": 8}}),
-        "predictor of 3 bits": (GuardedFold(), {"options": {"predictor_bits": 3}}),
-        "groups of 64 columns": (GuardedFold(), {"options": {"group_size": 64}}),
-        "groups of 32 columns": (GuardedFold(), {"options": {"group_size": 32}}),
-        "rounded to nearest": (GuardedFold(), {"options": {"rounding": "nearest"}}),
-        "down's own columns": (OwnColumns(), {}),
-        "every site the same share": (GuardedFold(), {"allocation": "per_site"}),
-        "a predictor row for every neuron": (AllGuarded(), {}),
-        "Fisher, full": (Fisher(grams, lambda g: g), {}),
-        "Fisher, diagonal": (Fisher(grams, lambda g: g.diagonal().diag()), {}),
-        "Fisher, a weight a layer": (Fisher(grams, lambda g: g.trace() / len(g) * torch.eye(len(g))), {}),
-        "sites fitted in order": (GuardedFold(), {"sequential": True}),
+        "none": contextlib.nullcontext,
+        "no rotation": lambda: mock.patch.object(rotation, "_transform", lambda x: x),
+        "levels at equal distances": equal_levels,
+        "codes rounded to nearest": nearest,
+        "columns coded in their own order": lambda: mock.patch.object(Feedback, "from_gram", in_order),
+        "all sites count alike": lambda: mock.patch.object(partial_linear, "weighed", lambda found: [1.0] * len(found)),
+        **of_kind,
     }
 
 
 def main() -> None:
     """Measures and prints a table as Markdown."""
-    demo = load()
-    calibration, text = demo.windows("calibration", 2 * WINDOWS).split(WINDOWS)
-    observation = BatchObservation(demo.model.bfloat16(), calibration.split(8), progress=False)
-    grams = gradient_grams(demo.model, [s.site.name for s in observation.sites], calibration)
-    reference = DenseReference(demo.model, text)
-    budgets = [float(budget) for budget in sys.argv[1:] or ["0.15"]]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("budgets", type=float, nargs="+")
+    models = parser.add_mutually_exclusive_group(required=True)
+    models.add_argument("--whisper", nargs="?", const="tiny.en", choices=("tiny.en", "base"))
+    models.add_argument("--gemma", action="store_true")
+    parser.add_argument("--text", type=Path, metavar="FILE", help="as for quality.py")
+    parser.set_defaults(encoder=False, model=None)
+    options = parser.parse_args()
     rows = []
     try:
-        for budget, (label, (rewrite, changes)) in tqdm([*itertools.product(budgets, variants(grams).items())]):
-            options = WIDTHS | changes.get("options", {})
-            config = Config(budget=budget, progress=False, **changes | {"options": options})
-            plan = Plan(tuple(drive(observation, rewrite.fit(observation.sites, config))), config)
-            quality = reference.quality(rewrite_every_token(demo.model, plan))
-            error = math.sqrt(sum(site.error**2 for site in plan.rewritten) / len(plan.rewritten))
-            corrected = sum(site.outlier_rate for site in plan.rewritten) / len(plan.rewritten)
-            rows.append(
-                {
-                    "change": label,
-                    "budget": f"{budget:.0%}",
-                    "perplexity rise": f"{quality.rise:+.2%}",
-                    "agreement": f"{quality.agreement:.1%}",
-                    "corrected": f"{corrected:.1%}",
-                    "error of the sites": f"{error:.3f}",
-                }
-            )
+        _, amount, subject = subject_of(options)
+        for budget, (label, change) in tqdm(
+            [*itertools.product(options.budgets, variants(gated=options.gemma).items())]
+        ):
+            with change():
+                rewritten = Planned(label, Config(budget=budget)).prepare(Trial(subject, 1))
+                metrics = subject.evaluate(rewritten.every_token())
+            cells = {metric.heading: format(metrics[metric.name], metric.form) for metric in subject.metrics}
+            rows.append({"change": label, "budget": f"{budget:.1%}", "touched": f"{rewritten.touched:.1%}", **cells})
+            print(rows[-1], file=sys.stderr, flush=True)
+    except TardisError as error:
+        sys.exit(f"ablations: {error}")
     finally:  # an interrupted run shows its finished rows
         print(markdown(rows))
-        print(
-            f"\ndense perplexity {reference.dense.perplexity:.3f}, bfloat16; calibrated on {calibration.numel():,} "
-            f"tokens, measured on {text.numel():,}; {conditions()}"
-        )
+    print(f"\n{subject.name}; calibrated on {amount}; {conditions()}")
 
 
 if __name__ == "__main__":

@@ -53,7 +53,8 @@ def main() -> None:
     model = shapes.build(config, torch.float32, 1)
     *batches, tokens = (torch.randint(0, VOCABULARY, (4, CONTEXT)) for _ in range(5))
     widths = {"fold_bits": 4, "row_bits": 4}
-    plan = tardis_fx.calibrate(model, batches, config=tardis_fx.Config(budget=0.3, options=widths))
+    chosen = tardis_fx.Config(method="guarded_fold", budget=0.3, options=widths)
+    plan = tardis_fx.calibrate(model, batches, config=chosen)
     backend.GuardedGraph = Recorded  # type: ignore[misc, attr-defined, assignment]
     decoder = Decoder(model, CONTEXT, plan)
     decoder.follow(tokens[0, :8])

@@ -31,7 +31,7 @@ from tardis_fx.measure.machine import conditions
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))  # they load the real models
 
 #: Budgets of the default rewrite.
-OURS = (0.125, 0.15, 0.19, 0.22, 0.26, 0.4)
+OURS = (0.1, 0.125, 0.15, 0.19, 0.22, 0.26, 0.4, 0.5)
 #: Budgets of the guarded fold; those at which it is also healed, which takes minutes, and gains nothing above them.
 GUARDED = (0.1, 0.12, 0.15, 0.2, 0.3, 0.5)
 HEALED = GUARDED[:5]

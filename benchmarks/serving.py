@@ -54,7 +54,7 @@ def prepare(name: str, folder: Path, budget: float) -> tuple[Path, Path, list[li
     tokenizer = hf.PreTrainedTokenizerFast(tokenizer_file=str(FOLDER / "tokenizer.json"), eos_token=SEPARATOR)
     tokenizer.save_pretrained(folder / "model")
     plan = folder / "model.tardis.safetensors"
-    calibrate(model, batches, config=Config(budget=budget)).save(plan)
+    calibrate(model, batches, config=Config(method="guarded_fold", budget=budget)).save(plan)
     return folder / "model", plan, demo.windows("test", 8)[:, :48].tolist()
 
 

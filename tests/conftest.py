@@ -47,7 +47,8 @@ CHECKED = (
     # Capture compiles copies of its functions' code; batches and observe take users' wrong input.
     *(f"observation.{name}" for name in ("checkpoint", "merging", "ranks", "run", "site")),
     "guarded_fold",
-    "partial_linear",
+    # Calls are traced with proxies of tensors.
+    *(f"partial_linear.{name}" for name in ("candidates", "choice", "coding", "influence", "precision")),
     # Other rewrites' forward pass is traced with proxies of tensors.
     *(
         f"passes.{name}"

@@ -21,18 +21,18 @@ Make = Callable[[], FFN | GatedFFN]
 
 
 @cache
-def planned_ffn(make: Make) -> tuple[SiteWeights, SitePlan]:
+def planned_ffn(make: Make, method: str) -> tuple[SiteWeights, SitePlan]:
     """An FFN that narrows its input, and its plan."""
     model = make()
     model.down.weight, model.down.bias = (nn.Parameter(p.detach()[:D_OUT]) for p in model.down.parameters())
-    return observed(model).weights, planned(model).rewritten[0]
+    return observed(model).weights, planned(model, method=method).rewritten[0]
 
 
 class Site:
     """An FFN with a plan, as the op takes it."""
 
-    def __init__(self, tokens: int, make: Make = ffn) -> None:
-        (w, entry), rewrite, self.x = planned_ffn(make), rewrite_named("guarded_fold"), inputs(tokens, D)
+    def __init__(self, tokens: int, make: Make = ffn, method: str = "guarded_fold") -> None:
+        (w, entry), rewrite, self.x = planned_ffn(make, method), rewrite_named(method), inputs(tokens, D)
         self.constants, self.original = rewrite.constants(entry, w), matrices(w) | biases(w)
         self.rewritten = rewrite.forward(self.x, self.constants, entry)
         self.dense = dense(self.x, self.original, str(entry.activation))
@@ -51,17 +51,19 @@ def in_steps_of(monkeypatch: pytest.MonkeyPatch, *lengths: int) -> None:
 
 
 @pytest.mark.parametrize("make", [ffn, gated_ffn])
+@pytest.mark.parametrize("method", ["guarded_fold", "partial_linear"])
 @pytest.mark.parametrize("lengths", [(1, 20, 3, 9), (20, 1), (1, 20), (9, 8, 9), (2, 3), (10, 12)])
 def test_every_row_of_a_mixed_step_takes_the_branch_of_its_request(
-    monkeypatch: pytest.MonkeyPatch, lengths: tuple[int, ...], make: Make
+    monkeypatch: pytest.MonkeyPatch, lengths: tuple[int, ...], make: Make, method: str
 ) -> None:
     in_steps_of(monkeypatch, *lengths)
-    site = Site(sum(lengths), make)
+    site = Site(sum(lengths), make, method)
     assert (
         not torch.isclose(site.rewritten, site.dense, rtol=1e-3).all(1).any()
     )  # else the branches could not be told apart
     few = torch.tensor([n <= DECODE_TOKENS for n in lengths]).repeat_interleave(torch.tensor(lengths))
-    torch.testing.assert_close(site(site.x), torch.where(few[:, None], site.rewritten, site.dense))
+    expected = torch.where(few[:, None], site.rewritten, site.dense)
+    torch.testing.assert_close(site(site.x), expected, rtol=2e-3, atol=1e-3)  # kernels for few rows round the inputs
 
 
 def test_many_decoding_requests_take_the_original(monkeypatch: pytest.MonkeyPatch) -> None:
