@@ -305,7 +305,7 @@ class BatchObservation(RepeatableObservation):
             observer.update(tokens)
 
 
-class _AllSeen(Exception):  # noqa: N818 - no error
+class _AllSeen(BaseException):
     """All observers of a run have seen their sites, and the rest of the model need not run."""
 
 

@@ -113,12 +113,12 @@ class Case:
 
 
 @pytest.fixture(scope="module")
-def case(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Case]:
+def case(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Case]:
     @cache
-    def make(family: str) -> Case:
+    def make(family: str, method: str = "guarded_fold", budget: float = 0.15) -> Case:
         folder, model = tmp_path_factory.mktemp(family), build(family)
         model.save_pretrained(folder / "model")
-        plan = calibrate(model, batches(), config=Config(budget=0.15, progress=False))
+        plan = calibrate(model, batches(), config=Config(method=method, budget=budget, progress=False))
         plan.save(folder / "plan.safetensors")
         torch._dynamo.reset()
         case = Case(folder / "model", folder / "plan.safetensors", greedy(model), greedy(compiled(model, plan)))
@@ -154,7 +154,7 @@ def tokens(results: list[dict[str, Any]]) -> list[Any]:
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("eager", [True, False], ids=["eager", "compiled"])
 def test_tokens_are_those_of_the_same_plan_in_transformers(
-    case: Callable[[str], Case], cache_root: Path, eager: bool, ranks: int
+    case: Callable[..., Case], cache_root: Path, eager: bool, ranks: int
 ) -> None:
     cases = [case(family) for family in _FAMILIES]
     results = run([c.job(enforce_eager=eager, tensor_parallel_size=ranks) for c in cases], cache_root)
@@ -163,8 +163,20 @@ def test_tokens_are_those_of_the_same_plan_in_transformers(
         assert [sum(max(step) <= DECODE_TOKENS for step in f["steps"]) for f in results] == [REWRITTEN] * len(cases)
 
 
+@pytest.mark.parametrize("eager", [True, False], ids=["eager", "compiled"])
+def test_plans_in_codes_are_served_by_one_rank_and_refused_by_two(
+    case: Callable[..., Case], cache_root: Path, eager: bool
+) -> None:
+    cases = [case(family, "partial_linear", 0.1) for family in _FAMILIES]
+    jobs = [c.job(enforce_eager=eager) for c in cases]
+    *results, refused = run([*jobs, cases[0].job(tensor_parallel_size=2)], cache_root)
+    assert tokens(results) == [c.rewritten for c in cases]
+    assert [sum(max(step) <= DECODE_TOKENS for step in f["steps"]) for f in results] == [REWRITTEN] * len(cases)
+    assert "is rewritten by partial_linear, which is served by one rank only" in refused["error"]
+
+
 def test_a_guard_that_corrects_everything_gives_the_unmodified_models_tokens(
-    case: Callable[[str], Case], cache_root: Path, tmp_path: Path
+    case: Callable[..., Case], cache_root: Path, tmp_path: Path
 ) -> None:
     jobs = []
     for family in _FAMILIES:
@@ -177,7 +189,7 @@ def test_a_guard_that_corrects_everything_gives_the_unmodified_models_tokens(
 
 
 def test_prompts_and_decoding_requests_in_one_step_take_the_branch_of_each(
-    case: Callable[[str], Case], cache_root: Path
+    case: Callable[..., Case], cache_root: Path
 ) -> None:
     cases, lengths = [case("opt"), case("llama")], [24, 9, 16, 20]
     jobs = [c.job(max_num_seqs=2, max_num_batched_tokens=64) | {"tokens": lengths} for c in cases]
@@ -187,7 +199,7 @@ def test_prompts_and_decoding_requests_in_one_step_take_the_branch_of_each(
 
 
 def test_a_plan_that_does_not_fit_stops_the_server_and_names_the_site(
-    case: Callable[[str], Case], cache_root: Path, tmp_path: Path
+    case: Callable[..., Case], cache_root: Path, tmp_path: Path
 ) -> None:
     served = case("opt")
     stale = build("opt")
@@ -220,7 +232,7 @@ def test_a_plan_that_does_not_fit_stops_the_server_and_names_the_site(
         assert message in result["error"]
 
 
-def test_a_graph_compiled_for_one_plan_is_not_taken_for_another(case: Callable[[str], Case], tmp_path: Path) -> None:
+def test_a_graph_compiled_for_one_plan_is_not_taken_for_another(case: Callable[..., Case], tmp_path: Path) -> None:
     served = case("gpt2")
     plain = [served.plain_job(enforce_eager=False)]
     rewritten = [served.job(enforce_eager=False)]
