@@ -1,7 +1,7 @@
 """Measures what each choice of partial linearity gives: one change per row, on models that others trained.
 
-    python benchmarks/ablations.py --gemma --text FILE 0.19    budgets, as shares of the bfloat16 FFN bytes
-    python benchmarks/ablations.py --whisper 0.15
+    python benchmarks/ablations.py 0.19 --gemma --text FILE    budgets, as shares of the bfloat16 FFN bytes
+    python benchmarks/ablations.py 0.15 --whisper
 
 Models, calibration and text are those of ``benchmarks/quality.py``, at one calibration seed.
 """
@@ -66,13 +66,21 @@ def in_order(gram: Float[Tensor, "d d"]) -> Feedback:
     return Feedback(torch.arange(len(gram)), torch.linalg.solve_triangular(reverse, identity, upper=True))
 
 
+def alike() -> AbstractContextManager[object]:
+    """Errors of all sites count alike."""
+    return mock.patch.object(partial_linear, "weighed", lambda found: [1.0] * len(found))
+
+
 def variants(*, gated: bool) -> dict[str, Callable[[], AbstractContextManager[object]]]:
     """Changes by label."""
     unfolded = {1: tuple(widths for widths in choice.WIDTHS[1] if not widths.fold_bits)}
     of_kind: dict[str, Callable[[], AbstractContextManager[object]]] = (
         {"the same thresholds for all tokens": lambda: mock.patch.object(matcher, "is_normalised", return_value=False)}
         if gated
-        else {"no fold": lambda: mock.patch.dict(choice.WIDTHS, unfolded)}
+        else {
+            "all sites count alike": alike,
+            "no fold": lambda: mock.patch.dict(choice.WIDTHS, unfolded),
+        }
     )
     return {
         "none": contextlib.nullcontext,
@@ -80,7 +88,6 @@ def variants(*, gated: bool) -> dict[str, Callable[[], AbstractContextManager[ob
         "levels at equal distances": equal_levels,
         "codes rounded to nearest": nearest,
         "columns coded in their own order": lambda: mock.patch.object(Feedback, "from_gram", in_order),
-        "all sites count alike": lambda: mock.patch.object(partial_linear, "weighed", lambda found: [1.0] * len(found)),
         **of_kind,
     }
 
