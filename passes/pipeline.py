@@ -30,7 +30,7 @@ from tardis_fx.runtime.correction import MOST_TOKENS
 from tardis_fx.runtime.cpu import op as cpu
 from tardis_fx.runtime.fingerprint import fingerprint
 
-#: Steps of up to this many tokens take fold and correction under ``prefill="original"`` on a CPU.
+#: Steps of up to this many tokens are rewritten under ``prefill="original"`` on a CPU.
 DECODE_TOKENS = 8
 
 _FOLD = ExactFold()

@@ -74,7 +74,7 @@ class Config:
             ``fnmatch``) to either, or to None. In a mapping the first matching pattern counts, sites that match none
             are not rewritten, and the budget applies to each method's sites. It is stored as pairs.
         prefill: ``"original"`` runs the exact original FFN for steps of more than 8 tokens (16 on a GPU);
-            ``"rewritten"`` sends every token through fold and correction (encoders, and every measurement of quality).
+            ``"rewritten"`` rewrites every token (encoders, and every measurement of quality).
         options: of the rewrite, by name, as declared by its class in ``Options``: ``{"predictor_bits": 3}``. If
             ``method`` names several rewrites, by rewrite: ``{"guarded_fold": {"predictor_bits": 3}}``. They are
             stored as pairs; :meth:`options_of` returns those of one rewrite.

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 
 def decoding(lengths: Sequence[int], limit: int) -> list[bool]:
-    """Marks the requests that take fold and correction; the others take the original FFN.
+    """Marks the requests that are rewritten; the others take the original FFN.
 
     An engine with continuous batching puts prompts and decoding requests into one step. So the rule for a whole batch
     (few tokens are rewritten, many are not) is applied to the requests with few tokens, regardless of the prompts in
