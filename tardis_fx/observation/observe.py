@@ -34,7 +34,7 @@ MOST_TOKENS = 16384
 #: Tokens of a batch that are never thinned out.
 FEW_TOKENS = 512
 #: Tokens of a trial at the site that sees the fewest; a batch with fewer is tried whole.
-TRIAL_TOKENS = 1024
+TRIAL_TOKENS = 512
 
 
 class BatchObservation(RepeatableObservation):

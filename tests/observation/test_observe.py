@@ -196,7 +196,7 @@ def distance(function: Any, batch: Any, dense: Tensor, changed: Tensor) -> float
 
 
 def test_a_trial_replaces_one_site_at_a_time_and_tells_how_far_the_output_moves() -> None:
-    model, x = Rows(), torch.cat(batches())
+    model, x = Rows(), torch.cat(batches(2))
     observation = BatchObservation(model, [x], progress=False)
     first, second = observation.sites
     found = observation.answer(
@@ -221,7 +221,7 @@ def test_an_output_that_tells_nothing_ends_a_trial() -> None:
     assert len(model.rows) == 2
 
 
-@pytest.mark.parametrize(("tokens", "rows"), [(16, 8), (1024, 1), (600, 2)])
+@pytest.mark.parametrize(("tokens", "rows"), [(16, 8), (512, 1), (300, 2)])
 def test_a_trial_runs_few_rows_of_many_tokens(tokens: int, rows: int) -> None:
     model = Rows()
     observation = BatchObservation(model, [torch.randn(8, tokens, 16)], progress=False)
@@ -237,7 +237,7 @@ def test_a_model_that_takes_no_fewer_rows_is_tried_on_all() -> None:
             return output
 
     model = Fixed()
-    observation = BatchObservation(model, [torch.randn(8, 600, 16)], progress=False)
+    observation = BatchObservation(model, [torch.randn(8, 300, 16)], progress=False)
     model.rows.clear()
     assert len(observation.answer(Run("trial", lambda _: lambda x: x, observation.sites, moved=distance))) == 2
     assert model.rows[1:] == [8] * 3
