@@ -1,4 +1,4 @@
-"""Partial linearity: an affine map for the hot range of every neuron, exact terms for predicted outliers.
+"""The guarded fold: an affine map for the hot range of every neuron, exact terms for predicted outliers.
 
 1. ``down(act(up(x)))`` becomes ``x C + B``: on its hot range a neuron's activation is ``slope z + intercept``, and two
    matrices with only an affine map between them fold into one (TARDIS, arXiv 2501.10054, section 4).
@@ -87,7 +87,7 @@ class GuardedFoldOptions:
 
 
 class GuardedFold(Rewrite):
-    """The main rewrite: an affine fold with corrections of predicted outliers."""
+    """An affine fold with corrections of predicted outliers."""
 
     name: ClassVar[str] = "guarded_fold"
     Options = GuardedFoldOptions

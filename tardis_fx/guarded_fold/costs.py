@@ -1,4 +1,4 @@
-"""Bytes that a partially linear site reads for one token."""
+"""Bytes that a site of a guarded fold reads for one token."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ from tardis_fx.runtime.packing import low_bits, row_bytes
 
 @dataclass(frozen=True)
 class Costs:
-    """Bytes that each part of a partially linear site reads for one token.
+    """Bytes that each part of a site of a guarded fold reads for one token.
 
     Attributes:
         fold: of the folded weight and bias.

@@ -24,7 +24,7 @@ _STEPS, _WIDEST = 1024, 1.0
 
 
 class TrainableSite(nn.Module):
-    """A partially linear site whose small tensors are parameters; everything else is fixed.
+    """A site of a guarded fold whose small tensors are parameters; everything else is fixed.
 
     The parameters are changes that start at zero: of the folded weight and bias in units of the tensor's root mean
     square, of slopes and intercepts in units of their root mean square over the neurons, and of the guard's bounds in
