@@ -48,7 +48,8 @@ def test_the_ranks_sum_to_the_whole_site_at_any_width(make: Callable[[], FFN | G
     torch.testing.assert_close(sum(parts(entry, weights, x, 2)), whole, rtol=1e-4, atol=1e-4)
 
 
-def test_a_rewrite_that_cannot_be_shared_out_is_refused_by_name(original: FFN) -> None:
-    entry = planned(original, method="low_rank").rewritten[0]
-    with pytest.raises(ServingError, match=f"{entry.name} is rewritten by low_rank, .* --tensor-parallel-size 1"):
+@pytest.mark.parametrize("method", ["low_rank", "partial_linear"])
+def test_a_rewrite_that_cannot_be_shared_out_is_refused_by_name(original: FFN, method: str) -> None:
+    entry = planned(original, method=method).rewritten[0]
+    with pytest.raises(ServingError, match=f"{entry.name} is rewritten by {method}, .* --tensor-parallel-size 1"):
         shard(entry, 0, 2, 64)
