@@ -60,26 +60,29 @@ class Candidate:
         if widths.fold_bits:
             tensors["surrogate"] = pricing.surrogate[listed].bfloat16()
         bias = torch.zeros(len(neurons.down), dtype=torch.float32, device="cpu")
-        made = cls(coding, widths, tensors, bias if neurons.down_bias is None else neurons.down_bias, *[math.nan] * 4)
-        touched = Touched()
-        touched.add(made.call(coding.held))
+        bias = bias if neurons.down_bias is None else neurons.down_bias
+        made = cls(coding, widths, tensors, bias, *[math.nan] * 4)
+        call, touched = made.call(coding.held), Touched()
+        output, parts = coded_reference.evaluate(call)
+        touched.add(call, parts)
         made = replace(made, touched=touched.per_token, read=touched.outlier_rate)
-        return made.fitted(coding.sample, coding.sample_outputs, pricing.influence)
+        return made._fitted(coding.sample, output, pricing.influence)
 
-    def fitted(
-        self, tokens: Float32[Tensor, "tokens d"], exact: Float32[Tensor, "tokens d_out"], influence: float = 1.0
+    def _fitted(
+        self, tokens: Float32[Tensor, "tokens d"], output: Float32[Tensor, "held d_out"], influence: float = 1.0
     ) -> "Candidate":
         """With the fold and the bias that leave the least error of tokens, and with the error of held-back ones.
 
         Args:
             tokens: to fit fold and bias to.
-            exact: outputs for the tokens.
+            output: what the neurons give for the held-back tokens.
             influence: of the site, by which the error counts.
         """
         coding, tensors, bias = self.coding, self.tensors, self.bias
         wanted = coding.held_outputs
-        rest = wanted - self(coding.held)
+        rest = wanted - output
         if self.widths.fold_bits or not coding.site.site.normalised:
+            exact = coding.outputs(tokens)
             left, known = exact - self(tokens), token_weights(exact)
             if self.widths.fold_bits:
                 fold = coding.fold(_regressed(tokens, left, known), self.widths.fold_bits)
@@ -97,8 +100,7 @@ class Candidate:
 
     def refolded(self) -> "Candidate":
         """With the fold and the bias fitted to all tokens that are kept."""
-        coding = self.coding
-        return self.fitted(coding.tokens, coding.outputs(coding.tokens))
+        return self._fitted(self.coding.tokens, self(self.coding.held))
 
     @property
     def settings(self) -> dict[str, str | int]:

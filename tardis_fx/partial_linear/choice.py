@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from tardis_fx.errors import CalibrationError
 from tardis_fx.partial_linear.candidates import Candidate
 from tardis_fx.partial_linear.coding import Coding
-from tardis_fx.partial_linear.precision import Pricing, Sizes, Widths, allocate, check_floor
+from tardis_fx.partial_linear.precision import Pricing, Sizes, Widths, check_floor, settle
 
 #: Widths that are tried, for plain and for gated FFNs.
 WIDTHS = {
@@ -81,7 +81,7 @@ def _at(
     """
     check_floor([Sizes.from_coding(*of_site) for of_site in zip(codings, widths, strict=True)], target)
     pricings = [Pricing.from_coding(*of_site) for of_site in zip(codings, widths, influences, strict=True)]
-    pricings, price = allocate(pricings, target)
+    price = settle(pricings, target)
     return [Candidate.from_pricing(pricing, price) for pricing in pricings]
 
 

@@ -111,7 +111,7 @@ class Coding:
         gram = seen.inputs.gram
         signs, out_signs = (random_signs(n, seed) for seed, n in enumerate((len(gram), len(site.weights.down))))
         tokens, held = seen.sample.tokens, seen.held.tokens
-        sample = thinned(tokens, SAMPLE)
+        sample = thinned(tokens, min(SAMPLE, max(HELD, LEAST_PER_COLUMN * len(gram))))
         return cls(
             site,
             Feedback.from_gram(rotate(rotate(gram, signs).T, signs)),
@@ -129,14 +129,18 @@ class Coding:
         return Neurons.from_site(self.site)
 
     def outputs(self, tokens: Float32[Tensor, "tokens d"]) -> Float32[Tensor, "tokens d_out"]:
-        """The exact outputs of tokens."""
+        """The exact outputs of tokens; those of the sample are kept."""
+        if tokens is self.sample:
+            return self._sample_outputs
+        return self._exact(tokens)
+
+    def _exact(self, tokens: Float32[Tensor, "tokens d"]) -> Float32[Tensor, "tokens d_out"]:
         neurons = self.neurons
         return torch.cat([neurons(part) for part in tokens.split(TOGETHER)])
 
     @cached_property
-    def sample_outputs(self) -> Float32[Tensor, "sample d_out"]:
-        """The exact outputs of the sample."""
-        return self.outputs(self.sample)
+    def _sample_outputs(self) -> Float32[Tensor, "sample d_out"]:
+        return self._exact(self.sample)
 
     @cached_property
     def held_outputs(self) -> Float32[Tensor, "held d_out"]:

@@ -261,22 +261,26 @@ def check_floor(sizes: Sequence[Sizes], allowed: float) -> None:
         )
 
 
-def allocate(pricings: Sequence[Pricing], allowed: float) -> tuple[list[Pricing], float]:
-    """Settles all sites at the price at which they read ``allowed`` bytes per token; returns them and the price."""
-    chosen = list(pricings)
+def settle(pricings: list[Pricing], allowed: float) -> float:
+    """Settles all sites of a list at the price at which they read ``allowed`` bytes per token; returns the price."""
+    price = 1.0
     for _ in range(ROUNDS):
-        price = _price(chosen, allowed)
-        chosen = [pricing.settled(price) for pricing in chosen]
-    return chosen, price
+        price = _price(pricings, allowed, price)
+        for i, pricing in enumerate(pricings):
+            pricings[i] = pricing.settled(price)  # one by one: each frees what it has computed
+    return price
 
 
-def _price(pricings: Sequence[Pricing], allowed: float) -> float:
-    """The lowest price, to a hundredth, at which the sites read at most ``allowed`` bytes per token, by bisection."""
-    low, high = -60.0, 30.0
+def _price(pricings: Sequence[Pricing], allowed: float, near: float) -> float:
+    """The lowest price, to a hundredth, at which the sites read at most ``allowed`` bytes per token.
+
+    Found by bisection of its logarithm, in ever longer steps away from a price that may be near.
+    """
+    low, high, tried, step = -60.0, 30.0, math.log(near), 0.16
     while high - low > 0.01:
-        middle = (low + high) / 2
-        if sum(pricing.touched(math.exp(middle)) for pricing in pricings) <= allowed:
-            high = middle
+        if sum(pricing.touched(math.exp(tried)) for pricing in pricings) <= allowed:
+            high, tried = tried, max((low + tried) / 2, tried - step)
         else:
-            low = middle
+            low, tried = tried, min((tried + high) / 2, tried + step)
+        step *= 4
     return math.exp(high)

@@ -30,7 +30,12 @@ class Levels(NamedTuple):
 
 
 def coded_ffn(call: CodedFFN) -> Float[Tensor, "*tokens d_out"]:
-    """The output of an FFN in codes.
+    """The output of an FFN in codes; see :func:`evaluate`."""
+    return evaluate(call)[0]
+
+
+def evaluate(call: CodedFFN) -> tuple[Float[Tensor, "*tokens d_out"], Levels]:
+    """The output of an FFN in codes, and which parts of the listed neurons it reads.
 
     A neuron's value is its response minus its surrogate, which the fold holds. Its pre-activations are estimated from
     the base codes. Where :func:`levels` says so, the value times the column is added; the refinements make the
@@ -53,7 +58,7 @@ def coded_ffn(call: CodedFFN) -> Float[Tensor, "*tokens d_out"]:
     if call.fold is not None:
         output = output + x @ tables.weights(call.fold, call.fold_bits, d, dtype).T
     output = rotate_back(output, call.out_signs) + call.bias.to(dtype)
-    return output.to(call.x.dtype).view(*shape, d_out)
+    return output.to(call.x.dtype).view(*shape, d_out), chosen
 
 
 def parts_read(call: CodedFFN) -> Levels:
@@ -92,10 +97,12 @@ def levels(
     k = len(estimates)
     noise, norms, column_noise = precision[:, :k].unbind(1), precision[:, k:-1].unbind(1), precision[:, -1]
     change = doubt(estimates, value, noise, surrogate, activation)
-    first = response(estimates[:1], activation).abs() * norms[0]
-    scale = first.double().square().sum(1, keepdim=True).sqrt() if relative else first.new_ones(1, dtype=torch.float64)
-    contributions = [*[first] * (k - 1), torch.hypot(value, change) * norms[-1], change * norms[-1]]
-    contributions.append(value.abs() * column_noise)
+    contributions, scale = [], value.new_ones(1, dtype=torch.float64)
+    if relative or k == 2:
+        first = response(estimates[:1], activation).abs() * norms[0]
+        contributions += [first] * (k - 1)
+        scale = first.double().square().sum(1, keepdim=True).sqrt() if relative else scale
+    contributions += [torch.hypot(value, change) * norms[-1], change * norms[-1], value.abs() * column_noise]
     parts = [
         ~((part <= threshold * scale) & (part < torch.inf))
         for part, threshold in zip(contributions, thresholds.double(), strict=True)

@@ -44,9 +44,9 @@ class Touched:
         """Share of (token, neuron) pairs that were corrected, over all sites."""
         return self._corrected / max(1, self._pairs)
 
-    def add(self, call: Correction | CodedFFN) -> None:
-        """Adds the bytes of one call of an op."""
-        read = _of_correction(call) if isinstance(call, Correction) else _of_coded_ffn(call)
+    def add(self, call: Correction | CodedFFN, parts: coded_reference.Levels | None = None) -> None:
+        """Adds the bytes of one call of an op; of :class:`CodedFFN` with the parts that it reads, if they are known."""
+        read = _of_correction(call) if isinstance(call, Correction) else _of_coded_ffn(call, parts)
         self._tokens[read.site] += read.tokens
         self._bytes[read.site] += read.bytes
         self._corrected += read.corrected
@@ -85,10 +85,10 @@ def _of_correction(call: Correction) -> _Read:
     return _Read(call.codes.data_ptr(), tokens, touched, outliers, tokens * len(call.columns))
 
 
-def _of_coded_ffn(call: CodedFFN) -> _Read:
+def _of_coded_ffn(call: CodedFFN, parts: coded_reference.Levels | None) -> _Read:
     d, d_out, k = call.x.shape[-1], len(call.bias), len(call.projections)
-    parts, tokens = coded_reference.parts_read(call), call.x.shape[:-1].numel()
-    up, value, row, column = (int(read.sum()) for read in parts)
+    tokens = call.x.shape[:-1].numel()
+    up, value, row, column = (int(read.sum()) for read in parts or coded_reference.parts_read(call))
     widths = (call.bits, call.low_bits, call.column_bits, call.column_low_bits)
     neuron = neuron_bytes(d, d_out, widths, k=k, bias=call.biases is not None, fold=call.fold is not None)
     shared = (call.bias, call.signs, call.out_signs, call.thresholds, call.fold)

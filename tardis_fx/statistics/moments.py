@@ -73,7 +73,6 @@ def precise(x: Float[Tensor, "tokens d"]) -> Float[Tensor, "tokens d"]:
     """
     if not len(x):
         return x
-    variance, mean = torch.var_mean(x.double(), 0, correction=0)
-    square = mean.square()
-    lost = (square > 1e4 * variance).any() or float((square + variance).sum()) * len(x) > torch.finfo(torch.float32).max
+    square, mean_square = x.mean(0).square(), x.square().mean(0)
+    lost = (square > 1e4 * (mean_square - square)).any() or mean_square.sum() * len(x) > torch.finfo(torch.float32).max
     return x.double() if lost else x
