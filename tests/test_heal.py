@@ -1,4 +1,5 @@
 import copy
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,11 +55,11 @@ class Case:
     better: Plan
 
 
-@pytest.fixture(scope="module", params=[(16, "plain"), (4, "plain"), (16, "gated"), (4, "gated")], ids=str)
+@pytest.fixture(scope="module", params=list(itertools.product([16, 4, None], ["plain", "gated"])), ids=str)
 def case(request: pytest.FixtureRequest) -> Case:
     bits, kind = request.param
     model, plan = Language(kind), language_plan(bits, kind=kind)
-    return Case(model, plan, healed(model, plan))
+    return Case(model, plan, healed(model, plan, learning_rate=1e-2 if bits else 5e-2))
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +91,8 @@ def test_a_healed_plan_reads_no_more_bytes(case: Case) -> None:
 
 
 def test_the_outlier_rate_and_the_bytes_tell_the_same(case: Case) -> None:
+    if case.plan.rewritten[0].method == "partial_linear":
+        pytest.skip("neurons read more than one part")
     for old, new in zip(entries(case.plan), entries(case.better), strict=True):
         bits, (hidden, d) = old.settings["row_bits"], old.shapes[0]
         projections, beside = (2, 16 + 8) if old.kind == "gated" else (1, 12 + 4)

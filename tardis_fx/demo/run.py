@@ -67,7 +67,7 @@ def run_demo(picture: Path, console: Console) -> Results:
     with Progress(console=console, transient=True) as progress:
         total = 2 + sum(len(budgets) for budgets in PARETO.values()) + len(SHOWN) + 1
         done = partial(progress.update, progress.add_task("calibrating", total=total), advance=1)
-        observation = BatchObservation(demo.model, demo.windows("calibration", WINDOWS).split(8), progress=False)
+        observation = BatchObservation(demo.model, demo.windows("calibration", WINDOWS).split(2), progress=False)
         reference = DenseReference(demo.model, text)
         results = Results(reference.dense)
         done(description="dense model measured")

@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float64
 from torch import Tensor, nn
 
 from tardis_fx.healing.site import TrainableSite
@@ -29,11 +29,9 @@ class Evaluation:
     def __init__(self, model: nn.Module, student: Student, batches: Sequence[Batch]) -> None:
         """Measures the loss and the corrections of the unhealed plan with an untrained student."""
         self._model, self._student, self._batches = model, student, batches
-        sites = student.sites.items()
-        self._promised = {key: site.entry.outlier_rate * len(site.weights.up) for key, site in sites}
         self.before = self._run()
-        self._corrected = {key: float(site.corrections()[0]) for key, site in sites}
-        self._allowed = sum(site.costs.row * self._promised[key] for key, site in sites) * (1 + 1e-6)
+        self._start = {key: (float(site.read()[0]), site.outlier_rate) for key, site in student.sites.items()}
+        self._allowed = sum(site.promised for site in student.sites.values()) * (1 + 1e-6)
 
     def __call__(self) -> float:
         """The loss after widening all hot ranges equally until the plan's bytes are met."""
@@ -52,15 +50,13 @@ class Evaluation:
             losses = [float(divergence(self._student(b), dense(self._model, b), b)) for b in self._batches]
         return sum(losses) / len(losses)
 
-    def _bytes(self) -> Float[Tensor, " widenings"]:
-        return torch.stack([site.costs.row * self._healed(key, site) for key, site in self._student.sites.items()]).sum(
-            0
-        )
+    def _bytes(self) -> Float64[Tensor, " widenings"]:
+        return torch.stack([self._healed(key, site) for key, site in self._student.sites.items()]).sum(0)
 
-    def _healed(self, key: str, site: TrainableSite) -> Float[Tensor, " widenings"]:
-        """Corrections per token at every widening: the plan's number, scaled by the change on these tokens."""
-        before = self._corrected[key]
-        return site.corrections().cpu() * (self._promised[key] / before if before else 1)
+    def _healed(self, key: str, site: TrainableSite) -> Float64[Tensor, " widenings"]:
+        """Optional bytes per token at every widening: the plan's number, scaled by the change on these tokens."""
+        before, _ = self._start[key]
+        return site.read().cpu() * (site.promised / before if before else 1)
 
     def plan(self, plan: Plan) -> Plan:
         """The plan with the student's tensors and updated figures."""
@@ -73,9 +69,10 @@ class Evaluation:
         return replace(plan, sites=tuple(entries.get(entry.fingerprint, entry) for entry in plan.sites), kl=None)
 
     def _figures(self, key: str, site: TrainableSite) -> SitePlan:
-        entry, now = site.planned(), float(self._healed(key, site)[0])
-        touched = entry.touched_bytes + site.costs.row * (now - self._promised[key])
-        return replace(entry, touched_bytes=touched, outlier_rate=now / len(site.weights.up))
+        entry, (_, before) = site.planned(), self._start[key]
+        touched = entry.touched_bytes + float(self._healed(key, site)[0]) - site.promised
+        rate = site.outlier_rate * (entry.outlier_rate / before if before else 1)
+        return replace(entry, touched_bytes=touched, outlier_rate=rate)
 
 
 def dense(model: nn.Module, batch: Batch) -> Any:

@@ -1,179 +1,91 @@
-"""Planned sites whose small tensors can be trained: the eager specification, with gradients."""
+"""What healing needs of a planned site: a forward pass with gradients, the bytes it reads, and the healed entry."""
 
-from dataclasses import replace
+from abc import ABC, abstractmethod
 
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Bool, Float, Float64, Num
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
 
 from tardis_fx.graph.site import SiteWeights
-from tardis_fx.guarded_fold.costs import Costs
-from tardis_fx.healing.guard import TrainableGuard
 from tardis_fx.passes.base import Rewrite
 from tardis_fx.plan import SitePlan
-from tardis_fx.runtime import reference
-from tardis_fx.runtime.packing import join, low_bits, pack, split, spread, unpack
+from tardis_fx.runtime.reference import compute_dtype
 
-#: Width of a bound's gradient, as a share of the hot range's width.
-TEMPERATURE = 0.05
-#: Unit of a bound's change, as a share of its hot range's width, so that one learning rate fits all.
-BOUND_UNIT = 0.1
-#: Number of widenings that are counted, and the largest, as a share of a hot range's width.
-_STEPS, _WIDEST = 1024, 1.0
+#: Number of widenings that are counted, and the largest, as a share of a bound's own unit.
+STEPS, WIDEST = 1024, 1.0
 
 
-class TrainableSite(nn.Module):
-    """A site of a guarded fold whose small tensors are parameters; everything else is fixed.
+class TrainableSite(nn.Module, ABC):
+    """A planned site whose small tensors are parameters; everything else is fixed.
 
-    The parameters are changes that start at zero: of the folded weight and bias in units of the tensor's root mean
-    square, of slopes and intercepts in units of their root mean square over the neurons, and of the guard's bounds in
-    tenths of the neuron's hot range, outwards. In training mode, ``forward`` is differentiable and has the value of the
-    specification. Rounding (of codes, and to the model's dtype) and guard are straight-through: exact forward;
-    backward, codes are not rounded and the guard is a sigmoid that passes gradients only to its bounds. In evaluation
-    mode, ``forward`` runs the stored plan and counts corrections.
+    The parameters are changes that start at zero. In training mode, ``forward`` is differentiable and has the value of
+    the specification: rounding (of codes, and to the model's dtype) and the decisions about what to read are
+    straight-through. In evaluation mode, ``forward`` runs the stored plan and counts what it reads.
 
-    Memory: the matrices of the listed neurons and the predictors, in float32; a training step needs about six float32
-    values for every token and neuron, or ten in a gated site.
+    Attributes:
+        bounds: the changes of what decides how much is read.
+        reading: optional bytes read since training mode was entered, with gradients to the bounds. Optional bytes are
+            those that not every token reads.
+        promised: optional bytes that the plan reads per token.
     """
 
-    #: The changes of the guard's bounds.
     bounds: nn.Parameter
+    promised: float
 
     def __init__(self, entry: SitePlan, weights: SiteWeights, rewrite: Rewrite) -> None:
         super().__init__()
         self.entry, self.weights, self._rewrite = entry, weights, rewrite
-        self._fold_bits: int = entry.settings["fold_bits"]
-        self._activation: str = entry.settings["activation"]
-        self._dtype = dtype = reference.compute_dtype(weights.up.dtype)
-        constants, d = rewrite.constants(entry, weights), weights.up.shape[1]
-        self._listed, self._guarded = constants["counts"].tolist()
-        self._biases = constants.get("biases")
-        bits, row_bits, neurons = (
-            entry.settings["bits"],
-            entry.settings["row_bits"],
-            constants["neurons"][: self._listed],
-        )
-        codes = (constants[name][: self._guarded].unbind(1) for name in ("codes", "scale", "zero"))
-        self._predictors = [reference.dequantise(c, s, z, bits, d, dtype) for c, s, z in zip(*codes, strict=True)]
-        self._columns = reference.rows_of(constants["columns"][neurons.long()], row_bits, len(weights.down), dtype)
-        stored_bits = 16 if row_bits == 16 else low_bits(bits, row_bits)
-        self._projections = [
-            reference.rows_of(constants[name][neurons.long()], stored_bits, d, dtype) for name in weights.projections
-        ]
-        if row_bits < 16:  # nested in the predictors
-            self._projections = [high + low for high, low in zip(self._predictors, self._projections, strict=True)]
-        guard, k = constants["guard"][: self._guarded], len(self._projections)
-        self._guard = TrainableGuard(guard, self._biases, self._activation, k)
-        width = self._guard.width
-        self._width = torch.where(width.isfinite() & (width > 0), width, 0)  # an empty range remains empty
-        real = {name: constants[name].to(self._dtype) for name in ("surrogate", "folded_bias")}
-        real["surrogate"] = real["surrogate"][: self._listed]
-        real["folded_weight"] = self._folded_weight(constants["folded_weight"])
-        self._base = {**real, "bounds": self._guard.bounds}
-        self._unit = {name: tensor.square().mean().sqrt() if tensor.numel() else 0 for name, tensor in real.items()}
-        if self._listed:
-            self._unit["surrogate"] = real["surrogate"].square().mean(0).sqrt()
-        self._unit["bounds"] = self._guard.outwards * BOUND_UNIT * self._width[:, None]
-        for name, tensor in self._base.items():
-            self.register_parameter(name, nn.Parameter(torch.zeros_like(tensor)))
-        self.eval()
-
-    @property
-    def costs(self) -> Costs:
-        """Bytes that the site reads."""
-        bits, row_bits, group_size = (self.entry.settings[name] for name in ("bits", "row_bits", "group_size"))
-        return Costs.from_weights(self.weights, bits, self._fold_bits, row_bits, group_size)
+        self._dtype = compute_dtype(weights.up.dtype)
 
     def train(self, mode: bool = True) -> "TrainableSite":
         """Sets the mode of ``forward`` and resets the counters; leaving training mode fixes the stored plan."""
         super().train(mode)
-        self.corrected = torch.zeros((), dtype=torch.float32, device=self.weights.up.device)
+        device = self.weights.up.device
+        self.reading = torch.zeros((), dtype=torch.float32, device=device)
         if not mode:
             self._constants = self._rewrite.constants(self.planned(), self.weights)
-            self.tokens, self._counted = 0, torch.zeros(_STEPS, dtype=torch.float32, device=self.weights.up.device)
+            self._tokens, self._corrected = 0, 0
+            self._counted = torch.zeros(STEPS, dtype=torch.float64, device=device)
         return self
 
     def forward(self, x: Float[Tensor, "*tokens d"]) -> Float[Tensor, "*tokens d_out"]:
         """Applies the site."""
         tokens = x.reshape(-1, x.shape[-1]).to(self._dtype)
-        if not self.training:
+        if self.training:
+            return self._differentiable(tokens, x.dtype).view(*x.shape[:-1], len(self.weights.down))
+        with torch.no_grad():
             self._count(tokens)
-            return self._rewrite.forward(x, self._constants, self.entry)
-        outlier = self._outliers(tokens)
-        self.corrected = self.corrected + outlier.sum()
-        z = reference.biased([tokens @ rows.T for rows in self._projections], self._biases, self._listed)
-        residual = reference.surrogate_error(z, self._now("surrogate"), reference.response(z, self._activation))
-        added = (outlier * residual) @ self._columns
-        weight, bias = self._rounded(self._now("folded_weight")), self._now("folded_bias").to(x.dtype)
-        if self._fold_bits == 16:
-            folded = F.linear(x, weight.to(x.dtype), bias)
-        else:
-            folded, added = bias, added + tokens @ weight.T
-        return (folded.to(self._dtype) + added.view(*x.shape[:-1], len(bias))).to(x.dtype)
+        self._tokens += len(tokens)
+        return self._rewrite.forward(x, self._constants, self.entry)
 
-    def corrections(self) -> Float[Tensor, " widenings"]:
-        """Corrections per token since training mode was left, for ever wider ranges."""
-        always: int = self._listed - self._guarded
-        return always + self._counted.flip(0).cumsum(0).flip(0) / max(1, self.tokens)
+    def read(self) -> Float64[Tensor, " widenings"]:
+        """Optional bytes per token since training mode was left, for ever wider bounds."""
+        return self._counted.flip(0).cumsum(0).flip(0) / max(1, self._tokens)
 
-    @torch.no_grad()
+    @property
+    def outlier_rate(self) -> float:
+        """Share of (token, neuron) pairs corrected since training mode was left."""
+        return self._corrected / max(1, self._tokens * len(self.weights.up))
+
+    @abstractmethod
     def widen(self, step: int) -> None:
-        """Moves the bounds outwards to the widening with this index in :meth:`corrections`."""
-        self.bounds.add_(step * _WIDEST / _STEPS / BOUND_UNIT)
+        """Moves the bounds outwards to the widening with this index in :meth:`read`."""
 
-    @torch.no_grad()
+    @abstractmethod
     def planned(self) -> SitePlan:
         """The entry with the current tensors; its figures are not updated."""
-        tensors = {name: self._now(name) for name in ("surrogate", "folded_bias", "folded_weight")}
-        tensors["guard"] = self._guard.tensor(self._now("bounds"))
-        if self._fold_bits < 16:
-            codes = pack(self._codes(tensors["folded_weight"]).to(torch.uint8), self._fold_bits)
-            tensors["folded_weight"] = join(codes, self._scale, self._zero)
-        old = self.entry.tensors
-        stored = {name: t.to(dtype=old[name].dtype, device=old[name].device) for name, t in tensors.items()}
-        return replace(self.entry, tensors={**old, **stored})
 
-    def _folded_weight(self, stored: Shaped[Tensor, "d_out stored"]) -> Float[Tensor, "d_out d"]:
-        if self._fold_bits == 16:
-            return stored.to(self._dtype)
-        columns = self.weights.up.shape[1]
-        codes, self._scale, self._zero = split(stored, self._fold_bits, columns)
-        scale, zero = (spread(t.to(self._dtype), columns) for t in (self._scale, self._zero))
-        self._grid = scale, zero
-        return (unpack(codes, self._fold_bits, columns).to(self._dtype) - zero) * scale
+    @abstractmethod
+    def _differentiable(self, tokens: Float[Tensor, "tokens d"], dtype: torch.dtype) -> Float[Tensor, "tokens d_out"]:
+        """The output of training mode in a dtype; adds to ``reading``."""
 
-    def _now(self, name: str) -> Tensor:
-        return self._base[name] + self._unit[name] * self.get_parameter(name)
-
-    def _codes(self, weight: Float[Tensor, "d_out d"]) -> Float[Tensor, "d_out d"]:
-        scale, zero = self._grid
-        code = (weight / scale + zero).round().clamp(0, 2**self._fold_bits - 1)
-        return torch.where(scale > 0, code, zero)
-
-    def _rounded(self, weight: Float[Tensor, "d_out d"]) -> Float[Tensor, "d_out d"]:
-        """The weight rounded as when stored, straight-through."""
-        if self._fold_bits == 16:
-            return weight
-        scale, zero = self._grid
-        return (self._codes(weight) - zero) * scale + (weight - weight.detach())
-
-    def _excess(self, tokens: Float[Tensor, "tokens d"]) -> list[Float[Tensor, "tokens guarded"]]:
-        """Distance of the estimates past each bound, with gradients to the bounds."""
-        z_hat = [tokens.detach() @ predictor.T for predictor in self._predictors]
-        return self._guard.excess(z_hat, self._now("bounds"))
-
-    def _outliers(self, tokens: Float[Tensor, "tokens d"]) -> Float[Tensor, "tokens listed"]:
-        """Mask of corrected listed neurons as straight-through numbers."""
-        spread = torch.where(self._width > 0, TEMPERATURE * self._width, 1)
-        excesses = self._excess(tokens)
-        hard = torch.stack(excesses).amax(0) > 0
-        soft = torch.stack([torch.sigmoid(excess / spread) for excess in excesses]).sum(0)
-        return F.pad(hard + (soft - soft.detach()), (0, self._listed - self._guarded), value=1.0)
-
-    @torch.no_grad()
+    @abstractmethod
     def _count(self, tokens: Float[Tensor, "tokens d"]) -> None:
-        excess = torch.stack(self._excess(tokens)).amax(0)
-        share = (excess / self._width)[excess > 0].float().clamp(max=_WIDEST)
-        self._counted += torch.histc(share, _STEPS, 0, _WIDEST)
-        self.tokens += len(tokens)
+        """Counts what the stored plan reads for tokens."""
+
+    def _add_read(
+        self, read: Bool[Tensor, "tokens neurons"], excess: Num[Tensor, "tokens neurons"], size: float
+    ) -> None:
+        """Counts the pairs that read ``size`` bytes, with their distance past a bound."""
+        outside = excess[read].float().nan_to_num(WIDEST, posinf=WIDEST).clamp(0, WIDEST)
+        self._counted += size * torch.histc(outside, STEPS, 0, WIDEST)

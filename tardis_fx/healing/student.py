@@ -8,11 +8,14 @@ from torch import nn
 
 from tardis_fx.errors import CalibrationError, ConfigError, PlanMismatchError
 from tardis_fx.graph.site import SiteWeights
+from tardis_fx.healing.codes import TrainableCodes
+from tardis_fx.healing.fold import TrainableFold
 from tardis_fx.healing.graft import Grafted
 from tardis_fx.healing.site import TrainableSite
 from tardis_fx.observation.batches import Batch
 from tardis_fx.passes.base import Rewrite
 from tardis_fx.passes.entry import rewrite_of
+from tardis_fx.passes.partial_linear import PartialLinear
 from tardis_fx.plan import Plan, SitePlan
 
 _log = logging.getLogger("tardis_fx")
@@ -54,7 +57,10 @@ class Student(Grafted[TrainableSite]):
         rewrite = self._rewrites.get(entry.fingerprint)
         if rewrite is not None and self._complete:
             raise CalibrationError(f"a later batch is the first to reach {entry.name}: every batch must run every site")
-        return None if rewrite is None else TrainableSite(entry, weights, rewrite)
+        if rewrite is None:
+            return None
+        trainable = TrainableCodes if isinstance(rewrite, PartialLinear) else TrainableFold
+        return trainable(entry, weights, rewrite)
 
 
 def _healable(plan: Plan) -> dict[str, Rewrite]:
@@ -65,7 +71,7 @@ def _healable(plan: Plan) -> dict[str, Rewrite]:
         if not (rewrite.heals or rewrite.exact):
             raise ConfigError(
                 f"{entry.name} is rewritten by {entry.method!r}, which cannot be healed: "
-                f"plans of 'guarded_fold' and 'paper' can"
+                f"plans of 'partial_linear', 'guarded_fold' and 'paper' can"
             )
     healable = {identity: rewrite for identity, rewrite in rewrites.items() if rewrite.heals}
     if not healable:

@@ -86,7 +86,7 @@ class Training:
         loss = divergence(self._student(batch, gradients=True), dense(self._model, batch), batch)
         _finite(float(loss.detach()), f"batch {int(order[position])}")
         for site in self._student.sites.values():
-            if not site.corrected.requires_grad:
+            if not site.reading.requires_grad:
                 raise CalibrationError(f"no gradient reached {site.entry.name}: every batch must run every site")
         parameters = self._student.parameters
         gradients = torch.autograd.grad(loss, parameters, retain_graph=True)
@@ -105,7 +105,7 @@ class Training:
         """Projects the bounds' gradient so that the expected bytes stay constant, at one price for all sites."""
         sites = self._student.sites.values()
         bounds = [site.bounds for site in sites]
-        read = torch.stack([site.costs.row * site.corrected for site in sites]).sum()
+        read = torch.stack([site.reading for site in sites]).sum()
         slopes = torch.autograd.grad(read, bounds)
         gradients = [bound.grad for bound in bounds if bound.grad is not None]
         product = sum(float((gradient * slope).sum()) for gradient, slope in zip(gradients, slopes, strict=True))

@@ -81,6 +81,13 @@ class CodedFFN(NamedTuple):
         return [field for field in (*self, *self.projections, *self.refinements) if isinstance(field, Tensor)]
 
     @property
+    def neuron(self) -> "NeuronBytes":
+        """Bytes that the parts of a neuron take."""
+        widths = (self.bits, self.low_bits, self.column_bits, self.column_low_bits)
+        k, bias, fold = len(self.projections), self.biases is not None, self.fold is not None
+        return neuron_bytes(self.x.shape[-1], len(self.bias), widths, k=k, bias=bias, fold=fold)
+
+    @property
     def has_kernel(self) -> bool:
         """Whether kernels take the call: a few tokens of one of their dtypes."""
         shape = self.x.shape

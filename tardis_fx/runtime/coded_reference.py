@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Float32
+from jaxtyping import Bool, Float, Float32, Float64
 from torch import Tensor
 
 from tardis_fx.runtime import tables
@@ -87,30 +87,46 @@ def levels(
 ) -> Levels:
     """Which parts of the neurons are read, from the estimates of their pre-activations and their values.
 
-    ``precision`` and ``thresholds`` are those of :class:`tardis_fx.runtime.coded.CodedFFN`. With ``v`` the value of the
-    estimates and ``δ`` its expected change by the refinements (:func:`doubt`), the column contributes ``√(v² + δ²)``
-    times its norm, the refinement of the column ``|v|`` times the column's noise, and those of the projections ``δ``
-    times the norm. In a gated FFN, ``up`` and everything after it contribute ``|act(gate)|`` times the gated norm. A
-    part is read if its contribution exceeds its threshold (if ``relative``, times the token's scale) or is infinite or
-    NaN; the refinements, only if the column is read.
+    ``precision`` and ``thresholds`` are those of :class:`tardis_fx.runtime.coded.CodedFFN`. A part is read if its
+    contribution (:func:`contributions`) exceeds its threshold (if ``relative``, times the token's scale) or is infinite
+    or NaN; the refinements, only if the column is read.
+    """
+    parts, scale = contributions(estimates, value, precision, surrogate, activation, relative=relative)
+    *up, read, row, column = (
+        ~((part <= threshold * scale) & (part < torch.inf))
+        for part, threshold in zip(parts, thresholds.double(), strict=True)
+    )
+    if up:
+        read = read & up[0]
+    return Levels(up[0] if up else read, read, read & row, read & column)
+
+
+def contributions(
+    estimates: Sequence[Float[Tensor, "tokens listed"]],
+    value: Float[Tensor, "tokens listed"],
+    precision: Float[Tensor, "listed precision_width"],
+    surrogate: Float[Tensor, "listed coefficients"] | None,
+    activation: str,
+    *,
+    relative: bool,
+) -> tuple[list[Float[Tensor, "tokens listed"]], Float64[Tensor, "scales 1"]]:
+    """What each part of the neurons contributes to the output, in the order of thresholds, and the scales of tokens.
+
+    With ``v`` the value of the estimates and ``δ`` its expected change by the refinements (:func:`doubt`), the column
+    contributes ``√(v² + δ²)`` times its norm, the refinement of the column ``|v|`` times the column's noise, and those
+    of the projections ``δ`` times the norm. In a gated FFN, ``up`` and everything after it contribute ``|act(gate)|``
+    times the gated norm. If not ``relative``, there is one scale for all tokens, 1.
     """
     k = len(estimates)
     noise, norms, column_noise = precision[:, :k].unbind(1), precision[:, k:-1].unbind(1), precision[:, -1]
     change = doubt(estimates, value, noise, surrogate, activation)
-    contributions, scale = [], value.new_ones(1, dtype=torch.float64)
+    parts, scale = [], value.new_ones(1, 1, dtype=torch.float64)
     if relative or k == 2:
         first = response(estimates[:1], activation).abs() * norms[0]
-        contributions += [first] * (k - 1)
+        parts += [first] * (k - 1)
         scale = first.double().square().sum(1, keepdim=True).sqrt() if relative else scale
-    contributions += [torch.hypot(value, change) * norms[-1], change * norms[-1], value.abs() * column_noise]
-    parts = [
-        ~((part <= threshold * scale) & (part < torch.inf))
-        for part, threshold in zip(contributions, thresholds.double(), strict=True)
-    ]
-    *up, read, row, column = parts
-    if up:
-        read = read & up[0]
-    return Levels(up[0] if up else read, read, read & row, read & column)
+    parts += [torch.hypot(value, change) * norms[-1], change * norms[-1], value.abs() * column_noise]
+    return parts, scale
 
 
 def _levels(

@@ -8,7 +8,7 @@ from typing import NamedTuple, TypeVar
 from torch import Tensor
 
 from tardis_fx.runtime import coded_reference, reference
-from tardis_fx.runtime.coded import CodedFFN, neuron_bytes
+from tardis_fx.runtime.coded import CodedFFN
 from tardis_fx.runtime.correction import Correction
 
 #: The call of an op.
@@ -86,11 +86,8 @@ def _of_correction(call: Correction) -> _Read:
 
 
 def _of_coded_ffn(call: CodedFFN, parts: coded_reference.Levels | None) -> _Read:
-    d, d_out, k = call.x.shape[-1], len(call.bias), len(call.projections)
-    tokens = call.x.shape[:-1].numel()
+    tokens, k, neuron = call.x.shape[:-1].numel(), len(call.projections), call.neuron
     up, value, row, column = (int(read.sum()) for read in parts or coded_reference.parts_read(call))
-    widths = (call.bits, call.low_bits, call.column_bits, call.column_low_bits)
-    neuron = neuron_bytes(d, d_out, widths, k=k, bias=call.biases is not None, fold=call.fold is not None)
     shared = (call.bias, call.signs, call.out_signs, call.thresholds, call.fold)
     fixed = sum(tensor.nbytes for tensor in shared if tensor is not None)
     touched = tokens * (fixed + int(call.listed) * (neuron.constants + neuron.projection))

@@ -34,9 +34,10 @@ TEXT = [models.tokens(4, 32, seed=i) for i in range(8)]
 
 
 @cache
-def language_plan(bits: int = 16, dtype: torch.dtype = torch.float32, kind: str = "plain") -> Plan:
-    """Of any :class:`Language` of this kind: all have the same weights."""
-    return calibrate(Language(kind).to(dtype), TEXT, config=config(fold_bits=bits, row_bits=bits))
+def language_plan(bits: int | None = 16, dtype: torch.dtype = torch.float32, kind: str = "plain") -> Plan:
+    """Of any :class:`Language` of this kind: all have the same weights. Without ``bits``, of the default rewrite."""
+    chosen = config(method="partial_linear", budget=0.3) if bits is None else config(fold_bits=bits, row_bits=bits)
+    return calibrate(Language(kind).to(dtype), TEXT, config=chosen)
 
 
 def healed(model: nn.Module, plan: Plan, given: Any = TEXT, **changed: Any) -> Plan:

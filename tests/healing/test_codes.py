@@ -1,0 +1,145 @@
+"""The trainable site in codes beside the specification."""
+
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from builders.ffns import batches, config, ffn, fitted, inputs
+from builders.profile import examples
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from tardis_fx.graph.site import SiteWeights
+from tardis_fx.healing.codes import TrainableCodes
+from tardis_fx.observation.observe import BatchObservation
+from tardis_fx.partial_linear.calls import coded_call
+from tardis_fx.passes.partial_linear import PartialLinear
+from tardis_fx.plan import SitePlan
+from tardis_fx.runtime.touched import Touched
+from tardis_fx.testing.ffn import gated_ffn
+
+D, HIDDEN = 80, 160  # a block of 64 columns and one of 16
+KINDS = ["plain", "gated", "normalised"]
+kinds = pytest.mark.parametrize("kind", KINDS)
+
+
+class Normalised(nn.Module):
+    """A gated FFN whose output is normalised: thresholds are relative to the token's scale, and there is no bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ffn, self.norm = gated_ffn(D, HIDDEN, bias=False), nn.RMSNorm(D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = x + self.norm(self.ffn(x))
+        return output
+
+
+@cache
+def opened(kind: str) -> tuple[SitePlan, SiteWeights]:
+    makers: dict[str, Any] = {"plain": lambda: ffn(D, HIDDEN), "gated": lambda: gated_ffn(D, HIDDEN)}
+    model: nn.Module = makers.get(kind, Normalised)()
+    observation = BatchObservation(model.eval(), batches(8, d=D), progress=False)
+    (plan,) = fitted(observation, PartialLinear(), config(method="partial_linear", budget=0.2))
+    assert plan.settings["relative"] == (kind == "normalised")
+    return plan, observation.sites[0].weights
+
+
+def trainable(kind: str) -> TrainableCodes:
+    return TrainableCodes(*opened(kind), PartialLinear())
+
+
+def changed(site: TrainableCodes, seed: int) -> TrainableCodes:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in site.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator))
+    return site
+
+
+@settings(max_examples=examples(12))
+@given(st.sampled_from(KINDS), st.integers(0, 2**16))
+def test_the_differentiable_forward_is_what_the_stored_plan_runs_after_any_change(kind: str, seed: int) -> None:
+    site, x = changed(trainable(kind), seed), inputs(3, 20, D, seed=seed)
+    with torch.no_grad():
+        torch.testing.assert_close(site.train()(x), site.eval()(x), atol=2e-5, rtol=2e-5)
+
+
+@kinds
+def test_without_a_change_the_plan_is_the_old_one_to_the_bit(kind: str) -> None:
+    site = trainable(kind)
+    before, after = site.entry.tensors, site.planned().tensors
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        assert tensor.dtype == after[name].dtype
+        assert torch.equal(tensor, after[name]), name
+
+
+@kinds
+def test_codes_neurons_rotations_and_precision_stay_and_all_else_changes(kind: str) -> None:
+    site = trainable(kind)
+    before, after = site.entry.tensors, changed(site, 0).planned().tensors
+    for name, tensor in before.items():
+        if name in ("neurons", "precision", "signs", "out_signs") or (name == "bias" and kind == "normalised"):
+            assert torch.equal(tensor, after[name]), name
+        elif tensor.dtype == torch.uint8:
+            assert torch.equal(tensor[:, :-2], after[name][:, :-2]), name
+            assert not torch.equal(tensor[:, -2:], after[name][:, -2:]), name
+        else:
+            assert not torch.equal(tensor, after[name]), name
+
+
+@kinds
+def test_every_small_tensor_gets_a_gradient(kind: str) -> None:
+    site = trainable(kind).train()
+    site(inputs(200, D)).square().sum().backward()
+    for name, parameter in site.named_parameters():
+        assert parameter.grad is not None
+        assert (kind == "normalised" and name == "bias") or parameter.grad.abs().max() > 0, name
+
+
+@kinds
+def test_the_gradient_of_scales_and_surrogates_is_the_slope_of_the_specification(kind: str) -> None:
+    site, x = trainable(kind), inputs(50, D)
+    names = [name for name, _ in site.named_parameters() if name not in ("bounds", "bias")]
+    with torch.no_grad():
+        site.bounds.sub_(200.0)  # everything is read, so that no decision changes
+    for name in names:
+        parameter, step = site.get_parameter(name), 2.0
+        direction = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)).to(parameter)
+        (gradient,) = torch.autograd.grad(site.train()(x).sum(), parameter)
+        values = []
+        for sign in (1, -1):
+            with torch.no_grad():
+                parameter.add_(sign * step * direction)
+                values.append(float(site.eval()(x).double().sum()))
+                parameter.sub_(sign * step * direction)
+        slope = (values[0] - values[1]) / (2 * step)
+        assert float((gradient * direction).sum()) == pytest.approx(slope, rel=5e-2, abs=5e-2), name
+
+
+@kinds
+def test_what_it_reads_is_what_the_op_touches_and_higher_thresholds_read_as_much_as_foretold(kind: str) -> None:
+    site, x = trainable(kind), inputs(500, D)
+    site(x)
+    fixed = site.entry.touched_bytes - site.promised
+    foretold = site.read()
+    assert (foretold.diff() <= 0).all()
+    for step in (0, 100, 50):
+        site.widen(step)
+        site.eval()(x)
+        read = float(site.read()[0])
+        assert read == pytest.approx(float(foretold[{0: 0, 100: 100, 50: 155}[step]]), rel=1e-3)
+        assert fixed + read == pytest.approx(touched(site, x), rel=1e-4)
+    site.train()(x)
+    assert float(site.reading.detach()) == pytest.approx(read * len(x), rel=1e-4)
+
+
+def touched(site: TrainableCodes, x: Tensor) -> float:
+    entry = site.planned()
+    counter = Touched()
+    counter.add(coded_call(x, PartialLinear().constants(entry, site.weights), entry.settings))
+    assert counter.outlier_rate == pytest.approx(site.outlier_rate, rel=1e-3)
+    return counter.per_token
