@@ -32,31 +32,35 @@ def heal(
     checkpoint: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> Plan:
-    """Distils the dense model into the small tensors of a plan: C, B, surrogates, bounds of hot ranges.
+    """Distils the dense model into the small tensors of a plan.
+
+    In a plan of ``partial_linear`` they are scales of rows, biases, surrogates and thresholds; in a plan of
+    ``guarded_fold``, C, B, surrogates and bounds of hot ranges.
 
     The last eighth of the batches, at least one, is held back. Every 20 steps the plan is evaluated there; the best one
     is returned, and training ends after five evaluations without improvement. The healed plan reads no more bytes: if
-    training made corrections more frequent on the tuning split, all hot ranges are widened equally until corrections
-    are as frequent as in the unhealed plan.
+    training made it read more on the tuning split, all thresholds are raised, and all hot ranges widened, equally until
+    it reads as much as the unhealed plan.
 
     The loss is the Kullback-Leibler divergence from the dense model's ``logits`` over all positions; for a model
     without logits, the mean squared error of its first output tensor. The optimiser is Adam with a rate that rises for
     20 steps and then falls to zero as a cosine.
 
     Time: a step runs the dense model, and the rewritten one forward and backward, on one batch; 500 to 4,000 tokens per
-    batch work well. Memory beyond the model: the matrices of the listed neurons and the predictors in float32, and the
-    activations of a batch for backpropagation.
+    batch work well. Memory beyond the model: the matrices of the plan in float32, and the activations of a batch for
+    backpropagation.
 
     The gradient mode of the caller does not matter: ``torch.no_grad()`` and ``torch.inference_mode()`` are suspended
     during the call.
 
     Args:
         model: the dense model that the plan was made for, in eval mode; it is not changed.
-        plan: of ``guarded_fold`` or ``paper``, or the path of its file; it is not changed.
+        plan: of ``partial_linear``, ``guarded_fold`` or ``paper``, or the path of its file; it is not changed.
         batches: as in :func:`tardis_fx.calibrate`, two or more; the calibration batches can be used.
         steps: maximum number.
-        learning_rate: of Adam, in units of each tensor's root mean square; of bounds, in tenths of the hot
-            range's width.
+        learning_rate: of Adam. A unit of a scale, bias or surrogate beside codes is a tenth of its size, and of a
+            threshold's logarithm 0.3. In a guarded fold, a unit of a tensor is its root mean square, and of a bound a tenth of
+            the hot range's width.
         checkpoint: a file for the state after each evaluation; healing resumes from it if it exists.
         progress: show a progress bar.
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Float64
 from torch import Tensor, nn
 
 from tardis_fx.graph.site import SiteWeights
@@ -18,9 +18,9 @@ from tardis_fx.runtime.reference import biased
 from tardis_fx.runtime.rotation import rotate, rotate_back
 
 #: Unit of a change of the scales, as a share of each, and of other tensors, of their root mean square.
-UNIT = 0.05
-#: Unit of a change of a threshold's logarithm, and width of a threshold's gradient in the same.
-BOUND_UNIT, TEMPERATURE = 0.1, 0.1
+UNIT = 0.1
+#: Unit of a change of the logarithm of a threshold, and width of its gradient, in logarithms.
+BOUND_UNIT, TEMPERATURE = 0.3, 0.1
 
 
 class TrainableCodes(TrainableSite):
@@ -29,8 +29,8 @@ class TrainableCodes(TrainableSite):
     The parameters are changes of the rows' scales, of the bias, of slopes and intercepts, and of the logarithms of the
     thresholds. Backward, the decision about what to read is a sigmoid that passes gradients only to the thresholds.
 
-    Memory: base codes, refinements and the fold as float32 matrices; a training step needs about 25 float32 values for
-    every token and neuron, or 35 in a gated site.
+    Memory: base codes, refinements and the fold as float32 matrices; a training step needs about 13 float32 values for
+    every token and neuron, or 20 in a gated site.
     """
 
     def __init__(self, entry: SitePlan, weights: SiteWeights, rewrite: Rewrite) -> None:
@@ -111,14 +111,15 @@ class TrainableCodes(TrainableSite):
         """Which columns and refinements are read, as straight-through numbers; adds to ``reading``."""
         with torch.no_grad():
             parts, scale = self._contributions(base, value, surrogate)
+            thresholds = self._bounds()
         masks = []
-        for part, threshold in zip(parts, self._bounds(), strict=True):
-            limit = threshold * scale
+        for part, threshold, moved in zip(parts, thresholds, self.bounds - self.bounds.detach(), strict=True):
             with torch.no_grad():
-                distance = (part.log() - limit.log()).nan_to_num(0.0).to(part.dtype)
-            soft = torch.sigmoid((distance + (limit.detach().log() - limit.log()).nan_to_num(0.0)) / TEMPERATURE)
-            hard = ~((part <= limit) & (part < torch.inf))
-            masks.append((hard + (soft - soft.detach())).to(part.dtype))
+                limit = threshold * scale
+                hard = ~((part <= limit) & (part < torch.inf))
+                distance = (part.log() - limit.log()).nan_to_num(0.0).to(part.dtype)  # 0 and 0 are NaN apart
+            soft = torch.sigmoid((distance - BOUND_UNIT * moved) / TEMPERATURE)
+            masks.append(hard + (soft - soft.detach()))
         *up, read, row, column = masks
         read = read * up[0] if up else read
         masks = [*up, read, read * row, read * column]
@@ -150,10 +151,9 @@ class TrainableCodes(TrainableSite):
         relative, activation = self._call.relative, self._call.activation
         return coded_reference.contributions(base, value, self._precision, surrogate, activation, relative=relative)
 
-    def _bounds(self) -> Float[Tensor, " thresholds"]:
-        """The current thresholds, rounded as when stored, straight-through."""
-        exact = self._thresholds * (BOUND_UNIT * self.bounds.double()).exp()
-        return exact + (exact.float().double() - exact).detach()
+    def _bounds(self) -> Float64[Tensor, " thresholds"]:
+        """The current thresholds, rounded as when stored."""
+        return (self._thresholds * (BOUND_UNIT * self.bounds.double()).exp()).float().double()
 
     def _scales(self, name: str) -> Float[Tensor, " rows"]:
         rows = self.entry.tensors[name].to(self.weights.up.device)

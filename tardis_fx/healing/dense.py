@@ -30,7 +30,8 @@ class DenseSite(nn.Module):
         if loose or set(shares.values()) != {1.0} or not all(c.is_floating_point() for c in constants.values()):
             raise ConfigError(
                 f"{entry.name} is rewritten by {entry.method!r}, whose constants are not all weights of dense layers: "
-                f"plans of 'ffsplit', 'low_rank' and 'hot_fold' can be fine-tuned; heal is for 'guarded_fold'"
+                f"plans of 'ffsplit', 'low_rank' and 'hot_fold' can be fine-tuned; "
+                f"heal is for 'partial_linear' and 'guarded_fold'"
             )
         for name, tensor in constants.items():
             self.register_parameter(name, nn.Parameter(tensor.float().clone()))
