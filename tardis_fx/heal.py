@@ -59,8 +59,8 @@ def heal(
         batches: as in :func:`tardis_fx.calibrate`, two or more; the calibration batches can be used.
         steps: maximum number.
         learning_rate: of Adam. A unit of a scale, bias or surrogate beside codes is a tenth of its size, and of a
-            threshold's logarithm 0.3. In a guarded fold, a unit of a tensor is its root mean square, and of a bound a tenth of
-            the hot range's width.
+            threshold's logarithm 0.3. In a guarded fold, a unit of a tensor is its root mean square, and of a bound a
+            tenth of the hot range's width.
         checkpoint: a file for the state after each evaluation; healing resumes from it if it exists.
         progress: show a progress bar.
 

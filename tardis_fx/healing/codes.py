@@ -61,9 +61,7 @@ class TrainableCodes(TrainableSite):
         self._thresholds = call.thresholds.double()
         self.bounds = nn.Parameter(self._zeros(len(self._thresholds)))
         self._sizes = [size.projection] * (k - 1) + [size.column, k * size.refinement, size.column_refinement]
-        shared = (call.bias, call.signs, call.out_signs, call.thresholds, call.fold)
-        fixed = sum(tensor.nbytes for tensor in shared if tensor is not None)
-        self.promised = entry.touched_bytes - fixed - self._listed * (size.constants + size.projection)
+        self.promised = entry.touched_bytes - call.fixed_bytes
         self.eval()
 
     @torch.no_grad()
@@ -89,10 +87,8 @@ class TrainableCodes(TrainableSite):
 
     def _differentiable(self, tokens: Float[Tensor, "tokens d"], dtype: torch.dtype) -> Float[Tensor, "tokens d_out"]:
         call, x = self._call, rotate(tokens, self._call.signs)
-        base = biased([x @ self._weight(name).T for name in self._names], call.biases, self._listed)
-        surrogate = self._rounded("surrogate", torch.bfloat16) if "surrogate" in self._base else None
-        value = coded_reference.values(base, surrogate, call.activation)
-        read, row, column = self._reads([z.detach() for z in base], value.detach(), surrogate)
+        base, surrogate, value = self._estimated(x)
+        read, row, column = self._reads(base, surrogate, value)
         refined = [z + x @ self._weight(f"{name}_refinement").T for z, name in zip(base, self._names, strict=True)]
         change = coded_reference.values(refined, surrogate, call.activation) - value
         value = read * (value + row * change)
@@ -102,15 +98,28 @@ class TrainableCodes(TrainableSite):
         output = rotate_back(output, call.out_signs) + self._rounded("bias", self.weights.up.dtype)
         return output.to(dtype)
 
+    def _estimated(
+        self, x: Float[Tensor, "tokens d"]
+    ) -> tuple[
+        Sequence[Float[Tensor, "tokens listed"]],
+        Float[Tensor, "listed coefficients"] | None,
+        Float[Tensor, "tokens listed"],
+    ]:
+        """Estimates of the pre-activations, surrogates, and values, for rotated tokens."""
+        call = self._call
+        base = biased([x @ self._weight(name).T for name in self._names], call.biases, self._listed)
+        surrogate = self._rounded("surrogate", torch.bfloat16) if "surrogate" in self._base else None
+        return base, surrogate, coded_reference.values(base, surrogate, call.activation)
+
     def _reads(
         self,
         base: Sequence[Float[Tensor, "tokens listed"]],
-        value: Float[Tensor, "tokens listed"],
         surrogate: Float[Tensor, "listed coefficients"] | None,
+        value: Float[Tensor, "tokens listed"],
     ) -> list[Float[Tensor, "tokens listed"]]:
         """Which columns and refinements are read, as straight-through numbers; adds to ``reading``."""
         with torch.no_grad():
-            parts, scale = self._contributions(base, value, surrogate)
+            parts, scale = self._contributions(base, surrogate, value)
             thresholds = self._bounds()
         masks = []
         for part, threshold, moved in zip(parts, thresholds, self.bounds - self.bounds.detach(), strict=True):
@@ -127,11 +136,7 @@ class TrainableCodes(TrainableSite):
         return [read, row, column]
 
     def _count(self, tokens: Float[Tensor, "tokens d"]) -> None:
-        call, x = self._call, rotate(tokens, self._call.signs)
-        base = biased([x @ self._weight(name).T for name in self._names], call.biases, self._listed)
-        surrogate = self._rounded("surrogate", torch.bfloat16) if "surrogate" in self._base else None
-        value = coded_reference.values(base, surrogate, call.activation)
-        parts, scale = self._contributions(base, value, surrogate)
+        parts, scale = self._contributions(*self._estimated(rotate(tokens, self._call.signs)))
         *up, read, row, column = (
             torch.where(part.isfinite(), part / (threshold * scale) - 1, torch.inf)
             for part, threshold in zip(parts, self._bounds(), strict=True)
@@ -145,8 +150,8 @@ class TrainableCodes(TrainableSite):
     def _contributions(
         self,
         base: Sequence[Float[Tensor, "tokens listed"]],
-        value: Float[Tensor, "tokens listed"],
         surrogate: Float[Tensor, "listed coefficients"] | None,
+        value: Float[Tensor, "tokens listed"],
     ) -> tuple[list[Tensor], Tensor]:
         relative, activation = self._call.relative, self._call.activation
         return coded_reference.contributions(base, value, self._precision, surrogate, activation, relative=relative)

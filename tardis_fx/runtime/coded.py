@@ -88,6 +88,13 @@ class CodedFFN(NamedTuple):
         return neuron_bytes(self.x.shape[-1], len(self.bias), widths, k=k, bias=bias, fold=fold)
 
     @property
+    def fixed_bytes(self) -> int:
+        """Weight bytes that every token reads."""
+        shared = (self.bias, self.signs, self.out_signs, self.thresholds, self.fold)
+        fixed = sum(tensor.nbytes for tensor in shared if tensor is not None)
+        return fixed + int(self.listed) * (self.neuron.constants + self.neuron.projection)
+
+    @property
     def has_kernel(self) -> bool:
         """Whether kernels take the call: a few tokens of one of their dtypes."""
         shape = self.x.shape

@@ -88,10 +88,7 @@ def _of_correction(call: Correction) -> _Read:
 def _of_coded_ffn(call: CodedFFN, parts: coded_reference.Levels | None) -> _Read:
     tokens, k, neuron = call.x.shape[:-1].numel(), len(call.projections), call.neuron
     up, value, row, column = (int(read.sum()) for read in parts or coded_reference.parts_read(call))
-    shared = (call.bias, call.signs, call.out_signs, call.thresholds, call.fold)
-    fixed = sum(tensor.nbytes for tensor in shared if tensor is not None)
-    touched = tokens * (fixed + int(call.listed) * (neuron.constants + neuron.projection))
-    touched += (k - 1) * up * neuron.projection + k * row * neuron.refinement
+    touched = tokens * call.fixed_bytes + (k - 1) * up * neuron.projection + k * row * neuron.refinement
     touched += value * neuron.column + column * neuron.column_refinement
     return _Read(call.columns.data_ptr(), tokens, touched, value, tokens * len(call.columns))
 
