@@ -49,8 +49,6 @@ class Rewrite(ABC):
     leaves_ffn: bool = False
     #: Whether :meth:`matrices` may return any.
     leaves_matrices: bool = False
-    #: Whether :meth:`forward` is a fold and its corrections, whose tensors :func:`tardis_fx.heal` distils.
-    heals: bool = False
     #: Whether its plans hold weights that :func:`tardis_fx.finetune` has trained.
     trained: bool = False
 

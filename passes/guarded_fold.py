@@ -92,7 +92,6 @@ class GuardedFold(Rewrite):
     name: ClassVar[str] = "guarded_fold"
     Options = GuardedFoldOptions
     leaves_matrices = True
-    heals = True
     #: Whether the folded map is regressed on the residual of fold and correction.
     regressed: ClassVar[bool] = True
     #: Bits of fold and rows that are tried by default.

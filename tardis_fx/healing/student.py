@@ -15,10 +15,14 @@ from tardis_fx.healing.site import TrainableSite
 from tardis_fx.observation.batches import Batch
 from tardis_fx.passes.base import Rewrite
 from tardis_fx.passes.entry import rewrite_of
+from tardis_fx.passes.guarded_fold import GuardedFold
 from tardis_fx.passes.partial_linear import PartialLinear
 from tardis_fx.plan import Plan, SitePlan
 
 _log = logging.getLogger("tardis_fx")
+
+#: Trainable sites by rewrite.
+_TRAINABLE: dict[type[Rewrite], type[TrainableSite]] = {PartialLinear: TrainableCodes, GuardedFold: TrainableFold}
 
 
 class Student(Grafted[TrainableSite]):
@@ -59,8 +63,7 @@ class Student(Grafted[TrainableSite]):
             raise CalibrationError(f"a later batch is the first to reach {entry.name}: every batch must run every site")
         if rewrite is None:
             return None
-        trainable = TrainableCodes if isinstance(rewrite, PartialLinear) else TrainableFold
-        return trainable(entry, weights, rewrite)
+        return _trainable(rewrite)(entry, weights, rewrite)
 
 
 def _healable(plan: Plan) -> dict[str, Rewrite]:
@@ -68,15 +71,19 @@ def _healable(plan: Plan) -> dict[str, Rewrite]:
     rewrites = {entry.fingerprint: rewrite_of(entry) for entry in plan.rewritten}
     for entry in plan.rewritten:
         rewrite = rewrites[entry.fingerprint]
-        if not (rewrite.heals or rewrite.exact):
+        if not (isinstance(rewrite, tuple(_TRAINABLE)) or rewrite.exact):
             raise ConfigError(
                 f"{entry.name} is rewritten by {entry.method!r}, which cannot be healed: "
                 f"plans of 'partial_linear', 'guarded_fold' and 'paper' can"
             )
-    healable = {identity: rewrite for identity, rewrite in rewrites.items() if rewrite.heals}
+    healable = {identity: rewrite for identity, rewrite in rewrites.items() if isinstance(rewrite, tuple(_TRAINABLE))}
     if not healable:
         raise ConfigError("the plan has no site to heal: every one is refused or exact")
     return healable
+
+
+def _trainable(rewrite: Rewrite) -> type[TrainableSite]:
+    return next(site for kind, site in _TRAINABLE.items() if isinstance(rewrite, kind))
 
 
 @contextmanager
