@@ -126,7 +126,7 @@ class TrainableCodes(TrainableSite):
             with torch.no_grad():
                 limit = threshold * scale
                 hard = ~((part <= limit) & (part < torch.inf))
-                distance = (part.log() - limit.log()).nan_to_num(0.0).to(part.dtype)  # 0 and 0 are NaN apart
+                distance = (part.log() - limit.log()).nan_to_num(0.0).to(part.dtype)  # log 0 - log 0 is NaN
             soft = torch.sigmoid((distance - BOUND_UNIT * moved) / TEMPERATURE)
             masks.append(hard + (soft - soft.detach()))
         *up, read, row, column = masks
