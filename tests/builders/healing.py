@@ -11,6 +11,7 @@ from builders import models
 from builders.ffns import Block, config, entries, ffn
 from builders.gated import Gated
 from tardis_fx import Plan, calibrate, heal
+from tardis_fx.healing.site import TrainableSite
 
 STEPS = 40  # two evaluations
 
@@ -43,6 +44,20 @@ def language_plan(bits: int | None = 16, dtype: torch.dtype = torch.float32, kin
 def healed(model: nn.Module, plan: Plan, given: Any = TEXT, **changed: Any) -> Plan:
     chosen: dict[str, Any] = {"steps": STEPS, "learning_rate": 1e-2, "progress": False}
     return heal(model, plan, given, **(chosen | changed))
+
+
+def slopes(site: TrainableSite, x: Tensor, name: str, step: float) -> tuple[float, float]:
+    """The slope of a site's outputs along a random change of a parameter: by its gradient, and by the stored plans."""
+    parameter = site.get_parameter(name)
+    direction = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+    (gradient,) = torch.autograd.grad(site.train()(x).sum(), parameter)
+    values = []
+    for sign in (1, -1):
+        with torch.no_grad():
+            parameter.add_(sign * step * direction)
+            values.append(float(site.eval()(x).double().sum()))
+            parameter.sub_(sign * step * direction)
+    return float((gradient * direction).sum()), (values[0] - values[1]) / (2 * step)
 
 
 def same(a: Plan, b: Plan) -> bool:

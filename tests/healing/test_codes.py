@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from builders.ffns import batches, config, ffn, fitted, inputs
+from builders.healing import slopes
 from builders.profile import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -123,17 +124,8 @@ def test_the_gradient_of_scales_and_surrogates_is_the_slope_of_the_specification
     with torch.no_grad():
         site.bounds.sub_(200.0)  # everything is read, so that no decision changes
     for name in names:
-        parameter, step = site.get_parameter(name), 1.0
-        direction = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)).to(parameter)
-        (gradient,) = torch.autograd.grad(site.train()(x).sum(), parameter)
-        values = []
-        for sign in (1, -1):
-            with torch.no_grad():
-                parameter.add_(sign * step * direction)
-                values.append(float(site.eval()(x).double().sum()))
-                parameter.sub_(sign * step * direction)
-        slope = (values[0] - values[1]) / (2 * step)
-        assert float((gradient * direction).sum()) == pytest.approx(slope, rel=5e-2, abs=5e-2), name
+        gradient, difference = slopes(site, x, name, 1.0)
+        assert gradient == pytest.approx(difference, rel=5e-2, abs=5e-2), name
 
 
 @kinds

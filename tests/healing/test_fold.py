@@ -7,6 +7,7 @@ import torch
 from builders.ffns import ACTIVATIONS as NAMES
 from builders.ffns import FFN, Oracle, classes, ffn, inputs, oracles, planned
 from builders.gated import FUNCTIONS, Gated
+from builders.healing import slopes
 from builders.profile import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -110,17 +111,8 @@ def test_every_small_tensor_gets_a_gradient(fold_bits: int, row_bits: int, kind:
 def test_the_gradient_of_the_continuous_tensors_is_the_slope_of_the_specification(kind: str) -> None:
     site, x = quantised(8, 8, kind=kind), inputs(50, D)
     for name in ("folded_bias", "surrogate"):
-        parameter, step = site.get_parameter(name), 1e-2
-        direction = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
-        (gradient,) = torch.autograd.grad(site.train()(x).sum(), parameter)
-        values = []
-        for sign in (1, -1):
-            with torch.no_grad():
-                parameter.add_(sign * step * direction)
-                values.append(float(site.eval()(x).double().sum()))
-                parameter.sub_(sign * step * direction)
-        slope = (values[0] - values[1]) / (2 * step)
-        assert float((gradient * direction).sum()) == pytest.approx(slope, rel=1e-2, abs=1e-2)
+        gradient, difference = slopes(site, x, name, 1e-2)
+        assert gradient == pytest.approx(difference, rel=1e-2, abs=1e-2)
 
 
 @pytest.mark.parametrize("kind", KINDS)
