@@ -26,7 +26,8 @@ from tardis_fx.compare.cases import Planned, Trial
 from tardis_fx.graph import matcher
 from tardis_fx.measure.machine import conditions
 from tardis_fx.measure.tables import markdown
-from tardis_fx.partial_linear import choice, coding
+from tardis_fx.partial_linear import choice, coding, refit
+from tardis_fx.partial_linear.candidates import Candidate
 from tardis_fx.passes import partial_linear
 from tardis_fx.quantisation import DAMPING, Feedback, Rows, code_columns, code_rows, factor
 from tardis_fx.runtime import rotation, tables
@@ -54,7 +55,11 @@ def nearest() -> Iterator[None]:
     def columns(weight: Float[Tensor, "h d"], feedback: Feedback | None, bits: int) -> Rows:
         return code_columns(weight, None, bits)
 
-    with mock.patch.object(coding, "code_rows", rows), mock.patch.object(coding, "code_columns", columns):
+    with (
+        mock.patch.object(coding, "code_rows", rows),
+        mock.patch.object(coding, "code_columns", columns),
+        mock.patch.object(refit, "code_columns", columns),
+    ):
         yield
 
 
@@ -64,6 +69,11 @@ def in_order(gram: Float[Tensor, "d d"]) -> Feedback:
     reverse = (reverse / reverse.diagonal().mean()).float()
     identity = torch.eye(len(gram), dtype=reverse.dtype)
     return Feedback(torch.arange(len(gram)), torch.linalg.solve_triangular(reverse, identity, upper=True))
+
+
+def own_columns() -> AbstractContextManager[object]:
+    """Nothing is fitted to the values that neurons add, but a fold and a bias on the sample of tokens."""
+    return mock.patch.object(Candidate, "refitted", lambda candidate: candidate)
 
 
 def alike() -> AbstractContextManager[object]:
@@ -88,6 +98,7 @@ def variants(*, gated: bool) -> dict[str, Callable[[], AbstractContextManager[ob
         "levels at equal distances": equal_levels,
         "codes rounded to nearest": nearest,
         "columns coded in their own order": lambda: mock.patch.object(Feedback, "from_gram", in_order),
+        "the columns of down": own_columns,
         **of_kind,
     }
 

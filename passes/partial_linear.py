@@ -6,8 +6,9 @@
    token, whether its refinements are, and in a gated FFN whether anything is after the gate
    (:mod:`tardis_fx.partial_linear.precision`).
 3. A plain FFN also has a fold (TARDIS, arXiv 2501.10054, section 4): while a neuron gives nothing else, the fold holds
-   its affine surrogate; the fold is regressed on what the neurons leave of the output, for the tokens that are kept.
+   its affine surrogate.
 4. One price per byte meets the budget for all sites; at each site the widths with the least error are chosen.
+5. Columns, fold and bias are fitted together to what the neurons then add (:mod:`tardis_fx.partial_linear.refit`).
 """
 
 import math
@@ -87,7 +88,7 @@ class PartialLinear(Rewrite):
         else:
             pairs = zip(codings, dense, strict=True)
             best = [choose([coding], [1.0], config.budget * size)[0] for coding, size in pairs]
-        return [self._planned(c.refolded() if c.widths.fold_bits else c) for c in best]
+        return [self._planned(candidate.refitted()) for candidate in best]
 
     def _planned(self, candidate: Candidate) -> SitePlan:
         site = candidate.coding.site

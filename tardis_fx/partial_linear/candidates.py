@@ -10,6 +10,7 @@ from torch import Tensor
 from tardis_fx.partial_linear.calls import coded_biases, coded_call
 from tardis_fx.partial_linear.coding import TOGETHER, Coding, token_weights
 from tardis_fx.partial_linear.precision import Pricing, Widths
+from tardis_fx.partial_linear.refit import refit
 from tardis_fx.quantisation import Rows
 from tardis_fx.runtime import coded_reference, tables
 from tardis_fx.runtime.coded import CodedFFN
@@ -66,41 +67,50 @@ class Candidate:
         output, parts = coded_reference.evaluate(call)
         touched.add(call, parts)
         made = replace(made, touched=touched.per_token, read=touched.outlier_rate)
-        return made._fitted(coding.sample, output, pricing.influence)
+        return made._fitted(output, pricing.influence)
 
-    def _fitted(
-        self, tokens: Float32[Tensor, "tokens d"], output: Float32[Tensor, "held d_out"], influence: float = 1.0
-    ) -> "Candidate":
-        """With the fold and the bias that leave the least error of tokens, and with the error of held-back ones.
+    def _fitted(self, output: Float32[Tensor, "held d_out"], influence: float) -> "Candidate":
+        """With the fold and the bias that leave the least error of the sample, and with that of held-back tokens.
 
         Args:
-            tokens: to fit fold and bias to.
             output: what the neurons give for the held-back tokens.
             influence: of the site, by which the error counts.
         """
         coding, tensors, bias = self.coding, self.tensors, self.bias
-        wanted = coding.held_outputs
-        rest = wanted - output
+        rest = coding.held_outputs - output
         if self.widths.fold_bits or not coding.site.site.normalised:
-            exact = coding.outputs(tokens)
-            left, known = exact - self(tokens), token_weights(exact)
+            x, exact = coding.sample, coding.outputs(coding.sample)
+            left, known = exact - self(x), token_weights(exact)
             if self.widths.fold_bits:
-                fold = coding.fold(_regressed(tokens, left, known), self.widths.fold_bits)
+                fold = coding.fold(_regressed(x, left, known), self.widths.fold_bits)
                 matrix = coding.folded(fold).T
-                left, rest, tensors = left - tokens @ matrix, rest - coding.held @ matrix, tensors | {"fold": fold.rows}
+                left, rest, tensors = left - x @ matrix, rest - coding.held @ matrix, tensors | {"fold": fold.rows}
             bias = (known * left).sum(0) / known.sum()
-        squares = (rest - bias).double().square().sum(1, keepdim=True)
+        return replace(self, tensors=tensors, bias=bias)._measured(rest - bias, influence)
+
+    def refitted(self) -> "Candidate":
+        """With columns, fold and bias fitted to all tokens that are kept, if less of held-back ones is missed then.
+
+        Raises:
+            CalibrationError: sums over the tokens overflow.
+        """
+        coding = self.coding
+        columns = coding.neurons.down.T[self.tensors["neurons"].long()]
+        tensors, bias = refit(
+            coding, self.widths, columns, self.bias, lambda x: coded_reference.added_values(self.call(x))
+        )
+        made = replace(self, tensors=self.tensors | tensors, bias=bias)
+        made = made._measured(coding.held_outputs - made(coding.held) - bias)
+        return made if made.missed < self.missed else self
+
+    def _measured(self, missed: Float32[Tensor, "held d_out"], influence: float = 1.0) -> "Candidate":
+        """With the errors, from what is missed of the outputs of held-back tokens."""
+        wanted, squares = self.coding.held_outputs, missed.double().square().sum(1, keepdim=True)
         return replace(
             self,
-            tensors=tensors,
-            bias=bias,
             error=influence * float((token_weights(wanted) * squares).mean()),
             missed=relative_error(float(squares.sum()), float(wanted.double().square().sum())),
         )
-
-    def refolded(self) -> "Candidate":
-        """With the fold and the bias fitted to all tokens that are kept."""
-        return self._fitted(self.coding.tokens, self(self.coding.held))
 
     @property
     def settings(self) -> dict[str, str | int]:
@@ -109,11 +119,11 @@ class Candidate:
         return {**self.widths._asdict(), "activation": str(site.activation), "relative": int(site.normalised)}
 
     def call(self, x: Float32[Tensor, "tokens d"]) -> CodedFFN:
-        """The call of the op for tokens, with a fold and a bias of zeros."""
+        """The call of the op for tokens, with a bias of zeros, and a fold of zeros if none is fitted."""
         weights, d = self.coding.site.weights, x.shape[1]
         d_out = len(weights.down)
         tensors = self.tensors | {"bias": torch.zeros(d_out, dtype=x.dtype, device=x.device)}
-        if self.widths.fold_bits:
+        if self.widths.fold_bits and "fold" not in tensors:
             size = tables.row_bytes(d, self.widths.fold_bits)
             tensors["fold"] = torch.zeros(d_out, size, dtype=torch.uint8, device=x.device)
         neurons = tensors["neurons"].long()

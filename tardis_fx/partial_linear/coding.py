@@ -17,7 +17,8 @@ from tardis_fx.statistics.neurons import Neurons
 
 #: Tokens that the samples of fitted and of held-back tokens have at most, and at least half of, if there are so many.
 SAMPLE, HELD = 2048, 512
-#: A fold is regressed on kept tokens: so many for each column, fewer if they have more numbers, but no fewer than 4.
+#: Columns and fold are regressed on kept tokens: so many for each column of the projections, fewer if they have more
+#: numbers, but no fewer than 4 each.
 PER_COLUMN, NUMBERS, LEAST_PER_COLUMN = 32, 2**23, 4
 #: Tokens whose outputs are computed together.
 TOGETHER = 2048
@@ -28,7 +29,7 @@ LEAST = 0.1
 class CodingObserver:
     """Observer of the operands' Gram matrices and of samples of tokens.
 
-    Memory: d² + h² float64, and 2 (``SAMPLE`` + ``HELD``) d float32; in a plain FFN, the fold's tokens for ``SAMPLE``.
+    Memory: d² + h² float64, and twice the kept and held-back tokens in float32.
     """
 
     merged: ClassVar[Mapping[str, Merge]] = {
@@ -39,8 +40,7 @@ class CodingObserver:
         self._site, (h, d) = site, site.weights.up.shape
         self.inputs, self.responses = Moments(d), Moments(h)
         most = max(SAMPLE, LEAST_PER_COLUMN * d, min(PER_COLUMN * d, NUMBERS // d))
-        plain = len(site.weights.projections) == 1
-        self.sample, self.held = Sample(most if plain else SAMPLE), Sample(HELD)
+        self.sample, self.held = Sample(most), Sample(HELD)
 
     def update(self, x: Float32[Tensor, "tokens d"]) -> None:
         """Adds tokens."""
@@ -90,7 +90,7 @@ class Coding:
     Attributes:
         signs: of the rotation of the input.
         out_signs: of the rotation of the output.
-        tokens: that a fold is fitted to.
+        tokens: that columns, fold and bias are fitted to.
         sample: of these, to choose what is read.
         held: tokens that nothing is fitted to, or ``sample`` if there are none.
     """

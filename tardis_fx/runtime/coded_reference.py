@@ -41,29 +41,38 @@ def evaluate(call: CodedFFN) -> tuple[Float[Tensor, "*tokens d_out"], Levels]:
     the base codes. Where :func:`levels` says so, the value times the column is added; the refinements make the
     pre-activations and the column more precise.
     """
-    (*shape, d), d_out, dtype = call.x.shape, len(call.bias), compute_dtype(call.x.dtype)
-    x = rotate(call.x.reshape(-1, d).to(dtype), call.signs)
-    listed = int(call.listed)
-    base = estimates(call, x)
-    surrogate = _surrogate(call, dtype)
-    value = values(base, surrogate, call.activation)
-    chosen = _levels(call, base, value)
-    low = [x @ tables.weights(rows[:listed], call.low_bits, d, dtype).T for rows in call.refinements]
-    refined = [estimate + rest for estimate, rest in zip(base, low, strict=True)]
-    value = torch.where(chosen.row, values(refined, surrogate, call.activation), value)
-    value = torch.where(chosen.value, value, 0)
-    output = value @ tables.weights(call.columns[:listed], call.column_bits, d_out, dtype)
-    refinement = tables.weights(call.column_refinements[:listed], call.column_low_bits, d_out, dtype)
+    *shape, d_out = *call.x.shape[:-1], len(call.bias)
+    x = _rotated(call)
+    value, chosen = _added(call, x)
+    output = value @ tables.weights(call.columns[: int(call.listed)], call.column_bits, d_out, x.dtype)
+    refinement = tables.weights(call.column_refinements[: int(call.listed)], call.column_low_bits, d_out, x.dtype)
     output = output + torch.where(chosen.column, value, 0) @ refinement
     if call.fold is not None:
-        output = output + x @ tables.weights(call.fold, call.fold_bits, d, dtype).T
-    output = rotate_back(output, call.out_signs) + call.bias.to(dtype)
+        output = output + x @ tables.weights(call.fold, call.fold_bits, x.shape[1], x.dtype).T
+    output = rotate_back(output, call.out_signs) + call.bias.to(x.dtype)
     return output.to(call.x.dtype).view(*shape, d_out), chosen
+
+
+def added_values(call: CodedFFN) -> Float[Tensor, "tokens listed"]:
+    """The values by which a call multiplies the columns; zero where a column is not read."""
+    return _added(call, _rotated(call))[0]
+
+
+def _added(call: CodedFFN, x: Float[Tensor, "tokens d"]) -> tuple[Float[Tensor, "tokens listed"], Levels]:
+    listed, d = int(call.listed), x.shape[1]
+    base = estimates(call, x)
+    surrogate = _surrogate(call, x.dtype)
+    value = values(base, surrogate, call.activation)
+    chosen = _levels(call, base, value)
+    low = [x @ tables.weights(rows[:listed], call.low_bits, d, x.dtype).T for rows in call.refinements]
+    refined = [estimate + rest for estimate, rest in zip(base, low, strict=True)]
+    value = torch.where(chosen.row, values(refined, surrogate, call.activation), value)
+    return torch.where(chosen.value, value, 0), chosen
 
 
 def parts_read(call: CodedFFN) -> Levels:
     """Which parts of the listed neurons a call reads."""
-    x = rotate(call.x.reshape(-1, call.x.shape[-1]).to(compute_dtype(call.x.dtype)), call.signs)
+    x = _rotated(call)
     base = estimates(call, x)
     return _levels(call, base, values(base, _surrogate(call, x.dtype), call.activation))
 
@@ -127,6 +136,10 @@ def contributions(
         scale = first.double().square().sum(1, keepdim=True).sqrt() if relative else scale
     parts += [torch.hypot(value, change) * norms[-1], change * norms[-1], value.abs() * column_noise]
     return parts, scale
+
+
+def _rotated(call: CodedFFN) -> Float[Tensor, "tokens d"]:
+    return rotate(call.x.reshape(-1, call.x.shape[-1]).to(compute_dtype(call.x.dtype)), call.signs)
 
 
 def _levels(
