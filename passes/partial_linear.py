@@ -35,7 +35,6 @@ from tardis_fx.passes.base import Rewrite, stored_bytes
 from tardis_fx.passes.layout import Expected, Layout, Tensors, indices, setting, table_rows
 from tardis_fx.plan import Planned, SitePlan
 from tardis_fx.runtime import ops  # noqa: F401 - registers torch.ops.tardis
-from tardis_fx.runtime.coded import precision_width
 from tardis_fx.statistics.target import fit_to_target
 
 
@@ -105,7 +104,7 @@ class PartialLinear(Rewrite):
         return replace(plan, stored_bytes=stored_bytes(site, self.constants(plan, site.weights)))
 
     def layout(self, plan: SitePlan, weights: SiteWeights) -> Layout:
-        """Rows of codes of the listed neurons, their precision and surrogates, the fold and the rotations."""
+        """Rows of codes of the listed neurons, their norms and surrogates, the fold and the rotations."""
         (hidden, d), d_out, k = weights.up.shape, len(weights.down), len(weights.projections)
         widths = Widths(*(setting(plan, name, range(0 if name == "fold_bits" else 1, 9)) for name in Widths._fields))
         setting(plan, "activation", (plan.activation,))
@@ -117,7 +116,7 @@ class PartialLinear(Rewrite):
             expected[f"{name}_refinement"] = table_rows(listed, d, widths.low_bits)
         expected["columns"] = table_rows(listed, d_out, widths.column_bits)
         expected["columns_refinement"] = table_rows(listed, d_out, widths.column_low_bits)
-        expected["precision"] = Expected(torch.bfloat16, (listed, precision_width(k)))
+        expected["norms"], expected["noise"] = Expected(torch.bfloat16, (listed, k)), Expected(torch.float32, (k,))
         expected["thresholds"] = Expected(torch.float32, (k + 2,))
         expected["signs"], expected["out_signs"] = Expected(torch.int8, (d,)), Expected(torch.int8, (d_out,))
         expected["bias"] = Expected(weights.up.dtype, (d_out,))
@@ -145,7 +144,7 @@ class PartialLinear(Rewrite):
         device, hidden = weights.up.device, len(weights.up)
         tensors = {name: tensor.to(device) for name, tensor in plan.tensors.items()}
         neurons = tensors.pop("neurons").long()
-        for name in tensors.keys() - {"fold", "thresholds", "signs", "out_signs", "bias"}:
+        for name in tensors.keys() - {"fold", "noise", "thresholds", "signs", "out_signs", "bias"}:
             rows = tensors[name]
             if missing := hidden - len(rows):
                 tensors[name] = torch.cat([rows, rows.new_zeros(missing, *rows.shape[1:])])

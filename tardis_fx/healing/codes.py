@@ -57,7 +57,7 @@ class TrainableCodes(TrainableSite):
             self._unit["surrogate"] = UNIT * self._base["surrogate"].square().mean(0).sqrt()
         for name, tensor in self._base.items():
             self.register_parameter(name, nn.Parameter(torch.zeros_like(tensor)))
-        self._precision = call.precision[: self._listed].to(self._dtype)
+        self._norms = call.norms[: self._listed].to(self._dtype)
         self._thresholds = call.thresholds.double()
         self.bounds = nn.Parameter(self._zeros(len(self._thresholds)))
         self._sizes = [size.projection] * (k - 1) + [size.column, k * size.refinement, size.column_refinement]
@@ -153,8 +153,12 @@ class TrainableCodes(TrainableSite):
         surrogate: Float[Tensor, "listed coefficients"] | None,
         value: Float[Tensor, "tokens listed"],
     ) -> tuple[list[Tensor], Tensor]:
-        relative, activation = self._call.relative, self._call.activation
-        return coded_reference.contributions(base, value, self._precision, surrogate, activation, relative=relative)
+        call = self._call
+        scales = [self._scales(name).detach().half().to(self._dtype) for name in self._names]
+        noise = [scale * noise for scale, noise in zip(scales, call.noise.to(self._dtype), strict=True)]
+        return coded_reference.contributions(
+            base, value, noise, self._norms, surrogate, call.activation, relative=call.relative
+        )
 
     def _bounds(self) -> Float64[Tensor, " thresholds"]:
         """The current thresholds, rounded as when stored."""

@@ -8,14 +8,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tardis_fx.runtime.coded import CodedFFN
-from tardis_fx.runtime.reference import compute_dtype
 
 
 def coded_call(x: Float[Tensor, "... d"], constants: Mapping[str, Tensor], settings: Mapping[str, Any]) -> CodedFFN:
     """The call of the op for tokens, from the constants of a rewritten site."""
     names = [name for name in ("gate", "up") if name in constants]
     arguments: dict[str, Any] = {
-        name: constants[name] for name in ("bias", "signs", "out_signs", "listed", "precision", "thresholds")
+        name: constants[name] for name in ("bias", "signs", "out_signs", "listed", "norms", "noise", "thresholds")
     }
     arguments |= {**settings, "fold_bits": settings["fold_bits"] or 8, "relative": bool(settings["relative"])}
     return CodedFFN(
@@ -37,7 +36,7 @@ def coded_biases(
     """The biases of listed neurons as the op takes them, for operands like a tensor; none if all are missing."""
     if all(bias is None for bias in biases):
         return {}
-    table = torch.zeros(capacity, len(biases), dtype=compute_dtype(like.dtype), device=like.device)
+    table = torch.zeros(capacity, len(biases), dtype=like.dtype, device=like.device)
     for i, bias in enumerate(biases):
         if bias is not None:
             table[: len(bias), i] = bias.to(table.dtype)

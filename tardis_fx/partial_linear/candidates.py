@@ -50,7 +50,8 @@ class Candidate:
             return rows.rows if len(listed) == len(neurons) else rows.rows[listed]  # no copy of what many share
 
         tensors = {
-            "neurons": listed.int(), "precision": pricing.precision, "thresholds": pricing.thresholds(price),
+            "neurons": listed.int(), "norms": pricing.norms, "noise": pricing.tokens.noise,
+            "thresholds": pricing.thresholds(price),
             "signs": coding.signs, "out_signs": coding.out_signs,
             "columns": kept(coding.columns(widths.column_bits)),
             "columns_refinement": kept(coding.column_refinement(widths.column_bits, widths.column_low_bits)),

@@ -48,7 +48,7 @@ class Sizes:
     """Bytes that a site takes at some widths.
 
     Attributes:
-        fixed: of the fold, the bias, the signs and the thresholds.
+        fixed: of the fold, the bias, the signs, the noise and the thresholds.
         neuron: of a neuron's parts.
         k: projections of a neuron.
         listed: number of neurons that have base codes.
@@ -63,11 +63,11 @@ class Sizes:
     def from_coding(cls, coding: Coding, widths: Widths) -> "Sizes":
         """The sizes of a site."""
         weights, fold = coding.site.weights, widths.fold_bits > 0
+        (d, d_out), size = (weights.up.shape[1], len(weights.down)), weights.up.element_size()
         k, bias = len(weights.projections), any(bias is not None for _, bias in weights.projections.values())
-        d, d_out = weights.up.shape[1], len(weights.down)
-        fixed = d_out * weights.up.element_size() + d + d_out + 4 * (k + 2)
+        fixed = d_out * size + d + d_out + 4 * k + 4 * (k + 2)
         fixed += d_out * tables.row_bytes(d, widths.fold_bits) if fold else 0
-        neuron = neuron_bytes(d, d_out, widths[:4], k=k, bias=bias, fold=fold)
+        neuron = neuron_bytes(d, d_out, widths[:4], k=k, bias_bytes=size * bias, fold=fold)
         return cls(fixed, neuron, k, int(weights.down.any(0).sum()))
 
     @property
@@ -95,10 +95,11 @@ class Estimated:
     Attributes:
         exact: the k pre-activations and the response, for surrogates; nothing without a fold.
         base: estimates.
-        noise: root-mean-square errors of the estimates.
+        scales: of the rows of base codes.
+        noise: root-mean-square errors of the estimates over the scales, for each projection.
         second: root mean square of the second pre-activation; of no use for k = 1.
         norm: squared norms of the columns of down.
-        column_noise: squared norms of the errors of their base codes.
+        column_noise: squared errors of their base codes over the squared norms.
         weight: of the squared error of each token.
         scale: of each token, as the op computes it; 1 if thresholds are absolute.
         importance: the median of the squared scale over the squared norm of the output.
@@ -107,10 +108,11 @@ class Estimated:
 
     exact: Sequence[Float32[Tensor, "tokens h"]]
     base: Sequence[Float32[Tensor, "tokens h"]]
-    noise: Sequence[Float32[Tensor, " h"]]
+    scales: Sequence[Float32[Tensor, " h"]]
+    noise: Float32[Tensor, " k"]
     second: Float32[Tensor, " h"]
     norm: Float32[Tensor, " h"]
-    column_noise: Float32[Tensor, " h"]
+    column_noise: float
     weight: Float32[Tensor, "tokens 1"]
     scale: Float32[Tensor, "tokens 1"]
     importance: float
@@ -132,13 +134,18 @@ class Estimated:
             size = norm if len(exact) == 1 else norm * second.square()
             square = (response(base[:1], name).square() * size).sum(1, keepdim=True)
             square = square.clamp(min=torch.finfo(torch.float32).tiny)
+        errors = [(z - estimate).square().mean(0).sum() for z, estimate in zip(exact, base, strict=True)]
+        scales = [tables.scales(coding.projection(i, widths.bits).rows).float() for i in range(len(exact))]
+        squares = [scale.square().sum().clamp(min=torch.finfo(torch.float32).tiny) for scale in scales]
+        missed = (columns - coding.columns(widths.column_bits).weight).square().sum()
         return cls(
             [*exact, exact_response] if widths.fold_bits else [],
             base,
-            [(z - estimate).square().mean(0).sqrt() for z, estimate in zip(exact, base, strict=True)],
+            scales,
+            (torch.stack(errors) / torch.stack(squares)).sqrt(),
             second,
             norm,
-            (columns - coding.columns(widths.column_bits).weight).square().sum(1),
+            float(missed / norm.sum().clamp(min=torch.finfo(torch.float32).tiny)),
             token_weights(output),
             square.sqrt(),
             float((square / output.square().sum(1, keepdim=True).clamp(min=1e-30)).median()),
@@ -181,7 +188,8 @@ class Pricing:
         tokens, size, k = self.tokens, self.sizes.neuron, self.sizes.k
         surrogate = self.surrogate if self.widths.fold_bits else None
         value = values(tokens.base, surrogate, tokens.activation)
-        change = doubt(tokens.base, value, tokens.noise, surrogate, tokens.activation).square() * tokens.norm
+        noise = [scale * noise for scale, noise in zip(tokens.scales, tokens.noise, strict=True)]
+        change = doubt(tokens.base, value, noise, surrogate, tokens.activation).square() * tokens.norm
         value = value.square()
         weight = self.influence * tokens.importance / tokens.scale.square()
         whole = weight * self.coherence
@@ -192,7 +200,9 @@ class Pricing:
             limit = torch.minimum(limit, parts["up"])
         parts["value"] = limit
         parts["row"] = torch.minimum(limit, change * (weight / (k * size.refinement)))
-        parts["column"] = torch.minimum(limit, value * tokens.column_noise * (weight / size.column_refinement))
+        parts["column"] = torch.minimum(
+            limit, value * tokens.norm * (tokens.column_noise * weight / size.column_refinement)
+        )
         return parts
 
     def unread(self, price: float) -> Bool[Tensor, "tokens h"]:
@@ -231,10 +241,10 @@ class Pricing:
         return min(100.0, max(0.01, together / apart)) if apart > 0 else self.coherence
 
     @property
-    def precision(self) -> BFloat16[Tensor, "listed precision_width"]:
-        """The precision of the listed neurons, as the op takes it."""
-        tokens, norm = self.tokens, self.tokens.norm.sqrt()
-        columns = [*tokens.noise, *[tokens.second * norm] * (self.sizes.k - 1), norm, tokens.column_noise.sqrt()]
+    def norms(self) -> BFloat16[Tensor, "listed k"]:
+        """The norms of the listed neurons, as the op takes them."""
+        norm = self.tokens.norm.sqrt()
+        columns = [*[self.tokens.second * norm] * (self.sizes.k - 1), norm]
         largest = torch.finfo(torch.bfloat16).max
         return torch.stack(columns, 1).clamp(max=largest)[self.listed].bfloat16()
 
@@ -242,10 +252,10 @@ class Pricing:
         """The thresholds of parts at a price, as the op takes them."""
         size, k = self.sizes.neuron, self.sizes.k
         parts = [*[(size.projection + size.column) / self.coherence] * (k - 1), size.column / self.coherence]
-        parts += [k * size.refinement, size.column_refinement]
+        parts += [k * size.refinement, size.column_refinement / max(self.tokens.column_noise, 1e-30)]
         squares = torch.tensor(parts, dtype=torch.float64, device="cpu") * price
         squares /= self.influence * self.tokens.importance
-        return squares.sqrt().float()
+        return squares.sqrt().clamp(max=torch.finfo(torch.float32).max).float()
 
 
 def check_floor(sizes: Sequence[Sizes], allowed: float) -> None:

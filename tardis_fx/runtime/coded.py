@@ -19,10 +19,9 @@ class CodedFFN(NamedTuple):
     pre-activations, and refinements, which are added to them. While it gives nothing, the fold holds its surrogate.
     Tensors with one entry per listed neuron have room for ``capacity`` neurons, of which ``listed`` are used.
 
-    A neuron's ``precision`` holds for k = 1 ``noise, norm, column noise``, and for k = 2 ``noise of the gate, noise of
-    up, gated norm, norm, column noise``. The noises of estimates are root-mean-square errors. ``norm`` is that of the
-    column, and the column noise that of the error of its base codes. The gated norm is the norm times the root mean
-    square of the second pre-activation.
+    A neuron's last norm is that of its column. With k = 2, the gated norm comes before it: the norm times the root mean
+    square of the second pre-activation. The noise of an estimate, its root-mean-square error, is that of the projection
+    times the scale of the row of base codes.
 
     A part is read where its contribution (:func:`coded_reference.levels`) exceeds its threshold. The ``thresholds`` are
     for k = 2 that of ``up``, and then those of the column, of the refinements of the projections, and of the refinement
@@ -39,8 +38,9 @@ class CodedFFN(NamedTuple):
         refinements: of the projections.
         columns: base codes of the rotated columns of ``down``.
         column_refinements: of the columns.
-        biases: of the projections, or None.
-        precision: of the neurons.
+        biases: of the projections, of the dtype of ``x``, or None.
+        norms: of the neurons' columns.
+        noise: of the estimates, over the scales of the rows of base codes.
         thresholds: of the parts.
         surrogate: k slopes and the intercept; None without a fold.
         fold: rows of the rotated folded weight, or None.
@@ -63,7 +63,8 @@ class CodedFFN(NamedTuple):
     columns: UInt8[Tensor, "capacity column_bytes"]
     column_refinements: UInt8[Tensor, "capacity column_refinement_bytes"]
     biases: Float[Tensor, "capacity k"] | None
-    precision: BFloat16[Tensor, "capacity precision_width"]
+    norms: BFloat16[Tensor, "capacity k"]
+    noise: Float32[Tensor, " k"]
     thresholds: Float32[Tensor, " k+2"]
     surrogate: BFloat16[Tensor, "capacity k+1"] | None
     fold: UInt8[Tensor, "d_out fold_bytes"] | None
@@ -84,13 +85,14 @@ class CodedFFN(NamedTuple):
     def neuron(self) -> "NeuronBytes":
         """Bytes that the parts of a neuron take."""
         widths = (self.bits, self.low_bits, self.column_bits, self.column_low_bits)
-        k, bias, fold = len(self.projections), self.biases is not None, self.fold is not None
-        return neuron_bytes(self.x.shape[-1], len(self.bias), widths, k=k, bias=bias, fold=fold)
+        k, fold = len(self.projections), self.fold is not None
+        bias_bytes = 0 if self.biases is None else self.biases.element_size()
+        return neuron_bytes(self.x.shape[-1], len(self.bias), widths, k=k, bias_bytes=bias_bytes, fold=fold)
 
     @property
     def fixed_bytes(self) -> int:
         """Weight bytes that every token reads."""
-        shared = (self.bias, self.signs, self.out_signs, self.thresholds, self.fold)
+        shared = (self.bias, self.signs, self.out_signs, self.noise, self.thresholds, self.fold)
         fixed = sum(tensor.nbytes for tensor in shared if tensor is not None)
         return fixed + int(self.listed) * (self.neuron.constants + self.neuron.projection)
 
@@ -100,11 +102,6 @@ class CodedFFN(NamedTuple):
         shape = self.x.shape
         tokens = math.prod(shape[:-1])
         return self.x.dtype in DTYPE_NUMBERS and shape[-1] > 0 and 0 < tokens <= MOST_TOKENS
-
-
-def precision_width(k: int) -> int:
-    """Number of values in a neuron's precision."""
-    return 3 if k == 1 else 5
 
 
 #: Signature of a function that takes the fields of a :class:`CodedFFN`, from which PyTorch infers the op's schema.
@@ -118,7 +115,7 @@ SIGNATURE = inspect.Signature(
 
 
 def neuron_bytes(
-    d: int, d_out: int, widths: tuple[int, int, int, int], *, k: int, bias: bool, fold: bool
+    d: int, d_out: int, widths: tuple[int, int, int, int], *, k: int, bias_bytes: int, fold: bool
 ) -> "NeuronBytes":
     """Bytes that the parts of a neuron take.
 
@@ -127,11 +124,11 @@ def neuron_bytes(
         d_out: rows of down.
         widths: ``bits, low_bits, column_bits, column_low_bits``.
         k: projections of a neuron.
-        bias: whether any projection has a bias.
+        bias_bytes: of one bias; 0 if no projection has any.
         fold: whether there are surrogates.
     """
     bits, low_bits, column_bits, column_low_bits = widths
-    constants = 2 * precision_width(k) + 4 * k * bias + 2 * (k + 1) * fold
+    constants = 2 * k + bias_bytes * k + 2 * (k + 1) * fold
     return NeuronBytes(
         constants,
         tables.row_bytes(d, bits),

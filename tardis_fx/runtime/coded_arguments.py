@@ -9,8 +9,7 @@ from torch import Tensor
 
 from tardis_fx.errors import PlanMismatchError
 from tardis_fx.graph.activations import ACTIVATIONS
-from tardis_fx.runtime.coded import CodedFFN, precision_width
-from tardis_fx.runtime.reference import compute_dtype
+from tardis_fx.runtime.coded import CodedFFN
 from tardis_fx.runtime.tables import row_bytes
 
 
@@ -48,8 +47,9 @@ def check(call: CodedFFN) -> None:
     low = row_bytes(d_out, call.column_low_bits)
     _check(call, "column_refinements", call.column_refinements, torch.uint8, (capacity, low))
     if call.biases is not None:
-        _check(call, "biases", call.biases, compute_dtype(call.x.dtype), (capacity, k))
-    _check(call, "precision", call.precision, torch.bfloat16, (capacity, precision_width(k)))
+        _check(call, "biases", call.biases, call.x.dtype, (capacity, k))
+    _check(call, "norms", call.norms, torch.bfloat16, (capacity, k))
+    _check(call, "noise", call.noise, torch.float32, (k,))
     _check(call, "thresholds", call.thresholds, torch.float32, (k + 2,))
     if call.fold is not None and call.surrogate is not None:
         _check(call, "surrogate", call.surrogate, torch.bfloat16, (capacity, k + 1))

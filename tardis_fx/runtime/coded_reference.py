@@ -87,7 +87,8 @@ def estimates(call: CodedFFN, x: Float[Tensor, "tokens d"]) -> Sequence[Float[Te
 def levels(
     estimates: Sequence[Float[Tensor, "tokens listed"]],
     value: Float[Tensor, "tokens listed"],
-    precision: Float[Tensor, "listed precision_width"],
+    noise: Sequence[Float[Tensor, " listed"]],
+    norms: Float[Tensor, "listed k"],
     thresholds: Float32[Tensor, " parts"],
     surrogate: Float[Tensor, "listed coefficients"] | None,
     activation: str,
@@ -96,11 +97,12 @@ def levels(
 ) -> Levels:
     """Which parts of the neurons are read, from the estimates of their pre-activations and their values.
 
-    ``precision`` and ``thresholds`` are those of :class:`tardis_fx.runtime.coded.CodedFFN`. A part is read if its
-    contribution (:func:`contributions`) exceeds its threshold (if ``relative``, times the token's scale) or is infinite
-    or NaN; the refinements, only if the column is read.
+    ``norms`` and ``thresholds`` are those of :class:`tardis_fx.runtime.coded.CodedFFN`, and ``noise`` the
+    root-mean-square errors of the estimates (:func:`noises`). A part is read if its contribution
+    (:func:`contributions`) exceeds its threshold (if ``relative``, times the token's scale) or is infinite or NaN; the
+    refinements, only if the column is read.
     """
-    parts, scale = contributions(estimates, value, precision, surrogate, activation, relative=relative)
+    parts, scale = contributions(estimates, value, noise, norms, surrogate, activation, relative=relative)
     *up, read, row, column = (
         ~((part <= threshold * scale) & (part < torch.inf))
         for part, threshold in zip(parts, thresholds.double(), strict=True)
@@ -113,7 +115,8 @@ def levels(
 def contributions(
     estimates: Sequence[Float[Tensor, "tokens listed"]],
     value: Float[Tensor, "tokens listed"],
-    precision: Float[Tensor, "listed precision_width"],
+    noise: Sequence[Float[Tensor, " listed"]],
+    norms: Float[Tensor, "listed k"],
     surrogate: Float[Tensor, "listed coefficients"] | None,
     activation: str,
     *,
@@ -122,19 +125,19 @@ def contributions(
     """What each part of the neurons contributes to the output, in the order of thresholds, and the scales of tokens.
 
     With ``v`` the value of the estimates and ``δ`` its expected change by the refinements (:func:`doubt`), the column
-    contributes ``√(v² + δ²)`` times its norm, the refinement of the column ``|v|`` times the column's noise, and those
-    of the projections ``δ`` times the norm. In a gated FFN, ``up`` and everything after it contribute ``|act(gate)|``
+    contributes ``√(v² + δ²)`` times its norm, the refinement of the column ``|v|`` times the norm, and those of the
+    projections ``δ`` times the norm. In a gated FFN, ``up`` and everything after it contribute ``|act(gate)|``
     times the gated norm. If not ``relative``, there is one scale for all tokens, 1.
     """
     k = len(estimates)
-    noise, norms, column_noise = precision[:, :k].unbind(1), precision[:, k:-1].unbind(1), precision[:, -1]
+    norm = norms[:, -1]
     change = doubt(estimates, value, noise, surrogate, activation)
     parts, scale = [], value.new_ones(1, 1, dtype=torch.float64)
     if relative or k == 2:
-        first = response(estimates[:1], activation).abs() * norms[0]
+        first = response(estimates[:1], activation).abs() * norms[:, 0]
         parts += [first] * (k - 1)
         scale = first.double().square().sum(1, keepdim=True).sqrt() if relative else scale
-    parts += [torch.hypot(value, change) * norms[-1], change * norms[-1], value.abs() * column_noise]
+    parts += [torch.hypot(value, change) * norm, change * norm, value.abs() * norm]
     return parts, scale
 
 
@@ -145,8 +148,15 @@ def _rotated(call: CodedFFN) -> Float[Tensor, "tokens d"]:
 def _levels(
     call: CodedFFN, base: Sequence[Float[Tensor, "tokens listed"]], value: Float[Tensor, "tokens listed"]
 ) -> Levels:
-    precision, surrogate = call.precision[: int(call.listed)].to(value.dtype), _surrogate(call, value.dtype)
-    return levels(base, value, precision, call.thresholds, surrogate, call.activation, relative=call.relative)
+    norms, surrogate = call.norms[: int(call.listed)].to(value.dtype), _surrogate(call, value.dtype)
+    noise = noises(call, value.dtype)
+    return levels(base, value, noise, norms, call.thresholds, surrogate, call.activation, relative=call.relative)
+
+
+def noises(call: CodedFFN, dtype: torch.dtype) -> Sequence[Float[Tensor, " listed"]]:
+    """Root-mean-square errors of the estimates of the listed neurons, for each of the k pre-activations."""
+    scales = [tables.scales(rows[: int(call.listed)]).to(dtype) for rows in call.projections]
+    return [scale * noise for scale, noise in zip(scales, call.noise.to(dtype), strict=True)]
 
 
 def _surrogate(call: CodedFFN, dtype: torch.dtype) -> Float[Tensor, "listed coefficients"] | None:

@@ -14,9 +14,9 @@ from torch.utils._pytree import tree_map_only
 from builders.correction import FLOATS
 from tardis_fx.graph.activations import ACTIVATIONS
 from tardis_fx.runtime import coded_reference, tables
-from tardis_fx.runtime.coded import CodedFFN, precision_width
+from tardis_fx.runtime.coded import CodedFFN
 from tardis_fx.runtime.packing import BLOCK, block_count
-from tardis_fx.runtime.reference import compute_dtype, response
+from tardis_fx.runtime.reference import response
 from tardis_fx.runtime.rotation import random_signs, rotate
 
 #: A threshold that no contribution of ordinary tokens exceeds.
@@ -48,7 +48,7 @@ def arguments(
     ``thresholds`` are those that read everything (``"all"``), almost nothing (``"none"``: what is infinite or NaN, or
     larger than 0 while the scale is 0), or a share of each part (``"mixed"``). ``widths`` are the bits of projections,
     refinements, columns, column refinements and fold. The capacity exceeds the list by ``spare`` entries of nonsense.
-    Noises are about the size of the refinements' products, and some are 0.
+    Noises are about the size of the refinements' products.
     """
     random = torch.Generator().manual_seed(seed)
     capacity = listed + spare
@@ -74,15 +74,15 @@ def arguments(
         x=x, bias=normal(d_out).to(dtype), signs=random_signs(d, seed), out_signs=random_signs(d_out, seed + 1),
         listed=torch.tensor([listed]), projections=projections, refinements=refinements, columns=columns,
         column_refinements=column_refinements,
-        biases=nonsense((normal(capacity, k) / 2).to(compute_dtype(dtype))) if bias else None,
-        precision=nonsense(normal(capacity, precision_width(k)).exp().bfloat16()),
+        biases=nonsense((normal(capacity, k) / 2).to(dtype)) if bias else None,
+        norms=nonsense(normal(capacity, k).exp().bfloat16()),
+        noise=normal(k).exp() * d**0.5 / 2**bits,
         thresholds=torch.full((k + 2,), -torch.inf if thresholds == "all" else HUGE),
         surrogate=nonsense((normal(capacity, k + 1) / 2).bfloat16()) if fold else None,
         fold=coded(d_out, d, fold_bits, d**-0.5) if fold else None,
         bits=bits, low_bits=low_bits, column_bits=column_bits, column_low_bits=column_low_bits, fold_bits=fold_bits,
         activation=activation, relative=relative,
     )  # fmt: skip
-    call.precision[:listed, :k] *= (torch.rand(listed, k, generator=random) < 0.8) / 2**bits
     if thresholds == "mixed":
         draw_thresholds(call, random)
     settle(call)
@@ -122,9 +122,9 @@ def draw_thresholds(call: CodedFFN, random: torch.Generator) -> None:
 
 
 def settle(call: CodedFFN) -> None:
-    """Makes norms and column noises 0 until rounding in a kernel decides nowhere."""
+    """Makes norms 0 until rounding in a kernel decides nowhere."""
     k, listed, drawn = len(call.projections), int(call.listed), quantities(call)
-    columns = [*range(k, 2 * k - 1), 2 * k - 1, 2 * k - 1, 2 * k]  # of the precision, by part
+    columns = [*range(k - 1), *[k - 1] * 3]  # of the norms, by part
     settled = False
     while not settled:
         settled = True
@@ -132,7 +132,7 @@ def settle(call: CodedFFN) -> None:
         for column, contribution, threshold in zip(columns, contributions, call.thresholds.double(), strict=True):
             surely = exceeds(contribution.least, threshold * scale.most)
             perhaps = exceeds(contribution.most, threshold * scale.least)
-            factor = call.precision[:listed, column]
+            factor = call.norms[:listed, column]
             unsettled = (surely != perhaps).any(0) & (factor != 0)
             factor[unsettled] = 0
             settled = settled and not unsettled.any()
@@ -167,7 +167,7 @@ def quantities(call: CodedFFN) -> Quantities:
     call, k, listed = doubled(call), len(call.projections), int(call.listed)
     x = rotate(call.x.reshape(-1, call.x.shape[-1]), call.signs)
     z = coded_reference.estimates(call, x)
-    noise = call.precision[:listed, :k].double().unbind(1)
+    noise = coded_reference.noises(call, torch.float64)
     surrogate = None if call.surrogate is None else call.surrogate[:listed].double()
     off = [margin(x, rows[:listed], call.bits) for rows in call.projections]
     corners = []
@@ -195,13 +195,12 @@ class Bounds(NamedTuple):
 def bounds(call: CodedFFN, drawn: Quantities) -> tuple[list[Bounds], Bounds]:
     """The contributions of parts, in the order of thresholds, and the scales of tokens."""
     k = len(call.projections)
-    factors = call.precision[: int(call.listed), k:].double().unbind(1)
+    factors = call.norms[: int(call.listed)].double().unbind(1)
     first = _bounds(drawn.first, factors[0])
     scale = Bounds(*(end.square().sum(1, keepdim=True).sqrt() for end in first))
     if not call.relative:
         scale = Bounds(torch.ones_like(scale.least), torch.ones_like(scale.most))
-    norm, column_noise = factors[-2:]
-    others = [_bounds(drawn.total, norm), _bounds(drawn.change, norm), _bounds(drawn.value, column_noise)]
+    others = [_bounds(quantity, factors[-1]) for quantity in (drawn.total, drawn.change, drawn.value)]
     return [*[first] * (k - 1), *others], scale
 
 
@@ -233,9 +232,9 @@ def margin(x: Tensor, rows: Tensor, bits: int) -> Tensor:
 def scaled(call: CodedFFN, factor: float) -> CodedFFN:
     """A call with the input multiplied by a factor, and with what grows with the input: noises, and the gated norm."""
     k = len(call.projections)
-    precision = call.precision.clone()
-    precision[:, : 2 * k - 1] *= factor
-    return call._replace(x=call.x * factor, precision=precision)
+    norms = call.norms.clone()
+    norms[:, : k - 1] *= factor
+    return call._replace(x=call.x * factor, norms=norms, noise=call.noise * factor)
 
 
 def mapped(change: Callable[[Tensor], Tensor], call: CodedFFN) -> CodedFFN:

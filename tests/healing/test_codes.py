@@ -81,11 +81,11 @@ def test_without_a_change_the_plan_is_the_old_one_to_the_bit(kind: str) -> None:
 
 
 @kinds
-def test_codes_neurons_rotations_and_precision_stay_and_all_else_changes(kind: str) -> None:
+def test_codes_neurons_rotations_norms_and_noise_stay_and_all_else_changes(kind: str) -> None:
     site = trainable(kind)
     before, after = site.entry.tensors, changed(site, 0).planned().tensors
     for name, tensor in before.items():
-        if name in ("neurons", "precision", "signs", "out_signs") or (name == "bias" and kind == "normalised"):
+        if name in ("neurons", "norms", "noise", "signs", "out_signs") or (name == "bias" and kind == "normalised"):
             assert torch.equal(tensor, after[name]), name
         elif tensor.dtype == torch.uint8:
             assert torch.equal(tensor[:, :-2], after[name][:, :-2]), name

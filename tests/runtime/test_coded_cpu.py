@@ -58,7 +58,7 @@ def test_the_kernel_agrees_with_the_reference(call: CodedFFN, threads: int) -> N
 def test_every_width_and_dtype_agrees(bits: int, dtype: torch.dtype, k: int, thresholds: str) -> None:
     widths = (bits, 9 - bits, bits, 9 - bits, bits)
     call = arguments(k=k, shape=(6,), dtype=dtype, widths=widths, activation="silu", thresholds=thresholds)
-    call.precision[:40, :k] = 0.1  # no step is lost in rounding
+    call.noise[:] = 0.1 * 200**0.5  # no step is lost in rounding
     settle(call)
     agree(call, run(call))
 
@@ -147,7 +147,7 @@ def test_infinite_and_nan_norms_and_nan_thresholds_read_everything(
 ) -> None:
     call = arguments(k=k, shape=(6,), activation=activation, relative=relative)
     if of == "norms":
-        call.precision[:40, k:] = value
+        call.norms[:40] = value
     else:
         call.thresholds[:] = value
     assert all(read.all() for read in levels(call)), "even where the gate is 0"
@@ -159,7 +159,7 @@ def test_infinite_and_nan_norms_and_nan_thresholds_read_everything(
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_a_noise_of_0_gives_no_doubt(activation: str, k: int, relative: bool) -> None:
     call = arguments(k=k, shape=(8,), listed=200, activation=activation, relative=relative)
-    call.precision[:200, :k] = 0
+    call.noise[:] = 0
     call.thresholds[:] = 0
     assert levels(call).value.any()
     assert not levels(call).row.any()
@@ -200,7 +200,7 @@ NUMBERS: dict[str, Sequence[int]] = {
 @every_k
 @pytest.mark.parametrize("name", NUMBERS)
 def test_the_kernel_refuses_by_itself_what_its_entry_lets_pass(k: int, name: str) -> None:
-    at, layout, call = 17 + list(NUMBERS).index(name), coded_op._CALL, arguments(k=k)
+    at, layout, call = 18 + list(NUMBERS).index(name), coded_op._CALL, arguments(k=k)
     for value in NUMBERS[name]:
 
         def pack(*numbers: int, value: int = value, layout: struct.Struct = layout) -> bytes:
@@ -254,7 +254,7 @@ def bound(call: CodedFFN) -> Tensor:
     z = [
         x @ (weights(base, call.bits, d) + weights(low, call.low_bits, d)).T + bias + noise + 1
         for base, low, bias, noise in zip(
-            call.projections, call.refinements, biases.T, call.precision[:listed, :k].T, strict=True
+            call.projections, call.refinements, biases.T, coded_reference.noises(call, torch.float64), strict=True
         )
     ]
     values = math.prod(z[1:], start=z[0].square() if call.activation == "relu2" else z[0])

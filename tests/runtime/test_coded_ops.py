@@ -118,7 +118,7 @@ def test_reading_everything_gives_the_dense_ffn_of_the_refined_weights(call: Cod
 
 @given(call=calls())
 def test_reading_nothing_gives_the_bias_and_the_fold(call: CodedFFN) -> None:
-    call.precision[:, len(call.projections) :] = 0
+    call.norms[:] = 0
     call.thresholds[:] = 0
     assert not any(read.any() for read in levels(call))
     torch.testing.assert_close(exact(call), (call.bias + folded(call)).expand(exact(call).shape), rtol=1e-9, atol=1e-9)
@@ -212,7 +212,7 @@ def test_entries_after_the_listed_neurons_are_not_read(k: int) -> None:
     expected = run(call)
     assert expected.isfinite().all()
     assert not torch.allclose(run(call._replace(listed=call.listed - 1)), expected)
-    for name in ("columns", "column_refinements", "biases", "precision", "surrogate"):
+    for name in ("columns", "column_refinements", "biases", "norms", "surrogate"):
         getattr(call, name)[20:] = 77
     for rows in (*call.projections, *call.refinements):
         rows[20:] = 77

@@ -26,8 +26,8 @@ def row(tensor: Tensor | None) -> int:
 
 def fixed(call: CodedFFN) -> int:
     """Bytes that every token touches."""
-    of_neuron = row(call.precision) + row(call.biases) + row(call.surrogate) + row(call.projections[0])
-    tensors = (call.fold, call.bias, call.signs, call.out_signs, call.thresholds)
+    of_neuron = row(call.norms) + row(call.biases) + row(call.surrogate) + row(call.projections[0])
+    tensors = (call.fold, call.bias, call.signs, call.out_signs, call.noise, call.thresholds)
     return int(call.listed) * of_neuron + sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 

@@ -45,15 +45,15 @@ bool supported(const Call& call) {
          (listed == 0 || call.hidden >= 1);
 }
 
-struct CodedCall {  // coded_op.py packs it: seventeen pointers and fourteen integers
+struct CodedCall {  // coded_op.py packs it: eighteen pointers and fourteen integers
   void* out;
   const void *x, *bias;
   const int8_t *signs, *out_signs;
   const int64_t* listed;
   const uint8_t *projections[MOST_PROJECTIONS], *refinements[MOST_PROJECTIONS], *columns, *column_refinements;
-  const float* biases;         // [capacity, k] or null
-  const Bfloat16* precision;   // [capacity, 3 or 5]
-  const float* thresholds;     // [k + 2]
+  const void* biases;          // [capacity, k], of the dtype of x, or null
+  const Bfloat16* norms;       // [capacity, k]
+  const float *noise, *thresholds;  // [k], [k + 2]
   const Bfloat16* surrogate;   // [capacity, k + 1] or null
   const uint8_t* fold;         // or null
   int64_t k, tokens, d, d_out, capacity, bits, low_bits, column_bits, column_low_bits, fold_bits, activation, relative, dtype,

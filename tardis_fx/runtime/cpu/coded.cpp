@@ -32,6 +32,7 @@ struct Matrix {
   int64_t blocks() const { return (columns + BLOCK - 1) / BLOCK; }
   int64_t bytes() const { return blocks() * bits * (BLOCK / 8) + int64_t(sizeof(Half)); }
   const uint8_t* row(int64_t number) const { return rows + number * bytes(); }
+  float scale(int64_t number) const { return to_float(read<Half>(row(number + 1) - sizeof(Half))); }
   void prefetch(int64_t number) const { ::prefetch(row(number), bytes()); }
 };
 
@@ -110,6 +111,20 @@ void add_estimates(const Matrix& matrix, int64_t row, const Inputs& x, int64_t t
 
 // ---- A neuron.
 
+struct Matrices {
+  Matrix projections[MOST_PROJECTIONS], refinements[MOST_PROJECTIONS], columns, column_refinements, fold;
+
+  explicit Matrices(const CodedCall& call)
+      : columns{call.columns, call.d_out, call.column_bits},
+        column_refinements{call.column_refinements, call.d_out, call.column_low_bits},
+        fold{call.fold, call.d, call.fold_bits} {
+    for (int i = 0; i < call.k; ++i) {
+      projections[i] = {call.projections[i], call.d, call.bits};
+      refinements[i] = {call.refinements[i], call.d, call.low_bits};
+    }
+  }
+};
+
 // What the contributions of parts are compared with, for each token: thresholds times the token's scale.
 struct Limits {
   double up[TOKENS], value[TOKENS], row[TOKENS], column[TOKENS];
@@ -133,22 +148,24 @@ bool exceeds(double contribution, double limit) { return !(contribution <= limit
 // Whether first estimates alone decide something: where to read `up`, or the scales.
 bool decides_by_first(const CodedCall& call) { return call.k > 1 || call.relative; }
 
+float bias(const CodedCall& call, int64_t number) {
+  if (call.dtype == 0) return ((const float*)call.biases)[number];
+  return call.dtype == 1 ? to_float(((const Bfloat16*)call.biases)[number]) : to_float(((const Half*)call.biases)[number]);
+}
+
 // What is known of a neuron in each step. In masks, bit t stands for token t; their names are those of `Levels`.
 struct Neuron {
   int64_t position;
-  float noises[MOST_PROJECTIONS], first_norm, norm, column_noise, surrogate[MOST_PROJECTIONS + 1];
+  float first_norm, norm, surrogate[MOST_PROJECTIONS + 1];
   float z[MOST_PROJECTIONS][TOKENS], active[TOKENS];  // `active` is the activation of the first estimate
   uint32_t up, value, row, column;
 
   Neuron() = default;
   Neuron(const CodedCall& call, int64_t position) : position(position), z{}, up(0), value(0), row(0), column(0) {
-    const Bfloat16* next = call.precision + position * (call.k == 1 ? 3 : 5);
-    for (int i = 0; i < call.k; ++i) noises[i] = to_float(*next++);
-    first_norm = to_float(*next);
-    norm = to_float(next[call.k - 1]);
-    column_noise = to_float(next[call.k]);
+    first_norm = to_float(call.norms[position * call.k]);
+    norm = to_float(call.norms[position * call.k + call.k - 1]);
     for (int i = 0; call.surrogate && i <= call.k; ++i) surrogate[i] = to_float(call.surrogate[position * (call.k + 1) + i]);
-    for (int i = 0; call.biases && i < call.k; ++i) std::fill_n(z[i], call.tokens, call.biases[position * call.k + i]);
+    for (int i = 0; call.biases && i < call.k; ++i) std::fill_n(z[i], call.tokens, bias(call, position * call.k + i));
   }
 
   // The response to k pre-activations minus the surrogate; `active` is the activation of the first.
@@ -163,7 +180,9 @@ struct Neuron {
   double first(int64_t t) const { return double(std::fabs(active[t])) * first_norm; }
 
   // Sets the levels after `up` for the tokens of `up`. Squares are double, because those of floats overflow.
-  void choose_levels(const CodedCall& call, const Limits& limits) {
+  void choose_levels(const CodedCall& call, const Matrices& of, const Limits& limits) {
+    float noises[MOST_PROJECTIONS];
+    for (int i = 0; i < call.k; ++i) noises[i] = of.projections[i].scale(position) * call.noise[i];
     for (int64_t t = 0; t < call.tokens; ++t) {
       if (!(up >> t & 1)) continue;
       const float at[] = {z[0][t], z[1][t]};
@@ -181,26 +200,12 @@ struct Neuron {
       if (!exceeds(std::sqrt(value_here * value_here + square) * norm, limits.value[t])) continue;
       value |= 1u << t;
       row |= uint32_t(exceeds(std::sqrt(square) * norm, limits.row[t])) << t;
-      column |= uint32_t(exceeds(std::fabs(value_here) * column_noise, limits.column[t])) << t;
+      column |= uint32_t(exceeds(std::fabs(value_here) * norm, limits.column[t])) << t;
     }
   }
 };
 
 // ---- The op.
-
-struct Matrices {
-  Matrix projections[MOST_PROJECTIONS], refinements[MOST_PROJECTIONS], columns, column_refinements, fold;
-
-  explicit Matrices(const CodedCall& call)
-      : columns{call.columns, call.d_out, call.column_bits},
-        column_refinements{call.column_refinements, call.d_out, call.column_low_bits},
-        fold{call.fold, call.d, call.fold_bits} {
-    for (int i = 0; i < call.k; ++i) {
-      projections[i] = {call.projections[i], call.d, call.bits};
-      refinements[i] = {call.refinements[i], call.d, call.low_bits};
-    }
-  }
-};
 
 // Sets a batch to the neurons from `begin` to `end`, with their first estimates, and the activations of those if something
 // is decided by them alone. Activations branch: in a loop of their own they do not delay estimates.
@@ -255,7 +260,7 @@ void add_neurons(const CodedCall& call, const Matrices& of, const Inputs& x, con
     Neuron& neuron = neurons[i];
     if (!neuron.up) continue;
     if (call.k > 1) add_estimates(of.projections[1], neuron.position, x, tokens, neuron.up, neuron.z[1]);
-    neuron.choose_levels(call, limits);
+    neuron.choose_levels(call, of, limits);
     for (int k = 0; k < call.k && neuron.row; ++k) of.refinements[k].prefetch(neuron.position);
     if (neuron.value) of.columns.prefetch(neuron.position);
     if (neuron.column) of.column_refinements.prefetch(neuron.position);

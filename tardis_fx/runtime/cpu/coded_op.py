@@ -12,7 +12,7 @@ from tardis_fx.runtime.coded_arguments import check, check_listed
 from tardis_fx.runtime.correction import DTYPE_NUMBERS
 from tardis_fx.runtime.cpu import build as cpu_build
 
-_CALL = struct.Struct("31q")  # the kernel's argument: seventeen pointers and fourteen integers
+_CALL = struct.Struct("32q")  # the kernel's argument: eighteen pointers and fourteen integers
 
 
 def coded_ffn(call: CodedFFN) -> Float[Tensor, "*tokens d_out"]:
@@ -30,7 +30,7 @@ def coded_ffn(call: CodedFFN) -> Float[Tensor, "*tokens d_out"]:
     out = call.x.new_empty((*call.x.shape[:-1], call.bias.shape[0]))
     rows = [call.projections[0], call.projections[-1], call.refinements[0], call.refinements[-1]]
     rows += [call.columns, call.column_refinements]
-    others = [call.biases, call.precision, call.thresholds, call.surrogate, call.fold]
+    others = [call.biases, call.norms, call.noise, call.thresholds, call.surrogate, call.fold]
     # Bound to a name, because copies must outlive the call.
     tensors = [
         None if tensor is None else tensor.contiguous()
