@@ -120,17 +120,20 @@ class Candidate:
         return {**self.widths._asdict(), "activation": str(site.activation), "relative": int(site.normalised)}
 
     def call(self, x: Float32[Tensor, "tokens d"]) -> CodedFFN:
-        """The call of the op for tokens, with a bias of zeros, and a fold of zeros if none is fitted."""
+        """The call of the op for tokens, with a bias of zeros, and a fold of zeros if none is fitted.
+
+        Biases have the dtype of the weights, so that the bytes are those of the plan.
+        """
         weights, d = self.coding.site.weights, x.shape[1]
         d_out = len(weights.down)
-        tensors = self.tensors | {"bias": torch.zeros(d_out, dtype=x.dtype, device=x.device)}
+        tensors = self.tensors | {"bias": torch.zeros(d_out, dtype=weights.up.dtype, device=x.device)}
         if self.widths.fold_bits and "fold" not in tensors:
             size = tables.row_bytes(d, self.widths.fold_bits)
             tensors["fold"] = torch.zeros(d_out, size, dtype=torch.uint8, device=x.device)
         neurons = tensors["neurons"].long()
         tensors["listed"] = torch.tensor([len(neurons)], dtype=torch.int64, device=x.device)
         biases = [None if bias is None else bias.cpu()[neurons] for _, bias in weights.projections.values()]
-        tensors |= coded_biases(biases, len(neurons), x)
+        tensors |= coded_biases(biases, len(neurons), weights.up)
         return coded_call(x, tensors, self.settings)
 
     def __call__(self, x: Float32[Tensor, "tokens d"]) -> Float32[Tensor, "tokens d_out"]:

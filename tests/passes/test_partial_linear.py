@@ -45,7 +45,8 @@ def plan_of(model: nn.Module, xs: Sequence[Tensor], budget: float) -> SitePlan:
 
 
 def replacement(model: nn.Module, plan: SitePlan) -> Callable[[Tensor], Tensor]:
-    (site,) = BatchObservation(model, [inputs(8, D)], progress=False).sites
+    x = inputs(8, D).to(next(model.parameters()).dtype)
+    (site,) = BatchObservation(model, [x], progress=False).sites
     PartialLinear().validate(plan, site.weights)
     return PartialLinear().replacement(plan, site.weights)
 
@@ -69,8 +70,10 @@ def test_the_error_falls_as_bytes_grow_and_is_that_of_the_output(gated: bool, bi
 
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("normalised", [False, True])
-def test_touched_bytes_are_those_that_the_op_counts(gated: bool, normalised: bool) -> None:
-    model, xs = Normalised(gated=gated).eval() if normalised else model_of(gated=gated), batches(8, d=D)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_touched_bytes_are_those_that_the_op_counts(gated: bool, normalised: bool, dtype: torch.dtype) -> None:
+    model = (Normalised(gated=gated).eval() if normalised else model_of(gated=gated)).to(dtype)
+    xs = [x.to(dtype) for x in batches(8, d=D)]
     plan = plan_of(model, xs, 0.16)
     assert plan.settings["relative"] == normalised
     rewritten = replacement(model, plan)
