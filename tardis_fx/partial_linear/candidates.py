@@ -90,7 +90,7 @@ class Candidate:
         return replace(self, tensors=tensors, bias=bias)._measured(rest - bias, influence)
 
     def refitted(self) -> "Candidate":
-        """With columns, fold and bias fitted to all tokens that are kept, if less of held-back ones is missed then.
+        """With columns, fold and bias fitted to more tokens, if less of held-back ones is missed then.
 
         Raises:
             CalibrationError: sums over the tokens overflow.

@@ -12,12 +12,15 @@ import torch
 from jaxtyping import Float32
 from torch import Tensor
 
+from tardis_fx.observation.site import thinned
 from tardis_fx.partial_linear.coding import TOGETHER, Coding, token_weights
 from tardis_fx.partial_linear.precision import Widths
 from tardis_fx.quantisation import Feedback, code_columns, factor
 from tardis_fx.runtime.rotation import rotate, rotate_back
 from tardis_fx.statistics.regression import RIDGE
 
+#: Tokens for each term of the regression, at most: more improve little, and take as much longer.
+PER_TERM = 4
 #: What the neurons of a site add for tokens.
 Values = Callable[[Float32[Tensor, "tokens d"]], Float32[Tensor, "tokens listed"]]
 
@@ -32,7 +35,7 @@ def refit(
     """Fits columns, the fold if there is one, and the bias unless there is none and the output is normalised.
 
     Args:
-        coding: of the site; all its tokens are used.
+        coding: of the site, with the tokens.
         widths: of the codes.
         columns: those of down, for the listed neurons.
         bias: of the output, so far.
@@ -50,7 +53,8 @@ def refit(
     gram = torch.zeros(others + listed, others + listed, dtype=torch.float64, device="cpu")
     cross = torch.zeros(len(gram), len(bias), dtype=torch.float64, device="cpu")
     total = 0.0
-    for x in coding.tokens.split(TOGETHER):
+    tokens = thinned(coding.tokens, PER_TERM * len(gram))
+    for x in tokens.split(TOGETHER):
         exact, added = coding.outputs(x), values(x)
         weight = token_weights(exact)
         terms = torch.cat([torch.ones_like(x[:, :constant]), x[:, :inputs], added], 1)
@@ -61,7 +65,7 @@ def refit(
     diagonal = gram.diagonal()
     if inputs:
         ridge[constant:others] = RIDGE * (diagonal - gram[0].square() / total)[constant:others].mean()
-    ridge[others:] = listed / max(1, len(coding.tokens)) * diagonal[others:].mean()
+    ridge[others:] = listed / max(1, len(tokens)) * diagonal[others:].mean()
     diagonal += ridge  # of the Gram matrix, in place
     lower = factor(gram, damping=0.0)
     wanted = columns + torch.cholesky_solve(cross, lower)[others:].float()

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tardis_fx.partial_linear import refit as module
 from tardis_fx.partial_linear.candidates import Candidate
 from tardis_fx.partial_linear.coding import Coding, CodingObserver
 from tardis_fx.partial_linear.precision import Widths
@@ -23,6 +24,12 @@ D, HIDDEN = 32, 64
 
 def model_of(*, gated: bool, activation: str = "gelu", hidden: int = HIDDEN) -> FFN | GatedFFN:
     return (gated_ffn if gated else ffn)(D, hidden, activation)
+
+
+@pytest.fixture(autouse=True)
+def all_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every token that is kept is used, as for regressions of many terms."""
+    monkeypatch.setattr(module, "PER_TERM", 10**6)
 
 
 def coding_of(model: FFN | GatedFFN, tokens: int = 2048) -> Coding:
