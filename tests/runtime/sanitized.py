@@ -98,7 +98,7 @@ def one_token_more(pack: Callable[..., bytes], at: int, *numbers: int) -> bytes:
 #: By op: how a call is drawn, how it is called on some tokens, its module, and where it tells the number of tokens.
 OPS: dict[str, tuple[Any, Any, Any, int]] = {
     "correct": (drawn, correct, cpu, 16),
-    "coded_ffn": (drawn_in_codes, coded_ffn, coded_op, 18),
+    "coded_ffn": (drawn_in_codes, coded_ffn, coded_op, 19),
 }
 
 
