@@ -3,6 +3,7 @@
 Used for the predictor, the folded weight and the rows that corrections read.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -142,22 +143,26 @@ def factor(gram: Float[Tensor, "d d"], *, damping: float = DAMPING, upper: bool 
     Raises:
         CalibrationError: an entry is NaN or infinite.
     """
-    damped = gram.double().clone()
-    if not torch.isfinite(damped).all():
+    if not torch.isfinite(gram).all():
         raise CalibrationError(f"sums over the tokens overflow: a Gram matrix of {len(gram):,} columns is not finite")
+    damped = gram.double()
     diagonal = damped.diagonal()
-    diagonal[diagonal == 0] = 1
-    mean = float(diagonal.mean())
-    if mean <= 0:
-        mean = float(diagonal.abs().mean())
-    step = damping * mean
-    while True:
-        diagonal.add_(step)
-        triangle: Tensor
-        triangle, failed = torch.linalg.cholesky_ex(damped, upper=upper)
-        if not failed:
-            return triangle
-        step = max(10 * step, 1e-12 * mean)
+    own = diagonal.clone()
+    try:
+        diagonal[diagonal == 0] = 1
+        mean = float(diagonal.mean())
+        if mean <= 0:
+            mean = float(diagonal.abs().mean())
+        step = damping * mean
+        while True:
+            diagonal.add_(step)
+            triangle: Tensor
+            triangle, failed = torch.linalg.cholesky_ex(damped, upper=upper)
+            if not failed:
+                return triangle
+            step = max(10 * step, 1e-12 * mean)
+    finally:
+        diagonal.copy_(own)  # the matrix may be the caller's: a copy takes much memory
 
 
 def _range(block: Float[Tensor, "rows group"], bits: int) -> tuple[Float[Tensor, " rows"], Float[Tensor, " rows"]]:
@@ -188,11 +193,12 @@ class Feedback:
 
     Attributes:
         order: the columns, most active first (GPTQ's "act-order").
-        upper: Cholesky factor of the inverse of the damped Gram matrix in that order, up to a factor.
+        upper: Cholesky factor of the inverse of the damped Gram matrix in that order, up to a factor: rows of at most
+            :data:`BLOCK` columns together, each from the diagonal block on.
     """
 
     order: Int64[Tensor, " columns"]
-    upper: Float32[Tensor, "columns columns"]
+    upper: Sequence[Float32[Tensor, "_ _"]]
 
     @classmethod
     def from_gram(cls, gram: Float[Tensor, "columns columns"], damping: float = 10 * DAMPING) -> "Feedback":
@@ -201,12 +207,18 @@ class Feedback:
         Raises:
             CalibrationError: an entry is NaN or infinite.
         """
-        order = gram.diagonal().argsort(descending=True)
-        # The factor of the matrix in reverse order is, reversed, R with R Rᵀ the matrix; R⁻¹ is what is wanted.
-        reverse = factor(gram[order][:, order].flip(0, 1), damping=damping).flip(0, 1)
+        rising = gram.diagonal().argsort()
+        return cls.from_factor(rising, factor(gram[rising[:, None], rising], damping=damping))
+
+    @classmethod
+    def from_factor(cls, rising: Int64[Tensor, " columns"], lower: Float64[Tensor, "columns columns"]) -> "Feedback":
+        """From the Cholesky factor of a Gram matrix whose columns are in the order ``rising``, least active first."""
+        order, reverse = rising.flip(0), lower.flip(0, 1)  # R with R Rᵀ the matrix in ``order``; R⁻¹ is what is wanted
         reverse = (reverse / reverse.diagonal().mean()).float()
         identity = torch.eye(len(order), dtype=reverse.dtype, device=reverse.device)
-        return cls(order, torch.linalg.solve_triangular(reverse, identity, upper=True))
+        upper = torch.linalg.solve_triangular(reverse, identity, upper=True)
+        starts = range(0, len(order), BLOCK)
+        return cls(order, [upper[start : start + BLOCK, start:].clone() for start in starts])
 
 
 @dataclass(frozen=True)
@@ -267,18 +279,18 @@ def _round_in_turn(
     steps = scale.float().clamp(min=torch.finfo(torch.float16).tiny).expand(turns, others)
     if feedback is None:
         return torch.bucketize((weight / steps).contiguous(), middles).to(torch.uint8)
-    rest, steps, upper = weight[feedback.order].contiguous(), steps[feedback.order], feedback.upper
+    rest, steps = weight[feedback.order].contiguous(), steps[feedback.order]
     codes = torch.zeros(turns, others, dtype=torch.uint8, device=weight.device)
-    for start in range(0, turns, BLOCK):
-        stop = min(start + BLOCK, turns)
-        block, errors = rest[start:stop], torch.zeros_like(rest[start:stop])
-        for i in range(stop - start):
-            step, row = steps[start + i], upper[start + i, start + i : stop]
+    for start, upper in zip(range(0, turns, BLOCK), feedback.upper, strict=True):
+        size = len(upper)
+        block, errors = rest[start : start + size], torch.zeros_like(rest[start : start + size])
+        for i in range(size):
+            step, row = steps[start + i], upper[i, i:size]
             code = torch.bucketize(block[i] / step, middles, out_int32=True)
             codes[start + i] = code
             errors[i] = (block[i] - torch.index_select(levels, 0, code) * step) / row[0]
             block[i:].addr_(row, errors[i], alpha=-1)
-        rest[stop:] -= upper[start:stop, stop:].T @ errors
+        rest[start + size :] -= upper[:, size:].T @ errors
     return codes[feedback.order.argsort()]
 
 

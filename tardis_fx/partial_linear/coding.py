@@ -1,5 +1,6 @@
 """The codes of a site's matrices, from one run: Gram matrices of the operands, and samples of tokens."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,11 +16,13 @@ from tardis_fx.runtime.rotation import random_signs, rotate, rotate_back
 from tardis_fx.statistics.moments import Moments
 from tardis_fx.statistics.neurons import Neurons
 
-#: Tokens that the samples of fitted and of held-back tokens have at most, and at least half of, if there are so many.
+#: Tokens that the samples of fitted and of held-back tokens have at most.
 SAMPLE, HELD = 2048, 512
 #: Columns and fold are regressed on kept tokens: so many for each column of the projections, fewer if they have more
 #: numbers, but no fewer than 4 each.
 PER_COLUMN, NUMBERS, LEAST_PER_COLUMN = 32, 2**23, 4
+#: A sample is thinned when it has so many times its tokens.
+MARGIN = 1.25
 #: Tokens whose outputs are computed together.
 TOGETHER = 2048
 #: Squared outputs below this share of their median weigh no more.
@@ -29,7 +32,7 @@ LEAST = 0.1
 class CodingObserver:
     """Observer of the operands' Gram matrices and of samples of tokens.
 
-    Memory: d² + h² float64, and twice the kept and held-back tokens in float32.
+    Memory: d² + h² float64, and 5/4 of the kept and held-back tokens in float32.
     """
 
     merged: ClassVar[Mapping[str, Merge]] = {
@@ -61,14 +64,15 @@ class Sample:
     merged: ClassVar[Mapping[str, Merge]] = {"parts": "joined"}
 
     def __init__(self, most: int) -> None:
-        self._most, self._every = most, 1
+        self._most, self._share = most, 1.0
         self.parts: list[Float32[Tensor, "tokens d"]] = []
 
     def update(self, x: Float32[Tensor, "tokens d"]) -> None:
         """Adds tokens."""
-        self.parts.append(thinned(x, -(-len(x) // self._every)).clone())
-        if sum(map(len, self.parts)) > 2 * self._most:
-            self.parts, self._every = [thinned(torch.cat(self.parts), self._most)], 2 * self._every
+        self.parts.append(thinned(x, math.ceil(self._share * len(x))).clone())
+        kept = sum(map(len, self.parts))
+        if kept > MARGIN * self._most:
+            self.parts, self._share = [thinned(torch.cat(self.parts), self._most)], self._share * self._most / kept
 
     @property
     def tokens(self) -> Float32[Tensor, "tokens d"]:

@@ -7,9 +7,10 @@ the number of tokens for each column.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
-from jaxtyping import Float32
+from jaxtyping import Float32, Float64
 from torch import Tensor
 
 from tardis_fx.observation.site import thinned
@@ -17,6 +18,7 @@ from tardis_fx.partial_linear.coding import TOGETHER, Coding, token_weights
 from tardis_fx.partial_linear.precision import Widths
 from tardis_fx.quantisation import Feedback, code_columns, factor
 from tardis_fx.runtime.rotation import rotate, rotate_back
+from tardis_fx.statistics.moments import Moments
 from tardis_fx.statistics.regression import RIDGE
 
 #: Tokens for each term of the regression, at most: more improve little, and take as much longer.
@@ -47,40 +49,72 @@ def refit(
     Raises:
         CalibrationError: sums over the tokens overflow.
     """
-    constant = int(widths.fold_bits > 0 or not coding.site.site.normalised)
     inputs = coding.tokens.shape[1] if widths.fold_bits else 0
-    others, listed = constant + inputs, len(columns)  # terms that are not values come first
-    gram = torch.zeros(others + listed, others + listed, dtype=torch.float64, device="cpu")
-    cross = torch.zeros(len(gram), len(bias), dtype=torch.float64, device="cpu")
-    total = 0.0
-    tokens = thinned(coding.tokens, PER_TERM * len(gram))
-    for x in tokens.split(TOGETHER):
-        exact, added = coding.outputs(x), values(x)
-        weight = token_weights(exact)
-        terms = torch.cat([torch.ones_like(x[:, :constant]), x[:, :inputs], added], 1)
-        gram += (weight * terms).T @ terms
-        cross += (weight * terms).T @ (exact - bias - added @ columns)
-        total += float(weight.sum())
-    ridge = torch.zeros(len(gram), dtype=torch.float64, device="cpu")
+    constant = inputs > 0 or not coding.site.site.normalised
+    tokens = thinned(coding.tokens, PER_TERM * (inputs + len(columns)))
+    sums = _sums(coding, tokens, inputs, columns, bias, values)
+    gram, crossed = sums.gram, sums.crossed
+    ridge = len(columns) / max(1, len(tokens)) * gram.diagonal()[inputs:].mean()
+    if constant:
+        gram.addr_(sums.terms, sums.terms / sums.weight, alpha=-1)
+        crossed.addr_(sums.terms, sums.rest / sums.weight, alpha=-1)
     diagonal = gram.diagonal()
-    if inputs:
-        ridge[constant:others] = RIDGE * (diagonal - gram[0].square() / total)[constant:others].mean()
-    ridge[others:] = listed / max(1, len(tokens)) * diagonal[others:].mean()
-    diagonal += ridge  # of the Gram matrix, in place
-    lower = factor(gram, damping=0.0)
-    wanted = columns + torch.cholesky_solve(cross, lower)[others:].float()
-    # What the other terms leave of the values: the Schur complement of their block.
-    left = lower[others:, others:] @ lower[others:, others:].T
-    left.diagonal().sub_(ridge[others:]).clamp_(min=0)
-    feedback, rotated = Feedback.from_gram(left), rotate(wanted, coding.out_signs)
+    diagonal[:inputs] += RIDGE * diagonal[:inputs].mean()
+    diagonal[inputs:] += ridge
+    rising = diagonal[inputs:].argsort()
+    order = torch.cat([torch.arange(inputs, dtype=torch.int64, device="cpu"), inputs + rising])
+    lower = factor(gram[order[:, None], order], damping=0.0)
+    wanted = columns.clone()
+    wanted[rising] += torch.cholesky_solve(crossed[order], lower)[inputs:].float()
+    # The last block of the factor is that of what the inputs leave of the values.
+    feedback, rotated = Feedback.from_factor(rising, lower[inputs:, inputs:]), rotate(wanted, coding.out_signs)
     base = code_columns(rotated, feedback, widths.column_bits)
     refinement = code_columns(rotated - base.weight, feedback, widths.column_low_bits)
     tensors = {"columns": base.rows, "columns_refinement": refinement.rows}
-    change = rotate_back(base.weight + refinement.weight, coding.out_signs) - columns
-    rest = cross[:others] - gram[:others, others:] @ change.double()
+    fitted = rotate_back(base.weight + refinement.weight, coding.out_signs) - columns
     if inputs:
-        weight = torch.cholesky_solve(rest, lower[:others, :others])[constant:].T
-        fold = coding.fold(weight, widths.fold_bits)
-        rest = rest - gram[:others, constant:others] @ coding.folded(fold).double().T
+        rest = crossed[:inputs] - gram[:inputs, inputs:] @ fitted.double()
+        fold = coding.fold(torch.cholesky_solve(rest, lower[:inputs, :inputs]).T, widths.fold_bits)
+        fitted = torch.cat([coding.folded(fold).T, fitted])
         tensors["fold"] = fold.rows
-    return tensors, bias + (rest[0] / total).float() if constant else bias
+    rest = sums.rest - fitted.double().T @ sums.terms
+    return tensors, bias + (rest / sums.weight).float() if constant else bias
+
+
+class _Sums(NamedTuple):
+    """Sums over tokens, as often as their weights say.
+
+    Attributes:
+        weight: of all tokens.
+        terms: inputs, if there is a fold, and then values.
+        gram: of the terms.
+        crossed: products of the terms with what is left of the output.
+        rest: what is left of the output.
+    """
+
+    weight: float
+    terms: Float64[Tensor, " terms"]
+    gram: Float64[Tensor, "terms terms"]
+    crossed: Float64[Tensor, "terms d_out"]
+    rest: Float64[Tensor, " d_out"]
+
+
+def _sums(
+    coding: Coding,
+    tokens: Float32[Tensor, "tokens d"],
+    inputs: int,
+    columns: Float32[Tensor, "listed d_out"],
+    bias: Float32[Tensor, " d_out"],
+    values: Values,
+) -> _Sums:
+    moments = Moments(inputs + len(columns))
+    crossed = torch.zeros(len(moments.total), len(bias), dtype=torch.float64, device="cpu")
+    left = torch.zeros(len(bias), dtype=torch.float64, device="cpu")
+    for x in tokens.split(TOGETHER):
+        exact, added = coding.outputs(x), values(x)
+        terms, weight = torch.cat([x[:, :inputs], added], 1), token_weights(exact)
+        rest = weight * (exact - bias - added @ columns)
+        moments.update(terms, weight)
+        crossed += terms.T @ rest
+        left += rest.sum(0)
+    return _Sums(moments.tokens, moments.total, moments.gram, crossed, left)

@@ -4,6 +4,7 @@ Products within a batch are float32, and sums over batches float64, so that roun
 of batches or on the number of processes.
 """
 
+import math
 from collections.abc import Mapping
 from typing import ClassVar
 
@@ -22,15 +23,16 @@ ROUNDING = 1e-12
 class Moments:
     """Number, sum and Gram matrix of a site's inputs.
 
-    Memory: d² float64.
+    Memory: d² / 2 float64, and d² while the Gram matrix is made.
     """
 
-    merged: ClassVar[Mapping[str, Merge]] = {"tokens": "sum", "total": "sum", "_lower": "sum"}
+    merged: ClassVar[Mapping[str, Merge]] = {"tokens": "sum", "total": "sum", "_products": "sum"}
 
     def __init__(self, d: int) -> None:
         self.tokens = 0.0
         self.total = torch.zeros(d, dtype=torch.float64, device="cpu")
-        self._lower = torch.zeros(d, d, dtype=torch.float64, device="cpu")  # by blocks; the rest is not computed
+        # Of the Gram matrix, BLOCK columns after BLOCK columns, each from the diagonal block on down.
+        self._products = torch.zeros(sum(map(math.prod, _shapes(d))), dtype=torch.float64, device="cpu")
 
     def update(self, x: Float[Tensor, "tokens d"], weight: Float[Tensor, "tokens 1"] | None = None) -> None:
         """Adds tokens, each as often as its weight says; None is 1."""
@@ -39,15 +41,22 @@ class Moments:
         self.total += weighted.sum(0, dtype=torch.float64)
         x = precise(x)
         weighted = x if weight is None else weight * x
-        for start in range(0, x.shape[1], BLOCK):
-            block = slice(start, start + BLOCK)
-            self._lower[start:, block] += x[:, start:].T @ weighted[:, block]
+        for block in self._blocks:
+            start = x.shape[1] - len(block)
+            block += x[:, start:].T @ weighted[:, start : start + BLOCK]
 
     @property
     def gram(self) -> Float64[Tensor, "d d"]:
         """Sum of x xᵀ, each as often as its weight says."""
-        lower = self._lower.tril()
-        return lower + lower.tril(-1).T
+        gram = torch.empty(len(self.total), len(self.total), dtype=torch.float64, device="cpu")
+        for block in self._blocks:
+            start = len(gram) - len(block)
+            stop = start + block.shape[1]
+            gram[stop:, start:stop] = block[BLOCK:]
+            gram[start:stop, stop:] = block[BLOCK:].T
+            lower = block[:BLOCK].tril()  # the upper triangle need not be its mirror image to the last bit
+            gram[start:stop, start:stop] = lower + lower.tril(-1).T
+        return gram
 
     @property
     def mean(self) -> Float64[Tensor, " d"]:
@@ -62,7 +71,17 @@ class Moments:
     @property
     def noise(self) -> Float64[Tensor, " d"]:
         """Possible rounding error of each variance; smaller variances carry no information."""
-        return ROUNDING * self._lower.diagonal() / self.tokens
+        return ROUNDING * torch.cat([block.diagonal() for block in self._blocks]) / self.tokens
+
+    @property
+    def _blocks(self) -> list[Float64[Tensor, "_ _"]]:
+        shapes = _shapes(len(self.total))
+        parts = self._products.split([math.prod(shape) for shape in shapes])
+        return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
+def _shapes(d: int) -> list[tuple[int, int]]:
+    return [(d - start, min(BLOCK, d - start)) for start in range(0, d, BLOCK)]
 
 
 def precise(x: Float[Tensor, "tokens d"]) -> Float[Tensor, "tokens d"]:
