@@ -1,4 +1,4 @@
-"""The codes of a site's matrices, from one run: Gram matrices of the operands, and samples of tokens."""
+"""The codes of a site's matrices, from a sample of its tokens."""
 
 import math
 from collections.abc import Mapping
@@ -16,10 +16,10 @@ from tardis_fx.runtime.rotation import random_signs, rotate, rotate_back
 from tardis_fx.statistics.moments import Moments
 from tardis_fx.statistics.neurons import Neurons
 
-#: Tokens that the samples of fitted and of held-back tokens have at most.
+#: Tokens that what is read is chosen on, and held-back tokens, at most.
 SAMPLE, HELD = 2048, 512
-#: Columns and fold are regressed on kept tokens: so many for each column of the projections, fewer if they have more
-#: numbers, but no fewer than 4 each.
+#: Tokens that codes and regressions are fitted to, at most: so many for each column of the projections, fewer if they
+#: have more numbers, but no fewer than 4 each.
 PER_COLUMN, NUMBERS, LEAST_PER_COLUMN = 32, 2**23, 4
 #: A sample is thinned when it has so many times its tokens.
 MARGIN = 1.25
@@ -30,32 +30,23 @@ LEAST = 0.1
 
 
 class CodingObserver:
-    """Observer of the operands' Gram matrices and of samples of tokens.
+    """Observer of samples of tokens.
 
-    Memory: d² + h² float64, and 5/4 of the kept and held-back tokens in float32.
+    Memory: 5/4 of the kept and held-back tokens in float32.
     """
 
-    merged: ClassVar[Mapping[str, Merge]] = {
-        "inputs": "parts", "responses": "parts", "sample": "parts", "held": "parts",
-    }  # fmt: skip
+    merged: ClassVar[Mapping[str, Merge]] = {"sample": "parts", "held": "parts"}
 
     def __init__(self, site: ObservedSite) -> None:
-        self._site, (h, d) = site, site.weights.up.shape
-        self.inputs, self.responses = Moments(d), Moments(h)
+        d = site.weights.up.shape[1]
         most = max(SAMPLE, LEAST_PER_COLUMN * d, min(PER_COLUMN * d, NUMBERS // d))
         self.sample, self.held = Sample(most), Sample(HELD)
 
     def update(self, x: Float32[Tensor, "tokens d"]) -> None:
         """Adds tokens."""
         cut = fitted_tokens(len(x))
+        self.sample.update(x[:cut])
         self.held.update(x[cut:])
-        x = x[:cut]
-        neurons = Neurons.from_site(self._site)  # in float32, a copy of most weights
-        response = neurons.evaluate(x)[1]
-        root = token_weights(neurons.output(response)).sqrt()
-        self.inputs.update(root * x)
-        self.responses.update(root * response)
-        self.sample.update(x)
 
 
 class Sample:
@@ -111,15 +102,21 @@ class Coding:
 
     @classmethod
     def from_observer(cls, site: ObservedSite, seen: CodingObserver) -> "Coding":
-        """Factors the Gram matrices."""
-        gram = seen.inputs.gram
-        signs, out_signs = (random_signs(n, seed) for seed, n in enumerate((len(gram), len(site.weights.down))))
-        tokens, held = seen.sample.tokens, seen.held.tokens
-        sample = thinned(tokens, min(SAMPLE, max(HELD, LEAST_PER_COLUMN * len(gram))))
+        """Factors the Gram matrices of the operands."""
+        tokens, held, neurons = seen.sample.tokens, seen.held.tokens, Neurons.from_site(site)
+        h, d = site.weights.up.shape
+        inputs, responses = Moments(d), Moments(h)
+        for x in tokens.split(TOGETHER):
+            response = neurons.evaluate(x)[1]
+            weight = token_weights(neurons.output(response))
+            inputs.update(x, weight)
+            responses.update(response, weight)
+        signs, out_signs = (random_signs(n, seed) for seed, n in enumerate((d, len(neurons.down))))
+        sample = thinned(tokens, min(SAMPLE, max(HELD, LEAST_PER_COLUMN * d)))
         return cls(
             site,
-            Feedback.from_gram(rotate(rotate(gram, signs).T, signs)),
-            Feedback.from_gram(seen.responses.gram),
+            Feedback.from_gram(rotate(rotate(inputs.gram, signs).T, signs)),
+            Feedback.from_gram(responses.gram),
             signs,
             out_signs,
             tokens,
