@@ -24,7 +24,7 @@ PER_COLUMN, NUMBERS, LEAST_PER_COLUMN = 32, 2**23, 4
 #: A sample is thinned when it has so many times its tokens.
 MARGIN = 1.25
 #: Tokens whose outputs are computed together.
-TOGETHER = 2048
+TOGETHER = 1024
 #: Squared outputs below this share of their median weigh no more.
 LEAST = 0.1
 
