@@ -16,7 +16,7 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Float64, Int64
 from quality import subject_of
 from torch import Tensor
 from tqdm import tqdm
@@ -29,7 +29,7 @@ from tardis_fx.measure.tables import markdown
 from tardis_fx.partial_linear import choice, coding, refit
 from tardis_fx.partial_linear.candidates import Candidate
 from tardis_fx.passes import partial_linear
-from tardis_fx.quantisation import DAMPING, Feedback, Rows, code_columns, code_rows, factor
+from tardis_fx.quantisation import Feedback, Rows, code_columns, code_rows, factor
 from tardis_fx.runtime import rotation, tables
 
 #: Standard deviations of a Gaussian variable at which the largest of equally spaced levels has the least squared error.
@@ -63,12 +63,16 @@ def nearest() -> Iterator[None]:
         yield
 
 
-def in_order(gram: Float[Tensor, "d d"]) -> Feedback:
-    """Feedback that rounds the columns in their own order."""
-    reverse = factor(gram.flip(0, 1), damping=10 * DAMPING).flip(0, 1)
-    reverse = (reverse / reverse.diagonal().mean()).float()
-    identity = torch.eye(len(gram), dtype=reverse.dtype)
-    return Feedback(torch.arange(len(gram)), torch.linalg.solve_triangular(reverse, identity, upper=True))
+def in_order() -> AbstractContextManager[object]:
+    """Columns are rounded in their own order."""
+    from_factor = Feedback.from_factor
+
+    def ordered(rising: Int64[Tensor, " d"], lower: Float64[Tensor, "d d"]) -> Feedback:
+        own = torch.empty_like(lower)
+        own[rising[:, None], rising] = lower @ lower.T
+        return from_factor(torch.arange(len(own)).flip(0), factor(own.flip(0, 1), damping=0.0))
+
+    return mock.patch.object(Feedback, "from_factor", ordered)
 
 
 def own_columns() -> AbstractContextManager[object]:
@@ -97,7 +101,7 @@ def variants(*, gated: bool) -> dict[str, Callable[[], AbstractContextManager[ob
         "no rotation": lambda: mock.patch.object(rotation, "_transform", lambda x: x),
         "levels at equal distances": equal_levels,
         "codes rounded to nearest": nearest,
-        "columns coded in their own order": lambda: mock.patch.object(Feedback, "from_gram", in_order),
+        "columns coded in their own order": in_order,
         "the columns of down": own_columns,
         **of_kind,
     }
