@@ -7,10 +7,9 @@ the number of tokens for each column.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
-from jaxtyping import Float32, Float64
+from jaxtyping import Float32
 from torch import Tensor
 
 from tardis_fx.observation.site import thinned
@@ -18,8 +17,7 @@ from tardis_fx.partial_linear.coding import TOGETHER, Coding, token_weights
 from tardis_fx.partial_linear.precision import Widths
 from tardis_fx.quantisation import Feedback, code_columns, factor
 from tardis_fx.runtime.rotation import rotate, rotate_back
-from tardis_fx.statistics.moments import Moments
-from tardis_fx.statistics.regression import RIDGE
+from tardis_fx.statistics.regression import RIDGE, Products
 
 #: Tokens for each term of the regression, at most: more improve little, and take as much longer.
 PER_TERM = 4
@@ -52,12 +50,16 @@ def refit(
     inputs = coding.tokens.shape[1] if widths.fold_bits else 0
     constant = inputs > 0 or not coding.site.site.normalised
     tokens = thinned(coding.tokens, PER_TERM * (inputs + len(columns)))
-    sums = _sums(coding, tokens, inputs, columns, bias, values)
-    gram, crossed = sums.gram, sums.crossed
+    sums = Products(inputs + len(columns), len(bias))
+    for x in tokens.split(TOGETHER):
+        exact, added = coding.outputs(x), values(x)
+        terms = torch.cat([x[:, :inputs], added], 1)
+        sums.update(terms, exact - bias - added @ columns, exact, token_weights(exact))
+    gram, crossed, total, weight = sums.inputs.gram, sums.cross, sums.inputs.total, sums.inputs.tokens
     ridge = len(columns) / max(1, len(tokens)) * gram.diagonal()[inputs:].mean()
     if constant:
-        gram.addr_(sums.terms, sums.terms / sums.weight, alpha=-1)
-        crossed.addr_(sums.terms, sums.rest / sums.weight, alpha=-1)
+        gram.addr_(total, total / weight, alpha=-1)
+        crossed.addr_(total, sums.total / weight, alpha=-1)
     diagonal = gram.diagonal()
     diagonal[:inputs] += RIDGE * diagonal[:inputs].mean()
     diagonal[inputs:] += ridge
@@ -77,44 +79,5 @@ def refit(
         fold = coding.fold(torch.cholesky_solve(rest, lower[:inputs, :inputs]).T, widths.fold_bits)
         fitted = torch.cat([coding.folded(fold).T, fitted])
         tensors["fold"] = fold.rows
-    rest = sums.rest - fitted.double().T @ sums.terms
-    return tensors, bias + (rest / sums.weight).float() if constant else bias
-
-
-class _Sums(NamedTuple):
-    """Sums over tokens, as often as their weights say.
-
-    Attributes:
-        weight: of all tokens.
-        terms: inputs, if there is a fold, and then values.
-        gram: of the terms.
-        crossed: products of the terms with what is left of the output.
-        rest: what is left of the output.
-    """
-
-    weight: float
-    terms: Float64[Tensor, " terms"]
-    gram: Float64[Tensor, "terms terms"]
-    crossed: Float64[Tensor, "terms d_out"]
-    rest: Float64[Tensor, " d_out"]
-
-
-def _sums(
-    coding: Coding,
-    tokens: Float32[Tensor, "tokens d"],
-    inputs: int,
-    columns: Float32[Tensor, "listed d_out"],
-    bias: Float32[Tensor, " d_out"],
-    values: Values,
-) -> _Sums:
-    moments = Moments(inputs + len(columns))
-    crossed = torch.zeros(len(moments.total), len(bias), dtype=torch.float64, device="cpu")
-    left = torch.zeros(len(bias), dtype=torch.float64, device="cpu")
-    for x in tokens.split(TOGETHER):
-        exact, added = coding.outputs(x), values(x)
-        terms, weight = torch.cat([x[:, :inputs], added], 1), token_weights(exact)
-        rest = weight * (exact - bias - added @ columns)
-        moments.update(terms, weight)
-        crossed += terms.T @ rest
-        left += rest.sum(0)
-    return _Sums(moments.tokens, moments.total, moments.gram, crossed, left)
+    rest = sums.total - fitted.double().T @ total
+    return tensors, bias + (rest / weight).float() if constant else bias

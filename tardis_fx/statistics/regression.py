@@ -34,13 +34,13 @@ def minimum_ridge(shares: Float64[Tensor, " d"], noise: Float64[Tensor, " d"]) -
 class Residual:
     """Sums of a residual and the inputs, separately for fitted and held-back tokens.
 
-    Memory: 2 (d² + d d_out) float64.
+    Memory: d² + 2 d d_out float64.
     """
 
     merged: ClassVar[Mapping[str, Merge]] = {"_fitted": "parts", "_held": "parts"}
 
     def __init__(self, d: int, d_out: int) -> None:
-        self._fitted, self._held = _Half(d, d_out), _Half(d, d_out)
+        self._fitted, self._held = Products(d, d_out), Products(d, d_out)
 
     def update(
         self,
@@ -114,12 +114,15 @@ class Residual:
         return self._fitted.inputs
 
     @property
-    def _measuring(self) -> "_Half":
+    def _measuring(self) -> "Products":
         return self._held if self._held.inputs.tokens else self._fitted
 
 
-class _Half:
-    """The sums over one part of the tokens: fitted or held back."""
+class Products:
+    """Sums over tokens of products of inputs with themselves and with a residual.
+
+    Memory: d² / 2 + d d_out float64.
+    """
 
     merged: ClassVar[Mapping[str, Merge]] = {
         "inputs": "parts", "cross": "sum", "total": "sum", "square": "sum", "output_square": "sum",
@@ -139,6 +142,7 @@ class _Half:
         output: Float[Tensor, "tokens d_out"],
         weight: Float[Tensor, "tokens 1"] | None = None,
     ) -> None:
+        """Adds tokens: see :meth:`Residual.update`."""
         self.inputs.update(x, weight)
         weighted = residual if weight is None else weight * residual
         x = precise(x)
