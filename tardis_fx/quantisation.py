@@ -297,7 +297,7 @@ def _round_in_turn(
 
 
 def _scales(weight: Float32[Tensor, "rows columns"], bits: int) -> Float16[Tensor, " rows"]:
-    """Scale of each row with the least squared error; rows that fit into a cache together are three times as fast."""
+    """Scale of each row with the least squared error; parts of the rows stay in the cache."""
     rows = max(1, CACHED // weight.shape[1])
     return torch.cat([_scales_together(part, bits) for part in weight.split(rows)])
 

@@ -117,7 +117,7 @@ def within_memory(settled: Iterable[Settled]) -> Iterator[dict[str, list[Settled
     group: dict[str, list[Settled]] = {}
     total = 0
     for site in settled:
-        size = 16 * (site.draft.neurons.projections[0].shape[1] + len(site.copied)) ** 2
+        size = 8 * (site.draft.neurons.projections[0].shape[1] + len(site.copied)) ** 2
         if group and total + size > MEMORY:
             yield group
             group, total = {}, 0

@@ -79,7 +79,7 @@ def test_sites_whose_sums_do_not_fit_in_memory_take_runs_of_their_own(monkeypatc
         return shown(self, run)
 
     monkeypatch.setattr(SiteObservation, "_shown", counted)
-    sizes = [16 * (D + len(plan.tensors["neurons"])) ** 2 for plan in together]
+    sizes = [8 * (D + len(plan.tensors["neurons"])) ** 2 for plan in together]
     for memory, sites in ((sum(sizes), [3]), (sum(sizes[:2]), [2, 1]), (1, [1, 1, 1])):
         runs.clear()
         monkeypatch.setattr(residuals, "MEMORY", memory)
