@@ -82,13 +82,13 @@ def minilm() -> Subject:
     return encoder("all-MiniLM-L6-v2, bfloat16", model.bfloat16(), calibration, text, embed)
 
 
-def whisper(size: str) -> Subject:
-    """Whisper, calibrated on 64 clips, measured on 32 others; it predicts the tokens of its own transcripts."""
+def whisper(size: str, measured: int) -> Subject:
+    """Whisper, calibrated on 64 clips, measured on others; it predicts the tokens of its own transcripts."""
     from clips import batches, clips, logits, targets
     from whisper_weights import load
 
     model, _ = load(size, torch.bfloat16)
-    text = batches(model, clips(model, "test", 32))
+    text = batches(model, clips(model, "test", measured))
     return token_model(
         f"Whisper {size}, bfloat16",
         model,
@@ -132,6 +132,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--out", type=Path, default=Path("quality.jsonl"), help="one file serves all models")
     parser.add_argument("--plot", type=Path, help="quality-MODEL.png by default")
+    parser.set_defaults(measured=32)
     options = parser.parse_args()
     if options.text and not options.gemma:
         parser.error("--text is for --gemma; tardis compare --text takes other models")
@@ -154,7 +155,7 @@ def subject_of(options: argparse.Namespace) -> tuple[str, str, Subject]:
     if options.encoder:
         return "encoder", "up to 384 texts", minilm()
     if options.whisper:
-        return f"whisper-{options.whisper}", "64 clips", whisper(options.whisper)
+        return f"whisper-{options.whisper}", "64 clips", whisper(options.whisper, options.measured)
     if options.gemma:
         return "gemma", "8,192 tokens", gemma(options.text)
     return Path(options.model).name, f"{WINDOWS * LENGTH:,} tokens", load_subject(options.model, torch.bfloat16)
