@@ -63,7 +63,7 @@ class PartialLinear(Rewrite):
         influences: Mapping[str, float] = {}
         if len(sites) > 1 and config.allocation == "joint":
             influences = yield Run(
-                "influence on the logits",
+                "influence on the output",
                 lambda site: CodedSite(codings[site.fingerprint]),
                 sites,
                 key=CodedSite,

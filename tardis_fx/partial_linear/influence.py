@@ -1,4 +1,4 @@
-"""How much the error of a site moves the model's logits: measured with the site in codes."""
+"""How much the error of a site moves the model's output: measured with the site in codes."""
 
 import math
 from collections.abc import Sequence
@@ -7,6 +7,7 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
+from tardis_fx.errors import CalibrationError
 from tardis_fx.observation.batches import Batch
 from tardis_fx.partial_linear.coding import Coding, token_weights
 from tardis_fx.runtime.rotation import rotate, rotate_back
@@ -46,13 +47,11 @@ class CodedSite:
 
 
 def influence(site: CodedSite, batch: Batch, dense: Any, changed: Any) -> float | None:
-    """Divergence of the model's logits for a relative squared error of 1; None without logits.
-
-    The squared error of hidden states is no substitute: it counts the last sites too much.
-    """
-    if not isinstance(getattr(dense, "logits", None), Tensor):
+    """Divergence of the model's output for a relative squared error of 1; None if there is nothing to compare."""
+    try:
+        return float(divergence(changed, dense, batch)) / site.error if site.error else math.nan
+    except CalibrationError:  # no floating-point output
         return None
-    return float(divergence(changed, dense, batch)) / site.error if site.error else math.nan
 
 
 def weighed(influences: Sequence[float]) -> list[float]:

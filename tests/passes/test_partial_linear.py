@@ -183,19 +183,22 @@ def share_of_first(observation: RepeatableObservation) -> float:
     return first.touched_bytes / second.touched_bytes
 
 
-def test_the_bytes_go_where_the_logits_need_them() -> None:
+@pytest.mark.parametrize("form", [Output, Hidden])
+def test_the_bytes_go_where_the_output_needs_them(form: Callable[[Tensor], Any]) -> None:
+    """Logits, and hidden states of an encoder."""
+
     def share(scale: float) -> float:
-        return share_of_first(BatchObservation(Weighed(scale), batches(8, d=D), progress=False))
+        return share_of_first(BatchObservation(Weighed(scale, form), batches(8, d=D), progress=False))
 
     assert share(1.0) == pytest.approx(1, rel=0.1)
     assert share(0.05) > 1.3
 
 
-def test_without_logits_all_sites_count_alike() -> None:
-    """Hidden states, logits that no site reaches, and sites without a model."""
+def test_where_nothing_moves_the_output_all_sites_count_alike() -> None:
+    """An output of integers, logits that no site reaches, and sites without a model."""
     xs = batches(8, d=D)
     shares = [
-        share_of_first(BatchObservation(Weighed(0.05, Hidden), xs, progress=False)),
+        share_of_first(BatchObservation(Weighed(0.05, lambda x: Hidden(x.argmax(-1))), xs, progress=False)),
         share_of_first(BatchObservation(Weighed(0.05, lambda x: Output(0 * x)), xs, progress=False)),
         share_of_first(SiteObservation([Weighed(1.0).first, Weighed(1.0).second], xs)),
     ]
