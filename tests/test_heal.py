@@ -46,6 +46,13 @@ def test_the_loss_leaves_padding_out() -> None:
     assert divergence(*output, {"input_ids": mask}) > 10 * masked
 
 
+def test_logits_may_be_an_item() -> None:
+    logits, dense = torch.randn(2, 2, 5, 7)
+    moved, original = ({"hidden": torch.zeros(2, 5, 3), "logits": given} for given in (logits, dense))
+    wanted = divergence(CausalLMOutput(logits=logits), CausalLMOutput(logits=dense), {})
+    assert divergence(moved, original, {}) == wanted > 0
+
+
 @dataclass(frozen=True)
 class Case:
     """A model, its plan, and the plan healed."""

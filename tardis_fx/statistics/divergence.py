@@ -43,14 +43,16 @@ def _kl_divergence(
 def divergence(output: Any, dense: Any, batch: Batch) -> Float[Tensor, ""]:
     """Divergence of a rewritten model's output from that of the dense model for a batch.
 
-    For outputs with ``logits``, it is the Kullback-Leibler divergence of the rewritten from the dense distribution, in
-    nats per position; otherwise the mean squared error of the first floating-point tensor. Padding does not count.
+    For outputs with an attribute or item ``logits``, it is the Kullback-Leibler divergence of the rewritten from the
+    dense distribution, in nats per position; otherwise the mean squared error of the first floating-point tensor.
+    Padding does not count.
 
     Raises:
         CalibrationError: the output has no floating-point tensor.
     """
-    if isinstance(getattr(dense, "logits", None), Tensor):
-        errors = kl_divergence(output.logits, dense.logits)
+    logits, moved = logits_of(dense), logits_of(output)
+    if logits is not None and moved is not None and not isinstance(dense, Tensor):  # alone, it may hold hidden states
+        errors = kl_divergence(moved, logits)
     else:
         errors = F.mse_loss(_first(output).float(), _first(dense).float(), reduction="none")
         errors = errors.mean(-1) if errors.dim() > 1 else errors
