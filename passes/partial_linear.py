@@ -25,7 +25,7 @@ from tardis_fx.errors import ConfigError
 from tardis_fx.graph.site import Site, SiteWeights
 from tardis_fx.observation.run import Fit, Run, steps
 from tardis_fx.observation.site import ObservedSite
-from tardis_fx.partial_linear.calls import coded_biases, coded_call
+from tardis_fx.partial_linear.calls import planned_call
 from tardis_fx.partial_linear.candidates import Candidate
 from tardis_fx.partial_linear.choice import choose, widths_of
 from tardis_fx.partial_linear.coding import Coding, CodingObserver
@@ -35,6 +35,8 @@ from tardis_fx.passes.base import Rewrite, stored_bytes
 from tardis_fx.passes.layout import Expected, Layout, Tensors, indices, setting, table_rows
 from tardis_fx.plan import Planned, SitePlan
 from tardis_fx.runtime import ops  # noqa: F401 - registers torch.ops.tardis
+from tardis_fx.runtime.cpu import build
+from tardis_fx.runtime.cpu.coded_layout import prepare
 from tardis_fx.statistics.target import fit_to_target
 
 
@@ -135,22 +137,15 @@ class PartialLinear(Rewrite):
         return ", ".join([*parts, f"fold {widths.fold_bits}"] if widths.fold_bits else parts) + " bits"
 
     def constants(self, plan: SitePlan, weights: SiteWeights) -> dict[str, Tensor]:
-        """The plan's tensors, padded to the hidden size so that no shape depends on the plan's choices.
+        """The plan's tensors as one, in the layout of the kernel, which is loaded.
 
         Raises:
             ConfigError: the weights are not on the CPU.
         """
         self._check_device(weights)
-        device, hidden = weights.up.device, len(weights.up)
-        tensors = {name: tensor.to(device) for name, tensor in plan.tensors.items()}
-        neurons = tensors.pop("neurons").long()
-        for name in tensors.keys() - {"fold", "noise", "thresholds", "signs", "out_signs", "bias"}:
-            rows = tensors[name]
-            if missing := hidden - len(rows):
-                tensors[name] = torch.cat([rows, rows.new_zeros(missing, *rows.shape[1:])])
-        biases = [None if bias is None else bias[neurons] for _, bias in weights.projections.values()]
-        tensors |= coded_biases(biases, hidden, weights.up)
-        return tensors | {"listed": torch.tensor([len(neurons)], dtype=torch.int64, device=device)}
+        build.load()
+        nothing = torch.zeros(0, weights.up.shape[1], dtype=weights.up.dtype, device=weights.up.device)
+        return {"site": prepare(planned_call(nothing, plan, weights))}
 
     def _check_device(self, weights: SiteWeights) -> None:
         if weights.up.device.type != "cpu":
@@ -158,5 +153,5 @@ class PartialLinear(Rewrite):
 
     def forward(self, x: Float[Tensor, "... d"], constants: Tensors, plan: SitePlan) -> Float[Tensor, "... d_out"]:
         """Computes the FFN in one op."""
-        output: Tensor = torch.ops.tardis.coded_ffn(*coded_call(x, constants, plan.settings))
+        output: Tensor = torch.ops.tardis.coded_ffn(x, constants["site"], len(plan.tensors["bias"]))
         return output

@@ -70,7 +70,7 @@ CHECKED = (
     "quantisation",
     "resident",
     *(f"runtime.{name}" for name in ("coded", "coded_arguments", "coded_reference", "rotation", "tables")),
-    "runtime.cpu.coded_op",
+    "runtime.cpu.coded_layout",
     "runtime.cpu.op",
     "runtime.fingerprint",
     "runtime.packing",

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tardis_fx.graph.site import SiteWeights
 from tardis_fx.healing.site import STEPS, WIDEST, TrainableSite
-from tardis_fx.partial_linear.calls import coded_call
+from tardis_fx.partial_linear.calls import planned_call
 from tardis_fx.passes.base import Rewrite
 from tardis_fx.plan import SitePlan
 from tardis_fx.runtime import coded_reference, tables
@@ -37,7 +37,7 @@ class TrainableCodes(TrainableSite):
         super().__init__(entry, weights, rewrite)
         (d, d_out), device = (weights.up.shape[1], len(weights.down)), weights.up.device
         nothing = torch.zeros(0, d, dtype=weights.up.dtype, device=device)
-        self._call = call = coded_call(nothing, rewrite.constants(entry, weights), entry.settings)
+        self._call = call = planned_call(nothing, entry, weights)
         settings, size, k = entry.settings, call.neuron, len(call.projections)
         self._names = [name for name in ("gate", "up") if name in entry.tensors]
         bits = dict.fromkeys(self._names, settings["bits"])
@@ -86,7 +86,7 @@ class TrainableCodes(TrainableSite):
         return replace(self.entry, tensors=tensors)
 
     def _differentiable(self, tokens: Float[Tensor, "tokens d"], dtype: torch.dtype) -> Float[Tensor, "tokens d_out"]:
-        call, x = self._call, rotate(tokens, self._call.signs)
+        call, x = self._call, self._rotated(tokens)
         base, surrogate, value = self._estimated(x)
         read, row, column = self._reads(base, surrogate, value)
         refined = [z + x @ self._weight(f"{name}_refinement").T for z, name in zip(base, self._names, strict=True)]
@@ -97,6 +97,13 @@ class TrainableCodes(TrainableSite):
             output = output + x @ self._weight("fold").T
         output = rotate_back(output, call.out_signs) + self._rounded("bias", self.weights.up.dtype)
         return output.to(dtype)
+
+    def _rotated(self, tokens: Float[Tensor, "tokens d"]) -> Float[Tensor, "tokens d"]:
+        """The rotated tokens, rounded straight-through."""
+        exact = rotate(tokens, self._call.signs)
+        with torch.no_grad():
+            rounding = coded_reference.rounded(tokens.float(), self._call.signs).to(exact.dtype) - exact
+        return exact + rounding
 
     def _estimated(
         self, x: Float[Tensor, "tokens d"]
@@ -136,7 +143,7 @@ class TrainableCodes(TrainableSite):
         return [read, row, column]
 
     def _count(self, tokens: Float[Tensor, "tokens d"]) -> None:
-        parts, scale = self._contributions(*self._estimated(rotate(tokens, self._call.signs)))
+        parts, scale = self._contributions(*self._estimated(self._rotated(tokens)))
         *up, read, row, column = (
             torch.where(part.isfinite(), part / (threshold * scale) - 1, torch.inf)
             for part, threshold in zip(parts, self._bounds(), strict=True)

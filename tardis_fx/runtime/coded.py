@@ -1,20 +1,21 @@
-"""The arguments of ``tardis::coded_ffn``: an FFN in codes, each neuron as precise as its token needs."""
+"""The arguments of an FFN in codes, each neuron as precise as its token needs.
 
-import inspect
-import math
+``tardis::coded_ffn`` takes all but the input as one prepared tensor (:mod:`tardis_fx.runtime.cpu.coded_layout`).
+"""
+
 from typing import NamedTuple
 
 from jaxtyping import BFloat16, Float, Float32, Int8, Int64, UInt8
 from torch import Tensor
 
 from tardis_fx.runtime import tables
-from tardis_fx.runtime.correction import DTYPE_NUMBERS, MOST_TOKENS, without_shapes
 
 
 class CodedFFN(NamedTuple):
-    """A call of the op at a site whose neurons have k projections each: k is 1 (up) or 2 (gate, up).
+    """A call at a site whose neurons have k projections each: k is 1 (up) or 2 (gate, up).
 
-    The input and the output are rotated (:mod:`tardis_fx.runtime.rotation`); rows of codes are those of
+    The input and the output are rotated (:mod:`tardis_fx.runtime.rotation`), and the rotated input is rounded to 8 bits
+    (:func:`tardis_fx.runtime.coded_reference.rounded`); rows of codes are those of
     :mod:`tardis_fx.runtime.tables`. Every neuron that the plan lists has base codes, which give the estimates of its
     pre-activations, and refinements, which are added to them. While it gives nothing, the fold holds its surrogate.
     Tensors with one entry per listed neuron have room for ``capacity`` neurons, of which ``listed`` are used.
@@ -95,23 +96,6 @@ class CodedFFN(NamedTuple):
         shared = (self.bias, self.signs, self.out_signs, self.noise, self.thresholds, self.fold)
         fixed = sum(tensor.nbytes for tensor in shared if tensor is not None)
         return fixed + int(self.listed) * (self.neuron.constants + self.neuron.projection)
-
-    @property
-    def has_kernel(self) -> bool:
-        """Whether kernels take the call: a few tokens of one of their dtypes."""
-        shape = self.x.shape
-        tokens = math.prod(shape[:-1])
-        return self.x.dtype in DTYPE_NUMBERS and shape[-1] > 0 and 0 < tokens <= MOST_TOKENS
-
-
-#: Signature of a function that takes the fields of a :class:`CodedFFN`, from which PyTorch infers the op's schema.
-SIGNATURE = inspect.Signature(
-    [
-        field.replace(annotation=without_shapes(field.annotation))
-        for field in inspect.signature(CodedFFN).parameters.values()
-    ],
-    return_annotation=Tensor,
-)
 
 
 def neuron_bytes(

@@ -1,8 +1,4 @@
-"""The specification of the arguments of ``tardis::coded_ffn``, for kernels, the reference and the fake implementation.
-
-Kernels trust the sizes that they are given. So every call checks the shape, dtype and device of every tensor, and the
-numbers that a kernel looks up in tables. Only :func:`check_listed` reads values of a tensor.
-"""
+"""The specification of the arguments of an FFN in codes, which are checked before they are prepared for a kernel."""
 
 import torch
 from torch import Tensor

@@ -4,13 +4,16 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Float32, Float64
+from jaxtyping import Bool, Float, Float32, Float64, Int8
 from torch import Tensor
 
 from tardis_fx.runtime import tables
 from tardis_fx.runtime.coded import CodedFFN
 from tardis_fx.runtime.reference import biased, compute_dtype, response, surrogate_error
-from tardis_fx.runtime.rotation import rotate, rotate_back
+from tardis_fx.runtime.rotation import rotate_back, rotate_in_order
+
+#: Columns of a token that share a unit.
+GROUP = 128
 
 
 class Levels(NamedTuple):
@@ -142,7 +145,20 @@ def contributions(
 
 
 def _rotated(call: CodedFFN) -> Float[Tensor, "tokens d"]:
-    return rotate(call.x.reshape(-1, call.x.shape[-1]).to(compute_dtype(call.x.dtype)), call.signs)
+    return rounded(call.x.reshape(-1, call.x.shape[-1]).float(), call.signs).to(compute_dtype(call.x.dtype))
+
+
+def rounded(x: Float32[Tensor, "tokens d"], signs: Int8[Tensor, " d"]) -> Float32[Tensor, "tokens d"]:
+    """Rotated tokens, rounded to integers of 8 bits with one unit for every 128 columns.
+
+    The unit is a 127th of the largest absolute value. A group with an infinity or NaN becomes NaN.
+    """
+    d = x.shape[1]
+    padded = torch.nn.functional.pad(rotate_in_order(x, signs), (0, -d % GROUP)).unflatten(1, (-1, GROUP))
+    unit = padded.abs().amax(2, keepdim=True) / 127
+    numbers = torch.where(unit == 0, 0, (padded / unit).round().clamp(-127, 127))
+    rows: Tensor = (numbers * unit).flatten(1)[:, :d]
+    return rows
 
 
 def _levels(

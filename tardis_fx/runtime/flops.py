@@ -3,12 +3,14 @@
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.flop_counter import register_flop_formula
 
+from tardis_fx.errors import ConfigError
 from tardis_fx.runtime import ops  # noqa: F401 - registers torch.ops.tardis
-from tardis_fx.runtime.coded import CodedFFN
 from tardis_fx.runtime.correction import Correction
+from tardis_fx.runtime.cpu import coded_layout
 from tardis_fx.runtime.rotation import multiplications
 
 
@@ -26,15 +28,17 @@ def correct_flops(*args: Any, out_val: object = None, **named: Any) -> int:
 
 
 @register_flop_formula(torch.ops.tardis.coded_ffn, get_raw=True)
-def coded_ffn_flops(*args: Any, out_val: object = None, **named: Any) -> int:
+def coded_ffn_flops(x: Tensor, site: Tensor, d_out: int, out_val: object = None) -> int:
     """FLOPs of :func:`tardis_fx.runtime.coded_reference.coded_ffn`: all parts of every listed neuron at every token.
 
-    Without tensor values, all neurons count as listed.
+    Raises:
+        ConfigError: the site has no values.
     """
-    call = CodedFFN(*args, **named)
-    tokens, d, d_out = call.x.shape[:-1].numel(), call.x.shape[-1], call.bias.shape[0]
-    listed = len(call.columns) if isinstance(call.listed, FakeTensor) else int(call.listed)
-    multiplied = 2 * listed * (len(call.projections) * d + d_out) + multiplications(d) + multiplications(d_out)
+    if isinstance(site, FakeTensor):
+        raise ConfigError("the bytes of a prepared site tell its FLOPs: count them without a FakeTensorMode")
+    call = coded_layout.restore(x, site)
+    tokens, d, listed = x.shape[:-1].numel(), x.shape[-1], int(call.listed)
+    multiplied = 2 * listed * (len(call.projections) * d + d_out) + multiplications(d_out)
     return 2 * tokens * (multiplied + (d * d_out if call.fold is not None else 0))
 
 

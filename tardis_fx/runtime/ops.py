@@ -4,50 +4,51 @@ Every implementation, including the fake ones, checks its arguments (:mod:`tardi
 invalid arguments fail during tracing.
 """
 
-from collections.abc import Callable
-from inspect import Signature
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from inspect import Signature, signature
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tardis_fx.runtime import coded_arguments, coded_reference, reference, rotation, tables
+from tardis_fx.errors import PlanMismatchError
+from tardis_fx.runtime import coded_reference, reference, rotation, tables
 from tardis_fx.runtime.arguments import check, check_codes, check_devices, check_lists, check_rows, check_signs
-from tardis_fx.runtime.coded import SIGNATURE as CODED_SIGNATURE
-from tardis_fx.runtime.coded import CodedFFN
 from tardis_fx.runtime.correction import SIGNATURE, Correction
-from tardis_fx.runtime.cpu import coded_op as cpu_coded
+from tardis_fx.runtime.cpu import coded_layout
 from tardis_fx.runtime.cpu import op as cpu
 from tardis_fx.runtime.cuda import dispatch as cuda
-from tardis_fx.runtime.touched import Call, counted
+from tardis_fx.runtime.touched import count, counted, counted_by
 
 # Kept for the life of the process, because deleting it removes its ops. Library.impl dispatches faster than custom_op.
 _LIBRARY = torch.library.Library("tardis", "DEF")
 
 
 def _define(
-    name: str,
-    kind: type[Call],
-    signature: Signature,
-    fake: Callable[[Call], Tensor],
-    implementations: dict[str, Callable[[Call], Tensor]],
+    name: str, signature: Signature, fake: Callable[..., Tensor], implementations: dict[str, Callable[..., Tensor]]
 ) -> None:
-    """Defines an op that takes the fields of a call as separate arguments, as PyTorch passes them."""
-
-    def spread(implementation: Callable[[Call], Tensor]) -> Callable[..., Tensor]:
-        def run(*fields: Any) -> Tensor:
-            return implementation(kind(*fields))
-
-        run.__signature__ = signature  # type: ignore[attr-defined]
-        return run
-
+    """Defines an op with a signature; the CPU's implementation may be added later."""
+    schema: Callable[..., Tensor] = wraps(fake)(lambda *fields: fake(*fields))
+    schema.__signature__ = signature  # type: ignore[attr-defined]
     _LIBRARY.define(
-        name + torch.library.infer_schema(spread(fake), mutates_args=()).replace("SymInt", "int"),
+        name + torch.library.infer_schema(schema, mutates_args=()).replace("SymInt", "int"),
         tags=(torch.Tag.needs_fixed_stride_order,),
     )
     for device, implementation in implementations.items():
-        _LIBRARY.impl(name, spread(counted(implementation)), device)
-    torch.library.register_fake(f"tardis::{name}", spread(fake), lib=_LIBRARY)
+        _LIBRARY.impl(name, implementation, device)
+    torch.library.register_fake(f"tardis::{name}", fake, lib=_LIBRARY)
+
+
+def _spread(implementation: Callable[[Correction], Tensor]) -> Callable[..., Tensor]:
+    """A function of the fields of a call, as PyTorch passes them."""
+
+    def run(*fields: Any) -> Tensor:
+        return implementation(Correction(*fields))
+
+    return run
 
 
 def _correct(call: Correction) -> Tensor:
@@ -64,16 +65,39 @@ def _correct_fake(call: Correction) -> Tensor:
     return call.folded.new_empty((*call.x.shape[:-1], call.folded.shape[-1]))
 
 
-def _coded_ffn(call: CodedFFN) -> Tensor:
-    """The op on a device without kernels."""
-    coded_arguments.check(call)
-    coded_arguments.check_listed(call)
-    return coded_reference.coded_ffn(call)
+def _coded_ffn(x: Tensor, site: Tensor, d_out: int) -> Tensor:
+    """The op without a kernel."""
+    call = coded_layout.restore(x, site)
+    output, parts = coded_reference.evaluate(call)
+    count(call, parts, site.data_ptr())
+    return output
 
 
-def _coded_ffn_fake(call: CodedFFN) -> Tensor:
-    coded_arguments.check(call)
-    return call.x.new_empty((*call.x.shape[:-1], call.bias.shape[0]))
+def _coded_ffn_fake(x: Tensor, site: Tensor, d_out: int) -> Tensor:
+    if x.ndim < 1 or not x.dtype.is_floating_point or site.ndim != 1 or site.dtype is not torch.uint8:
+        raise PlanMismatchError(
+            f"tardis::coded_ffn takes tokens and a prepared site, not {x.dtype} of shape {tuple(x.shape)} and"
+            f" {site.dtype} of shape {tuple(site.shape)}"
+        )
+    if x.device != site.device:
+        raise PlanMismatchError(
+            f"a prepared site is on {site.device}, but its input is on {x.device}: move the whole model to one device,"
+            " and compile it again"
+        )
+    return x.new_empty((*x.shape[:-1], d_out))
+
+
+@contextmanager
+def _coded_ffn_counted() -> Iterator[None]:
+    """Replaces the kernel of ``tardis::coded_ffn`` by the reference, which knows what it reads."""
+    library = torch.library.Library("tardis", "IMPL")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyTorch warns of the first replacement
+        library.impl("coded_ffn", _coded_ffn, "CPU", allow_override=True)
+    try:
+        yield
+    finally:
+        library._destroy()
 
 
 def _dequantise(codes: Tensor, scale: Tensor, zero: Tensor, bits: int, columns: int, dtype: torch.dtype) -> Tensor:
@@ -87,13 +111,16 @@ def _dequantise_fake(codes: Tensor, scale: Tensor, zero: Tensor, bits: int, colu
 
 
 _define(
-    "correct", Correction, SIGNATURE, _correct_fake,
-    {"CompositeExplicitAutograd": _correct, "CPU": cpu.correct, "CUDA": cuda.correct},
+    "correct", SIGNATURE, _spread(_correct_fake),
+    {
+        "CompositeExplicitAutograd": _spread(counted(_correct)),
+        "CPU": _spread(counted(cpu.correct)),
+        "CUDA": _spread(counted(cuda.correct)),
+    },
 )  # fmt: skip
-_define(
-    "coded_ffn", CodedFFN, CODED_SIGNATURE, _coded_ffn_fake,
-    {"CompositeExplicitAutograd": _coded_ffn, "CPU": cpu_coded.coded_ffn},
-)  # fmt: skip
+# On a CPU, `build.load` adds the kernel, which runs without Python.
+_define("coded_ffn", signature(_coded_ffn), _coded_ffn_fake, {"CompositeExplicitAutograd": _coded_ffn})
+counted_by(_coded_ffn_counted)
 _LIBRARY.define(
     "dequantise(Tensor codes, Tensor scale, Tensor zero, int bits, int columns, ScalarType dtype) -> Tensor"
 )

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from functools import cache
 
 import torch
-from jaxtyping import Float, Float64, Int8
+from jaxtyping import Float, Float32, Float64, Int8
 from torch import Tensor
 
 #: Columns of a block.
@@ -30,6 +30,20 @@ def rotate(x: Float[Tensor, "*rows d"], signs: Int8[Tensor, " d"]) -> Float[Tens
 def rotate_back(x: Float[Tensor, "*rows d"], signs: Int8[Tensor, " d"]) -> Float[Tensor, "*rows d"]:
     """The inverse of :func:`rotate`."""
     return _transform(x) * signs.to(x.dtype)
+
+
+def rotate_in_order(x: Float32[Tensor, "rows d"], signs: Int8[Tensor, " d"]) -> Float32[Tensor, "rows d"]:
+    """Rotates vectors with additions in the order of the C++, so that both give the same bits."""
+    x, blocks = x * signs.to(x.dtype), []
+    for start, count, size in _blocks(x.shape[-1]):
+        block = x[:, start : start + count * size]
+        half = 1
+        while half < size:
+            low, high = block.unflatten(1, (-1, 2, half)).unbind(2)
+            block = torch.stack([low + high, low - high], 2).flatten(1)
+            half *= 2
+        blocks.append(block * size**-0.5)
+    return torch.cat(blocks, 1) if blocks else x
 
 
 def multiplications(d: int) -> int:

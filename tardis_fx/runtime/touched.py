@@ -2,8 +2,8 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import NamedTuple, TypeVar
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -11,10 +11,9 @@ from tardis_fx.runtime import coded_reference, reference
 from tardis_fx.runtime.coded import CodedFFN
 from tardis_fx.runtime.correction import Correction
 
-#: The call of an op.
-Call = TypeVar("Call", Correction, CodedFFN)
-
 _COUNTING: list["Touched"] = []
+#: Replace implementations that do not run Python by some that count, for as long as anything is counted.
+_COUNTED: list[Callable[[], AbstractContextManager[None]]] = []
 
 
 class Touched:
@@ -44,9 +43,9 @@ class Touched:
         """Share of (token, neuron) pairs that were corrected, over all sites."""
         return self._corrected / max(1, self._pairs)
 
-    def add(self, call: Correction | CodedFFN, parts: coded_reference.Levels | None = None) -> None:
-        """Adds the bytes of one call of an op; of :class:`CodedFFN` with the parts that it reads, if they are known."""
-        read = _of_correction(call) if isinstance(call, Correction) else _of_coded_ffn(call, parts)
+    def add(self, call: Correction | CodedFFN, parts: coded_reference.Levels | None = None, site: int = 0) -> None:
+        """Adds the bytes of one call of an op; of :class:`CodedFFN`, with the parts that it reads and the site's number."""
+        read = _of_correction(call) if isinstance(call, Correction) else _of_coded_ffn(call, parts, site)
         self._tokens[read.site] += read.tokens
         self._bytes[read.site] += read.bytes
         self._corrected += read.corrected
@@ -85,12 +84,12 @@ def _of_correction(call: Correction) -> _Read:
     return _Read(call.codes.data_ptr(), tokens, touched, outliers, tokens * len(call.columns))
 
 
-def _of_coded_ffn(call: CodedFFN, parts: coded_reference.Levels | None) -> _Read:
+def _of_coded_ffn(call: CodedFFN, parts: coded_reference.Levels | None, site: int) -> _Read:
     tokens, k, neuron = call.x.shape[:-1].numel(), len(call.projections), call.neuron
     up, value, row, column = (int(read.sum()) for read in parts or coded_reference.parts_read(call))
     touched = tokens * call.fixed_bytes + (k - 1) * up * neuron.projection + k * row * neuron.refinement
     touched += value * neuron.column + column * neuron.column_refinement
-    return _Read(call.columns.data_ptr(), tokens, touched, value, tokens * len(call.columns))
+    return _Read(site, tokens, touched, value, tokens * len(call.columns))
 
 
 @contextmanager
@@ -102,17 +101,30 @@ def count_touched() -> Iterator[Touched]:
     that ``int8_ffn`` has quantised counts as if it were in the model's dtype.
     """
     touched = Touched()
-    _COUNTING.append(touched)
-    try:
+    with ExitStack() as stack:
+        if not _COUNTING:
+            for implement in _COUNTED:
+                stack.enter_context(implement())
+        _COUNTING.append(touched)
+        stack.callback(_COUNTING.remove, touched)
         yield touched
-    finally:
-        _COUNTING.remove(touched)
 
 
-def counted(op: Callable[[Call], Tensor]) -> Callable[[Call], Tensor]:
+def count(call: CodedFFN, parts: coded_reference.Levels, site: int) -> None:
+    """Reports a call, and the parts that it reads, to active counters."""
+    for touched in _COUNTING:
+        touched.add(call, parts, site)
+
+
+def counted_by(implement: Callable[[], AbstractContextManager[None]]) -> None:
+    """Adds a context in which an op calls an implementation that counts."""
+    _COUNTED.append(implement)
+
+
+def counted(op: Callable[[Correction], Tensor]) -> Callable[[Correction], Tensor]:
     """Wraps an implementation of an op to report its calls to active counters."""
 
-    def run(call: Call) -> Tensor:
+    def run(call: Correction) -> Tensor:
         output = op(call)  # first, because it checks the arguments
         for touched in _COUNTING:
             touched.add(call)

@@ -15,9 +15,10 @@ from builders.correction import FLOATS
 from tardis_fx.graph.activations import ACTIVATIONS
 from tardis_fx.runtime import coded_reference, tables
 from tardis_fx.runtime.coded import CodedFFN
-from tardis_fx.runtime.packing import BLOCK, block_count
+from tardis_fx.runtime.cpu import build
+from tardis_fx.runtime.cpu.coded_layout import prepare
 from tardis_fx.runtime.reference import response
-from tardis_fx.runtime.rotation import random_signs, rotate
+from tardis_fx.runtime.rotation import random_signs
 
 #: A threshold that no contribution of ordinary tokens exceeds.
 HUGE = torch.finfo(torch.float32).max
@@ -165,7 +166,7 @@ def quantities(call: CodedFFN) -> Quantities:
     Estimates may be off by :func:`margin`, and sums of responses and surrogates by rounding in float32.
     """
     call, k, listed = doubled(call), len(call.projections), int(call.listed)
-    x = rotate(call.x.reshape(-1, call.x.shape[-1]), call.signs)
+    x = coded_reference._rotated(call)
     z = coded_reference.estimates(call, x)
     noise = coded_reference.noises(call, torch.float64)
     surrogate = None if call.surrogate is None else call.surrogate[:listed].double()
@@ -219,13 +220,8 @@ def _bounds(quantity: Quantity, factor: Tensor) -> Bounds:
 
 
 def margin(x: Tensor, rows: Tensor, bits: int) -> Tensor:
-    """[tokens, rows]: what products may err by in float32, with x rounded to 2^-13 of its block's largest."""
-    columns = x.shape[-1]
-    weights = tables.weights(rows, bits, columns, torch.float64).abs()
-    padded = torch.nn.functional.pad(x.abs(), (0, -columns % BLOCK)).view(len(x), block_count(columns), BLOCK)
-    rounded = padded.amax(-1, keepdim=True).expand(padded.shape).flatten(1)[:, :columns]
-    flushed = rounded < 2.0**13 * torch.finfo(torch.float32).tiny  # a kernel may take such a block for 0
-    error: Tensor = (torch.where(flushed, rounded, 2.0**-13 * rounded) + 2.0**-20 * x.abs()) @ weights.T
+    """[tokens, rows]: what products may err by in float32."""
+    error: Tensor = 2.0**-20 * x.abs() @ tables.weights(rows, bits, x.shape[-1], torch.float64).abs().T
     return error.where(error.isfinite(), 0)
 
 
@@ -247,6 +243,13 @@ def doubled(call: CodedFFN) -> CodedFFN:
     """In float64."""
     biases = None if call.biases is None else call.biases.double()
     return call._replace(x=call.x.double(), bias=call.bias.double(), biases=biases)
+
+
+def run(call: CodedFFN) -> Tensor:
+    """The op, with its kernel if there is a compiler."""
+    build.load()
+    output: Tensor = torch.ops.tardis.coded_ffn(call.x, prepare(call), len(call.bias))
+    return output
 
 
 def exact(call: CodedFFN) -> Tensor:

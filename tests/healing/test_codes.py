@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tardis_fx.graph.site import SiteWeights
 from tardis_fx.healing.codes import TrainableCodes
 from tardis_fx.observation.observe import BatchObservation
-from tardis_fx.partial_linear.calls import coded_call
+from tardis_fx.partial_linear.calls import planned_call
 from tardis_fx.passes.partial_linear import PartialLinear
 from tardis_fx.plan import SitePlan
 from tardis_fx.runtime.touched import Touched
@@ -66,7 +66,7 @@ def changed(site: TrainableCodes, seed: int) -> TrainableCodes:
 def test_the_differentiable_forward_is_what_the_stored_plan_runs_after_any_change(kind: str, seed: int) -> None:
     site, x = changed(trainable(kind), seed), inputs(3, 20, D, seed=seed)
     with torch.no_grad():
-        same = torch.isclose(site.train()(x), site.eval()(x), atol=2e-5, rtol=2e-5).all(-1)
+        same = torch.isclose(site.train()(x), site.eval()(x), atol=2e-4, rtol=2e-4).all(-1)
     assert int((~same).sum()) <= 2  # tokens at which rounding tips a decision
 
 
@@ -148,6 +148,6 @@ def test_what_it_reads_is_what_the_op_touches_and_higher_thresholds_read_as_much
 def touched(site: TrainableCodes, x: Tensor) -> float:
     entry = site.planned()
     counter = Touched()
-    counter.add(coded_call(x, PartialLinear().constants(entry, site.weights), entry.settings))
+    counter.add(planned_call(x, entry, site.weights))
     assert counter.outlier_rate == pytest.approx(site.outlier_rate, rel=1e-3)
     return counter.per_token

@@ -5,9 +5,9 @@ tensors of exactly the size that they need, so that a read or write past one of 
 from malloc, which the sanitizer watches. With ``wrong``, calls read past their tokens, and a report must come.
 """
 
+import ctypes
 import random
 import sys
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,8 @@ from tardis_fx.graph.activations import ACTIVATIONS
 from tardis_fx.runtime.coded import CodedFFN
 from tardis_fx.runtime.correction import MOST_TOKENS, Correction
 from tardis_fx.runtime.cpu import build as cpu_build
-from tardis_fx.runtime.cpu import coded_op
 from tardis_fx.runtime.cpu import op as cpu
+from tardis_fx.runtime.cpu.coded_layout import _DTYPES, prepare
 from tardis_fx.runtime.packing import GROUP_SIZES
 
 #: Calls on one set of weights; what differs is their tokens.
@@ -81,38 +81,46 @@ def other_tokens(draw: random.Random, x: Tensor) -> Tensor:
     return x
 
 
-def correct(draw: random.Random, op: Correction) -> None:
+def correct(kernel: ctypes.CDLL, draw: random.Random, op: Correction, more: int) -> None:
+    """Calls the op on some tokens; the kernel is told of ``more`` than there are."""
+    del kernel
+
+    def pack(*numbers: int) -> bytes:
+        return _CALL.pack(*numbers[:16], numbers[16] + more, *numbers[17:])
+
     x = other_tokens(draw, op.x)
-    cpu.correct(op._replace(x=x, folded=op.folded if op.folded.ndim == 1 else op.folded[: len(x)].clone()))
+    with mock.patch.object(cpu, "_CALL", mock.Mock(pack=pack)):
+        cpu.correct(op._replace(x=x, folded=op.folded if op.folded.ndim == 1 else op.folded[: len(x)].clone()))
 
 
-def coded_ffn(draw: random.Random, call: CodedFFN) -> None:
-    coded_op.coded_ffn(call._replace(x=other_tokens(draw, call.x)))
+def coded_ffn(kernel: ctypes.CDLL, draw: random.Random, call: CodedFFN, more: int) -> None:
+    x, (d, d_out) = other_tokens(draw, call.x), (call.x.shape[1], len(call.bias))
+    site, out = prepare(call), x.new_empty(len(x), d_out)
+    pointers = (
+        ctypes.c_void_p(site.data_ptr()),
+        len(site),
+        ctypes.c_void_p(x.data_ptr()),
+        ctypes.c_void_p(out.data_ptr()),
+    )
+    numbers = (len(x) + more, d, d_out, _DTYPES.index(x.dtype), torch.get_num_threads())
+    assert kernel.tardis_coded_ffn(*pointers, *numbers) == 0
 
 
-def one_token_more(pack: Callable[..., bytes], at: int, *numbers: int) -> bytes:
-    """A call that tells of a token which is not there; ``at`` is the place of the number of tokens."""
-    return pack(*numbers[:at], numbers[at] + 1, *numbers[at + 1 :])
-
-
-#: By op: how a call is drawn, how it is called on some tokens, its module, and where it tells the number of tokens.
-OPS: dict[str, tuple[Any, Any, Any, int]] = {
-    "correct": (drawn, correct, cpu, 16),
-    "coded_ffn": (drawn_in_codes, coded_ffn, coded_op, 19),
-}
+#: By op: how a call is drawn, and how it is called on some tokens.
+OPS: dict[str, tuple[Any, Any]] = {"correct": (drawn, correct), "coded_ffn": (drawn_in_codes, coded_ffn)}
+#: How calls of ``correct`` are packed.
+_CALL = cpu._CALL
 
 
 def main(library: str, op: str, calls: int, *, wrong: bool) -> None:
     kernel, draw = cpu_build._open(Path(library)), random.Random(0)
     cpu_build.load = lambda: kernel  # type: ignore[assignment]
-    drawn, run, module, at = OPS[op]
-    if wrong:
-        module._CALL = mock.Mock(pack=partial(one_token_more, module._CALL.pack, at))
+    drawn, run = OPS[op]
     for number in range(calls):
         if number % TOGETHER == 0:
             call = drawn(draw)
         torch.get_num_threads = partial(draw.choice, (1, 2, 3))  # type: ignore[misc]
-        run(draw, call)
+        run(kernel, draw, call, int(wrong))
     sys.stdout.write(f"{calls} calls\n")
 
 

@@ -1,43 +1,47 @@
 """The CPU kernel of ``tardis::coded_ffn`` against the eager reference in float64."""
 
 import math
-import struct
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
+from builders import coded
 from builders.coded import HUGE, arguments, calls, every_scale, exact, levels, mapped, scaled, settle
 from builders.correction import FLOATS, assert_agree, every_k
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tardis_fx.errors import ConfigError
 from tardis_fx.graph.activations import ACTIVATIONS
 from tardis_fx.runtime import coded_reference, tables
 from tardis_fx.runtime.coded import CodedFFN
-from tardis_fx.runtime.correction import MOST_TOKENS
 from tardis_fx.runtime.cpu import build as cpu_build
-from tardis_fx.runtime.cpu import coded_op
+from tardis_fx.runtime.cpu import coded_layout
 from tardis_fx.runtime.rotation import _blocks
 
-few = calls(most_tokens=MOST_TOKENS)
+few = calls()
 
 
 def run(call: CodedFFN, *, threads: int = 2) -> Tensor:
     """The kernel and never the reference."""
-    with (
-        mock.patch.object(torch, "get_num_threads", return_value=threads),
-        mock.patch.object(coded_reference, "coded_ffn", side_effect=AssertionError("the reference was called")),
-    ):
-        return coded_op.coded_ffn(call)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with mock.patch.object(coded_reference, "evaluate", side_effect=AssertionError("the reference was called")):
+            return coded.run(call)
+    finally:
+        torch.set_num_threads(before)
 
 
 def agree(call: CodedFFN, output: Tensor) -> None:
-    """To the rounding of x in products with codes, 2^-13 of its block's largest; errors of many neurons average out."""
-    expected, share = exact(call), 5e-4 if int(call.listed) > 2 else 2e-3
-    assert_agree(output, expected, atol=share * max(1.0, expected.abs().nan_to_num().max().item()))
+    """To the rounding of values that are multiplied with columns, 2^-15 of the largest of 128."""
+    expected = exact(call)
+    assert_agree(output, expected, atol=2e-4 * max(1.0, expected.abs().nan_to_num().max().item()))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -89,11 +93,29 @@ def test_absolute_thresholds_give_neurons_that_do_not_depend_on_each_other(k: in
     torch.testing.assert_close(halves[0] + halves[1], run(call), rtol=1e-4, atol=1e-4)
 
 
-@every_k
-def test_the_op_runs_the_kernel(k: int) -> None:
-    call = arguments(k=k, shape=(5,))
-    with mock.patch.object(coded_reference, "coded_ffn", side_effect=AssertionError("the reference was called")):
-        assert torch.equal(torch.ops.tardis.coded_ffn(*call), coded_op.coded_ffn(call))
+@pytest.mark.parametrize("name", cpu_build.capabilities())
+@given(call=few)
+def test_every_instruction_set_of_this_processor_agrees(name: str, call: CodedFFN) -> None:
+    with instructions(name):
+        agree(call, run(call))
+
+
+@contextmanager
+def instructions(name: str) -> Iterator[None]:
+    with mock.patch.dict(os.environ, TARDIS_FX_CPU_CAPABILITY=name):
+        library = cpu_build.load()
+        assert library is not None
+        cpu_build._registered(library)
+        yield
+    best = cpu_build.load()
+    assert best is not None
+    cpu_build._registered(best)
+
+
+def test_another_instruction_set_than_the_processor_has_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TARDIS_FX_CPU_CAPABILITY", "avx1024")
+    with pytest.raises(ConfigError, match=r"'avx1024', but this processor has .*portable"):
+        cpu_build.load()
 
 
 @given(call=few, threads=st.integers(1, 3))
@@ -103,25 +125,24 @@ def test_the_same_number_of_threads_gives_the_same_bits(call: CodedFFN, threads:
 
 @every_k
 @every_scale
-def test_neurons_are_shared_among_threads(k: int, relative: bool) -> None:
-    call = arguments(k=k, shape=(3,), d=1024, d_out=256, listed=300, relative=relative)
+def test_the_number_of_threads_changes_rounding_alone(k: int, relative: bool) -> None:
+    call = arguments(k=k, shape=(3,), d=1024, d_out=256, listed=300, relative=relative, thresholds="all")
     one, two = (run(call, threads=threads) for threads in (1, 2))
     agree(call, two)
     torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-5)
-    assert not torch.equal(one, two), "sums of one thread have another order"
 
 
 @every_k
 def test_no_tokens_give_no_output(k: int) -> None:
-    assert coded_op.coded_ffn(arguments(k=k, shape=(2, 0), thresholds="all")).shape == (2, 0, 130)
+    assert run(arguments(k=k, shape=(2, 0), thresholds="all")).shape == (2, 0, 130)
 
 
 @every_k
-def test_strided_arguments_give_the_same_bits(k: int) -> None:
-    call = arguments(k=k, shape=(3,), activation="silu", thresholds="all")
-    strided = mapped(lambda tensor: torch.stack([tensor, tensor], -1)[..., 0], call)
-    assert not strided.columns.is_contiguous()
-    assert torch.equal(run(strided), run(call))
+def test_a_strided_input_gives_the_same_bits(k: int) -> None:
+    call = arguments(k=k, shape=(3, 2), activation="silu", thresholds="all")
+    for strided in (torch.stack([call.x, call.x], -1)[..., 0], call.x.transpose(0, 1).contiguous().transpose(0, 1)):
+        assert not strided.is_contiguous()
+        assert torch.equal(run(call._replace(x=strided)), run(call))
 
 
 @every_k
@@ -182,32 +203,67 @@ def test_memory_of_old_reaches_no_output(k: int, relative: bool) -> None:
 
 
 @every_k
-@pytest.mark.parametrize("changed", [{"shape": (MOST_TOKENS + 1,)}, {"dtype": torch.float64}], ids=str)
-def test_what_the_kernel_does_not_take_goes_to_the_reference(changed: dict[str, Any], k: int) -> None:
-    call = arguments(k=k, **changed)
-    with mock.patch.object(cpu_build, "load", side_effect=AssertionError("the kernel was asked for")):
-        assert torch.equal(coded_op.coded_ffn(call), coded_reference.coded_ffn(call))
+@every_scale
+@pytest.mark.parametrize("changed", [{"shape": (33,)}, {"shape": (3, 40)}, {"dtype": torch.float64}], ids=str)
+def test_many_tokens_and_double_precision_agree(changed: dict[str, Any], k: int, relative: bool) -> None:
+    call = arguments(k=k, relative=relative, **changed)
+    agree(call, run(call))
 
 
-#: Numbers of a call behind its pointers, in the kernel's order, and what it must not be told of each.
+#: Numbers of a header behind the magic, and what the kernel must refuse.
 NUMBERS: dict[str, Sequence[int]] = {
-    "k": (-1, 0, 3, 2**40), "tokens": (-1, 0, 17, 2**40), "d": (-1, 0), "d_out": (-1,), "capacity": (-1, 0, 39),
-    **dict.fromkeys(("bits", "low_bits", "column_bits", "column_low_bits", "fold_bits"), (-1, 0, 9, 2**40)),
-    "activation": (-1, 1000), "relative": (-1, 2), "dtype": (-1, 3), "threads": (-1, 0),
+    "k": (-1, 0, 3, 2**40), "d": (-1, 0, 199, 2**40), "d_out": (-1, 129), "capacity": (-1, 0, 39, 2**60),
+    "listed": (-1, 44), "activation": (-1, 1000), "relative": (-1, 2), "biased": (-1, 0, 2), "dtype": (-1, 1, 4),
+    **dict.fromkeys(("bits", "low_bits", "column_bits", "column_low_bits", "fold_bits"), (-1, 9, 2**40)),
 }  # fmt: skip
 
 
 @every_k
 @pytest.mark.parametrize("name", NUMBERS)
-def test_the_kernel_refuses_by_itself_what_its_entry_lets_pass(k: int, name: str) -> None:
-    at, layout, call = 18 + list(NUMBERS).index(name), coded_op._CALL, arguments(k=k)
+def test_the_kernel_refuses_a_damaged_header(k: int, name: str) -> None:
+    call = arguments(k=k)
+    at = 1 + coded_layout._NUMBERS.index(name)
     for value in NUMBERS[name]:
+        site = coded_layout.prepare(call)
+        site.view(torch.int64)[at] = value
+        with pytest.raises(RuntimeError, match="prepared site"):
+            torch.ops.tardis.coded_ffn(call.x, site, 130)
 
-        def pack(*numbers: int, value: int = value, layout: struct.Struct = layout) -> bytes:
-            return layout.pack(*numbers[:at], value, *numbers[at + 1 :])
 
-        with mock.patch.object(coded_op, "_CALL", mock.Mock(pack=pack)), pytest.raises(AssertionError, match="kernel"):
-            coded_op.coded_ffn(call)
+@every_k
+def test_the_kernel_refuses_what_is_no_prepared_site_of_the_input(k: int) -> None:
+    call = arguments(k=k)
+    site = coded_layout.prepare(call)
+    wrong = [
+        site[:-64],
+        site[:100],
+        torch.cat([site, site]),
+        site[None],
+        site.view(torch.int64),
+        site.flip(0),
+        site[:0],
+    ]
+    for other in wrong:
+        with pytest.raises(RuntimeError, match="prepared site"):
+            torch.ops.tardis.coded_ffn(call.x, other, 130)
+    for x, d_out in ((call.x, 129), (call.x[:, 1:], 130), (call.x.half(), 130), (call.x.long(), 130)):
+        with pytest.raises(RuntimeError, match="prepared site"):
+            torch.ops.tardis.coded_ffn(x, site, d_out)
+
+
+@given(call=calls())
+def test_a_prepared_site_restores_its_call(call: CodedFFN) -> None:
+    restored, listed = coded_layout.restore(call.x, coded_layout.prepare(call)), int(call.listed)
+    for name, value in call._asdict().items():
+        for old, new in zip(
+            *(v if isinstance(v, list) else [v] for v in (value, getattr(restored, name))), strict=True
+        ):
+            if not isinstance(old, Tensor):
+                assert old == new or (name == "fold_bits" and call.fold is None)
+            elif len(old) == len(call.columns) and name not in ("bias", "signs", "out_signs", "fold", "x"):
+                assert torch.equal(old[:listed], new[:listed])
+            else:
+                assert torch.equal(old, new)
 
 
 #: Largest absolute values of tokens.

@@ -3,12 +3,11 @@
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
-from unittest import mock
 
 import pytest
 import scipy.linalg
 import torch
-from builders.coded import arguments, calls, doubled, every_scale, exact, levels, mapped, scaled
+from builders.coded import arguments, calls, doubled, every_scale, exact, levels, run, scaled
 from builders.correction import FLOATS, every_k
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,28 +18,25 @@ from torch.library import opcheck
 from tardis_fx.errors import PlanMismatchError
 from tardis_fx.runtime import coded_reference, ops, tables
 from tardis_fx.runtime.coded import CodedFFN
-from tardis_fx.runtime.cpu import build as cpu_build
+from tardis_fx.runtime.cpu.coded_layout import prepare
 from tardis_fx.runtime.reference import response
 
 every_dtype = pytest.mark.parametrize("dtype", FLOATS, ids=str)
 
 
-def run(call: CodedFFN) -> Tensor:
-    output: Tensor = torch.ops.tardis.coded_ffn(*call)
-    return output
-
-
 def traced(call: CodedFFN) -> Tensor:
+    site = prepare(call)
     with FakeTensorMode() as mode:
-        return run(mapped(mode.from_tensor, call))
+        x, site = mode.from_tensor(call.x), mode.from_tensor(site)
+        output: Tensor = torch.ops.tardis.coded_ffn(x, site, len(call.bias))
+        return output
 
 
 def without_kernel(call: CodedFFN) -> Tensor:
-    with mock.patch.object(cpu_build, "load", return_value=None):
-        return run(call)
+    return ops._coded_ffn(call.x, prepare(call), len(call.bias))
 
 
-everywhere = pytest.mark.parametrize("implementation", [run, traced, without_kernel, ops._coded_ffn])
+everywhere = pytest.mark.parametrize("implementation", [run, traced, without_kernel])
 
 
 def small(k: int = 1, shape: tuple[int, ...] = (3,), **options: Any) -> CodedFFN:
@@ -65,27 +61,29 @@ def dense(call: CodedFFN) -> Tensor:
         return high + tables.weights(low[:listed], low_bits, columns, torch.float64)
 
     projections = [
-        matrix(base, call.bits, low, call.low_bits, d) @ rotation(call.signs).T
+        matrix(base, call.bits, low, call.low_bits, d)
         for base, low in zip(call.projections, call.refinements, strict=True)
     ]
+    x = coded_reference.rounded(call.x.reshape(-1, d).float(), call.signs).double()
     down = matrix(call.columns, call.column_bits, call.column_refinements, call.column_low_bits, d_out)
     biases = torch.zeros(listed, len(projections)) if call.biases is None else call.biases[:listed]
-    z = [call.x @ matrix.T + bias for matrix, bias in zip(projections, biases.T, strict=True)]
+    z = [x @ matrix.T + bias for matrix, bias in zip(projections, biases.T, strict=True)]
     values = response(z, call.activation)
     if call.surrogate is not None:
         *slopes, intercept = call.surrogate[:listed].double().T
         for slope, p in zip(slopes, z, strict=True):
             values = values - slope * p
         values = values - intercept
-    return values @ down @ rotation(call.out_signs).T + call.bias + folded(call)
+    return (values @ down @ rotation(call.out_signs).T + call.bias + folded(call)).view(*call.x.shape[:-1], d_out)
 
 
 def folded(call: CodedFFN) -> Tensor:
-    """What the fold gives, with a matrix that is rotated back in float64."""
+    """[tokens, d_out]: what the fold gives, with a matrix that is rotated back in float64."""
     if call.fold is None:
         return torch.zeros(len(call.bias), dtype=torch.float64)
-    rotated = tables.weights(call.fold, call.fold_bits, call.x.shape[-1], torch.float64)
-    return call.x.double() @ (rotation(call.out_signs) @ rotated @ rotation(call.signs).T).T
+    d = call.x.shape[-1]
+    x = coded_reference.rounded(call.x.reshape(-1, d).float(), call.signs).double()
+    return x @ (rotation(call.out_signs) @ tables.weights(call.fold, call.fold_bits, d, torch.float64)).T
 
 
 @every_dtype
@@ -94,7 +92,7 @@ def test_the_op_keeps_the_rules_of_torch_library(dtype: torch.dtype, shape: tupl
     utils = ["test_schema", "test_faketensor", "test_aot_dispatch_static", "test_aot_dispatch_dynamic"]
     for k, some in ((1, True), (2, False)):
         call = small(k, shape, dtype=dtype, bias=some, fold=some, thresholds="all")
-        passed = opcheck(torch.ops.tardis.coded_ffn.default, tuple(call), test_utils=utils)
+        passed = opcheck(torch.ops.tardis.coded_ffn.default, (call.x, prepare(call), 40), test_utils=utils)
         assert set(passed.values()) == {"SUCCESS"}
 
 
@@ -121,7 +119,19 @@ def test_reading_nothing_gives_the_bias_and_the_fold(call: CodedFFN) -> None:
     call.norms[:] = 0
     call.thresholds[:] = 0
     assert not any(read.any() for read in levels(call))
-    torch.testing.assert_close(exact(call), (call.bias + folded(call)).expand(exact(call).shape), rtol=1e-9, atol=1e-9)
+    expected = (call.bias + folded(call)).expand(exact(call).reshape(-1, len(call.bias)).shape)
+    torch.testing.assert_close(exact(call).reshape(expected.shape), expected, rtol=1e-9, atol=1e-9)
+
+
+@given(call=calls())
+def test_tokens_are_rotated_and_rounded_to_a_127th_of_the_largest_of_128_columns(call: CodedFFN) -> None:
+    x = call.x.reshape(-1, call.x.shape[-1]).float()
+    rounded, exact = coded_reference.rounded(x, call.signs).double(), x.double() @ rotation(call.signs)
+    for of_group, wanted in zip(rounded.split(128, 1), exact.split(128, 1), strict=True):
+        unit = wanted.abs().amax(1, keepdim=True) / 127
+        assert ((of_group - wanted).abs() <= 0.501 * unit).all()
+        numbers = of_group / of_group.abs().amax(1, keepdim=True).clamp(min=1e-30) * 127
+        torch.testing.assert_close(numbers, numbers.round(), rtol=0, atol=1e-4)
 
 
 @given(call=calls(), part=st.integers(0, 3), factor=st.floats(0, 1))
@@ -200,11 +210,11 @@ def test_a_nan_leaves_the_output_of_an_ffn_without_neurons_and_fold(k: int) -> N
 @every_k
 def test_the_op_changes_none_of_its_inputs(k: int) -> None:
     call = small(k, thresholds="all")
-    copies = mapped(Tensor.clone, call)
-    output = run(call)
-    pairs = zip(call.tensors, copies.tensors, strict=True)
-    assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in pairs)
-    assert output.data_ptr() not in {tensor.data_ptr() for tensor in call.tensors}
+    x, site = call.x.clone(), prepare(call)
+    output = torch.ops.tardis.coded_ffn(call.x, site, 40)
+    assert torch.equal(x, call.x)
+    assert torch.equal(site, prepare(call))
+    assert output.data_ptr() not in (call.x.data_ptr(), site.data_ptr())
 
 
 @every_k
@@ -251,19 +261,17 @@ def misfits(tensor: Tensor) -> Iterator[Tensor]:
         yield tensor[:, :-1]
 
 
-@everywhere
 @every_k
-def test_a_tensor_of_another_dtype_or_shape_is_refused(implementation: Callable[[CodedFFN], Tensor], k: int) -> None:
+def test_a_tensor_of_another_dtype_or_shape_is_refused(k: int) -> None:
     call = small(k, ())  # of one token, because several could be any number
     for name, tensor, changed in tensors(call):
         for other in misfits(tensor):
             if name == "x" and other.is_floating_point() and other.shape[-1:] == call.x.shape:
                 continue  # an axis of one token
             with pytest.raises(PlanMismatchError, match=r"of a rewritten FFN has|wrong number of axes"):
-                implementation(changed(other))
+                prepare(changed(other))
 
 
-@everywhere
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
@@ -276,26 +284,43 @@ def test_a_tensor_of_another_dtype_or_shape_is_refused(implementation: Callable[
         ({"refinements": []}, "2 projections and 0 refinements"),
     ],
 )  # fmt: skip
-def test_numbers_and_lists_that_the_op_does_not_take_are_refused(
-    implementation: Callable[[CodedFFN], Tensor], changed: dict[str, Any], message: str
-) -> None:
+def test_numbers_and_lists_that_the_op_does_not_take_are_refused(changed: dict[str, Any], message: str) -> None:
     with pytest.raises(PlanMismatchError, match=message):
-        implementation(small(2)._replace(**changed))
+        prepare(small(2)._replace(**changed))
 
 
-@pytest.mark.parametrize("implementation", [run, without_kernel, ops._coded_ffn])
 @pytest.mark.parametrize("listed", [-1, 24, 2**40, -(2**63)])
-def test_a_list_longer_than_its_tensors_is_refused(implementation: Callable[[CodedFFN], Tensor], listed: int) -> None:
+def test_a_list_longer_than_its_tensors_is_refused(listed: int) -> None:
     with pytest.raises(PlanMismatchError, match=f"lists {listed} neurons, with room for 23"):
-        implementation(small()._replace(listed=torch.tensor([listed])))
+        prepare(small()._replace(listed=torch.tensor([listed])))
+
+
+@pytest.mark.parametrize("implementation", [torch.ops.tardis.coded_ffn, ops._coded_ffn_fake, ops._coded_ffn])
+def test_bytes_that_are_no_prepared_site_of_the_input_are_refused(implementation: Callable[..., Tensor]) -> None:
+    call = small()
+    site = prepare(call)
+    run(call)  # loads the kernel
+    wrong = [(call.x, site[:8]), (call.x, site.flip(0)), (call.x[:, 1:], site), (call.x.half(), site)]
+    if implementation is not ops._coded_ffn:  # whose types say so
+        of_other_types = [(call.x, site.view(torch.int64)), (call.x.long(), site)]
+        wrong = of_other_types if implementation is ops._coded_ffn_fake else wrong + of_other_types
+    for x, site in wrong:
+        with pytest.raises((PlanMismatchError, RuntimeError), match=r"prepared site|its site takes"):
+            implementation(x, site, 40)
+
+
+def test_a_site_on_another_device_is_refused() -> None:
+    call = small()
+    with pytest.raises(PlanMismatchError, match="a prepared site is on meta"):
+        torch.ops.tardis.coded_ffn(call.x, prepare(call).to("meta"), 40)
 
 
 def test_a_tensor_on_another_device_or_in_another_layout_is_refused() -> None:
     call = small()
     with pytest.raises(PlanMismatchError, match="on meta"):
-        run(call._replace(fold=call.fold.to("meta")))  # type: ignore[union-attr]
+        prepare(call._replace(fold=call.fold.to("meta")))  # type: ignore[union-attr]
     with pytest.raises(PlanMismatchError, match="sparse"):
-        run(call._replace(columns=call.columns.to_sparse()))
+        prepare(call._replace(columns=call.columns.to_sparse()))
 
 
 @every_k

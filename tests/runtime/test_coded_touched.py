@@ -1,8 +1,7 @@
 """Bytes that calls of ``tardis::coded_ffn`` touch, against the sizes of their tensors."""
 
 import pytest
-import torch
-from builders.coded import arguments, calls, levels
+from builders.coded import arguments, calls, levels, run
 from builders.correction import every_k
 from hypothesis import given
 from torch import Tensor
@@ -15,7 +14,7 @@ every_half = pytest.mark.parametrize("some", [False, True])
 
 def counted(call: CodedFFN) -> float:
     with count_touched() as touched:
-        torch.ops.tardis.coded_ffn(*call)
+        run(call)
     assert touched.sites == 1
     return touched.per_token
 
@@ -60,5 +59,5 @@ def test_each_part_counts_where_it_is_read(call: CodedFFN) -> None:
 def test_the_outlier_rate_is_the_share_of_columns_that_are_read() -> None:
     call = arguments(k=2, shape=(4,), listed=40, activation="silu")
     with count_touched() as touched:
-        torch.ops.tardis.coded_ffn(*call)
+        run(call)
     assert touched.outlier_rate == levels(call).value.sum() / (4 * 43) > 0

@@ -56,7 +56,10 @@ def compilations(kernel: object, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     return compiled
 
 
-STUB = 'extern "C" long tardis_correct(void*) { return 1; }\nextern "C" long tardis_coded_ffn(void*) { return 1; }\n'
+STUB = """extern "C" long tardis_correct(void*) { return 1; }
+extern "C" void tardis_register() {}
+extern "C" void tardis_unregister() {}
+"""
 
 
 def compile_program(text: str, library: Path) -> None:

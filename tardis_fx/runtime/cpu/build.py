@@ -1,4 +1,7 @@
-"""Compiles the kernels and keeps the library in a cache folder, from which it loads only trusted files.
+"""Compiles the kernels for this processor and keeps the library in a folder, from which it loads only trusted files.
+
+There is one source for all instruction sets (:data:`CAPABILITIES`). The best one that the processor has is chosen at
+run time, so that a cache folder may move to other machines; ``$TARDIS_FX_CPU_CAPABILITY`` names another one.
 
 The folder is ``$TARDIS_FX_CACHE``, else ``$XDG_CACHE_HOME/tardis_fx``, else ``~/.cache/tardis_fx``; the compiler is
 ``$CXX``, else ``g++`` or ``clang++``. Loading a library runs its code, so folder and library must belong to the user or
@@ -22,7 +25,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
+import torch
+
+from tardis_fx.errors import ConfigError
 from tardis_fx.graph.activations import ACTIVATIONS
 from tardis_fx.runtime import tables
 from tardis_fx.runtime.correction import MOST_TOKENS
@@ -31,16 +38,76 @@ logger = logging.getLogger("tardis_fx")
 
 _FOLDER = Path(__file__).parent
 _SOURCES = sorted(_FOLDER.glob("*.cpp"))
+_TORCH = Path(torch.__file__).parent
 # No -ffast-math, which breaks comparisons of NaN and infinity. Its two safe parts let conversions be vectorised.
-_FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC")
+_FLAGS = (
+    "-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd", "-shared", "-fPIC",
+    f"-I{_TORCH / 'include'}",
+)  # fmt: skip
+_LIBRARIES = (f"-L{_TORCH / 'lib'}", "-ltorch_cpu")
+_V3 = frozenset({"avx2", "bmi1", "bmi2", "f16c", "fma", "movbe"})
+_V4 = _V3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
+
+
+class Capability(NamedTuple):
+    """An instruction set: the compiler's flags, and the features that a processor has, as Linux names them."""
+
+    flags: tuple[str, ...]
+    machine: str
+    features: frozenset[str]
+
+
+#: Instruction sets by name, the best first.
+CAPABILITIES = {
+    "avx512_bf16": Capability(
+        ("-march=x86-64-v4", "-mavx512vnni", "-mavx512bf16"), "x86_64", _V4 | {"avx512_vnni", "avx512_bf16"}
+    ),
+    "avx512_vnni": Capability(("-march=x86-64-v4", "-mavx512vnni"), "x86_64", _V4 | {"avx512_vnni"}),
+    "avx512": Capability(("-march=x86-64-v4",), "x86_64", _V4),
+    "avx2_vnni": Capability(("-march=x86-64-v3", "-mavxvnni"), "x86_64", _V3 | {"avx_vnni"}),
+    "avx2": Capability(("-march=x86-64-v3",), "x86_64", _V3),
+    "dotprod": Capability(("-march=armv8.2-a+dotprod+fp16",), "aarch64", frozenset({"asimddp", "asimdhp"})),
+    "portable": Capability((), "", frozenset()),
+}
 #: Timeout of the compiler in seconds.
 _PATIENCE = 600
 _LOCK = threading.Lock()
+#: The library that PyTorch calls.
+_REGISTERED: list[ctypes.CDLL] = []
 
 
 def load() -> ctypes.CDLL | None:
-    """Loads the compiled functions for the registered activations; None, with one warning, if they are unavailable."""
-    return _library(tuple(ACTIVATIONS))
+    """Loads the compiled functions for the registered activations; None, with one warning, if they are unavailable.
+
+    From then on, PyTorch calls them for tensors on the CPU.
+
+    Raises:
+        ConfigError: ``$TARDIS_FX_CPU_CAPABILITY`` names no instruction set that this processor has.
+    """
+    return _library(tuple(ACTIVATIONS), capability())
+
+
+def capability() -> str:
+    """The instruction set to use: that of ``$TARDIS_FX_CPU_CAPABILITY``, or the best one that the processor has.
+
+    Raises:
+        ConfigError: the processor does not have the one that is asked for.
+    """
+    available = capabilities()
+    name = os.environ.get("TARDIS_FX_CPU_CAPABILITY") or available[0]
+    if name not in available:
+        raise ConfigError(f"TARDIS_FX_CPU_CAPABILITY is {name!r}, but this processor has {', '.join(available)}")
+    return name
+
+
+@cache
+def capabilities() -> tuple[str, ...]:
+    """The instruction sets that the processor has, the best first."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    found = {word for line in lines if line.startswith(("flags", "Features")) for word in line.split()}
+    machine = platform.machine()
+    return tuple(name for name, c in CAPABILITIES.items() if c.machine in ("", machine) and c.features <= found)
 
 
 def activation_number(name: str) -> int:
@@ -49,27 +116,37 @@ def activation_number(name: str) -> int:
 
 
 @cache
-def _library(names: tuple[str, ...]) -> ctypes.CDLL | None:
+def _library(names: tuple[str, ...], target: str) -> ctypes.CDLL | None:
     with _LOCK:  # else concurrent threads would each compile and warn
-        return _loaded(names)
+        return _loaded(names, target)
 
 
 @cache
-def _loaded(names: tuple[str, ...]) -> ctypes.CDLL | None:
+def _loaded(names: tuple[str, ...], target: str) -> ctypes.CDLL | None:
     try:
-        return _from_cache()
+        return _registered(_from_cache(target))
     except Exception as error:  # any failure of the system or the compiler: the reference can run instead
         output = getattr(error, "stderr", None) or ""
         logger.warning("no CPU kernel, the (slow) eager implementation runs instead: %s\n%s", error, output)
         return None
 
 
-def _from_cache() -> ctypes.CDLL:
-    compiler = _compiler()
+def _registered(library: ctypes.CDLL) -> ctypes.CDLL:
+    """Makes PyTorch call a library, and no longer the one before it."""
+    for before in _REGISTERED:
+        before.tardis_unregister()
+    _REGISTERED[:] = [library]
+    library.tardis_register()
+    return library
+
+
+def _from_cache(target: str) -> ctypes.CDLL:
+    compiler, flags = _compiler(), (*CAPABILITIES[target].flags, *_FLAGS)
     version = _run([*compiler, "--version"])
     sources = [path.read_text() for path in (*_SOURCES, *sorted(_FOLDER.glob("*.h")))]
-    parts = [*sources, *_generated().values(), *compiler, version, *_FLAGS, *_defined(), _processor()]
-    name = f"kernel-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}"
+    parts = [*sources, *_generated().values(), *compiler, version, *flags, *_defined(), platform.machine()]
+    parts.append(torch.__version__)
+    name = f"kernel-{target}-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}"
     try:
         folder = _cache_folder()
         for library in _libraries(folder, name):
@@ -84,7 +161,7 @@ def _from_cache() -> ctypes.CDLL:
         folder, scratch = None, tempfile.TemporaryDirectory(prefix="tardis_fx-")
     with scratch:
         library = Path(scratch.name, "kernel.so")
-        compile_kernel(library, compiler, _FLAGS)
+        compile_kernel(library, compiler, flags)
         return _open(library if folder is None else _store(library, folder, name))
 
 
@@ -132,7 +209,7 @@ def compile_kernel(library: Path, compiler: Sequence[str], flags: Sequence[str])
     """Compiles the kernels to ``library``, and leaves the generated sources in the same folder."""
     for name, source in _generated().items():
         Path(library.parent, name).write_text(source)
-    _run([*compiler, *flags, *_defined(), f"-I{library.parent}", *map(str, _SOURCES), "-o", str(library)])
+    _run([*compiler, *flags, *_defined(), f"-I{library.parent}", *map(str, _SOURCES), *_LIBRARIES, "-o", str(library)])
     if not library.exists():
         raise FileNotFoundError(f"{shlex.join(compiler)} reported success but wrote no library")
 
@@ -149,7 +226,10 @@ def _generated() -> dict[str, str]:
 
 def _cases() -> str:
     """The activations, as cases of a C++ switch."""
-    return "".join(f"case {activation_number(name)}: return {a.cxx};\n" for name, a in ACTIVATIONS.items())
+    return "".join(
+        f"case {activation_number(name)}: return lanes::as_vector({a.cxx.replace('std::', 'lanes::')}, z);\n"
+        for name, a in ACTIVATIONS.items()
+    )
 
 
 def _levels() -> str:
@@ -176,21 +256,12 @@ def _compiler() -> list[str]:
     raise FileNotFoundError("no C++ compiler: neither g++ nor clang++ on PATH, and CXX is not set")
 
 
-def _processor() -> str:
-    """Identity of the processor for -march=native, so that machines may share a cache folder."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    features = {line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))}
-    return "\n".join([platform.machine(), platform.processor(), *sorted(features)])
-
-
 def _digest(library: Path) -> str:
     return hashlib.sha256(library.read_bytes()).hexdigest()[:32]
 
 
 def _open(path: Path) -> ctypes.CDLL:
     library = ctypes.CDLL(str(path))
-    for op in (library.tardis_correct, library.tardis_coded_ffn):
-        op.argtypes = [ctypes.c_char_p]
-        op.restype = ctypes.c_int64
+    library.tardis_correct.argtypes = [ctypes.c_char_p]
+    library.tardis_correct.restype = ctypes.c_int64
     return library

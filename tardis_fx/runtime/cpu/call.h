@@ -1,4 +1,4 @@
-// The calls that op.py and coded_op.py pack, and the checks whether the kernels support them.
+// The call that op.py packs, and the check whether the kernel supports it.
 
 #pragma once
 
@@ -43,30 +43,6 @@ bool supported(const Call& call) {
          between(0, call.activation, ACTIVATIONS - 1) && between(0, call.dtype, 2) && call.threads >= 1 &&
          between(0, guarded, listed) && listed <= call.capacity && (!coded || guarded == listed) &&
          (listed == 0 || call.hidden >= 1);
-}
-
-struct CodedCall {  // coded_op.py packs it: eighteen pointers and fourteen integers
-  void* out;
-  const void *x, *bias;
-  const int8_t *signs, *out_signs;
-  const int64_t* listed;
-  const uint8_t *projections[MOST_PROJECTIONS], *refinements[MOST_PROJECTIONS], *columns, *column_refinements;
-  const void* biases;          // [capacity, k], of the dtype of x, or null
-  const Bfloat16* norms;       // [capacity, k]
-  const float *noise, *thresholds;  // [k], [k + 2]
-  const Bfloat16* surrogate;   // [capacity, k + 1] or null
-  const uint8_t* fold;         // or null
-  int64_t k, tokens, d, d_out, capacity, bits, low_bits, column_bits, column_low_bits, fold_bits, activation, relative, dtype,
-      threads;
-};
-
-// As for the other call.
-bool supported(const CodedCall& call) {
-  for (const int64_t bits : {call.bits, call.low_bits, call.column_bits, call.column_low_bits, call.fold_bits})
-    if (!between(1, bits, 8)) return false;
-  return between(1, call.k, MOST_PROJECTIONS) && between(1, call.tokens, TOKENS) && call.d >= 1 && call.d_out >= 0 &&
-         between(0, call.activation, ACTIVATIONS - 1) && between(0, call.relative, 1) && between(0, call.dtype, 2) &&
-         call.threads >= 1 && between(0, *call.listed, call.capacity);
 }
 
 }  // namespace

@@ -1,357 +1,682 @@
 // Computes an FFN from codes, each neuron as precise as its token needs, for a few tokens, on a CPU.
 //
-// `coded_ffn` in coded_reference.py specifies the result. Neurons are taken in batches, in three steps: (a) estimates of
-// the first pre-activation, for all tokens, (b) of the second one, where a token's gate needs it, and the levels, (c) what
-// is added. Each step prefetches the rows that the next one reads, and a row is read once for all tokens. Thresholds
-// relative to a token's scale need the first estimates of all neurons: then a phase of its own does (a) and keeps them.
+// `coded_ffn` in coded_reference.py specifies the result, and coded_layout.py prepares the codes. Threads share the neurons, in
+// batches: (a) estimates of the first pre-activation by tiles, for all tokens, (b) of the second one, where a token's gate
+// needs it, (c) which parts are read, and the refinements of pre-activations, (d) the values of columns, in chunks. Then
+// they share the outputs: (e) the fold, by tiles, and the columns of all chunks, (f) the rotation. Thresholds relative to
+// a token's scale need the first estimates of all neurons: then (a) comes first for all of them.
 // Do not compile with -ffast-math: a NaN must compare false, so that it reads everything.
 
-#include <omp.h>
-
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
+#include <new>
+#include <utility>
 
 #include "activation.h"
-#include "call.h"
-#include "codes.h"
+#include "coded.h"
+#include "pool.h"
 #include "rotation.h"
+#include "scratch.h"
+#include "tiles.h"
 #include "vectors.h"
 
 namespace {
 
+constexpr int64_t MOST_TOKENS = 32;      // of a step; more are computed in several
 constexpr int64_t SERIAL_BYTES = 32768;  // of first projections: below, waking other threads costs more than it saves
-constexpr int64_t BATCH = 16;            // neurons
+constexpr int BATCH = CHUNK, TILES = BATCH / TILE;
+constexpr int MOST_PROJECTIONS = 2;
 
-// ---- Rows of codes with one scale each.
+int64_t blocks(int64_t count, int64_t size) { return (count + size - 1) / size; }
 
-struct Matrix {
-  const uint8_t* rows;
-  int64_t columns, bits;
+// ---- A prepared site: a header, then sections in the order of coded_layout.py, each from a multiple of 64 bytes on.
 
-  int64_t blocks() const { return (columns + BLOCK - 1) / BLOCK; }
-  int64_t bytes() const { return blocks() * bits * (BLOCK / 8) + int64_t(sizeof(Half)); }
-  const uint8_t* row(int64_t number) const { return rows + number * bytes(); }
-  float scale(int64_t number) const { return to_float(read<Half>(row(number + 1) - sizeof(Half))); }
-  void prefetch(int64_t number) const { ::prefetch(row(number), bytes()); }
+struct Tiles {
+  const uint8_t* lines;
+  int64_t cells, bits;
+
+  const uint8_t* tile(int64_t number) const { return lines + number * cells * bits * TILE_LINE; }
 };
 
-// A row's weights are scale * code - shift, the codes of up to 4 bits looked up. Padded, as `estimate` reads vectors.
-template <int BITS>
-struct Scale {
-  float scale[LANES] = {}, shift[LANES] = {};
+struct Rows {
+  const uint8_t* lines;
+  int64_t cells, bits;
+  const Half* scales;
 
-  Scale(const uint8_t* row, int64_t blocks) {
-    const float of_level = to_float(read<Half>(row + blocks * (BITS * BLOCK / 8)));
-    constexpr int COUNT = 1 << BITS;
-    scale[0] = of_level * (BITS <= 4 ? 1 / 128.0f : 2.0f / COUNT);
-    shift[0] = of_level * (BITS <= 4 ? 1 : float(COUNT - 1) / COUNT);
+  int64_t bytes() const { return cells * bits * ROW_LINE; }
+  const uint8_t* row(int64_t number) const { return lines + number * bytes(); }
+};
+
+struct Site {
+  int64_t k, d, d_out, capacity, listed, bits, low_bits, column_bits, column_low_bits, fold_bits, activation, relative, biased,
+      dtype;
+  const int8_t *signs, *out_signs;
+  const void *bias, *biases;                  // of the dtype of x; biases [k, capacity] or null
+  const float *noise, *thresholds;            // [k], [k + 2]
+  const Bfloat16 *norms, *surrogate;          // [k, capacity], [k + 1, capacity] or null
+  const Half *scales, *fold_scales;           // [k, capacity], [d_out] or null
+  Tiles first, fold;
+  Rows second, refinements[MOST_PROJECTIONS], columns, column_refinements;
+
+  // Whether the header is one that coded_layout.py writes, and `size` bytes are all that it tells of.
+  bool open(const uint8_t* site, int64_t size) {
+    if (size < int64_t(HEADER * sizeof(int64_t))) return false;
+    int64_t header[HEADER];
+    std::memcpy(header, site, sizeof header);
+    const int64_t* field = header;
+    if (*field++ != MAGIC) return false;
+    for (int64_t* to : {&k, &d, &d_out, &capacity, &listed, &bits, &low_bits, &column_bits, &column_low_bits, &fold_bits,
+                        &activation, &relative, &biased, &dtype})
+      *to = *field++;
+    const auto between = [](int64_t low, int64_t value, int64_t high) { return low <= value && value <= high; };
+    for (const int64_t width : {bits, low_bits, column_bits, column_low_bits})
+      if (!between(1, width, 8)) return false;
+    constexpr int64_t MOST = int64_t(1) << 28;
+    if (!between(1, k, MOST_PROJECTIONS) || !between(1, d, MOST) || !between(0, d_out, MOST) || !between(0, listed, capacity) ||
+        !between(0, capacity, MOST) || !between(0, fold_bits, 8) || !between(0, activation, ACTIVATIONS - 1) ||
+        !between(0, relative, 1) || !between(0, biased, 1) || !between(0, dtype, 3))
+      return false;
+    int64_t at = HEADER * sizeof(int64_t);
+    const auto section = [&](int64_t bytes) {
+      const uint8_t* const start = site + at;
+      at = blocks(at + bytes, 64) * 64;
+      return start;
+    };
+    const auto tiles = [&](int64_t rows, int64_t width) {
+      const int64_t cells = blocks(d, TILE_CELL);
+      return Tiles{section(blocks(rows, TILE) * cells * width * TILE_LINE), cells, width};
+    };
+    const int64_t room = blocks(capacity, TILE) * TILE, element = dtype == 3 ? 8 : dtype == 0 ? 4 : 2;
+    const auto rows = [&](int64_t columns_of, int64_t width, const Half* of) {
+      const int64_t cells = blocks(columns_of, GROUP);
+      return Rows{section(room * cells * width * ROW_LINE), cells, width, of};
+    };
+    signs = (const int8_t*)section(d);
+    out_signs = (const int8_t*)section(d_out);
+    bias = section(d_out * element);
+    noise = (const float*)section(k * sizeof(float));
+    thresholds = (const float*)section((k + 2) * sizeof(float));
+    biases = biased ? section(k * room * element) : nullptr;
+    norms = (const Bfloat16*)section(k * room * 2);
+    surrogate = fold_bits ? (const Bfloat16*)section((k + 1) * room * 2) : nullptr;
+    scales = (const Half*)section(k * room * 2);
+    const Half* const low_scales = (const Half*)section(k * room * 2);
+    const Half* const column_scales = (const Half*)section(room * 2);
+    const Half* const column_low_scales = (const Half*)section(room * 2);
+    fold_scales = fold_bits ? (const Half*)section(blocks(d_out, TILE) * TILE * 2) : nullptr;
+    first = tiles(capacity, bits);
+    second = k > 1 ? rows(d, bits, scales + room) : Rows{};
+    for (int i = 0; i < k; ++i) refinements[i] = rows(d, low_bits, low_scales + i * room);
+    columns = rows(d_out, column_bits, column_scales);
+    column_refinements = rows(d_out, column_low_bits, column_low_scales);
+    fold = fold_bits ? tiles(d_out, fold_bits) : Tiles{};
+    return at == size;
   }
+
+  int64_t room() const { return blocks(capacity, TILE) * TILE; }
 };
 
-// The products of a row with the tokens of a mask; those of others are undefined.
-template <int BITS>
-void multiply(const uint8_t* row, const Inputs& x, int64_t tokens, uint32_t mask, float* products) {
-  const Scale<BITS> of(row, x.blocks);
-  if (2 * __builtin_popcount(mask) > tokens) return estimate_all<BITS, true>(row, of.scale, of.shift, x, tokens, products);
-  for (int64_t t = 0; t < tokens; ++t)
-    if (mask >> t & 1) products[t] = estimate_one<BITS, true>(row, of.scale, of.shift, x, t);
+// ---- Products, by bits and number of tokens.
+
+template <int T, int... BITS>
+constexpr auto tile_products(std::integer_sequence<int, BITS...>) {
+  return std::array{multiply_tile<BITS + 1, T>...};
+}
+template <int T, int... BITS>
+constexpr auto row_products(std::integer_sequence<int, BITS...>) {
+  return std::array{multiply_rows<BITS + 1, T>...};
+}
+template <int... BITS>
+constexpr auto interleaves(std::integer_sequence<int, BITS...>) {
+  return std::array{interleave<BITS + 1>...};
+}
+template <int... BITS>
+constexpr auto additions(std::integer_sequence<int, BITS...>) {
+  return std::array{add_quads<BITS + 1>...};
+}
+constexpr auto WIDTHS = std::make_integer_sequence<int, 8>();
+
+// Products of a tile with all tokens, [tokens, TILE].
+void multiply(const Tiles& tiles, int64_t number, const Tokens& x, int64_t tokens, float* products) {
+  static constexpr auto one = tile_products<1>(WIDTHS), two = tile_products<2>(WIDTHS), four_ = tile_products<4>(WIDTHS),
+                        eight = tile_products<8>(WIDTHS);
+  const uint8_t* const lines = tiles.tile(number);
+  const int64_t bits = tiles.bits - 1;
+  int64_t t = 0;
+  for (; t + 8 <= tokens; t += 8) eight[bits](lines, tiles.cells, x, t, products + t * TILE);
+  for (; t + 4 <= tokens; t += 4) four_[bits](lines, tiles.cells, x, t, products + t * TILE);
+  for (; t + 2 <= tokens; t += 2) two[bits](lines, tiles.cells, x, t, products + t * TILE);
+  if (t < tokens) one[bits](lines, tiles.cells, x, t, products + t * TILE);
 }
 
-// A row, and the values that it is multiplied with for the tokens of a mask.
-struct Term {
-  const uint8_t* row;
-  uint32_t mask;
-  const float* values;
-};
+// Products of four rows with the tokens of a list, [count, QUAD].
+void multiply(const Rows& of, const int32_t* numbers, const int32_t* next, const Tokens& x, const int32_t* which,
+              int64_t count, float* products) {
+  static constexpr auto one = row_products<1>(WIDTHS), two = row_products<2>(WIDTHS), four_ = row_products<4>(WIDTHS),
+                        eight = row_products<8>(WIDTHS);
+  const uint8_t *rows[QUAD], *ahead[QUAD];
+  for (int i = 0; i < QUAD; ++i) rows[i] = of.row(numbers[i]), ahead[i] = of.row(next[i]);
+  const int64_t bits = of.bits - 1;
+  int64_t t = 0;
+  for (; t + 8 <= count; t += 8) eight[bits](rows, ahead, x, which + t, products + t * QUAD);
+  for (; t + 4 <= count; t += 4) four_[bits](rows, ahead, x, which + t, products + t * QUAD);
+  for (; t + 2 <= count; t += 2) two[bits](rows, ahead, x, which + t, products + t * QUAD);
+  if (t < count) one[bits](rows, ahead, x, which + t, products + t * QUAD);
+}
 
-// Adds up to BATCH rows times their values to sums, which are `blocks` blocks for each token.
-template <int BITS>
-void add_rows(const Term* terms, int64_t count, int64_t blocks, int64_t tokens, float* sums) {
-  float scales[BATCH], shifts[BATCH];
-  int32_t of_token[TOKENS][BATCH], counts[TOKENS] = {};  // terms of each token
-  for (int64_t i = 0; i < count; ++i) {
-    const Scale<BITS> of(terms[i].row, blocks);
-    scales[i] = of.scale[0], shifts[i] = of.shift[0];
-    for (int64_t t = 0; t < tokens; ++t)
-      if (terms[i].mask >> t & 1) of_token[t][counts[t]++] = i;
-  }
-  for (int64_t b = 0; b < blocks; ++b) {
-    alignas(64) float weights[BATCH][BLOCK];
-    for (int64_t i = 0; i < count; ++i) {
-      uint8_t codes[BLOCK];
-      unpack<BITS, true>(terms[i].row + b * (BITS * BLOCK / 8), codes);
-      for (int k = 0; k < BLOCK; k += LANES) put(scales[i] * load(codes + k) - shifts[i], weights[i] + k);
+// ---- Tokens.
+
+// Rotates a token and rounds it to 8 bits; a group with an infinity or NaN becomes NaN.
+template <class W>
+void set_token(const Site& site, const W* x, int64_t t, Tokens& to) {
+  float* const rotated = scratch<float, 0>(to.groups * GROUP);
+  for (int64_t i = 0; i < site.d; ++i) rotated[i] = to_float(x[i]) * site.signs[i];
+  std::fill(rotated + site.d, rotated + to.groups * GROUP, 0.0f);
+  for_blocks(site.d, [&](int64_t start, int64_t size) { transform(rotated + start, size); });
+  for (int64_t g = 0; g < to.groups; ++g) {
+    const float* const group = rotated + g * GROUP;
+    int8_t* const numbers = to.numbers + (t * to.groups + g) * GROUP;
+    Floats most = {};
+    for (int i = 0; i < GROUP; i += LANES) {
+      const Floats size = lanes::magnitude(load(group + i));
+      most = most < size ? size : (size < INFINITY ? most : Floats{} + INFINITY);  // of a NaN, too
     }
-    for (int64_t t = 0; t < tokens; ++t) {
-      float* const at = sums + (t * blocks + b) * BLOCK;
-      Floats totals[BLOCK / LANES];
-      for (int k = 0; k < BLOCK / LANES; ++k) totals[k] = load(at + k * LANES);
-      for (int32_t n = 0; n < counts[t]; ++n) {
-        const int32_t i = of_token[t][n];
-        for (int k = 0; k < BLOCK / LANES; ++k) totals[k] += terms[i].values[t] * load(weights[i] + k * LANES);
-      }
-      for (int k = 0; k < BLOCK / LANES; ++k) put(totals[k], at + k * LANES);
+    float largest = 0;
+    for (int i = 0; i < LANES; ++i) largest = std::max(largest, most[i]);
+    const float unit = largest / 127;
+    Ints sums = {};
+    for (int i = 0; i < GROUP; i += LANES) {
+      Floats number = load(group + i) / unit;
+      number = number > 127 ? Floats{} + 127 : (number < -127 ? Floats{} - 127 : number);
+      const Ints whole = unit > 0 && unit < INFINITY ? __builtin_convertvector(lanes::nearest(number), Ints) : Ints{};
+      sums += whole;
+      const Small small = __builtin_convertvector(whole, Small);
+      std::memcpy(numbers + i, &small, sizeof small);
     }
+    int32_t total = 0;
+    for (int i = 0; i < LANES; ++i) total += sums[i];
+    to.units[t * to.groups + g] = unit < INFINITY ? unit : NAN;
+    to.sums[t * to.groups + g] = total;
   }
 }
 
-constexpr decltype(multiply<1>)* MULTIPLY[] = {multiply<1>, multiply<2>, multiply<3>, multiply<4>,
-                                               multiply<5>, multiply<6>, multiply<7>, multiply<8>};
-constexpr decltype(add_rows<1>)* ADD_ROWS[] = {add_rows<1>, add_rows<2>, add_rows<3>, add_rows<4>,
-                                               add_rows<5>, add_rows<6>, add_rows<7>, add_rows<8>};
-
-// Adds the products of a row with the tokens of a mask to pre-activations.
-void add_estimates(const Matrix& matrix, int64_t row, const Inputs& x, int64_t tokens, uint32_t mask, float* z) {
-  float products[TOKENS];
-  MULTIPLY[matrix.bits - 1](matrix.row(row), x, tokens, mask, products);
-  for (int64_t t = 0; t < tokens; ++t)
-    if (mask >> t & 1) z[t] += products[t];
-}
-
-// ---- A neuron.
-
-struct Matrices {
-  Matrix projections[MOST_PROJECTIONS], refinements[MOST_PROJECTIONS], columns, column_refinements, fold;
-
-  explicit Matrices(const CodedCall& call)
-      : columns{call.columns, call.d_out, call.column_bits},
-        column_refinements{call.column_refinements, call.d_out, call.column_low_bits},
-        fold{call.fold, call.d, call.fold_bits} {
-    for (int i = 0; i < call.k; ++i) {
-      projections[i] = {call.projections[i], call.d, call.bits};
-      refinements[i] = {call.refinements[i], call.d, call.low_bits};
-    }
-  }
-};
+// ---- Neurons.
 
 // What the contributions of parts are compared with, for each token: thresholds times the token's scale.
 struct Limits {
-  double up[TOKENS], value[TOKENS], row[TOKENS], column[TOKENS];
+  float up[MOST_TOKENS], value[MOST_TOKENS], row[MOST_TOKENS], column[MOST_TOKENS];
+  uint32_t ordinary = 0;  // bit t: the squares of the last three neither overflow nor vanish
 
   // `squares` are those of the scales, or null: scales are 1.
-  Limits(const CodedCall& call, const double* squares) {
-    const float* const others = call.thresholds + (call.k - 1);
-    for (int64_t t = 0; t < call.tokens; ++t) {
-      const double scale = squares ? std::sqrt(squares[t]) : 1;
-      up[t] = call.thresholds[0] * scale;
-      value[t] = others[0] * scale;
-      row[t] = others[1] * scale;
-      column[t] = others[2] * scale;
-    }
-  }
-};
-
-// Whether a part is read: infinity and NaN always are.
-bool exceeds(double contribution, double limit) { return !(contribution <= limit && contribution < INFINITY); }
-
-// Whether first estimates alone decide something: where to read `up`, or the scales.
-bool decides_by_first(const CodedCall& call) { return call.k > 1 || call.relative; }
-
-float bias(const CodedCall& call, int64_t number) {
-  if (call.dtype == 0) return ((const float*)call.biases)[number];
-  return call.dtype == 1 ? to_float(((const Bfloat16*)call.biases)[number]) : to_float(((const Half*)call.biases)[number]);
-}
-
-// What is known of a neuron in each step. In masks, bit t stands for token t; their names are those of `Levels`.
-struct Neuron {
-  int64_t position;
-  float first_norm, norm, surrogate[MOST_PROJECTIONS + 1];
-  float z[MOST_PROJECTIONS][TOKENS], active[TOKENS];  // `active` is the activation of the first estimate
-  uint32_t up, value, row, column;
-
-  Neuron() = default;
-  Neuron(const CodedCall& call, int64_t position) : position(position), z{}, up(0), value(0), row(0), column(0) {
-    first_norm = to_float(call.norms[position * call.k]);
-    norm = to_float(call.norms[position * call.k + call.k - 1]);
-    for (int i = 0; call.surrogate && i <= call.k; ++i) surrogate[i] = to_float(call.surrogate[position * (call.k + 1) + i]);
-    for (int i = 0; call.biases && i < call.k; ++i) std::fill_n(z[i], call.tokens, bias(call, position * call.k + i));
-  }
-
-  // The response to k pre-activations minus the surrogate; `active` is the activation of the first.
-  __attribute__((noinline)) float value_of(const CodedCall& call, float active, const float* z) const {
-    float value = call.k == 1 ? active : active * z[1];
-    if (!call.surrogate) return value;
-    for (int i = 0; i < call.k; ++i) value -= surrogate[i] * z[i];
-    return value - surrogate[call.k];
-  }
-
-  // The contribution of everything after the first estimate.
-  double first(int64_t t) const { return double(std::fabs(active[t])) * first_norm; }
-
-  // Sets the levels after `up` for the tokens of `up`. Squares are double, because those of floats overflow.
-  void choose_levels(const CodedCall& call, const Matrices& of, const Limits& limits) {
-    float noises[MOST_PROJECTIONS];
-    for (int i = 0; i < call.k; ++i) noises[i] = of.projections[i].scale(position) * call.noise[i];
-    for (int64_t t = 0; t < call.tokens; ++t) {
-      if (!(up >> t & 1)) continue;
-      const float at[] = {z[0][t], z[1][t]};
-      if (!decides_by_first(call)) active[t] = activate(at[0], call.activation);
-      const double value_here = value_of(call, active[t], at);
-      double square = 0;
-      for (int i = 0; i < call.k; ++i)
-        for (const float step : {noises[i], -noises[i]}) {
-          float moved[] = {at[0], at[1]};
-          moved[i] += step;
-          const double change =
-              value_of(call, i == 0 ? activate(moved[0], call.activation) : active[t], moved) - value_here;
-          square += change * change / 2;
-        }
-      if (!exceeds(std::sqrt(value_here * value_here + square) * norm, limits.value[t])) continue;
-      value |= 1u << t;
-      row |= uint32_t(exceeds(std::sqrt(square) * norm, limits.row[t])) << t;
-      column |= uint32_t(exceeds(std::fabs(value_here) * norm, limits.column[t])) << t;
-    }
-  }
-};
-
-// ---- The op.
-
-// Sets a batch to the neurons from `begin` to `end`, with their first estimates, and the activations of those if something
-// is decided by them alone. Activations branch: in a loop of their own they do not delay estimates.
-void estimate_first(const CodedCall& call, const Matrices& of, const Inputs& x, int64_t begin, int64_t end, Neuron* neurons) {
-  const int64_t count = end - begin;
-  for (int64_t i = 0; i < count; ++i) {
-    neurons[i] = Neuron(call, begin + i);
-    add_estimates(of.projections[0], begin + i, x, call.tokens, (1u << call.tokens) - 1, neurons[i].z[0]);
-  }
-  for (int64_t i = 0; i < count && decides_by_first(call); ++i)
-    for (int64_t t = 0; t < call.tokens; ++t) neurons[i].active[t] = activate(neurons[i].z[0][t], call.activation);
-}
-
-// Keeps the first estimates of the neurons from `begin` to `end` and their activations, [listed, 2, tokens], and adds the
-// squares of the neurons' contributions to those of the scales.
-void keep_first(const CodedCall& call, const Matrices& of, const Inputs& x, int64_t begin, int64_t end, float* kept,
-                double* squares) {
-  Neuron neurons[BATCH];
-  estimate_first(call, of, x, begin, end, neurons);
-  for (int64_t i = 0; i < end - begin; ++i) {
-    const Neuron& neuron = neurons[i];
-    float* const row = kept + neuron.position * 2 * call.tokens;
-    std::copy_n(neuron.z[0], call.tokens, row);
-    std::copy_n(neuron.active, call.tokens, row + call.tokens);
-    for (int64_t t = 0; t < call.tokens; ++t) squares[t] += neuron.first(t) * neuron.first(t);
-  }
-}
-
-// Adds the values of the neurons from `begin` to `end`, times their columns, to sums; `kept` is null or from `keep_first`.
-void add_neurons(const CodedCall& call, const Matrices& of, const Inputs& x, const Limits& limits, const float* kept,
-                 int64_t begin, int64_t end, float* sums) {
-  const int64_t tokens = call.tokens;
-  Neuron neurons[BATCH];
-  const int64_t count = end - begin;
-  if (!kept) estimate_first(call, of, x, begin, end, neurons);
-  for (int64_t i = 0; i < count; ++i) {
-    Neuron& neuron = neurons[i];
-    if (kept) {
-      neuron = Neuron(call, begin + i);
-      const float* const row = kept + neuron.position * 2 * tokens;
-      std::copy_n(row, tokens, neuron.z[0]);
-      std::copy_n(row + tokens, tokens, neuron.active);
-    }
-    if (call.k == 1) {
-      neuron.up = (1u << tokens) - 1;
-      continue;
-    }
-    for (int64_t t = 0; t < tokens; ++t) neuron.up |= uint32_t(exceeds(neuron.first(t), limits.up[t])) << t;
-    if (neuron.up) of.projections[1].prefetch(neuron.position);
-  }
-  for (int64_t i = 0; i < count; ++i) {
-    Neuron& neuron = neurons[i];
-    if (!neuron.up) continue;
-    if (call.k > 1) add_estimates(of.projections[1], neuron.position, x, tokens, neuron.up, neuron.z[1]);
-    neuron.choose_levels(call, of, limits);
-    for (int k = 0; k < call.k && neuron.row; ++k) of.refinements[k].prefetch(neuron.position);
-    if (neuron.value) of.columns.prefetch(neuron.position);
-    if (neuron.column) of.column_refinements.prefetch(neuron.position);
-  }
-  float values[BATCH][TOKENS];
-  Term columns[BATCH], refinements[BATCH];
-  int64_t column_count = 0, refinement_count = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    Neuron& neuron = neurons[i];
-    if (!neuron.value) continue;
-    for (int k = 0; k < call.k && neuron.row; ++k)
-      add_estimates(of.refinements[k], neuron.position, x, tokens, neuron.row, neuron.z[k]);
+  Limits(const Site& site, const double* squares, int64_t tokens) {
+    const float* const others = site.thresholds + (site.k - 1);
     for (int64_t t = 0; t < tokens; ++t) {
-      const float at[] = {neuron.z[0][t], neuron.z[1][t]};
-      if (neuron.value >> t & 1) values[i][t] = neuron.value_of(call, activate(at[0], call.activation), at);
+      const double scale = squares ? std::sqrt(squares[t]) : 1;
+      up[t] = float(site.thresholds[0] * scale);
+      value[t] = float(others[0] * scale);
+      row[t] = float(others[1] * scale);
+      column[t] = float(others[2] * scale);
+      const auto is_ordinary = [](float limit) { return limit > 1e-15f && limit < 1e15f; };
+      ordinary |= uint32_t(is_ordinary(value[t]) && is_ordinary(row[t]) && is_ordinary(column[t])) << t;
     }
-    columns[column_count++] = {of.columns.row(neuron.position), neuron.value, values[i]};
-    if (neuron.column)
-      refinements[refinement_count++] = {of.column_refinements.row(neuron.position), neuron.column, values[i]};
   }
-  const int64_t blocks = of.columns.blocks();
-  if (column_count) ADD_ROWS[call.column_bits - 1](columns, column_count, blocks, tokens, sums);
-  if (refinement_count) ADD_ROWS[call.column_low_bits - 1](refinements, refinement_count, blocks, tokens, sums);
+};
+
+// Bits of the lanes that are read; infinity and NaN always are.
+uint32_t exceeds(Floats contributions, float limit) {
+  const Ints read = ~((contributions <= limit) & (contributions < INFINITY));
+#if WIDTH == 64
+  return _mm512_movepi32_mask((__m512i)read);
+#elif WIDTH == 32
+  return _mm256_movemask_ps((__m256)read);
+#else
+  uint32_t bits = 0;
+  for (int i = 0; i < LANES; ++i) bits |= uint32_t(read[i] & 1) << i;
+  return bits;
+#endif
+}
+
+Floats square_root(Floats x) {
+#if WIDTH == 64
+  return (Floats)_mm512_sqrt_ps((__m512)x);
+#elif WIDTH == 32
+  return (Floats)_mm256_sqrt_ps((__m256)x);
+#else
+  return lanes::sqrt(x);
+#endif
+}
+
+// The root of the sum of two squares, none of which overflows.
+Floats hypotenuse(Floats a, Floats b) {
+  a = lanes::magnitude(a), b = lanes::magnitude(b);
+  const Floats large = a < b ? b : a, small = a < b ? a : b, ratio = large > 0 ? small / large : small;
+  return large * square_root(1 + ratio * ratio) + (a + b) * 0;  // NaN if one is NaN or infinite
+}
+
+// Lanes of the constants of neurons.
+struct Constants {
+  Floats surrogate[MOST_PROJECTIONS + 1], first_norm, norm, noise[MOST_PROJECTIONS];
+
+  Constants(const Site& site, int64_t position) {
+    const int64_t room = site.room();
+    first_norm = load(site.norms + position);
+    norm = load(site.norms + (site.k - 1) * room + position);
+    for (int i = 0; i < site.k; ++i) noise[i] = load(site.scales + i * room + position) * site.noise[i];
+    for (int i = 0; site.surrogate && i <= site.k; ++i) surrogate[i] = load(site.surrogate + i * room + position);
+  }
+
+  // Responses to k pre-activations minus surrogates; `active` is the activation of the first. Not inlined, so that equal
+  // numbers give equal bits.
+  __attribute__((noinline)) Floats value(const Site& site, Floats active, Floats first, Floats second) const {
+    const Floats response = site.k == 1 ? active : active * second;
+    if (!site.surrogate) return response;
+    Floats affine = surrogate[0] * first;
+    if (site.k > 1) affine += surrogate[1] * second;
+    return response - (affine + surrogate[site.k]);
+  }
+};
+
+// What is known of a batch of neurons: [tokens, BATCH], and bits of the neurons of each tile, [tokens, TILES].
+struct Batch {
+  float z[MOST_PROJECTIONS][MOST_TOKENS][BATCH], active[MOST_TOKENS][BATCH], value[MOST_TOKENS][BATCH];
+  uint16_t up[MOST_TOKENS][TILES], read[MOST_TOKENS][TILES], row[MOST_TOKENS][TILES], column[MOST_TOKENS][TILES];
+};
+
+template <class W>
+void add_biases(const void* biases, int64_t at, float* z) {
+  for (int i = 0; i < TILE; ++i) z[i] += to_float(((const W*)biases)[at + i]);
+}
+
+// Adds the biases of projection i of a tile.
+void add_biases(const Site& site, int i, int64_t position, float* z) {
+  if (!site.biases) return;
+  const auto add = site.dtype == 0   ? add_biases<float>
+                   : site.dtype == 1 ? add_biases<Bfloat16>
+                   : site.dtype == 2 ? add_biases<Half>
+                                     : add_biases<double>;
+  add(site.biases, i * site.room() + position, z);
+}
+
+// Sets the first estimates of a tile and their activations, each `stride` apart for the tokens.
+void estimate(const Site& site, const Tokens& x, int64_t tokens, int64_t tile, float* z, float* active, int64_t stride) {
+  float products[MOST_TOKENS * TILE];
+  multiply(site.first, tile, x, tokens, products);
+  for (int64_t t = 0; t < tokens; ++t) {
+    float* const row = products + t * TILE;
+    for (int lane = 0; lane < TILE; lane += LANES)
+      put(load(row + lane) * load(site.scales + tile * TILE + lane) * (1 / 128.0f), row + lane);
+    add_biases(site, 0, tile * TILE, row);
+    std::copy_n(row, TILE, z + t * stride);
+    for (int lane = 0; lane < TILE; lane += LANES) put(activate(load(row + lane), site.activation), active + t * stride + lane);
+  }
+}
+
+// Which of LANES neurons' columns, refinements of projections, and refinements of columns are read.
+struct Reads {
+  uint32_t value, row, column;
+};
+
+// `changes` are two for each pre-activation, if it moves up and down by its noise.
+Reads read(const Limits& limits, int64_t t, Floats value, const Floats* changes, int count, Floats norm) {
+  const Floats size = value * norm;
+  if (limits.ordinary >> t & 1) {  // squares are compared: if they overflow or vanish, a limit's square does not
+    Floats square = {};
+    for (int i = 0; i < count; ++i) square += (changes[i] * norm) * (changes[i] * norm);
+    square *= 0.5f;
+    const auto over = [](Floats x, float limit) { return exceeds(x, limit * limit); };
+    return {over(size * size + square, limits.value[t]), over(square, limits.row[t]), over(size * size, limits.column[t])};
+  }
+  Floats change = {};
+  for (int i = 0; i < count; ++i) change = hypotenuse(change, changes[i]);
+  change *= 0.707106781f;
+  return {exceeds(hypotenuse(value, change) * norm, limits.value[t]), exceeds(change * norm, limits.row[t]),
+          exceeds(lanes::magnitude(size), limits.column[t])};
+}
+
+// Sets which parts of a tile's neurons are read for a token, and their values, for the neurons of `up`.
+void choose(const Site& site, const Limits& limits, int64_t position, int64_t t, int64_t tile, Batch& batch) {
+  const uint32_t up = batch.up[t][tile];
+  Reads reads = {};
+  for (int lane = 0; lane < TILE && up; lane += LANES) {
+    const int64_t at = tile * TILE + lane;
+    const Constants of(site, position + lane);
+    const Floats first = load(batch.z[0][t] + at), active = load(batch.active[t] + at);
+    const Floats second = site.k > 1 ? load(batch.z[1][t] + at) : Floats{};
+    const Floats value = of.value(site, active, first, second);
+    Floats changes[2 * MOST_PROJECTIONS];
+    for (int side = 0; side < 2; ++side) {
+      const Floats z = side ? first - of.noise[0] : first + of.noise[0];
+      changes[side] = of.value(site, activate(z, site.activation), z, second) - value;
+      if (site.k > 1) {
+        const Floats other = side ? second - of.noise[1] : second + of.noise[1];
+        changes[2 + side] = of.value(site, active, first, other) - value;
+      }
+    }
+    const Reads here = read(limits, t, value, changes, int(2 * site.k), of.norm);
+    reads.value |= here.value << lane, reads.row |= here.row << lane, reads.column |= here.column << lane;
+    put(value, batch.value[t] + at);
+  }
+  reads.value &= up;
+  batch.read[t][tile] = reads.value;
+  batch.row[t][tile] = reads.row & reads.value;
+  batch.column[t][tile] = reads.column & reads.value;
+}
+
+// Calls `visit(neuron, tokens)` for each neuron of a batch that bits are set of, with bits of those tokens.
+template <class Visit>
+void for_neurons(const uint16_t (*bits)[TILES], int64_t tokens, Visit visit) {
+  for (int tile = 0; tile < TILES; ++tile) {
+    uint32_t of[TILE] = {}, any = 0;
+    for (int64_t t = 0; t < tokens; ++t) {
+      any |= bits[t][tile];
+      for (uint32_t rest = bits[t][tile]; rest; rest &= rest - 1) of[__builtin_ctz(rest)] |= 1u << t;
+    }
+    for (; any; any &= any - 1) visit(tile * TILE + __builtin_ctz(any), of[__builtin_ctz(any)]);
+  }
+}
+
+// Adds the products of rows with tokens to pre-activations, where bits are set. Four rows are read at a time: a product for
+// a token whose bit is not set changes nothing.
+void add_rows(const Rows& rows, const uint16_t (*bits)[TILES], int64_t position, const Tokens& x, int64_t tokens,
+              float (*z)[BATCH]) {
+  int32_t numbers[BATCH + 2 * QUAD];
+  uint32_t masks[BATCH];
+  int count = 0;
+  for_neurons(bits, tokens, [&](int neuron, uint32_t of) {
+    numbers[count] = int32_t(position) + neuron;
+    masks[count++] = of;
+  });
+  for (int i = count; count && i < blocks(count, QUAD) * QUAD + QUAD; ++i) numbers[i] = numbers[count - 1];
+  for (int first = 0; first < count; first += QUAD) {
+    int32_t which[MOST_TOKENS];
+    float products[MOST_TOKENS * QUAD];
+    const int end = std::min(first + QUAD, count);
+    uint32_t any = 0;
+    for (int i = first; i < end; ++i) any |= masks[i];
+    int64_t of = 0;
+    for (; any; any &= any - 1) which[of++] = __builtin_ctz(any);
+    multiply(rows, numbers + first, numbers + first + QUAD, x, which, of, products);
+    for (int i = first; i < end; ++i) {
+      const float scale = to_float(rows.scales[numbers[i]]) * (1 / 128.0f);
+      for (int64_t n = 0; n < of; ++n)
+        if (masks[i] >> which[n] & 1) z[which[n]][numbers[i] - position] += scale * products[n * QUAD + i - first];
+    }
+  }
+}
+
+// ---- Chunks of rows of columns, with their values.
+
+// Chunks of one thread, each with room for all tokens.
+struct Chunks {
+  uint8_t* memory;
+  int64_t size, count;
+
+  static int64_t bytes(int64_t tokens) { return blocks(sizeof(Chunk) + tokens * sizeof(Chunk::Values), 64) * 64; }
+  Chunk* chunk(int64_t i) const { return (Chunk*)(memory + i * size); }
+  Chunk::Values* values(int64_t i) const { return (Chunk::Values*)(chunk(i) + 1); }
+};
+
+// Collects rows and values until a chunk is full.
+struct Collector {
+  const Rows& rows;
+  Chunks& to;
+  int64_t tokens;
+  int count = 0;
+  float values[MOST_TOKENS][CHUNK];
+
+  Collector(const Rows& rows, Chunks& to, int64_t tokens) : rows(rows), to(to), tokens(tokens) {}
+
+  void add(int64_t position, uint32_t of, const float (*value)[BATCH], int neuron) {
+    const float scale = to_float(rows.scales[position]) * (1 / 128.0f);
+    to.chunk(to.count)->rows[count] = int32_t(position);
+    for (int64_t t = 0; t < tokens; ++t) values[t][count] = of >> t & 1 ? scale * value[t][neuron] : 0;
+    if (++count == CHUNK) flush();
+  }
+
+  void flush() {
+    if (!count) return;
+    Chunk* const chunk = to.chunk(to.count);
+    chunk->count = count;
+    for (int i = count; i % QUAD; ++i) chunk->rows[i] = chunk->rows[count - 1];
+    const int end = (count + TILE - 1) / TILE * TILE;
+    for (int64_t t = 0; t < tokens; ++t) {
+      std::fill(values[t] + count, values[t] + end, 0.0f);
+      set_values(to.values(to.count)[t], values[t], count);
+    }
+    ++to.count, count = 0;
+  }
+};
+
+// The columns of a chunk from cell `begin` to `end`, times the values, added to sums, [tokens, end - begin, GROUP]. Lines
+// are prefetched AHEAD quads before they are read, at the end those of the next chunk.
+void add_chunk(const Rows& rows, const Chunk& chunk, const Chunk::Values* values, const Chunk& next, int64_t tokens,
+               int64_t begin, int64_t end, float* sums) {
+  constexpr int64_t AHEAD = 12;
+  static constexpr auto interleaved = interleaves(WIDTHS);
+  static constexpr auto add = additions(WIDTHS);
+  alignas(64) uint8_t quads[QUADS * QUAD * GROUP];
+  const int64_t bits = rows.bits, count = blocks(chunk.count, QUAD);
+  for (int64_t cell = begin; cell < end; ++cell) {
+    for (int64_t q = 0; q < count; ++q) {
+      const bool here = q + AHEAD < count, last = cell + 1 == end;
+      const Chunk& of = here || !last ? chunk : next;
+      const int64_t ahead = here ? q + AHEAD : q + AHEAD - count, at = here ? cell : last ? begin : cell + 1;
+      for (int r = 0; r < QUAD && ahead * QUAD < of.count; ++r)
+        __builtin_prefetch(rows.row(of.rows[ahead * QUAD + r]) + at * bits * ROW_LINE);
+      const uint8_t* quad[QUAD];
+      for (int r = 0; r < QUAD; ++r) quad[r] = rows.row(chunk.rows[q * QUAD + r]);
+      interleaved[bits - 1](quad, cell, quads + q * QUAD * GROUP);
+    }
+    for (int64_t t = 0; t < tokens; ++t)
+      if (values[t].unit != 0) add[bits - 1](quads, values[t], sums + (t * (end - begin) + cell - begin) * GROUP);
+  }
+}
+
+// ---- The op, for up to MOST_TOKENS tokens.
+
+template <class W>
+struct Step {
+  const Site& site;
+  const W* in;
+  W* out;
+  int64_t tokens, threads;
+  Tokens x;
+  float* kept;        // [batches, tokens, 2, BATCH]: first estimates and their activations, if thresholds are relative
+  double* squares;    // [threads, MOST_TOKENS]: of the scales
+  Chunks *columns, *refinements;  // of each thread
+
+  int64_t batches() const { return blocks(site.listed, BATCH); }
+  int64_t share(int64_t of, int64_t thread) const { return of * thread / threads; }
+  // Bits of the neurons of a tile that are listed.
+  uint16_t listed(int64_t position) const {
+    return (1u << std::clamp<int64_t>(site.listed - position, 0, TILE)) - 1;
+  }
+
+  void set_tokens(int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) set_token(site, in + t * site.d, t, x);
+  }
+
+  void keep_first(int64_t thread) {
+    double* const own = squares + thread * MOST_TOKENS;
+    std::fill_n(own, MOST_TOKENS, 0.0);
+    for (int64_t b = share(batches(), thread); b < share(batches(), thread + 1); ++b)
+      for (int64_t tile = 0; tile < TILES && b * BATCH + tile * TILE < site.listed; ++tile) {
+        float* const z = kept + b * tokens * 2 * BATCH + tile * TILE;
+        const int64_t position = b * BATCH + tile * TILE;
+        estimate(site, x, tokens, position / TILE, z, z + BATCH, 2 * BATCH);
+        const uint16_t of = listed(position);
+        for (int64_t t = 0; t < tokens; ++t)
+          for (int i = 0; i < TILE; ++i) {
+            const double first = std::fabs(double(z[t * 2 * BATCH + BATCH + i])) * to_float(site.norms[position + i]);
+            if (of >> i & 1) own[t] += first * first;
+          }
+      }
+  }
+
+  void take_first(int64_t b, Batch& batch) const {
+    for (int64_t t = 0; t < tokens; ++t) {
+      std::copy_n(kept + (b * tokens + t) * 2 * BATCH, BATCH, batch.z[0][t]);
+      std::copy_n(kept + (b * tokens + t) * 2 * BATCH + BATCH, BATCH, batch.active[t]);
+    }
+  }
+
+  void add_neurons(int64_t thread) {
+    double total[MOST_TOKENS] = {};
+    for (int64_t of = 0; site.relative && of < threads; ++of)
+      for (int64_t t = 0; t < tokens; ++t) total[t] += squares[of * MOST_TOKENS + t];
+    const Limits limits(site, site.relative ? total : nullptr, tokens);
+    Batch& batch = *scratch<Batch, 1>(1);
+    Collector& of_columns = *new (scratch<Collector, 2>(1)) Collector(site.columns, columns[thread], tokens);
+    Collector& of_refinements =
+        *new (scratch<Collector, 3>(1)) Collector(site.column_refinements, refinements[thread], tokens);
+    for (int64_t b = share(batches(), thread); b < share(batches(), thread + 1); ++b) {
+      const int64_t position = b * BATCH;
+      for (int64_t tile = 0; tile < TILES; ++tile) {
+        const int64_t at = position + tile * TILE;
+        for (int64_t t = 0; t < tokens; ++t) batch.up[t][tile] = at < site.listed ? listed(at) : 0;
+        if (at >= site.listed) {
+          for (int64_t t = 0; t < tokens; ++t) batch.read[t][tile] = batch.row[t][tile] = batch.column[t][tile] = 0;
+          continue;
+        }
+        if (!site.relative)
+          estimate(site, x, tokens, at / TILE, batch.z[0][0] + tile * TILE, batch.active[0] + tile * TILE, BATCH);
+      }
+      if (site.relative) take_first(b, batch);
+      if (site.k > 1) estimate_second(limits, position, batch);
+      for (int64_t tile = 0; tile < TILES && position + tile * TILE < site.listed; ++tile)
+        for (int64_t t = 0; t < tokens; ++t) choose(site, limits, position + tile * TILE, t, tile, batch);
+      refine(position, batch);
+      for_neurons(batch.read, tokens,
+                  [&](int neuron, uint32_t of) { of_columns.add(position + neuron, of, batch.value, neuron); });
+      for_neurons(batch.column, tokens,
+                  [&](int neuron, uint32_t of) { of_refinements.add(position + neuron, of, batch.value, neuron); });
+    }
+    of_columns.flush();
+    of_refinements.flush();
+  }
+
+  // Sets the second estimates of the neurons whose gates say so.
+  void estimate_second(const Limits& limits, int64_t position, Batch& batch) const {
+    for (int64_t tile = 0; tile < TILES && position + tile * TILE < site.listed; ++tile)
+      for (int64_t t = 0; t < tokens; ++t) {
+        uint32_t up = 0;
+        for (int lane = 0; lane < TILE; lane += LANES) {
+          const int64_t at = tile * TILE + lane;
+          const Floats norm = load(site.norms + position + at);
+          up |= exceeds(lanes::magnitude(load(batch.active[t] + at)) * norm, limits.up[t]) << lane;
+          put(Floats{}, batch.z[1][t] + at);
+        }
+        batch.up[t][tile] &= up;
+      }
+    add_rows(site.second, batch.up, position, x, tokens, batch.z[1]);
+    for (int64_t tile = 0; tile < TILES && position + tile * TILE < site.listed; ++tile)
+      for (int64_t t = 0; t < tokens; ++t)
+        if (batch.up[t][tile]) add_biases(site, 1, position + tile * TILE, batch.z[1][t] + tile * TILE);
+  }
+
+  // Adds the refinements of pre-activations, and sets the values anew where there are any.
+  void refine(int64_t position, Batch& batch) const {
+    uint32_t any = 0;
+    for (int64_t t = 0; t < tokens; ++t)
+      for (int64_t tile = 0; tile < TILES; ++tile) any |= batch.row[t][tile];
+    if (!any) return;
+    for (int i = 0; i < site.k; ++i) add_rows(site.refinements[i], batch.row, position, x, tokens, batch.z[i]);
+    for (int64_t t = 0; t < tokens; ++t)
+      for (int64_t tile = 0; tile < TILES; ++tile) {
+        if (!batch.row[t][tile]) continue;
+        for (int lane = 0; lane < TILE; lane += LANES) {
+          const int64_t at = tile * TILE + lane;
+          const Constants of(site, position + at);
+          const Floats first = load(batch.z[0][t] + at), second = site.k > 1 ? load(batch.z[1][t] + at) : Floats{};
+          put(of.value(site, activate(first, site.activation), first, second), batch.value[t] + at);
+        }
+      }
+  }
+
+  void add_outputs(int64_t thread) {
+    const int64_t cells = blocks(site.d_out, GROUP), begin = share(cells, thread), end = share(cells, thread + 1);
+    if (begin == end) return;
+    const int64_t width = (end - begin) * GROUP;
+    float* const sums = scratch<float, 4>(tokens * width);
+    std::fill_n(sums, tokens * width, 0.0f);
+    const std::pair<const Rows&, const Chunks*> parts[] = {{site.columns, columns}, {site.column_refinements, refinements}};
+    for (const auto& [rows, of_threads] : parts)
+      for (int64_t of = 0; of < threads; ++of)
+        for (int64_t i = 0; i < of_threads[of].count; ++i) {
+          const Chunks& chunks = of_threads[of];
+          const Chunk& next = *chunks.chunk(std::min(i + 1, chunks.count - 1));
+          add_chunk(rows, *chunks.chunk(i), chunks.values(i), next, tokens, begin, end, sums);
+        }
+    const int64_t last = std::min(end * GROUP, site.d_out);
+    for (int64_t row = begin * GROUP; site.fold_bits && row < last; row += TILE) {
+      float products[MOST_TOKENS * TILE];
+      multiply(site.fold, row / TILE, x, tokens, products);
+      for (int64_t t = 0; t < tokens; ++t)
+        for (int lane = 0; lane < TILE; lane += LANES) {
+          float* const at = sums + t * width + row - begin * GROUP + lane;
+          put(load(at) + load(products + t * TILE + lane) * load(site.fold_scales + row + lane) * (1 / 128.0f), at);
+        }
+    }
+    for (int64_t t = 0; t < tokens; ++t)
+      for_blocks(site.d_out, [&](int64_t start, int64_t size) {
+        if (start < begin * GROUP || start >= end * GROUP) return;
+        float* const block = sums + t * width + start - begin * GROUP;
+        transform(block, size);
+        for (int64_t i = 0; i < size; ++i)
+          store(block[i] * site.out_signs[start + i] + to_float(((const W*)site.bias)[start + i]),
+                out + t * site.d_out + start + i);
+      });
+  }
+};
+
+template <class W>
+void compute(const Site& site, const W* x, W* out, int64_t tokens, int64_t threads) {
+  const int64_t groups = blocks(site.d, GROUP), batches = blocks(site.listed, BATCH), size = Chunks::bytes(tokens);
+  Step<W> step{site, x, out, tokens, threads, {}, nullptr, nullptr, nullptr, nullptr};
+  step.x = {groups, scratch<int8_t, 5>(tokens * groups * GROUP), scratch<float, 6>(tokens * groups),
+            scratch<int32_t, 7>(tokens * groups)};
+  if (site.relative) {
+    step.kept = scratch<float, 8>(batches * tokens * 2 * BATCH);
+    step.squares = scratch<double, 9>(threads * MOST_TOKENS);
+  }
+  step.columns = scratch<Chunks, 10>(2 * threads);
+  step.refinements = step.columns + threads;
+  uint8_t* const memory = scratch<uint8_t, 11>(2 * (batches + 1) * size);
+  for (int64_t thread = 0; thread < threads; ++thread) {
+    const int64_t before = step.share(batches, thread);
+    step.columns[thread] = {memory + before * size, size, 0};
+    step.refinements[thread] = {memory + (batches + 1 + before) * size, size, 0};
+  }
+  if (tokens < 4 || threads == 1)
+    step.set_tokens(0, tokens);
+  else
+    run_threads(threads, [&](int64_t thread) { step.set_tokens(step.share(tokens, thread), step.share(tokens, thread + 1)); });
+  if (site.relative) run_threads(threads, [&](int64_t thread) { step.keep_first(thread); });
+  run_threads(threads, [&](int64_t thread) { step.add_neurons(thread); });
+  run_threads(threads, [&](int64_t thread) { step.add_outputs(thread); });
 }
 
 template <class W>
-void compute(const CodedCall& call) {
-  const int64_t tokens = call.tokens, d = call.d, d_out = call.d_out, listed = *call.listed;
-  const Matrices of(call);
-  float* const rotated = scratch<float, 5>(tokens * d);
-  for (int64_t t = 0; t < tokens; ++t) {
-    for (int64_t i = 0; i < d; ++i) rotated[t * d + i] = to_float(((const W*)call.x)[t * d + i]) * call.signs[i];
-    for_blocks(d, [&](int64_t start, int64_t size) { transform(rotated + t * d + start, size); });
-  }
-  const Inputs x(rotated, tokens, d, 1);
-  // One thread or all of them: a team of another size makes libgomp end threads that PyTorch then starts again.
-  const int64_t bytes = listed * of.projections[0].bytes() + (call.fold ? d_out * of.fold.bytes() : 0);
-  const int threads = bytes < SERIAL_BYTES ? 1 : call.threads;
-  const int64_t stride = of.columns.blocks() * BLOCK, size = tokens * stride;
-  float* const partial = scratch<float, 6>(threads * size);
-  float* const kept = call.relative ? scratch<float, 7>(listed * 2 * tokens) : nullptr;
-  double* const squares = call.relative ? scratch<double, 8>(threads * TOKENS) : nullptr;
-
-#pragma omp parallel num_threads(threads)
-  {
-    const int64_t team = omp_get_num_threads(), me = omp_get_thread_num();
-    float* const sums = partial + me * size;
-    std::fill_n(sums, size, 0.0f);
-    double total[TOKENS] = {};  // squared scales
-    if (call.relative) {
-      double own[TOKENS] = {};
-#pragma omp for schedule(static, 1) nowait
-      for (int64_t begin = 0; begin < listed; begin += BATCH)
-        keep_first(call, of, x, begin, std::min(begin + BATCH, listed), kept, own);
-      std::copy_n(own, TOKENS, squares + me * TOKENS);
-#pragma omp barrier
-      for (int64_t thread = 0; thread < team; ++thread)
-        for (int64_t t = 0; t < tokens; ++t) total[t] += squares[thread * TOKENS + t];
-    }
-    const Limits limits(call, call.relative ? total : nullptr);
-#pragma omp for schedule(static, 1) nowait
-    for (int64_t begin = 0; begin < listed; begin += BATCH)
-      add_neurons(call, of, x, limits, kept, begin, std::min(begin + BATCH, listed), sums);
-#pragma omp for schedule(static)
-    for (int64_t row = 0; row < (call.fold ? d_out : 0); ++row) {
-      float products[TOKENS];
-      MULTIPLY[call.fold_bits - 1](of.fold.row(row), x, tokens, (1u << tokens) - 1, products);
-      for (int64_t t = 0; t < tokens; ++t) sums[t * stride + row] += products[t];
-    }
-    int64_t turn = 0;
-    for (int64_t t = 0; t < tokens; ++t)
-      for_blocks(d_out, [&](int64_t start, int64_t size_of_block) {
-        if (turn++ % team != me) return;
-        float block[ROTATED] = {};
-        for (int64_t thread = 0; thread < team; ++thread)
-          for (int64_t i = 0; i < size_of_block; ++i) block[i] += partial[thread * size + t * stride + start + i];
-        transform(block, size_of_block);
-        for (int64_t i = 0; i < size_of_block; ++i) {
-          const int64_t column = start + i;
-          store(block[i] * call.out_signs[column] + to_float(((const W*)call.bias)[column]),
-                (W*)call.out + t * d_out + column);
-        }
-      });
-  }
+void compute_all(const Site& site, const void* x, void* out, int64_t tokens, int64_t threads) {
+  const int64_t bytes = blocks(site.listed, TILE) * site.first.cells * site.bits * TILE_LINE;
+  if (bytes < SERIAL_BYTES) threads = 1;
+  for (int64_t t = 0; t < tokens; t += MOST_TOKENS)
+    compute(site, (const W*)x + t * site.d, (W*)out + t * site.d_out, std::min<int64_t>(MOST_TOKENS, tokens - t), threads);
 }
 
 }  // namespace
 
-// Returns 0, or 1 if the call is refused; coded_op.py then raises the error that says why.
-extern "C" int64_t tardis_coded_ffn(const CodedCall* call) {
-  if (!supported(*call)) return 1;
-  (call->dtype == 0 ? compute<float> : call->dtype == 1 ? compute<Bfloat16> : compute<Half>)(*call);
+extern "C" int64_t tardis_coded_ffn(const uint8_t* prepared, int64_t size, const void* x, void* out, int64_t tokens, int64_t d, int64_t d_out,
+                  int64_t dtype, int64_t threads) {
+  Site site;
+  if (!site.open(prepared, size) || site.d != d || site.d_out != d_out || site.dtype != dtype || tokens < 0 || threads < 1)
+    return 1;
+  const auto of = dtype == 0   ? compute_all<float>
+                  : dtype == 1 ? compute_all<Bfloat16>
+                  : dtype == 2 ? compute_all<Half>
+                               : compute_all<double>;
+  of(site, x, out, tokens, threads);
   return 0;
 }

@@ -1,22 +1,15 @@
 // Products of a few tokens with rows of codes, whose memory layout packing.py defines.
-//
-// With TABLE, codes of up to 4 bits index a table of levels (tables.py); a weight is then scale * (its entry) - shift.
 
 #pragma once
 
 #include <cfloat>
-#include <vector>
 
+#include "scratch.h"
 #include "vectors.h"
 
 namespace {
 
 constexpr int BLOCK = 64;  // columns whose codes lie together; half a block, one, two or the whole row share a scale
-
-// By bits, 128 times one plus each level: the bytes that build.py writes.
-constexpr uint8_t LEVELS[][16] = {
-#include "levels.inc"
-};
 
 // The numbers of blocks and scales of a row of codes.
 struct Row {
@@ -30,18 +23,6 @@ struct Row {
   // Bytes of a row with its scales and zero points (packing.join).
   int64_t bytes(int64_t bits) const { return blocks * bits * (BLOCK / 8) + 3 * groups; }
 };
-
-struct alignas(64) Line {
-  char bytes[64];
-};
-
-// Scratch memory number N of the calling thread, kept from call to call so that its pages are mapped once.
-template <class T, int N>
-T* scratch(int64_t count) {
-  static thread_local std::vector<Line> lines;
-  lines.resize(std::max(lines.size(), (count * sizeof(T) + sizeof(Line) - 1) / sizeof(Line) + 1));
-  return reinterpret_cast<T*>(lines.data());
-}
 
 // The tokens, as floats and in fixed point: x = unit * (128 high + low), which errs by less than 2^-13 of the largest
 // |x| of its block. That is far below the error of the codes, and integers take half the time of floats. Tokens with a
@@ -140,19 +121,18 @@ struct Inputs {
 };
 
 // The codes of WIDTH columns of a packed block, from column `part * WIDTH` on.
-template <int BITS, bool TABLE>
+template <int BITS>
 Bytes codes_of(const uint8_t* packed, int part) {
   Bytes codes = {};
   for (int plane = 0; plane < BITS / 2; ++plane) codes = codes << 2 | (pairs(packed + 16 * plane, part) & 3);
   if (BITS % 2) codes = codes << 1 | singles(packed + BITS / 2 * 16, part);
-  if constexpr (TABLE && BITS <= 4) codes = looked_up(LEVELS[BITS - 1], codes);
   return codes;
 }
 
-template <int BITS, bool TABLE = false>
+template <int BITS>
 void unpack(const uint8_t* packed, uint8_t* codes) {
   for (int part = 0; part < BLOCK / WIDTH; ++part) {
-    const Bytes vector = codes_of<BITS, TABLE>(packed, part);
+    const Bytes vector = codes_of<BITS>(packed, part);
     std::memcpy(codes + part * WIDTH, &vector, WIDTH);
   }
 }
@@ -181,7 +161,7 @@ void estimate_bfloats(const uint8_t* packed, const float* scale, const float* sh
     for (int t = 0; t < T; ++t) total[t] -= shifts * load(x.sums + (first + t) * x.stride + g);
   }
   for (int64_t b = 0; b < x.blocks; ++b, packed += BITS * BLOCK / 8) {
-    const __m512i codes = (__m512i)codes_of<BITS, false>(packed, 0);
+    const __m512i codes = (__m512i)codes_of<BITS>(packed, 0);
     const Bfloats even = number(_mm512_slli_epi16(codes, 7 - BITS)), odd = number(_mm512_srli_epi16(codes, 1 + BITS));
     const Floats scales = scales_of(scale, 2 * b, x.row.shift);
 #pragma GCC unroll 8
@@ -196,11 +176,11 @@ void estimate_bfloats(const uint8_t* packed, const float* scale, const float* sh
 #endif
 
 // The estimates of one neuron for T tokens from `first` on. Reads whole vectors of scales.
-template <int BITS, int T, bool TABLE>
+template <int BITS, int T>
 void estimate(const uint8_t* packed, const float* scale, const float* shift, const Inputs& x, int64_t first,
               float* z_hat) {
 #ifdef BFLOATS
-  if constexpr (BITS < 8 && !TABLE)
+  if constexpr (BITS < 8)
     if (x.bfloats) return estimate_bfloats<BITS, T>(packed, scale, shift, x, first, z_hat);
 #endif
   Floats total[T] = {};
@@ -211,7 +191,7 @@ void estimate(const uint8_t* packed, const float* scale, const float* shift, con
   }
   for (int64_t b = 0; b < x.blocks; ++b, packed += BITS * BLOCK / 8) {
     for (int part = 0; part < BLOCK / WIDTH; ++part) {
-      const Bytes codes = codes_of<BITS, TABLE>(packed, part);
+      const Bytes codes = codes_of<BITS>(packed, part);
       const Floats scales = scales_of(scale, 2 * b + part * WIDTH / 32, x.row.shift);
 #pragma GCC unroll 8
       for (int t = 0; t < T; ++t) {
@@ -227,13 +207,13 @@ void estimate(const uint8_t* packed, const float* scale, const float* shift, con
 
 // The estimate of one neuron for a token that is multiplied as floats: the products of the specification, summed in
 // double, so that it is finite, infinite or NaN as in the specification.
-template <int BITS, bool TABLE>
+template <int BITS>
 __attribute__((noinline, cold)) float estimate_wild(const uint8_t* packed, const float* scale, const float* shift,
                                                     const Inputs& x, int64_t t) {
   double total = 0;
   for (int64_t b = 0; b < x.blocks; ++b, packed += BITS * BLOCK / 8) {
     uint8_t codes[BLOCK];
-    unpack<BITS, TABLE>(packed, codes);
+    unpack<BITS>(packed, codes);
     const float* const block = x.plain + (t * x.blocks + b) * BLOCK;
     for (int64_t i = 0; i < std::min<int64_t>(BLOCK, x.d - b * BLOCK); ++i) {
       const int64_t g = (2 * b + i / (BLOCK / 2)) >> x.row.shift;
@@ -244,24 +224,24 @@ __attribute__((noinline, cold)) float estimate_wild(const uint8_t* packed, const
 }
 
 // The estimate of one neuron for one token.
-template <int BITS, bool TABLE = false>
+template <int BITS>
 float estimate_one(const uint8_t* packed, const float* scale, const float* shift, const Inputs& x, int64_t t) {
-  if (x.wild >> t & 1) return estimate_wild<BITS, TABLE>(packed, scale, shift, x, t);
+  if (x.wild >> t & 1) return estimate_wild<BITS>(packed, scale, shift, x, t);
   float z_hat;
-  estimate<BITS, 1, TABLE>(packed, scale, shift, x, t, &z_hat);
+  estimate<BITS, 1>(packed, scale, shift, x, t, &z_hat);
   return z_hat;
 }
 
 // The estimates of one neuron for all tokens.
-template <int BITS, bool TABLE = false>
+template <int BITS>
 void estimate_all(const uint8_t* packed, const float* scale, const float* shift, const Inputs& x, int64_t tokens,
                   float* z_hat) {
   int64_t t = 0;
-  for (; t + 8 <= tokens; t += 8) estimate<BITS, 8, TABLE>(packed, scale, shift, x, t, z_hat + t);
-  for (; t + 4 <= tokens; t += 4) estimate<BITS, 4, TABLE>(packed, scale, shift, x, t, z_hat + t);
-  for (; t < tokens; ++t) estimate<BITS, 1, TABLE>(packed, scale, shift, x, t, z_hat + t);
+  for (; t + 8 <= tokens; t += 8) estimate<BITS, 8>(packed, scale, shift, x, t, z_hat + t);
+  for (; t + 4 <= tokens; t += 4) estimate<BITS, 4>(packed, scale, shift, x, t, z_hat + t);
+  for (; t < tokens; ++t) estimate<BITS, 1>(packed, scale, shift, x, t, z_hat + t);
   for (t = 0; x.wild >> t; ++t)
-    if (x.wild >> t & 1) z_hat[t] = estimate_wild<BITS, TABLE>(packed, scale, shift, x, t);
+    if (x.wild >> t & 1) z_hat[t] = estimate_wild<BITS>(packed, scale, shift, x, t);
 }
 
 // A row's scales and scales times zero points, as floats.

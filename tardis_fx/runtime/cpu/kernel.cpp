@@ -5,8 +5,6 @@
 // of projections nested in (a), and (c) the folded weight, if it is given. K is the number of projections of a neuron.
 // Do not compile with -ffast-math: a NaN estimate must compare false, and infinite bounds are ordinary.
 
-#include <omp.h>
-
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -16,6 +14,7 @@
 #include "activation.h"
 #include "call.h"
 #include "codes.h"
+#include "pool.h"
 #include "vectors.h"
 
 namespace {
@@ -269,7 +268,6 @@ bool correct(const Call& call) {
   const int64_t listed = call.counts[0], guarded = call.counts[1], always = listed - guarded;
   const W* const folded = (const W*)call.folded;
   const Inputs x((const W*)call.x, tokens, call.d, call.d_groups);
-  // One thread or all of them: a team of another size makes libgomp end threads that PyTorch then starts again.
   const int64_t bits = K * listed * call.bits + (call.fold ? d_out * call.fold_bits : 0);
   const int threads = bits * x.blocks * (BLOCK / 8) < SERIAL_BYTES ? 1 : call.threads;
   float* const partial = scratch<float, 5>(threads * size);
@@ -284,11 +282,9 @@ bool correct(const Call& call) {
     return 0;
   };
 
-#pragma omp parallel num_threads(threads)
-  {
-    const int64_t team = omp_get_num_threads(), me = omp_get_thread_num();
-    const auto share = [team](int64_t of, int64_t thread) { return of * thread / team; };
+  const auto share = [threads](int64_t of, int64_t thread) { return of * thread / threads; };
 
+  run_threads(threads, [&](int64_t me) {
     begins[me] = share(guarded, me) + share(always, me);
     Outlier* end = TESTS<K>[call.bits - 1](call, x, share(guarded, me), share(guarded, me + 1), list + begins[me],
                                            estimates);
@@ -300,11 +296,13 @@ bool correct(const Call& call) {
     if (call.fold)
       (call.fold_bits == 16 ? fold_plain<W> : FOLDS[call.fold_bits - 1])(call, x, share(d_out, me),
                                                                          share(d_out, me + 1), sums);
-#pragma omp barrier
+  });
+  run_threads(threads, [&](int64_t me) {
     // The joint list, cut evenly: outliers cluster, and one thread may have found most of them.
+    float* const sums = partial + me * size;
     int64_t total = 0, before = 0;
-    for (int64_t thread = 0; thread < team; ++thread) total += ends[thread] - begins[thread];
-    for (int64_t thread = 0; thread < team; before += ends[thread] - begins[thread], ++thread) {
+    for (int64_t thread = 0; thread < threads; ++thread) total += ends[thread] - begins[thread];
+    for (int64_t thread = 0; thread < threads; before += ends[thread] - begins[thread], ++thread) {
       const Outlier* outlier = list + begins[thread] + std::max<int64_t>(share(total, me) - before, 0);
       const Outlier* const last = list + std::min(begins[thread] + share(total, me + 1) - before, ends[thread]);
       int64_t neuron = outlier < last ? neuron_of(*outlier) : 0;
@@ -317,13 +315,14 @@ bool correct(const Call& call) {
         neuron = next;
       }
     }
-#pragma omp barrier
+  });
+  run_threads(threads, [&](int64_t me) {
     for (int64_t i = share(size, me); i < share(size, me + 1); ++i) {
       float value = to_float(folded[call.fold ? i % d_out : i]);
-      for (int64_t thread = 0; thread < team; ++thread) value += partial[thread * size + i];
+      for (int64_t thread = 0; thread < threads; ++thread) value += partial[thread * size + i];
       store(value, (W*)call.out + i);
     }
-  }
+  });
   return all_exist;
 }
 

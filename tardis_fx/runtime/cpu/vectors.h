@@ -15,8 +15,10 @@
 #else
 #define WIDTH 16
 #endif
-#ifdef __F16C__
+#ifdef __x86_64__
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 namespace {
@@ -41,12 +43,14 @@ To read(const void* from) {
 void put(Floats values, float* at) { std::memcpy(at, &values, sizeof values); }
 
 float to_float(float value) { return value; }
+[[maybe_unused]] float to_float(double value) { return value; }
 [[maybe_unused]] float to_float(uint8_t value) { return value; }
 float to_float(Bfloat16 value) {
   const uint32_t bits = uint32_t(value.bits) << 16;
   return read<float>(&bits);
 }
 void store(float value, float* at) { *at = value; }
+[[maybe_unused]] void store(float value, double* at) { *at = value; }
 void store(float value, Bfloat16* at) {
   const uint32_t bits = read<uint32_t>(&value);
   at->bits = std::isnan(value) ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
@@ -129,6 +133,100 @@ Ints dot(Ints sums, Bytes codes, const int8_t* x) {
   const Shorts both_codes = (Shorts)codes, both_x = read<Shorts>(x);
   const Ints products = (Ints)((both_codes & 255) * (both_x << 8 >> 8) + (both_codes >> 8 & 255) * (both_x >> 8));
   return sums + (products << 16 >> 16) + (products >> 16);
+}
+#endif
+
+// ---- Levels of 8 bits and numbers of 8 bits that they are multiplied with.
+
+// factors: levels as add_dots takes them, 128 - OFFSET less. add_dots: adds four products to each sum.
+#if (WIDTH == 64 && defined(__AVX512VNNI__)) || (WIDTH == 32 && defined(__AVXVNNI__))
+constexpr int32_t OFFSET = 128;
+inline Bytes factors(Bytes levels) { return levels; }
+inline Ints add_dots(Ints sums, Bytes levels, Bytes numbers) {
+#if WIDTH == 64
+  return (Ints)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)levels, (__m512i)numbers);
+#else
+  return (Ints)_mm256_dpbusd_avx_epi32((__m256i)sums, (__m256i)levels, (__m256i)numbers);
+#endif
+}
+#else
+constexpr int32_t OFFSET = 0;
+inline Bytes factors(Bytes levels) { return levels ^ 128; }
+#if WIDTH == 64
+// Products of a size and a number with the sign of the level: two of them fit in 16 bits.
+inline Ints add_dots(Ints sums, Bytes levels, Bytes numbers) {
+  const __m512i signs = (__m512i)levels, x = (__m512i)numbers;
+  const __m512i turned = _mm512_mask_sub_epi8(x, _mm512_movepi8_mask(signs), _mm512_setzero_si512(), x);
+  const __m512i products = _mm512_maddubs_epi16(_mm512_abs_epi8(signs), turned);
+  return sums + (Ints)_mm512_madd_epi16(products, _mm512_set1_epi16(1));
+}
+#elif WIDTH == 32
+inline Ints add_dots(Ints sums, Bytes levels, Bytes numbers) {
+  const __m256i signs = (__m256i)levels;
+  const __m256i products = _mm256_maddubs_epi16(_mm256_abs_epi8(signs), _mm256_sign_epi8((__m256i)numbers, signs));
+  return sums + (Ints)_mm256_madd_epi16(products, _mm256_set1_epi16(1));
+}
+#elif defined(__ARM_FEATURE_DOTPROD)
+inline Ints add_dots(Ints sums, Bytes levels, Bytes numbers) {
+  return (Ints)vdotq_s32((int32x4_t)sums, (int8x16_t)levels, (int8x16_t)numbers);
+}
+#else
+inline Ints add_dots(Ints sums, Bytes levels, Bytes numbers) {
+  typedef int16_t Signed __attribute__((vector_size(WIDTH)));
+  const Signed a = (Signed)levels, b = (Signed)numbers;
+  const Signed even = (a << 8 >> 8) * (b << 8 >> 8), odd = (a >> 8) * (b >> 8);
+  return sums + ((Ints)even << 16 >> 16) + ((Ints)even >> 16) + ((Ints)odd << 16 >> 16) + ((Ints)odd >> 16);
+}
+#endif
+#endif
+
+// four: the same four bytes in every lane. sixteen: the same sixteen bytes in every 16 bytes.
+inline Bytes four(const int8_t* from) { return (Bytes)(Ints{} + read<int32_t>(from)); }
+#if WIDTH == 64
+inline Bytes sixteen(const int8_t* from) { return (Bytes)_mm512_broadcast_i32x4(read<__m128i>(from)); }
+#elif WIDTH == 32
+inline Bytes sixteen(const int8_t* from) { return (Bytes)_mm256_broadcastsi128_si256(read<__m128i>(from)); }
+#else
+inline Bytes sixteen(const int8_t* from) { return read<Bytes>(from); }
+#endif
+
+// side_by_side: sixteen bytes of each of several rows. put_interleaved: from sixteen bytes of each of four rows, the first
+// bytes of all rows, the second ones, and so on.
+#if WIDTH == 64
+inline Bytes side_by_side(const uint8_t* const* rows, int64_t at) {
+  __m512i bytes = _mm512_castsi128_si512(read<__m128i>(rows[0] + at));
+  bytes = _mm512_inserti32x4(bytes, read<__m128i>(rows[1] + at), 1);
+  bytes = _mm512_inserti32x4(bytes, read<__m128i>(rows[2] + at), 2);
+  return (Bytes)_mm512_inserti32x4(bytes, read<__m128i>(rows[3] + at), 3);
+}
+inline void put_interleaved(const Bytes* rows, uint8_t* to) {
+  const __m512i lanes = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  const __m128i order = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  const __m512i moved = _mm512_permutexvar_epi32(lanes, (__m512i)rows[0]);
+  const __m512i bytes = _mm512_shuffle_epi8(moved, _mm512_broadcast_i32x4(order));
+  std::memcpy(to, &bytes, sizeof bytes);
+}
+#else
+#if WIDTH == 32
+inline Bytes side_by_side(const uint8_t* const* rows, int64_t at) {
+  const __m256i low = _mm256_castsi128_si256(read<__m128i>(rows[0] + at));
+  return (Bytes)_mm256_inserti128_si256(low, read<__m128i>(rows[1] + at), 1);
+}
+#else
+inline Bytes side_by_side(const uint8_t* const* rows, int64_t at) { return read<Bytes>(rows[0] + at); }
+#endif
+inline void put_interleaved(const Bytes* rows, uint8_t* to) {
+  typedef uint8_t Sixteen __attribute__((vector_size(16)));
+  typedef uint16_t Eight __attribute__((vector_size(16)));
+  const Sixteen low = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23}, high = low + 8;
+  const Eight low_pairs = {0, 8, 1, 9, 2, 10, 3, 11}, high_pairs = low_pairs + 4;
+  Sixteen row[4];
+  std::memcpy(row, rows, sizeof row);
+  const Eight first[] = {(Eight)__builtin_shuffle(row[0], row[1], low), (Eight)__builtin_shuffle(row[2], row[3], low)};
+  const Eight last[] = {(Eight)__builtin_shuffle(row[0], row[1], high), (Eight)__builtin_shuffle(row[2], row[3], high)};
+  const Eight all[] = {__builtin_shuffle(first[0], first[1], low_pairs), __builtin_shuffle(first[0], first[1], high_pairs),
+                       __builtin_shuffle(last[0], last[1], low_pairs), __builtin_shuffle(last[0], last[1], high_pairs)};
+  std::memcpy(to, all, sizeof all);
 }
 #endif
 

@@ -1,0 +1,209 @@
+"""Memory layout of a site in codes for ``coded.cpp``, in which codes are read at the speed of memory.
+
+A prepared site is one tensor of bytes: a header, then every other argument but the input, each from a multiple of 64
+bytes on. Codes of a matrix that is read as a whole lie in tiles of 16 rows, those of rows that are read alone in rows.
+A cell holds eight codes of each of some positions: in each of its ``bits`` lines, one byte a position. In a cell of a
+tile, positions are four columns of each row, and code ``j`` of column ``c`` is column ``4 j + c`` of 32. In a cell of a
+row, positions are 16 columns, and code ``j`` of column ``c`` is column ``16 j + c`` of 128.
+"""
+
+import math
+
+import torch
+from jaxtyping import Float, Shaped, UInt8
+from torch import Tensor
+
+from tardis_fx.errors import PlanMismatchError
+from tardis_fx.graph.activations import ACTIVATIONS
+from tardis_fx.runtime import tables
+from tardis_fx.runtime.coded import CodedFFN
+from tardis_fx.runtime.coded_arguments import check, check_listed
+from tardis_fx.runtime.packing import unpack
+
+#: First integer of a header, and number of its integers.
+MAGIC, HEADER = 0x31736964726174, 24
+#: Rows of a tile, and columns of its cells and of those of rows.
+TILE, TILE_CELL, ROW_CELL = 16, 32, 128
+#: Sections start at multiples of so many bytes.
+ALIGNMENT = 64
+#: The numbers of a call in a header, behind the magic.
+_NUMBERS = (
+    "k", "d", "d_out", "capacity", "listed", "bits", "low_bits", "column_bits", "column_low_bits", "fold_bits",
+    "activation", "relative", "biased", "dtype",
+)  # fmt: skip
+
+
+#: Floating-point types by their number in a header.
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def prepare(call: CodedFFN) -> UInt8[Tensor, " bytes"]:
+    """The prepared site of a call, of whose input only the size is used.
+
+    Raises:
+        PlanMismatchError: an argument does not fit the others, or the op does not take it.
+    """
+    check(call)
+    check_listed(call)
+    (d, d_out), k, capacity = (call.x.shape[-1], len(call.bias)), len(call.projections), len(call.columns)
+    fold_bits = 0 if call.fold is None else call.fold_bits
+    numbers = {
+        "k": k, "d": d, "d_out": d_out, "capacity": capacity, "listed": int(call.listed),
+        "bits": call.bits, "low_bits": call.low_bits, "column_bits": call.column_bits,
+        "column_low_bits": call.column_low_bits, "fold_bits": fold_bits,
+        "activation": list(ACTIVATIONS).index(call.activation), "relative": int(call.relative),
+        "biased": int(call.biases is not None), "dtype": _DTYPES.index(call.bias.dtype),
+    }  # fmt: skip
+    header = torch.zeros(HEADER, dtype=torch.int64, device="cpu")
+    header[: len(_NUMBERS) + 1] = torch.tensor(
+        [MAGIC, *(numbers[name] for name in _NUMBERS)], dtype=torch.int64, device="cpu"
+    )
+    parts = [header, call.signs, call.out_signs, call.bias, call.noise, call.thresholds]
+    parts += [] if call.biases is None else [_padded(call.biases.T)]
+    parts += [_padded(call.norms.T)]
+    parts += [] if call.surrogate is None else [_padded(call.surrogate.T)]
+    rows = [call.projections, call.refinements, [call.columns], [call.column_refinements]]
+    parts += [_padded(torch.stack([tables.scales(matrix) for matrix in matrices])) for matrices in rows]
+    parts += [] if call.fold is None else [_padded(tables.scales(call.fold)[None])]
+    parts += [tiles(call.projections[0], call.bits, d)]
+    parts += [lines(matrix, call.bits, d) for matrix in call.projections[1:]]
+    parts += [lines(matrix, call.low_bits, d) for matrix in call.refinements]
+    parts += [lines(call.columns, call.column_bits, d_out)]
+    parts += [lines(call.column_refinements, call.column_low_bits, d_out)]
+    parts += [] if call.fold is None else [tiles(call.fold, call.fold_bits, d)]
+    sections = [part.contiguous().reshape(-1).view(torch.uint8) for part in parts]
+    site = torch.zeros(sum(map(_aligned, map(len, sections))), dtype=torch.uint8, device="cpu")
+    at = 0
+    for section in sections:
+        site[at : at + len(section)] = section
+        at += _aligned(len(section))
+    return site
+
+
+def restore(x: Float[Tensor, "*tokens d"], site: UInt8[Tensor, " bytes"]) -> CodedFFN:
+    """The call that a site was prepared from, with tokens; the inverse of :func:`prepare`.
+
+    Raises:
+        PlanMismatchError: the bytes are not a prepared site, or the tokens have another dtype or size.
+    """
+    magic, *numbers = site[: 8 * HEADER].view(torch.int64).tolist() if len(site) >= 8 * HEADER else [0]
+    if magic != MAGIC:
+        raise PlanMismatchError("tardis::coded_ffn was given bytes that are not a prepared site")
+    n = dict(zip(_NUMBERS, numbers, strict=False))
+    k, d, d_out, capacity = n["k"], n["d"], n["d_out"], n["capacity"]
+    dtype, room, folded = _DTYPES[n["dtype"]], capacity + -capacity % TILE, n["fold_bits"] > 0
+    if x.shape[-1:] != (d,) or x.dtype is not dtype:
+        raise PlanMismatchError(
+            f"tardis::coded_ffn was given x of {x.dtype} and shape {tuple(x.shape)}, but its site takes {d} columns of"
+            f" {dtype}"
+        )
+    at = 8 * HEADER
+
+    def section(of: torch.dtype, *shape: int) -> Tensor:
+        nonlocal at
+        size = math.prod(shape) * of.itemsize
+        start, at = at, at + _aligned(size)
+        values: Tensor = site[start : start + size].view(of).view(shape)
+        return values
+
+    def tiled(bits: int, rows: int) -> Tensor:
+        cells = section(torch.uint8, -(-rows // TILE), -(-d // TILE_CELL), bits, 64)
+        return _codes_of(cells, bits).unflatten(-1, (TILE, 4)).permute(0, 3, 1, 2, 4).flatten(2).flatten(0, 1)
+
+    def lined(bits: int, columns: int) -> Tensor:
+        return _codes_of(section(torch.uint8, room, -(-columns // ROW_CELL), bits, 16), bits).flatten(1)
+
+    signs, out_signs = section(torch.int8, d), section(torch.int8, d_out)
+    bias, noise, thresholds = section(dtype, d_out), section(torch.float32, k), section(torch.float32, k + 2)
+    biases = section(dtype, k, room)[:, :capacity].T if n["biased"] else None
+    norms = section(torch.bfloat16, k, room)[:, :capacity].T
+    surrogate = section(torch.bfloat16, k + 1, room)[:, :capacity].T if folded else None
+    scales, low_scales = section(torch.float16, k, room), section(torch.float16, k, room)
+    column_scales, column_low_scales = section(torch.float16, 1, room)[0], section(torch.float16, 1, room)[0]
+    fold_scales = section(torch.float16, d_out + -d_out % TILE) if folded else None
+
+    def joined(codes: Tensor, of: Tensor, rows: int, columns: int, bits: int) -> Tensor:
+        return tables.join(codes[:rows, :columns].contiguous(), of[:rows], bits)
+
+    bits, low_bits = n["bits"], n["low_bits"]
+    projections = [tiled(bits, capacity), *(lined(bits, d) for _ in range(k - 1))]
+    refinements = [lined(low_bits, d) for _ in range(k)]
+    columns, column_refinements = lined(n["column_bits"], d_out), lined(n["column_low_bits"], d_out)
+    fold = None
+    if fold_scales is not None:
+        fold = joined(tiled(n["fold_bits"], d_out), fold_scales, d_out, d, n["fold_bits"])
+    return CodedFFN(
+        x=x, bias=bias, signs=signs, out_signs=out_signs,
+        listed=torch.tensor([n["listed"]], dtype=torch.int64, device=site.device),
+        projections=[joined(c, scales[i], capacity, d, bits) for i, c in enumerate(projections)],
+        refinements=[joined(c, low_scales[i], capacity, d, low_bits) for i, c in enumerate(refinements)],
+        columns=joined(columns, column_scales, capacity, d_out, n["column_bits"]),
+        column_refinements=joined(column_refinements, column_low_scales, capacity, d_out, n["column_low_bits"]),
+        biases=biases, norms=norms, noise=noise, thresholds=thresholds, surrogate=surrogate,
+        fold=fold,
+        bits=bits, low_bits=low_bits, column_bits=n["column_bits"], column_low_bits=n["column_low_bits"],
+        fold_bits=n["fold_bits"] or 8, activation=list(ACTIVATIONS)[n["activation"]], relative=bool(n["relative"]),
+    )  # fmt: skip
+
+
+def tiles(rows: UInt8[Tensor, "rows row_bytes"], bits: int, columns: int) -> UInt8[Tensor, "tiles cells {bits} 64"]:
+    """The codes of a matrix in tiles."""
+    codes = _codes(rows, bits, columns, TILE, TILE_CELL)
+    return _lines(codes.unflatten(0, (-1, TILE)).unflatten(2, (-1, 8, 4)).permute(0, 2, 3, 1, 4).flatten(3), bits)
+
+
+def lines(rows: UInt8[Tensor, "rows row_bytes"], bits: int, columns: int) -> UInt8[Tensor, "padded cells {bits} 16"]:
+    """The codes of a matrix in rows."""
+    return _lines(_codes(rows, bits, columns, TILE, ROW_CELL).unflatten(1, (-1, 8, 16)), bits)
+
+
+def _codes(
+    rows: UInt8[Tensor, "rows row_bytes"], bits: int, columns: int, of_rows: int, of_columns: int
+) -> UInt8[Tensor, "padded_rows padded_columns"]:
+    """The codes of a matrix, padded with zeros to multiples of rows and columns."""
+    codes = rows.new_zeros(len(rows) + -len(rows) % of_rows, columns + -columns % of_columns)
+    codes[: len(rows), :columns] = unpack(rows[:, :-2].contiguous(), bits, columns)
+    return codes
+
+
+def _lines(codes: UInt8[Tensor, "*cells 8 positions"], bits: int) -> UInt8[Tensor, "*cells {bits} positions"]:
+    """The lines of cells of eight codes; see ``codes_of_cell`` in ``tiles.h``, which takes them apart."""
+    c = codes.unbind(-2)
+    if bits == 8:
+        return codes.contiguous()
+    if bits >= 4:
+        low = bits - 4
+        both = torch.stack([c[2 * i] >> low | c[2 * i + 1] >> low << 4 for i in range(4)], -2)
+        return both if low == 0 else torch.cat([both, _lines(codes & 2**low - 1, low)], -2)
+    if bits == 3:
+        first = c[0] | c[1] << 3 | (c[6] & 3) << 6
+        second = c[2] | c[3] << 3 | (c[6] >> 2) << 6 | (c[7] >> 2) << 7
+        return torch.stack([first, second, c[4] | c[5] << 3 | (c[7] & 3) << 6], -2)
+    count = 8 // bits
+    return torch.stack(
+        [sum((c[count * i + j] << bits * j for j in range(1, count)), c[count * i]) for i in range(bits)], -2
+    )
+
+
+def _codes_of(lines: UInt8[Tensor, "*cells {bits} positions"], bits: int) -> UInt8[Tensor, "*cells 8 positions"]:
+    """The inverse of :func:`_lines`."""
+    if bits == 8:
+        return lines
+    of = lines.unbind(-2)
+    if bits >= 4:
+        high = torch.stack([part for line in of[:4] for part in (line & 15, line >> 4)], -2)
+        return high if bits == 4 else high << bits - 4 | _codes_of(lines[..., 4:, :], bits - 4)
+    if bits == 3:
+        a, b, c = of
+        last = [a >> 6 | (b >> 6 & 1) << 2, c >> 6 | b >> 7 << 2]
+        return torch.stack([a & 7, a >> 3 & 7, b & 7, b >> 3 & 7, c & 7, c >> 3 & 7, *last], -2)
+    return torch.stack([line >> bits * j & 2**bits - 1 for line in of for j in range(8 // bits)], -2)
+
+
+def _padded(values: Shaped[Tensor, "parts rows"]) -> Shaped[Tensor, "parts padded"]:
+    """Numbers of rows, padded with zeros to whole tiles."""
+    return torch.nn.functional.pad(values, (0, -values.shape[1] % TILE))
+
+
+def _aligned(size: int) -> int:
+    return size + -size % ALIGNMENT
