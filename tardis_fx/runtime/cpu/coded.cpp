@@ -120,13 +120,17 @@ struct Site {
 
 // ---- Products, by bits and number of tokens.
 
+constexpr auto EVERY_WIDTH = std::make_integer_sequence<int, 8>();
+// What the registers hold at once: vectors of a tile, and tokens. AVX2 has 16 of them.
+constexpr int VECTORS = WIDTH == 64 ? 2 : 1, TOKENS_TOGETHER = WIDTH == 32 ? 4 : 8;
+
 template <int T, int... BITS>
 constexpr auto tile_products(std::integer_sequence<int, BITS...>) {
-  return std::array{multiply_tile<BITS + 1, T>...};
+  return std::array{multiply_tile<BITS + 1, T, VECTORS>...};
 }
 template <int T, int... BITS>
 constexpr auto row_products(std::integer_sequence<int, BITS...>) {
-  return std::array{multiply_rows<BITS + 1, T>...};
+  return std::array{multiply_row<BITS + 1, T>...};
 }
 template <int... BITS>
 constexpr auto interleaves(std::integer_sequence<int, BITS...>) {
@@ -136,34 +140,24 @@ template <int... BITS>
 constexpr auto additions(std::integer_sequence<int, BITS...>) {
   return std::array{add_quads<BITS + 1>...};
 }
-constexpr auto WIDTHS = std::make_integer_sequence<int, 8>();
 
-// Products of a tile with all tokens, [tokens, TILE].
-void multiply(const Tiles& tiles, int64_t number, const Tokens& x, int64_t tokens, float* products) {
-  static constexpr auto one = tile_products<1>(WIDTHS), two = tile_products<2>(WIDTHS), four_ = tile_products<4>(WIDTHS),
-                        eight = tile_products<8>(WIDTHS);
-  const uint8_t* const lines = tiles.tile(number);
-  const int64_t bits = tiles.bits - 1;
-  int64_t t = 0;
-  for (; t + 8 <= tokens; t += 8) eight[bits](lines, tiles.cells, x, t, products + t * TILE);
-  for (; t + 4 <= tokens; t += 4) four_[bits](lines, tiles.cells, x, t, products + t * TILE);
-  for (; t + 2 <= tokens; t += 2) two[bits](lines, tiles.cells, x, t, products + t * TILE);
-  if (t < tokens) one[bits](lines, tiles.cells, x, t, products + t * TILE);
+// Products of a tile with all tokens from `first` on, [tokens, TILE].
+template <int T = TOKENS_TOGETHER>
+void multiply(const Tiles& tiles, int64_t number, const Tokens& x, int64_t tokens, float* products, int64_t first = 0) {
+  static constexpr auto multiply_some = tile_products<T>(EVERY_WIDTH);
+  for (; first + T <= tokens; first += T)
+    multiply_some[tiles.bits - 1](tiles.tile(number), tiles.cells, x, first, products + first * TILE);
+  if constexpr (T > 1) multiply<T / 2>(tiles, number, x, tokens, products, first);
 }
 
-// Products of four rows with the tokens of a list, [count, QUAD].
-void multiply(const Rows& of, const int32_t* numbers, const int32_t* next, const Tokens& x, const int32_t* which,
-              int64_t count, float* products) {
-  static constexpr auto one = row_products<1>(WIDTHS), two = row_products<2>(WIDTHS), four_ = row_products<4>(WIDTHS),
-                        eight = row_products<8>(WIDTHS);
-  const uint8_t *rows[QUAD], *ahead[QUAD];
-  for (int i = 0; i < QUAD; ++i) rows[i] = of.row(numbers[i]), ahead[i] = of.row(next[i]);
-  const int64_t bits = of.bits - 1;
-  int64_t t = 0;
-  for (; t + 8 <= count; t += 8) eight[bits](rows, ahead, x, which + t, products + t * QUAD);
-  for (; t + 4 <= count; t += 4) four_[bits](rows, ahead, x, which + t, products + t * QUAD);
-  for (; t + 2 <= count; t += 2) two[bits](rows, ahead, x, which + t, products + t * QUAD);
-  if (t < count) one[bits](rows, ahead, x, which + t, products + t * QUAD);
+// Products of a row with the tokens of a list.
+template <int T = TOKENS_TOGETHER>
+void multiply(const Rows& of, int32_t number, int32_t ahead, const Tokens& x, const int32_t* which, int64_t count,
+              float* products) {
+  static constexpr auto multiply_some = row_products<T>(EVERY_WIDTH);
+  for (; count >= T; count -= T, which += T, products += T)
+    multiply_some[of.bits - 1](of.row(number), of.row(ahead), x, which, products);
+  if constexpr (T > 1) multiply<T / 2>(of, number, ahead, x, which, count, products);
 }
 
 // ---- Tokens.
@@ -175,6 +169,11 @@ void set_token(const Site& site, const W* x, int64_t t, Tokens& to) {
   for (int64_t i = 0; i < site.d; ++i) rotated[i] = to_float(x[i]) * site.signs[i];
   std::fill(rotated + site.d, rotated + to.groups * GROUP, 0.0f);
   for_blocks(site.d, [&](int64_t start, int64_t size) { transform(rotated + start, size); });
+  int8_t* const turned = to.turned + t * to.strips() * CELL * WIDTH;
+  float* const lane_units = to.lane_units + t * to.strips() * LANES;
+  std::fill_n(turned, to.strips() * CELL * WIDTH, 0);
+  std::fill_n(lane_units, to.strips() * LANES, 0.0f);
+  to.sums[t] = 0;
   for (int64_t g = 0; g < to.groups; ++g) {
     const float* const group = rotated + g * GROUP;
     int8_t* const numbers = to.numbers + (t * to.groups + g) * GROUP;
@@ -185,20 +184,23 @@ void set_token(const Site& site, const W* x, int64_t t, Tokens& to) {
     }
     float largest = 0;
     for (int i = 0; i < LANES; ++i) largest = std::max(largest, most[i]);
-    const float unit = largest / 127;
+    const float whole_unit = largest / 127, unit = whole_unit < INFINITY ? whole_unit : NAN;
     Ints sums = {};
     for (int i = 0; i < GROUP; i += LANES) {
       Floats number = load(group + i) / unit;
       number = number > 127 ? Floats{} + 127 : (number < -127 ? Floats{} - 127 : number);
-      const Ints whole = unit > 0 && unit < INFINITY ? __builtin_convertvector(lanes::nearest(number), Ints) : Ints{};
+      const Ints whole = unit > 0 ? __builtin_convertvector(lanes::nearest(number), Ints) : Ints{};
       sums += whole;
       const Small small = __builtin_convertvector(whole, Small);
       std::memcpy(numbers + i, &small, sizeof small);
     }
+    for (int j = 0; j < CELL; ++j)
+      std::memcpy(turned + ((g / LINES * CELL + j) * LINES + g % LINES) * ROW_LINE, numbers + j * ROW_LINE, ROW_LINE);
     int32_t total = 0;
     for (int i = 0; i < LANES; ++i) total += sums[i];
-    to.units[t * to.groups + g] = unit < INFINITY ? unit : NAN;
-    to.sums[t * to.groups + g] = total;
+    to.units[t * to.groups + g] = unit;
+    std::fill_n(lane_units + g / LINES * LANES + g % LINES * (ROW_LINE / 4), ROW_LINE / 4, unit);
+    to.sums[t] += unit * total;
   }
 }
 
@@ -281,12 +283,12 @@ struct Constants {
 // What is known of a batch of neurons: [tokens, BATCH], and bits of the neurons of each tile, [tokens, TILES].
 struct Batch {
   float z[MOST_PROJECTIONS][MOST_TOKENS][BATCH], active[MOST_TOKENS][BATCH], value[MOST_TOKENS][BATCH];
-  uint16_t up[MOST_TOKENS][TILES], read[MOST_TOKENS][TILES], row[MOST_TOKENS][TILES], column[MOST_TOKENS][TILES];
+  uint32_t up[MOST_TOKENS][TILES], read[MOST_TOKENS][TILES], row[MOST_TOKENS][TILES], column[MOST_TOKENS][TILES];
 };
 
 template <class W>
 void add_biases(const void* biases, int64_t at, float* z) {
-  for (int i = 0; i < TILE; ++i) z[i] += to_float(((const W*)biases)[at + i]);
+  for (int i = 0; i < TILE; i += LANES) put(load(z + i) + load((const W*)biases + at + i), z + i);
 }
 
 // Adds the biases of projection i of a tile.
@@ -299,17 +301,19 @@ void add_biases(const Site& site, int i, int64_t position, float* z) {
   add(site.biases, i * site.room() + position, z);
 }
 
-// Sets the first estimates of a tile and their activations, each `stride` apart for the tokens.
-void estimate(const Site& site, const Tokens& x, int64_t tokens, int64_t tile, float* z, float* active, int64_t stride) {
-  float products[MOST_TOKENS * TILE];
-  multiply(site.first, tile, x, tokens, products);
-  for (int64_t t = 0; t < tokens; ++t) {
-    float* const row = products + t * TILE;
-    for (int lane = 0; lane < TILE; lane += LANES)
-      put(load(row + lane) * load(site.scales + tile * TILE + lane) * (1 / 128.0f), row + lane);
-    add_biases(site, 0, tile * TILE, row);
-    std::copy_n(row, TILE, z + t * stride);
-    for (int lane = 0; lane < TILE; lane += LANES) put(activate(load(row + lane), site.activation), active + t * stride + lane);
+// Sets the first estimates of a batch and their activations, each `stride` apart for the tokens.
+void estimate(const Site& site, const Tokens& x, int64_t tokens, int64_t position, float* z, float* active, int64_t stride) {
+  for (int64_t at = 0; at < BATCH && position + at < site.listed; at += TILE) {
+    float products[MOST_TOKENS * TILE];
+    multiply(site.first, (position + at) / TILE, x, tokens, products);
+    for (int64_t t = 0; t < tokens; ++t) {
+      float* const to = z + t * stride + at;
+      for (int lane = 0; lane < TILE; lane += LANES)
+        put(load(products + t * TILE + lane) * load(site.scales + position + at + lane) * (1 / 128.0f), to + lane);
+      add_biases(site, 0, position + at, to);
+      for (int lane = 0; lane < TILE; lane += LANES)
+        put(activate(load(to + lane), site.activation), active + t * stride + at + lane);
+    }
   }
 }
 
@@ -364,45 +368,41 @@ void choose(const Site& site, const Limits& limits, int64_t position, int64_t t,
   batch.column[t][tile] = reads.column & reads.value;
 }
 
-// Calls `visit(neuron, tokens)` for each neuron of a batch that bits are set of, with bits of those tokens.
-template <class Visit>
-void for_neurons(const uint16_t (*bits)[TILES], int64_t tokens, Visit visit) {
-  for (int tile = 0; tile < TILES; ++tile) {
-    uint32_t of[TILE] = {}, any = 0;
-    for (int64_t t = 0; t < tokens; ++t) {
-      any |= bits[t][tile];
-      for (uint32_t rest = bits[t][tile]; rest; rest &= rest - 1) of[__builtin_ctz(rest)] |= 1u << t;
-    }
-    for (; any; any &= any - 1) visit(tile * TILE + __builtin_ctz(any), of[__builtin_ctz(any)]);
-  }
-}
-
-// Adds the products of rows with tokens to pre-activations, where bits are set. Four rows are read at a time: a product for
-// a token whose bit is not set changes nothing.
-void add_rows(const Rows& rows, const uint16_t (*bits)[TILES], int64_t position, const Tokens& x, int64_t tokens,
-              float (*z)[BATCH]) {
-  int32_t numbers[BATCH + 2 * QUAD];
-  uint32_t masks[BATCH];
+// The neurons of a batch that bits are set of, with bits of their tokens.
+struct Members {
   int count = 0;
-  for_neurons(bits, tokens, [&](int neuron, uint32_t of) {
-    numbers[count] = int32_t(position) + neuron;
-    masks[count++] = of;
-  });
-  for (int i = count; count && i < blocks(count, QUAD) * QUAD + QUAD; ++i) numbers[i] = numbers[count - 1];
-  for (int first = 0; first < count; first += QUAD) {
-    int32_t which[MOST_TOKENS];
-    float products[MOST_TOKENS * QUAD];
-    const int end = std::min(first + QUAD, count);
-    uint32_t any = 0;
-    for (int i = first; i < end; ++i) any |= masks[i];
-    int64_t of = 0;
-    for (; any; any &= any - 1) which[of++] = __builtin_ctz(any);
-    multiply(rows, numbers + first, numbers + first + QUAD, x, which, of, products);
-    for (int i = first; i < end; ++i) {
-      const float scale = to_float(rows.scales[numbers[i]]) * (1 / 128.0f);
-      for (int64_t n = 0; n < of; ++n)
-        if (masks[i] >> which[n] & 1) z[which[n]][numbers[i] - position] += scale * products[n * QUAD + i - first];
+  int32_t neurons[BATCH];
+  uint32_t tokens[BATCH];
+
+  Members(const uint32_t (*bits)[TILES], int64_t of_tokens) {
+    for (int tile = 0; tile < TILES; ++tile) {
+      uint32_t of[TILE] = {}, any = 0;
+      for (int64_t t = 0; t < of_tokens; ++t) {
+        any |= bits[t][tile];
+        for (uint32_t rest = bits[t][tile]; rest; rest &= rest - 1) of[__builtin_ctz(rest)] |= 1u << t;
+      }
+      for (; any; any &= any - 1) {
+        neurons[count] = tile * TILE + __builtin_ctz(any);
+        tokens[count++] = of[__builtin_ctz(any)];
+      }
     }
+  }
+};
+
+// Adds the products of rows with tokens to pre-activations, where bits are set.
+void add_rows(const Rows& rows, const Members& members, int64_t position, const Tokens& x, float (*z)[BATCH]) {
+  constexpr int ROWS_AHEAD = 8;
+  for (int i = 0; i < std::min(ROWS_AHEAD, members.count); ++i)
+    for (int64_t line = 0; line < rows.bytes(); line += 64) __builtin_prefetch(rows.row(position + members.neurons[i]) + line);
+  for (int i = 0; i < members.count; ++i) {
+    int32_t which[MOST_TOKENS];
+    float products[MOST_TOKENS];
+    int64_t of = 0;
+    for (uint32_t rest = members.tokens[i]; rest; rest &= rest - 1) which[of++] = __builtin_ctz(rest);
+    const int32_t neuron = members.neurons[i], ahead = members.neurons[std::min(i + ROWS_AHEAD, members.count - 1)];
+    multiply(rows, position + neuron, position + ahead, x, which, of, products);
+    const float scale = to_float(rows.scales[position + neuron]) * (1 / 128.0f);
+    for (int64_t n = 0; n < of; ++n) z[which[n]][neuron] += scale * products[n];
   }
 }
 
@@ -418,6 +418,17 @@ struct Chunks {
   Chunk::Values* values(int64_t i) const { return (Chunk::Values*)(chunk(i) + 1); }
 };
 
+// Those lanes of a vector whose bits are set; others are 0.
+Floats kept(uint32_t bits, Floats values) {
+#if WIDTH == 64
+  return (Floats)_mm512_maskz_mov_ps(bits, (__m512)values);
+#else
+  Ints lanes;
+  for (int i = 0; i < LANES; ++i) lanes[i] = 1 << i;
+  return (Floats)((Ints)values & ((Ints{} + int32_t(bits) & lanes) != 0));
+#endif
+}
+
 // Collects rows and values until a chunk is full.
 struct Collector {
   const Rows& rows;
@@ -428,11 +439,31 @@ struct Collector {
 
   Collector(const Rows& rows, Chunks& to, int64_t tokens) : rows(rows), to(to), tokens(tokens) {}
 
-  void add(int64_t position, uint32_t of, const float (*value)[BATCH], int neuron) {
-    const float scale = to_float(rows.scales[position]) * (1 / 128.0f);
-    to.chunk(to.count)->rows[count] = int32_t(position);
-    for (int64_t t = 0; t < tokens; ++t) values[t][count] = of >> t & 1 ? scale * value[t][neuron] : 0;
-    if (++count == CHUNK) flush();
+  // Adds the neurons of a batch that bits are set of.
+  void add(int64_t position, const uint32_t (*bits)[TILES], const float (*value)[BATCH]) {
+    int32_t neurons[BATCH];
+    float scales[BATCH];
+    int size = 0;
+    for (int tile = 0; tile < TILES; ++tile) {
+      uint32_t any = 0;
+      for (int64_t t = 0; t < tokens; ++t) any |= bits[t][tile];
+      for (; any; any &= any - 1) neurons[size++] = tile * TILE + __builtin_ctz(any);
+    }
+    for (int i = 0; i < size; ++i) scales[i] = to_float(rows.scales[position + neurons[i]]) * (1 / 128.0f);
+    for (int first = 0; first < size;) {
+      const int some = std::min(size - first, CHUNK - count);
+      int32_t* const numbers = to.chunk(to.count)->rows + count;
+      for (int i = 0; i < some; ++i) numbers[i] = int32_t(position) + neurons[first + i];
+      for (int64_t t = 0; t < tokens; ++t) {
+        alignas(64) float read[BATCH];
+        for (int i = 0; i < BATCH; i += LANES) put(kept(bits[t][i / TILE] >> i % TILE, load(value[t] + i)), read + i);
+        float* const at = values[t] + count;
+#pragma omp simd
+        for (int i = 0; i < some; ++i) at[i] = scales[first + i] * read[neurons[first + i]];
+      }
+      first += some, count += some;
+      if (count == CHUNK) flush();
+    }
   }
 
   void flush() {
@@ -440,9 +471,8 @@ struct Collector {
     Chunk* const chunk = to.chunk(to.count);
     chunk->count = count;
     for (int i = count; i % QUAD; ++i) chunk->rows[i] = chunk->rows[count - 1];
-    const int end = (count + TILE - 1) / TILE * TILE;
     for (int64_t t = 0; t < tokens; ++t) {
-      std::fill(values[t] + count, values[t] + end, 0.0f);
+      std::fill(values[t] + count, values[t] + CHUNK, 0.0f);
       set_values(to.values(to.count)[t], values[t], count);
     }
     ++to.count, count = 0;
@@ -450,27 +480,30 @@ struct Collector {
 };
 
 // The columns of a chunk from cell `begin` to `end`, times the values, added to sums, [tokens, end - begin, GROUP]. Lines
-// are prefetched AHEAD quads before they are read, at the end those of the next chunk.
+// are prefetched QUADS_AHEAD quads before they are read, at the end those of the next chunk.
 void add_chunk(const Rows& rows, const Chunk& chunk, const Chunk::Values* values, const Chunk& next, int64_t tokens,
                int64_t begin, int64_t end, float* sums) {
-  constexpr int64_t AHEAD = 12;
-  static constexpr auto interleaved = interleaves(WIDTHS);
-  static constexpr auto add = additions(WIDTHS);
-  alignas(64) uint8_t quads[QUADS * QUAD * GROUP];
+  constexpr int64_t QUADS_AHEAD = 16, CELLS = 2;
+  static constexpr auto interleaved = interleaves(EVERY_WIDTH);
+  static constexpr auto add = additions(EVERY_WIDTH);
+  alignas(64) uint8_t quads[CELLS][QUADS * QUAD * GROUP];
   const int64_t bits = rows.bits, count = blocks(chunk.count, QUAD);
-  for (int64_t cell = begin; cell < end; ++cell) {
+  for (int64_t cell = begin; cell < end; cell += CELLS) {
+    const int64_t some = std::min(CELLS, end - cell);
     for (int64_t q = 0; q < count; ++q) {
-      const bool here = q + AHEAD < count, last = cell + 1 == end;
+      const bool here = q + QUADS_AHEAD < count, last = cell + CELLS >= end;
       const Chunk& of = here || !last ? chunk : next;
-      const int64_t ahead = here ? q + AHEAD : q + AHEAD - count, at = here ? cell : last ? begin : cell + 1;
+      const int64_t ahead = here ? q + QUADS_AHEAD : q + QUADS_AHEAD - count, at = here ? cell : last ? begin : cell + CELLS;
       for (int r = 0; r < QUAD && ahead * QUAD < of.count; ++r)
-        __builtin_prefetch(rows.row(of.rows[ahead * QUAD + r]) + at * bits * ROW_LINE);
+        for (int64_t byte = 0; byte < CELLS * bits * ROW_LINE; byte += 64)
+          __builtin_prefetch(rows.row(of.rows[ahead * QUAD + r]) + at * bits * ROW_LINE + byte);
       const uint8_t* quad[QUAD];
       for (int r = 0; r < QUAD; ++r) quad[r] = rows.row(chunk.rows[q * QUAD + r]);
-      interleaved[bits - 1](quad, cell, quads + q * QUAD * GROUP);
+      for (int64_t i = 0; i < some; ++i) interleaved[bits - 1](quad, cell + i, quads[i] + q * QUAD * GROUP);
     }
-    for (int64_t t = 0; t < tokens; ++t)
-      if (values[t].unit != 0) add[bits - 1](quads, values[t], sums + (t * (end - begin) + cell - begin) * GROUP);
+    for (int64_t i = 0; i < some; ++i)
+      for (int64_t t = 0; t < tokens; ++t)
+        if (values[t].unit != 0) add[bits - 1](quads[i], values[t], sums + (t * (end - begin) + cell + i - begin) * GROUP);
   }
 }
 
@@ -490,8 +523,8 @@ struct Step {
   int64_t batches() const { return blocks(site.listed, BATCH); }
   int64_t share(int64_t of, int64_t thread) const { return of * thread / threads; }
   // Bits of the neurons of a tile that are listed.
-  uint16_t listed(int64_t position) const {
-    return (1u << std::clamp<int64_t>(site.listed - position, 0, TILE)) - 1;
+  uint32_t listed(int64_t position) const {
+    return (uint64_t(1) << std::clamp<int64_t>(site.listed - position, 0, TILE)) - 1;
   }
 
   void set_tokens(int64_t begin, int64_t end) {
@@ -501,18 +534,16 @@ struct Step {
   void keep_first(int64_t thread) {
     double* const own = squares + thread * MOST_TOKENS;
     std::fill_n(own, MOST_TOKENS, 0.0);
-    for (int64_t b = share(batches(), thread); b < share(batches(), thread + 1); ++b)
-      for (int64_t tile = 0; tile < TILES && b * BATCH + tile * TILE < site.listed; ++tile) {
-        float* const z = kept + b * tokens * 2 * BATCH + tile * TILE;
-        const int64_t position = b * BATCH + tile * TILE;
-        estimate(site, x, tokens, position / TILE, z, z + BATCH, 2 * BATCH);
-        const uint16_t of = listed(position);
-        for (int64_t t = 0; t < tokens; ++t)
-          for (int i = 0; i < TILE; ++i) {
-            const double first = std::fabs(double(z[t * 2 * BATCH + BATCH + i])) * to_float(site.norms[position + i]);
-            if (of >> i & 1) own[t] += first * first;
-          }
-      }
+    for (int64_t b = share(batches(), thread); b < share(batches(), thread + 1); ++b) {
+      const int64_t position = b * BATCH, end = std::min(site.listed - position, int64_t(BATCH));
+      float* const z = kept + b * tokens * 2 * BATCH;
+      estimate(site, x, tokens, position, z, z + BATCH, 2 * BATCH);
+      for (int64_t t = 0; t < tokens; ++t)
+        for (int64_t i = 0; i < end; ++i) {
+          const double first = double(z[t * 2 * BATCH + BATCH + i]) * to_float(site.norms[position + i]);
+          own[t] += first * first;
+        }
+    }
   }
 
   void take_first(int64_t b, Batch& batch) const {
@@ -533,25 +564,18 @@ struct Step {
         *new (scratch<Collector, 3>(1)) Collector(site.column_refinements, refinements[thread], tokens);
     for (int64_t b = share(batches(), thread); b < share(batches(), thread + 1); ++b) {
       const int64_t position = b * BATCH;
-      for (int64_t tile = 0; tile < TILES; ++tile) {
-        const int64_t at = position + tile * TILE;
-        for (int64_t t = 0; t < tokens; ++t) batch.up[t][tile] = at < site.listed ? listed(at) : 0;
-        if (at >= site.listed) {
-          for (int64_t t = 0; t < tokens; ++t) batch.read[t][tile] = batch.row[t][tile] = batch.column[t][tile] = 0;
-          continue;
-        }
-        if (!site.relative)
-          estimate(site, x, tokens, at / TILE, batch.z[0][0] + tile * TILE, batch.active[0] + tile * TILE, BATCH);
-      }
-      if (site.relative) take_first(b, batch);
+      for (int64_t tile = 0; tile < TILES; ++tile)
+        for (int64_t t = 0; t < tokens; ++t) batch.up[t][tile] = listed(position + tile * TILE);
+      if (site.relative)
+        take_first(b, batch);
+      else
+        estimate(site, x, tokens, position, batch.z[0][0], batch.active[0], BATCH);
       if (site.k > 1) estimate_second(limits, position, batch);
-      for (int64_t tile = 0; tile < TILES && position + tile * TILE < site.listed; ++tile)
+      for (int64_t tile = 0; tile < TILES; ++tile)
         for (int64_t t = 0; t < tokens; ++t) choose(site, limits, position + tile * TILE, t, tile, batch);
       refine(position, batch);
-      for_neurons(batch.read, tokens,
-                  [&](int neuron, uint32_t of) { of_columns.add(position + neuron, of, batch.value, neuron); });
-      for_neurons(batch.column, tokens,
-                  [&](int neuron, uint32_t of) { of_refinements.add(position + neuron, of, batch.value, neuron); });
+      of_columns.add(position, batch.read, batch.value);
+      of_refinements.add(position, batch.column, batch.value);
     }
     of_columns.flush();
     of_refinements.flush();
@@ -570,7 +594,7 @@ struct Step {
         }
         batch.up[t][tile] &= up;
       }
-    add_rows(site.second, batch.up, position, x, tokens, batch.z[1]);
+    add_rows(site.second, Members(batch.up, tokens), position, x, batch.z[1]);
     for (int64_t tile = 0; tile < TILES && position + tile * TILE < site.listed; ++tile)
       for (int64_t t = 0; t < tokens; ++t)
         if (batch.up[t][tile]) add_biases(site, 1, position + tile * TILE, batch.z[1][t] + tile * TILE);
@@ -578,11 +602,9 @@ struct Step {
 
   // Adds the refinements of pre-activations, and sets the values anew where there are any.
   void refine(int64_t position, Batch& batch) const {
-    uint32_t any = 0;
-    for (int64_t t = 0; t < tokens; ++t)
-      for (int64_t tile = 0; tile < TILES; ++tile) any |= batch.row[t][tile];
-    if (!any) return;
-    for (int i = 0; i < site.k; ++i) add_rows(site.refinements[i], batch.row, position, x, tokens, batch.z[i]);
+    const Members members(batch.row, tokens);
+    if (!members.count) return;
+    for (int i = 0; i < site.k; ++i) add_rows(site.refinements[i], members, position, x, batch.z[i]);
     for (int64_t t = 0; t < tokens; ++t)
       for (int64_t tile = 0; tile < TILES; ++tile) {
         if (!batch.row[t][tile]) continue;
@@ -635,8 +657,12 @@ template <class W>
 void compute(const Site& site, const W* x, W* out, int64_t tokens, int64_t threads) {
   const int64_t groups = blocks(site.d, GROUP), batches = blocks(site.listed, BATCH), size = Chunks::bytes(tokens);
   Step<W> step{site, x, out, tokens, threads, {}, nullptr, nullptr, nullptr, nullptr};
-  step.x = {groups, scratch<int8_t, 5>(tokens * groups * GROUP), scratch<float, 6>(tokens * groups),
-            scratch<int32_t, 7>(tokens * groups)};
+  step.x.groups = groups;
+  step.x.numbers = scratch<int8_t, 5>(tokens * groups * GROUP);
+  step.x.units = scratch<float, 6>(tokens * groups);
+  step.x.turned = scratch<int8_t, 7>(tokens * step.x.strips() * CELL * WIDTH);
+  step.x.lane_units = scratch<float, 12>(tokens * step.x.strips() * LANES);
+  step.x.sums = scratch<float, 13>(tokens);
   if (site.relative) {
     step.kept = scratch<float, 8>(batches * tokens * 2 * BATCH);
     step.squares = scratch<double, 9>(threads * MOST_TOKENS);

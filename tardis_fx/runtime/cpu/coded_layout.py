@@ -1,7 +1,7 @@
 """Memory layout of a site in codes for ``coded.cpp``, in which codes are read at the speed of memory.
 
 A prepared site is one tensor of bytes: a header, then every other argument but the input, each from a multiple of 64
-bytes on. Codes of a matrix that is read as a whole lie in tiles of 16 rows, those of rows that are read alone in rows.
+bytes on. Codes of a matrix that is read as a whole lie in tiles of 32 rows, those of rows that are read alone in rows.
 A cell holds eight codes of each of some positions: in each of its ``bits`` lines, one byte a position. In a cell of a
 tile, positions are four columns of each row, and code ``j`` of column ``c`` is column ``4 j + c`` of 32. In a cell of a
 row, positions are 16 columns, and code ``j`` of column ``c`` is column ``16 j + c`` of 128.
@@ -23,7 +23,7 @@ from tardis_fx.runtime.packing import unpack
 #: First integer of a header, and number of its integers.
 MAGIC, HEADER = 0x31736964726174, 24
 #: Rows of a tile, and columns of its cells and of those of rows.
-TILE, TILE_CELL, ROW_CELL = 16, 32, 128
+TILE, TILE_CELL, ROW_CELL = 32, 32, 128
 #: Sections start at multiples of so many bytes.
 ALIGNMENT = 64
 #: The numbers of a call in a header, behind the magic.
@@ -107,7 +107,7 @@ def restore(x: Float[Tensor, "*tokens d"], site: UInt8[Tensor, " bytes"]) -> Cod
         return values
 
     def tiled(bits: int, rows: int) -> Tensor:
-        cells = section(torch.uint8, -(-rows // TILE), -(-d // TILE_CELL), bits, 64)
+        cells = section(torch.uint8, -(-rows // TILE), -(-d // TILE_CELL), bits, 4 * TILE)
         return _codes_of(cells, bits).unflatten(-1, (TILE, 4)).permute(0, 3, 1, 2, 4).flatten(2).flatten(0, 1)
 
     def lined(bits: int, columns: int) -> Tensor:
@@ -146,7 +146,7 @@ def restore(x: Float[Tensor, "*tokens d"], site: UInt8[Tensor, " bytes"]) -> Cod
     )  # fmt: skip
 
 
-def tiles(rows: UInt8[Tensor, "rows row_bytes"], bits: int, columns: int) -> UInt8[Tensor, "tiles cells {bits} 64"]:
+def tiles(rows: UInt8[Tensor, "rows row_bytes"], bits: int, columns: int) -> UInt8[Tensor, "tiles cells {bits} 128"]:
     """The codes of a matrix in tiles."""
     codes = _codes(rows, bits, columns, TILE, TILE_CELL)
     return _lines(codes.unflatten(0, (-1, TILE)).unflatten(2, (-1, 8, 4)).permute(0, 2, 3, 1, 4).flatten(3), bits)

@@ -1,8 +1,8 @@
 // Products of a few tokens with tables of codes, in the layout that coded_layout.py prepares.
 //
-// Eight codes of one position lie together in a cell of `BITS` lines, one byte of each line. A line of a tile has 64 bytes,
-// four columns of each of its 16 rows: a sum needs no additions across lanes. A line of a row that is read alone has 16
-// bytes, and four rows fill a vector. Codes become levels of 8 bits; a weight is scale / 128 * (level - 128), with 8 bits
+// Eight codes of one position lie together in a cell of `BITS` lines, one byte of each line. A line of a tile has 128
+// bytes, four columns of each of its 32 rows: a sum needs no additions across lanes. A line of a row that is read alone
+// has 16 bytes, and several cells or rows fill a vector. Codes become levels of 8 bits; a weight is scale / 128 * (level - 128), with 8 bits
 // scale / 128 * (level - 127.5). What levels are multiplied with has 8 bits, too, and one unit for each 128 columns.
 
 #pragma once
@@ -17,10 +17,10 @@
 namespace {
 
 constexpr int CELL = 8;                 // codes of one position
-constexpr int TILE = 16;                // rows
+constexpr int TILE = 32;                // rows
 constexpr int GROUP = 128;              // columns that share a unit
 constexpr int QUAD = 4;                 // rows that are read together
-constexpr int TILE_LINE = 64, ROW_LINE = 16;
+constexpr int TILE_LINE = 128, ROW_LINE = 16;
 constexpr int TILE_CELL = 32;           // columns of a cell of a tile; one of a row has GROUP columns
 constexpr int PARTS = TILE_LINE / WIDTH;
 
@@ -42,156 +42,156 @@ typedef uint16_t Shorts __attribute__((vector_size(WIDTH)));
 // Bytes shifted to the right; bits of the next byte come in from above.
 Bytes shifted(Bytes bytes, int count) { return (Bytes)((Shorts)bytes >> count); }
 
-// The eight vectors of codes of a cell; `line(i)` returns its lines.
+// Two of the eight vectors of codes of a cell, those of pair 0 to 3; `line(i)` returns its lines.
 template <int BITS, class Line>
-__attribute__((always_inline)) inline void codes_of_cell(Line line, Bytes* codes) {
+__attribute__((always_inline)) inline void codes_of_pair(Line line, int pair, Bytes* codes) {
   if constexpr (BITS == 8) {
-#pragma GCC unroll 8
-    for (int i = 0; i < 8; ++i) codes[i] = line(i);
+    codes[0] = line(2 * pair);
+    codes[1] = line(2 * pair + 1);
   } else if constexpr (BITS >= 4) {
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-      const Bytes both = line(i);
-      codes[2 * i] = both & 15;
-      codes[2 * i + 1] = shifted(both, 4) & 15;
-    }
+    const Bytes both = line(pair);
+    codes[0] = both & 15;
+    codes[1] = shifted(both, 4) & 15;
     if constexpr (BITS > 4) {
-      Bytes low[CELL];
-      codes_of_cell<BITS - 4>([&](int i) { return line(4 + i); }, low);
-#pragma GCC unroll 8
-      for (int i = 0; i < CELL; ++i) codes[i] = codes[i] << (BITS - 4) | low[i];
+      Bytes low[2];
+      codes_of_pair<BITS - 4>([&](int i) { return line(4 + i); }, pair, low);
+      for (int i = 0; i < 2; ++i) codes[i] = codes[i] << (BITS - 4) | low[i];
     }
-  } else if constexpr (BITS == 3) {  // two codes a line, and two bits of the seventh and eighth
-    const Bytes lines[] = {line(0), line(1), line(2)};
-#pragma GCC unroll 3
-    for (int i = 0; i < 3; ++i) {
-      codes[2 * i] = lines[i] & 7;
-      codes[2 * i + 1] = shifted(lines[i], 3) & 7;
-    }
-    codes[6] = (shifted(lines[0], 6) & 3) | (shifted(lines[1], 4) & 4);
-    codes[7] = (shifted(lines[2], 6) & 3) | (shifted(lines[1], 5) & 4);
-  } else if constexpr (BITS == 2) {
-#pragma GCC unroll 2
-    for (int i = 0; i < 2; ++i) {
-      const Bytes four = line(i);
-#pragma GCC unroll 4
-      for (int j = 0; j < 4; ++j) codes[4 * i + j] = shifted(four, 2 * j) & 3;
+  } else if constexpr (BITS == 3) {  // lines have three pairs, and in two bits each the fourth
+    if (pair < 3) {
+      const Bytes both = line(pair);
+      codes[0] = both & 7;
+      codes[1] = shifted(both, 3) & 7;
+    } else {
+      codes[0] = (shifted(line(0), 6) & 3) | (shifted(line(1), 4) & 4);
+      codes[1] = (shifted(line(2), 6) & 3) | (shifted(line(1), 5) & 4);
     }
   } else {
-    const Bytes eight = line(0);
-#pragma GCC unroll 8
-    for (int j = 0; j < 8; ++j) codes[j] = shifted(eight, j) & 1;
+    const Bytes many = shifted(line(pair * BITS / 4), pair * 2 * BITS % 8);
+    codes[0] = many & uint8_t((1 << BITS) - 1);
+    codes[1] = shifted(many, BITS) & uint8_t((1 << BITS) - 1);
   }
 }
 
-// The eight vectors of levels of a cell.
+// The vectors of levels of a pair.
 template <int BITS, class Line>
-__attribute__((always_inline)) inline void levels_of_cell(Line line, Bytes* levels) {
-  if constexpr (BITS == 2) {  // four bits hold two codes: each lookup reads one of them, and no shift comes before it
-    static constexpr Table low(2, 0), high(2, 1);
-#pragma GCC unroll 2
-    for (int i = 0; i < 2; ++i) {
-      const Bytes four = line(i), first = four & 15, last = shifted(four, 4) & 15;
-      levels[4 * i] = looked_up(low.levels, first);
-      levels[4 * i + 1] = looked_up(high.levels, first);
-      levels[4 * i + 2] = looked_up(low.levels, last);
-      levels[4 * i + 3] = looked_up(high.levels, last);
-    }
+__attribute__((always_inline)) inline void levels_of_pair(Line line, int pair, Bytes* levels) {
+  if constexpr (BITS == 2) {  // four bits hold both codes, and each lookup reads one of them
+    static constexpr Table first(2, 0), second(2, 1);
+    const Bytes both = shifted(line(pair / 2), pair % 2 * 4) & 15;
+    levels[0] = looked_up(first.levels, both);
+    levels[1] = looked_up(second.levels, both);
   } else {
-    codes_of_cell<BITS>(line, levels);
-#pragma GCC unroll 8
-    for (int i = 0; i < CELL; ++i) {
+    codes_of_pair<BITS>(line, pair, levels);
+    for (int i = 0; i < 2; ++i) {
       if constexpr (BITS <= 4) levels[i] = looked_up(LEVELS[BITS - 1], levels[i]);
       else if constexpr (BITS < 8) levels[i] = levels[i] << (8 - BITS) | uint8_t(1 << (7 - BITS));
     }
   }
-#pragma GCC unroll 8
-  for (int i = 0; i < CELL; ++i) levels[i] = factors(levels[i]);
+  for (int i = 0; i < 2; ++i) levels[i] = factors(levels[i]);
 }
 
-// Sums over levels, which miss half of the sum of the numbers if the levels are codes of 8 bits, whose middle is 127.5.
+// What the sum of the numbers is multiplied with, and taken from sums over levels; levels of 8 bits are codes.
 template <int BITS>
-Floats centred(Ints sums, float half) {
-  const Floats values = __builtin_convertvector(sums, Floats);
-  if constexpr (BITS == 8) return values + half;
-  return values;
-}
+constexpr float MIDDLE = BITS == 8 ? OFFSET - 0.5f : float(OFFSET);
 
-// Rows of numbers of 8 bits, [tokens, groups, GROUP].
+// Cells of a row that fill a vector.
+constexpr int LINES = WIDTH / ROW_LINE;
+
+// Rows of numbers of 8 bits.
 struct Tokens {
   int64_t groups;
-  int8_t* numbers;
-  float* units;   // [tokens, groups]
-  int32_t* sums;  // [tokens, groups]: of the numbers
+  int8_t* numbers;     // [tokens, groups, GROUP], for tiles
+  float* units;        // [tokens, groups]
+  int8_t* turned;      // [tokens, strips, CELL, LINES, 16], for rows: 16 columns of each of LINES groups; zeros at the end
+  float* lane_units;   // [tokens, strips, LANES]: of the groups
+  float* sums;         // [tokens]: of numbers times units
 
+  int64_t strips() const { return (groups + LINES - 1) / LINES; }
   const int8_t* token(int64_t t) const { return numbers + t * groups * GROUP; }
+  const int8_t* turned_token(int64_t t) const { return turned + t * strips() * CELL * WIDTH; }
 };
 
-// Products of the 16 rows of a tile with T tokens, [T, TILE], without the rows' scales.
-template <int BITS, int T>
+constexpr int64_t AHEAD = 8192;  // bytes of tiles that are prefetched before they are read
+
+// Products of a tile with T tokens, [T, TILE], without the rows' scales; R vectors of rows at a time.
+template <int BITS, int T, int R>
 void multiply_tile(const uint8_t* lines, int64_t cells, const Tokens& x, int64_t first, float* products) {
+  constexpr int SETS = T * R < 4 ? 2 : 1;  // of sums, because each waits for the one before it
   const int8_t* tokens[T];
   for (int t = 0; t < T; ++t) tokens[t] = x.token(first + t);
-  for (int part = 0; part < PARTS; ++part) {
+  for (int part = 0; part < PARTS; part += R) {
     const uint8_t* at = lines + part * WIDTH;
-    Floats totals[T] = {};
-    for (int64_t g = 0, column = 0; g < x.groups; ++g) {
-      Ints sums[T];
-#pragma GCC unroll 16
-      for (int t = 0; t < T; ++t) sums[t] = Ints{} - OFFSET * x.sums[(first + t) * x.groups + g];
+    Floats totals[R][T] = {};
+    for (int64_t g = 0; g < x.groups; ++g) {
+      Ints sums[SETS][R][T] = {};
       const int64_t end = std::min((g + 1) * GROUP, cells * TILE_CELL);
-      for (; column < end; column += TILE_CELL, at += BITS * TILE_LINE) {
-        Bytes levels[CELL];
-        levels_of_cell<BITS>([&](int i) { return read<Bytes>(at + i * TILE_LINE); }, levels);
+      for (int64_t column = g * GROUP; column < end; column += TILE_CELL, at += BITS * TILE_LINE) {
+        for (int i = 0; i < BITS * TILE_LINE && part == 0; i += 64) __builtin_prefetch(at + AHEAD + i);
+#pragma GCC unroll 4
+        for (int pair = 0; pair < CELL / 2; ++pair) {
+          Bytes levels[R][2];
+#pragma GCC unroll 2
+          for (int r = 0; r < R; ++r) {
+            const uint8_t* const of = at + r * WIDTH;
+            levels_of_pair<BITS>([&](int i) { return read<Bytes>(of + i * TILE_LINE); }, pair, levels[r]);
+          }
+#pragma GCC unroll 2
+          for (int i = 0; i < 2; ++i)
 #pragma GCC unroll 8
-        for (int j = 0; j < CELL; ++j)
-#pragma GCC unroll 16
-          for (int t = 0; t < T; ++t) sums[t] = add_dots(sums[t], levels[j], four(tokens[t] + column + 4 * j));
+            for (int t = 0; t < T; ++t) {
+              const Bytes numbers = four(tokens[t] + column + 4 * (2 * pair + i));
+#pragma GCC unroll 2
+              for (int r = 0; r < R; ++r)
+                sums[i % SETS][r][t] = add_dots(sums[i % SETS][r][t], levels[r][i], numbers);
+            }
+        }
       }
-#pragma GCC unroll 16
+#pragma GCC unroll 8
       for (int t = 0; t < T; ++t) {
-        const int64_t unit = (first + t) * x.groups + g;
-        totals[t] += centred<BITS>(sums[t], 0.5f * x.sums[unit]) * x.units[unit];
+        const float unit = x.units[(first + t) * x.groups + g];
+#pragma GCC unroll 2
+        for (int r = 0; r < R; ++r) {
+          const Ints sum = SETS == 2 ? sums[0][r][t] + sums[SETS - 1][r][t] : sums[0][r][t];
+          totals[r][t] += __builtin_convertvector(sum, Floats) * unit;
+        }
       }
-      column = (g + 1) * GROUP;
     }
-    for (int t = 0; t < T; ++t) put(totals[t], products + t * TILE + part * LANES);
+    for (int r = 0; r < R; ++r)
+      for (int t = 0; t < T; ++t)
+        put(totals[r][t] - MIDDLE<BITS> * x.sums[first + t], products + t * TILE + (part + r) * LANES);
   }
 }
 
-// Products of four rows with T tokens, [T, QUAD], without the rows' scales. Prefetches the rows that follow, `next`.
+// Products of a row with T tokens, without the row's scale. Prefetches a row that follows, `ahead`.
 template <int BITS, int T>
-void multiply_rows(const uint8_t* const* rows, const uint8_t* const* next, const Tokens& x, const int32_t* which,
-                   float* products) {
-  constexpr int ROWS = WIDTH / ROW_LINE;
+void multiply_row(const uint8_t* row, const uint8_t* ahead, const Tokens& x, const int32_t* which, float* products) {
+  constexpr int64_t STRIP = BITS * WIDTH;  // bytes
+  const int64_t strips = x.strips();
   const int8_t* tokens[T];
-  for (int t = 0; t < T; ++t) tokens[t] = x.token(which[t]);
-  for (int part = 0; part < QUAD / ROWS; ++part) {
-    const uint8_t* const* const of = rows + part * ROWS;
-    Floats totals[T] = {};
-    for (int64_t g = 0; g < x.groups; ++g) {
-      Ints sums[T];
+  for (int t = 0; t < T; ++t) tokens[t] = x.turned_token(which[t]);
+  Floats totals[T] = {};
+  for (int64_t strip = 0; strip < strips; ++strip) {
+    for (int64_t i = 0; i < STRIP; i += 64) __builtin_prefetch(ahead + strip * STRIP + i);
+    const uint8_t* cells[LINES];
+    for (int i = 0; i < LINES; ++i)
+      cells[i] = row + (strip * LINES + i < x.groups ? strip * LINES + i : 0) * (BITS * ROW_LINE);
+    Ints sums[T] = {};
+#pragma GCC unroll 4
+    for (int pair = 0; pair < CELL / 2; ++pair) {
+      Bytes levels[2];
+      levels_of_pair<BITS>([&](int i) { return side_by_side(cells, i * ROW_LINE); }, pair, levels);
+#pragma GCC unroll 2
+      for (int i = 0; i < 2; ++i)
 #pragma GCC unroll 8
-      for (int t = 0; t < T; ++t) sums[t] = Ints{} - OFFSET / 4 * x.sums[which[t] * x.groups + g];
-      for (int r = 0; r < QUAD && part == 0; ++r) __builtin_prefetch(next[r] + g * BITS * ROW_LINE);
-      Bytes levels[CELL];
-      levels_of_cell<BITS>([&](int i) { return side_by_side(of, (g * BITS + i) * ROW_LINE); }, levels);
-#pragma GCC unroll 8
-      for (int j = 0; j < CELL; ++j)
-#pragma GCC unroll 8
-        for (int t = 0; t < T; ++t) sums[t] = add_dots(sums[t], levels[j], sixteen(tokens[t] + g * GROUP + 16 * j));
-#pragma GCC unroll 8
-      for (int t = 0; t < T; ++t) {
-        const int64_t unit = which[t] * x.groups + g;
-        totals[t] += centred<BITS>(sums[t], 0.125f * x.sums[unit]) * x.units[unit];
-      }
+        for (int t = 0; t < T; ++t)
+          sums[t] = add_dots(sums[t], levels[i], read<Bytes>(tokens[t] + (strip * CELL + 2 * pair + i) * WIDTH));
     }
+#pragma GCC unroll 8
     for (int t = 0; t < T; ++t)
-      for (int r = 0; r < ROWS; ++r) {
-        float* const product = products + t * QUAD + part * ROWS + r;
-        *product = (totals[t][4 * r] + totals[t][4 * r + 1]) + (totals[t][4 * r + 2] + totals[t][4 * r + 3]);
-      }
+      totals[t] += __builtin_convertvector(sums[t], Floats) * load(x.lane_units + (which[t] * strips + strip) * LANES);
   }
+  for (int t = 0; t < T; ++t) products[t] = sum(totals[t]) - MIDDLE<BITS> * x.sums[which[t]];
 }
 
 // ---- Rows times values, added to what is not a product with the tokens.
@@ -250,16 +250,18 @@ inline void set_values(Chunk::Values& to, const float* values, int count) {
 // The levels of a quad of rows in one cell, as GROUP columns of four bytes.
 template <int BITS>
 void interleave(const uint8_t* const* rows, int64_t cell, uint8_t* quad) {
-  constexpr int ROWS = WIDTH / ROW_LINE;
-  Bytes levels[QUAD / ROWS][CELL];
-  for (int part = 0; part < QUAD / ROWS; ++part)
-    levels_of_cell<BITS>(
-        [&](int i) { return side_by_side(rows + part * ROWS, (cell * BITS + i) * ROW_LINE); }, levels[part]);
-#pragma GCC unroll 8
-  for (int j = 0; j < CELL; ++j) {
-    Bytes of[QUAD / ROWS];
-    for (int part = 0; part < QUAD / ROWS; ++part) of[part] = levels[part][j];
-    put_interleaved(of, quad + j * QUAD * ROW_LINE);
+  const int64_t at = cell * BITS * ROW_LINE;
+#pragma GCC unroll 4
+  for (int pair = 0; pair < CELL / 2; ++pair) {
+    Bytes levels[QUAD / LINES][2];
+    for (int part = 0; part < QUAD / LINES; ++part)
+      levels_of_pair<BITS>(
+          [&](int i) { return side_by_side(rows + part * LINES, at + i * ROW_LINE); }, pair, levels[part]);
+    for (int i = 0; i < 2; ++i) {
+      Bytes of[QUAD / LINES];
+      for (int part = 0; part < QUAD / LINES; ++part) of[part] = levels[part][i];
+      put_interleaved(of, quad + (2 * pair + i) * QUAD * ROW_LINE);
+    }
   }
 }
 
@@ -267,14 +269,9 @@ void interleave(const uint8_t* const* rows, int64_t cell, uint8_t* quad) {
 template <int BITS>
 void add_quads(const uint8_t* quads, const Chunk::Values& values, float* sums) {
   constexpr int TOGETHER = WIDTH == 64 ? 8 : WIDTH == 32 ? 4 : 8;
-  const float half = 0.5f * (float(STEP) * values.highs + values.lows);
+  const float middle = MIDDLE<BITS> * (float(STEP) * values.highs + values.lows);
   for (int from = 0; from < QUAD * GROUP; from += TOGETHER * WIDTH) {
-    Ints high[TOGETHER], low[TOGETHER];
-#pragma GCC unroll 8
-    for (int v = 0; v < TOGETHER; ++v) {
-      high[v] = Ints{} - OFFSET * values.highs;
-      low[v] = Ints{} - OFFSET * values.lows;
-    }
+    Ints high[TOGETHER] = {}, low[TOGETHER] = {};
     for (uint32_t rest = values.active; rest; rest &= rest - 1) {
       const int q = __builtin_ctz(rest);
       const Bytes h = four(values.high + QUAD * q), l = four(values.low + QUAD * q);
@@ -289,8 +286,8 @@ void add_quads(const uint8_t* quads, const Chunk::Values& values, float* sums) {
 #pragma GCC unroll 8
     for (int v = 0; v < TOGETHER; ++v) {
       float* const at = sums + (from + v * WIDTH) / QUAD;
-      const Floats both = float(STEP) * __builtin_convertvector(high[v], Floats) + centred<BITS>(low[v], half);
-      put(load(at) + both * values.unit, at);
+      const Floats both = float(STEP) * __builtin_convertvector(high[v], Floats) + __builtin_convertvector(low[v], Floats);
+      put(load(at) + (both - middle) * values.unit, at);
     }
   }
 }

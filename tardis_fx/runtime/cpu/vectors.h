@@ -230,6 +230,11 @@ inline void put_interleaved(const Bytes* rows, uint8_t* to) {
 }
 #endif
 
+[[maybe_unused]] Floats load(const double* from) {
+  typedef double Doubles __attribute__((vector_size(2 * WIDTH)));
+  return __builtin_convertvector(read<Doubles>(from), Floats);
+}
+
 float sum(Floats values) {
 #if WIDTH == 64
   return _mm512_reduce_add_ps(values);
