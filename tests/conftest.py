@@ -31,6 +31,8 @@ sys.path.insert(0, str(Path(__file__).parent))  # for `builders`: pytest's impor
 # Types and shapes in these modules' annotations are checked at every call.
 importlib.import_module("builders.typechecker")  # jaxtyping imports the first of these names alone
 CHECKED = (
+    "bench.codes",
+    "bench.folds",
     "bench.model",
     "bench.plans",
     "bench.shapes",

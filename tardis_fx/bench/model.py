@@ -11,9 +11,8 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from tardis_fx.bench import shapes
-from tardis_fx.bench.ffn import COLD
-from tardis_fx.bench.plans import Widths, ffn_weights, random_plans
-from tardis_fx.bench.timings import Timing
+from tardis_fx.bench.plans import Recipe, ffn_sites, random_plans
+from tardis_fx.bench.timings import COLD, Timing
 from tardis_fx.errors import BenchError, ConfigError
 from tardis_fx.measure import weight_only
 from tardis_fx.measure.decoding import Decoder, sample_tokens
@@ -34,8 +33,7 @@ SAMPLES = 1024
 def bench_model(
     shape: str | Path,
     dtype: torch.dtype,
-    plans: Sequence[Widths] | Plan,
-    rate: float,
+    plans: Sequence[Recipe] | Plan,
     rounds: int,
     steps: int = 32,
     context: int = 128,
@@ -48,9 +46,8 @@ def bench_model(
     Args:
         shape: of the model, as in :func:`tardis_fx.bench.shapes.config_of`; or the folder of a model.
         dtype: of weights and cache.
-        plans: a plan, or widths of some: one contender each, and one more for each of torchao's widths, which
+        plans: a plan, or recipes of some: one contender each, and one more for each of torchao's widths, which
             quantises the projections outside the FFNs.
-        rate: share of (token, neuron) pairs that are outliers, for setting thresholds; not used with a plan.
         rounds: timed rounds, after one warm-up round.
         steps: tokens decoded in a round.
         context: length of the cache, all of which attention reads at every step.
@@ -73,15 +70,15 @@ def bench_model(
         dense_bytes = sum(site.dense_bytes for site in plans.sites)
         added = (sum(site.stored_bytes for site in plans.sites) - dense_bytes) / max(1, dense_bytes)
     else:
-        added = sum(w.added(dtype.itemsize) for w in plans)
+        added = sum(recipe.added(dtype.itemsize) for recipe in plans)
     folder = shape if isinstance(shape, Path) else None
     model: Any = shapes.build(config, dtype, (1 + added) * MARGIN, device, folder)
     tokens, *batch = sample_tokens(model, 1 + -(-SAMPLES // steps), steps, trained=folder is not None)
     if isinstance(plans, Plan):
-        by_title = {"plan": plans}
+        by_title = {"tardis, plan": plans}
     else:
-        by_title = {str(w): plan for w, plan in random_plans(model, torch.stack(batch), plans, rate).items()}
-    contenders = _Contenders(model, by_title, tokens, shapes.weight_bytes(model) * added)
+        by_title = {str(recipe): plan for recipe, plan in random_plans(model, torch.stack(batch), plans).items()}
+    contenders = Contenders(model, by_title, tokens, shapes.weight_bytes(model) * added)
     if device == "cpu":
         contenders.add_frozen()
     for bits in (8, 4):
@@ -93,20 +90,10 @@ def bench_model(
         contenders.remarks.append(
             "The weights do not fill the last-level cache several times: the times are partly the cache's."
         )
-    decoders = {
-        name: Decoder(form.model, context, form.plan, freezing=form.freezing, mode=mode)
-        for name, form in contenders.forms.items()
-    }
-    seconds = interleave({name: partial(decoder.follow, tokens) for name, decoder in decoders.items()}, rounds)
-    cache = sum(layer.keys.nbytes + layer.values.nbytes for layer in decoders["Inductor"].cache.layers)
     depth = f"{config.num_hidden_layers} layer{'s' * (config.num_hidden_layers > 1)}"
     title = folder.absolute().name if folder else shape
     case = f"{title}, {depth}, {str(dtype).removeprefix('torch.')}, {steps} steps, cache of {context}"
-    timings = [
-        Timing(case, name, seconds[name], seconds["Inductor"], form.touched + cache, form.outliers)
-        for name, form in contenders.forms.items()
-    ]
-    return timings, contenders.remarks
+    return contenders.timings(case, rounds, context, mode), contenders.remarks
 
 
 @dataclass(frozen=True)
@@ -120,7 +107,7 @@ class _Form:
     freezing: bool = False
 
 
-class _Contenders:
+class Contenders:
     """The forms of one model to be timed, and remarks on forms that are omitted."""
 
     def __init__(self, model: Any, plans: Mapping[str, Plan], tokens: Int64[Tensor, " steps"], reserved: float) -> None:
@@ -133,7 +120,7 @@ class _Contenders:
             with count_touched() as counted, torch.no_grad():  # all steps at once: counting recomputes every estimate
                 rewrite_every_token(model, plan)(tokens[None], use_cache=False)
             touched = dense.touched - sum(site.dense_bytes for site in plan.sites) + counted.per_token
-            self._originals[f"tardis, {title}"] = _Form(model, plan, touched, counted.outlier_rate)
+            self._originals[title] = _Form(model, plan, touched, counted.outlier_rate)
         self.forms = dict(self._originals)
 
     def _fits(self, size: float) -> bool:
@@ -159,7 +146,7 @@ class _Contenders:
         if not self._fits(shapes.weight_bytes(self._model)):
             raise BenchError("its copy of the weights does not fit in memory")
         quantise = weight_only.quantiser(bits, self._tokens.device.type)
-        ffns = ffn_weights(self._model, self._tokens[None, :2])
+        ffns = [p for site in ffn_sites(self._model, self._tokens[None, :2]) for p in site.parameters]
         for name, form in self._originals.items():
             excluded = () if form.plan is None else ffns
             model, saved, unsupported = weight_only.quantise_model(self._model, quantise, bits, excluded)
@@ -168,3 +155,24 @@ class _Contenders:
                 title = f"torchao int{bits} + {name}"
                 self.remarks += [f"torchao's int{bits} does not support {n}, which stays dense." for n in unsupported]
             self.forms[title] = replace(form, model=model, touched=form.touched - saved)
+
+    def timings(self, case: str, rounds: int, context: int, mode: str | None = None) -> list[Timing]:
+        """Times every form along the given tokens, in interleaved rounds; "Inductor" is the base of all ratios.
+
+        Args:
+            case: description of the model.
+            rounds: timed rounds, after one warm-up round.
+            context: length of the cache.
+            mode: of torch.compile.
+        """
+        decoders = {
+            name: Decoder(form.model, context, form.plan, freezing=form.freezing, mode=mode)
+            for name, form in self.forms.items()
+        }
+        runs = {name: partial(decoder.follow, self._tokens) for name, decoder in decoders.items()}
+        seconds = interleave(runs, rounds)
+        cache = sum(layer.keys.nbytes + layer.values.nbytes for layer in decoders["Inductor"].cache.layers)
+        return [
+            Timing(case, name, seconds[name], seconds["Inductor"], form.touched + cache, form.outliers)
+            for name, form in self.forms.items()
+        ]
