@@ -33,6 +33,7 @@ importlib.import_module("builders.typechecker")  # jaxtyping imports the first o
 CHECKED = (
     "bench.codes",
     "bench.folds",
+    "bench.large",
     "bench.model",
     "bench.plans",
     "bench.shapes",
@@ -40,7 +41,10 @@ CHECKED = (
     "compare",
     "demo",
     # Decoding and the benchmark of one FFN compile copies of their functions' code.
-    *(f"measure.{name}" for name in ("flops", "machine", "plots", "quality", "tables", "timing", "weight_only")),
+    *(
+        f"measure.{name}"
+        for name in ("flops", "machine", "plots", "progress", "quality", "tables", "timing", "weight_only")
+    ),
     "digest",
     "graph.activations",
     "graph.recognition",

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tardis_fx.bench.plans import Recipe, ffn_sites, random_plans
-from tardis_fx.bench.timings import COLD, Timing
+from tardis_fx.bench.timings import COLD, Timing, warm_cache
 from tardis_fx.errors import BenchError
 from tardis_fx.graph.site import Kind, SiteWeights
 from tardis_fx.measure.machine import available_memory, last_level_cache
@@ -113,14 +113,15 @@ def bench_ffn(
         BenchError: not even one copy fits in memory.
     """
     torch.manual_seed(0)
-    cold = COLD * last_level_cache(device)
     most = most_copies(shape, dtype.itemsize, recipes, device)
     if not most:
         raise BenchError(
             f"an FFN ({shape}) with its plans does not fit in memory: choose a smaller one, or fewer plans"
         )
     if copies is None:
-        copies = min(most, max(2, math.ceil(cold / _least_bytes(shape, dtype, recipes, device))))
+        copies = min(
+            most, max(2, math.ceil(COLD * last_level_cache(device) / _least_bytes(shape, dtype, recipes, device)))
+        )
     with torch.device(device):
         model = _Copies(copies, shape, dtype)
         batch = torch.randn(copies, SAMPLES, shape.d, dtype=dtype, device="cpu")
@@ -133,10 +134,7 @@ def bench_ffn(
         xs = torch.randn(copies, count, shape.d, dtype=dtype, device=device)
         name = f"{shape}, {str(dtype).removeprefix('torch.')}, {count} token{'s' * (count > 1)}, {copies} copies"
         case = _case(name, model, plans, weights, xs, rounds)
-        warm = [timing.name for timing in case if timing.touched * copies < cold]
-        if warm:
-            reason = f"they read less than {COLD} times its size"
-            remarks.append(f"{name}: the cache stays warm, and partly sets the times of {'; '.join(warm)}: {reason}.")
+        remarks += warm_cache(case, last_level_cache(device), copies)
         timings += case
     return timings, remarks
 

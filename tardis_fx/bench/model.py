@@ -1,6 +1,6 @@
 """Times decoding with a whole model: rewritten, compiled by Inductor, quantised by torchao, and combinations."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tardis_fx.bench import shapes
 from tardis_fx.bench.plans import Recipe, ffn_sites, random_plans
-from tardis_fx.bench.timings import COLD, Timing
+from tardis_fx.bench.timings import Timing, warm_cache
 from tardis_fx.errors import BenchError, ConfigError
 from tardis_fx.measure import weight_only
 from tardis_fx.measure.decoding import Decoder, sample_tokens
@@ -86,14 +86,11 @@ def bench_model(
             contenders.add_torchao(bits)
         except BenchError as error:
             contenders.remarks.append(f"No row for torchao's int{bits} weights: {error}.")
-    if shapes.step_bytes(model) < COLD * last_level_cache(device):
-        contenders.remarks.append(
-            "The weights do not fill the last-level cache several times: the times are partly the cache's."
-        )
     depth = f"{config.num_hidden_layers} layer{'s' * (config.num_hidden_layers > 1)}"
     title = folder.absolute().name if folder else shape
     case = f"{title}, {depth}, {str(dtype).removeprefix('torch.')}, {steps} steps, cache of {context}"
-    return contenders.timings(case, rounds, context, mode), contenders.remarks
+    timings = contenders.timings(case, rounds, context, mode)
+    return timings, contenders.remarks + warm_cache(timings, last_level_cache(device))
 
 
 @dataclass(frozen=True)
@@ -156,23 +153,33 @@ class Contenders:
                 self.remarks += [f"torchao's int{bits} does not support {n}, which stays dense." for n in unsupported]
             self.forms[title] = replace(form, model=model, touched=form.touched - saved)
 
-    def timings(self, case: str, rounds: int, context: int, mode: str | None = None) -> list[Timing]:
-        """Times every form along the given tokens, in interleaved rounds; "Inductor" is the base of all ratios.
+    def timings(
+        self,
+        case: str,
+        rounds: int,
+        context: int,
+        mode: str | None = None,
+        done: Callable[[str], None] = lambda step: None,
+    ) -> list[Timing]:
+        """Times every form along the given tokens, in interleaved rounds; the first form is the base of all ratios.
 
         Args:
             case: description of the model.
             rounds: timed rounds, after one warm-up round.
             context: length of the cache.
             mode: of torch.compile.
+            done: told of every form that is compiled.
         """
-        decoders = {
-            name: Decoder(form.model, context, form.plan, freezing=form.freezing, mode=mode)
-            for name, form in self.forms.items()
-        }
+        decoders = {}
+        for name, form in self.forms.items():
+            decoders[name] = Decoder(form.model, context, form.plan, freezing=form.freezing, mode=mode)
+            decoders[name].follow(self._tokens)
+            done(f"{name} compiled")
         runs = {name: partial(decoder.follow, self._tokens) for name, decoder in decoders.items()}
         seconds = interleave(runs, rounds)
-        cache = sum(layer.keys.nbytes + layer.values.nbytes for layer in decoders["Inductor"].cache.layers)
+        base = next(iter(self.forms))
+        cache = sum(layer.keys.nbytes + layer.values.nbytes for layer in decoders[base].cache.layers)
         return [
-            Timing(case, name, seconds[name], seconds["Inductor"], form.touched + cache, form.outliers)
+            Timing(case, name, seconds[name], seconds[base], form.touched + cache, form.outliers)
             for name, form in self.forms.items()
         ]

@@ -88,3 +88,14 @@ def report(timings: Sequence[Timing], machine: Machine) -> str:
         f"Ratios are medians of the rounds' ratios, followed by the ratio of the medians if that differs by more than "
         f"{DIFFERENT:.0%}. The byte floor is MB touched over {machine.roof}.\n{machine}"
     )
+
+
+def warm_cache(timings: Sequence[Timing], cache: int, copies: int = 1) -> list[str]:
+    """A remark on the contenders of a case that read too little to keep a last-level cache cold, if there are any.
+
+    ``copies`` is the number of weights of one shape that a contender reads in turn, and ``cache`` is in bytes.
+    """
+    warm = [timing.name for timing in timings if timing.touched * copies < COLD * cache]
+    reason = f"they read less than {COLD} times its size"
+    case = timings[0].case
+    return [f"{case}: the cache stays warm and speeds these up: {', '.join(warm)}; {reason}."] if warm else []
