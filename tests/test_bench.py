@@ -20,6 +20,7 @@ from tardis_fx.bench import shapes
 from tardis_fx.bench.codes import CALIBRATED, FOUR_BITS, CodedRecipe, Reads
 from tardis_fx.bench.ffn import MEMORY, Shape, bench_ffn
 from tardis_fx.bench.folds import GROUP_SIZE, FoldRecipe
+from tardis_fx.bench.llama_cpp import llama_cpp
 from tardis_fx.bench.model import FROZEN, MARGIN, bench_model
 from tardis_fx.bench.plans import Recipe, ffn_sites, random_plans
 from tardis_fx.bench.timings import COLD, Timing, report
@@ -320,6 +321,67 @@ def test_copies_for_which_there_is_no_memory_are_left_out_and_named(
     assert [row["contender"] for row in _rows(out)] == ["Inductor", name, "Inductor; freezing"]
     assert f"No row for {name} with freezing: its copies of the weights do not fit" in text
     assert "No row for torchao's int8 weights: its copy of the weights does not fit" in text
+
+
+def _program(folder: Path, body: str) -> Path:
+    program = folder / "llama-bench"
+    program.write_text(f"#!{sys.executable}\nimport json, os, sys\n{body}\n")
+    program.chmod(0o755)
+    return folder
+
+
+@pytest.mark.usefixtures("measured", "without_torchao")
+def test_llama_cpp_decodes_a_file_of_the_same_shape_in_the_same_rounds(tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    calls = tmp_path / "calls"
+    print_speed = (
+        f"open({str(calls)!r}, 'a').write(' '.join(sys.argv[1:]) + chr(10)); print(json.dumps([{{'avg_ts': 50}}]))"
+    )
+    program, out = _program(tmp_path, print_speed), tmp_path / "model.csv"
+    arguments = "model", "--shape", "demo", "--layers", 1, "--steps", 16, "--context", 16
+    _run(*arguments, "--llama-cpp", program, "--csv", out)
+    rows = {row["contender"]: row for row in _rows(out)}
+    assert all(float(rows[f"llama.cpp {kind}"]["ms"]) == pytest.approx(20) for kind in ("Q8_0", "Q4_0"))
+    assert len(calls.read_text().splitlines()) == 2 * (9 + 1)
+    assert re.search(r"-m \S+Q8_0.gguf -p 0 -n 16 -t \d+ -r 1 -o json\n", calls.read_text())
+
+
+@pytest.mark.parametrize("shape", ["gpt2", "tinyllama-1.1b"])
+def test_a_file_for_llama_cpp_has_the_weights_of_the_shape(shape: str, tmp_path: Path) -> None:
+    gguf = pytest.importorskip("gguf")
+    config = shapes.config_of(shape, 2)
+    config.vocab_size = 96
+    made = llama_cpp(_program(tmp_path, ""), config, 8, tmp_path)
+    model = shapes.build(config, torch.bfloat16, 1)
+    for kind, bits in (("Q8_0", 8.5), ("Q4_0", 4.5)):
+        tensors = gguf.GGUFReader(tmp_path / f"{kind}.gguf").tensors
+        assert sum(tensor.n_elements for tensor in tensors) == sum(p.numel() for p in model.parameters())
+        assert made[f"llama.cpp {kind}"].touched == pytest.approx(shapes.step_bytes(model) * bits / 16, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("shape", "body", "message"),
+    [
+        ("gpt2", None, "no llama-bench in"),
+        ("falcon-7b", "", "shapes of GPT-2 and Llama, not of falcon"),
+        ("demo", "sys.exit('cannot load model')", "llama-bench failed with exit code 1: cannot load model"),
+        ("demo", "print('[]')", "llama-bench failed with exit code 0: it printed no tokens per second"),
+    ],
+)
+def test_a_llama_cpp_that_cannot_be_timed_is_a_typed_error(
+    shape: str, body: str | None, message: str, tmp_path: Path
+) -> None:
+    pytest.importorskip("gguf")
+    if body is not None:
+        _program(tmp_path, body)
+    with pytest.raises(BenchError, match=message):
+        llama_cpp(tmp_path, shapes.config_of(shape, 1), 8, tmp_path)["llama.cpp Q4_0"].run()
+
+
+def test_without_gguf_the_error_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(BenchError, match="pip install gguf"):
+        llama_cpp(_program(tmp_path, ""), shapes.config_of("demo", 1), 8, tmp_path)
 
 
 @given(st.sampled_from([2, 3, 4]), st.sampled_from([4, 8, 16]), st.sampled_from([4, 8, 16]))

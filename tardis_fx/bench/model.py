@@ -11,6 +11,7 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from tardis_fx.bench import shapes
+from tardis_fx.bench.llama_cpp import Rival
 from tardis_fx.bench.plans import Recipe, ffn_sites, random_plans
 from tardis_fx.bench.timings import Timing, warm_cache
 from tardis_fx.errors import BenchError, ConfigError
@@ -40,6 +41,7 @@ def bench_model(
     layers: int | None = None,
     device: str = "cpu",
     mode: str | None = None,
+    rivals: Mapping[str, Rival] | None = None,
 ) -> tuple[list[Timing], list[str]]:
     """Times decoding at batch 1; every contender has its own static cache.
 
@@ -54,13 +56,15 @@ def bench_model(
         layers: number of the shape's layers; None means all.
         device: "cpu" or "cuda".
         mode: of torch.compile, for every contender.
+        rivals: contenders that decode as many steps in processes of their own.
 
     Returns:
         The timings, and remarks, for example why there is no row for one of torchao's widths.
 
     Raises:
         ConfigError: there is no such shape, or an argument is out of range.
-        BenchError: transformers is not installed, the folder holds no language model, or there is not enough memory.
+        BenchError: transformers is not installed, the folder holds no language model, there is not enough memory, or a
+            rival fails.
         PlanMismatchError: the plan is for another model.
     """
     if not 2 <= steps <= context:
@@ -89,6 +93,7 @@ def bench_model(
     depth = f"{config.num_hidden_layers} layer{'s' * (config.num_hidden_layers > 1)}"
     title = folder.absolute().name if folder else shape
     case = f"{title}, {depth}, {str(dtype).removeprefix('torch.')}, {steps} steps, cache of {context}"
+    contenders.rivals = dict(rivals or {})
     timings = contenders.timings(case, rounds, context, mode)
     return timings, contenders.remarks + warm_cache(timings, last_level_cache(device))
 
@@ -110,6 +115,7 @@ class Contenders:
     def __init__(self, model: Any, plans: Mapping[str, Plan], tokens: Int64[Tensor, " steps"], reserved: float) -> None:
         """Starts with the dense model and every plan; ``reserved`` is the memory in bytes that they will still take."""
         self.remarks: list[str] = []
+        self.rivals: dict[str, Rival] = {}
         self._model, self._tokens, self._reserved = model, tokens, reserved
         dense = _Form(model, None, shapes.step_bytes(model))
         self._originals = {"Inductor": dense}
@@ -175,11 +181,13 @@ class Contenders:
             decoders[name] = Decoder(form.model, context, form.plan, freezing=form.freezing, mode=mode)
             decoders[name].follow(self._tokens)
             done(f"{name} compiled")
+        runs: dict[str, Callable[[], float]]
         runs = {name: partial(decoder.follow, self._tokens) for name, decoder in decoders.items()}
+        runs |= {name: rival.run for name, rival in self.rivals.items()}
         seconds = interleave(runs, rounds)
         base = next(iter(self.forms))
         cache = sum(layer.keys.nbytes + layer.values.nbytes for layer in decoders[base].cache.layers)
         return [
             Timing(case, name, seconds[name], seconds[base], form.touched + cache, form.outliers)
             for name, form in self.forms.items()
-        ]
+        ] + [Timing(case, name, seconds[name], seconds[base], rival.touched) for name, rival in self.rivals.items()]

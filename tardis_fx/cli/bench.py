@@ -4,14 +4,17 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Literal, get_args
 
 import torch
 import typer
 
+from tardis_fx.bench import shapes
 from tardis_fx.bench.codes import CALIBRATED, FEW, FOUR_BITS, CodedRecipe, Reads
 from tardis_fx.bench.ffn import Shape, bench_ffn
 from tardis_fx.bench.folds import FoldRecipe
+from tardis_fx.bench.llama_cpp import llama_cpp
 from tardis_fx.bench.model import bench_model
 from tardis_fx.bench.plans import Recipe
 from tardis_fx.bench.timings import Timing, report
@@ -145,6 +148,10 @@ def time_model(
     steps: Annotated[int, typer.Option(min=2, help="Tokens decoded in a round.")] = 32,
     context: Annotated[int, typer.Option(help="Length of the static cache.")] = 128,
     layers: Annotated[int | None, typer.Option(min=1, help="Number of the model's layers; all by default.")] = None,
+    programs: Annotated[
+        Path | None,
+        typer.Option("--llama-cpp", help="Folder of llama-bench, to time llama.cpp with weights of 8 and of 4 bits."),
+    ] = None,
     csv: Csv = None,
 ) -> None:
     """Time a whole model at batch 1 with a static cache, and with torchao's integers where torchao is installed."""
@@ -156,7 +163,12 @@ def time_model(
     recipes = coded if method == "partial_linear" else _folds(bits, outliers)
     plans = Plan.load(plan) if plan else recipes
     name = folder or shape or "gpt2-xl"
-    timings, remarks = bench_model(name, getattr(torch, dtype), plans, rounds, steps, context, layers)
+    with TemporaryDirectory() as files:
+        config = shapes.config_of(name, layers)
+        rivals = llama_cpp(programs, config, steps, Path(files)) if programs else {}
+        timings, remarks = bench_model(
+            name, getattr(torch, dtype), plans, rounds, steps, context, layers, rivals=rivals
+        )
     _show(timings, remarks, csv)
 
 
