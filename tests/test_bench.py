@@ -113,7 +113,7 @@ def test_model_has_a_row_for_every_contender_or_says_why_not(tmp_path: Path) -> 
         "guarded_fold, 2 bits, rows whole; freezing",
     ]
     assert "No row for torchao's int8 weights: torchao cannot be imported" in text
-    assert "the cache stays warm and speeds these up: Inductor, guarded_fold" in text
+    assert "which stays warm, by Inductor; guarded_fold" in text
     costs, rate = Costs.from_sizes(256, 256, 2, 4, k=1, group_size=GROUP_SIZE, bias=True), float(fast["outliers"])
     less = 4 * (8 * 256**2 + 5 * 256) - costs.fold - 1024 * (costs.predictor + rate * costs.row)
     assert float(dense["MB"]) - float(fast["MB"]) == pytest.approx(less / 1e6)
@@ -241,7 +241,7 @@ def test_copies_are_as_many_as_memory_allows_and_the_report_says_that_the_cache_
     monkeypatch.setattr("tardis_fx.bench.ffn.available_memory", lambda _: 5.5 * each / MEMORY)
     (timing,), remarks = bench_ffn(shape, torch.bfloat16, [1], [recipe], 9)
     assert timing.case == "5 copies"
-    assert "the cache stays warm and speeds these up: some" in remarks[0]
+    assert "times the last-level cache is read, which stays warm, by some" in remarks[0]
     monkeypatch.setattr("tardis_fx.bench.ffn.available_memory", lambda _: each / 2 / MEMORY)
     with pytest.raises(BenchError, match="does not fit in memory"):
         bench_ffn(shape, torch.bfloat16, [1], [recipe], 9)

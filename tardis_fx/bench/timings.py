@@ -96,6 +96,5 @@ def warm_cache(timings: Sequence[Timing], cache: int, copies: int = 1) -> list[s
     ``copies`` is the number of weights of one shape that a contender reads in turn, and ``cache`` is in bytes.
     """
     warm = [timing.name for timing in timings if timing.touched * copies < COLD * cache]
-    reason = f"they read less than {COLD} times its size"
-    case = timings[0].case
-    return [f"{case}: the cache stays warm and speeds these up: {', '.join(warm)}; {reason}."] if warm else []
+    remark = f"{timings[0].case}: less than {COLD} times the last-level cache is read, which stays warm, by"
+    return [f"{remark} {'; '.join(warm)}."] if warm else []
