@@ -93,7 +93,9 @@ class CodedRecipe:
 
     def site_plan(self, site: ObservedSite, x: Float32[Tensor, "tokens d"]) -> SitePlan:
         """The plan of one site: random codes of all neurons, and thresholds at quantiles of their contributions."""
-        weights, widths = site.weights, self._reads(site.weights).widths
+        weights = site.weights
+        reads = self.plain if len(weights.projections) == 1 else self.gated
+        widths = reads.widths
         tensors = _random_tensors(weights, widths)
         plan = SitePlan.from_site(
             site.site,
@@ -104,7 +106,7 @@ class CodedRecipe:
         )
         call = _call(plan, weights, thinned(x, max(1, PRICED // NEURONS)).cpu())
         sample = call._replace(listed=call.listed.clamp(max=NEURONS))
-        thresholds, parts = self._thresholds(sample)
+        thresholds, parts = _thresholds(sample, reads)
         touched = Touched()
         touched.add(sample, parts)
         read = (touched.per_token - sample.fixed_bytes) / int(sample.listed)  # by a neuron, beyond its base codes
@@ -121,34 +123,6 @@ class CodedRecipe:
         parts, touched = coded_reference.parts_read(call), Touched()
         touched.add(call._replace(x=x[:1]), Levels(*(part.any(0, keepdim=True) for part in parts)))
         return touched.per_token, float(parts.value.float().mean())
-
-    def _reads(self, weights: SiteWeights) -> Reads:
-        return self.plain if len(weights.projections) == 1 else self.gated
-
-    def _thresholds(self, call: CodedFFN) -> tuple[Float32[Tensor, " thresholds"], Levels]:
-        """Thresholds at which a call reads the requested shares, and what it then reads."""
-        reads = self.plain if len(call.projections) == 1 else self.gated
-        z = coded_reference.estimates(call, rotate(call.x, call.signs))
-        listed = int(call.listed)
-        surrogate = None if call.surrogate is None else call.surrogate[:listed].float()
-        value, noise = coded_reference.values(z, surrogate, call.activation), coded_reference.noises(call, z[0].dtype)
-        norms = call.norms[:listed].float()
-        parts, _ = coded_reference.contributions(
-            z, value, noise, norms, surrogate, call.activation, relative=call.relative
-        )
-        *up, column, row, refinement = parts
-        thresholds, reached = [], torch.ones_like(column, dtype=torch.bool, device="cpu")
-        for part in up:
-            thresholds.append(_threshold(part, reached, reads.up))
-            reached = part > thresholds[-1]
-        thresholds.append(_threshold(column, reached, reads.column))
-        reached = reached & (column > thresholds[-1])
-        thresholds.append(_threshold(row, reached, reads.row))
-        thresholds.append(_threshold(refinement, reached, reads.column_refinement))
-        table = torch.tensor(thresholds, dtype=torch.float32, device="cpu")
-        return table, coded_reference.levels(
-            z, value, noise, norms, table, surrogate, call.activation, relative=call.relative
-        )
 
     def __str__(self) -> str:
         return f"partial_linear, {self.title}"
@@ -171,6 +145,29 @@ CALIBRATED = CodedRecipe(
 _EVERYTHING = Reads(Widths(4, 1, 4, 1, 0), 1.0, 0.0, 0.0)
 #: Weight-only quantisation by the same kernel: every neuron in rotated codes of 4 bits.
 FOUR_BITS = CodedRecipe("all in 4 bits", _EVERYTHING, _EVERYTHING)
+
+
+def _thresholds(call: CodedFFN, reads: Reads) -> tuple[Float32[Tensor, " thresholds"], Levels]:
+    """Thresholds at which a call reads the requested shares, and what it then reads."""
+    z = coded_reference.estimates(call, rotate(call.x, call.signs))
+    listed = int(call.listed)
+    surrogate = None if call.surrogate is None else call.surrogate[:listed].float()
+    value, noise = coded_reference.values(z, surrogate, call.activation), coded_reference.noises(call, z[0].dtype)
+    norms = call.norms[:listed].float()
+    parts, _ = coded_reference.contributions(z, value, noise, norms, surrogate, call.activation, relative=call.relative)
+    *up, column, row, refinement = parts
+    thresholds, reached = [], torch.ones_like(column, dtype=torch.bool, device="cpu")
+    for part in up:
+        thresholds.append(_threshold(part, reached, reads.up))
+        reached = part > thresholds[-1]
+    thresholds.append(_threshold(column, reached, reads.column))
+    reached = reached & (column > thresholds[-1])
+    thresholds.append(_threshold(row, reached, reads.row))
+    thresholds.append(_threshold(refinement, reached, reads.column_refinement))
+    table = torch.tensor(thresholds, dtype=torch.float32, device="cpu")
+    return table, coded_reference.levels(
+        z, value, noise, norms, table, surrogate, call.activation, relative=call.relative
+    )
 
 
 def _threshold(contribution: Float[Tensor, "tokens h"], reached: Bool[Tensor, "tokens h"], share: float) -> float:
