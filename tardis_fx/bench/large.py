@@ -60,5 +60,6 @@ def large_decoding(console: Console) -> list[Timing]:
         "it reads, the less time it can take. `tardis bench model` times other shapes, and torchao.",
         markup=False,
         highlight=False,
+        soft_wrap=True,  # a file gets the table in whole lines
     )
     return timings

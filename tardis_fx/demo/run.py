@@ -127,6 +127,7 @@ def _print(demo: DemoModel, results: Results, console: Console) -> None:
         f"interleaved rounds; {conditions()}.",
         markup=False,
         highlight=False,
+        soft_wrap=True,  # a file gets the table in whole lines
     )
     for label, text in results.texts.items():
         console.print(f"\n{label} continues:", style="bold")
