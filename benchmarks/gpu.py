@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 
 from tardis_fx.bench import ffn, model
-from tardis_fx.bench.plans import Widths
+from tardis_fx.bench.folds import FoldRecipe
 from tardis_fx.bench.timings import Timing
 from tardis_fx.bench.timings import report as table
 from tardis_fx.errors import TardisError
@@ -86,10 +86,11 @@ def cases(device: str) -> list[tuple[str, float, Callable[[], tuple[list[Timing]
     """Name, seconds and run of every case."""
 
     def one_ffn(d: int, rate: float, tokens: Sequence[int]) -> tuple[list[Timing], list[str]]:
-        timings = ffn.bench_ffn(d, torch.bfloat16, tokens, [Widths(BITS)], rate, LEAST_ROUNDS, device=device)
-        return [replace(timing, case=f"FFN, {timing.case}, {rate:.0%}") for timing in timings], []
+        shape, recipes = ffn.Shape("plain", d, 4 * d), [FoldRecipe(BITS, rate=rate)]
+        timings, remarks = ffn.bench_ffn(shape, torch.bfloat16, tokens, recipes, LEAST_ROUNDS, device=device)
+        return [replace(timing, case=f"FFN, {timing.case}, {rate:.0%}") for timing in timings], remarks
 
-    one_model = partial(model.bench_model, dtype=torch.bfloat16, plans=[Widths(BITS)], rate=0.05, rounds=LEAST_ROUNDS)
+    one_model = partial(model.bench_model, dtype=torch.bfloat16, plans=[FoldRecipe(BITS)], rounds=LEAST_ROUNDS)
     ffns = [(f"FFN of {d}, {t[0]} tokens, {rate:.0%}", ONE_FFN, partial(one_ffn, d, rate, t)) for d, rate, t in FFNS]
     models = [(s, ONE_MODEL, partial(one_model, s, device=device, mode="max-autotune")) for s in MODELS]
     return [*ffns[:1], *models[:1], *ffns[1:9], *models[1:], *ffns[9:]]

@@ -18,13 +18,14 @@ import torch
 from torch import nn
 
 from tardis_fx.bench import shapes
-from tardis_fx.bench.plans import Widths, random_plans
+from tardis_fx.bench.folds import FoldRecipe
+from tardis_fx.bench.plans import random_plans
 from tardis_fx.measure.decoding import Decoder
 from tardis_fx.measure.machine import conditions
 from tardis_fx.measure.timing import interleave
 
 CONTEXT = 128
-WIDTHS = Widths(2, 4, 4)
+RECIPE = FoldRecipe(2, 4, 4)
 
 
 def build() -> nn.Module:
@@ -45,10 +46,10 @@ def main() -> None:
     rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 3
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "plan.tardis.safetensors")
-        random_plans(build(), torch.randint(50257, (8, CONTEXT)), [WIDTHS], 0.05)[WIDTHS].save(path)
+        random_plans(build(), torch.randint(50257, (8, CONTEXT)), [RECIPE])[RECIPE].save(path)
         seconds = interleave({"Inductor": started, "tardis": partial(started, str(path))}, rounds)
         size = path.stat().st_size / 1e6
-    print(f"GPT-2 of 124M, float32, {WIDTHS}; {rounds} interleaved rounds after one warm-up round; {conditions()}")
+    print(f"GPT-2 of 124M, float32, {RECIPE}; {rounds} interleaved rounds after one warm-up round; {conditions()}")
     seconds["added by the plan"] = [t - i for t, i in zip(seconds["tardis"], seconds["Inductor"], strict=True)]
     for kind, taken in seconds.items():
         print(f"{kind}: {statistics.median(taken):.2f} s ({min(taken):.2f} to {max(taken):.2f})")

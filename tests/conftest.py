@@ -31,6 +31,9 @@ sys.path.insert(0, str(Path(__file__).parent))  # for `builders`: pytest's impor
 # Types and shapes in these modules' annotations are checked at every call.
 importlib.import_module("builders.typechecker")  # jaxtyping imports the first of these names alone
 CHECKED = (
+    "bench.codes",
+    "bench.folds",
+    "bench.large",
     "bench.model",
     "bench.plans",
     "bench.shapes",
@@ -38,7 +41,10 @@ CHECKED = (
     "compare",
     "demo",
     # Decoding and the benchmark of one FFN compile copies of their functions' code.
-    *(f"measure.{name}" for name in ("flops", "machine", "plots", "quality", "tables", "timing", "weight_only")),
+    *(
+        f"measure.{name}"
+        for name in ("flops", "machine", "plots", "progress", "quality", "tables", "timing", "weight_only")
+    ),
     "digest",
     "graph.activations",
     "graph.recognition",

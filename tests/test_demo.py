@@ -1,14 +1,19 @@
 """The demo, on less text and with fewer rounds."""
 
+import io
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
+from tardis_fx.bench import large, shapes
 from tardis_fx.cli import main as cli
 from tardis_fx.demo import corpus, run
 from tardis_fx.errors import DemoError
+from tardis_fx.measure.progress import steps
+from tardis_fx.measure.timing import LEAST_ROUNDS
+from tardis_fx.runtime.touched import count_touched
 
 
 def test_the_demo_measures_every_method_writes_its_picture_and_beats_the_paper(
@@ -36,6 +41,41 @@ def test_the_demo_measures_every_method_writes_its_picture_and_beats_the_paper(
     assert len(results.texts) == len(results.seconds) == 3
     table = console.export_text()
     assert all(label in table for label in ("dense (Inductor)", "TARDIS (paper)", "TARDIS (ours)", "tokens of prompt"))
+    finished = ["TARDIS (ours), 6.0% calibrated and measured", "TARDIS (ours), 6.0% compiled", "decoded"]
+    assert [line for line in table.splitlines() if line in finished] == finished  # where no bar can be drawn
+
+
+def test_the_large_row_is_a_plan_against_inductor_with_freezing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(shapes.SHAPES, "gpt2-xl", ("GPT2Config", {"n_embd": 64, "n_head": 4, "n_layer": 48}))
+    monkeypatch.setattr(large, "LAYERS", 2)
+    console = Console(record=True, width=200)
+    with count_touched() as touched:
+        dense, ours = large.large_decoding(console)
+    assert [dense.name, ours.name] == ["Inductor; freezing", "partial_linear, as calibrated; freezing"]
+    rounds = LEAST_ROUNDS + 2  # one compiles and one warms up
+    assert touched.tokens == 2 * large.STEPS * (rounds + 1)  # the first are counted for the bytes
+    assert touched.outlier_rate == pytest.approx(0.53, rel=0.1)
+    assert ours.touched < dense.touched
+    text = console.export_text()
+    assert "2 of the 48 layers of GPT-2 XL" in text
+    assert "stay in the processor's cache" in text
+
+
+def test_the_large_row_does_without_freezing_where_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(shapes.SHAPES, "gpt2-xl", ("GPT2Config", {"n_embd": 64, "n_head": 4, "n_layer": 48}))
+    monkeypatch.setattr(large, "available_memory", lambda: large.LAYER)
+    monkeypatch.setattr("tardis_fx.bench.model.available_memory", lambda _: 0)
+    rows = large.large_decoding(Console(quiet=True))
+    assert [row.name for row in rows] == ["Inductor", "partial_linear, as calibrated"]
+    assert "1 of 48 layers" in rows[0].case
+
+
+def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere() -> None:
+    for terminal in (False, True):
+        file = io.StringIO()
+        with steps(Console(file=file, force_terminal=terminal), 1) as done:
+            done("something [measured]")
+        assert (file.getvalue() == "something [measured]\n") is not terminal
 
 
 def test_no_module_is_in_two_splits_and_a_unit_test_is_where_its_module_is() -> None:

@@ -1,7 +1,8 @@
 """Times one FFN with random weights, rewritten and compiled by Inductor, with weights read from memory."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -9,88 +10,163 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tardis_fx.bench.plans import Widths, random_plans
-from tardis_fx.bench.timings import Timing
-from tardis_fx.measure.machine import last_level_cache
+from tardis_fx.bench.plans import Recipe, ffn_sites, random_plans
+from tardis_fx.bench.timings import COLD, Timing, warm_cache
+from tardis_fx.errors import BenchError
+from tardis_fx.graph.site import Kind, SiteWeights
+from tardis_fx.measure.machine import available_memory, last_level_cache
 from tardis_fx.measure.timing import interleave, seconds
 from tardis_fx.observation.capture import own_code
-from tardis_fx.passes.pipeline import decode_tokens
-from tardis_fx.plan import Plan, SitePlan
-from tardis_fx.runtime import reference
+from tardis_fx.plan import Plan
 
-#: Bytes that a pass over all copies reads, as a multiple of the last-level cache.
-COLD = 4
 #: Minimum seconds of a round of the dense FFN.
 ROUND = 0.1
 #: Number of tokens for setting thresholds.
 SAMPLES = 1024
+#: Share of the free memory that the copies and their plans may take; compilers and samples also need some.
+MEMORY = 0.5
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The shape of an FFN.
+
+    Attributes:
+        kind: plain, with GELU and biases; or gated, with SiLU and none, as in Llama.
+        d: inputs and outputs.
+        hidden: neurons.
+    """
+
+    kind: Kind
+    d: int
+    hidden: int
+
+    @property
+    def weights(self) -> int:
+        """Number of weights, without biases."""
+        return (2 if self.kind == "plain" else 3) * self.d * self.hidden
+
+    def build(self) -> nn.Module:
+        """An FFN of this shape."""
+        if self.kind == "gated":
+            return _Gated(self.d, self.hidden)
+        return nn.Sequential(nn.Linear(self.d, self.hidden), nn.GELU(), nn.Linear(self.hidden, self.d))
+
+    def __str__(self) -> str:
+        return f"{self.kind}, d {self.d}, {self.hidden} neurons"
+
+
+class _Gated(nn.Module):
+    def __init__(self, d: int, hidden: int) -> None:
+        super().__init__()
+        self.gate, self.up = (nn.Linear(d, hidden, bias=False) for _ in range(2))
+        self.down = nn.Linear(hidden, d, bias=False)
+
+    def forward(self, x: Float[Tensor, "tokens d"]) -> Float[Tensor, "tokens d"]:
+        output: Tensor = self.down(nn.functional.silu(self.gate(x)) * self.up(x))
+        return output
 
 
 class _Copies(nn.Module):
     """FFNs of one shape with separate weights and inputs."""
 
-    def __init__(self, count: int, d: int, dtype: torch.dtype) -> None:
+    def __init__(self, count: int, shape: Shape, dtype: torch.dtype) -> None:
         super().__init__()
-        self.ffns = nn.ModuleList(
-            nn.Sequential(nn.Linear(d, 4 * d), nn.GELU(), nn.Linear(4 * d, d)) for _ in range(count)
-        )
+        self.ffns = nn.ModuleList(shape.build().to(dtype) for _ in range(count))
         for parameter in self.parameters():
             fan_in = parameter.shape[-1] if parameter.dim() == 2 else 10
             nn.init.normal_(parameter, std=fan_in**-0.5)  # pre-activations about normal for normal inputs
-        self.to(dtype).eval().requires_grad_(False)
+        self.eval().requires_grad_(False)
 
     def forward(self, xs: Float[Tensor, "copies tokens d"]) -> list[Float[Tensor, "tokens d"]]:
         """Applies every FFN to its own input."""
         return [ffn(x) for ffn, x in zip(self.ffns, xs, strict=True)]
 
 
-def copies_for(d: int, size: int, widths: Widths, rate: float, cache: int) -> int:
-    """Number of FFNs of 4 d neurons whose rewritten forms read :data:`COLD` times the cache; ``size`` is a weight's."""
-    costs = widths.costs(d, d, size)
-    return max(2, math.ceil(COLD * cache / (costs.fold + 4 * d * (costs.predictor + rate * costs.row))))
-
-
 @torch.no_grad()
 def bench_ffn(
-    d: int,
+    shape: Shape,
     dtype: torch.dtype,
     tokens: Sequence[int],
-    widths: Sequence[Widths],
-    rate: float,
+    recipes: Sequence[Recipe],
     rounds: int,
     copies: int | None = None,
     device: str = "cpu",
-) -> list[Timing]:
-    """Times one FFN of d inputs and 4 d neurons with GELU.
+) -> tuple[list[Timing], list[str]]:
+    """Times one FFN, with every token on the rewritten path.
 
     One graph is compiled for each contender, and called with the weights of each copy in turn.
 
     Args:
-        d: inputs and outputs.
+        shape: of the FFN.
         dtype: of weights and inputs.
-        tokens: of a step, one case each; above 8, or 16 on a CUDA device, the rewritten model runs the original FFN.
-        widths: of the plans, one contender each.
-        rate: share of (token, neuron) pairs that are outliers.
+        tokens: of a step, one case each.
+        recipes: of the plans, one contender each.
         rounds: timed rounds, after one warm-up round.
-        copies: of the FFN; None makes enough to keep the last-level cache cold.
+        copies: of the FFN; None makes enough to keep the last-level cache cold, or as many as fit in memory.
         device: "cpu" or "cuda", where all copies form one CUDA graph.
+
+    Returns:
+        The timings, and remarks: whether the cache stays warm.
+
+    Raises:
+        BenchError: not even one copy fits in memory.
     """
     torch.manual_seed(0)
-    size = dtype.itemsize
-    copies = copies or max(copies_for(d, size, w, rate, last_level_cache(device)) for w in widths)
+    most = most_copies(shape, dtype.itemsize, recipes, device)
+    if not most:
+        raise BenchError(
+            f"an FFN ({shape}) with its plans does not fit in memory: choose a smaller one, or fewer plans"
+        )
+    if copies is None:
+        copies = min(
+            most, max(2, math.ceil(COLD * last_level_cache(device) / _least_bytes(shape, dtype, recipes, device)))
+        )
     with torch.device(device):
-        model = _Copies(copies, d, dtype)
-        batch = torch.randn(copies, SAMPLES, d, dtype=dtype, device="cpu")
-    plans = random_plans(model, batch, widths, rate)
-    cases = [torch.randn(copies, count, d, dtype=dtype, device=device) for count in tokens]
-    return [timing for xs in cases for timing in _case(model, plans, xs, rounds)]
+        model = _Copies(copies, shape, dtype)
+        batch = torch.randn(copies, SAMPLES, shape.d, dtype=dtype, device="cpu")
+    plans = random_plans(model, batch, recipes)
+    weights = {site.fingerprint: site.weights for site in ffn_sites(model, batch[:, :2])}
+    del batch
+    timings: list[Timing] = []
+    remarks: list[str] = []
+    for count in tokens:
+        xs = torch.randn(copies, count, shape.d, dtype=dtype, device=device)
+        name = f"{shape}, {str(dtype).removeprefix('torch.')}, {count} token{'s' * (count > 1)}, {copies} copies"
+        case = _case(name, model, plans, weights, xs, rounds)
+        remarks += warm_cache(case, last_level_cache(device), copies)
+        timings += case
+    return timings, remarks
 
 
-def _case(model: _Copies, plans: dict[Widths, Plan], xs: Float[Tensor, "copies tokens d"], rounds: int) -> list[Timing]:
+def most_copies(shape: Shape, size: int, recipes: Sequence[Recipe], device: str = "cpu") -> int:
+    """Number of copies of an FFN with their plans that fit in memory; ``size`` is a weight's in bytes."""
+    each = shape.weights * size * (1 + sum(recipe.added(size) for recipe in recipes))
+    return int(MEMORY * available_memory(device) / each)
+
+
+def _least_bytes(shape: Shape, dtype: torch.dtype, recipes: Sequence[Recipe], device: str) -> float:
+    """Bytes that the plan with the fewest reads per token, from plans of a single FFN."""
+    model, batch = _Copies(1, shape, dtype), torch.randn(1, SAMPLES, shape.d, dtype=dtype, device="cpu")
+    plans = random_plans(model.to(device), batch, recipes)
+    return min(plan.sites[0].touched_bytes for plan in plans.values())
+
+
+def _case(
+    case: str,
+    model: _Copies,
+    plans: Mapping[Recipe, Plan],
+    weights: Mapping[str, SiteWeights],
+    xs: Float[Tensor, "copies tokens d"],
+    rounds: int,
+) -> list[Timing]:
     torch.compiler.reset()  # otherwise Dynamo would make the number of tokens symbolic
-    copies, tokens, d = xs.shape
+    copies = len(xs)
     options: dict[str, dict[str, Any]] = {"Inductor": {}}
-    options |= {f"tardis, {w}": {"backend": "tardis", "options": {"plan": plan}} for w, plan in plans.items()}
+    options |= {
+        str(recipe): {"backend": "tardis", "options": {"plan": plan, "prefill": "rewritten"}}
+        for recipe, plan in plans.items()
+    }
     calls = {name: torch.compile(own_code(_call), fullgraph=True, **options[name]) for name in options}
     for call in calls.values():
         call(model.ffns[0], xs[0])
@@ -100,18 +176,15 @@ def _case(model: _Copies, plans: dict[Widths, Plan], xs: Float[Tensor, "copies t
         runs = {name: partial(seconds, run, xs.device, passes) for name, run in over_all.items()}
         steps = {name: [taken / copies for taken in turns] for name, turns in interleave(runs, rounds).items()}
     base = steps["Inductor"]
-    dtype = str(xs.dtype).removeprefix("torch.")
-    case = f"d {d}, {dtype}, {tokens} token{'s' * (tokens > 1)}, {copies} copies"
     dense = next(iter(plans.values())).sites[0].dense_bytes
     timings = [Timing(case, "Inductor", base, base, dense)]
-    for widths, plan in plans.items():
-        name = f"tardis, {widths}"
-        if tokens <= decode_tokens(xs.device):
-            reads = [_reads(entry, widths, x) for entry, x in zip(plan.rewritten, xs, strict=True)]
-            touched, share = (sum(part) / copies for part in zip(*reads, strict=True))
-            timings.append(Timing(case, name, steps[name], base, touched, share))
-        else:
-            timings.append(Timing(case, f"{name} (original runs)", steps[name], base, dense))
+    for recipe, plan in plans.items():
+        reads = [
+            recipe.step(entry, weights[entry.fingerprint], x.float())
+            for entry, x in zip(plan.rewritten, xs, strict=True)
+        ]
+        touched, share = (sum(part) / copies for part in zip(*reads, strict=True))
+        timings.append(Timing(case, str(recipe), steps[str(recipe)], base, touched, share))
     return timings
 
 
@@ -140,14 +213,3 @@ def _over_all(
     with torch.cuda.graph(graph):
         run()
     return graph.replay
-
-
-def _reads(entry: SitePlan, widths: Widths, x: Float[Tensor, "tokens d"]) -> tuple[float, float]:
-    """Bytes that a step reads, and the share of pairs that are outliers; several tokens share a neuron's row."""
-    t, d_out = entry.tensors, len(entry.tensors["folded_bias"])
-    codes, scale, zero = (t[name][:, 0] for name in ("codes", "scale", "zero"))
-    z_hat = reference.estimate(x.float(), codes, scale, zero, widths.predictor)
-    outlier = reference.outside([z_hat], None, t["guard"], entry.settings["activation"])
-    costs = widths.costs(x.shape[-1], d_out, x.element_size())
-    read = costs.fold + costs.predictor * len(t["guard"]) + costs.row * int(outlier.any(0).sum())
-    return read, float(outlier.float().mean())

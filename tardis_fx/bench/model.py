@@ -1,6 +1,6 @@
 """Times decoding with a whole model: rewritten, compiled by Inductor, quantised by torchao, and combinations."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -11,9 +11,9 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from tardis_fx.bench import shapes
-from tardis_fx.bench.ffn import COLD
-from tardis_fx.bench.plans import Widths, ffn_weights, random_plans
-from tardis_fx.bench.timings import Timing
+from tardis_fx.bench.llama_cpp import Rival
+from tardis_fx.bench.plans import Recipe, ffn_sites, random_plans
+from tardis_fx.bench.timings import Timing, warm_cache
 from tardis_fx.errors import BenchError, ConfigError
 from tardis_fx.measure import weight_only
 from tardis_fx.measure.decoding import Decoder, sample_tokens
@@ -34,36 +34,37 @@ SAMPLES = 1024
 def bench_model(
     shape: str | Path,
     dtype: torch.dtype,
-    plans: Sequence[Widths] | Plan,
-    rate: float,
+    plans: Sequence[Recipe] | Plan,
     rounds: int,
     steps: int = 32,
     context: int = 128,
     layers: int | None = None,
     device: str = "cpu",
     mode: str | None = None,
+    rivals: Mapping[str, Rival] | None = None,
 ) -> tuple[list[Timing], list[str]]:
     """Times decoding at batch 1; every contender has its own static cache.
 
     Args:
         shape: of the model, as in :func:`tardis_fx.bench.shapes.config_of`; or the folder of a model.
         dtype: of weights and cache.
-        plans: a plan, or widths of some: one contender each, and one more for each of torchao's widths, which
+        plans: a plan, or recipes of some: one contender each, and one more for each of torchao's widths, which
             quantises the projections outside the FFNs.
-        rate: share of (token, neuron) pairs that are outliers, for setting thresholds; not used with a plan.
         rounds: timed rounds, after one warm-up round.
         steps: tokens decoded in a round.
         context: length of the cache, all of which attention reads at every step.
         layers: number of the shape's layers; None means all.
         device: "cpu" or "cuda".
         mode: of torch.compile, for every contender.
+        rivals: contenders that decode as many steps in processes of their own.
 
     Returns:
         The timings, and remarks, for example why there is no row for one of torchao's widths.
 
     Raises:
         ConfigError: there is no such shape, or an argument is out of range.
-        BenchError: transformers is not installed, the folder holds no language model, or there is not enough memory.
+        BenchError: transformers is not installed, the folder holds no language model, there is not enough memory, or a
+            rival fails.
         PlanMismatchError: the plan is for another model.
     """
     if not 2 <= steps <= context:
@@ -73,15 +74,15 @@ def bench_model(
         dense_bytes = sum(site.dense_bytes for site in plans.sites)
         added = (sum(site.stored_bytes for site in plans.sites) - dense_bytes) / max(1, dense_bytes)
     else:
-        added = sum(w.added(dtype.itemsize) for w in plans)
+        added = sum(recipe.added(dtype.itemsize) for recipe in plans)
     folder = shape if isinstance(shape, Path) else None
     model: Any = shapes.build(config, dtype, (1 + added) * MARGIN, device, folder)
     tokens, *batch = sample_tokens(model, 1 + -(-SAMPLES // steps), steps, trained=folder is not None)
     if isinstance(plans, Plan):
-        by_title = {"plan": plans}
+        by_title = {"tardis, plan": plans}
     else:
-        by_title = {str(w): plan for w, plan in random_plans(model, torch.stack(batch), plans, rate).items()}
-    contenders = _Contenders(model, by_title, tokens, shapes.weight_bytes(model) * added)
+        by_title = {str(recipe): plan for recipe, plan in random_plans(model, torch.stack(batch), plans).items()}
+    contenders = Contenders(model, by_title, tokens, shapes.weight_bytes(model) * added)
     if device == "cpu":
         contenders.add_frozen()
     for bits in (8, 4):
@@ -89,24 +90,12 @@ def bench_model(
             contenders.add_torchao(bits)
         except BenchError as error:
             contenders.remarks.append(f"No row for torchao's int{bits} weights: {error}.")
-    if shapes.step_bytes(model) < COLD * last_level_cache(device):
-        contenders.remarks.append(
-            "The weights do not fill the last-level cache several times: the times are partly the cache's."
-        )
-    decoders = {
-        name: Decoder(form.model, context, form.plan, freezing=form.freezing, mode=mode)
-        for name, form in contenders.forms.items()
-    }
-    seconds = interleave({name: partial(decoder.follow, tokens) for name, decoder in decoders.items()}, rounds)
-    cache = sum(layer.keys.nbytes + layer.values.nbytes for layer in decoders["Inductor"].cache.layers)
     depth = f"{config.num_hidden_layers} layer{'s' * (config.num_hidden_layers > 1)}"
     title = folder.absolute().name if folder else shape
     case = f"{title}, {depth}, {str(dtype).removeprefix('torch.')}, {steps} steps, cache of {context}"
-    timings = [
-        Timing(case, name, seconds[name], seconds["Inductor"], form.touched + cache, form.outliers)
-        for name, form in contenders.forms.items()
-    ]
-    return timings, contenders.remarks
+    contenders.rivals = dict(rivals or {})
+    timings = contenders.timings(case, rounds, context, mode)
+    return timings, contenders.remarks + warm_cache(timings, last_level_cache(device))
 
 
 @dataclass(frozen=True)
@@ -120,12 +109,13 @@ class _Form:
     freezing: bool = False
 
 
-class _Contenders:
+class Contenders:
     """The forms of one model to be timed, and remarks on forms that are omitted."""
 
     def __init__(self, model: Any, plans: Mapping[str, Plan], tokens: Int64[Tensor, " steps"], reserved: float) -> None:
         """Starts with the dense model and every plan; ``reserved`` is the memory in bytes that they will still take."""
         self.remarks: list[str] = []
+        self.rivals: dict[str, Rival] = {}
         self._model, self._tokens, self._reserved = model, tokens, reserved
         dense = _Form(model, None, shapes.step_bytes(model))
         self._originals = {"Inductor": dense}
@@ -133,7 +123,7 @@ class _Contenders:
             with count_touched() as counted, torch.no_grad():  # all steps at once: counting recomputes every estimate
                 rewrite_every_token(model, plan)(tokens[None], use_cache=False)
             touched = dense.touched - sum(site.dense_bytes for site in plan.sites) + counted.per_token
-            self._originals[f"tardis, {title}"] = _Form(model, plan, touched, counted.outlier_rate)
+            self._originals[title] = _Form(model, plan, touched, counted.outlier_rate)
         self.forms = dict(self._originals)
 
     def _fits(self, size: float) -> bool:
@@ -159,7 +149,7 @@ class _Contenders:
         if not self._fits(shapes.weight_bytes(self._model)):
             raise BenchError("its copy of the weights does not fit in memory")
         quantise = weight_only.quantiser(bits, self._tokens.device.type)
-        ffns = ffn_weights(self._model, self._tokens[None, :2])
+        ffns = [p for site in ffn_sites(self._model, self._tokens[None, :2]) for p in site.parameters]
         for name, form in self._originals.items():
             excluded = () if form.plan is None else ffns
             model, saved, unsupported = weight_only.quantise_model(self._model, quantise, bits, excluded)
@@ -168,3 +158,36 @@ class _Contenders:
                 title = f"torchao int{bits} + {name}"
                 self.remarks += [f"torchao's int{bits} does not support {n}, which stays dense." for n in unsupported]
             self.forms[title] = replace(form, model=model, touched=form.touched - saved)
+
+    def timings(
+        self,
+        case: str,
+        rounds: int,
+        context: int,
+        mode: str | None = None,
+        done: Callable[[str], None] = lambda step: None,
+    ) -> list[Timing]:
+        """Times every form along the given tokens, in interleaved rounds; the first form is the base of all ratios.
+
+        Args:
+            case: description of the model.
+            rounds: timed rounds, after one warm-up round.
+            context: length of the cache.
+            mode: of torch.compile.
+            done: told of every form that is compiled.
+        """
+        decoders = {}
+        for name, form in self.forms.items():
+            decoders[name] = Decoder(form.model, context, form.plan, freezing=form.freezing, mode=mode)
+            decoders[name].follow(self._tokens)
+            done(f"{name} compiled")
+        runs: dict[str, Callable[[], float]]
+        runs = {name: partial(decoder.follow, self._tokens) for name, decoder in decoders.items()}
+        runs |= {name: rival.run for name, rival in self.rivals.items()}
+        seconds = interleave(runs, rounds)
+        base = next(iter(self.forms))
+        cache = sum(layer.keys.nbytes + layer.values.nbytes for layer in decoders[base].cache.layers)
+        return [
+            Timing(case, name, seconds[name], seconds[base], form.touched + cache, form.outliers)
+            for name, form in self.forms.items()
+        ] + [Timing(case, name, seconds[name], seconds[base], rival.touched) for name, rival in self.rivals.items()]

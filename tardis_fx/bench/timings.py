@@ -9,17 +9,21 @@ from tardis_fx.measure.machine import Machine
 from tardis_fx.measure.tables import markdown
 from tardis_fx.measure.timing import Ratio
 
+#: Bytes that a step reads of weights in turn, as a multiple of the last-level cache, so that the cache stays cold.
+COLD = 4
+#: Relative difference from which the median of the ratios and the ratio of the medians are both shown.
+DIFFERENT = 0.05
 #: Columns of the table: heading, and format of the figures.
 COLUMNS = {
     "case": "{case}",
     "contender": "{contender}",
     "ms": "{ms:.3f}",
-    "against Inductor (min to max)": "{ratio:.2f}× ({ratio_min:.2f} to {ratio_max:.2f})",
+    "against Inductor (min to max)": "{speed}",
     "outliers": "{share}",
     "MB touched": "{MB:.2f}",
     "GB/s": "{GB/s:.1f}",
     "floor, ms": "{floor_ms:.3f}",
-    "of floor": "{of_floor:.2f}×",
+    "times the byte floor": "{of_floor:.2f}×",
 }
 
 
@@ -54,6 +58,7 @@ class Timing:
             "ratio": ratio.median,
             "ratio_min": ratio.low,
             "ratio_max": ratio.high,
+            "ratio_of_medians": statistics.median(self.base) / step,
             "outliers": self.outliers,
             "MB": self.touched / 1e6,
             "GB/s": self.touched / step / 1e9,
@@ -73,9 +78,23 @@ def report(timings: Sequence[Timing], machine: Machine) -> str:
     for timing in timings:
         share = "" if timing.outliers is None else f"{timing.outliers:.2%}"
         figures = timing.figures(machine)
-        rows.append({heading: form.format(share=share, **figures) for heading, form in COLUMNS.items()})
+        speed, of_medians = str(Ratio.between(timing.base, timing.seconds)), figures["ratio_of_medians"]
+        if abs(of_medians / figures["ratio"] - 1) > DIFFERENT:
+            speed += f"; of medians {of_medians:.2f}×"
+        rows.append({h: form.format(share=share, speed=speed, **figures) for h, form in COLUMNS.items()})
     rounds = min((len(timing.seconds) for timing in timings), default=0)
     return (
         f"{markdown(rows, titles=2)}\n\nMedians of {rounds} interleaved rounds after one warm-up round. "
-        f"Roofline: floor = MB touched over {machine.roof}.\n{machine}"
+        f"Ratios are medians of the rounds' ratios, followed by the ratio of the medians if that differs by more than "
+        f"{DIFFERENT:.0%}. The byte floor is MB touched over {machine.roof}.\n{machine}"
     )
+
+
+def warm_cache(timings: Sequence[Timing], cache: int, copies: int = 1) -> list[str]:
+    """A remark on the contenders of a case that read too little to keep a last-level cache cold, if there are any.
+
+    ``copies`` is the number of weights of one shape that a contender reads in turn, and ``cache`` is in bytes.
+    """
+    warm = [timing.name for timing in timings if timing.touched * copies < COLD * cache]
+    remark = f"{timings[0].case}: less than {COLD} times the last-level cache is read, which stays warm, by"
+    return [f"{remark} {'; '.join(warm)}."] if warm else []

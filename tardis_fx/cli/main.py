@@ -7,6 +7,7 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
+from tardis_fx.bench.large import large_decoding
 from tardis_fx.cli.bench import bench
 from tardis_fx.cli.calibrate import calibrate
 from tardis_fx.cli.compare import compare
@@ -45,7 +46,9 @@ def demo(
     out: Annotated[Path, typer.Option(help="File of the Pareto plot, as PNG.")] = Path("tardis_demo.png"),
 ) -> None:
     """Calibrate, compile and measure an embedded model: about three minutes on two cores."""
-    run_demo(out, Console())
+    console = Console()
+    run_demo(out, console)
+    large_decoding(console)
 
 
 @app.command()

@@ -41,7 +41,8 @@ class Machine:
         """Measures this machine: the best of several rounds, because other work can only slow a copy down."""
         size = last_level_cache(device)
         if device == "cpu":
-            name, threads, count = processor(), torch.get_num_threads(), size  # four caches of float32
+            count = min(size, available_memory() // 32)  # four caches of float32, or a quarter of the memory for both
+            name, threads = processor(), torch.get_num_threads()
         else:
             properties = torch.cuda.get_device_properties()
             name, threads, count = properties.name, properties.multi_processor_count, 1 << 28  # 1 GiB: many caches

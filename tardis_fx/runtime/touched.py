@@ -44,7 +44,7 @@ class Touched:
         return self._corrected / max(1, self._pairs)
 
     def add(self, call: Correction | CodedFFN, parts: coded_reference.Levels | None = None, site: int = 0) -> None:
-        """Adds the bytes of one call of an op; of :class:`CodedFFN`, with the parts that it reads and the site's number."""
+        """Adds the bytes of a call of an op; of :class:`CodedFFN`, with the parts that it reads and the site's number."""
         read = _of_correction(call) if isinstance(call, Correction) else _of_coded_ffn(call, parts, site)
         self._tokens[read.site] += read.tokens
         self._bytes[read.site] += read.bytes

@@ -125,7 +125,8 @@ def restore(x: Float[Tensor, "*tokens d"], site: UInt8[Tensor, " bytes"]) -> Cod
 
     def tiled(bits: int, rows: int) -> Tensor:
         cells = section(torch.uint8, -(-rows // TILE), -(-d // TILE_CELL), bits, 4 * TILE)
-        return _codes_of(cells, bits).unflatten(-1, (TILE, 4)).permute(0, 3, 1, 2, 4).flatten(2).flatten(0, 1)
+        codes: Tensor = _codes_of(cells, bits).unflatten(-1, (TILE, 4)).permute(0, 3, 1, 2, 4)
+        return codes.flatten(2).flatten(0, 1)
 
     def lined(bits: int, columns: int) -> Tensor:
         return _codes_of(section(torch.uint8, room, -(-columns // ROW_CELL), bits, 16), bits).flatten(1)
