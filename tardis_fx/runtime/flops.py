@@ -8,6 +8,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from tardis_fx.runtime import ops  # noqa: F401 - registers torch.ops.tardis
 from tardis_fx.runtime.coded import CodedFFN
+from tardis_fx.runtime.coded_linear import CodedLinear
 from tardis_fx.runtime.correction import Correction
 from tardis_fx.runtime.rotation import multiplications
 
@@ -36,6 +37,14 @@ def coded_ffn_flops(*args: Any, out_val: object = None, **named: Any) -> int:
     listed = len(call.columns) if isinstance(call.listed, FakeTensor) else int(call.listed)
     multiplied = 2 * listed * (len(call.projections) * d + d_out) + multiplications(d) + multiplications(d_out)
     return 2 * tokens * (multiplied + (d * d_out if call.fold is not None else 0))
+
+
+@register_flop_formula(torch.ops.tardis.coded_linear, get_raw=True)
+def coded_linear_flops(*args: Any, out_val: object = None, **named: Any) -> int:
+    """FLOPs of :func:`tardis_fx.runtime.coded_linear.coded_linear`: the rotation and the product."""
+    call = CodedLinear(*args, **named)
+    d = call.x.shape[-1]
+    return 2 * call.x.shape[:-1].numel() * (d * len(call.rows) + multiplications(d))
 
 
 @register_flop_formula(

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tardis_fx.runtime import coded_arguments, coded_reference, reference, rotation, tables
+from tardis_fx.runtime import coded_arguments, coded_linear, coded_reference, reference, rotation, tables
 from tardis_fx.runtime.arguments import check, check_codes, check_devices, check_lists, check_rows, check_signs
 from tardis_fx.runtime.coded import SIGNATURE as CODED_SIGNATURE
 from tardis_fx.runtime.coded import CodedFFN
+from tardis_fx.runtime.coded_linear import CodedLinear
 from tardis_fx.runtime.correction import SIGNATURE, Correction
 from tardis_fx.runtime.cpu import coded_op as cpu_coded
 from tardis_fx.runtime.cpu import op as cpu
@@ -76,6 +77,17 @@ def _coded_ffn_fake(call: CodedFFN) -> Tensor:
     return call.x.new_empty((*call.x.shape[:-1], call.bias.shape[0]))
 
 
+def _coded_linear(call: CodedLinear) -> Tensor:
+    """The op on a device without a kernel: today on all of them."""
+    coded_linear.check(call)
+    return coded_linear.coded_linear(call)
+
+
+def _coded_linear_fake(call: CodedLinear) -> Tensor:
+    coded_linear.check(call)
+    return call.x.new_empty((*call.x.shape[:-1], call.rows.shape[0]))
+
+
 def _dequantise(codes: Tensor, scale: Tensor, zero: Tensor, bits: int, columns: int, dtype: torch.dtype) -> Tensor:
     check_codes(codes, scale, zero, bits, columns, dtype)
     return reference.dequantise(codes, scale, zero, bits, columns, dtype)
@@ -93,6 +105,10 @@ _define(
 _define(
     "coded_ffn", CodedFFN, CODED_SIGNATURE, _coded_ffn_fake,
     {"CompositeExplicitAutograd": _coded_ffn, "CPU": cpu_coded.coded_ffn},
+)  # fmt: skip
+_define(
+    "coded_linear", CodedLinear, coded_linear.SIGNATURE, _coded_linear_fake,
+    {"CompositeExplicitAutograd": _coded_linear},
 )  # fmt: skip
 _LIBRARY.define(
     "dequantise(Tensor codes, Tensor scale, Tensor zero, int bits, int columns, ScalarType dtype) -> Tensor"

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from tardis_fx.runtime import coded_reference, reference
 from tardis_fx.runtime.coded import CodedFFN
+from tardis_fx.runtime.coded_linear import CodedLinear
 from tardis_fx.runtime.correction import Correction
 
 #: The call of an op.
-Call = TypeVar("Call", Correction, CodedFFN)
+Call = TypeVar("Call", Correction, CodedFFN, CodedLinear)
 
 _COUNTING: list["Touched"] = []
 
@@ -44,9 +45,12 @@ class Touched:
         """Share of (token, neuron) pairs that were corrected, over all sites."""
         return self._corrected / max(1, self._pairs)
 
-    def add(self, call: Correction | CodedFFN, parts: coded_reference.Levels | None = None) -> None:
+    def add(self, call: Correction | CodedFFN | CodedLinear, parts: coded_reference.Levels | None = None) -> None:
         """Adds the bytes of one call of an op; of :class:`CodedFFN` with the parts that it reads, if they are known."""
-        read = _of_correction(call) if isinstance(call, Correction) else _of_coded_ffn(call, parts)
+        if isinstance(call, CodedLinear):
+            read = _of_coded_linear(call)
+        else:
+            read = _of_correction(call) if isinstance(call, Correction) else _of_coded_ffn(call, parts)
         self._tokens[read.site] += read.tokens
         self._bytes[read.site] += read.bytes
         self._corrected += read.corrected
@@ -93,9 +97,14 @@ def _of_coded_ffn(call: CodedFFN, parts: coded_reference.Levels | None) -> _Read
     return _Read(call.columns.data_ptr(), tokens, touched, value, tokens * len(call.columns))
 
 
+def _of_coded_linear(call: CodedLinear) -> _Read:
+    tokens = call.x.shape[:-1].numel()
+    return _Read(call.rows.data_ptr(), tokens, tokens * call.bytes, 0, 0)
+
+
 @contextmanager
 def count_touched() -> Iterator[Touched]:
-    """Counts, for every token on the rewritten path, the bytes of fold, predictor and corrections.
+    """Counts, for every token on the rewritten path, the bytes of codes, fold, predictor and corrections.
 
     The reference computes the estimates again, so a model is slow while it is counted. On a CUDA device only models
     compiled with ``inner="eager"`` are counted, because Inductor's code contains the kernels and calls no op. A fold
