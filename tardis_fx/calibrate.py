@@ -89,7 +89,7 @@ def calibrate(
         )
         names = [site.site.name for site in observation.sites if site.site.kind != "linear"]
         for pattern, _ in config.methods:
-            if not any(fnmatchcase(name, pattern) for name in names):
+            if pattern != "*" and not any(fnmatchcase(name, pattern) for name in names):
                 raise ConfigError(f"method: {pattern!r} matches no site; there are {', '.join(names)}")
         if config.target_kl is None:
             plan = plan_for(observation, config, offload=offload)

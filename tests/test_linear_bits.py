@@ -1,0 +1,439 @@
+"""Linear layers outside of FFNs in codes, from calibration to the compiled model."""
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from builders.checkpoints import save_checkpoint
+from builders.compiled import compiled
+from builders.counted import counted, fast
+from builders.plan_files import put_together, signed, take_apart
+from torch import Tensor, nn
+from typer.testing import CliRunner
+
+from tardis_fx import (
+    CalibrationError,
+    Config,
+    ConfigError,
+    Plan,
+    PlanFileError,
+    PlanMismatchError,
+    StaleWeightError,
+    TardisError,
+    calibrate,
+    count_touched,
+    explain,
+    heal,
+    verify,
+)
+from tardis_fx.cli.main import app
+from tardis_fx.passes import coded_linear
+from tardis_fx.passes.registry import rewrite_named
+from tardis_fx.plan import SitePlan
+from tardis_fx.runtime.tables import row_bytes
+from tardis_fx.testing.assertions import assert_plan_roundtrip, relative_error
+
+VOCABULARY, D = 96, 64
+
+
+def gpt2() -> hf.PreTrainedModel:
+    """Two blocks; the head has the table of the embeddings."""
+    torch.manual_seed(0)
+    ids = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 0}
+    return hf.GPT2LMHeadModel(hf.GPT2Config(**ids, n_layer=2, n_embd=D, n_head=2, n_positions=64)).eval()
+
+
+def tokens(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randint(0, VOCABULARY, shape, generator=torch.Generator().manual_seed(seed))
+
+
+BATCHES = [tokens(8, 64, seed=seed) for seed in range(4)]
+FEW, MANY = tokens(1, 4, seed=9), tokens(2, 40, seed=9)
+
+
+def config(**changed: Any) -> Config:
+    """Leaves the FFNs as they are."""
+    given: dict[str, Any] = {"method": {"*": None}, "linear_bits": 4, "prefill": "rewritten", "progress": False}
+    return Config(**given | changed)
+
+
+@pytest.fixture(scope="module")
+def original() -> hf.PreTrainedModel:
+    return gpt2()
+
+
+@pytest.fixture(scope="module")
+def plan(original: nn.Module) -> Plan:
+    return calibrate(original, BATCHES, config=config())
+
+
+@pytest.fixture
+def model(original: nn.Module) -> nn.Module:
+    return copy.deepcopy(original)
+
+
+@torch.no_grad()
+def logits(run: Callable[..., Any], ids: Tensor) -> Tensor:
+    output: Tensor = run(ids, use_cache=False).logits
+    return output
+
+
+def layers(plan: Plan) -> list[SitePlan]:
+    return [layer for layer in plan.linear_layers if isinstance(layer, SitePlan)]
+
+
+# ---- The plan
+
+
+def test_every_layer_has_an_entry_with_its_bytes_and_its_error(plan: Plan) -> None:
+    names = [f"transformer.h.{i}.attn.{name}" for i in range(2) for name in ("c_attn", "c_proj")]
+    assert [layer.name for layer in layers(plan)] == [*names, "transformer.wte"]
+    for layer in layers(plan):
+        (d, d_out), *bias = layer.shapes if len(layer.shapes) == 2 else (layer.shapes[0][::-1],)
+        assert layer.tensors["rows"].shape == (d_out, row_bytes(d, 4))
+        assert layer.dense_bytes == 4 * (d * d_out + (d_out if bias else 0))
+        assert layer.touched_bytes == d_out * row_bytes(d, 4) + d + (4 * d_out if bias else 0)
+        assert layer.stored_bytes == layer.dense_bytes + d_out * row_bytes(d, 4) + d
+        assert 0 < layer.error < 0.12
+        assert (layer.kind, layer.method, layer.settings) == ("linear", "coded_linear", {"bits": 4})
+
+
+def test_ffn_bytes_and_the_budget_leave_linear_layers_out(original: nn.Module) -> None:
+    both, ffns = (
+        calibrate(original, BATCHES, config=config(method="gptq_rotated", budget=0.3, linear_bits=bits))
+        for bits in (8, None)
+    )
+    assert not ffns.linear_layers
+    for name in ("touched_fraction", "touched_bits", "stored_bits", "weights"):
+        assert getattr(both, name) == getattr(ffns, name)
+    assert [vars(a)["error"] for a in both.ffns] == [vars(b)["error"] for b in ffns.ffns]
+    assert "5 of 5 linear layers in codes, " in str(both)
+    assert "linear" not in str(ffns)
+    assert str(both).startswith(str(ffns).removesuffix(")"))
+
+
+@pytest.mark.parametrize("method", ["partial_linear", {"transformer.h.0.*": "gptq_rotated"}])
+def test_bits_of_ffns_may_be_given_together_with_those_of_layers(original: nn.Module, method: Any) -> None:
+    made = calibrate(original, BATCHES[:1], config=config(method=method, bits=12))
+    assert len(layers(made)) == 5
+    assert sum(isinstance(ffn, SitePlan) for ffn in made.ffns) == (2 if method == "partial_linear" else 1)
+
+
+def test_more_bits_lose_less(original: nn.Module, plan: Plan) -> None:
+    wide = calibrate(original, BATCHES, config=config(linear_bits=8))
+    assert all(a.error < b.error / 8 for a, b in zip(layers(wide), layers(plan), strict=True))
+
+
+def test_the_error_that_a_plan_says_is_that_of_new_tokens(original: nn.Module, plan: Plan) -> None:
+    for layer in layers(plan):
+        module = original.get_submodule("lm_head" if layer.name == "transformer.wte" else layer.name)
+        seen: list[tuple[Tensor, Tensor]] = []
+        with module.register_forward_hook(lambda _, x, y, seen=seen: seen.append((x[0], y))), torch.no_grad():
+            original(tokens(8, 64, seed=99))
+        ((x, expected),) = seen
+        bias = getattr(module, "bias", None)
+        rows, signs = layer.tensors["rows"], layer.tensors["signs"]
+        with torch.no_grad():
+            output = torch.ops.tardis.coded_linear(x, rows, signs, bias, 4)
+        assert relative_error(output, expected) == pytest.approx(layer.error, rel=0.2)
+
+
+def test_several_runs_within_memory_give_the_same_plan(
+    original: nn.Module, plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(coded_linear, "MEMORY", 0)
+    monkeypatch.setattr(coded_linear, "TOGETHER", 10)
+    for offload in (False, True):
+        made = calibrate(original, BATCHES, config=config(), offload=offload)
+        for a, b in zip(layers(made), layers(plan), strict=True):
+            assert a.error == pytest.approx(b.error, rel=1e-6)
+            assert all(torch.equal(a.tensors[name], b.tensors[name]) for name in b.tensors)
+
+
+def test_a_checkpoint_resumes_after_the_run(original: nn.Module, plan: Plan, tmp_path: Path) -> None:
+    for _ in range(2):
+        made = calibrate(original, BATCHES, config=config(), checkpoint=tmp_path)
+        assert all(
+            torch.equal(a.tensors["rows"], b.tensors["rows"]) for a, b in zip(layers(made), layers(plan), strict=True)
+        )
+
+
+def test_layers_alone_are_enough_for_a_plan() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64), nn.Linear(64, 100)).eval()
+    made = calibrate(model, [torch.randn(64, 64)], config=config(method="partial_linear"))
+    assert [layer.name for layer in layers(made)] == ["0", "2"]
+    x = torch.randn(3, 64)
+    with torch.no_grad():
+        assert 0 < relative_error(compiled(model, made)(x), model(x)) < 0.2
+
+
+def test_a_weight_that_is_not_finite_is_refused(model: nn.Module) -> None:
+    with torch.no_grad():
+        model.get_parameter("transformer.h.1.attn.c_proj.weight")[0, 0] = torch.nan
+    with pytest.raises(CalibrationError, match="h.1.attn.c_proj"):
+        calibrate(model, [BATCHES[0]], config=config())
+
+
+# ---- The compiled model
+
+
+def test_every_layer_runs_the_op_and_the_output_is_close(original: nn.Module, plan: Plan) -> None:
+    expected = logits(original, MANY)
+    with counted() as calls:
+        output = logits(fast(original, plan), MANY)
+        assert calls() == 5
+    assert 0.001 < relative_error(output, expected) < 0.1
+    torch._dynamo.reset()
+    assert relative_error(logits(compiled(original, plan, inner=None), MANY), output) < 1e-4
+
+
+def test_layers_and_ffns_are_rewritten_together(original: nn.Module) -> None:
+    made = calibrate(original, BATCHES, config=config(method="partial_linear", budget=0.5, linear_bits=8))
+    with counted() as calls:
+        output = logits(fast(original, made), FEW)
+        assert calls() == 7
+    assert relative_error(output, logits(original, FEW)) < 0.05
+    with count_touched() as touched:
+        logits(compiled(original, made), FEW)
+    assert touched.sites == len(made.rewritten) == 7
+    assert touched.per_token > sum(layer.touched_bytes for layer in layers(made))
+
+
+def test_prefill_keeps_the_layers_of_steps_of_many_tokens(original: nn.Module, plan: Plan) -> None:
+    with counted() as calls:
+        run = fast(original, plan, prefill="original", dynamic=False)
+        torch.testing.assert_close(logits(run, MANY), logits(original, MANY))
+        assert calls() == 0
+        logits(run, FEW)
+        assert calls() == 5
+        with torch.no_grad():  # a head of one token decodes, whatever the step
+            run(tokens(1, 40), use_cache=False, logits_to_keep=1)
+        assert calls() == 1
+
+
+def test_generation_decodes_with_the_op(original: nn.Module, plan: Plan) -> None:
+    model = copy.deepcopy(original)
+    model.forward = fast(model.forward, plan, prefill="original")
+    with counted() as calls, torch.no_grad():
+        model.generate(tokens(1, 12), max_new_tokens=4, do_sample=False)  # type: ignore[operator]
+        assert calls() >= 3 * 5
+
+
+def test_the_embeddings_of_a_tied_table_stay(original: nn.Module, plan: Plan) -> None:
+    """The lookup reads the weight, and the head's product the codes."""
+    head = Plan(tuple(e if e.name == "transformer.wte" else e.kept("") for e in layers(plan)), plan.config)
+    seen: list[Tensor] = []
+    final = original.get_submodule("transformer.ln_f")
+    with final.register_forward_hook(lambda *values: seen.append(values[2])):
+        expected, output = logits(original, FEW), logits(compiled(original, head), FEW)
+    torch.testing.assert_close(seen[0], seen[1])
+    assert 0 < relative_error(output, expected) < 0.12
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(original: nn.Module, dtype: torch.dtype) -> None:
+    model = copy.deepcopy(original).to(dtype)
+    made = calibrate(model, BATCHES, config=config(linear_bits=8))
+    output = logits(compiled(model, made), FEW)
+    assert output.dtype is dtype
+    assert relative_error(output.float(), logits(model, FEW).float()) < 0.05
+
+
+# ---- Weights that change
+
+
+def test_a_changed_weight_or_bias_is_refused(model: nn.Module, plan: Plan) -> None:
+    for name in ("transformer.h.0.attn.c_attn.weight", "transformer.h.1.attn.c_proj.bias", "transformer.wte.weight"):
+        changed = copy.deepcopy(model)
+        run = compiled(changed, plan)
+        logits(run, FEW)
+        with torch.no_grad():
+            changed.get_parameter(name).add_(0.5)
+        with pytest.raises(StaleWeightError, match=name.rpartition(".")[0]):
+            logits(run, FEW)
+        torch._dynamo.reset()
+        with pytest.raises(StaleWeightError):
+            logits(compiled(changed, plan), FEW)
+
+
+def test_a_changed_weight_runs_the_original_if_that_is_wanted(model: nn.Module, plan: Plan) -> None:
+    with counted() as calls:
+        run = fast(model, plan, on_change="original")
+        logits(run, FEW)
+        assert calls() == 5
+        with torch.no_grad():
+            model.get_parameter("transformer.h.0.attn.c_attn.weight").mul_(1.5)
+        logits(run, FEW)
+        assert calls() == 4
+
+
+def test_another_module_of_a_shared_graph_runs_as_it_is_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    torch.manual_seed(0)
+    first, second = nn.Linear(64, 64).eval(), nn.Linear(64, 64).eval()
+    made = calibrate(first, [torch.randn(64, 64)], config=config())
+    run, x = compiled(lambda layer, x: layer(x), made), torch.randn(3, 64)
+    with torch.no_grad():
+        run(first, x)
+        torch.testing.assert_close(run(second, x), second(x))
+    assert "the plan has no entry for the weights" in caplog.text
+
+
+def test_verify_finds_a_write_that_nothing_counts(model: nn.Module, plan: Plan) -> None:
+    run = compiled(model, plan)
+    logits(run, FEW)
+    assert len(verify(run)) == 5
+    model.get_parameter("transformer.h.0.attn.c_attn.weight").data[33, 5] += 1
+    with pytest.raises(StaleWeightError, match="c_attn"):
+        verify(run)
+
+
+# ---- Files
+
+
+def test_a_plan_is_the_same_after_saving_and_loading(plan: Plan) -> None:
+    assert_plan_roundtrip(plan)
+
+
+def test_a_plan_of_an_earlier_version_loads(plan: Plan, tmp_path: Path) -> None:
+    """Its config does not name the bits of layers."""
+    Plan((), config(linear_bits=None)).save(tmp_path / "plan")
+    header, data = take_apart((tmp_path / "plan").read_bytes())
+    content = json.loads(header["__metadata__"]["plan"])
+    assert content["config"].pop("linear_bits", 0) is None
+    header["__metadata__"]["plan"] = json.dumps(content)
+    (tmp_path / "plan").write_bytes(signed(put_together(header, data)))
+    assert Plan.load(tmp_path / "plan").config == config(linear_bits=None)
+
+
+def rewritten(plan: Plan, tmp_path: Path, change: Callable[[dict[str, Any]], None]) -> Plan:
+    """A plan whose first linear layer somebody has changed in the file."""
+    plan.save(tmp_path / "plan")
+    header, data = take_apart((tmp_path / "plan").read_bytes())
+    content = json.loads(header["__metadata__"]["plan"])
+    change(next(site for site in content["sites"] if site["kind"] == "linear"))
+    header["__metadata__"]["plan"] = json.dumps(content)
+    (tmp_path / "plan").write_bytes(signed(put_together(header, data)))
+    return Plan.load(tmp_path / "plan")
+
+
+#: Fields of an entry, and the error that a wrong one is.
+DAMAGED: dict[str, tuple[dict[str, Any], type[TardisError], str]] = {
+    "other bits": ({"settings": {"bits": 8}}, PlanFileError, "rows"),
+    "no bits": ({"settings": {}}, PlanFileError, "settings"),
+    "bits beyond all": ({"settings": {"bits": 99}}, PlanFileError, "bits"),
+    "more settings": ({"settings": {"bits": 4, "more": 1}}, PlanFileError, "settings"),
+    "a rewrite of FFNs": ({"method": "exact_fold"}, PlanMismatchError, "exact_fold"),
+    "a chain": ({"method": "drop_bias+coded_linear"}, PlanFileError, "coded_linear"),
+    "the kind of an FFN": ({"kind": "plain"}, PlanMismatchError, "kind"),
+    "an activation": ({"activation": "gelu"}, PlanMismatchError, "activation"),
+    "another dtype": ({"dtype": "torch.float64"}, PlanMismatchError, "dtype"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_a_damaged_entry_is_a_typed_error(name: str, original: nn.Module, plan: Plan, tmp_path: Path) -> None:
+    fields, kind, cause = DAMAGED[name]
+    damaged = rewritten(plan, tmp_path, lambda site: site.update(fields))
+    with pytest.raises(kind, match=cause):
+        logits(compiled(original, damaged), FEW)
+
+
+def test_a_kind_that_nobody_knows_is_a_damaged_file(plan: Plan, tmp_path: Path) -> None:
+    with pytest.raises(PlanFileError, match="kind"):
+        rewritten(plan, tmp_path, lambda site: site.update(kind="convolution"))
+
+
+def test_an_entry_of_an_ffn_cannot_name_the_rewrite_of_layers(original: nn.Module, plan: Plan) -> None:
+    ffn, *_ = plan.ffns
+    fields = {name: getattr(ffn, name) for name in ("fingerprint", "name", "kind", "activation", "dtype", "shapes")}
+    entry = SitePlan(**fields, dense_bytes=1, method="coded_linear", settings={"bits": 4})
+    with pytest.raises(PlanMismatchError, match="does not rewrite"):
+        logits(compiled(original, Plan((entry,), plan.config)), FEW)
+
+
+# ---- Explain
+
+
+def test_explain_sums_the_layers_up_and_lists_those_that_stay(original: nn.Module, plan: Plan) -> None:
+    *coded, last = layers(plan)
+    report = explain(original, Plan((*plan.ffns, *coded, last.kept("for a test")), plan.config), FEW)
+    assert [site.kind for site in report.sites] == ["plain"] * 2 + ["linear"] * 5
+    assert [site.parts for site in report.sites[2:]] == ["4 bits"] * 4 + [""]
+    text = str(report)
+    touched, dense = (sum(getattr(layer, name) for layer in coded) / 1e6 for name in ("touched_bytes", "dense_bytes"))
+    assert f"4 linear layers in 4 bits: {touched:.3g} of {dense:.3g} MB touched per token" in text
+    assert "largest error" in text
+    assert "linear layer transformer.wte is left as it is: for a test" in text
+    assert "0 of 2 sites rewritten; 100.0% of the FFN weight bytes" in text
+    assert report.missing == ()
+
+
+def test_strict_refuses_a_layer_that_stays(original: nn.Module, plan: Plan) -> None:
+    only = Plan(tuple(layers(plan)[:-1]), plan.config)
+    with pytest.raises(PlanMismatchError, match="wte"):
+        logits(compiled(original, only, strict=True), FEW)
+
+
+# ---- What is refused
+
+
+@pytest.mark.parametrize("bits", [0, 2, 3, 5, 16, 4.5, True, "4"])
+def test_other_bits_are_refused(bits: Any) -> None:
+    with pytest.raises(ConfigError, match="linear_bits"):
+        Config(linear_bits=bits)
+
+
+def test_the_rewrite_is_no_method(original: nn.Module) -> None:
+    for method in ("coded_linear", "drop_bias+coded_linear", {"*": "coded_linear"}):
+        with pytest.raises(ConfigError, match="linear"):
+            calibrate(original, BATCHES, config=config(method=method))
+    assert "FFN" in str(rewrite_named("coded_linear").refuse(next(iter(_ffn_sites(original)))))
+
+
+def _ffn_sites(model: nn.Module) -> list[Any]:
+    from tardis_fx.testing.capture import sites_of
+
+    return sites_of(model, FEW)
+
+
+def test_a_pattern_of_methods_does_not_name_layers(original: nn.Module) -> None:
+    with pytest.raises(ConfigError, match="matches no site"):
+        calibrate(original, BATCHES, config=config(method={"*.attn.*": "low_rank"}))
+
+
+def test_what_needs_ffns_alone_refuses_the_plan(original: nn.Module, plan: Plan) -> None:
+    with pytest.raises(ConfigError, match="linear_bits"):
+        heal(original, plan, BATCHES)
+    with pytest.raises(ConfigError, match="linear_bits"):
+        logits(compiled(original, None, config=config(), fullgraph=False), FEW)
+    with pytest.raises(ConfigError, match="linear_bits"):
+        logits(compiled(original, plan, on_change="refit", fullgraph=False), FEW)
+
+
+# ---- Other ways to calibrate
+
+
+def test_the_command_calibrates_layers(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, gpt2(), torch.cat([torch.arange(VOCABULARY), tokens(2000)]))
+    arguments = ["calibrate", str(tmp_path / "plan"), "--model", str(tmp_path), "--text", str(tmp_path / "text.txt")]
+    arguments += ["--windows", "8", "--method", "wanda:budget=0.6"]
+    result = CliRunner().invoke(app, [*arguments, "--linear-bits", "8"], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    assert "5 of 5 linear layers in codes" in " ".join(result.output.split())
+    assert Plan.load(tmp_path / "plan").config.linear_bits == 8
+    for wrong in (["--linear-bits", "5"], ["--linear-bits", "8", "--method", "wanda:budget=0.6,linear_bits=4"]):
+        with pytest.raises(ConfigError, match="linear_bits"):
+            CliRunner().invoke(app, [*arguments, *wrong], catch_exceptions=False)
+
+
+def test_a_target_of_divergence_counts_the_layers(original: nn.Module) -> None:
+    made = calibrate(original, BATCHES, config=config(method="gptq_rotated", target_kl=0.05))
+    assert len(layers(made)) == 5
+    assert made.kl is not None
+    assert 0 < made.kl < 0.05
