@@ -117,8 +117,9 @@ def _linear_lines(layers: Sequence[SiteReport]) -> list[str]:
         alike = [layer for layer in coded if layer.parts == parts]
         touched, dense = (sum(getattr(layer, name) for layer in alike) for name in ("touched_bytes", "dense_bytes"))
         worst = max(alike, key=lambda layer: layer.error)
+        count = f"{len(alike)} linear layers" if len(alike) > 1 else "1 linear layer"
         lines.append(
-            f"{len(alike)} linear layers in {parts}: {touched / 1e6:.3g} of {dense / 1e6:.3g} MB touched per token, "
+            f"{count} in {parts}: {touched / 1e6:.3g} of {dense / 1e6:.3g} MB touched per token, "
             f"{touched / max(1, dense):.1%}; largest error {worst.error:.3f}, at {worst.name}"
         )
     left = [layer for layer in layers if layer.status != "rewritten"]

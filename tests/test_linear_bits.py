@@ -14,6 +14,7 @@ from builders.compiled import compiled
 from builders.counted import counted, fast
 from builders.plan_files import put_together, signed, take_apart
 from torch import Tensor, nn
+from torch._inductor import config as inductor_config
 from typer.testing import CliRunner
 
 from tardis_fx import (
@@ -29,8 +30,10 @@ from tardis_fx import (
     count_touched,
     explain,
     heal,
+    release,
     verify,
 )
+from tardis_fx.cli.compare import cases
 from tardis_fx.cli.main import app
 from tardis_fx.passes import coded_linear
 from tardis_fx.passes.registry import rewrite_named
@@ -437,3 +440,63 @@ def test_a_target_of_divergence_counts_the_layers(original: nn.Module) -> None:
     assert len(layers(made)) == 5
     assert made.kl is not None
     assert 0 < made.kl < 0.05
+
+
+# ---- Other ways to run
+
+
+@torch.no_grad()
+def test_released_weights_are_those_that_nothing_else_reads(original: nn.Module, plan: Plan) -> None:
+    model = copy.deepcopy(original)
+    before = logits(compiled(model, plan), FEW)
+    matrices = sum(layer.dense_bytes for layer in layers(plan)[:4]) - sum(4 * (3 * D + D) for _ in range(2))
+    assert release(model, plan, FEW) == matrices  # the head's is the embeddings' too
+    torch.compiler.reset()
+    assert torch.equal(logits(compiled(model, plan), FEW), before)
+    with pytest.raises(PlanMismatchError, match="released"):
+        logits(compiled(model, plan, prefill="original"), MANY)
+
+
+@torch.no_grad()
+def test_a_frozen_model_gives_what_the_rewritten_one_gives(original: nn.Module, plan: Plan) -> None:
+    model = copy.deepcopy(original).requires_grad_(False)
+    free = logits(compiled(model, plan, inner=None), FEW)
+    torch.compiler.reset()
+    with inductor_config.patch(freezing=True):
+        run = compiled(model, plan, inner=None)
+        torch.testing.assert_close(logits(run, FEW), free, rtol=1e-4, atol=1e-4)
+        model.get_parameter("transformer.h.0.attn.c_attn.weight").mul_(1.5)
+        with pytest.raises(StaleWeightError):
+            logits(run, FEW)
+
+
+def test_the_comparison_of_rewrites_refuses_layers() -> None:
+    _, case = cases("wanda:linear_bits=4", [0.5])
+    with pytest.raises(ConfigError, match="linear_bits"):
+        case.check()
+
+
+class Pooled(nn.Module):
+    """A layer that sees one token of each text, and one that sees all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.layer, self.pooler = nn.Embedding(VOCABULARY, D), nn.Linear(D, D), nn.Linear(D, D)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        del attention_mask
+        return self.pooler(self.layer(self.table(input_ids))[:, 0])  # type: ignore[no-any-return]
+
+
+def test_padding_is_left_out_where_tokens_are_seen_and_a_layer_of_few_tokens_is_coded() -> None:
+    torch.manual_seed(0)
+    model, mask = Pooled().eval(), torch.ones(64, 6, dtype=torch.long)
+    mask[:, 4:] = 0
+    ids = tokens(64, 6)
+    made, other = (
+        calibrate(model, [{"input_ids": text, "attention_mask": mask}], config=config())
+        for text in (ids, torch.where(mask.bool(), ids, 7))
+    )
+    assert [layer.name for layer in layers(made)] == ["layer", "pooler"]
+    for a, b in zip(layers(made), layers(other), strict=True):
+        assert torch.equal(a.tensors["rows"], b.tensors["rows"])
