@@ -12,7 +12,7 @@ import torch
 import transformers as hf
 from builders.compiled import compiled
 from builders.counted import counted, fast
-from builders.linear_bits import BATCHES, FEW, config, gpt2, layers, layers_planned, logits
+from builders.linear_bits import BATCHES, FEW, D, config, gpt2, layers, layers_planned, logits
 from builders.plan_files import put_together, signed, take_apart
 from torch import Tensor, nn
 
@@ -28,6 +28,7 @@ from tardis_fx import (
     heal,
     verify,
 )
+from tardis_fx.graph.site import SiteWeights
 from tardis_fx.passes.registry import rewrite_named
 from tardis_fx.plan import SitePlan
 from tardis_fx.testing.assertions import assert_plan_roundtrip
@@ -209,3 +210,10 @@ def test_what_needs_ffns_alone_refuses_the_plan(original: nn.Module, plan: Plan)
         logits(compiled(original, None, config=config(), fullgraph=False), FEW)
     with pytest.raises(ConfigError, match="linear_bits"):
         logits(compiled(original, plan, on_change="refit", fullgraph=False), FEW)
+
+
+def test_weights_that_are_not_on_the_cpu_are_refused(plan: Plan) -> None:
+    weight = torch.empty(3 * D, D, device="meta")
+    weights = SiteWeights(weight, None, weight.new_empty(0, 3 * D), None)
+    with pytest.raises(ConfigError, match="CPU"):
+        rewrite_named("coded_linear").constants(layers(plan)[0], weights)
