@@ -40,6 +40,8 @@ class Rewrite(ABC):
     name: ClassVar[str]
     #: Its options: a frozen dataclass with defaults, which refuses a wrong value with a ConfigError.
     Options: ClassVar[type[Any]] = NoOptions
+    #: Whether its sites are linear layers outside of FFNs, instead of FFNs.
+    linear: bool = False
     #: Whether :meth:`forward` equals the original to rounding, so that prefill also takes it.
     exact: bool = False
     #: Whether the plan of a site depends on other sites even if each has its own budget: then :meth:`fit` needs all

@@ -37,6 +37,8 @@ class Composed(Rewrite):
         """
         if second.exact:
             raise ConfigError(f"{second.method} folds FFNs that are affine already, and cannot follow another rewrite")
+        if second.linear:
+            raise ConfigError(f"{second.method} rewrites linear layers, and cannot follow a rewrite of FFNs")
         if not first.leaves_ffn:
             raise ConfigError(
                 f"{first.method} leaves no feed-forward network that {second.method} could be fitted to: "

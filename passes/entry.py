@@ -27,7 +27,8 @@ def check_site(entry: SitePlan, site: Site, parameters: Sequence[Tensor]) -> Non
         parameters: of the site, in order.
 
     Raises:
-        PlanMismatchError: it is not.
+        PlanFileError: its rewrite is not installed.
+        PlanMismatchError: it is not, or its rewrite is for other sites.
     """
     shapes = tuple(tuple(parameter.shape) for parameter in parameters)
     for name, value in (("kind", site.kind), ("activation", site.activation), ("shapes", shapes)):
@@ -36,6 +37,11 @@ def check_site(entry: SitePlan, site: Site, parameters: Sequence[Tensor]) -> Non
                 f"{site.name or 'an FFN'}: the plan's entry for these weights has {name} {planned!r:.200}, and the "
                 f"model has {value!r}: the plan was changed, calibrate again"
             )
+    if rewrite_of(entry).linear != (site.kind == "linear"):
+        raise PlanMismatchError(
+            f"{site.name or 'an FFN'}: the plan's entry names {entry.method}, which does not rewrite a site of kind "
+            f"{site.kind!r}: the plan was changed, calibrate again"
+        )
 
 
 def rewrite_of(entry: SitePlan) -> Rewrite:

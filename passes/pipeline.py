@@ -163,10 +163,14 @@ def _forward(rewrite: Rewrite, plan: SitePlan, x: Any, constants: Mapping[str, A
 
 
 def outcomes(gm: fx.GraphModule, example_inputs: Sequence[Any], plan: Plan) -> list[Outcome]:
-    """All sites of a graph with their entries in a plan; unfuses the graph's fused encoder layers."""
+    """All sites of a graph with their entries in a plan; unfuses the graph's fused encoder layers.
+
+    Linear layers outside of FFNs are sites if the plan was made with ``linear_bits``.
+    """
     unfuse(gm.graph)
     values = dict(zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True))
-    return [_outcome(site, [values[p] for p in site.parameters if p in values], plan) for site in find_sites(gm.graph)]
+    sites = find_sites(gm.graph, linear=plan.config.linear_bits is not None)
+    return [_outcome(site, [values[p] for p in site.parameters if p in values], plan) for site in sites]
 
 
 def _outcome(site: Site, weights: list[Tensor], plan: Plan) -> Outcome:

@@ -12,6 +12,7 @@ from tardis_fx.observation.foreign import raising_typed
 from tardis_fx.observation.run import Fit, Run, advance, steps
 from tardis_fx.observation.site import ObservedSite
 from tardis_fx.passes.base import Rewrite
+from tardis_fx.passes.coded_linear import CodedLinearLayer
 from tardis_fx.passes.composed import Composed
 from tardis_fx.plan import Planned
 
@@ -46,7 +47,10 @@ def check_rewrites(config: Config) -> None:
         if method is not None:
             rewrite_named(method)
     for name in config.rewrites:
-        rewrite_named(name).options(config)
+        rewrite = rewrite_named(name)
+        if rewrite.linear:
+            raise ConfigError(f"{name} rewrites linear layers outside of FFNs: give linear_bits, not method")
+        rewrite.options(config)
 
 
 def owners_of_options(method: str) -> dict[str, list[str]]:
@@ -64,9 +68,12 @@ def owners_of_options(method: str) -> dict[str, list[str]]:
 
 def _registered(name: str) -> Rewrite:
     registered = {entry.name: entry for entry in entry_points(group=GROUP)}
-    if name not in registered:
+    if name == CodedLinearLayer.name:  # no method that a config could name
+        rewrite: Any = CodedLinearLayer
+    elif name in registered:
+        rewrite = registered[name].load()
+    else:
         raise ConfigError(f"no rewrite named {name!r}; registered are {', '.join(sorted(registered)) or 'none'}")
-    rewrite = registered[name].load()
     if not (isinstance(rewrite, type) and issubclass(rewrite, Rewrite)):
         raise ConfigError(f"the entry point {name!r} of group {GROUP} is not a subclass of Rewrite: {rewrite!r}")
     with raising_typed(f"the rewrite {name!r}"):

@@ -137,6 +137,8 @@ class GuardedGraph:
     def served(self, tensors: Mapping[int, Tensor]) -> Iterator[tuple[SiteGuard, SitePlan, list[Tensor]]]:
         """The sites that ran with constants made from these tensors, by id, with their entries and weights."""
         for known in list(self._known.values()):
+            if not known.weights.alive:  # other tensors may have their ids by now
+                continue
             ids = iter(known.weights.ids)
             for guard, constants in zip(self._guards, known.shared, strict=False):  # none if the original ran
                 members = [tensors.get(next(ids)) for _ in guard.positions]

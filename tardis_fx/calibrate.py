@@ -35,6 +35,8 @@ def calibrate(
 ) -> Plan:
     """Runs a model on calibration batches and plans a rewrite for every FFN in it.
 
+    With ``Config.linear_bits``, the linear layers outside of FFNs are planned from the same batches.
+
     Memory beyond the model: the batches, and for each site sums whose size does not depend on the text (see Concepts).
 
     If ``torch.distributed`` is initialised, all its ranks must call this with the same model, batches and config: each
@@ -81,17 +83,18 @@ def calibrate(
         ranks.agree("hashes of model, batches and config", owner)
         folders = ranks.attempt(lambda: Checkpoint(checkpoint, owner) if checkpoint is not None and first else None)
         fitted, held_back = (batches, []) if config.target_kl is None else split(batches)
+        linear, progress = config.linear_bits is not None, config.progress and first
         observation = BatchObservation(
-            model, fitted, progress=config.progress and first, ranks=ranks, checkpoint=folders[ranks.rank]
+            model, fitted, progress=progress, ranks=ranks, checkpoint=folders[ranks.rank], linear=linear
         )
-        names = [site.site.name for site in observation.sites]
+        names = [site.site.name for site in observation.sites if site.site.kind != "linear"]
         for pattern, _ in config.methods:
-            if not any(fnmatchcase(name, pattern) for name in names):
+            if pattern != "*" and not any(fnmatchcase(name, pattern) for name in names):
                 raise ConfigError(f"method: {pattern!r} matches no site; there are {', '.join(names)}")
         if config.target_kl is None:
             plan = plan_for(observation, config, offload=offload)
         else:
-            measured = BatchObservation(model, held_back, progress=False, ranks=ranks)
+            measured = BatchObservation(model, held_back, progress=False, ranks=ranks, linear=linear)
             plan = plan_to_target(observation, measured, config, ranks, offload=offload)
         if ranks.count > 1:
             ranks.agree("hashes of the plans", digest(*map(vars, plan.sites)))

@@ -78,7 +78,9 @@ class Config:
         options: of the rewrite, by name, as declared by its class in ``Options``: ``{"predictor_bits": 3}``. If
             ``method`` names several rewrites, by rewrite: ``{"guarded_fold": {"predictor_bits": 3}}``. They are
             stored as pairs; :meth:`options_of` returns those of one rewrite.
-        sequential: fit the sites in order, each on inputs computed by the rewritten sites before it.
+        sequential: fit the FFNs in order, each on inputs computed by the rewritten FFNs before it.
+        linear_bits: bits of the codes of linear layers outside of FFNs (attention, the head), or None to leave them as
+            they are. No budget or target in bytes counts them.
         progress: show progress bars.
 
     Raises:
@@ -95,6 +97,7 @@ class Config:
     prefill: Prefill = "original"
     options: SkipValidation[Mapping[str, Any] | tuple[tuple[str, Any], ...]] = ()
     sequential: bool = False
+    linear_bits: Literal[4, 8] | None = None
     progress: bool = True
 
     def __new__(cls, **values: Any) -> "Config":

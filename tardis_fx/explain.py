@@ -1,4 +1,4 @@
-"""``tardis_fx.explain``: reports how a plan rewrites every FFN of a model, or why not."""
+"""``tardis_fx.explain``: reports how a plan rewrites every FFN of a model, and its linear layers, or why not."""
 
 import os
 from collections.abc import Callable, Hashable, Sequence
@@ -20,11 +20,11 @@ from tardis_fx.plan import KeptSite, Plan, Planned, SitePlan, bits_per_weight, r
 
 @dataclass(frozen=True, kw_only=True)
 class SiteReport:
-    """Report on one FFN of a model.
+    """Report on one FFN of a model, or on a linear layer outside of FFNs.
 
     Attributes:
         name: module path.
-        kind: plain or gated.
+        kind: plain, gated or linear.
         activation: name in the registry, or None if it is not recognised.
         status: ``"rewritten"``, ``"refused"``, or, in a model compiled without a plan, ``"profiling"``.
         reason: why it is refused, or the progress of its profile; empty otherwise.
@@ -65,10 +65,12 @@ class SiteReport:
 
 @dataclass(frozen=True)
 class Report:
-    """Report on every FFN of a model.
+    """Report on every FFN of a model and, if the plan has ``linear_bits``, on its other linear layers.
+
+    As text, each FFN has a row, and linear layers in equally many bits share a line.
 
     Attributes:
-        sites: in the order in which they run.
+        sites: the FFNs of each graph in the order in which they run, then its linear layers.
         missing: names of sites that are in the plan but not in the model.
     """
 
@@ -87,22 +89,41 @@ class Report:
     def __str__(self) -> str:
         head = ["site", "kind", "activation", "status", "touched", "of dense", "bits/weight", "stored", "bits/weight"]
         head += ["outliers", "error", "method"]
-        rows = [head, *(_row(site) for site in self.sites)]
+        ffns = [site for site in self.sites if site.kind != "linear"]
+        rows = [head, *(_row(site) for site in ffns)]
         widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         lines.insert(1, "  ".join("-" * width for width in widths))
         touched, stored, dense, weights = (
-            sum(getattr(site, name) for site in self.sites)
+            sum(getattr(site, name) for site in ffns)
             for name in ("touched_bytes", "stored_bytes", "dense_bytes", "weights")
         )
-        rewritten = sum(site.status == "rewritten" for site in self.sites)
+        rewritten = sum(site.status == "rewritten" for site in ffns)
         lines.append(
-            f"{rewritten} of {len(self.sites)} sites rewritten; "
+            f"{rewritten} of {len(ffns)} sites rewritten; "
             f"{touched / max(1, dense):.1%} of the FFN weight bytes touched per token, "
             f"{bits_per_weight(touched, weights):.3g} bits per weight ({bits_per_weight(stored, weights):.3g} stored)"
         )
+        lines += _linear_lines([site for site in self.sites if site.kind == "linear"])
         lines += [f"in the plan, not in the model: {name}" for name in self.missing]
         return "\n".join(lines)
+
+
+def _linear_lines(layers: Sequence[SiteReport]) -> list[str]:
+    """A line for all linear layers with equal parts, and one for each that is not rewritten."""
+    lines = []
+    coded = [layer for layer in layers if layer.status == "rewritten"]
+    for parts in dict.fromkeys(layer.parts for layer in coded):
+        alike = [layer for layer in coded if layer.parts == parts]
+        touched, dense = (sum(getattr(layer, name) for layer in alike) for name in ("touched_bytes", "dense_bytes"))
+        worst = max(alike, key=lambda layer: layer.error)
+        count = f"{len(alike)} linear layers" if len(alike) > 1 else "1 linear layer"
+        lines.append(
+            f"{count} in {parts}: {touched / 1e6:.3g} of {dense / 1e6:.3g} MB touched per token, "
+            f"{touched / max(1, dense):.1%}; largest error {worst.error:.3f}, at {worst.name}"
+        )
+    left = [layer for layer in layers if layer.status != "rewritten"]
+    return [*lines, *(f"linear layer {layer.name} is left as it is: {layer.reason}" for layer in left)]
 
 
 def _row(site: SiteReport) -> list[str]:
@@ -120,7 +141,7 @@ def _row(site: SiteReport) -> list[str]:
 
 @torch.inference_mode(mode=False)
 def explain(model: nn.Module, plan: Plan | str | os.PathLike[str] | None, example: Batch) -> Report:
-    """Runs a model once through the capture that compilation uses and reports every FFN.
+    """Runs a model once through the capture that compilation uses and reports every FFN, and its linear layers.
 
     Args:
         model: the model, compiled or not.
@@ -156,7 +177,7 @@ def explain(model: nn.Module, plan: Plan | str | os.PathLike[str] | None, exampl
             reports.setdefault((site.name, identity(weights, site.function)), replace(report, name=site.name))
         return gm.forward
 
-    Capture(model, observe)(example)
+    Capture(model, observe, linear=loaded.config.linear_bits is not None)(example)
     missing = [entry.name for entry in loaded.sites if plan is not None and entry.fingerprint not in fingerprints]
     return Report(tuple(reports.values()), tuple(missing))
 

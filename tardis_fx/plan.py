@@ -29,7 +29,7 @@ class Entry:
     Attributes:
         fingerprint: of the site's weights.
         name: module path, for display.
-        kind: plain or gated.
+        kind: plain, gated or linear.
         activation: name in the registry, or None.
         dtype: of the weights, as in ``str(torch.float32)``.
         shapes: of the weights, in the order of the fingerprint.
@@ -124,7 +124,8 @@ class Plan:
     """The product of calibration: an entry for every site, and the config.
 
     Attributes:
-        sites: one entry for each site, including sites that are not rewritten.
+        sites: one entry for each site, including sites that are not rewritten: FFNs and, if the config has
+            ``linear_bits``, linear layers outside of them.
         config: that the plan was fitted with; if it had a ``target_kl``, with the budget that reaches it instead.
         kl: KL(dense || rewritten) of the model's output on held-back batches, in nats per token, or None if the config
             had no ``target_kl``, or the plan was changed since.
@@ -139,6 +140,16 @@ class Plan:
         """Entries of the rewritten sites."""
         return tuple(site for site in self.sites if isinstance(site, SitePlan))
 
+    @property
+    def ffns(self) -> tuple[Planned, ...]:
+        """Entries of the FFNs."""
+        return tuple(site for site in self.sites if site.kind != "linear")
+
+    @property
+    def linear_layers(self) -> tuple[Planned, ...]:
+        """Entries of the linear layers outside of FFNs."""
+        return tuple(site for site in self.sites if site.kind == "linear")
+
     def find(self, fingerprint: str) -> Planned | None:
         """The entry with this fingerprint, or None."""
         return next((site for site in self.sites if site.fingerprint == fingerprint), None)
@@ -146,23 +157,23 @@ class Plan:
     @property
     def touched_fraction(self) -> float:
         """Weight bytes read per decoded token as a fraction of all FFN weight bytes; kept sites count in full."""
-        touched = sum(site.touched_bytes for site in self.sites)
-        return touched / max(1, sum(site.dense_bytes for site in self.sites))
+        touched = sum(site.touched_bytes for site in self.ffns)
+        return touched / max(1, sum(site.dense_bytes for site in self.ffns))
 
     @property
     def touched_bits(self) -> float:
         """Bits read per decoded token for each FFN weight, biases included; kept sites count in full."""
-        return bits_per_weight(sum(site.touched_bytes for site in self.sites), self.weights)
+        return bits_per_weight(sum(site.touched_bytes for site in self.ffns), self.weights)
 
     @property
     def stored_bits(self) -> float:
         """Bits kept for each FFN weight, biases included."""
-        return bits_per_weight(sum(site.stored_bytes for site in self.sites), self.weights)
+        return bits_per_weight(sum(site.stored_bytes for site in self.ffns), self.weights)
 
     @property
     def weights(self) -> int:
         """Number of all FFN weights, biases included."""
-        return sum(site.weights for site in self.sites)
+        return sum(site.weights for site in self.ffns)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the plan to a file, atomically.
@@ -212,11 +223,15 @@ class Plan:
             raise PlanFileError(f"{path} is a damaged plan: {type(error).__name__}: {error}") from error
 
     def __str__(self) -> str:
-        methods = Counter(site.method if isinstance(site, SitePlan) else "refused" for site in self.sites)
+        methods = Counter(site.method if isinstance(site, SitePlan) else "refused" for site in self.ffns)
         listed = ", ".join(f"{count} {method}" for method, count in methods.items())
+        layers = self.linear_layers
+        coded = sum(isinstance(layer, SitePlan) for layer in layers)
+        share = sum(layer.touched_bytes for layer in layers) / max(1, sum(layer.dense_bytes for layer in layers))
+        linear = f"; {coded} of {len(layers)} linear layers in codes, {share:.1%} of their bytes" if layers else ""
         return (
-            f"Plan({len(self.sites)} sites: {listed}; {self.touched_fraction:.1%} of the FFN bytes touched per token, "
-            f"{self.touched_bits:.3g} bits per weight"
+            f"Plan({len(self.ffns)} sites: {listed}; {self.touched_fraction:.1%} of the FFN bytes touched per token, "
+            f"{self.touched_bits:.3g} bits per weight{linear}"
             f"{'' if self.kl is None else f'; KL {self.kl:.3g} nats per token on held-back batches'})"
         )
 

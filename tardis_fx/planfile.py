@@ -132,7 +132,7 @@ class _Fields(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
     fingerprint: Annotated[str, Field(pattern="^[0-9a-f]{1,128}$")]
     name: _Text
-    kind: Literal["plain", "gated"]
+    kind: Literal["plain", "gated", "linear"]
     activation: _Text | None
     dtype: _Text
     shapes: Sequence[Sequence[Annotated[int, Field(gt=0, lt=2**63)]]]

@@ -11,8 +11,10 @@ import torch
 
 from tardis_fx.config import Config
 from tardis_fx.errors import CalibrationError, ConfigError, RewriteError
+from tardis_fx.graph.feed_forward import matrices
 from tardis_fx.observation.run import Fit, Observation, RepeatableObservation, changed, drive, forgotten, steps
 from tardis_fx.observation.site import ObservedSite
+from tardis_fx.passes.coded_linear import CodedLinearLayer
 from tardis_fx.passes.exact_fold import ExactFold
 from tardis_fx.passes.registry import rewrite_named
 from tardis_fx.plan import KeptSite, Plan, Planned, SitePlan
@@ -38,10 +40,7 @@ def fit_plan(observation: Observation, config: Config, *, offload: bool = False)
         CalibrationError: as :func:`calibrate`. An error of a rewrite is its cause.
     """
     sites = tuple(observation.sites)
-    methods = {
-        s.fingerprint: next((method for pattern, method in config.methods if fnmatchcase(s.site.name, pattern)), None)
-        for s in sites
-    }
+    methods = {s.fingerprint: _method(s, config) for s in sites}
     fold = ExactFold()
     planned: dict[str, Planned] = {
         s.fingerprint: plan
@@ -74,14 +73,21 @@ def fit_plan(observation: Observation, config: Config, *, offload: bool = False)
     return Plan(tuple(_stored_once(entries)), config)
 
 
+def _method(site: ObservedSite, config: Config) -> str | None:
+    """The rewrite of a site, or None: for an FFN, of the first pattern that matches its name."""
+    if site.site.kind == "linear":
+        return CodedLinearLayer.name
+    return next((method for pattern, method in config.methods if fnmatchcase(site.site.name, pattern)), None)
+
+
 def _with_budget(config: Config, sites: Sequence[ObservedSite]) -> Config:
-    """The config with the fraction of the sites' bytes that its bits per weight are.
+    """The config with the fraction of the FFNs' bytes that its bits per weight are; linear layers have no budget.
 
     Raises:
         ConfigError: the weights themselves have fewer bits.
     """
     assert config.target_kl is None  # see tardis_fx.target_kl
-    if config.bits is None:
+    if config.bits is None or sites[0].site.kind == "linear":
         return config
     own_bits = 8 * sum(site.weights.bytes for site in sites) / sum(site.weights.count for site in sites)
     if config.bits > own_bits:
@@ -140,7 +146,8 @@ def _amount(observation: Observation, sites: Sequence[ObservedSite]) -> str:
 def _warn_of_few(observation: Observation, sites: Sequence[ObservedSite]) -> None:
     """Warns once per observation if there are few tokens."""
     tokens = max(_counts(observation, sites), default=None)
-    needed = max(FEW_TOKENS, *(max(site.weights.up.shape) for site in sites))
+    widest = max(matrix.shape[1] for site in sites for matrix in matrices(site.weights).values() if len(matrix))
+    needed = max(FEW_TOKENS, widest)
     if tokens is not None and tokens < needed and not observation.warned:
         observation.warned = True
         _log.warning(

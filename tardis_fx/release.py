@@ -135,7 +135,7 @@ def _find(model: nn.Module, plan: Plan, example: Batch) -> tuple[list[_Planned],
         elsewhere.update(_storage(value) for node, value in tensors if not inside.issuperset(node.users))
         return gm.forward
 
-    Capture(model, collect)(example)
+    Capture(model, collect, linear=plan.config.linear_bits is not None)(example)
     holders = Counter(
         _storage(tensor)
         for module in model.modules()

@@ -75,7 +75,10 @@ CHECKED = (
     "planning",
     "quantisation",
     "resident",
-    *(f"runtime.{name}" for name in ("coded", "coded_arguments", "coded_reference", "rotation", "tables")),
+    *(
+        f"runtime.{name}"
+        for name in ("coded", "coded_arguments", "coded_linear", "coded_reference", "rotation", "tables")
+    ),
     "runtime.cpu.coded_layout",
     "runtime.cpu.op",
     "runtime.fingerprint",

@@ -148,7 +148,7 @@ FOUR_BITS = CodedRecipe("all in 4 bits", _EVERYTHING, _EVERYTHING)
 
 def _thresholds(call: CodedFFN, reads: Reads) -> tuple[Float32[Tensor, " thresholds"], Levels]:
     """Thresholds at which a call reads the requested shares, and what it then reads."""
-    z = coded_reference.estimates(call, coded_reference.rounded(call.x, call.signs))
+    z = coded_reference.estimates(call, coded_reference.rounded(call.x, call.signs, wide=call.wide))
     listed = int(call.listed)
     surrogate = None if call.surrogate is None else call.surrogate[:listed].float()
     value, noise = coded_reference.values(z, surrogate, call.activation), coded_reference.noises(call, z[0].dtype)

@@ -36,6 +36,9 @@ def calibrate(
     target_kl: Annotated[
         float | None, typer.Option(help="Smallest budget whose KL to the dense model is at most this, in nats.")
     ] = None,
+    linear_bits: Annotated[
+        int | None, typer.Option(help="4 or 8: code the linear layers outside of FFNs in so many bits.")
+    ] = None,
     text: Annotated[
         Path | None, typer.Option(help="A file to calibrate on; the standard library's source by default.")
     ] = None,
@@ -49,10 +52,11 @@ def calibrate(
 ) -> None:
     """Calibrate a causal language model; under torchrun the processes share the text."""
     (name, settings), *others = methods_with_settings(method)
-    goals = {goal: value for goal, value in {"bits": bits, "target_kl": target_kl}.items() if value is not None}
-    if twice := goals.keys() & settings:
+    options = {"bits": bits, "target_kl": target_kl, "linear_bits": linear_bits}
+    options = {name: value for name, value in options.items() if value is not None}
+    if twice := options.keys() & settings:
         raise ConfigError(f"{', '.join(twice)} of {method!r} is also given as an option: leave out one")
-    config, healed = config_of(name, settings | goals)
+    config, healed = config_of(name, settings | options)
     if healed or others:
         raise ConfigError(f"calibrate takes one method and does not heal: {method!r}")
     with _processes(device) as target:

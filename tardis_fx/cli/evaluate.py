@@ -26,7 +26,7 @@ def evaluate(
     ids = cut(subject.read(text), windows, min(LENGTH, subject.context)).to(target)
     dense_model = subject.model.to(target)
     dense, rewritten = compare_once(dense_model, rewrite_every_token(dense_model, loaded), ids)
-    dense_bits = bits_per_weight(sum(site.dense_bytes for site in loaded.sites), loaded.weights)
+    dense_bits = bits_per_weight(sum(site.dense_bytes for site in loaded.ffns), loaded.weights)
     rows = [
         {
             "": title,

@@ -14,7 +14,7 @@ from tardis_fx.calibrate import calibrate
 from tardis_fx.compare.subjects import RewrittenModel, Subject
 from tardis_fx.config import Config
 from tardis_fx.digest import digest
-from tardis_fx.errors import CalibrationError
+from tardis_fx.errors import CalibrationError, ConfigError
 from tardis_fx.heal import heal
 from tardis_fx.measure import weight_only
 from tardis_fx.measure.flops import prefill_share
@@ -122,7 +122,9 @@ class Planned(Case):
         return digest(asdict(replace(self.config, progress=False)), self.healed, sources)
 
     def check(self) -> None:
-        """Raises ConfigError if the rewrite is not registered, or does not have an option."""
+        """Raises ConfigError if the rewrite is not registered, or lacks an option, or linear layers are to be coded."""
+        if self.config.linear_bits is not None:
+            raise ConfigError("linear_bits: the comparison is of FFNs alone, whose bytes it shows; leave it out")
         check_rewrites(self.config)
 
     def prepare(self, trial: Trial) -> RewrittenModel:

@@ -1,4 +1,4 @@
-"""Finds the FFNs of a Dynamo graph.
+"""Finds the FFNs of a Dynamo graph, and the linear layers outside of them.
 
 The matcher walks backwards from each projection over element-wise and transparent nodes. It draws this cone as a small
 labelled DiGraph, with all element-wise nodes as one node, and networkx compares that with the patterns below. The
@@ -19,6 +19,7 @@ from tardis_fx.graph.bounds import bounds_of, is_normalised
 from tardis_fx.graph.cone import NO_ACTIVATION, Cone, cone_of, is_inner
 from tardis_fx.graph.forms import ELEMENTWISE, call_name, half, is_glu, is_halving, is_number, is_training_dropout
 from tardis_fx.graph.function import activation_of, gate_of
+from tardis_fx.graph.linear_layers import linear_layers
 from tardis_fx.graph.naming import named
 from tardis_fx.graph.nested import fused_site, nested_sites
 from tardis_fx.graph.projections import projection
@@ -48,28 +49,41 @@ PATTERNS: dict[str, tuple[Kind, nx.DiGraph]] = {
 }
 
 
-def find_sites(graph: fx.Graph) -> list[Site]:
+def find_sites(graph: fx.Graph, *, linear: bool = False) -> list[Site]:
     """Finds all FFNs of a graph, in the order of their outputs; those that cannot be rewritten carry the reason.
 
     Args:
         graph: of a Dynamo graph module: nodes carry ``meta["example_value"]``.
+        linear: also find the linear layers outside of FFNs, which follow the FFNs.
     """
-    return named(_sites(graph))
+    ffns = _ffns(graph)
+    return named(ffns) + (named(_linear_layers(graph, ffns)) if linear else [])
 
 
-def _sites(graph: fx.Graph) -> list[Site]:
+def _linear_layers(graph: fx.Graph, ffns: Sequence[Site]) -> list[Site]:
+    layers = linear_layers(_projections(graph), ffns, writes_of(graph))
+    for node in graph.nodes:
+        layers += nested_sites(node, lambda called: _linear_layers(called, _ffns(called)))
+    return layers
+
+
+def _projections(graph: fx.Graph) -> dict[fx.Node, Projection]:
     projections = {p.node: p for node in graph.nodes if (p := projection(node))}
     for product in list(projections.values()):
         if product.product is not product.node:  # a step of a projection is not itself a projection
             for step in product.node.all_input_nodes:
                 projections.pop(step, None)
-    projections = with_adapters(graph.nodes, projections)
+    return with_adapters(graph.nodes, projections)
+
+
+def _ffns(graph: fx.Graph) -> list[Site]:
+    projections = _projections(graph)
     sites, writes = list[Site](), writes_of(graph)
     for node in graph.nodes:
         if node in projections:
             site = _site(projections[node], projections, writes) or resembling(projections[node], projections)
         else:
-            sites += nested_sites(node, _sites)
+            sites += nested_sites(node, _ffns)
             site = fused_site(node)
         if site is not None:
             sites.append(site)

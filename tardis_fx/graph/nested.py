@@ -1,4 +1,4 @@
-"""Lists, as refused, the FFNs inside other graphs (higher-order ops) and fused ops that a graph calls."""
+"""Lists, as refused, the sites inside other graphs (higher-order ops) and fused ops that a graph calls."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -14,7 +14,7 @@ FUSED = "it runs inside a fused encoder layer with a mask: torch.backends.mha.se
 
 
 def nested_sites(node: fx.Node, find: Callable[[fx.Graph], list[Site]]) -> list[Site]:
-    """The FFNs of the graphs that a node calls (``torch.utils.checkpoint``, ``torch.cond``, a nested region).
+    """The sites of the graphs that a node calls (``torch.utils.checkpoint``, ``torch.cond``, a nested region).
 
     Their parameters are mapped to those of the outer graph, which gives them names and weights.
 
@@ -50,7 +50,7 @@ def _lifted(site: Site, outer: Mapping[fx.Node, fx.Node]) -> Site:
 
     up = lift(site.up)
     gate = up if site.gate is site.up else site.gate and lift(site.gate)
-    return replace(site, up=up, down=lift(site.down), gate=gate)
+    return replace(site, up=up, down=up if site.down is site.up else lift(site.down), gate=gate)
 
 
 def fused_site(node: fx.Node) -> Site | None:

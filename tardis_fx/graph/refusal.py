@@ -52,7 +52,7 @@ def _reasons(site: Site, writes: Sequence[Write]) -> Iterator[str]:
     yield from _foreign(site)
     if any(is_training_dropout(node) for node in site.inner):
         yield "it runs in training mode, where its dropout drops values"
-    if site.activation is None:
+    if site.activation is None and site.kind != "linear":
         yield f"its activation, made of {_made_of(site)}, is not in the registry"
     if site.gate is not None and site.gate is not site.up:
         if site.gate.input is not site.up.input:
@@ -158,11 +158,15 @@ def _changed(site: Site, writes: Sequence[Write]) -> Iterator[str]:
 
 
 def _mixed(site: Site) -> Iterator[str]:
-    """Names the tensors whose dtype or device differs from that of the up projection's weights."""
+    """Names the tensors whose dtype or device differs from that of the up projection's, or the layer's, weights."""
     nodes: dict[str, fx.Node] = {}
-    for role, projection in (("gate", site.gate), ("up", site.up), ("down", site.down)):
+    roles = {"gate": site.gate, "up": site.up, "down": site.down}
+    if site.kind == "linear":
+        nodes, roles = dict(zip(("its weight", "its bias"), site.parameters, strict=False)), {}
+    for role, projection in roles.items():
         parts = () if projection is None else zip(("weight", "bias"), projection.parameters, strict=False)
         nodes |= {f"the {part} of its {role} projection": node for part, node in parts}
+    compared = "its weight" if site.kind == "linear" else "the weight of its up projection"
     nodes |= {"its input": site.input, "its output": site.output}
     weight = site.up.weight.meta["example_value"]
     if weight.dtype not in _TYPES:
@@ -171,7 +175,7 @@ def _mixed(site: Site) -> Iterator[str]:
         value = node.meta["example_value"]
         for actual, required in ((value.dtype, weight.dtype), (value.device, weight.device)):
             if actual != required:
-                yield f"{name} is {actual}, but the weight of its up projection is {required}"
+                yield f"{name} is {actual}, but {compared} is {required}"
     limits = torch.finfo(weight.dtype)
     for node in sorted(site.inner):
         value = value_of(node)

@@ -1,4 +1,4 @@
-"""A site: one feed-forward network found in a graph."""
+"""A site: one feed-forward network, or one linear layer outside of them, found in a graph."""
 
 import math
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import optimization_hint
 
-Kind = Literal["plain", "gated"]
+Kind = Literal["plain", "gated", "linear"]
 
 
 @dataclass(frozen=True)
@@ -53,12 +53,14 @@ class Projection:
 class Site:
     """One FFN of a graph: ``down(activation(up(input)))``, or ``down(activation(gate(input)) * up(input))``.
 
+    A linear layer outside of FFNs is a site of its own kind: ``up(input)``.
+
     Attributes:
         name: module path shared by the weights, as in ``model.named_modules()`` if the graph knows it.
-        kind: plain or gated.
+        kind: plain, gated or linear.
         activation: name in the registry of activations, or None if it is not registered.
-        up: first projection; in a gated site, the one without the activation.
-        down: last projection.
+        up: first projection; in a gated site, the one without the activation; the linear layer itself.
+        down: last projection; ``up`` itself of a linear layer.
         gate: the projection with the activation in a gated site; ``up`` itself if both are one fused matrix.
         gate_half: index of the half of a fused matrix's columns out that is the gate, 0 or 1; else None.
         inner: all nodes strictly between input and output, ``up`` and ``gate`` included.
@@ -95,12 +97,13 @@ class Site:
     def parameters(self) -> tuple[fx.Node, ...]:
         """The nodes of all weights and biases of the site, in a fixed order."""
         gate = () if self.gate is None or self.gate is self.up else self.gate.parameters
-        return (*gate, *self.up.parameters, *self.down.parameters)
+        down = () if self.down is self.up else self.down.parameters
+        return (*gate, *self.up.parameters, *down)
 
     @property
     def function(self) -> str | None:
         """Describes the function of the site's weights, for its fingerprint; see :func:`function_of`."""
-        projections = {"gate": self.gate, "up": self.up, "down": self.down}
+        projections = {"gate": self.gate, "up": self.up, "down": None if self.down is self.up else self.down}
         turned = [n for n, p in projections.items() if p is not None and p.transposed and p.sizes[0] == p.sizes[1]]
         return function_of(self.activation, self.gate_half, turned)
 
@@ -137,7 +140,8 @@ def is_released(weight: Tensor) -> bool:
 class SiteWeights:
     """The weights of a site, each matrix as [out, in] regardless of how it is stored.
 
-    Those of a refused site may have other shapes: stacked experts, convolutions.
+    Those of a refused site may have other shapes: stacked experts, convolutions. A linear layer is ``up`` alone, and
+    its ``down`` has no rows.
 
     Attributes:
         up: of the up projection; its half of a fused matrix.
@@ -171,7 +175,8 @@ class SiteWeights:
             order = slice(None, None, -1 if site.gate_half else 1)
             gate, up = up.tensor_split(2, -2)[order]
             gate_bias, up_bias = (None, None) if up_bias is None else up_bias.tensor_split(2, -1)[order]
-        return cls(up, up_bias, *read(site.down), gate, gate_bias)
+        down, down_bias = (up.new_empty(0, len(up)), None) if site.down is site.up else read(site.down)
+        return cls(up, up_bias, down, down_bias, gate, gate_bias)
 
     @property
     def projections(self) -> dict[str, tuple[Float[Tensor, "h d"], Float[Tensor, " h"] | None]]:

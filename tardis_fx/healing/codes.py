@@ -102,7 +102,9 @@ class TrainableCodes(TrainableSite):
         """The rotated tokens, rounded straight-through."""
         exact = rotate(tokens, self._call.signs)
         with torch.no_grad():
-            rounding = coded_reference.rounded(tokens.float(), self._call.signs).to(exact.dtype) - exact
+            rounding = (
+                coded_reference.rounded(tokens.float(), self._call.signs, wide=self._call.wide).to(exact.dtype) - exact
+            )
         return exact + rounding
 
     def _estimated(

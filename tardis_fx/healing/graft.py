@@ -8,6 +8,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import fx, nn
 
+from tardis_fx.errors import ConfigError
 from tardis_fx.graph.site import SiteWeights
 from tardis_fx.graph.surgery import replace
 from tardis_fx.observation.batches import Batch
@@ -28,6 +29,13 @@ class Grafted(ABC, Generic[M]):
     """
 
     def __init__(self, model: nn.Module, plan: Plan) -> None:
+        """Prepares the model for a plan of FFNs.
+
+        Raises:
+            ConfigError: the plan has linear layers outside of FFNs.
+        """
+        if plan.config.linear_bits is not None:
+            raise ConfigError("linear layers in codes cannot be trained: take a plan that has no linear_bits")
         self.sites: dict[str, M] = {}
         self._plan, self._outcomes = plan, list[pipeline.Outcome]()
         self._capture = Capture(model, self._graft)

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tardis_fx.config import Config
-from tardis_fx.errors import TardisError
+from tardis_fx.errors import ConfigError, TardisError
 from tardis_fx.live.arrivals import PATIENCE, LiveObservation
 from tardis_fx.observation.run import Fit, Run
 from tardis_fx.observation.site import ObservedSite
@@ -152,7 +152,13 @@ def profiles_of(sites: Iterable[ObservedSite], settings: Settings) -> dict[str, 
 
 
 def extended(plan: Plan | None, settings: Settings) -> Plan:
-    """A plan extended by the entries that profiles have fitted."""
+    """A plan extended by the entries that profiles have fitted.
+
+    Raises:
+        ConfigError: the settings want linear layers in codes, which only ``calibrate`` fits.
+    """
+    if settings.config.linear_bits is not None:
+        raise ConfigError("linear_bits needs a plan of calibrate, compiled without on_change='refit'")
     plans = {id(p.plan): p.plan for (_, s), p in _profiles.items() if s == settings and p.plan is not None}
     known = () if plan is None else plan.sites
     return Plan((*known, *(site for p in plans.values() for site in p.sites)), settings.config)

@@ -38,7 +38,13 @@ class Capture:
     that it leaves the cache of the model's other compiled forms unchanged.
     """
 
-    def __init__(self, model: nn.Module, observer: Callable[[fx.GraphModule, list[Any]], Callable[..., Any]]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        observer: Callable[[fx.GraphModule, list[Any]], Callable[..., Any]],
+        *,
+        linear: bool = False,
+    ) -> None:
         """Prepares the capture; nothing is traced before the first call.
 
         Args:
@@ -46,6 +52,7 @@ class Capture:
             observer: called with each graph and the inputs of a call, once for each set of weights; returns a function
                 to run instead for these weights. It receives its own copy of the graph, with parameters named as in
                 the model. Its exceptions reach the caller. The owner of a method is not kept alive.
+            linear: whether the weights of linear layers outside of FFNs count.
         """
         self._model = model
         # The owner of the method holds the capture; both should be freed with the owner's last reference.
@@ -54,7 +61,7 @@ class Capture:
         self.names: dict[int, list[str]] = {}  # of the last batch; weak references would prevent swapping weights
         known = weakref.ref(self)  # the garbage collector does not see references that Dynamo holds
         with torch._dynamo.config.patch(disable=False):
-            self._call = torch.compile(own_code(_call), backend=lambda gm, _: _Graph(gm, known))
+            self._call = torch.compile(own_code(_call), backend=lambda gm, _: _Graph(gm, known, linear))
 
     def __call__(self, batch: Tensor | Mapping[str, Any], *, gradients: bool = False) -> Any:
         """Runs one batch in the caller's gradient mode.
@@ -116,7 +123,7 @@ class Capture:
 class _Graph:
     """A Dynamo graph and its replacement from the observer for each set of weights."""
 
-    def __init__(self, gm: fx.GraphModule, capture: weakref.ref[Capture]) -> None:
+    def __init__(self, gm: fx.GraphModule, capture: weakref.ref[Capture], linear: bool) -> None:
         self._gm, self._capture = copy(gm), capture
         self._replacements: dict[Hashable, Callable[..., Any]] = {}
         matched = copy(gm)
@@ -124,7 +131,7 @@ class _Graph:
         position = {node: i for i, node in enumerate(matched.graph.find_nodes(op="placeholder"))}
         self._sites = [
             (site.function, [position[node] for node in site.parameters if node in position])
-            for site in find_sites(matched.graph)
+            for site in find_sites(matched.graph, linear=linear)
         ]
 
     def __call__(self, *inputs: Any) -> Any:

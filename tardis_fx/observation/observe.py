@@ -52,6 +52,7 @@ class BatchObservation(RepeatableObservation):
         progress: bool = True,
         ranks: Ranks | None = None,
         checkpoint: Checkpoint | None = None,
+        linear: bool = False,
     ) -> None:
         """Captures the model and finds its sites.
 
@@ -61,6 +62,7 @@ class BatchObservation(RepeatableObservation):
             progress: show progress bars.
             ranks: the processes that share the batches; None means this process alone.
             checkpoint: stores the statistics of the finished runs of one fit; given on at most one rank.
+            linear: whether linear layers outside of FFNs are sites.
 
         Raises:
             CalibrationError: no batches, a model in training mode, or a model without an FFN with its own weights.
@@ -73,15 +75,16 @@ class BatchObservation(RepeatableObservation):
         self._observers: Mapping[str, SiteObserver] = {}
         self._batch: Batch = self._batches[0]
         self._counts: dict[str, list[int]] = {}
-        self._lengths = dict[str, int]()  # tokens at each site in the last batch that reached it
+        self._lengths = dict[str, int]()  # tokens at each FFN in the last batch that reached it
         self._seen: dict[str, Seen] = {}
         self._replaced: Mapping[str, Callable[[Tensor], Tensor]] = {}
         self._refused: list[str] = []  # names and reasons of sites without their own weights
         self._graphs = 0  # that have run in a call
-        self._capture = Capture(model, self._instrument)
+        self._linear = linear
+        self._capture = Capture(model, self._instrument, linear=linear)
         self._call(0)
         self._whole = self._graphs == 1  # one graph is the whole model
-        self._fewest = max(1, min(self._lengths.values(), default=1))  # tokens of the first batch at any site
+        self._fewest = max(1, min(self._lengths.values(), default=1))  # tokens of the first batch at any FFN
         self._refuse_absent()
         if not self._sites:
             raise CalibrationError(
@@ -216,7 +219,7 @@ class BatchObservation(RepeatableObservation):
         values = dict(zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True))
         moved: dict[fx.Node, fx.Node] = {}  # outputs of sites that feed another site
         sites = set[str]()
-        for i, site in enumerate(find_sites(gm.graph)):
+        for i, site in enumerate(find_sites(gm.graph, linear=self._linear)):
             if site.reason is not None or any(not isinstance(values.get(p), Tensor) for p in site.parameters):
                 parameters = [values[p] for p in site.parameters if isinstance(values.get(p), Tensor)]
                 if self._admit(site, parameters) not in self._sites:
@@ -273,7 +276,8 @@ class BatchObservation(RepeatableObservation):
     def _enter(self, site: Site, x: Float[Tensor, "*tokens d"], *parameters: Tensor) -> Tensor | None:
         """Shows a site's inputs to its observer; returns a copy of them if the site's output will be replaced."""
         identity = self._admit(site, list(parameters))
-        self._lengths[identity] = x.shape[:-1].numel()
+        if site.kind != "linear":
+            self._lengths[identity] = x.shape[:-1].numel()
         self._observe(site, identity, x)
         return x.clone() if identity in self._replaced else None
 

@@ -14,7 +14,7 @@ from tardis_fx.runtime import tables
 class CodedFFN(NamedTuple):
     """A call at a site whose neurons have k projections each: k is 1 (up) or 2 (gate, up).
 
-    The input and the output are rotated (:mod:`tardis_fx.runtime.rotation`), and the rotated input is rounded to 8 bits
+    The input and the output are rotated (:mod:`tardis_fx.runtime.rotation`), and the rotated input is rounded to 8 or 16 bits
     (:func:`tardis_fx.runtime.coded_reference.rounded`); rows of codes are those of
     :mod:`tardis_fx.runtime.tables`. Every neuron that the plan lists has base codes, which give the estimates of its
     pre-activations, and refinements, which are added to them. While it gives nothing, the fold holds its surrogate.
@@ -81,6 +81,11 @@ class CodedFFN(NamedTuple):
     def tensors(self) -> list[Tensor]:
         """All tensors of the call."""
         return [field for field in (*self, *self.projections, *self.refinements) if isinstance(field, Tensor)]
+
+    @property
+    def wide(self) -> bool:
+        """Whether the input is rounded to 16 bits: refined projections have as many as 8."""
+        return self.bits + self.low_bits >= 8
 
     @property
     def neuron(self) -> "NeuronBytes":

@@ -145,18 +145,22 @@ def contributions(
 
 
 def _rotated(call: CodedFFN) -> Float[Tensor, "tokens d"]:
-    return rounded(call.x.reshape(-1, call.x.shape[-1]).float(), call.signs).to(compute_dtype(call.x.dtype))
+    x = call.x.reshape(-1, call.x.shape[-1]).float()
+    return rounded(x, call.signs, wide=call.wide).to(compute_dtype(call.x.dtype))
 
 
-def rounded(x: Float32[Tensor, "tokens d"], signs: Int8[Tensor, " d"]) -> Float32[Tensor, "tokens d"]:
+def rounded(
+    x: Float32[Tensor, "tokens d"], signs: Int8[Tensor, " d"], *, wide: bool = False
+) -> Float32[Tensor, "tokens d"]:
     """Rotated tokens, rounded to integers of 8 bits with one unit for every 128 columns.
 
-    The unit is a 127th of the largest absolute value. A group with an infinity or NaN becomes NaN.
+    The unit is a 127th of the largest absolute value; if ``wide``, integers have 16 bits, and it is a 32,258th. A group
+    with an infinity or NaN becomes NaN.
     """
-    d = x.shape[1]
+    d, most = x.shape[1], 254 * 127 if wide else 127
     padded = torch.nn.functional.pad(rotate_in_order(x, signs), (0, -d % GROUP)).unflatten(1, (-1, GROUP))
-    unit = padded.abs().amax(2, keepdim=True) / 127
-    numbers = torch.where(unit == 0, 0, (padded / unit).round().clamp(-127, 127))
+    unit = padded.abs().amax(2, keepdim=True) / most
+    numbers = torch.where(unit == 0, 0, (padded / unit).round().clamp(-most, most))
     rows: Tensor = (numbers * unit).flatten(1)[:, :d]
     return rows
 

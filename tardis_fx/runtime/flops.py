@@ -42,6 +42,12 @@ def coded_ffn_flops(x: Tensor, site: Tensor, d_out: int, out_val: object = None)
     return 2 * tokens * (multiplied + (d * d_out if call.fold is not None else 0))
 
 
+@register_flop_formula(torch.ops.tardis.coded_linear, get_raw=True)
+def coded_linear_flops(x: Tensor, layer: Tensor, d_out: int, out_val: object = None) -> int:
+    """FLOPs of :func:`tardis_fx.runtime.coded_linear.coded_linear`: the product."""
+    return 2 * x.numel() * d_out
+
+
 @register_flop_formula(
     [torch.ops.tardis.dequantise, torch.ops.tardis.dequantise_rows, torch.ops.tardis.rotate], get_raw=True
 )

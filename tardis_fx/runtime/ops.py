@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tardis_fx.errors import PlanMismatchError
-from tardis_fx.runtime import coded_reference, reference, rotation, tables
+from tardis_fx.runtime import coded_linear, coded_reference, reference, rotation, tables
 from tardis_fx.runtime.arguments import check, check_codes, check_devices, check_lists, check_rows, check_signs
 from tardis_fx.runtime.correction import SIGNATURE, Correction
 from tardis_fx.runtime.cpu import coded_layout
@@ -73,27 +73,35 @@ def _coded_ffn(x: Tensor, site: Tensor, d_out: int) -> Tensor:
     return output
 
 
-def _coded_ffn_fake(x: Tensor, site: Tensor, d_out: int) -> Tensor:
-    if x.ndim < 1 or not x.dtype.is_floating_point or site.ndim != 1 or site.dtype is not torch.uint8:
+def _coded_linear(x: Tensor, layer: Tensor, d_out: int) -> Tensor:
+    """The op without a kernel."""
+    call = coded_layout.restore_linear(x, layer)
+    count(call, None, layer.data_ptr())
+    return coded_linear.coded_linear(call)
+
+
+def _coded_fake(x: Tensor, prepared: Tensor, d_out: int) -> Tensor:
+    if x.ndim < 1 or not x.dtype.is_floating_point or prepared.ndim != 1 or prepared.dtype is not torch.uint8:
         raise PlanMismatchError(
-            f"tardis::coded_ffn takes tokens and a prepared site, not {x.dtype} of shape {tuple(x.shape)} and"
-            f" {site.dtype} of shape {tuple(site.shape)}"
+            f"an op of tardis takes tokens and a prepared site, not {x.dtype} of shape {tuple(x.shape)} and"
+            f" {prepared.dtype} of shape {tuple(prepared.shape)}"
         )
-    if x.device != site.device:
+    if x.device != prepared.device:
         raise PlanMismatchError(
-            f"a prepared site is on {site.device}, but its input is on {x.device}: move the whole model to one device,"
-            " and compile it again"
+            f"a prepared site is on {prepared.device}, but its input is on {x.device}: move the whole model to one"
+            " device, and compile it again"
         )
     return x.new_empty((*x.shape[:-1], d_out))
 
 
 @contextmanager
-def _coded_ffn_counted() -> Iterator[None]:
-    """Replaces the kernel of ``tardis::coded_ffn`` by the reference, which knows what it reads."""
+def _coded_counted() -> Iterator[None]:
+    """Replaces the kernels of ops in codes by the references, which know what they read."""
     library = torch.library.Library("tardis", "IMPL")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PyTorch warns of the first replacement
         library.impl("coded_ffn", _coded_ffn, "CPU", allow_override=True)
+        library.impl("coded_linear", _coded_linear, "CPU", allow_override=True)
     try:
         yield
     finally:
@@ -118,9 +126,10 @@ _define(
         "CUDA": _spread(counted(cuda.correct)),
     },
 )  # fmt: skip
-# On a CPU, `build.load` adds the kernel, which runs without Python.
-_define("coded_ffn", signature(_coded_ffn), _coded_ffn_fake, {"CompositeExplicitAutograd": _coded_ffn})
-counted_by(_coded_ffn_counted)
+# On a CPU, `build.load` adds the kernels, which run without Python.
+_define("coded_ffn", signature(_coded_ffn), _coded_fake, {"CompositeExplicitAutograd": _coded_ffn})
+_define("coded_linear", signature(_coded_linear), _coded_fake, {"CompositeExplicitAutograd": _coded_linear})
+counted_by(_coded_counted)
 _LIBRARY.define(
     "dequantise(Tensor codes, Tensor scale, Tensor zero, int bits, int columns, ScalarType dtype) -> Tensor"
 )

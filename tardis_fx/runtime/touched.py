@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tardis_fx.runtime import coded_reference, reference
 from tardis_fx.runtime.coded import CodedFFN
+from tardis_fx.runtime.coded_linear import CodedLinear
 from tardis_fx.runtime.correction import Correction
 
 _COUNTING: list["Touched"] = []
@@ -43,9 +44,14 @@ class Touched:
         """Share of (token, neuron) pairs that were corrected, over all sites."""
         return self._corrected / max(1, self._pairs)
 
-    def add(self, call: Correction | CodedFFN, parts: coded_reference.Levels | None = None, site: int = 0) -> None:
-        """Adds the bytes of a call of an op; of :class:`CodedFFN`, with the parts that it reads and the site's number."""
-        read = _of_correction(call) if isinstance(call, Correction) else _of_coded_ffn(call, parts, site)
+    def add(
+        self, call: Correction | CodedFFN | CodedLinear, parts: coded_reference.Levels | None = None, site: int = 0
+    ) -> None:
+        """Adds the bytes of a call; in codes with the site's number, and of an FFN with the parts that it reads."""
+        if isinstance(call, CodedLinear):
+            read = _of_coded_linear(call, site)
+        else:
+            read = _of_correction(call) if isinstance(call, Correction) else _of_coded_ffn(call, parts, site)
         self._tokens[read.site] += read.tokens
         self._bytes[read.site] += read.bytes
         self._corrected += read.corrected
@@ -92,9 +98,14 @@ def _of_coded_ffn(call: CodedFFN, parts: coded_reference.Levels | None, site: in
     return _Read(site, tokens, touched, value, tokens * len(call.columns))
 
 
+def _of_coded_linear(call: CodedLinear, site: int) -> _Read:
+    tokens = call.x.shape[:-1].numel()
+    return _Read(site, tokens, tokens * call.bytes, 0, 0)
+
+
 @contextmanager
 def count_touched() -> Iterator[Touched]:
-    """Counts, for every token on the rewritten path, the bytes of fold, predictor and corrections.
+    """Counts, for every token on the rewritten path, the bytes of codes, fold, predictor and corrections.
 
     The reference computes the estimates again, so a model is slow while it is counted. On a CUDA device only models
     compiled with ``inner="eager"`` are counted, because Inductor's code contains the kernels and calls no op. A fold
@@ -110,8 +121,8 @@ def count_touched() -> Iterator[Touched]:
         yield touched
 
 
-def count(call: CodedFFN, parts: coded_reference.Levels, site: int) -> None:
-    """Reports a call, and the parts that it reads, to active counters."""
+def count(call: CodedFFN | CodedLinear, parts: coded_reference.Levels | None, site: int) -> None:
+    """Reports a call in codes, and the parts of an FFN that it reads, to active counters."""
     for touched in _COUNTING:
         touched.add(call, parts, site)
 

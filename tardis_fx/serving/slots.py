@@ -142,8 +142,11 @@ def find(model: nn.Module, plan: Plan) -> list[tuple[Slot, SitePlan]]:
     Raises:
         PlanFileError: an entry could not have been made by its rewrite.
         PlanMismatchError: none of the plan's FFNs is in the model.
+        ServingError: the plan has linear layers outside of FFNs.
         StaleWeightError: some are not in the model.
     """
+    if plan.config.linear_bits is not None:
+        raise ServingError("vLLM serves FFNs alone: calibrate without linear_bits")
     if not plan.rewritten:
         raise PlanMismatchError("the plan rewrites no FFN")
     rewritten, unknown, known = list[tuple[Slot, SitePlan]](), list[Slot](), set[tuple[str, str]]()

@@ -11,6 +11,7 @@
 #include <array>
 #include <cmath>
 #include <cstdint>
+#include <initializer_list>
 #include <new>
 #include <utility>
 
@@ -31,7 +32,7 @@ constexpr int MOST_PROJECTIONS = 2;
 
 int64_t blocks(int64_t count, int64_t size) { return (count + size - 1) / size; }
 
-// ---- A prepared site: a header, then sections in the order of coded_layout.py, each from a multiple of 64 bytes on.
+// ---- What is prepared: a header, then sections in the order of coded_layout.py, each from a multiple of 64 bytes on.
 
 struct Tiles {
   const uint8_t* lines;
@@ -49,70 +50,85 @@ struct Rows {
   const uint8_t* row(int64_t number) const { return lines + number * bytes(); }
 };
 
+constexpr int64_t MOST_SIZE = int64_t(1) << 28;  // of a dimension
+constexpr int64_t ELEMENT[] = {4, 2, 2, 8};      // bytes, by dtype
+
+bool between(int64_t low, int64_t value, int64_t high) { return low <= value && value <= high; }
+
+struct Sections {
+  const uint8_t* bytes;
+  int64_t at = HEADER * sizeof(int64_t);
+  bool valid;
+
+  // Reads the numbers of the header.
+  Sections(const uint8_t* bytes, int64_t size, int64_t magic, std::initializer_list<int64_t*> numbers)
+      : bytes(bytes), valid(size >= at) {
+    if (!valid) return;
+    int64_t header[HEADER];
+    std::memcpy(header, bytes, sizeof header);
+    valid = header[0] == magic;
+    const int64_t* next = header + 1;
+    for (int64_t* number : numbers) *number = *next++;
+  }
+
+  const uint8_t* take(int64_t size) {
+    const uint8_t* const start = bytes + at;
+    at = blocks(at + size, 64) * 64;
+    return start;
+  }
+  Tiles tiles(int64_t rows, int64_t columns, int64_t bits) {
+    const int64_t cells = blocks(columns, TILE_CELL);
+    return {take(blocks(rows, TILE) * cells * bits * TILE_LINE), cells, bits};
+  }
+  Rows rows(int64_t rows, int64_t columns, int64_t bits, const Half* scales) {
+    const int64_t cells = blocks(columns, GROUP);
+    return {take(rows * cells * bits * ROW_LINE), cells, bits, scales};
+  }
+};
+
 struct Site {
   int64_t k, d, d_out, capacity, listed, bits, low_bits, column_bits, column_low_bits, fold_bits, activation, relative, biased,
       dtype;
   const int8_t *signs, *out_signs;
-  const void *bias, *biases;                  // of the dtype of x; biases [k, capacity] or null
-  const float *noise, *thresholds;            // [k], [k + 2]
-  const Bfloat16 *norms, *surrogate;          // [k, capacity], [k + 1, capacity] or null
-  const Half *scales, *fold_scales;           // [k, capacity], [d_out] or null
+  const void *bias, *biases;          // of the dtype of x; biases [k, capacity] or null
+  const float *noise, *thresholds;    // [k], [k + 2]
+  const Bfloat16 *norms, *surrogate;  // [k, capacity], [k + 1, capacity] or null
+  const Half *scales, *fold_scales;   // [k, capacity], [d_out] or null
   Tiles first, fold;
   Rows second, refinements[MOST_PROJECTIONS], columns, column_refinements;
 
   // Whether the header is one that coded_layout.py writes, and `size` bytes are all that it tells of.
   bool open(const uint8_t* site, int64_t size) {
-    if (size < int64_t(HEADER * sizeof(int64_t))) return false;
-    int64_t header[HEADER];
-    std::memcpy(header, site, sizeof header);
-    const int64_t* field = header;
-    if (*field++ != MAGIC) return false;
-    for (int64_t* to : {&k, &d, &d_out, &capacity, &listed, &bits, &low_bits, &column_bits, &column_low_bits, &fold_bits,
-                        &activation, &relative, &biased, &dtype})
-      *to = *field++;
-    const auto between = [](int64_t low, int64_t value, int64_t high) { return low <= value && value <= high; };
+    Sections sections(site, size, SITE_MAGIC,
+                      {&k, &d, &d_out, &capacity, &listed, &bits, &low_bits, &column_bits, &column_low_bits, &fold_bits,
+                       &activation, &relative, &biased, &dtype});
+    if (!sections.valid) return false;
     for (const int64_t width : {bits, low_bits, column_bits, column_low_bits})
       if (!between(1, width, 8)) return false;
-    constexpr int64_t MOST = int64_t(1) << 28;
-    if (!between(1, k, MOST_PROJECTIONS) || !between(1, d, MOST) || !between(0, d_out, MOST) || !between(0, listed, capacity) ||
-        !between(0, capacity, MOST) || !between(0, fold_bits, 8) || !between(0, activation, ACTIVATIONS - 1) ||
-        !between(0, relative, 1) || !between(0, biased, 1) || !between(0, dtype, 3))
+    if (!between(1, k, MOST_PROJECTIONS) || !between(1, d, MOST_SIZE) || !between(0, d_out, MOST_SIZE) ||
+        !between(0, listed, capacity) || !between(0, capacity, MOST_SIZE) || !between(0, fold_bits, 8) ||
+        !between(0, activation, ACTIVATIONS - 1) || !between(0, relative, 1) || !between(0, biased, 1) || !between(0, dtype, 3))
       return false;
-    int64_t at = HEADER * sizeof(int64_t);
-    const auto section = [&](int64_t bytes) {
-      const uint8_t* const start = site + at;
-      at = blocks(at + bytes, 64) * 64;
-      return start;
-    };
-    const auto tiles = [&](int64_t rows, int64_t width) {
-      const int64_t cells = blocks(d, TILE_CELL);
-      return Tiles{section(blocks(rows, TILE) * cells * width * TILE_LINE), cells, width};
-    };
-    const int64_t room = blocks(capacity, TILE) * TILE, element = dtype == 3 ? 8 : dtype == 0 ? 4 : 2;
-    const auto rows = [&](int64_t columns_of, int64_t width, const Half* of) {
-      const int64_t cells = blocks(columns_of, GROUP);
-      return Rows{section(room * cells * width * ROW_LINE), cells, width, of};
-    };
-    signs = (const int8_t*)section(d);
-    out_signs = (const int8_t*)section(d_out);
-    bias = section(d_out * element);
-    noise = (const float*)section(k * sizeof(float));
-    thresholds = (const float*)section((k + 2) * sizeof(float));
-    biases = biased ? section(k * room * element) : nullptr;
-    norms = (const Bfloat16*)section(k * room * 2);
-    surrogate = fold_bits ? (const Bfloat16*)section((k + 1) * room * 2) : nullptr;
-    scales = (const Half*)section(k * room * 2);
-    const Half* const low_scales = (const Half*)section(k * room * 2);
-    const Half* const column_scales = (const Half*)section(room * 2);
-    const Half* const column_low_scales = (const Half*)section(room * 2);
-    fold_scales = fold_bits ? (const Half*)section(blocks(d_out, TILE) * TILE * 2) : nullptr;
-    first = tiles(capacity, bits);
-    second = k > 1 ? rows(d, bits, scales + room) : Rows{};
-    for (int i = 0; i < k; ++i) refinements[i] = rows(d, low_bits, low_scales + i * room);
-    columns = rows(d_out, column_bits, column_scales);
-    column_refinements = rows(d_out, column_low_bits, column_low_scales);
-    fold = fold_bits ? tiles(d_out, fold_bits) : Tiles{};
-    return at == size;
+    signs = (const int8_t*)sections.take(d);
+    out_signs = (const int8_t*)sections.take(d_out);
+    bias = sections.take(d_out * ELEMENT[dtype]);
+    noise = (const float*)sections.take(k * sizeof(float));
+    thresholds = (const float*)sections.take((k + 2) * sizeof(float));
+    biases = biased ? sections.take(k * room() * ELEMENT[dtype]) : nullptr;
+    norms = (const Bfloat16*)sections.take(k * room() * 2);
+    surrogate = fold_bits ? (const Bfloat16*)sections.take((k + 1) * room() * 2) : nullptr;
+    scales = (const Half*)sections.take(k * room() * 2);
+    const Half* const low_scales = (const Half*)sections.take(k * room() * 2);
+    const Half* const column_scales = (const Half*)sections.take(room() * 2);
+    const Half* const column_low_scales = (const Half*)sections.take(room() * 2);
+    fold_scales = fold_bits ? (const Half*)sections.take(blocks(d_out, TILE) * TILE * 2) : nullptr;
+    first = sections.tiles(capacity, d, bits);
+    second = k > 1 ? sections.rows(room(), d, bits, scales + room()) : Rows{};
+    for (int i = 0; i < k; ++i) refinements[i] = sections.rows(room(), d, low_bits, low_scales + i * room());
+    columns = sections.rows(room(), d_out, column_bits, column_scales);
+    column_refinements = sections.rows(room(), d_out, column_low_bits, column_low_scales);
+    fold = fold_bits ? sections.tiles(d_out, d, fold_bits) : Tiles{};
+    return sections.at == size;
   }
 
   int64_t room() const { return blocks(capacity, TILE) * TILE; }
@@ -148,61 +164,117 @@ void multiply(const Tiles& tiles, int64_t number, const Tokens& x, int64_t token
   for (; first + T <= tokens; first += T)
     multiply_some[tiles.bits - 1](tiles.tile(number), tiles.cells, x, first, products + first * TILE);
   if constexpr (T > 1) multiply<T / 2>(tiles, number, x, tokens, products, first);
+  if (T == TOKENS_TOGETHER && x.rest) {
+    float others[MOST_TOKENS * TILE];
+    multiply(tiles, number, *x.rest, tokens, others);
+    for (int64_t i = 0; i < tokens * TILE; ++i) products[i] += others[i];
+  }
 }
 
-// Products of a row with the tokens of a list.
+// Products of a row with the tokens of a list from `first` on.
 template <int T = TOKENS_TOGETHER>
 void multiply(const Rows& of, int32_t number, int32_t ahead, const Tokens& x, const int32_t* which, int64_t count,
-              float* products) {
+              float* products, int64_t first = 0) {
   static constexpr auto multiply_some = row_products<T>(EVERY_WIDTH);
-  for (; count >= T; count -= T, which += T, products += T)
-    multiply_some[of.bits - 1](of.row(number), of.row(ahead), x, which, products);
-  if constexpr (T > 1) multiply<T / 2>(of, number, ahead, x, which, count, products);
+  for (; first + T <= count; first += T)
+    multiply_some[of.bits - 1](of.row(number), of.row(ahead), x, which + first, products + first);
+  if constexpr (T > 1) multiply<T / 2>(of, number, ahead, x, which, count, products, first);
+  if (T == TOKENS_TOGETHER && x.rest) {
+    float others[MOST_TOKENS];
+    multiply(of, number, ahead, *x.rest, which, count, others);
+    for (int64_t i = 0; i < count; ++i) products[i] += others[i];
+  }
 }
 
 // ---- Tokens.
 
-// Rotates a token and rounds it to 8 bits; a group with an infinity or NaN becomes NaN.
-template <class W>
-void set_token(const Site& site, const W* x, int64_t t, Tokens& to) {
-  float* const rotated = scratch<float, 0>(to.groups * GROUP);
-  for (int64_t i = 0; i < site.d; ++i) rotated[i] = to_float(x[i]) * site.signs[i];
-  std::fill(rotated + site.d, rotated + to.groups * GROUP, 0.0f);
-  for_blocks(site.d, [&](int64_t start, int64_t size) { transform(rotated + start, size); });
-  int8_t* const turned = to.turned + t * to.strips() * CELL * WIDTH;
-  float* const lane_units = to.lane_units + t * to.strips() * LANES;
-  std::fill_n(turned, to.strips() * CELL * WIDTH, 0);
-  std::fill_n(lane_units, to.strips() * LANES, 0.0f);
-  to.sums[t] = 0;
-  for (int64_t g = 0; g < to.groups; ++g) {
-    const float* const group = rotated + g * GROUP;
-    int8_t* const numbers = to.numbers + (t * to.groups + g) * GROUP;
-    Floats most = {};
-    for (int i = 0; i < GROUP; i += LANES) {
-      const Floats size = lanes::magnitude(load(group + i));
-      most = most < size ? size : (size < INFINITY ? most : Floats{} + INFINITY);  // of a NaN, too
-    }
-    float largest = 0;
-    for (int i = 0; i < LANES; ++i) largest = std::max(largest, most[i]);
-    const float whole_unit = largest / 127, unit = whole_unit < INFINITY ? whole_unit : NAN;
-    Ints sums = {};
-    for (int i = 0; i < GROUP; i += LANES) {
-      Floats number = load(group + i) / unit;
-      number = number > 127 ? Floats{} + 127 : (number < -127 ? Floats{} - 127 : number);
-      const Ints whole = unit > 0 ? __builtin_convertvector(lanes::nearest(number), Ints) : Ints{};
-      sums += whole;
-      const Small small = __builtin_convertvector(whole, Small);
-      std::memcpy(numbers + i, &small, sizeof small);
-    }
-    for (int j = 0; j < CELL; ++j)
-      std::memcpy(turned + ((g / LINES * CELL + j) * LINES + g % LINES) * ROW_LINE, numbers + j * ROW_LINE, ROW_LINE);
-    int32_t total = 0;
-    for (int i = 0; i < LANES; ++i) total += sums[i];
-    to.units[t * to.groups + g] = unit;
-    std::fill_n(lane_units + g / LINES * LANES + g % LINES * (ROW_LINE / 4), ROW_LINE / 4, unit);
-    to.sums[t] += unit * total;
+// Sets the numbers of a group of a token.
+void set_group(Tokens& to, int64_t t, int64_t g, const Ints* numbers, float unit) {
+  int8_t* const at = to.numbers + (t * to.groups + g) * GROUP;
+  Ints sums = {};
+  for (int i = 0; i < GROUP / LANES; ++i) {
+    sums += numbers[i];
+    const Small small = __builtin_convertvector(numbers[i], Small);
+    std::memcpy(at + i * LANES, &small, sizeof small);
   }
+  int8_t* const turned = to.turned + t * to.strips() * CELL * WIDTH;
+  for (int j = 0; j < CELL; ++j)
+    std::memcpy(turned + ((g / LINES * CELL + j) * LINES + g % LINES) * ROW_LINE, at + j * ROW_LINE, ROW_LINE);
+  int32_t total = 0;
+  for (int i = 0; i < LANES; ++i) total += sums[i];
+  to.units[t * to.groups + g] = unit;
+  float* const lane_units = to.lane_units + t * to.strips() * LANES;
+  std::fill_n(lane_units + g / LINES * LANES + g % LINES * (ROW_LINE / 4), ROW_LINE / 4, unit);
+  to.sums[t] += unit * total;
 }
+
+// Tokens that are rotated, and rounded to 8 or 16 bits; a group with an infinity or NaN becomes NaN.
+struct Rounded {
+  int64_t d;
+  const int8_t* signs;
+  Tokens planes[2];
+  int count;
+
+  // Rounded to 16 bits if `wide`. Memory is of the calling thread.
+  Rounded(int64_t d, const int8_t* signs, bool wide, int64_t tokens) : d(d), signs(signs), planes{}, count(1 + wide) {
+    const int64_t groups = blocks(d, GROUP);
+    for (Tokens& plane : planes) plane.groups = groups;
+    const int64_t strips = planes[0].strips();
+    int8_t *const numbers = scratch<int8_t, 5>(2 * tokens * groups * GROUP), *const turned = scratch<int8_t, 7>(2 * tokens * strips * CELL * WIDTH);
+    float *const units = scratch<float, 6>(2 * tokens * groups), *const lane_units = scratch<float, 12>(2 * tokens * strips * LANES),
+               *const sums = scratch<float, 13>(2 * tokens);
+    std::fill_n(turned, count * tokens * strips * CELL * WIDTH, 0);
+    std::fill_n(lane_units, count * tokens * strips * LANES, 0.0f);
+    std::fill_n(sums, count * tokens, 0.0f);
+    for (int i = 0; i < count; ++i)
+      planes[i] = {groups, numbers + i * tokens * groups * GROUP, units + i * tokens * groups,
+                   turned + i * tokens * strips * CELL * WIDTH, lane_units + i * tokens * strips * LANES, sums + i * tokens,
+                   i + 1 < count ? planes + 1 : nullptr};
+  }
+  Rounded(const Rounded&) = delete;
+
+  template <class W>
+  void set(const W* x, int64_t t) {
+    const int64_t groups = planes[0].groups;
+    float* const rotated = scratch<float, 0>(groups * GROUP);
+    for (int64_t i = 0; i < d; ++i) rotated[i] = to_float(x[i]) * signs[i];
+    std::fill(rotated + d, rotated + groups * GROUP, 0.0f);
+    for_blocks(d, [&](int64_t start, int64_t size) { transform(rotated + start, size); });
+    const float most_units = count == 2 ? STEP * 127 : 127;
+    for (int64_t g = 0; g < groups; ++g) {
+      const float* const group = rotated + g * GROUP;
+      Floats most = {};
+      for (int i = 0; i < GROUP; i += LANES) {
+        const Floats size = lanes::magnitude(load(group + i));
+        most = most < size ? size : (size < INFINITY ? most : Floats{} + INFINITY);  // of a NaN, too
+      }
+      float largest = 0;
+      for (int i = 0; i < LANES; ++i) largest = std::max(largest, most[i]);
+      const float whole_unit = largest / most_units, unit = whole_unit < INFINITY ? whole_unit : NAN;
+      Ints first[GROUP / LANES], rest[GROUP / LANES];
+      for (int i = 0; i < GROUP / LANES; ++i) {
+        Floats number = load(group + i * LANES) / unit;
+        number = number > most_units ? Floats{} + most_units : (number < -most_units ? Floats{} - most_units : number);
+        number = unit > 0 ? lanes::nearest(number) : Floats{};
+        const Floats high = count == 2 ? lanes::nearest(number * (1.0f / STEP)) : number;
+        first[i] = __builtin_convertvector(high, Ints);
+        rest[i] = __builtin_convertvector(number, Ints) - STEP * first[i];
+      }
+      // Levels are multiples of 1/128, so that products are not much larger than what they stand for.
+      set_group(planes[0], t, g, first, (count == 2 ? STEP * unit : unit) / 128);
+      if (count == 2) set_group(planes[1], t, g, rest, unit / 128);
+    }
+  }
+
+  // Sets all tokens, of which threads take shares if they are many.
+  template <class W>
+  void set(const W* x, int64_t tokens, int64_t threads) {
+    const int64_t sharing = tokens < 4 ? 1 : threads;
+    run_threads(sharing, [&](int64_t thread) {
+      for (int64_t t = tokens * thread / sharing; t < tokens * (thread + 1) / sharing; ++t) set(x + t * d, t);
+    });
+  }
+};
 
 // ---- Neurons.
 
@@ -309,7 +381,7 @@ void estimate(const Site& site, const Tokens& x, int64_t tokens, int64_t positio
     for (int64_t t = 0; t < tokens; ++t) {
       float* const to = z + t * stride + at;
       for (int lane = 0; lane < TILE; lane += LANES)
-        put(load(products + t * TILE + lane) * load(site.scales + position + at + lane) * (1 / 128.0f), to + lane);
+        put(load(products + t * TILE + lane) * load(site.scales + position + at + lane), to + lane);
       add_biases(site, 0, position + at, to);
       for (int lane = 0; lane < TILE; lane += LANES)
         put(activate(load(to + lane), site.activation), active + t * stride + at + lane);
@@ -401,7 +473,7 @@ void add_rows(const Rows& rows, const Members& members, int64_t position, const 
     for (uint32_t rest = members.tokens[i]; rest; rest &= rest - 1) which[of++] = __builtin_ctz(rest);
     const int32_t neuron = members.neurons[i], ahead = members.neurons[std::min(i + ROWS_AHEAD, members.count - 1)];
     multiply(rows, position + neuron, position + ahead, x, which, of, products);
-    const float scale = to_float(rows.scales[position + neuron]) * (1 / 128.0f);
+    const float scale = to_float(rows.scales[position + neuron]);
     for (int64_t n = 0; n < of; ++n) z[which[n]][neuron] += scale * products[n];
   }
 }
@@ -512,10 +584,9 @@ void add_chunk(const Rows& rows, const Chunk& chunk, const Chunk::Values* values
 template <class W>
 struct Step {
   const Site& site;
-  const W* in;
   W* out;
   int64_t tokens, threads;
-  Tokens x;
+  const Tokens& x;
   float* kept;        // [batches, tokens, 2, BATCH]: first estimates and their activations, if thresholds are relative
   double* squares;    // [threads, MOST_TOKENS]: of the scales
   Chunks *columns, *refinements;  // of each thread
@@ -525,10 +596,6 @@ struct Step {
   // Bits of the neurons of a tile that are listed.
   uint32_t listed(int64_t position) const {
     return (uint64_t(1) << std::clamp<int64_t>(site.listed - position, 0, TILE)) - 1;
-  }
-
-  void set_tokens(int64_t begin, int64_t end) {
-    for (int64_t t = begin; t < end; ++t) set_token(site, in + t * site.d, t, x);
   }
 
   void keep_first(int64_t thread) {
@@ -638,7 +705,7 @@ struct Step {
       for (int64_t t = 0; t < tokens; ++t)
         for (int lane = 0; lane < TILE; lane += LANES) {
           float* const at = sums + t * width + row - begin * GROUP + lane;
-          put(load(at) + load(products + t * TILE + lane) * load(site.fold_scales + row + lane) * (1 / 128.0f), at);
+          put(load(at) + load(products + t * TILE + lane) * load(site.fold_scales + row + lane), at);
         }
     }
     for (int64_t t = 0; t < tokens; ++t)
@@ -655,14 +722,10 @@ struct Step {
 
 template <class W>
 void compute(const Site& site, const W* x, W* out, int64_t tokens, int64_t threads) {
-  const int64_t groups = blocks(site.d, GROUP), batches = blocks(site.listed, BATCH), size = Chunks::bytes(tokens);
-  Step<W> step{site, x, out, tokens, threads, {}, nullptr, nullptr, nullptr, nullptr};
-  step.x.groups = groups;
-  step.x.numbers = scratch<int8_t, 5>(tokens * groups * GROUP);
-  step.x.units = scratch<float, 6>(tokens * groups);
-  step.x.turned = scratch<int8_t, 7>(tokens * step.x.strips() * CELL * WIDTH);
-  step.x.lane_units = scratch<float, 12>(tokens * step.x.strips() * LANES);
-  step.x.sums = scratch<float, 13>(tokens);
+  const int64_t batches = blocks(site.listed, BATCH), size = Chunks::bytes(tokens);
+  Rounded rounded(site.d, site.signs, site.bits + site.low_bits >= 8, tokens);
+  rounded.set(x, tokens, threads);
+  Step<W> step{site, out, tokens, threads, rounded.planes[0], nullptr, nullptr, nullptr, nullptr};
   if (site.relative) {
     step.kept = scratch<float, 8>(batches * tokens * 2 * BATCH);
     step.squares = scratch<double, 9>(threads * MOST_TOKENS);
@@ -675,34 +738,93 @@ void compute(const Site& site, const W* x, W* out, int64_t tokens, int64_t threa
     step.columns[thread] = {memory + before * size, size, 0};
     step.refinements[thread] = {memory + (batches + 1 + before) * size, size, 0};
   }
-  if (tokens < 4 || threads == 1)
-    step.set_tokens(0, tokens);
-  else
-    run_threads(threads, [&](int64_t thread) { step.set_tokens(step.share(tokens, thread), step.share(tokens, thread + 1)); });
   if (site.relative) run_threads(threads, [&](int64_t thread) { step.keep_first(thread); });
   run_threads(threads, [&](int64_t thread) { step.add_neurons(thread); });
   run_threads(threads, [&](int64_t thread) { step.add_outputs(thread); });
 }
 
+// Calls `of` for a value of the type that a number stands for.
+template <class Function>
+void with_dtype(int64_t dtype, Function of) {
+  if (dtype == 0) return of(float());
+  if (dtype == 1) return of(Bfloat16());
+  if (dtype == 2) return of(Half());
+  of(double());
+}
+
+// ---- A prepared linear layer.
+
+struct Linear {
+  int64_t d, d_out, bits, biased, dtype;
+  const int8_t* signs;
+  const void* bias;  // of the dtype of x, or null
+  const Half* scales;
+  Tiles tiles;
+
+  // As for a site.
+  bool open(const uint8_t* layer, int64_t size) {
+    Sections sections(layer, size, LINEAR_MAGIC, {&d, &d_out, &bits, &biased, &dtype});
+    if (!sections.valid || !between(1, d, MOST_SIZE) || !between(0, d_out, MOST_SIZE) || !between(1, bits, 8) ||
+        !between(0, biased, 1) || !between(0, dtype, 3))
+      return false;
+    signs = (const int8_t*)sections.take(d);
+    bias = biased ? sections.take(d_out * ELEMENT[dtype]) : nullptr;
+    scales = (const Half*)sections.take(blocks(d_out, TILE) * TILE * 2);
+    tiles = sections.tiles(d_out, d, bits);
+    return sections.at == size;
+  }
+};
+
 template <class W>
-void compute_all(const Site& site, const void* x, void* out, int64_t tokens, int64_t threads) {
-  const int64_t bytes = blocks(site.listed, TILE) * site.first.cells * site.bits * TILE_LINE;
-  if (bytes < SERIAL_BYTES) threads = 1;
-  for (int64_t t = 0; t < tokens; t += MOST_TOKENS)
-    compute(site, (const W*)x + t * site.d, (W*)out + t * site.d_out, std::min<int64_t>(MOST_TOKENS, tokens - t), threads);
+void multiply(const Linear& layer, const W* x, W* out, int64_t tokens, int64_t threads) {
+  Rounded rounded(layer.d, layer.signs, layer.bits == 8, tokens);
+  rounded.set(x, tokens, threads);
+  const int64_t count = blocks(layer.d_out, TILE);
+  run_threads(threads, [&](int64_t thread) {
+    for (int64_t tile = count * thread / threads; tile < count * (thread + 1) / threads; ++tile) {
+      float products[MOST_TOKENS * TILE];
+      multiply(layer.tiles, tile, rounded.planes[0], tokens, products);
+      const int64_t row = tile * TILE, rows = std::min<int64_t>(TILE, layer.d_out - row);
+      for (int64_t t = 0; t < tokens; ++t) {
+        float* const product = products + t * TILE;
+        for (int lane = 0; lane < TILE; lane += LANES)
+          put(load(product + lane) * load(layer.scales + row + lane), product + lane);
+        for (int64_t i = 0; i < rows; ++i) {
+          const float bias = layer.bias ? to_float(((const W*)layer.bias)[row + i]) : 0;
+          store(product[i] + bias, out + t * layer.d_out + row + i);
+        }
+      }
+    }
+  });
 }
 
 }  // namespace
 
-extern "C" int64_t tardis_coded_ffn(const uint8_t* prepared, int64_t size, const void* x, void* out, int64_t tokens, int64_t d, int64_t d_out,
-                  int64_t dtype, int64_t threads) {
+extern "C" int64_t tardis_coded_ffn(const uint8_t* prepared, int64_t size, const void* x, void* out, int64_t tokens, int64_t d,
+                                    int64_t d_out, int64_t dtype, int64_t threads) {
   Site site;
   if (!site.open(prepared, size) || site.d != d || site.d_out != d_out || site.dtype != dtype || tokens < 0 || threads < 1)
     return 1;
-  const auto of = dtype == 0   ? compute_all<float>
-                  : dtype == 1 ? compute_all<Bfloat16>
-                  : dtype == 2 ? compute_all<Half>
-                               : compute_all<double>;
-  of(site, x, out, tokens, threads);
+  const int64_t bytes = blocks(site.listed, TILE) * site.first.cells * site.bits * TILE_LINE;
+  if (bytes < SERIAL_BYTES) threads = 1;
+  with_dtype(dtype, [&](auto value) {
+    typedef decltype(value) W;
+    for (int64_t t = 0; t < tokens; t += MOST_TOKENS)
+      compute(site, (const W*)x + t * d, (W*)out + t * d_out, std::min(MOST_TOKENS, tokens - t), threads);
+  });
+  return 0;
+}
+
+extern "C" int64_t tardis_coded_linear(const uint8_t* prepared, int64_t size, const void* x, void* out, int64_t tokens, int64_t d,
+                                       int64_t d_out, int64_t dtype, int64_t threads) {
+  Linear layer;
+  if (!layer.open(prepared, size) || layer.d != d || layer.d_out != d_out || layer.dtype != dtype || tokens < 0 || threads < 1)
+    return 1;
+  if (d * d_out * layer.bits / 8 < SERIAL_BYTES) threads = 1;
+  with_dtype(dtype, [&](auto value) {
+    typedef decltype(value) W;
+    for (int64_t t = 0; t < tokens; t += MOST_TOKENS)
+      multiply(layer, (const W*)x + t * d, (W*)out + t * d_out, std::min(MOST_TOKENS, tokens - t), threads);
+  });
   return 0;
 }

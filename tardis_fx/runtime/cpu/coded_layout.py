@@ -1,6 +1,6 @@
-"""Memory layout of a site in codes for ``coded.cpp``, in which codes are read at the speed of memory.
+"""Memory layout of FFNs and linear layers in codes for ``coded.cpp``, in which codes are read at the speed of memory.
 
-A prepared site is one tensor of bytes: a header, then every other argument but the input, each from a multiple of 64
+What is prepared is one tensor of bytes: a header, then every other argument but the input, each from a multiple of 64
 bytes on. Codes of a matrix that is read as a whole lie in tiles of 32 rows, those of rows that are read alone in rows.
 A cell holds eight codes of each of some positions: in each of its ``bits`` lines, one byte a position. In a cell of a
 tile, positions are four columns of each row, and code ``j`` of column ``c`` is column ``4 j + c`` of 32. In a cell of a
@@ -9,10 +9,11 @@ row, positions are 16 columns, and code ``j`` of column ``c`` is column ``16 j +
 
 import math
 import mmap
+from collections.abc import Sequence
 from contextlib import suppress
 
 import torch
-from jaxtyping import Float, Shaped, UInt8
+from jaxtyping import Float, Int64, Shaped, UInt8
 from torch import Tensor
 
 from tardis_fx.errors import PlanMismatchError
@@ -20,10 +21,12 @@ from tardis_fx.graph.activations import ACTIVATIONS
 from tardis_fx.runtime import tables
 from tardis_fx.runtime.coded import CodedFFN
 from tardis_fx.runtime.coded_arguments import check, check_listed
+from tardis_fx.runtime.coded_linear import CodedLinear
+from tardis_fx.runtime.coded_linear import check as check_linear
 from tardis_fx.runtime.packing import unpack
 
-#: First integer of a header, and number of its integers.
-MAGIC, HEADER = 0x31736964726174, 24
+#: First integer of a header, of an FFN and of a linear layer; and number of integers.
+SITE_MAGIC, LINEAR_MAGIC, HEADER = 0x31736964726174, 0x316C6964726174, 24
 #: Rows of a tile, and columns of its cells and of those of rows.
 TILE, TILE_CELL, ROW_CELL = 32, 32, 128
 #: Sections start at multiples of so many bytes.
@@ -58,11 +61,8 @@ def prepare(call: CodedFFN) -> UInt8[Tensor, " bytes"]:
         "activation": list(ACTIVATIONS).index(call.activation), "relative": int(call.relative),
         "biased": int(call.biases is not None), "dtype": _DTYPES.index(call.bias.dtype),
     }  # fmt: skip
-    header = torch.zeros(HEADER, dtype=torch.int64, device="cpu")
-    header[: len(_NUMBERS) + 1] = torch.tensor(
-        [MAGIC, *(numbers[name] for name in _NUMBERS)], dtype=torch.int64, device="cpu"
-    )
-    parts = [header, call.signs, call.out_signs, call.bias, call.noise, call.thresholds]
+    parts = [_header(SITE_MAGIC, [numbers[name] for name in _NUMBERS])]
+    parts += [call.signs, call.out_signs, call.bias, call.noise, call.thresholds]
     parts += [] if call.biases is None else [_padded(call.biases.T)]
     parts += [_padded(call.norms.T)]
     parts += [] if call.surrogate is None else [_padded(call.surrogate.T)]
@@ -75,13 +75,38 @@ def prepare(call: CodedFFN) -> UInt8[Tensor, " bytes"]:
     parts += [lines(call.columns, call.column_bits, d_out)]
     parts += [lines(call.column_refinements, call.column_low_bits, d_out)]
     parts += [] if call.fold is None else [tiles(call.fold, call.fold_bits, d)]
+    return _joined(parts)
+
+
+def prepare_linear(call: CodedLinear) -> UInt8[Tensor, " bytes"]:
+    """The prepared layer of a call, of whose input only size and dtype are used.
+
+    Raises:
+        PlanMismatchError: an argument does not fit the others, or the op does not take it.
+    """
+    check_linear(call)
+    d, biased = call.x.shape[-1], call.bias is not None
+    parts = [
+        _header(LINEAR_MAGIC, [d, len(call.rows), call.bits, int(biased), _DTYPES.index(call.x.dtype)]),
+        call.signs,
+    ]
+    parts += [] if call.bias is None else [call.bias]
+    return _joined([*parts, _padded(tables.scales(call.rows)[None]), tiles(call.rows, call.bits, d)])
+
+
+def _header(magic: int, numbers: Sequence[int]) -> Int64[Tensor, " integers"]:
+    rest = [0] * (HEADER - 1 - len(numbers))
+    return torch.tensor([magic, *numbers, *rest], dtype=torch.int64, device="cpu")
+
+
+def _joined(parts: Sequence[Tensor]) -> UInt8[Tensor, " bytes"]:
     sections = [part.contiguous().reshape(-1).view(torch.uint8) for part in parts]
-    site = _zeros(sum(map(_aligned, map(len, sections))))
+    prepared = _zeros(sum(map(_aligned, map(len, sections))))
     at = 0
     for section in sections:
-        site[at : at + len(section)] = section
+        prepared[at : at + len(section)] = section
         at += _aligned(len(section))
-    return site
+    return prepared
 
 
 def _zeros(size: int) -> UInt8[Tensor, " {size}"]:
@@ -97,71 +122,96 @@ def _zeros(size: int) -> UInt8[Tensor, " {size}"]:
     return zeros
 
 
+class _Sections:
+    """Takes apart what is prepared, section after section."""
+
+    def __init__(self, prepared: UInt8[Tensor, " bytes"], magic: int) -> None:
+        start = 8 * HEADER
+        found, *self.numbers = prepared[:start].view(torch.int64).tolist() if len(prepared) >= start else [0]
+        if found != magic:
+            raise PlanMismatchError("an op of tardis was given bytes that are not a prepared site")
+        self._prepared, self._at = prepared, start
+
+    def take(self, of: torch.dtype, *shape: int) -> Tensor:
+        """The next section."""
+        size = math.prod(shape) * of.itemsize
+        start, self._at = self._at, self._at + _aligned(size)
+        values: Tensor = self._prepared[start : start + size].view(of).view(shape)
+        return values
+
+    def tiled(self, rows: int, columns: int, bits: int) -> UInt8[Tensor, "{rows} {columns}"]:
+        """Codes in tiles."""
+        cells = self.take(torch.uint8, -(-rows // TILE), -(-columns // TILE_CELL), bits, 4 * TILE)
+        codes: Tensor = _codes_of(cells, bits).unflatten(-1, (TILE, 4)).permute(0, 3, 1, 2, 4)
+        return codes.flatten(2).flatten(0, 1)[:rows, :columns].contiguous()
+
+    def lined(self, rows: int, columns: int, bits: int) -> UInt8[Tensor, "{rows} {columns}"]:
+        """Codes in rows."""
+        cells = self.take(torch.uint8, _whole(rows), -(-columns // ROW_CELL), bits, 16)
+        return _codes_of(cells, bits).flatten(1)[:rows, :columns].contiguous()
+
+
 def restore(x: Float[Tensor, "*tokens d"], site: UInt8[Tensor, " bytes"]) -> CodedFFN:
     """The call that a site was prepared from, with tokens; the inverse of :func:`prepare`.
 
     Raises:
         PlanMismatchError: the bytes are not a prepared site, or the tokens have another dtype or size.
     """
-    magic, *numbers = site[: 8 * HEADER].view(torch.int64).tolist() if len(site) >= 8 * HEADER else [0]
-    if magic != MAGIC:
-        raise PlanMismatchError("tardis::coded_ffn was given bytes that are not a prepared site")
-    n = dict(zip(_NUMBERS, numbers, strict=False))
+    sections = _Sections(site, SITE_MAGIC)
+    n = dict(zip(_NUMBERS, sections.numbers, strict=False))
     k, d, d_out, capacity = n["k"], n["d"], n["d_out"], n["capacity"]
-    dtype, room, folded = _DTYPES[n["dtype"]], capacity + -capacity % TILE, n["fold_bits"] > 0
-    if x.shape[-1:] != (d,) or x.dtype is not dtype:
-        raise PlanMismatchError(
-            f"tardis::coded_ffn was given x of {x.dtype} and shape {tuple(x.shape)}, but its site takes {d} columns of"
-            f" {dtype}"
-        )
-    at = 8 * HEADER
-
-    def section(of: torch.dtype, *shape: int) -> Tensor:
-        nonlocal at
-        size = math.prod(shape) * of.itemsize
-        start, at = at, at + _aligned(size)
-        values: Tensor = site[start : start + size].view(of).view(shape)
-        return values
-
-    def tiled(bits: int, rows: int) -> Tensor:
-        cells = section(torch.uint8, -(-rows // TILE), -(-d // TILE_CELL), bits, 4 * TILE)
-        codes: Tensor = _codes_of(cells, bits).unflatten(-1, (TILE, 4)).permute(0, 3, 1, 2, 4)
-        return codes.flatten(2).flatten(0, 1)
-
-    def lined(bits: int, columns: int) -> Tensor:
-        return _codes_of(section(torch.uint8, room, -(-columns // ROW_CELL), bits, 16), bits).flatten(1)
-
-    signs, out_signs = section(torch.int8, d), section(torch.int8, d_out)
-    bias, noise, thresholds = section(dtype, d_out), section(torch.float32, k), section(torch.float32, k + 2)
-    biases = section(dtype, k, room)[:, :capacity].T if n["biased"] else None
-    norms = section(torch.bfloat16, k, room)[:, :capacity].T
-    surrogate = section(torch.bfloat16, k + 1, room)[:, :capacity].T if folded else None
-    scales, low_scales = section(torch.float16, k, room), section(torch.float16, k, room)
-    column_scales, column_low_scales = section(torch.float16, 1, room)[0], section(torch.float16, 1, room)[0]
-    fold_scales = section(torch.float16, d_out + -d_out % TILE) if folded else None
-
-    def joined(codes: Tensor, of: Tensor, rows: int, columns: int, bits: int) -> Tensor:
-        return tables.join(codes[:rows, :columns].contiguous(), of[:rows], bits)
-
-    bits, low_bits = n["bits"], n["low_bits"]
-    projections = [tiled(bits, capacity), *(lined(bits, d) for _ in range(k - 1))]
-    refinements = [lined(low_bits, d) for _ in range(k)]
-    columns, column_refinements = lined(n["column_bits"], d_out), lined(n["column_low_bits"], d_out)
+    dtype, room, folded = _DTYPES[n["dtype"]], _whole(capacity), n["fold_bits"] > 0
+    _check_tokens(x, d, dtype)
+    take = sections.take
+    signs, out_signs = take(torch.int8, d), take(torch.int8, d_out)
+    bias, noise, thresholds = take(dtype, d_out), take(torch.float32, k), take(torch.float32, k + 2)
+    biases = take(dtype, k, room)[:, :capacity].T if n["biased"] else None
+    norms = take(torch.bfloat16, k, room)[:, :capacity].T
+    surrogate = take(torch.bfloat16, k + 1, room)[:, :capacity].T if folded else None
+    scales, low_scales = take(torch.float16, k, room)[:, :capacity], take(torch.float16, k, room)[:, :capacity]
+    column_scales, column_low_scales = take(torch.float16, room)[:capacity], take(torch.float16, room)[:capacity]
+    fold_scales = take(torch.float16, _whole(d_out))[:d_out] if folded else None
+    bits, low_bits, column_bits, column_low_bits = (n[name] for name in _NUMBERS[5:9])
+    codes = [sections.tiled(capacity, d, bits), *(sections.lined(capacity, d, bits) for _ in range(k - 1))]
+    low_codes = [sections.lined(capacity, d, low_bits) for _ in range(k)]
+    columns = tables.join(sections.lined(capacity, d_out, column_bits), column_scales, column_bits)
+    low_columns = tables.join(sections.lined(capacity, d_out, column_low_bits), column_low_scales, column_low_bits)
     fold = None
     if fold_scales is not None:
-        fold = joined(tiled(n["fold_bits"], d_out), fold_scales, d_out, d, n["fold_bits"])
+        fold = tables.join(sections.tiled(d_out, d, n["fold_bits"]), fold_scales, n["fold_bits"])
     return CodedFFN(
         x=x, bias=bias, signs=signs, out_signs=out_signs,
         listed=torch.tensor([n["listed"]], dtype=torch.int64, device=site.device),
-        projections=[joined(c, scales[i], capacity, d, bits) for i, c in enumerate(projections)],
-        refinements=[joined(c, low_scales[i], capacity, d, low_bits) for i, c in enumerate(refinements)],
-        columns=joined(columns, column_scales, capacity, d_out, n["column_bits"]),
-        column_refinements=joined(column_refinements, column_low_scales, capacity, d_out, n["column_low_bits"]),
-        biases=biases, norms=norms, noise=noise, thresholds=thresholds, surrogate=surrogate,
-        fold=fold,
-        bits=bits, low_bits=low_bits, column_bits=n["column_bits"], column_low_bits=n["column_low_bits"],
+        projections=[tables.join(*of, bits) for of in zip(codes, scales, strict=True)],
+        refinements=[tables.join(*of, low_bits) for of in zip(low_codes, low_scales, strict=True)],
+        columns=columns, column_refinements=low_columns, biases=biases, norms=norms, noise=noise,
+        thresholds=thresholds, surrogate=surrogate, fold=fold,
+        bits=bits, low_bits=low_bits, column_bits=column_bits, column_low_bits=column_low_bits,
         fold_bits=n["fold_bits"] or 8, activation=list(ACTIVATIONS)[n["activation"]], relative=bool(n["relative"]),
     )  # fmt: skip
+
+
+def restore_linear(x: Float[Tensor, "*tokens d"], layer: UInt8[Tensor, " bytes"]) -> CodedLinear:
+    """The call that a layer was prepared from, with tokens; the inverse of :func:`prepare_linear`.
+
+    Raises:
+        PlanMismatchError: the bytes are not a prepared layer, or the tokens have another dtype or size.
+    """
+    sections = _Sections(layer, LINEAR_MAGIC)
+    d, d_out, bits, biased, dtype = sections.numbers[:5]
+    _check_tokens(x, d, _DTYPES[dtype])
+    signs = sections.take(torch.int8, d)
+    bias = sections.take(_DTYPES[dtype], d_out) if biased else None
+    scales = sections.take(torch.float16, _whole(d_out))[:d_out]
+    return CodedLinear(x, tables.join(sections.tiled(d_out, d, bits), scales, bits), signs, bias, bits)
+
+
+def _check_tokens(x: Float[Tensor, "*tokens d"], d: int, dtype: torch.dtype) -> None:
+    if x.shape[-1:] != (d,) or x.dtype is not dtype:
+        raise PlanMismatchError(
+            f"an op of tardis was given x of {x.dtype} and shape {tuple(x.shape)}, but its site takes {d} columns of"
+            f" {dtype}"
+        )
 
 
 def tiles(rows: UInt8[Tensor, "rows row_bytes"], bits: int, columns: int) -> UInt8[Tensor, "tiles cells {bits} 128"]:
@@ -221,6 +271,11 @@ def _codes_of(lines: UInt8[Tensor, "*cells {bits} positions"], bits: int) -> UIn
 def _padded(values: Shaped[Tensor, "parts rows"]) -> Shaped[Tensor, "parts padded"]:
     """Numbers of rows, padded with zeros to whole tiles."""
     return torch.nn.functional.pad(values, (0, -values.shape[1] % TILE))
+
+
+def _whole(rows: int) -> int:
+    """Rows of whole tiles."""
+    return rows + -rows % TILE
 
 
 def _aligned(size: int) -> int:

@@ -1,4 +1,4 @@
-// Registers `tardis::coded_ffn` for the CPU by PyTorch's stable interface, so that no Python runs in a call, and lends the
+// Registers the ops in codes for the CPU by PyTorch's stable interface, so that no Python runs in a call, and lends the
 // kernels PyTorch's threads.
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -16,7 +16,7 @@
 namespace {
 
 void check(AOTITorchError error) {
-  if (error) throw std::runtime_error("PyTorch could not serve tardis::coded_ffn");
+  if (error) throw std::runtime_error("PyTorch could not serve an op of tardis");
 }
 
 // A reference to a tensor, given up at the end.
@@ -51,14 +51,15 @@ struct Tensor {
   }
 };
 
-// x, a prepared site, d_out -> the output
+// x, what is prepared, d_out -> the output
+template <Coded* OP>
 void run(StableIValue* stack, uint64_t, uint64_t) {
-  const Tensor x(stack[0]), site(stack[1]);
+  const Tensor x(stack[0]), prepared(stack[1]);
   const int64_t d_out = static_cast<int64_t>(stack[2]);
   const int64_t dim = x.dim();
   const int64_t* const sizes = x.sizes();
   int64_t shape[64], strides[64], count = 1;
-  if (dim < 1 || dim > 64) throw std::runtime_error("tardis::coded_ffn takes x of 1 to 64 axes");
+  if (dim < 1 || dim > 64) throw std::runtime_error("an op of tardis takes x of 1 to 64 axes");
   for (int64_t i = dim - 1, stride = 1; i >= 0; --i) {
     shape[i] = i == dim - 1 ? d_out : sizes[i];
     strides[i] = stride;
@@ -81,12 +82,12 @@ void run(StableIValue* stack, uint64_t, uint64_t) {
   uint32_t threads;
   check(torch_get_num_threads(&threads));
   bool whole;
-  check(aoti_torch_is_contiguous(site.handle, &whole));
-  if (site.dim() != 1 || site.dtype() != aoti_torch_dtype_uint8() || !whole ||
-      tardis_coded_ffn(static_cast<const uint8_t*>(site.data()), site.sizes()[0], (contiguous ? x : copy).data(), out.data(), count,
-                sizes[dim - 1], d_out, number, threads))
-    throw std::runtime_error("tardis::coded_ffn: the prepared site is not for x of this dtype with " +
-                             std::to_string(sizes[dim - 1]) + " columns and an output of " + std::to_string(d_out));
+  check(aoti_torch_is_contiguous(prepared.handle, &whole));
+  if (prepared.dim() != 1 || prepared.dtype() != aoti_torch_dtype_uint8() || !whole ||
+      OP(static_cast<const uint8_t*>(prepared.data()), prepared.sizes()[0], (contiguous ? x : copy).data(), out.data(), count,
+         sizes[dim - 1], d_out, number, threads))
+    throw std::runtime_error("an op of tardis takes x, and a prepared site of its dtype, with " + std::to_string(sizes[dim - 1]) +
+                             " columns and an output of " + std::to_string(d_out));
   stack[0] = reinterpret_cast<StableIValue>(out.handle);
   out.handle = nullptr;
 }
@@ -112,7 +113,8 @@ TorchLibraryHandle library = nullptr;
 // Makes PyTorch call this library for tensors on the CPU, or no longer.
 extern "C" void tardis_register() {
   check(aoti_torch_library_init_impl("tardis", "CPU", __FILE__, __LINE__, &library));
-  check(aoti_torch_library_impl(library, "coded_ffn", run));
+  check(aoti_torch_library_impl(library, "coded_ffn", run<tardis_coded_ffn>));
+  check(aoti_torch_library_impl(library, "coded_linear", run<tardis_coded_linear>));
 }
 
 extern "C" void tardis_unregister() {

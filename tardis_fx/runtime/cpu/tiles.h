@@ -98,7 +98,9 @@ constexpr float MIDDLE = BITS == 8 ? OFFSET - 0.5f : float(OFFSET);
 // Cells of a row that fill a vector.
 constexpr int LINES = WIDTH / ROW_LINE;
 
-// Rows of numbers of 8 bits.
+constexpr int STEP = 254;
+
+// Rows of numbers of 8 bits; or of 16 bits, as a sum of two such, the first of which has a unit STEP times that of the rest.
 struct Tokens {
   int64_t groups;
   int8_t* numbers;     // [tokens, groups, GROUP], for tiles
@@ -106,6 +108,7 @@ struct Tokens {
   int8_t* turned;      // [tokens, strips, CELL, LINES, 16], for rows: 16 columns of each of LINES groups; zeros at the end
   float* lane_units;   // [tokens, strips, LANES]: of the groups
   float* sums;         // [tokens]: of numbers times units
+  const Tokens* rest;  // or null
 
   int64_t strips() const { return (groups + LINES - 1) / LINES; }
   const int8_t* token(int64_t t) const { return numbers + t * groups * GROUP; }
@@ -197,8 +200,6 @@ void multiply_row(const uint8_t* row, const uint8_t* ahead, const Tokens& x, con
 // ---- Rows times values, added to what is not a product with the tokens.
 
 constexpr int CHUNK = 128, QUADS = CHUNK / QUAD;  // rows that share a unit of their values
-
-constexpr int STEP = 254;
 
 // Up to CHUNK rows, and the values of tokens for them, in fixed point: unit * (STEP high + low), which errs by less than
 // 2^-15 of the largest one.
