@@ -1,10 +1,9 @@
 """Compiles the kernels and keeps the library in a cache folder, from which it loads only trusted files.
 
-The folder is ``$TARDIS_FX_CACHE``, else ``$XDG_CACHE_HOME/tardis_fx``, else ``~/.cache/tardis_fx``; the compiler is
-``$CXX``, else ``g++`` or ``clang++``. Loading a library runs its code, so folder and library must belong to the user or
-to root, and nobody else may have write access. A library's name ends in a digest of its content, so that a
-truncated or damaged one is found before it is mapped. Without such a folder, each process compiles the kernel in a
-temporary folder, which is removed once the library is loaded.
+The compiler is ``$CXX``, else ``g++`` or ``clang++``. Loading a library runs its code, so folder and library must be
+trusted (:mod:`tardis_fx.runtime.cache`). A library's name ends in a digest of its content, so that a truncated or
+damaged one is found before it is mapped. Without a trusted folder, each process compiles the kernel in a temporary
+folder, which is removed once the library is loaded.
 """
 
 import ctypes
@@ -14,7 +13,6 @@ import os
 import platform
 import shlex
 import shutil
-import stat
 import subprocess
 import tempfile
 import threading
@@ -25,6 +23,7 @@ from pathlib import Path
 
 from tardis_fx.graph.activations import ACTIVATIONS
 from tardis_fx.runtime import tables
+from tardis_fx.runtime.cache import cache_folder, is_trusted
 from tardis_fx.runtime.correction import MOST_TOKENS
 
 logger = logging.getLogger("tardis_fx")
@@ -41,6 +40,12 @@ _LOCK = threading.Lock()
 def load() -> ctypes.CDLL | None:
     """Loads the compiled functions for the registered activations; None, with one warning, if they are unavailable."""
     return _library(tuple(ACTIVATIONS))
+
+
+def kernel_name() -> str | None:
+    """File name of the loaded library, which identifies its sources, compiler and processor; None without a kernel."""
+    library = load()
+    return None if library is None else Path(library._name).name
 
 
 def activation_number(name: str) -> int:
@@ -68,10 +73,10 @@ def _from_cache() -> ctypes.CDLL:
     compiler = _compiler()
     version = _run([*compiler, "--version"])
     sources = [path.read_text() for path in (*_SOURCES, *sorted(_FOLDER.glob("*.h")))]
-    parts = [*sources, *_generated().values(), *compiler, version, *_FLAGS, *_defined(), _processor()]
+    parts = [*sources, *_generated().values(), *compiler, version, *_FLAGS, *_defined(), processor()]
     name = f"kernel-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}"
     try:
-        folder = _cache_folder()
+        folder = cache_folder()
         for library in _libraries(folder, name):
             with suppress(OSError):  # for example, built for another C library
                 return _open(library)
@@ -88,29 +93,11 @@ def _from_cache() -> ctypes.CDLL:
         return _open(library if folder is None else _store(library, folder, name))
 
 
-def _cache_folder() -> Path:
-    """The cache folder, created if necessary; an OSError or RuntimeError if that fails or others can write it."""
-    path = os.environ.get("TARDIS_FX_CACHE")
-    folder = Path(path or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "tardis_fx"))
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    folder = folder.resolve()
-    if not _ours(folder):
-        raise PermissionError(f"the cache folder {folder} belongs to another user, or others can write it")
-    return folder
-
-
-def _ours(path: Path) -> bool:
-    """Whether only this user and root can change a file or folder."""
-    status = path.lstat()
-    mine = status.st_uid in (0, os.geteuid())
-    return mine and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not path.is_symlink()
-
-
 def _libraries(folder: Path, name: str) -> Iterator[Path]:
     """Intact libraries of that name that only this user could have written; removes others of that name."""
     for library in sorted(folder.glob(f"{name}-*.so")):
         try:
-            intact = _ours(library) and _digest(library) == library.stem.rsplit("-", 1)[1]
+            intact = is_trusted(library) and _digest(library) == library.stem.rsplit("-", 1)[1]
         except OSError:
             continue
         if intact:
@@ -176,8 +163,8 @@ def _compiler() -> list[str]:
     raise FileNotFoundError("no C++ compiler: neither g++ nor clang++ on PATH, and CXX is not set")
 
 
-def _processor() -> str:
-    """Identity of the processor for -march=native, so that machines may share a cache folder."""
+def processor() -> str:
+    """Identity of the processor, for -march=native and for times, so that machines may share a cache folder."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     features = {line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))}
