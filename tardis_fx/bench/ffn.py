@@ -90,7 +90,8 @@ def _case(model: _Copies, plans: dict[Widths, Plan], xs: Float[Tensor, "copies t
     torch.compiler.reset()  # otherwise Dynamo would make the number of tokens symbolic
     copies, tokens, d = xs.shape
     options: dict[str, dict[str, Any]] = {"Inductor": {}}
-    options |= {f"tardis, {w}": {"backend": "tardis", "options": {"plan": plan}} for w, plan in plans.items()}
+    for w, plan in plans.items():
+        options[f"tardis, {w}"] = {"backend": "tardis", "options": {"plan": plan, "select": "always"}}
     calls = {name: torch.compile(own_code(_call), fullgraph=True, **options[name]) for name in options}
     for call in calls.values():
         call(model.ffns[0], xs[0])

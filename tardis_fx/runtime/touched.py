@@ -109,6 +109,17 @@ def count_touched() -> Iterator[Touched]:
         _COUNTING.remove(touched)
 
 
+@contextmanager
+def uncounted() -> Iterator[None]:
+    """Hides calls from the counters that are active outside of this context."""
+    active = _COUNTING[:]
+    _COUNTING.clear()
+    try:
+        yield
+    finally:
+        _COUNTING[:] = active
+
+
 def counted(op: Callable[[Call], Tensor]) -> Callable[[Call], Tensor]:
     """Wraps an implementation of an op to report its calls to active counters."""
 
