@@ -122,8 +122,8 @@ def apply(
             continue
         guard = SiteGuard(site, tuple(positions), entry, partial(_find, plan), rewrite)
         few = prefill == "original" and weights[0].device.type == "cpu"  # a step of few tokens
-        forward = partial(_forward, rewrite, entry, few)
-        candidates.append(Candidate(guard, weights, guard.constants(entry, weights), forward))
+        made = guard.constants(entry, weights)
+        candidates.append(Candidate(guard, weights, made, partial(_forward, rewrite, entry, few)))
     if select is not None:
         timed = [c for c in candidates if _decodes(c, prefill) and not any(map(is_released, c.weights))]
         chosen = dict(zip(map(id, timed), select(timed), strict=True))
@@ -181,7 +181,7 @@ def _find(plan: Plan, site: Site, weights: Sequence[Tensor]) -> Planned | None:
 
 def _forward(rewrite: Rewrite, plan: SitePlan, few: bool, x: Any, constants: Mapping[str, Any]) -> Any:
     """The proxy of the rewritten site; for ``few`` tokens on a CPU, the op multiplies with the folded weight."""
-    result = rewrite.forward(x, constants, plan)
+    result: Any = rewrite.forward(x, constants, plan)
     if few:
         cpu.take_fold(result.node)
     return result
