@@ -90,7 +90,7 @@ def apply(
     example_inputs: Sequence[Any],
     plan: Plan,
     prefill: Prefill,
-    select: Callable[[Sequence[Candidate]], Sequence[bool]] | None = None,
+    select: Callable[[Sequence[Candidate], Sequence[Any]], Sequence[bool]] | None = None,
 ) -> Rewritten:
     """Rewrites the planned sites in a copy of a graph.
 
@@ -102,8 +102,8 @@ def apply(
         example_inputs: inputs of the next call.
         plan: to apply.
         prefill: selects the steps that are rewritten.
-        select: tells which of the sites in a step of few tokens are rewritten; None rewrites all. It is not asked about
-            sites whose weights were released.
+        select: tells which of the sites in a step of few tokens are rewritten, given the inputs; None rewrites all. It
+            is not asked about sites whose weights were released.
 
     Raises:
         PlanMismatchError: a site would not be rewritten although its weights were released.
@@ -126,7 +126,7 @@ def apply(
         candidates.append(Candidate(guard, weights, made, partial(_forward, rewrite, entry, few)))
     if select is not None:
         timed = [c for c in candidates if _decodes(c, prefill) and not any(map(is_released, c.weights))]
-        chosen = dict(zip(map(id, timed), select(timed), strict=True))
+        chosen = dict(zip(map(id, timed), select(timed, example_inputs), strict=True))
         candidates = [candidate for candidate in candidates if chosen.get(id(candidate), True)]
     guards = [candidate.guard for candidate in candidates]
     constants: list[Tensor] = []

@@ -68,14 +68,14 @@ class Selection:
     inner: str
     frozen: bool
 
-    def __call__(self, candidates: Sequence[Candidate]) -> list[bool]:
-        """Whether each site is rewritten; times those that no record knows.
+    def __call__(self, candidates: Sequence[Candidate], values: Sequence[Any]) -> list[bool]:
+        """Whether each site of a graph with these inputs is rewritten; times those that no record knows.
 
         Sites of the same code and shapes are timed, and decided on, together.
         """
         keys = [self._key(candidate) for candidate in candidates]
         groups = {key: [c for c, k in zip(candidates, keys, strict=True) if k == key] for key in keys}
-        times = {key: self._times(key, sites) for key, sites in groups.items()}
+        times = {key: self._times(key, sites, values) for key, sites in groups.items()}
         for key, taken in times.items():
             known = [_TIMES.setdefault(_identity(site.constants.entry), {}) for site in groups[key]]
             if not taken.pays and any(times_of_site.get(taken.tokens) != taken for times_of_site in known):
@@ -92,12 +92,12 @@ class Selection:
         layouts = [(str(t.dtype), tuple(t.shape), t.stride(), str(t.device)) for t in tensors]
         return original.code, rewritten.code, candidate.shape, *layouts
 
-    def _times(self, key: tuple[Any, ...], sites: Sequence[Candidate]) -> Times:
+    def _times(self, key: tuple[Any, ...], sites: Sequence[Candidate], values: Sequence[Any]) -> Times:
         """The times of sites with one key, from their record or measured."""
         name = f"times-{digest(key, self._conditions(sites))}"
         record = records.read(name, ("original", "rewritten"))
         if record is None:
-            original, rewritten = seconds_per_site(sites, self.compile_graph, frozen=self.frozen)
+            original, rewritten = seconds_per_site(sites, values, self.compile_graph, frozen=self.frozen)
             record = {"original": original, "rewritten": rewritten}
             records.write(name, record)
         return Times(**record, tokens=math.prod(sites[0].shape[:-1]))

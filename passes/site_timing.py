@@ -1,14 +1,15 @@
 """Times the original and the rewritten form of FFNs that run the same code.
 
 1. Each form is a graph of the FFN alone, which the inner backend compiles. The sites run in turn, each with its own
-   weights or constants, so that caches are as cold as the model's own FFNs make them.
+   weights or constants, and before each turn the other tensors of the model's graph are read, so that caches are as
+   cold as in decoding.
 2. Inputs are random. They are scaled so that the rewritten sites touch the bytes per token that the plan expects,
    because the time of a correction depends on them.
 3. Rounds of the two forms are interleaved. A round of the rewritten form includes the check that no weight has changed.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from functools import partial
 from statistics import median
 from typing import Any, NamedTuple
@@ -20,6 +21,8 @@ from torch._guards import tracing
 
 from tardis_fx.graph.excerpt import concrete, excerpt, traced
 from tardis_fx.graph.frozen import freeze
+from tardis_fx.graph.site import is_freed, is_released
+from tardis_fx.graph.subclasses import stored_tensors
 from tardis_fx.passes.weight_guard import Constants, SiteGuard
 from tardis_fx.runtime.touched import count_touched, uncounted
 
@@ -27,7 +30,9 @@ from tardis_fx.runtime.touched import count_touched, uncounted
 Compile = Callable[[fx.GraphModule, list[Any]], Callable[..., Any]]
 
 #: Seconds for which rounds are timed, and the minimum number of rounds.
-DURATION, LEAST_ROUNDS = 0.5, 5
+DURATION, LEAST_ROUNDS = 1.0, 9
+#: Bytes of the graph's other tensors that are read, at most: more than a cache holds.
+EVICTING = 2**28
 #: Number of sites whose inputs are scaled; the others take the mean scale. Counting bytes is slow.
 SCALED = 3
 #: Number of scales that are tried, and the largest one, as a power of two.
@@ -64,11 +69,14 @@ class Candidate(NamedTuple):
 
 @torch.inference_mode(mode=False)
 @torch.no_grad()
-def seconds_per_site(sites: Sequence[Candidate], compile_graph: Compile, *, frozen: bool) -> tuple[float, float]:
+def seconds_per_site(
+    sites: Sequence[Candidate], values: Sequence[Any], compile_graph: Compile, *, frozen: bool
+) -> tuple[float, float]:
     """Median seconds of the original and of the rewritten form, per site.
 
     Args:
         sites: that run the same code in both forms, for the same shapes.
+        values: inputs of the graph that has the sites.
         compile_graph: the inner backend.
         frozen: whether it makes the weights part of the compiled code.
     """
@@ -89,20 +97,32 @@ def seconds_per_site(sites: Sequence[Candidate], compile_graph: Compile, *, froz
                 site.constants.weights.holds(site.weights)
                 run()
 
-        taken = medians(original, rewritten, inputs[0].device)
+        others = _others(values, {id(weight) for site in sites for weight in site.weights})
+        taken = medians(original, rewritten, lambda: [tensor.sum() for tensor in others], inputs[0].device)
     return taken[0] / len(sites), taken[1] / len(sites)
 
 
-def medians(original: Callable[[], None], rewritten: Callable[[], None], device: torch.device) -> tuple[float, float]:
-    """Median seconds of two functions over interleaved rounds, after two warm-up rounds."""
-    rounds: list[tuple[float, float]] = []
-    while len(rounds) < 2 + LEAST_ROUNDS or sum(map(sum, rounds[2:])) < DURATION:
-        rounds.append((_seconds(original, device), _seconds(rewritten, device)))
+def medians(
+    original: Callable[[], None], rewritten: Callable[[], None], before: Callable[[], object], device: torch.device
+) -> tuple[float, float]:
+    """Median seconds of two functions over interleaved rounds, after two warm-up rounds.
+
+    Args:
+        original: of the two.
+        rewritten: of the two.
+        before: called before each run, and not timed.
+        device: that computes.
+    """
+    rounds: list[list[float]] = []
+    started = time.perf_counter()
+    while len(rounds) < 2 + LEAST_ROUNDS or time.perf_counter() < started + DURATION:
+        rounds.append([_seconds(run, before, device) for run in (original, rewritten)])
     first, second = zip(*rounds[2:], strict=True)
     return median(first), median(second)
 
 
-def _seconds(run: Callable[[], None], device: torch.device) -> float:
+def _seconds(run: Callable[[], None], before: Callable[[], object], device: torch.device) -> float:
+    before()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     started = time.perf_counter()
@@ -110,6 +130,16 @@ def _seconds(run: Callable[[], None], device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter() - started
+
+
+def _others(values: Sequence[Any], own: Container[int]) -> list[Tensor]:
+    """Tensors of numbers among values, except those with the given ids, up to a total size."""
+    others, size = [], 0
+    for tensor in stored_tensors(v for v in values if isinstance(v, Tensor) and id(v) not in own):
+        if size < EVICTING and tensor.is_floating_point() and not (is_freed(tensor) or is_released(tensor)):
+            others.append(tensor)
+            size += tensor.nbytes
+    return others
 
 
 def _runs(

@@ -139,7 +139,7 @@ def rewritten_everywhere() -> Iterator[None]:
     from tardis_fx.passes.selection import Selection
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Selection, "__call__", lambda _, candidates: [True] * len(candidates))
+        patch.setattr(Selection, "__call__", lambda _, candidates, values: [True] * len(candidates))
         yield
 
 

@@ -43,7 +43,7 @@ class Clock:
         self.default = FASTER
         self.timed: list[int] = []  # numbers of neurons
 
-    def __call__(self, sites: Any, compile_graph: Any, *, frozen: bool) -> tuple[float, float]:
+    def __call__(self, sites: Any, values: Any, compile_graph: Any, *, frozen: bool) -> tuple[float, float]:
         (hidden, _) = sites[0].guard.compiled_for.shapes[0]
         self.timed.append(hidden)
         return self.times.get(hidden, self.default)
@@ -278,7 +278,7 @@ def on_its_site(model: nn.Module, plan: Plan, x: Tensor, observe: Callable[[Cand
 
     seen: list[Candidate] = []
 
-    def select(sites: Sequence[Candidate]) -> list[bool]:
+    def select(sites: Sequence[Candidate], values: Sequence[Any]) -> list[bool]:
         seen.extend(sites)
         observe(*sites)
         return [True]
@@ -360,8 +360,9 @@ def test_sites_can_be_timed_under_any_stance(tmp_path: Path) -> None:
 
 def test_rounds_are_interleaved_and_medians_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     turns: list[str] = []
-    times: Iterator[float] = iter([9.0, 9.0] * 2 + [1.0, 5.0] * 3 + [100.0, 2.0] * 2)
-    monkeypatch.setattr(site_timing, "_seconds", lambda run, _: (run(), next(times))[1])
-    found = site_timing.medians(lambda: turns.append("a"), lambda: turns.append("b"), torch.device("cpu"))
+    times: Iterator[float] = iter([9.0, 9.0] * 2 + [1.0, 5.0] * 5 + [100.0, 2.0] * 4)
+    monkeypatch.setattr(site_timing, "DURATION", 0.0)
+    monkeypatch.setattr(site_timing, "_seconds", lambda run, *_: (run(), next(times))[1])
+    found = site_timing.medians(lambda: turns.append("a"), lambda: turns.append("b"), lambda: None, torch.device("cpu"))
     assert found == (1.0, 5.0)
-    assert turns == ["a", "b"] * 7
+    assert turns == ["a", "b"] * 11
