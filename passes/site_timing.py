@@ -33,7 +33,7 @@ Compile = Callable[[fx.GraphModule, list[Any]], Callable[..., Any]]
 DURATION, LEAST_ROUNDS = 1.0, 9
 #: Bytes of the graph's other tensors that are read, at most: more than a cache holds.
 EVICTING = 2**28
-#: Number of sites whose inputs are scaled; the others take the mean scale. Counting bytes is slow.
+#: Number of sites that the scale of all inputs is the mean of. Counting the bytes of more would take long.
 SCALED = 3
 #: Number of scales that are tried, and the largest one, as a power of two.
 STEPS, LARGEST = 7, 6
@@ -108,8 +108,8 @@ def medians(
     """Median seconds of two functions over interleaved rounds, after two warm-up rounds.
 
     Args:
-        original: of the two.
-        rewritten: of the two.
+        original: runs the original form of all sites.
+        rewritten: runs the rewritten form of all sites.
         before: called before each run, and not timed.
         device: that computes.
     """
@@ -159,7 +159,7 @@ def _runs(
 
 
 def _inputs(sites: Sequence[Candidate]) -> list[Float[Tensor, "..."]]:
-    """A random input for each site, at the scale of the plan."""
+    """A random input for each site, at the scale at which the sites touch the bytes that the plan expects."""
     generator = torch.Generator(device="cpu").manual_seed(0)
     inputs = []
     for site in sites:
