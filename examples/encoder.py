@@ -46,7 +46,7 @@ def main(budget: float = 0.2, method: str = "partial_linear", texts: int = 384) 
     model, tokenizer = load()
     config = tardis_fx.Config(budget=budget, method=method, prefill="rewritten")
     plan = tardis_fx.calibrate(model, batches(tokenizer, sentences("calibration", texts)), config=config)
-    options: dict[str, Any] = {"plan": plan, "inner": "eager"}
+    options: dict[str, Any] = {"plan": plan, "select": "always", "inner": "eager"}
     fast = torch.compile(model, backend="tardis", options=options, dynamic=True)
     held_out = batches(tokenizer, sentences("test", 256))
     cosine = torch.cat([(embed(fast, b) * embed(model, b)).sum(1) for b in held_out]).mean().item()

@@ -103,7 +103,7 @@ def continued(
         BenchError: some tokens went through the original FFNs.
     """
     model = copy.deepcopy(model)
-    options: dict[str, Any] = {"plan": plan, "prefill": "rewritten", "inner": "eager"}
+    options: dict[str, Any] = {"plan": plan, "prefill": "rewritten", "select": "always", "inner": "eager"}
     model.model.forward = torch.compile(model.model.forward, backend="tardis", dynamic=True, options=options)
     with count_touched() as touched:
         text: Tensor = model.generate(prompt, max_new_tokens=NEW_TOKENS, do_sample=False)

@@ -86,7 +86,7 @@ class Transcriber:
         """
         options: dict[str, Any] = {"fullgraph": True}
         if plan is not None:
-            options |= {"backend": "tardis", "options": {"plan": plan, "prefill": prefill}}
+            options |= {"backend": "tardis", "options": {"plan": plan, "prefill": prefill, "select": "always"}}
         self._encode, self._step = (torch.compile(own_code(part), **options) for part in (_encode, _step))
         self._model, self._frozen = model, {"freezing": True} if freezing else {}
         self._cache = EncoderDecoderCache(StaticCache(config=model.config, max_cache_len=CONTEXT), DynamicCache())

@@ -43,7 +43,7 @@ def compile_parts(
     model.
     """
     model = copy.deepcopy(model)
-    options["plan"] = plan
+    options |= {"plan": plan, "select": "always"}
     for part in (model.model.encoder, model.model.decoder):
         part.forward = torch.compile(part.forward, backend="tardis", dynamic=True, options=options)
     return model

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import is_fake
 from tardis_fx.config import Prefill
 from tardis_fx.errors import PlanMismatchError, StaleWeightError
 from tardis_fx.graph.matcher import find_sites
-from tardis_fx.graph.site import Site, SiteWeights
+from tardis_fx.graph.site import Site, SiteWeights, is_released
 from tardis_fx.graph.subclasses import stored_tensors
 from tardis_fx.graph.surgery import add_input, copy, replace
 from tardis_fx.graph.symbols import pinned_between
@@ -23,6 +23,7 @@ from tardis_fx.passes.base import Rewrite
 from tardis_fx.passes.entry import check_entry, check_site
 from tardis_fx.passes.exact_fold import ExactFold
 from tardis_fx.passes.registry import rewrite_named
+from tardis_fx.passes.site_timing import Candidate
 from tardis_fx.passes.weight_guard import SiteGuard, refuse_released
 from tardis_fx.plan import KeptSite, Plan, Planned, SitePlan
 from tardis_fx.runtime import ops  # noqa: F401 - registers torch.ops.tardis, which take_fold looks for
@@ -84,7 +85,13 @@ class Rewritten:
         return bool(self.guards)
 
 
-def apply(gm: fx.GraphModule, example_inputs: Sequence[Any], plan: Plan, prefill: Prefill) -> Rewritten:
+def apply(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    plan: Plan,
+    prefill: Prefill,
+    select: Callable[[Sequence[Candidate], Sequence[Any]], Sequence[bool]] | None = None,
+) -> Rewritten:
     """Rewrites the planned sites in a copy of a graph.
 
     Under ``prefill="original"`` a graph for steps of many tokens keeps its sites. If the number of tokens is symbolic,
@@ -95,6 +102,8 @@ def apply(gm: fx.GraphModule, example_inputs: Sequence[Any], plan: Plan, prefill
         example_inputs: inputs of the next call.
         plan: to apply.
         prefill: selects the steps that are rewritten.
+        select: tells which of the sites in a step of few tokens are rewritten, given the inputs; None rewrites all. It
+            is not asked about sites whose weights were released.
 
     Raises:
         PlanMismatchError: a site would not be rewritten although its weights were released.
@@ -102,9 +111,7 @@ def apply(gm: fx.GraphModule, example_inputs: Sequence[Any], plan: Plan, prefill
     original, gm = gm, copy(gm)
     position = {node: i for i, node in enumerate(gm.graph.find_nodes(op="placeholder"))}
     results = [_refuse_mixed(outcome, prefill) for outcome in outcomes(gm, example_inputs, plan)]
-    guards: list[SiteGuard] = []
-    constants: list[Tensor] = []
-    moved: dict[fx.Node, fx.Node] = {}  # outputs of sites that feed another site
+    candidates: list[Candidate] = []
     for outcome in results:
         site, entry = outcome.site, outcome.plan
         rewrite = rewrite_named(entry.method) if isinstance(entry, SitePlan) and not outcome.reason else None
@@ -114,13 +121,20 @@ def apply(gm: fx.GraphModule, example_inputs: Sequence[Any], plan: Plan, prefill
             refuse_released(site.name, weights, outcome.reason or _HINT)
             continue
         guard = SiteGuard(site, tuple(positions), entry, partial(_find, plan), rewrite)
-        tensors = guard.constants(entry, weights).tensors
-        inputs = {name: add_input(gm.graph, f"tardis_{len(guards)}_{name}", value) for name, value in tensors.items()}
-        x = moved.get(site.input, site.input)
-        moved[site.output] = replace(gm.graph, site, x, partial(_forward, rewrite, entry), inputs)
-        if prefill == "original" and weights[0].device.type == "cpu":  # a step of few tokens
-            cpu.take_fold(moved[site.output])
-        guards.append(guard)
+        few = prefill == "original" and weights[0].device.type == "cpu"  # a step of few tokens
+        made = guard.constants(entry, weights)
+        candidates.append(Candidate(guard, weights, made, partial(_forward, rewrite, entry, few)))
+    if select is not None:
+        timed = [c for c in candidates if _decodes(c, prefill) and not any(map(is_released, c.weights))]
+        chosen = dict(zip(map(id, timed), select(timed, example_inputs), strict=True))
+        candidates = [candidate for candidate in candidates if chosen.get(id(candidate), True)]
+    guards = [candidate.guard for candidate in candidates]
+    constants: list[Tensor] = []
+    moved: dict[fx.Node, fx.Node] = {}  # outputs of sites that feed another site
+    for i, (guard, _, made, forward) in enumerate(candidates):
+        site, tensors = guard.site, made.tensors
+        inputs = {name: add_input(gm.graph, f"tardis_{i}_{name}", value) for name, value in tensors.items()}
+        moved[site.output] = replace(gm.graph, site, moved.get(site.input, site.input), forward, inputs)
         constants += tensors.values()
     if guards:
         gm.graph.lint()
@@ -145,6 +159,13 @@ def _stays(site: Site, rewrite: Rewrite, weights: Sequence[Tensor], prefill: Pre
     return not rewrite.exact and prefill == "original" and bool(_tokens(site) > decode_tokens(weights[0].device))
 
 
+def _decodes(candidate: Candidate, prefill: Prefill) -> bool:
+    """Whether a step of few tokens runs a site; not for a number that is symbolic and that nothing has compared yet."""
+    guard, tokens = candidate.guard, _tokens(candidate.guard.site)
+    compared = isinstance(tokens, int) or (prefill == "original" and not guard.rewrite.exact)
+    return compared and bool(tokens <= decode_tokens(candidate.weights[0].device))
+
+
 def _find(plan: Plan, site: Site, weights: Sequence[Tensor]) -> Planned | None:
     entry = plan.find(fingerprint(weights, site.function))
     if isinstance(entry, KeptSite):
@@ -158,8 +179,12 @@ def _find(plan: Plan, site: Site, weights: Sequence[Tensor]) -> Planned | None:
     return fold or entry
 
 
-def _forward(rewrite: Rewrite, plan: SitePlan, x: Any, constants: Mapping[str, Any]) -> Any:
-    return rewrite.forward(x, constants, plan)
+def _forward(rewrite: Rewrite, plan: SitePlan, few: bool, x: Any, constants: Mapping[str, Any]) -> Any:
+    """The proxy of the rewritten site; for ``few`` tokens on a CPU, the op multiplies with the folded weight."""
+    result: Any = rewrite.forward(x, constants, plan)
+    if few:
+        cpu.take_fold(result.node)
+    return result
 
 
 def outcomes(gm: fx.GraphModule, example_inputs: Sequence[Any], plan: Plan) -> list[Outcome]:

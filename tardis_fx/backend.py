@@ -8,7 +8,7 @@ from functools import cache, partial
 from typing import Any, Never
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 from torch._dynamo.backends.registry import lookup_backend
 from torch._dynamo.exc import InvalidBackend, ShortenTraceback
 from torch._dynamo.guards import GuardBuilder, install_guard
@@ -20,11 +20,13 @@ from tardis_fx.config import Config, Options
 from tardis_fx.errors import ConfigError, PlanMismatchError, StaleWeightError, TardisError
 from tardis_fx.graph.frozen import freeze, lift
 from tardis_fx.graph.surgery import copy
+from tardis_fx.live import profiles
 from tardis_fx.live.profiled import ProfiledGraph, return_inputs
-from tardis_fx.live.profiles import Settings, extended, reset
+from tardis_fx.live.profiles import Settings, extended
 from tardis_fx.live.retrace import Retrace
 from tardis_fx.observation.capture import own_code
-from tardis_fx.passes import pipeline
+from tardis_fx.passes import pipeline, selection
+from tardis_fx.passes.selection import Selection
 from tardis_fx.passes.weight_guard import FrozenGraph, GuardedGraph, refuse_released
 from tardis_fx.plan import Plan, resolve
 from tardis_fx.runtime.cuda.dispatch import show_kernels
@@ -56,7 +58,12 @@ def tardis(
     return _compile(gm, example_inputs, parsed)
 
 
-tardis.reset = reset  # type: ignore[attr-defined]  # called by torch.compiler.reset()
+def _reset() -> None:
+    profiles.reset()
+    selection.reset()
+
+
+tardis.reset = _reset  # type: ignore[attr-defined]  # called by torch.compiler.reset()
 
 
 @contextmanager
@@ -100,13 +107,12 @@ def _compile(
             return profiled
     lifted, frozen = (gm, []) if options.observes else lift(gm)
     inputs = [*example_inputs, *frozen]
-    rewritten = pipeline.apply(lifted, inputs, plan, options.prefill or plan.config.prefill)
+    select = Selection(inner, f"{options.inner} {options.mode}", bool(frozen)) if options.select == "fastest" else None
+    rewritten = pipeline.apply(lifted, inputs, plan, options.prefill or plan.config.prefill, select)
     if not (nested or (in_parts and options.observes)):
         lenient = options.observes or options.on_change == "original"
         for outcome in pipeline.check(rewritten.outcomes, plan, strict=options.strict, lenient=lenient):
             _log.warning("%s is not rewritten: %s", outcome.site.name or "an FFN", outcome.reason)
-    if options.inner == "inductor" and any(tensor.is_cuda for tensor in rewritten.constants):
-        show_kernels(rewritten.gm)
     if not rewritten.modified:
         return inner(gm, list(passed))  # type: ignore[no-any-return]
     if TracingContext.try_get() is not None:  # Dynamo does not check this, and rewritten code has no derivatives
@@ -229,6 +235,8 @@ def _inner(name: str, mode: str | None) -> Callable[..., Any]:
         raise ConfigError("inner must name another backend, not 'tardis'")
     try:
         backend: Callable[..., Any] = lookup_backend(name)
+        if name == "inductor":
+            backend = partial(_with_kernels, backend)
         if mode is None:
             return backend
         if name != "inductor":
@@ -236,3 +244,10 @@ def _inner(name: str, mode: str | None) -> Callable[..., Any]:
         return partial(backend, config_patches=torch._inductor.list_mode_options(mode))
     except (InvalidBackend, RuntimeError) as error:
         raise ConfigError(f"no such inner backend or mode: {name!r}, {mode!r} ({error})") from error
+
+
+def _with_kernels(backend: Callable[..., Any], gm: fx.GraphModule, inputs: list[Any], **options: Any) -> Any:
+    """Calls Inductor with a graph that shows it the CUDA kernels."""
+    if any(isinstance(value, Tensor) and value.is_cuda for value in inputs):
+        show_kernels(gm)
+    return backend(gm, inputs, **options)

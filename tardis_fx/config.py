@@ -10,6 +10,7 @@ from pydantic import ConfigDict, Field, SkipValidation, ValidationError, create_
 from tardis_fx.errors import ConfigError, reasons
 
 Prefill = Literal["original", "rewritten"]
+Select = Literal["fastest", "always"]
 Rounding = Literal["gptq", "nearest"]
 
 #: Fields of the config in earlier versions, now options of a rewrite.
@@ -161,7 +162,12 @@ class Options:
         on_change: when a weight differs from the one that its site was fitted to, ``"error"`` refuses the call;
             ``"original"`` runs the original FFN; ``"refit"`` also runs it, and observes and fits again.
         prefill: overrides that of the plan.
-        strict: raise an error, instead of warning, if a site of the graph is not rewritten.
+        select: ``"fastest"`` times each FFN in both forms when a step of few tokens is compiled, and leaves the
+            original where it is faster on this device; ``"always"`` rewrites without timing, as every measurement of
+            quality must. Steps of more than 8 tokens (16 on a GPU), and FFNs whose weights were released, are not
+            timed.
+        strict: raise an error, instead of warning, if a site of the graph is not rewritten. A site that stays original
+            because it is faster is no error.
         inner: the backend that compiles the rewritten graph.
         mode: of Inductor, as in ``torch.compile(mode=...)``, which cannot be combined with options.
     """
@@ -172,6 +178,7 @@ class Options:
     tolerance: Annotated[float, Field(gt=0)] = 0.3
     on_change: Literal["error", "original", "refit"] = "error"
     prefill: Prefill | None = None
+    select: Select = "fastest"
     strict: bool = False
     inner: str = "inductor"
     mode: str | None = None

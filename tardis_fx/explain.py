@@ -15,6 +15,7 @@ from tardis_fx.observation.batches import Batch
 from tardis_fx.observation.capture import Capture, identity
 from tardis_fx.passes import pipeline
 from tardis_fx.passes.registry import rewrite_named
+from tardis_fx.passes.selection import Times, times_of
 from tardis_fx.plan import KeptSite, Plan, Planned, SitePlan, bits_per_weight, resolve
 
 
@@ -26,9 +27,11 @@ class SiteReport:
         name: module path.
         kind: plain, gated or linear.
         activation: name in the registry, or None if it is not recognised.
-        status: ``"rewritten"``, ``"refused"``, or, in a model compiled without a plan, ``"profiling"``.
-        reason: why it is refused, or the progress of its profile; empty otherwise.
-        method: name of the rewrite; empty for a refused site.
+        status: ``"rewritten"``; ``"refused"``; ``"original"`` if a compiled model of this process runs the original
+            because it is faster; or, in a model compiled without a plan, ``"profiling"``.
+        reason: why it is refused or runs the original, with both times, or the progress of its profile. For a rewritten
+            site, the numbers of tokens for which the original is faster. Empty otherwise.
+        method: name of the rewrite; empty for a site that is not rewritten.
         parts: what a token may read of the site and in how many bits a weight, if the rewrite says so.
         stored_bytes: weight bytes kept.
         touched_bytes: weight bytes read per decoded token, including expected corrections.
@@ -135,7 +138,7 @@ def _row(site: SiteReport) -> list[str]:
         f"{site.stored_bits:.3g}",
     ]
     measured = [f"{site.outlier_rate:.1%}", f"{site.error:.3f}"] if site.status == "rewritten" else ["-", "-"]
-    method = f"{site.method}: {site.parts}" if site.parts else site.method or site.reason
+    method = "; ".join(filter(None, (f"{site.method}: {site.parts}" if site.parts else site.method, site.reason)))
     return [site.name, site.kind, site.activation or "unknown", site.status, *numbers, *measured, method]
 
 
@@ -165,8 +168,10 @@ def explain(model: nn.Module, plan: Plan | str | os.PathLike[str] | None, exampl
                 fingerprints.add(entry.fingerprint)
             weights = stored_tensors(v for p in site.parameters if isinstance(v := values.get(p), Tensor))
             if isinstance(entry, SitePlan) and not outcome.reason:
-                report = _planned(entry)
-                if not all(weight.is_contiguous() for weight in weights):  # may be released
+                report = _timed(entry, times_of(entry))
+                if report.status == "rewritten" and not all(
+                    weight.is_contiguous() for weight in weights
+                ):  # may be released
                     report = replace(report, stored_bytes=min(report.stored_bytes, _stored(site, entry, weights)))
             else:
                 dense = sum(weight.numel() * weight.element_size() for weight in weights)
@@ -196,6 +201,14 @@ def _planned(entry: Planned) -> SiteReport:
     names = [field.name for field in fields(SiteReport) if field.name not in ("status", "reason", "parts")]
     parts = rewrite_named(entry.method).parts(entry)
     return SiteReport(status="rewritten", parts=parts, **{name: getattr(entry, name) for name in names})
+
+
+def _timed(entry: SitePlan, times: Sequence[Times]) -> SiteReport:
+    """Report on a planned site whose forms were timed for some numbers of tokens."""
+    reason = "; ".join(str(taken) for taken in times if not taken.pays)
+    if not reason or any(taken.pays for taken in times):
+        return replace(_planned(entry), reason=reason)
+    return replace(_planned(entry.kept(reason)), status="original")
 
 
 def _refused(name: str, kind: str, activation: str | None, reason: str | None, dense: int, weights: int) -> SiteReport:

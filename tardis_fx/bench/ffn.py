@@ -164,7 +164,7 @@ def _case(
     copies = len(xs)
     options: dict[str, dict[str, Any]] = {"Inductor": {}}
     options |= {
-        str(recipe): {"backend": "tardis", "options": {"plan": plan, "prefill": "rewritten"}}
+        str(recipe): {"backend": "tardis", "options": {"plan": plan, "prefill": "rewritten", "select": "always"}}
         for recipe, plan in plans.items()
     }
     calls = {name: torch.compile(own_code(_call), fullgraph=True, **options[name]) for name in options}

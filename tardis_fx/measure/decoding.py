@@ -45,7 +45,7 @@ class Decoder:
 
         options: dict[str, Any] = {"mode": mode}
         if plan is not None:
-            options = {"backend": "tardis", "options": {"plan": plan, "mode": mode}}
+            options = {"backend": "tardis", "options": {"plan": plan, "mode": mode, "select": "always"}}
         self._frozen: dict[str, Any] = {"freezing": True} if freezing else {}
         self._step: Callable[..., Tensor] = torch.compile(own_code(call_model), fullgraph=True, **options)
         self._model, self._device = model, model.device

@@ -148,5 +148,5 @@ def _loss(logits: Float[Tensor, "*tokens vocabulary"], targets: Int64[Tensor, "*
 def rewrite_every_token(model: nn.Module, plan: Plan) -> Callable[..., Any]:
     """A model with every token on the rewritten path, run eagerly; resets earlier compilations."""
     torch.compiler.reset()  # otherwise Dynamo would count plans as recompilations of one model
-    options: dict[str, Any] = {"plan": plan, "prefill": "rewritten", "inner": "eager"}
+    options: dict[str, Any] = {"plan": plan, "prefill": "rewritten", "select": "always", "inner": "eager"}
     return torch.compile(model, backend="tardis", options=options)

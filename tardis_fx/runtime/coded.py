@@ -14,8 +14,8 @@ from tardis_fx.runtime import tables
 class CodedFFN(NamedTuple):
     """A call at a site whose neurons have k projections each: k is 1 (up) or 2 (gate, up).
 
-    The input and the output are rotated (:mod:`tardis_fx.runtime.rotation`), and the rotated input is rounded to 8 or 16 bits
-    (:func:`tardis_fx.runtime.coded_reference.rounded`); rows of codes are those of
+    The input and the output are rotated (:mod:`tardis_fx.runtime.rotation`), and the rotated input is rounded to 8 or
+    16 bits (:func:`tardis_fx.runtime.coded_reference.rounded`); rows of codes are those of
     :mod:`tardis_fx.runtime.tables`. Every neuron that the plan lists has base codes, which give the estimates of its
     pre-activations, and refinements, which are added to them. While it gives nothing, the fold holds its surrogate.
     Tensors with one entry per listed neuron have room for ``capacity`` neurons, of which ``listed`` are used.

@@ -15,6 +15,7 @@ from tardis_fx.runtime.correction import Correction
 _COUNTING: list["Touched"] = []
 #: Replace implementations that do not run Python by some that count, for as long as anything is counted.
 _COUNTED: list[Callable[[], AbstractContextManager[None]]] = []
+_REPLACED = ExitStack()
 
 
 class Touched:
@@ -112,13 +113,41 @@ def count_touched() -> Iterator[Touched]:
     that ``int8_ffn`` has quantised counts as if it were in the model's dtype.
     """
     touched = Touched()
-    with ExitStack() as stack:
-        if not _COUNTING:
-            for implement in _COUNTED:
-                stack.enter_context(implement())
-        _COUNTING.append(touched)
-        stack.callback(_COUNTING.remove, touched)
+    if not _COUNTING:
+        _replace()
+    _COUNTING.append(touched)
+    try:
         yield touched
+    finally:
+        _COUNTING.remove(touched)
+        if not _COUNTING:
+            _REPLACED.close()
+
+
+def replace_again() -> None:
+    """Replaces implementations that were registered while calls are counted."""
+    if _COUNTING:
+        _REPLACED.close()
+        _replace()
+
+
+def _replace() -> None:
+    for implement in _COUNTED:
+        _REPLACED.enter_context(implement())
+
+
+@contextmanager
+def uncounted() -> Iterator[None]:
+    """Hides calls from the counters that are active outside of this context."""
+    active = _COUNTING[:]
+    _COUNTING.clear()
+    _REPLACED.close()
+    try:
+        yield
+    finally:
+        if active:
+            _replace()
+        _COUNTING[:] = active
 
 
 def count(call: CodedFFN | CodedLinear, parts: coded_reference.Levels | None, site: int) -> None:

@@ -226,7 +226,7 @@ def verdict_of(mutant: Mutant, path: Path, *, thorough: bool) -> str | None:
     try:
         plan = Plan.load(path)
         assert str(plan)
-        options: dict[str, Any] = {"plan": plan, "inner": "eager"}
+        options: dict[str, Any] = {"plan": plan, "inner": "eager", "select": "always"}
         with torch.no_grad():
             compiled = backend.tardis(subject.gm, list(subject.values), options=options)
             found += compiled(*subject.values)
@@ -306,5 +306,7 @@ def _subject(number: int) -> _Subject:
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         plan.save(Path(folder, "plan"))
         content = Path(folder, "plan").read_bytes()
-        (output,) = backend.tardis(gm, list(values), options={"plan": plan, "inner": "eager"})(*values)
+        (output,) = backend.tardis(gm, list(values), options={"plan": plan, "inner": "eager", "select": "always"})(
+            *values
+        )
     return _Subject(model, x, content, gm, values, output)

@@ -35,7 +35,7 @@ class Rewriter:
 
     def __call__(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         """Compiles a graph."""
-        method, options = self._drawn.method, {"inner": self._inner, "prefill": self._drawn.prefill}
+        method, options = self._drawn.method, {"inner": self._inner, "prefill": self._drawn.prefill, "select": "always"}
         probe = copy(gm)
         position = {node: i for i, node in enumerate(probe.graph.find_nodes(op="placeholder"))}
         entries = []

@@ -63,7 +63,8 @@ class _Planned:
     def __call__(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         if self._plan is None:
             self._plan = Plan(tuple(self._entries(gm, inputs)), Config(prefill="rewritten"))
-        return tardis(gm, list(inputs), options={"plan": self._plan, "inner": "eager", "on_change": self._on_change})
+        options = {"plan": self._plan, "inner": "eager", "select": "always", "on_change": self._on_change}
+        return tardis(gm, list(inputs), options=options)
 
     def _entries(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> list[SitePlan]:
         names = {address: name for name, (address, _) in self._known[0].items()}

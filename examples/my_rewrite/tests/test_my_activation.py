@@ -30,7 +30,8 @@ def test_an_ffn_with_a_registered_activation_is_found_and_rewritten():
     config = Config(method="guarded_fold", budget=0.7, prefill="rewritten", progress=False)
     plan = calibrate(model, list(torch.randn(4, 600, 64)), config=config)
     assert [(site.activation, site.method) for site in plan.sites] == [("lecun_tanh", "guarded_fold")]
-    fast = torch.compile(model, backend="tardis", options={"plan": plan, "strict": True, "inner": "eager"})
+    options = {"plan": plan, "select": "always", "strict": True, "inner": "eager"}
+    fast = torch.compile(model, backend="tardis", options=options)
     by_reference, by_kernel = fast(x), torch.cat([fast(few) for few in x.split(4)])  # many tokens at once, and few
     assert_equivalent(by_kernel, by_reference, tolerance=1e-3)  # the kernel reads 8-bit codes in fixed point
     assert_error_within(plan.sites[0], by_kernel, model(x), slack=0.1)

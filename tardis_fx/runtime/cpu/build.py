@@ -3,11 +3,10 @@
 There is one source for all instruction sets (:data:`CAPABILITIES`). The best one that the processor has is chosen at
 run time, so that a cache folder may move to other machines; ``$TARDIS_FX_CPU_CAPABILITY`` names another one.
 
-The folder is ``$TARDIS_FX_CACHE``, else ``$XDG_CACHE_HOME/tardis_fx``, else ``~/.cache/tardis_fx``; the compiler is
-``$CXX``, else ``g++`` or ``clang++``. Loading a library runs its code, so folder and library must belong to the user or
-to root, and nobody else may have write access. A library's name ends in a digest of its content, so that a
-truncated or damaged one is found before it is mapped. Without such a folder, each process compiles the kernel in a
-temporary folder, which is removed once the library is loaded.
+The compiler is ``$CXX``, else ``g++`` or ``clang++``. Loading a library runs its code, so folder and library must be
+trusted (:mod:`tardis_fx.runtime.cache`). A library's name ends in a digest of its content, so that a truncated or
+damaged one is found before it is mapped. Without a trusted folder, each process compiles the kernel in a temporary
+folder, which is removed once the library is loaded.
 """
 
 import ctypes
@@ -17,7 +16,6 @@ import os
 import platform
 import shlex
 import shutil
-import stat
 import subprocess
 import tempfile
 import threading
@@ -32,7 +30,9 @@ import torch
 from tardis_fx.errors import ConfigError
 from tardis_fx.graph.activations import ACTIVATIONS
 from tardis_fx.runtime import tables
+from tardis_fx.runtime.cache import cache_folder, is_trusted
 from tardis_fx.runtime.correction import MOST_TOKENS
+from tardis_fx.runtime.touched import replace_again
 
 logger = logging.getLogger("tardis_fx")
 
@@ -110,6 +110,12 @@ def capabilities() -> tuple[str, ...]:
     return tuple(name for name, c in CAPABILITIES.items() if c.machine in ("", machine) and c.features <= found)
 
 
+def kernel_name() -> str | None:
+    """File name of the loaded library, which identifies its sources, compiler and processor; None without a kernel."""
+    library = load()
+    return None if library is None else Path(library._name).name
+
+
 def activation_number(name: str) -> int:
     """The kernel's number of an activation: its position in the registry, which only grows at the end."""
     return list(ACTIVATIONS).index(name)
@@ -137,6 +143,7 @@ def _registered(library: ctypes.CDLL) -> ctypes.CDLL:
         before.tardis_unregister()
     _REGISTERED[:] = [library]
     library.tardis_register()
+    replace_again()
     return library
 
 
@@ -148,7 +155,7 @@ def _from_cache(target: str) -> ctypes.CDLL:
     parts.append(torch.__version__)
     name = f"kernel-{target}-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}"
     try:
-        folder = _cache_folder()
+        folder = cache_folder()
         for library in _libraries(folder, name):
             with suppress(OSError):  # for example, built for another C library
                 return _open(library)
@@ -165,29 +172,11 @@ def _from_cache(target: str) -> ctypes.CDLL:
         return _open(library if folder is None else _store(library, folder, name))
 
 
-def _cache_folder() -> Path:
-    """The cache folder, created if necessary; an OSError or RuntimeError if that fails or others can write it."""
-    path = os.environ.get("TARDIS_FX_CACHE")
-    folder = Path(path or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "tardis_fx"))
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    folder = folder.resolve()
-    if not _ours(folder):
-        raise PermissionError(f"the cache folder {folder} belongs to another user, or others can write it")
-    return folder
-
-
-def _ours(path: Path) -> bool:
-    """Whether only this user and root can change a file or folder."""
-    status = path.lstat()
-    mine = status.st_uid in (0, os.geteuid())
-    return mine and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not path.is_symlink()
-
-
 def _libraries(folder: Path, name: str) -> Iterator[Path]:
     """Intact libraries of that name that only this user could have written; removes others of that name."""
     for library in sorted(folder.glob(f"{name}-*.so")):
         try:
-            intact = _ours(library) and _digest(library) == library.stem.rsplit("-", 1)[1]
+            intact = is_trusted(library) and _digest(library) == library.stem.rsplit("-", 1)[1]
         except OSError:
             continue
         if intact:
@@ -254,6 +243,14 @@ def _compiler() -> list[str]:
     if path := shutil.which("g++") or shutil.which("clang++"):
         return [path]
     raise FileNotFoundError("no C++ compiler: neither g++ nor clang++ on PATH, and CXX is not set")
+
+
+def processor() -> str:
+    """Identity of the processor, for times, so that machines may share a cache folder."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    features = {line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))}
+    return "\n".join([platform.machine(), platform.processor(), *sorted(features)])
 
 
 def _digest(library: Path) -> str:

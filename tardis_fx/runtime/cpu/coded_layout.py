@@ -127,7 +127,8 @@ class _Sections:
 
     def __init__(self, prepared: UInt8[Tensor, " bytes"], magic: int) -> None:
         start = 8 * HEADER
-        found, *self.numbers = prepared[:start].view(torch.int64).tolist() if len(prepared) >= start else [0]
+        header: list[int] = prepared[:start].view(torch.int64).tolist() if len(prepared) >= start else [0]
+        found, *self.numbers = header
         if found != magic:
             raise PlanMismatchError("an op of tardis was given bytes that are not a prepared site")
         self._prepared, self._at = prepared, start
