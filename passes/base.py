@@ -44,6 +44,8 @@ class Rewrite(ABC):
     linear: bool = False
     #: Whether :meth:`forward` equals the original to rounding, so that prefill also takes it.
     exact: bool = False
+    #: Most tokens of a step that counts as decoding on a CPU: its kernel is faster than the original there.
+    decode_tokens: int = 8
     #: Whether the plan of a site depends on other sites even if each has its own budget: then :meth:`fit` needs all
     #: sites at once, and ``calibrate(offload=True)`` refuses the rewrite.
     compares_sites: bool = False

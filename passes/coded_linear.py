@@ -47,6 +47,7 @@ class CodedLinearLayer(Rewrite):
 
     name: ClassVar[str] = "coded_linear"
     linear = True
+    decode_tokens = 32
 
     def refuse(self, site: Site) -> str | None:
         """Refuses FFNs."""

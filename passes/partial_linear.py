@@ -44,6 +44,7 @@ class PartialLinear(Rewrite):
     """The main rewrite: an FFN in codes with dynamic precision, and an affine fold where it is worth its bytes."""
 
     name: ClassVar[str] = "partial_linear"
+    decode_tokens = 32
 
     def refuse(self, site: Site) -> str | None:
         """Refuses sites without an activation."""

@@ -31,16 +31,13 @@ from tardis_fx.runtime.correction import MOST_TOKENS
 from tardis_fx.runtime.cpu import op as cpu
 from tardis_fx.runtime.fingerprint import fingerprint
 
-#: Steps of up to this many tokens are rewritten under ``prefill="original"`` on a CPU.
-DECODE_TOKENS = 8
-
 _FOLD = ExactFold()
 _HINT = "compile with prefill='rewritten'"
 
 
-def decode_tokens(device: torch.device) -> int:
-    """Tokens of a step that still counts as decoding on a device."""
-    return MOST_TOKENS if device.type == "cuda" else DECODE_TOKENS
+def decode_tokens(device: torch.device, rewrite: Rewrite) -> int:
+    """Tokens of a step that still counts as decoding on a device: it is rewritten under ``prefill="original"``."""
+    return MOST_TOKENS if device.type == "cuda" else rewrite.decode_tokens
 
 
 @dataclass(frozen=True)
@@ -145,9 +142,12 @@ def apply(
 def _refuse_mixed(outcome: Outcome, prefill: Prefill) -> Outcome:
     """The outcome, refused if one graph must serve steps of both few and many tokens."""
     site, entry = outcome.site, outcome.plan
-    if prefill != "original" or outcome.reason or not isinstance(entry, SitePlan) or rewrite_named(entry.method).exact:
+    if prefill != "original" or outcome.reason or not isinstance(entry, SitePlan):
         return outcome
-    most = decode_tokens(site.input.meta["example_value"].device)
+    rewrite = rewrite_named(entry.method)
+    if rewrite.exact:
+        return outcome
+    most = decode_tokens(site.input.meta["example_value"].device, rewrite)
     if not pinned_between(_tokens(site), most):
         return outcome
     reason = f"mark_dynamic promises one graph for up to and for more than {most} tokens: {_HINT}"
@@ -156,14 +156,16 @@ def _refuse_mixed(outcome: Outcome, prefill: Prefill) -> Outcome:
 
 def _stays(site: Site, rewrite: Rewrite, weights: Sequence[Tensor], prefill: Prefill) -> bool:
     """Whether a step with the site's number of tokens runs the original."""
-    return not rewrite.exact and prefill == "original" and bool(_tokens(site) > decode_tokens(weights[0].device))
+    return (
+        not rewrite.exact and prefill == "original" and bool(_tokens(site) > decode_tokens(weights[0].device, rewrite))
+    )
 
 
 def _decodes(candidate: Candidate, prefill: Prefill) -> bool:
     """Whether a step of few tokens runs a site; not for a number that is symbolic and that nothing has compared yet."""
     guard, tokens = candidate.guard, _tokens(candidate.guard.site)
     compared = isinstance(tokens, int) or (prefill == "original" and not guard.rewrite.exact)
-    return compared and bool(tokens <= decode_tokens(candidate.weights[0].device))
+    return compared and bool(tokens <= decode_tokens(candidate.weights[0].device, guard.rewrite))
 
 
 def _find(plan: Plan, site: Site, weights: Sequence[Tensor]) -> Planned | None:

@@ -74,8 +74,8 @@ class Config:
             chain of rewrites, stored as ``"drop_bias+low_rank"``; or a mapping from patterns of site names (as in
             ``fnmatch``) to either, or to None. In a mapping the first matching pattern counts, sites that match none
             are not rewritten, and the budget applies to each method's sites. It is stored as pairs.
-        prefill: ``"original"`` runs the exact original FFN for steps of more than 8 tokens (16 on a GPU);
-            ``"rewritten"`` rewrites every token (encoders, and every measurement of quality).
+        prefill: ``"original"`` runs the exact original FFN for steps of more than 32 tokens (``guarded_fold``: 8, or
+            16 on a GPU); ``"rewritten"`` rewrites every token (encoders, and every measurement of quality).
         options: of the rewrite, by name, as declared by its class in ``Options``: ``{"predictor_bits": 3}``. If
             ``method`` names several rewrites, by rewrite: ``{"guarded_fold": {"predictor_bits": 3}}``. They are
             stored as pairs; :meth:`options_of` returns those of one rewrite.
@@ -164,8 +164,8 @@ class Options:
         prefill: overrides that of the plan.
         select: ``"fastest"`` times each FFN in both forms when a step of few tokens is compiled, and leaves the
             original where it is faster on this device; ``"always"`` rewrites without timing, as every measurement of
-            quality must. Steps of more than 8 tokens (16 on a GPU), and FFNs whose weights were released, are not
-            timed.
+            quality must. Steps of more than 32 tokens (``guarded_fold``: 8, or 16 on a GPU), and FFNs whose weights
+            were released, are not timed.
         strict: raise an error, instead of warning, if a site of the graph is not rewritten. A site that stays original
             because it is faster is no error.
         inner: the backend that compiles the rewritten graph.

@@ -26,7 +26,7 @@ from tardis_fx import (
     explain,
 )
 from tardis_fx.measure.decoding import cache_argument
-from tardis_fx.passes.pipeline import DECODE_TOKENS
+from tardis_fx.passes.guarded_fold import GuardedFold
 
 FEW, MANY = inputs(4, 16, seed=7), inputs(40, 16, seed=8)
 
@@ -146,11 +146,11 @@ def test_prefill_is_the_plans_unless_an_option_says_otherwise(model: FFN, plan: 
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("tokens", [DECODE_TOKENS, DECODE_TOKENS + 1])
+@pytest.mark.parametrize("tokens", [GuardedFold.decode_tokens, GuardedFold.decode_tokens + 1])
 def test_with_symbolic_sizes_the_number_of_tokens_still_decides(tokens: int, model: FFN, plan: Plan) -> None:
     fast = compiled(model, plan, prefill="original", dynamic=True)
     x = inputs(tokens, 16)
-    torch.testing.assert_close(fast(x), model(x) if tokens > DECODE_TOKENS else expected(model, plan, x))
+    torch.testing.assert_close(fast(x), model(x) if tokens > GuardedFold.decode_tokens else expected(model, plan, x))
     torch.testing.assert_close(fast(FEW), expected(model, plan, FEW))
     torch.testing.assert_close(fast(MANY), model(MANY))
 

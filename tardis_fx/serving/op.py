@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, fx
 
 from tardis_fx.graph.feed_forward import dense
+from tardis_fx.passes.guarded_fold import GuardedFold
 from tardis_fx.passes.pipeline import decode_tokens
 from tardis_fx.passes.registry import rewrite_named
 from tardis_fx.plan import SitePlan
@@ -39,7 +40,7 @@ class _Spec:
 
 
 def spec(entry: SitePlan, constants: Sequence[str], original: Sequence[str]) -> str:
-    """Encodes everything of a site except its tensors.
+    """Encodes everything of a site except its tensors, of which it keeps the size of the output's bias.
 
     Args:
         entry: of the site.
@@ -47,13 +48,17 @@ def spec(entry: SitePlan, constants: Sequence[str], original: Sequence[str]) -> 
         original: names of the original weights, likewise; empty if no row takes the original.
     """
     planned = {"kind": entry.kind, "activation": entry.activation, "method": entry.method, "settings": entry.settings}
-    return json.dumps({"planned": planned, "constants": list(constants), "original": list(original)}, sort_keys=True)
+    content = {"planned": planned, "bias": list(entry.tensors["bias"].shape) if "bias" in entry.tensors else None}
+    return json.dumps(content | {"constants": list(constants), "original": list(original)}, sort_keys=True)
 
 
 @lru_cache(maxsize=256)
 def _read(text: str) -> _Spec:
     content = json.loads(text)
-    entry = SitePlan(fingerprint="", name="", dtype="", shapes=(), dense_bytes=0, **content["planned"])
+    bias = {} if content["bias"] is None else {"bias": torch.empty(content["bias"], dtype=torch.float32, device="meta")}
+    entry = SitePlan(
+        fingerprint="", name="", dtype="", shapes=(), dense_bytes=0, tensors=bias, **content["planned"]
+    )  # fmt: skip
     few_rows = bool(content["original"])  # which larger steps take
     return _Spec(_traced(entry, content["constants"], few_rows), str(entry.activation), tuple(content["original"]))
 
@@ -88,7 +93,7 @@ def serve(
         return site.run(rows, *constants).view(*x.shape[:-1], d_out)
     weights = dict(zip(site.original, original, strict=True))
     lengths = query_lengths(len(rows))
-    decoded = decoding(lengths, decode_tokens(x.device))
+    decoded = decoding(lengths, decode_tokens(x.device, GuardedFold()))
     if all(decoded):
         out = site.run(rows, *constants)
     elif not any(decoded):

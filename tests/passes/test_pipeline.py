@@ -9,6 +9,7 @@ from tardis_fx import Plan, PlanMismatchError
 from tardis_fx.graph.matcher import find_sites
 from tardis_fx.graph.site import SiteWeights
 from tardis_fx.passes import pipeline
+from tardis_fx.passes.guarded_fold import GuardedFold
 from tardis_fx.plan import SitePlan
 from tardis_fx.runtime.cpu import op as cpu
 from tardis_fx.runtime.fingerprint import fingerprint
@@ -16,7 +17,7 @@ from tardis_fx.testing.capture import capture
 from tardis_fx.testing.graphs import Drawn, graphs
 
 CLASSES = list(range(20)), list(range(20, 26))  # of 32 neurons
-LIMIT = pipeline.DECODE_TOKENS
+LIMIT = GuardedFold.decode_tokens
 O = oracle(16, 32, 4, d_out=16)
 PLAN = Plan((O.plan(*CLASSES),), config())
 

@@ -8,7 +8,7 @@ from torch import Tensor, fx, nn
 
 from tardis_fx.graph.feed_forward import biases, dense, matrices
 from tardis_fx.graph.site import SiteWeights
-from tardis_fx.passes.pipeline import DECODE_TOKENS
+from tardis_fx.passes.guarded_fold import GuardedFold
 from tardis_fx.passes.registry import rewrite_named
 from tardis_fx.plan import SitePlan
 from tardis_fx.serving import op
@@ -61,15 +61,15 @@ def test_every_row_of_a_mixed_step_takes_the_branch_of_its_request(
     assert (
         not torch.isclose(site.rewritten, site.dense, rtol=1e-3).all(1).any()
     )  # else the branches could not be told apart
-    few = torch.tensor([n <= DECODE_TOKENS for n in lengths]).repeat_interleave(torch.tensor(lengths))
+    few = torch.tensor([n <= GuardedFold.decode_tokens for n in lengths]).repeat_interleave(torch.tensor(lengths))
     expected = torch.where(few[:, None], site.rewritten, site.dense)
     rtol, atol = (2e-3, 1e-3) if method == "partial_linear" else (1.3e-6, 1e-5)  # its kernel rounds inputs to codes
     torch.testing.assert_close(site(site.x), expected, rtol=rtol, atol=atol)
 
 
 def test_many_decoding_requests_take_the_original(monkeypatch: pytest.MonkeyPatch) -> None:
-    in_steps_of(monkeypatch, *[1] * (DECODE_TOKENS + 1), 12)
-    site = Site(DECODE_TOKENS + 13)
+    in_steps_of(monkeypatch, *[1] * (GuardedFold.decode_tokens + 1), 12)
+    site = Site(GuardedFold.decode_tokens + 13)
     torch.testing.assert_close(site(site.x), site.dense)
 
 

@@ -21,7 +21,7 @@ from builders.ffns import exact_plan
 from tardis_fx import Config, Plan, calibrate
 from tardis_fx.measure.decoding import cache_argument
 from tardis_fx.observation.observe import BatchObservation
-from tardis_fx.passes.pipeline import DECODE_TOKENS
+from tardis_fx.passes.guarded_fold import GuardedFold
 
 pytestmark = [
     pytest.mark.vllm,
@@ -160,7 +160,9 @@ def test_tokens_are_those_of_the_same_plan_in_transformers(
     results = run([c.job(enforce_eager=eager, tensor_parallel_size=ranks) for c in cases], cache_root)
     assert tokens(results) == [c.rewritten for c in cases]
     if ranks == 1:  # else the calls are made in processes of their own
-        assert [sum(max(step) <= DECODE_TOKENS for step in f["steps"]) for f in results] == [REWRITTEN] * len(cases)
+        assert [sum(max(step) <= GuardedFold.decode_tokens for step in f["steps"]) for f in results] == [
+            REWRITTEN
+        ] * len(cases)
 
 
 @pytest.mark.parametrize("eager", [True, False], ids=["eager", "compiled"])
@@ -171,7 +173,9 @@ def test_plans_in_codes_are_served_by_one_rank_and_refused_by_two(
     jobs = [c.job(enforce_eager=eager) for c in cases]
     *results, refused = run([*jobs, cases[0].job(tensor_parallel_size=2)], cache_root)
     assert tokens(results) == [c.rewritten for c in cases]
-    assert [sum(max(step) <= DECODE_TOKENS for step in f["steps"]) for f in results] == [REWRITTEN] * len(cases)
+    assert [sum(max(step) <= GuardedFold.decode_tokens for step in f["steps"]) for f in results] == [REWRITTEN] * len(
+        cases
+    )
     assert "WorkerProc initialization failed" in refused["error"]  # its log has the ServingError
 
 
@@ -194,7 +198,9 @@ def test_prompts_and_decoding_requests_in_one_step_take_the_branch_of_each(
     cases, lengths = [case("opt"), case("llama")], [24, 9, 16, 20]
     jobs = [c.job(max_num_seqs=2, max_num_batched_tokens=64) | {"tokens": lengths} for c in cases]
     for served, result in zip(cases, run(jobs, cache_root), strict=True):
-        assert any(min(step) == 1 and max(step) > DECODE_TOKENS for step in result["steps"])  # both in one step
+        assert any(
+            min(step) == 1 and max(step) > GuardedFold.decode_tokens for step in result["steps"]
+        )  # both in one step
         assert result["tokens"] == [ids[:n] for ids, n in zip(served.rewritten, lengths, strict=True)]
 
 
