@@ -59,9 +59,14 @@ void store(float value, Bfloat16* at) {
 float to_float(Half value) { return _cvtsh_ss(value.bits); }
 void store(float value, Half* at) { at->bits = _cvtss_sh(value, _MM_FROUND_TO_NEAREST_INT); }
 #else
-float to_float(Half value) { return read<_Float16>(&value); }
+#ifdef __aarch64__
+typedef __fp16 Float16;
+#else
+typedef _Float16 Float16;
+#endif
+float to_float(Half value) { return read<Float16>(&value); }
 void store(float value, Half* at) {
-  const _Float16 rounded = value;
+  const Float16 rounded = value;
   at->bits = read<uint16_t>(&rounded);
 }
 #endif
