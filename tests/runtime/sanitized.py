@@ -1,6 +1,6 @@
 """Calls a kernel that is compiled with AddressSanitizer and UBSan; test_sanitizers.py runs it in a process of its own.
 
-``LD_PRELOAD=<libasan.so> python sanitized.py LIBRARY OP CALLS [wrong]``: random calls of ``correct`` or ``coded_ffn``, on
+``LD_PRELOAD=<libasan.so> python sanitized.py LIBRARY OP CALLS [wrong]``: random calls of an op, on
 tensors of exactly the size that they need, so that a read or write past one of them is reported. PyTorch's memory comes
 from malloc, which the sanitizer watches. With ``wrong``, calls read past their tokens, and a report must come.
 """
@@ -21,12 +21,15 @@ from builders.correction import FLOATS, arguments
 from torch import Tensor
 
 from tardis_fx.graph.activations import ACTIVATIONS
+from tardis_fx.quantisation import code_rows
 from tardis_fx.runtime.coded import CodedFFN
+from tardis_fx.runtime.coded_linear import CodedLinear
 from tardis_fx.runtime.correction import MOST_TOKENS, Correction
 from tardis_fx.runtime.cpu import build as cpu_build
 from tardis_fx.runtime.cpu import op as cpu
-from tardis_fx.runtime.cpu.coded_layout import _DTYPES, prepare
+from tardis_fx.runtime.cpu.coded_layout import _DTYPES, prepare, prepare_linear
 from tardis_fx.runtime.packing import GROUP_SIZES
+from tardis_fx.runtime.rotation import random_signs
 
 #: Calls on one set of weights; what differs is their tokens.
 TOGETHER = 10
@@ -58,7 +61,7 @@ def drawn(draw: random.Random) -> Correction:
 def drawn_in_codes(draw: random.Random) -> CodedFFN:
     return coded.arguments(
         k=draw.choice((1, 2)),
-        shape=(draw.randint(1, MOST_TOKENS),),
+        shape=(draw.randint(1, 40),),
         d=draw.randint(1, 300),
         d_out=draw.randint(1, 200),
         listed=draw.randint(0, 40),
@@ -71,6 +74,15 @@ def drawn_in_codes(draw: random.Random) -> CodedFFN:
         relative=draw.random() < 0.5,
         seed=draw.randrange(2**32),
     )
+
+
+def drawn_linear(draw: random.Random) -> CodedLinear:
+    d, d_out, bits = draw.randint(1, 300), draw.randint(1, 200), draw.randint(1, 8)
+    generator = torch.Generator().manual_seed(draw.randrange(2**32))
+    x = torch.randn(draw.randint(1, 40), d, generator=generator).to(draw.choice(FLOATS))
+    rows = code_rows(torch.randn(d_out, d, generator=generator), None, bits).rows
+    bias = torch.randn(d_out, generator=generator).to(x.dtype) if draw.random() < 0.5 else None
+    return CodedLinear(x, rows, random_signs(d, 0), bias, bits)
 
 
 def other_tokens(draw: random.Random, x: Tensor) -> Tensor:
@@ -94,20 +106,30 @@ def correct(kernel: ctypes.CDLL, draw: random.Random, op: Correction, more: int)
 
 
 def coded_ffn(kernel: ctypes.CDLL, draw: random.Random, call: CodedFFN, more: int) -> None:
-    x, (d, d_out) = other_tokens(draw, call.x), (call.x.shape[1], len(call.bias))
-    site, out = prepare(call), x.new_empty(len(x), d_out)
+    in_codes(kernel.tardis_coded_ffn, other_tokens(draw, call.x), prepare(call), len(call.bias), more)
+
+
+def coded_linear(kernel: ctypes.CDLL, draw: random.Random, call: CodedLinear, more: int) -> None:
+    in_codes(kernel.tardis_coded_linear, other_tokens(draw, call.x), prepare_linear(call), len(call.rows), more)
+
+
+def in_codes(op: Any, x: Tensor, site: Tensor, d_out: int, more: int) -> None:
+    out = x.new_empty(len(x), d_out)
     pointers = (
         ctypes.c_void_p(site.data_ptr()),
         len(site),
         ctypes.c_void_p(x.data_ptr()),
         ctypes.c_void_p(out.data_ptr()),
     )
-    numbers = (len(x) + more, d, d_out, _DTYPES.index(x.dtype), torch.get_num_threads())
-    assert kernel.tardis_coded_ffn(*pointers, *numbers) == 0
+    assert op(*pointers, len(x) + more, x.shape[1], d_out, _DTYPES.index(x.dtype), torch.get_num_threads()) == 0
 
 
 #: By op: how a call is drawn, and how it is called on some tokens.
-OPS: dict[str, tuple[Any, Any]] = {"correct": (drawn, correct), "coded_ffn": (drawn_in_codes, coded_ffn)}
+OPS: dict[str, tuple[Any, Any]] = {
+    "correct": (drawn, correct),
+    "coded_ffn": (drawn_in_codes, coded_ffn),
+    "coded_linear": (drawn_linear, coded_linear),
+}
 #: How calls of ``correct`` are packed.
 _CALL = cpu._CALL
 

@@ -252,6 +252,13 @@ def test_the_kernel_refuses_what_is_no_prepared_site_of_the_input(k: int) -> Non
 
 
 @given(call=calls())
+def test_codes_are_placed_alike_with_and_without_a_compiler(call: CodedFFN) -> None:
+    with mock.patch.object(coded_layout, "_placed", return_value=None):
+        expected = coded_layout.prepare(call)
+    assert torch.equal(coded_layout.prepare(call), expected)
+
+
+@given(call=calls())
 def test_a_prepared_site_restores_its_call(call: CodedFFN) -> None:
     restored, listed = coded_layout.restore(call.x, coded_layout.prepare(call)), int(call.listed)
     for name, value in call._asdict().items():

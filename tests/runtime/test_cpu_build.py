@@ -59,6 +59,7 @@ def compilations(kernel: object, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 STUB = """extern "C" long tardis_correct(void*) { return 1; }
 extern "C" void tardis_register() {}
 extern "C" void tardis_unregister() {}
+extern "C" void tardis_place() {}
 """
 
 

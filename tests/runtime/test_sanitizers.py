@@ -31,7 +31,7 @@ def test_no_call_reads_or_writes_where_it_should_not(target: str, tmp_path: Path
     library = tmp_path / "kernel.so"
     cpu_build.compile_kernel(library, compiler, (*cpu_build.CAPABILITIES[target].flags, *SANITIZED))
     environment = os.environ | {"LD_PRELOAD": preloaded, "ASAN_OPTIONS": "detect_leaks=0", "OMP_NUM_THREADS": "1"}
-    for op in ("correct", "coded_ffn"):
+    for op in ("correct", "coded_ffn", "coded_linear"):
         command = [sys.executable, str(Path(__file__).with_name("sanitized.py")), str(library), op]
         run = subprocess.run([*command, str(CALLS)], env=environment, capture_output=True, text=True)
         assert (run.returncode, run.stdout) == (0, f"{CALLS} calls\n"), run.stderr[-5000:]

@@ -261,4 +261,6 @@ def _open(path: Path) -> ctypes.CDLL:
     library = ctypes.CDLL(str(path))
     library.tardis_correct.argtypes = [ctypes.c_char_p]
     library.tardis_correct.restype = ctypes.c_int64
+    library.tardis_place.argtypes = [ctypes.c_void_p, *[ctypes.c_int64] * 6, ctypes.c_void_p, ctypes.c_int64]
+    library.tardis_place.restype = None
     return library

@@ -23,6 +23,7 @@ from tardis_fx.runtime.coded import CodedFFN
 from tardis_fx.runtime.coded_arguments import check, check_listed
 from tardis_fx.runtime.coded_linear import CodedLinear
 from tardis_fx.runtime.coded_linear import check as check_linear
+from tardis_fx.runtime.cpu import build
 from tardis_fx.runtime.packing import unpack
 
 #: First integer of a header, of an FFN and of a linear layer; and number of integers.
@@ -217,13 +218,32 @@ def _check_tokens(x: Float[Tensor, "*tokens d"], d: int, dtype: torch.dtype) -> 
 
 def tiles(rows: UInt8[Tensor, "rows row_bytes"], bits: int, columns: int) -> UInt8[Tensor, "tiles cells {bits} 128"]:
     """The codes of a matrix in tiles."""
+    shape = (-(-len(rows) // TILE), -(-columns // TILE_CELL), bits, 4 * TILE)
+    if (placed := _placed(rows, bits, columns, TILE, TILE_CELL, shape)) is not None:
+        return placed
     codes = _codes(rows, bits, columns, TILE, TILE_CELL)
     return _lines(codes.unflatten(0, (-1, TILE)).unflatten(2, (-1, 8, 4)).permute(0, 2, 3, 1, 4).flatten(3), bits)
 
 
 def lines(rows: UInt8[Tensor, "rows row_bytes"], bits: int, columns: int) -> UInt8[Tensor, "padded cells {bits} 16"]:
     """The codes of a matrix in rows."""
+    shape = (_whole(len(rows)), -(-columns // ROW_CELL), bits, 16)
+    if (placed := _placed(rows, bits, columns, 1, ROW_CELL, shape)) is not None:
+        return placed
     return _lines(_codes(rows, bits, columns, TILE, ROW_CELL).unflatten(1, (-1, 8, 16)), bits)
+
+
+def _placed(
+    rows: UInt8[Tensor, "rows row_bytes"], bits: int, columns: int, tile: int, cell: int, shape: tuple[int, ...]
+) -> UInt8[Tensor, "..."] | None:
+    """The codes as ``layout.cpp`` places them, or None without a compiler."""
+    library = build.load()
+    if library is None:
+        return None
+    rows, out = rows.contiguous(), rows.new_zeros(shape)
+    numbers = (len(rows), rows.shape[1], columns, bits, tile, cell)
+    library.tardis_place(rows.data_ptr(), *numbers, out.data_ptr(), torch.get_num_threads())
+    return out
 
 
 def _codes(
