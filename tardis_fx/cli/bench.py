@@ -61,7 +61,7 @@ _DTYPES = comma_separated(str, "float32, bfloat16 or float16", get_args(DType)._
 _KINDS = comma_separated(str, "plain or gated", get_args(Kind).__contains__)
 _BITS = comma_separated(_bits, "2, 3, 4 or 8, or predictor/fold/rows (fold and rows: 3, 4, 8 or 16)")
 _READS = comma_separated(_reads, "projections/columns/fold:column/row/refinement[/up], such as 2+3/4+2/4:0.5/0.2/0.1,")
-#: Guarded folds that are timed by default, of one FFN and of a model.
+#: Guarded folds of a model that are timed by default.
 FOLDS = FoldRecipe(2), FoldRecipe(2, 4, 4)
 Bits = Annotated[
     Sequence[FoldRecipe],
@@ -105,7 +105,7 @@ def time_ffn(
     tokens: Annotated[
         Sequence[int], typer.Option(parser=_NUMBERS, metavar="N,...", help="Numbers of tokens in a step.")
     ] = (1, 4, 8, 16, 32),
-    bits: Bits = FOLDS,
+    bits: Bits = (),
     outliers: Outliers = 0.05,
     reads: Reading = None,
     rounds: Rounds = 9,
