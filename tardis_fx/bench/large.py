@@ -55,9 +55,9 @@ def large_decoding(console: Console) -> list[Timing]:
         + f"\n\n{layers} of the {ALL} layers of GPT-2 XL, with as large a part of its vocabulary and random weights. "
         "The plan reads the shares of columns and refinements that a calibrated plan of the small model reads at 20% "
         "of the bytes in bfloat16.\n"
-        "The small model gains little, because its FFNs stay in the processor's cache, from which reading them takes "
-        "hardly any time. The large one fits in no cache: each token reads its weights from memory, so the fewer bytes "
-        "it reads, the less time it can take. `tardis bench model` times other shapes, and torchao.",
+        "The FFNs of the small model stay in the processor's cache, where fewer instructions count as much as fewer "
+        "bytes. The large one fits in no cache: each token reads its weights from memory, so the fewer bytes it reads, "
+        "the less time it can take. `tardis bench model` times other shapes, and torchao.",
         markup=False,
         highlight=False,
         soft_wrap=True,  # a file gets the table in whole lines
