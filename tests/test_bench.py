@@ -71,7 +71,9 @@ def _rows(path: Path) -> list[dict[str, str]]:
 def test_ffn_has_a_row_for_every_case_and_contender(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tardis_fx.bench.ffn.ROUND", 1e-3)
     out = tmp_path / "ffn.csv"
-    text = _run("ffn", "--d", 64, "--dtype", "float32", "--tokens", "1,9", "--copies", 3, "--csv", out)
+    text = _run(
+        "ffn", "--d", 64, "--dtype", "float32", "--tokens", "1,9", "--copies", 3, "--bits", "2,2/4/4", "--csv", out
+    )
 
     rows = _rows(out)
     folds = ["guarded_fold, 2 bits, rows whole", "guarded_fold, 2/4/4 bits"]
