@@ -14,7 +14,7 @@ pytestmark = [
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="preloads the sanitizer's library"),
 ]
 
-CALLS = 3_000
+CALLS = 1_000
 PLAIN = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
 SANITIZED = (*(flag for flag in cpu_build._FLAGS if flag != "-O3"), *PLAIN)
 
