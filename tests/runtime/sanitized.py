@@ -138,8 +138,8 @@ def main(library: str, op: str, calls: int, *, wrong: bool) -> None:
     kernel, draw = cpu_build._open(Path(library)), random.Random(0)
     cpu_build.load = lambda: kernel  # type: ignore[assignment]
     for of in (kernel.tardis_coded_ffn, kernel.tardis_coded_linear):
-        pointer, number = ctypes.c_void_p, ctypes.c_int64
-        of.argtypes, of.restype = [pointer, number, pointer, pointer, *[number] * 5], number
+        pointer, integer = ctypes.c_void_p, ctypes.c_int64
+        of.argtypes, of.restype = [pointer, integer, pointer, pointer, *[integer] * 5], integer
     drawn, run = OPS[op]
     for number in range(calls):
         if number % TOGETHER == 0:
