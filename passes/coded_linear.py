@@ -30,7 +30,6 @@ from tardis_fx.plan import Planned, SitePlan
 from tardis_fx.quantisation import Feedback, code_rows
 from tardis_fx.runtime import ops  # noqa: F401 - registers torch.ops.tardis
 from tardis_fx.runtime.coded_linear import CodedLinear
-from tardis_fx.runtime.cpu import build
 from tardis_fx.runtime.cpu.coded_layout import prepare_linear
 from tardis_fx.runtime.rotation import random_signs, rotate
 from tardis_fx.statistics.moments import Moments
@@ -131,13 +130,12 @@ class CodedLinearLayer(Rewrite):
         return f"{plan.settings['bits']} bits"
 
     def constants(self, plan: SitePlan, weights: SiteWeights) -> dict[str, Tensor]:
-        """The plan's tensors and the original bias as one, in the layout of the kernel, which is loaded.
+        """The plan's tensors and the original bias as one, in the layout of the kernel.
 
         Raises:
             ConfigError: the weights are not on the CPU.
         """
         self._check_device(weights)
-        build.load()
         nothing = torch.zeros(0, weights.up.shape[1], dtype=weights.up.dtype, device=weights.up.device)
         rows, signs = plan.tensors["rows"], plan.tensors["signs"]
         return {"layer": prepare_linear(CodedLinear(nothing, rows, signs, weights.up_bias, plan.settings["bits"]))}

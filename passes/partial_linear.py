@@ -35,7 +35,6 @@ from tardis_fx.passes.base import Rewrite, stored_bytes
 from tardis_fx.passes.layout import Expected, Layout, Tensors, indices, setting, table_rows
 from tardis_fx.plan import Planned, SitePlan
 from tardis_fx.runtime import ops  # noqa: F401 - registers torch.ops.tardis
-from tardis_fx.runtime.cpu import build
 from tardis_fx.runtime.cpu.coded_layout import prepare
 from tardis_fx.statistics.target import fit_to_target
 
@@ -138,13 +137,12 @@ class PartialLinear(Rewrite):
         return ", ".join([*parts, f"fold {widths.fold_bits}"] if widths.fold_bits else parts) + " bits"
 
     def constants(self, plan: SitePlan, weights: SiteWeights) -> dict[str, Tensor]:
-        """The plan's tensors as one, in the layout of the kernel, which is loaded.
+        """The plan's tensors as one, in the layout of the kernel.
 
         Raises:
             ConfigError: the weights are not on the CPU.
         """
         self._check_device(weights)
-        build.load()
         nothing = torch.zeros(0, weights.up.shape[1], dtype=weights.up.dtype, device=weights.up.device)
         return {"site": prepare(planned_call(nothing, plan, weights))}
 

@@ -64,14 +64,22 @@ def check_listed(call: CodedFFN) -> None:
 
 
 def _check(call: CodedFFN, name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-    """Refuses a tensor with the wrong dtype, shape, layout or device."""
+    check_tensor(f"{name} of a rewritten FFN", tensor, dtype, shape, call.x.device)
+
+
+def check_tensor(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...], device: torch.device) -> None:
+    """Refuses a tensor with the wrong dtype, shape, layout or device.
+
+    Raises:
+        PlanMismatchError: it has.
+    """
     if tensor.shape != shape or tensor.dtype is not dtype:
         raise PlanMismatchError(
-            f"{name} of a rewritten FFN has dtype {tensor.dtype} and shape {tuple(tensor.shape)}, but the op takes"
-            f" {dtype} of shape {tuple(shape)}: the plan does not fit these weights"
+            f"{name} has dtype {tensor.dtype} and shape {tuple(tensor.shape)}, but the op takes {dtype} of shape"
+            f" {tuple(shape)}: the plan does not fit these weights"
         )
-    if tensor.device != call.x.device or tensor.layout is not torch.strided:
+    if tensor.device != device or tensor.layout is not torch.strided:
         raise PlanMismatchError(
-            f"{name} of a rewritten FFN is {tensor.layout} on {tensor.device}, but its input is on {call.x.device}:"
+            f"{name} is {tensor.layout} on {tensor.device}, but its input is on {device}:"
             " move the whole model to one device, and compile it again"
         )

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tardis_fx.errors import PlanMismatchError
 from tardis_fx.runtime import tables
+from tardis_fx.runtime.coded_arguments import check_tensor
 from tardis_fx.runtime.coded_reference import rounded
 from tardis_fx.runtime.reference import compute_dtype
 
@@ -80,15 +81,5 @@ def check(call: CodedLinear) -> None:
     }
     for name, (dtype, shape) in expected.items():
         tensor = getattr(call, name)
-        if tensor is None:
-            continue
-        if tensor.dtype is not dtype or tensor.shape != shape:
-            raise PlanMismatchError(
-                f"{name} of a linear layer in codes has dtype {tensor.dtype} and shape {tuple(tensor.shape)}, but the"
-                f" op takes {dtype} of shape {shape}: the plan does not fit these weights"
-            )
-        if tensor.device != call.x.device or tensor.layout is not torch.strided:
-            raise PlanMismatchError(
-                f"{name} of a linear layer in codes is {tensor.layout} on {tensor.device}, but its input is on"
-                f" {call.x.device}: move the whole model to one device, and compile it again"
-            )
+        if tensor is not None:
+            check_tensor(f"{name} of a linear layer in codes", tensor, dtype, shape, call.x.device)

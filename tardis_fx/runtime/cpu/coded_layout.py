@@ -46,7 +46,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def prepare(call: CodedFFN) -> UInt8[Tensor, " bytes"]:
-    """The prepared site of a call, of whose input only the size is used.
+    """The prepared site of a call, of whose input only the size is used; loads the kernel.
 
     Raises:
         PlanMismatchError: an argument does not fit the others, or the op does not take it.
@@ -80,7 +80,7 @@ def prepare(call: CodedFFN) -> UInt8[Tensor, " bytes"]:
 
 
 def prepare_linear(call: CodedLinear) -> UInt8[Tensor, " bytes"]:
-    """The prepared layer of a call, of whose input only size and dtype are used.
+    """The prepared layer of a call, of whose input only size and dtype are used; loads the kernel.
 
     Raises:
         PlanMismatchError: an argument does not fit the others, or the op does not take it.
@@ -111,7 +111,7 @@ def _joined(parts: Sequence[Tensor]) -> UInt8[Tensor, " bytes"]:
 
 
 def _zeros(size: int) -> UInt8[Tensor, " {size}"]:
-    """Zeros, in huge pages if they fill some and the system has any: finding pages takes a fifth of a step's time."""
+    """Zeros, in huge pages if they fill some and the system has any: rows that are far apart are found faster."""
     if size < 2 * _HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.zeros(size, dtype=torch.uint8, device="cpu")
     memory = mmap.mmap(-1, size + 2 * _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
