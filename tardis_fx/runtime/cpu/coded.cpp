@@ -2,9 +2,9 @@
 //
 // `coded_ffn` in coded_reference.py specifies the result, and coded_layout.py prepares the codes. Threads share the neurons, in
 // batches: (a) estimates of the first pre-activation by tiles, for all tokens, (b) of the second one, where a token's gate
-// needs it, (c) which parts are read, and the refinements of pre-activations, (d) the values of columns, in chunks. Then
-// they share the outputs: (e) the fold, by tiles, and the columns of all chunks, (f) the rotation. Thresholds relative to
-// a token's scale need the first estimates of all neurons: then (a) comes first for all of them.
+// needs it, (c) which parts are read, and the refinements of pre-activations, (d) the columns, in chunks. Then they share
+// the outputs: (e) the sums of all threads, and the fold, by tiles, (f) the rotation. Thresholds relative to a token's
+// scale need the first estimates of all neurons: then (a) comes first for all of them.
 // Do not compile with -ffast-math: a NaN must compare false, so that it reads everything.
 
 #include <algorithm>
@@ -149,12 +149,8 @@ constexpr auto row_products(std::integer_sequence<int, BITS...>) {
   return std::array{multiply_row<BITS + 1, T>...};
 }
 template <int... BITS>
-constexpr auto interleaves(std::integer_sequence<int, BITS...>) {
-  return std::array{interleave<BITS + 1>...};
-}
-template <int... BITS>
 constexpr auto additions(std::integer_sequence<int, BITS...>) {
-  return std::array{add_quads<BITS + 1>...};
+  return std::array{add_chunk<BITS + 1>...};
 }
 
 // Products of a tile with all tokens from `first` on, [tokens, TILE].
@@ -478,17 +474,7 @@ void add_rows(const Rows& rows, const Members& members, int64_t position, const 
   }
 }
 
-// ---- Chunks of rows of columns, with their values.
-
-// Chunks of one thread, each with room for all tokens.
-struct Chunks {
-  uint8_t* memory;
-  int64_t size, count;
-
-  static int64_t bytes(int64_t tokens) { return blocks(sizeof(Chunk) + tokens * sizeof(Chunk::Values), 64) * 64; }
-  Chunk* chunk(int64_t i) const { return (Chunk*)(memory + i * size); }
-  Chunk::Values* values(int64_t i) const { return (Chunk::Values*)(chunk(i) + 1); }
-};
+// ---- Rows of columns, with their values.
 
 // Those lanes of a vector whose bits are set; others are 0.
 Floats kept(uint32_t bits, Floats values) {
@@ -501,15 +487,17 @@ Floats kept(uint32_t bits, Floats values) {
 #endif
 }
 
-// Collects rows and values until a chunk is full.
+// Collects rows and values until a chunk is full, and adds the products of the chunk to sums, [tokens, cells, GROUP].
 struct Collector {
   const Rows& rows;
-  Chunks& to;
+  float* sums;
   int64_t tokens;
   int count = 0;
+  int32_t numbers[CHUNK];
   float values[MOST_TOKENS][CHUNK];
+  Values fixed[MOST_TOKENS];
 
-  Collector(const Rows& rows, Chunks& to, int64_t tokens) : rows(rows), to(to), tokens(tokens) {}
+  Collector(const Rows& rows, float* sums, int64_t tokens) : rows(rows), sums(sums), tokens(tokens) {}
 
   // Adds the neurons of a batch that bits are set of.
   void add(int64_t position, const uint32_t (*bits)[TILES], const float (*value)[BATCH]) {
@@ -524,8 +512,10 @@ struct Collector {
     for (int i = 0; i < size; ++i) scales[i] = to_float(rows.scales[position + neurons[i]]) * (1 / 128.0f);
     for (int first = 0; first < size;) {
       const int some = std::min(size - first, CHUNK - count);
-      int32_t* const numbers = to.chunk(to.count)->rows + count;
-      for (int i = 0; i < some; ++i) numbers[i] = int32_t(position) + neurons[first + i];
+      for (int i = 0; i < some; ++i) {
+        numbers[count + i] = int32_t(position) + neurons[first + i];
+        if (count + i < ROWS_TOGETHER) prefetch(rows.row(numbers[count + i]), rows.bytes());
+      }
       for (int64_t t = 0; t < tokens; ++t) {
         alignas(64) float read[BATCH];
         for (int i = 0; i < BATCH; i += LANES) put(kept(bits[t][i / TILE] >> i % TILE, load(value[t] + i)), read + i);
@@ -540,44 +530,16 @@ struct Collector {
 
   void flush() {
     if (!count) return;
-    Chunk* const chunk = to.chunk(to.count);
-    chunk->count = count;
-    for (int i = count; i % QUAD; ++i) chunk->rows[i] = chunk->rows[count - 1];
+    for (int i = count; i % QUAD; ++i) numbers[i] = numbers[count - 1];
     for (int64_t t = 0; t < tokens; ++t) {
       std::fill(values[t] + count, values[t] + CHUNK, 0.0f);
-      set_values(to.values(to.count)[t], values[t], count);
+      set_values(fixed[t], values[t], count);
     }
-    ++to.count, count = 0;
+    static constexpr auto add = additions(EVERY_WIDTH);
+    add[rows.bits - 1](rows.lines, rows.cells, numbers, blocks(count, QUAD), fixed, tokens, sums);
+    count = 0;
   }
 };
-
-// The columns of a chunk from cell `begin` to `end`, times the values, added to sums, [tokens, end - begin, GROUP]. Lines
-// are prefetched QUADS_AHEAD quads before they are read, at the end those of the next chunk.
-void add_chunk(const Rows& rows, const Chunk& chunk, const Chunk::Values* values, const Chunk& next, int64_t tokens,
-               int64_t begin, int64_t end, float* sums) {
-  constexpr int64_t QUADS_AHEAD = 16, CELLS = 2;
-  static constexpr auto interleaved = interleaves(EVERY_WIDTH);
-  static constexpr auto add = additions(EVERY_WIDTH);
-  alignas(64) uint8_t quads[CELLS][QUADS * QUAD * GROUP];
-  const int64_t bits = rows.bits, count = blocks(chunk.count, QUAD);
-  for (int64_t cell = begin; cell < end; cell += CELLS) {
-    const int64_t some = std::min(CELLS, end - cell);
-    for (int64_t q = 0; q < count; ++q) {
-      const bool here = q + QUADS_AHEAD < count, last = cell + CELLS >= end;
-      const Chunk& of = here || !last ? chunk : next;
-      const int64_t ahead = here ? q + QUADS_AHEAD : q + QUADS_AHEAD - count, at = here ? cell : last ? begin : cell + CELLS;
-      for (int r = 0; r < QUAD && ahead * QUAD < of.count; ++r)
-        for (int64_t byte = 0; byte < CELLS * bits * ROW_LINE; byte += 64)
-          __builtin_prefetch(rows.row(of.rows[ahead * QUAD + r]) + at * bits * ROW_LINE + byte);
-      const uint8_t* quad[QUAD];
-      for (int r = 0; r < QUAD; ++r) quad[r] = rows.row(chunk.rows[q * QUAD + r]);
-      for (int64_t i = 0; i < some; ++i) interleaved[bits - 1](quad, cell + i, quads[i] + q * QUAD * GROUP);
-    }
-    for (int64_t i = 0; i < some; ++i)
-      for (int64_t t = 0; t < tokens; ++t)
-        if (values[t].unit != 0) add[bits - 1](quads[i], values[t], sums + (t * (end - begin) + cell + i - begin) * GROUP);
-  }
-}
 
 // ---- The op, for up to MOST_TOKENS tokens.
 
@@ -589,10 +551,11 @@ struct Step {
   const Tokens& x;
   float* kept;        // [batches, tokens, 2, BATCH]: first estimates and their activations, if thresholds are relative
   double* squares;    // [threads, MOST_TOKENS]: of the scales
-  Chunks *columns, *refinements;  // of each thread
+  float* sums;        // [threads, tokens, width]: of the columns times their values
 
   int64_t batches() const { return blocks(site.listed, BATCH); }
   int64_t share(int64_t of, int64_t thread) const { return of * thread / threads; }
+  int64_t width() const { return site.columns.cells * GROUP; }
   // Bits of the neurons of a tile that are listed.
   uint32_t listed(int64_t position) const {
     return (uint64_t(1) << std::clamp<int64_t>(site.listed - position, 0, TILE)) - 1;
@@ -626,10 +589,11 @@ struct Step {
       for (int64_t t = 0; t < tokens; ++t) total[t] += squares[of * MOST_TOKENS + t];
     const Limits limits(site, site.relative ? total : nullptr, tokens);
     Batch& batch = *scratch<Batch, 1>(1);
-    Collector& of_columns = *new (scratch<Collector, 2>(1)) Collector(site.columns, columns[thread], tokens);
-    Collector& of_refinements =
-        *new (scratch<Collector, 3>(1)) Collector(site.column_refinements, refinements[thread], tokens);
-    for (int64_t b = share(batches(), thread); b < share(batches(), thread + 1); ++b) {
+    float* const own = sums + thread * tokens * width();
+    std::fill_n(own, tokens * width(), 0.0f);
+    Collector& of_columns = *new (scratch<Collector, 2>(1)) Collector(site.columns, own, tokens);
+    Collector& of_refinements = *new (scratch<Collector, 3>(1)) Collector(site.column_refinements, own, tokens);
+    for (int64_t b = thread; b < batches(); b += threads) {
       const int64_t position = b * BATCH;
       for (int64_t tile = 0; tile < TILES; ++tile)
         for (int64_t t = 0; t < tokens; ++t) batch.up[t][tile] = listed(position + tile * TILE);
@@ -687,33 +651,30 @@ struct Step {
   void add_outputs(int64_t thread) {
     const int64_t cells = blocks(site.d_out, GROUP), begin = share(cells, thread), end = share(cells, thread + 1);
     if (begin == end) return;
-    const int64_t width = (end - begin) * GROUP;
-    float* const sums = scratch<float, 4>(tokens * width);
-    std::fill_n(sums, tokens * width, 0.0f);
-    const std::pair<const Rows&, const Chunks*> parts[] = {{site.columns, columns}, {site.column_refinements, refinements}};
-    for (const auto& [rows, of_threads] : parts)
-      for (int64_t of = 0; of < threads; ++of)
-        for (int64_t i = 0; i < of_threads[of].count; ++i) {
-          const Chunks& chunks = of_threads[of];
-          const Chunk& next = *chunks.chunk(std::min(i + 1, chunks.count - 1));
-          add_chunk(rows, *chunks.chunk(i), chunks.values(i), next, tokens, begin, end, sums);
-        }
+    const int64_t size = (end - begin) * GROUP;
+    float* const totals = scratch<float, 4>(tokens * size);
+    for (int64_t t = 0; t < tokens; ++t)
+      for (int64_t i = 0; i < size; i += LANES) {
+        Floats total = {};
+        for (int64_t of = 0; of < threads; ++of) total += load(sums + (of * tokens + t) * width() + begin * GROUP + i);
+        put(total, totals + t * size + i);
+      }
     const int64_t last = std::min(end * GROUP, site.d_out);
     for (int64_t row = begin * GROUP; site.fold_bits && row < last; row += TILE) {
       float products[MOST_TOKENS * TILE];
       multiply(site.fold, row / TILE, x, tokens, products);
       for (int64_t t = 0; t < tokens; ++t)
         for (int lane = 0; lane < TILE; lane += LANES) {
-          float* const at = sums + t * width + row - begin * GROUP + lane;
+          float* const at = totals + t * size + row - begin * GROUP + lane;
           put(load(at) + load(products + t * TILE + lane) * load(site.fold_scales + row + lane), at);
         }
     }
     for (int64_t t = 0; t < tokens; ++t)
-      for_blocks(site.d_out, [&](int64_t start, int64_t size) {
+      for_blocks(site.d_out, [&](int64_t start, int64_t length) {
         if (start < begin * GROUP || start >= end * GROUP) return;
-        float* const block = sums + t * width + start - begin * GROUP;
-        transform(block, size);
-        for (int64_t i = 0; i < size; ++i)
+        float* const block = totals + t * size + start - begin * GROUP;
+        transform(block, length);
+        for (int64_t i = 0; i < length; ++i)
           store(block[i] * site.out_signs[start + i] + to_float(((const W*)site.bias)[start + i]),
                 out + t * site.d_out + start + i);
       });
@@ -722,22 +683,14 @@ struct Step {
 
 template <class W>
 void compute(const Site& site, const W* x, W* out, int64_t tokens, int64_t threads) {
-  const int64_t batches = blocks(site.listed, BATCH), size = Chunks::bytes(tokens);
   Rounded rounded(site.d, site.signs, site.bits + site.low_bits >= 8, tokens);
   rounded.set(x, tokens, threads);
-  Step<W> step{site, out, tokens, threads, rounded.planes[0], nullptr, nullptr, nullptr, nullptr};
+  Step<W> step{site, out, tokens, threads, rounded.planes[0], nullptr, nullptr, nullptr};
   if (site.relative) {
-    step.kept = scratch<float, 8>(batches * tokens * 2 * BATCH);
+    step.kept = scratch<float, 8>(step.batches() * tokens * 2 * BATCH);
     step.squares = scratch<double, 9>(threads * MOST_TOKENS);
   }
-  step.columns = scratch<Chunks, 10>(2 * threads);
-  step.refinements = step.columns + threads;
-  uint8_t* const memory = scratch<uint8_t, 11>(2 * (batches + 1) * size);
-  for (int64_t thread = 0; thread < threads; ++thread) {
-    const int64_t before = step.share(batches, thread);
-    step.columns[thread] = {memory + before * size, size, 0};
-    step.refinements[thread] = {memory + (batches + 1 + before) * size, size, 0};
-  }
+  step.sums = scratch<float, 10>(threads * tokens * step.width());
   if (site.relative) run_threads(threads, [&](int64_t thread) { step.keep_first(thread); });
   run_threads(threads, [&](int64_t thread) { step.add_neurons(thread); });
   run_threads(threads, [&](int64_t thread) { step.add_outputs(thread); });

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "lanes.h"
+#include "scratch.h"
 #include "vectors.h"
 
 namespace {
@@ -199,24 +200,22 @@ void multiply_row(const uint8_t* row, const uint8_t* ahead, const Tokens& x, con
 
 // ---- Rows times values, added to what is not a product with the tokens.
 
-constexpr int CHUNK = 128, QUADS = CHUNK / QUAD;  // rows that share a unit of their values
+constexpr int CHUNK = 128;  // rows that share a unit of their values
+constexpr int QUADS_TOGETHER = 4, ROWS_TOGETHER = QUAD * QUADS_TOGETHER;  // that are read side by side
 
-// Up to CHUNK rows, and the values of tokens for them, in fixed point: unit * (STEP high + low), which errs by less than
-// 2^-15 of the largest one.
-struct Chunk {
-  int32_t count, rows[CHUNK];
-  struct Values {
-    float unit;
-    uint32_t active;          // bit q: quad q has values other than 0
-    int32_t highs, lows;      // sums
-    int8_t high[CHUNK], low[CHUNK];
-  };
+// The values of a token for up to CHUNK rows, in fixed point: unit * (STEP high + low), which errs by less than 2^-15 of
+// the largest one.
+struct Values {
+  float unit;
+  uint32_t active;          // bit q: quad q has values other than 0
+  int32_t highs, lows;      // sums
+  int8_t high[CHUNK], low[CHUNK];
 };
 
 typedef int8_t Small __attribute__((vector_size(LANES)));
 
 // Sets the values of a token, which are padded with zeros to CHUNK. An infinity or NaN makes the unit NaN.
-inline void set_values(Chunk::Values& to, const float* values, int count) {
+inline void set_values(Values& to, const float* values, int count) {
   const int end = (count + LANES - 1) / LANES * LANES;
   Floats most = {};
   for (int i = 0; i < end; i += LANES) {
@@ -248,34 +247,37 @@ inline void set_values(Chunk::Values& to, const float* values, int count) {
     to.active |= uint32_t((read<int32_t>(to.high + QUAD * q) | read<int32_t>(to.low + QUAD * q)) != 0) << q;
 }
 
-// The levels of a quad of rows in one cell, as GROUP columns of four bytes.
+// The levels of a quad of rows in one cell, as GROUP columns of four bytes. Codes are interleaved before they are taken
+// apart, when there are fewer of their bytes.
 template <int BITS>
 void interleave(const uint8_t* const* rows, int64_t cell, uint8_t* quad) {
-  const int64_t at = cell * BITS * ROW_LINE;
-#pragma GCC unroll 4
-  for (int pair = 0; pair < CELL / 2; ++pair) {
-    Bytes levels[QUAD / LINES][2];
-    for (int part = 0; part < QUAD / LINES; ++part)
-      levels_of_pair<BITS>(
-          [&](int i) { return side_by_side(rows + part * LINES, at + i * ROW_LINE); }, pair, levels[part]);
-    for (int i = 0; i < 2; ++i) {
-      Bytes of[QUAD / LINES];
-      for (int part = 0; part < QUAD / LINES; ++part) of[part] = levels[part][i];
-      put_interleaved(of, quad + (2 * pair + i) * QUAD * ROW_LINE);
-    }
+  constexpr int PARTS_OF_QUAD = QUAD / LINES;
+  Bytes lines[BITS][PARTS_OF_QUAD];
+#pragma GCC unroll 8
+  for (int i = 0; i < BITS; ++i) {
+    for (int part = 0; part < PARTS_OF_QUAD; ++part)
+      lines[i][part] = side_by_side(rows + part * LINES, (cell * BITS + i) * ROW_LINE);
+    interleave(lines[i]);
   }
+#pragma GCC unroll 4
+  for (int pair = 0; pair < CELL / 2; ++pair)
+    for (int part = 0; part < PARTS_OF_QUAD; ++part) {
+      Bytes levels[2];
+      levels_of_pair<BITS>([&](int i) { return lines[i][part]; }, pair, levels);
+      for (int i = 0; i < 2; ++i)
+        std::memcpy(quad + (2 * pair + i) * QUAD * ROW_LINE + part * WIDTH, levels + i, WIDTH);
+    }
 }
 
-// Adds quads of rows times the values of one token to GROUP sums.
-template <int BITS>
-void add_quads(const uint8_t* quads, const Chunk::Values& values, float* sums) {
+// Adds quads of a cell from `first` on, times the values of a token, to GROUP sums in fixed point.
+inline void add_quads(const uint8_t* quads, const Values& values, int first, int count, int32_t* sums) {
   constexpr int TOGETHER = WIDTH == 64 ? 8 : WIDTH == 32 ? 4 : 8;
-  const float middle = MIDDLE<BITS> * (float(STEP) * values.highs + values.lows);
-  for (int from = 0; from < QUAD * GROUP; from += TOGETHER * WIDTH) {
+  const uint32_t active = values.active >> first & ((1u << count) - 1);
+  for (int from = 0; from < QUAD * GROUP && active; from += TOGETHER * WIDTH) {
     Ints high[TOGETHER] = {}, low[TOGETHER] = {};
-    for (uint32_t rest = values.active; rest; rest &= rest - 1) {
+    for (uint32_t rest = active; rest; rest &= rest - 1) {
       const int q = __builtin_ctz(rest);
-      const Bytes h = four(values.high + QUAD * q), l = four(values.low + QUAD * q);
+      const Bytes h = four(values.high + QUAD * (first + q)), l = four(values.low + QUAD * (first + q));
       const uint8_t* const quad = quads + q * QUAD * GROUP + from;
 #pragma GCC unroll 8
       for (int v = 0; v < TOGETHER; ++v) {
@@ -286,9 +288,47 @@ void add_quads(const uint8_t* quads, const Chunk::Values& values, float* sums) {
     }
 #pragma GCC unroll 8
     for (int v = 0; v < TOGETHER; ++v) {
-      float* const at = sums + (from + v * WIDTH) / QUAD;
-      const Floats both = float(STEP) * __builtin_convertvector(high[v], Floats) + __builtin_convertvector(low[v], Floats);
-      put(load(at) + (both - middle) * values.unit, at);
+      int32_t* const at = sums + (from + v * WIDTH) / QUAD;
+      const Ints sum = read<Ints>(at) + (STEP * high[v] + low[v]);
+      std::memcpy(at, &sum, sizeof sum);
+    }
+  }
+}
+
+// Adds `count` quads of rows, [cells, BITS, ROW_LINE] each, times the values of tokens to sums, [tokens, cells, GROUP].
+// ROWS_TOGETHER rows are read from their first to their last cell, and meanwhile the next ones are prefetched: the
+// second-level cache takes more lines at a time than the first.
+template <int BITS>
+void add_chunk(const uint8_t* lines, int64_t cells, const int32_t* numbers, int64_t count, const Values* values,
+               int64_t tokens, float* sums) {
+  constexpr int64_t CELL_BYTES = BITS * ROW_LINE;
+  alignas(64) uint8_t quads[QUADS_TOGETHER][QUAD * GROUP];
+  const int64_t width = cells * GROUP;
+  int32_t* const fixed = scratch<int32_t, 11>(tokens * width);
+  std::fill_n(fixed, tokens * width, 0);
+  for (int64_t first = 0; first < count; first += QUADS_TOGETHER) {
+    const int64_t some = std::min<int64_t>(QUADS_TOGETHER, count - first), after = first + QUADS_TOGETHER;
+    const uint8_t *of[ROWS_TOGETHER], *ahead[ROWS_TOGETHER];
+    for (int64_t i = 0; i < QUAD * some; ++i) of[i] = lines + numbers[QUAD * first + i] * cells * CELL_BYTES;
+    const int64_t next = std::clamp<int64_t>(count - after, 0, QUADS_TOGETHER) * QUAD;
+    for (int64_t i = 0; i < next; ++i) ahead[i] = lines + numbers[QUAD * after + i] * cells * CELL_BYTES;
+    for (int64_t cell = 0; cell < cells; ++cell) {
+      for (int64_t i = 0; i < next; ++i)
+        for (int64_t byte = 0; byte < CELL_BYTES; byte += 64)
+          __builtin_prefetch(ahead[i] + cell * CELL_BYTES + byte, 0, SECOND_LEVEL);
+      for (int64_t q = 0; q < some; ++q) interleave<BITS>(of + QUAD * q, cell, quads[q]);
+      for (int64_t t = 0; t < tokens; ++t)
+        if (values[t].unit != 0) add_quads(quads[0], values[t], int(first), int(some), fixed + t * width + cell * GROUP);
+    }
+  }
+  for (int64_t t = 0; t < tokens; ++t) {
+    if (values[t].unit == 0) continue;
+    const int32_t total = STEP * values[t].highs + values[t].lows;
+    const float rest = (OFFSET - MIDDLE<BITS>) * total;
+    for (int64_t i = 0; i < width; i += LANES) {
+      float* const at = sums + t * width + i;
+      const Ints sum = read<Ints>(fixed + t * width + i) - OFFSET * total;
+      put(load(at) + (__builtin_convertvector(sum, Floats) + rest) * values[t].unit, at);
     }
   }
 }

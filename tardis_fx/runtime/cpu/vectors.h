@@ -195,7 +195,7 @@ inline Bytes sixteen(const int8_t* from) { return (Bytes)_mm256_broadcastsi128_s
 inline Bytes sixteen(const int8_t* from) { return read<Bytes>(from); }
 #endif
 
-// side_by_side: sixteen bytes of each of several rows. put_interleaved: from sixteen bytes of each of four rows, the first
+// side_by_side: sixteen bytes of each of several rows. interleave: turns sixteen bytes of each of four rows into the first
 // bytes of all rows, the second ones, and so on.
 #if WIDTH == 64
 inline Bytes side_by_side(const uint8_t* const* rows, int64_t at) {
@@ -204,12 +204,11 @@ inline Bytes side_by_side(const uint8_t* const* rows, int64_t at) {
   bytes = _mm512_inserti32x4(bytes, read<__m128i>(rows[2] + at), 2);
   return (Bytes)_mm512_inserti32x4(bytes, read<__m128i>(rows[3] + at), 3);
 }
-inline void put_interleaved(const Bytes* rows, uint8_t* to) {
+inline void interleave(Bytes* rows) {
   const __m512i lanes = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
   const __m128i order = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
   const __m512i moved = _mm512_permutexvar_epi32(lanes, (__m512i)rows[0]);
-  const __m512i bytes = _mm512_shuffle_epi8(moved, _mm512_broadcast_i32x4(order));
-  std::memcpy(to, &bytes, sizeof bytes);
+  rows[0] = (Bytes)_mm512_shuffle_epi8(moved, _mm512_broadcast_i32x4(order));
 }
 #else
 #if WIDTH == 32
@@ -220,7 +219,7 @@ inline Bytes side_by_side(const uint8_t* const* rows, int64_t at) {
 #else
 inline Bytes side_by_side(const uint8_t* const* rows, int64_t at) { return read<Bytes>(rows[0] + at); }
 #endif
-inline void put_interleaved(const Bytes* rows, uint8_t* to) {
+inline void interleave(Bytes* rows) {
   typedef uint8_t Sixteen __attribute__((vector_size(16)));
   typedef uint16_t Eight __attribute__((vector_size(16)));
   const Sixteen low = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23}, high = low + 8;
@@ -231,7 +230,7 @@ inline void put_interleaved(const Bytes* rows, uint8_t* to) {
   const Eight last[] = {(Eight)__builtin_shuffle(row[0], row[1], high), (Eight)__builtin_shuffle(row[2], row[3], high)};
   const Eight all[] = {__builtin_shuffle(first[0], first[1], low_pairs), __builtin_shuffle(first[0], first[1], high_pairs),
                        __builtin_shuffle(last[0], last[1], low_pairs), __builtin_shuffle(last[0], last[1], high_pairs)};
-  std::memcpy(to, all, sizeof all);
+  std::memcpy(rows, all, sizeof all);
 }
 #endif
 
