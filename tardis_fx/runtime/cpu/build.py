@@ -59,6 +59,11 @@ class Capability(NamedTuple):
 
 #: Instruction sets by name, the best first.
 CAPABILITIES = {
+    "amx_int8": Capability(
+        ("-march=x86-64-v4", "-mavx512vnni", "-mavx512bf16", "-mamx-tile", "-mamx-int8"),
+        "x86_64",
+        _V4 | {"avx512_vnni", "avx512_bf16", "amx_tile", "amx_int8"},
+    ),
     "avx512_bf16": Capability(
         ("-march=x86-64-v4", "-mavx512vnni", "-mavx512bf16"), "x86_64", _V4 | {"avx512_vnni", "avx512_bf16"}
     ),

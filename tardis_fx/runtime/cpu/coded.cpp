@@ -17,6 +17,7 @@
 
 #include "activation.h"
 #include "coded.h"
+#include "matrices.h"
 #include "pool.h"
 #include "rotation.h"
 #include "scratch.h"
@@ -153,14 +154,41 @@ constexpr auto additions(std::integer_sequence<int, BITS...>) {
   return std::array{add_chunk<BITS + 1>...};
 }
 
-// Products of a tile with all tokens from `first` on, [tokens, TILE].
+#ifdef MATRICES
+template <int... BITS>
+constexpr auto tiles_by_matrices(std::integer_sequence<int, BITS...>) {
+  return std::array{multiply_tile_by_matrices<BITS + 1>...};
+}
+template <int... BITS>
+constexpr auto rows_by_matrices(std::integer_sequence<int, BITS...>) {
+  return std::array{multiply_rows_by_matrices<BITS + 1>...};
+}
+template <int... BITS>
+constexpr auto additions_by_matrices(std::integer_sequence<int, BITS...>) {
+  return std::array{add_chunk_by_matrices<BITS + 1>...};
+}
+#endif
+
+// Products of a tile with the tokens from `first` on, [tokens, TILE].
 template <int T = TOKENS_TOGETHER>
-void multiply(const Tiles& tiles, int64_t number, const Tokens& x, int64_t tokens, float* products, int64_t first = 0) {
+void multiply_by_vectors(const Tiles& tiles, int64_t number, const Tokens& x, int64_t tokens, float* products,
+                         int64_t first = 0) {
   static constexpr auto multiply_some = tile_products<T>(EVERY_WIDTH);
   for (; first + T <= tokens; first += T)
     multiply_some[tiles.bits - 1](tiles.tile(number), tiles.cells, x, first, products + first * TILE);
-  if constexpr (T > 1) multiply<T / 2>(tiles, number, x, tokens, products, first);
-  if (T == TOKENS_TOGETHER && x.rest) {
+  if constexpr (T > 1) multiply_by_vectors<T / 2>(tiles, number, x, tokens, products, first);
+}
+
+// Products of a tile with all tokens, [tokens, TILE].
+void multiply(const Tiles& tiles, int64_t number, const Tokens& x, int64_t tokens, float* products) {
+#ifdef MATRICES
+  static constexpr auto by_matrices = tiles_by_matrices(EVERY_WIDTH);
+  if (in_matrices(tokens))
+    by_matrices[tiles.bits - 1](tiles.tile(number), tiles.cells, x, tokens, products);
+  else
+#endif
+    multiply_by_vectors(tiles, number, x, tokens, products);
+  if (x.rest) {
     float others[MOST_TOKENS * TILE];
     multiply(tiles, number, *x.rest, tokens, others);
     for (int64_t i = 0; i < tokens * TILE; ++i) products[i] += others[i];
@@ -213,17 +241,18 @@ struct Rounded {
 
   // Rounded to 16 bits if `wide`. Memory is of the calling thread.
   Rounded(int64_t d, const int8_t* signs, bool wide, int64_t tokens) : d(d), signs(signs), planes{}, count(1 + wide) {
-    const int64_t groups = blocks(d, GROUP);
+    const int64_t groups = blocks(d, GROUP), whole = blocks(tokens, MATRIX) * MATRIX;
     for (Tokens& plane : planes) plane.groups = groups;
     const int64_t strips = planes[0].strips();
-    int8_t *const numbers = scratch<int8_t, 5>(2 * tokens * groups * GROUP), *const turned = scratch<int8_t, 7>(2 * tokens * strips * CELL * WIDTH);
+    int8_t *const numbers = scratch<int8_t, 5>(2 * whole * groups * GROUP),
+                 *const turned = scratch<int8_t, 7>(2 * tokens * strips * CELL * WIDTH);
     float *const units = scratch<float, 6>(2 * tokens * groups), *const lane_units = scratch<float, 12>(2 * tokens * strips * LANES),
                *const sums = scratch<float, 13>(2 * tokens);
     std::fill_n(turned, count * tokens * strips * CELL * WIDTH, 0);
     std::fill_n(lane_units, count * tokens * strips * LANES, 0.0f);
     std::fill_n(sums, count * tokens, 0.0f);
     for (int i = 0; i < count; ++i)
-      planes[i] = {groups, numbers + i * tokens * groups * GROUP, units + i * tokens * groups,
+      planes[i] = {groups, numbers + i * whole * groups * GROUP, units + i * tokens * groups,
                    turned + i * tokens * strips * CELL * WIDTH, lane_units + i * tokens * strips * LANES, sums + i * tokens,
                    i + 1 < count ? planes + 1 : nullptr};
   }
@@ -438,7 +467,7 @@ void choose(const Site& site, const Limits& limits, int64_t position, int64_t t,
 
 // The neurons of a batch that bits are set of, with bits of their tokens.
 struct Members {
-  int count = 0;
+  int count = 0, pairs = 0;
   int32_t neurons[BATCH];
   uint32_t tokens[BATCH];
 
@@ -447,6 +476,7 @@ struct Members {
       uint32_t of[TILE] = {}, any = 0;
       for (int64_t t = 0; t < of_tokens; ++t) {
         any |= bits[t][tile];
+        pairs += __builtin_popcount(bits[t][tile]);
         for (uint32_t rest = bits[t][tile]; rest; rest &= rest - 1) of[__builtin_ctz(rest)] |= 1u << t;
       }
       for (; any; any &= any - 1) {
@@ -457,9 +487,43 @@ struct Members {
   }
 };
 
+#ifdef MATRICES
+// As add_rows, by matrices.
+void add_rows_by_matrices(const Rows& rows, const Members& members, int64_t position, const Tokens& x, int64_t tokens,
+                          float (*z)[BATCH]) {
+  static constexpr auto multiply = rows_by_matrices(EVERY_WIDTH);
+  float products[2][MOST_TOKENS * TILE];
+  for (int first = 0; first < members.count; first += TILE) {
+    const uint8_t *of[TILE], *ahead[TILE];
+    for (int i = 0; i < TILE; ++i) {
+      of[i] = rows.row(position + members.neurons[std::min(first + i, members.count - 1)]);
+      ahead[i] = rows.row(position + members.neurons[std::min(first + TILE + i, members.count - 1)]);
+    }
+    int planes = 0;
+    for (const Tokens* plane = &x; plane; plane = plane->rest)
+      multiply[rows.bits - 1](of, ahead, *plane, tokens, products[planes++]);
+    for (int place = 0; place < TILE; ++place) {
+      const int i = first + row_at(place);
+      if (i >= members.count) continue;
+      const int32_t neuron = members.neurons[i];
+      const float scale = to_float(rows.scales[position + neuron]);
+      for (uint32_t rest = members.tokens[i]; rest; rest &= rest - 1) {
+        const int t = __builtin_ctz(rest);
+        z[t][neuron] += scale * (products[0][t * TILE + place] + (planes > 1 ? products[1][t * TILE + place] : 0));
+      }
+    }
+  }
+}
+#endif
+
 // Adds the products of rows with tokens to pre-activations, where bits are set.
-void add_rows(const Rows& rows, const Members& members, int64_t position, const Tokens& x, float (*z)[BATCH]) {
+void add_rows(const Rows& rows, const Members& members, int64_t position, const Tokens& x, int64_t tokens, float (*z)[BATCH]) {
   constexpr int ROWS_AHEAD = 8;
+#ifdef MATRICES
+  constexpr int ENOUGH = 3;  // tokens of a row for which all of them are multiplied
+  if (in_matrices(tokens) && members.pairs >= ENOUGH * members.count)
+    return add_rows_by_matrices(rows, members, position, x, tokens, z);
+#endif
   for (int i = 0; i < std::min(ROWS_AHEAD, members.count); ++i)
     for (int64_t line = 0; line < rows.bytes(); line += 64) __builtin_prefetch(rows.row(position + members.neurons[i]) + line);
   for (int i = 0; i < members.count; ++i) {
@@ -535,8 +599,11 @@ struct Collector {
       std::fill(values[t] + count, values[t] + CHUNK, 0.0f);
       set_values(fixed[t], values[t], count);
     }
-    static constexpr auto add = additions(EVERY_WIDTH);
-    add[rows.bits - 1](rows.lines, rows.cells, numbers, blocks(count, QUAD), fixed, tokens, sums);
+    auto add = additions(EVERY_WIDTH)[rows.bits - 1];
+#ifdef MATRICES
+    if (in_matrices(tokens)) add = additions_by_matrices(EVERY_WIDTH)[rows.bits - 1];
+#endif
+    add(rows.lines, rows.cells, numbers, blocks(count, QUAD), fixed, tokens, sums);
     count = 0;
   }
 };
@@ -562,6 +629,7 @@ struct Step {
   }
 
   void keep_first(int64_t thread) {
+    const Matrices matrices(tokens);
     double* const own = squares + thread * MOST_TOKENS;
     std::fill_n(own, MOST_TOKENS, 0.0);
     for (int64_t b = share(batches(), thread); b < share(batches(), thread + 1); ++b) {
@@ -584,6 +652,7 @@ struct Step {
   }
 
   void add_neurons(int64_t thread) {
+    const Matrices matrices(tokens);
     double total[MOST_TOKENS] = {};
     for (int64_t of = 0; site.relative && of < threads; ++of)
       for (int64_t t = 0; t < tokens; ++t) total[t] += squares[of * MOST_TOKENS + t];
@@ -625,7 +694,7 @@ struct Step {
         }
         batch.up[t][tile] &= up;
       }
-    add_rows(site.second, Members(batch.up, tokens), position, x, batch.z[1]);
+    add_rows(site.second, Members(batch.up, tokens), position, x, tokens, batch.z[1]);
     for (int64_t tile = 0; tile < TILES && position + tile * TILE < site.listed; ++tile)
       for (int64_t t = 0; t < tokens; ++t)
         if (batch.up[t][tile]) add_biases(site, 1, position + tile * TILE, batch.z[1][t] + tile * TILE);
@@ -635,7 +704,7 @@ struct Step {
   void refine(int64_t position, Batch& batch) const {
     const Members members(batch.row, tokens);
     if (!members.count) return;
-    for (int i = 0; i < site.k; ++i) add_rows(site.refinements[i], members, position, x, batch.z[i]);
+    for (int i = 0; i < site.k; ++i) add_rows(site.refinements[i], members, position, x, tokens, batch.z[i]);
     for (int64_t t = 0; t < tokens; ++t)
       for (int64_t tile = 0; tile < TILES; ++tile) {
         if (!batch.row[t][tile]) continue;
@@ -649,6 +718,7 @@ struct Step {
   }
 
   void add_outputs(int64_t thread) {
+    const Matrices matrices(tokens);
     const int64_t cells = blocks(site.d_out, GROUP), begin = share(cells, thread), end = share(cells, thread + 1);
     if (begin == end) return;
     const int64_t size = (end - begin) * GROUP;
@@ -734,6 +804,7 @@ void multiply(const Linear& layer, const W* x, W* out, int64_t tokens, int64_t t
   rounded.set(x, tokens, threads);
   const int64_t count = blocks(layer.d_out, TILE);
   run_threads(threads, [&](int64_t thread) {
+    const Matrices matrices(tokens);
     for (int64_t tile = count * thread / threads; tile < count * (thread + 1) / threads; ++tile) {
       float products[MOST_TOKENS * TILE];
       multiply(layer.tiles, tile, rounded.planes[0], tokens, products);

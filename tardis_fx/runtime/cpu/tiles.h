@@ -210,6 +210,13 @@ struct Values {
   uint32_t active;          // bit q: quad q has values other than 0
   int32_t highs, lows;      // sums
   int8_t high[CHUNK], low[CHUNK];
+
+  // Sums of fixed values times weights, from those times levels.
+  template <int BITS>
+  Floats of_levels(Ints sums) const {
+    const int32_t total = STEP * highs + lows;
+    return (__builtin_convertvector(sums - OFFSET * total, Floats) + (OFFSET - MIDDLE<BITS>) * total) * unit;
+  }
 };
 
 typedef int8_t Small __attribute__((vector_size(LANES)));
@@ -323,12 +330,9 @@ void add_chunk(const uint8_t* lines, int64_t cells, const int32_t* numbers, int6
   }
   for (int64_t t = 0; t < tokens; ++t) {
     if (values[t].unit == 0) continue;
-    const int32_t total = STEP * values[t].highs + values[t].lows;
-    const float rest = (OFFSET - MIDDLE<BITS>) * total;
     for (int64_t i = 0; i < width; i += LANES) {
       float* const at = sums + t * width + i;
-      const Ints sum = read<Ints>(fixed + t * width + i) - OFFSET * total;
-      put(load(at) + (__builtin_convertvector(sum, Floats) + rest) * values[t].unit, at);
+      put(load(at) + values[t].of_levels<BITS>(read<Ints>(fixed + t * width + i)), at);
     }
   }
 }
