@@ -54,7 +54,7 @@ def test_the_large_row_is_a_plan_against_inductor_with_freezing(monkeypatch: pyt
     assert [dense.name, ours.name] == ["Inductor; freezing", "partial_linear, as calibrated; freezing"]
     rounds = LEAST_ROUNDS + 2  # one compiles and one warms up
     assert touched.tokens == 2 * large.STEPS * (rounds + 1)  # the first are counted for the bytes
-    assert touched.outlier_rate == pytest.approx(0.53, rel=0.1)
+    assert touched.outlier_rate == pytest.approx(0.25, rel=0.1)
     assert ours.touched < dense.touched
     text = console.export_text()
     assert "2 of the 48 layers of GPT-2 XL" in text

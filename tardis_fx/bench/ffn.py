@@ -1,7 +1,7 @@
 """Times one FFN with random weights, rewritten and compiled by Inductor, with weights read from memory."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,6 +21,8 @@ from tardis_fx.plan import Plan
 
 #: Minimum seconds of a round of the dense FFN.
 ROUND = 0.1
+#: Most FFNs in one graph.
+TOGETHER = 8
 #: Number of tokens for setting thresholds.
 SAMPLES = 1024
 #: Share of the free memory that the copies and their plans may take; compilers and samples also need some.
@@ -95,7 +97,8 @@ def bench_ffn(
 ) -> tuple[list[Timing], list[str]]:
     """Times one FFN, with every token on the rewritten path.
 
-    One graph is compiled for each contender, and called with the weights of each copy in turn.
+    One graph of up to ``TOGETHER`` FFNs is compiled for each contender, as a model has several in one graph, and called
+    with the weights of all copies in turn.
 
     Args:
         shape: of the FFN.
@@ -119,9 +122,9 @@ def bench_ffn(
             f"an FFN ({shape}) with its plans does not fit in memory: choose a smaller one, or fewer plans"
         )
     if copies is None:
-        copies = min(
-            most, max(2, math.ceil(COLD * last_level_cache(device) / _least_bytes(shape, dtype, recipes, device)))
-        )
+        copies = max(2, math.ceil(COLD * last_level_cache(device) / _least_bytes(shape, dtype, recipes, device)))
+        copies = min(most, TOGETHER * math.ceil(copies / TOGETHER))
+        copies -= copies % TOGETHER if copies > TOGETHER else 0
     with torch.device(device):
         model = _Copies(copies, shape, dtype)
         batch = torch.randn(copies, SAMPLES, shape.d, dtype=dtype, device="cpu")
@@ -167,11 +170,13 @@ def _case(
         str(recipe): {"backend": "tardis", "options": {"plan": plan, "prefill": "rewritten", "select": "always"}}
         for recipe, plan in plans.items()
     }
+    together = max(size for size in range(1, TOGETHER + 1) if copies % size == 0)
+    lots = [(model.ffns[at : at + together], xs[at : at + together].unbind()) for at in range(0, copies, together)]
     calls = {name: torch.compile(own_code(_call), fullgraph=True, **options[name]) for name in options}
     for call in calls.values():
-        call(model.ffns[0], xs[0])
+        call(*lots[0])
     with torch._dynamo.config.patch(error_on_recompile=True):
-        over_all = {name: _over_all(call, model, xs) for name, call in calls.items()}
+        over_all = {name: _over_all(call, lots, xs.is_cuda) for name, call in calls.items()}
         passes = math.ceil(ROUND / min(seconds(over_all["Inductor"], xs.device) for _ in range(2)))
         runs = {name: partial(seconds, run, xs.device, passes) for name, run in over_all.items()}
         steps = {name: [taken / copies for taken in turns] for name, turns in interleave(runs, rounds).items()}
@@ -188,20 +193,21 @@ def _case(
     return timings
 
 
-def _call(ffn: Callable[[Tensor], Tensor], x: Float[Tensor, "tokens d"]) -> Float[Tensor, "tokens d"]:
-    return ffn(x)
+def _call(
+    ffns: Iterable[Callable[[Tensor], Tensor]], xs: Sequence[Float[Tensor, "tokens d"]]
+) -> list[Float[Tensor, "tokens d"]]:
+    return [ffn(x) for ffn, x in zip(ffns, xs, strict=True)]
 
 
 def _over_all(
-    call: Callable[..., Tensor], model: _Copies, xs: Float[Tensor, "copies tokens d"]
+    call: Callable[..., object], lots: Sequence[tuple[nn.ModuleList, Sequence[Tensor]]], on_cuda: bool
 ) -> Callable[[], object]:
     """A function that runs a step of each copy; on a CUDA device as one graph, so that launches take no time."""
-    pairs = list(zip(model.ffns, xs, strict=True))
 
-    def run() -> list[Float[Tensor, "tokens d"]]:
-        return [call(ffn, x) for ffn, x in pairs]
+    def run() -> list[object]:
+        return [call(*lot) for lot in lots]
 
-    if not xs.is_cuda:
+    if not on_cuda:
         return run
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())

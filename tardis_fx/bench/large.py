@@ -53,8 +53,8 @@ def large_decoding(console: Console) -> list[Timing]:
     console.print(
         "\n".join(["", report(timings, Machine.measured()), *warm_cache(timings, last_level_cache())])
         + f"\n\n{layers} of the {ALL} layers of GPT-2 XL, with as large a part of its vocabulary and random weights. "
-        "The plan reads the shares of columns and refinements that a calibrated plan of the small model reads at 20% "
-        "of the bytes in bfloat16.\n"
+        "The plan reads the shares of columns and refinements that a calibrated plan of Whisper tiny.en reads at 15% "
+        "of the bytes in bfloat16, where it loses less than codes of 4 bits (docs/results.md).\n"
         "The FFNs of the small model stay in the processor's cache, where fewer instructions count as much as fewer "
         "bytes. The large one fits in no cache: each token reads its weights from memory, so the fewer bytes it reads, "
         "the less time it can take. `tardis bench model` times other shapes, and torchao.",

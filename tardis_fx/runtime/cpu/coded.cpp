@@ -520,7 +520,7 @@ void add_rows_by_matrices(const Rows& rows, const Members& members, int64_t posi
 void add_rows(const Rows& rows, const Members& members, int64_t position, const Tokens& x, int64_t tokens, float (*z)[BATCH]) {
   constexpr int ROWS_AHEAD = 8;
 #ifdef MATRICES
-  constexpr int ENOUGH = 3;  // tokens of a row for which all of them are multiplied
+  constexpr int ENOUGH = 6;  // tokens of a row for which all of them are multiplied
   if (in_matrices(tokens) && members.pairs >= ENOUGH * members.count)
     return add_rows_by_matrices(rows, members, position, x, tokens, z);
 #endif
