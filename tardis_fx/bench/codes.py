@@ -134,8 +134,8 @@ FEW: dict[Kind, CodedRecipe] = {
     "plain": CodedRecipe("2/4/4 bits, 5%", _FEW_PLAIN, _FEW_PLAIN),
     "gated": CodedRecipe("3/4 bits, 20% refined", _FEW_GATED, _FEW_GATED),
 }
-#: What plans of real weights read that lose less than rotated codes of 4 bits: 15% of the bytes in bfloat16 in plain FFNs
-#: (Whisper tiny.en, mean of its sites), 22% in gated ones (Gemma 3 270M).
+#: What plans of real weights read that lose less than rotated codes of 4 bits: in plain FFNs, 15% of the bytes in
+#: bfloat16 (Whisper tiny.en, mean of its sites); in gated ones, 22% (Gemma 3 270M).
 CALIBRATED = CodedRecipe(
     "as calibrated",
     plain=Reads(Widths(2, 3, 4, 2, 4), 0.25, 0.12, 0.065),
