@@ -105,6 +105,7 @@ void multiply_groups(const Tokens& x, int64_t tokens, float* products, Unpack un
   }
 }
 
+// Sets the products of the rows of a tile. Prefetches tiles that follow.
 template <int BITS>
 void multiply_tile_by_matrices(const uint8_t* lines, int64_t cells, const Tokens& x, int64_t tokens, float* products) {
   constexpr int64_t GROUP_CELLS = GROUP / TILE_CELL;
