@@ -2,6 +2,7 @@
 
 import copy
 import csv
+import math
 import re
 import sys
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from typer.testing import CliRunner
 
 from tardis_fx.bench import shapes
 from tardis_fx.bench.codes import CALIBRATED, FOUR_BITS, CodedRecipe, Reads
-from tardis_fx.bench.ffn import MEMORY, Shape, bench_ffn
+from tardis_fx.bench.ffn import MEMORY, TOGETHER, Shape, bench_ffn
 from tardis_fx.bench.folds import GROUP_SIZE, FoldRecipe
 from tardis_fx.bench.llama_cpp import llama_cpp
 from tardis_fx.bench.model import FROZEN, MARGIN, bench_model
@@ -228,8 +229,8 @@ def test_copies_fill_the_cache_with_what_the_rewritten_ffns_read(monkeypatch: py
     _compiles_nothing(monkeypatch)
     (timing,), remarks = bench_ffn(Shape("plain", 256, 1024), torch.float32, [1], [FoldRecipe(2)], 9)
     costs = Costs.from_sizes(256, 256, 2, 4, k=1, group_size=GROUP_SIZE, bias=True)
-    count = -(-(COLD << 18) // (costs.fold + 1024 * (costs.predictor + 0.05 * costs.row)))
-    assert timing.case == f"{count:.0f} copies"
+    count = (COLD << 18) / (costs.fold + 1024 * (costs.predictor + 0.05 * costs.row))
+    assert timing.case == f"{TOGETHER * math.ceil(count / TOGETHER)} copies"
     assert remarks == []
 
 
